@@ -1,0 +1,55 @@
+"""The errors of fastmemit: one type for each thing that a caller may want to tell apart."""
+
+from __future__ import annotations
+
+
+class FastmemitError(Exception):
+    """Base of every error that fastmemit raises on purpose."""
+
+
+class BadRequest(FastmemitError, ValueError):
+    """An edit request that cannot be carried out as it is written."""
+
+
+class DuplicateRequest(BadRequest):
+    """Two requests of one batch edit the same subject in the same prompt."""
+
+
+class BadData(FastmemitError, ValueError):
+    """A malformed record; the message names its index and the field."""
+
+
+class BadCorpus(FastmemitError, ValueError):
+    """A corpus that cannot be read as text."""
+
+
+class UnknownArchitecture(FastmemitError):
+    """The part of a model that would be edited cannot be told from its structure."""
+
+
+class QuantisedWeight(FastmemitError):
+    """A weight that is not stored in floating point and so cannot take an edit."""
+
+
+class BadLayer(FastmemitError, ValueError):
+    """A layer that the model does not have."""
+
+
+class BadConfig(FastmemitError, ValueError):
+    """A setting with a name or a value that makes no sense."""
+
+
+class ModelNotFound(FastmemitError):
+    """A model name that leads to no model that can be loaded."""
+
+
+class WrongModel(FastmemitError):
+    """An edit or a statistic that was made for another model."""
+
+
+class BadUndo(FastmemitError):
+    """An undo that would not restore the weights as they were."""
+
+
+class DamagedFile(FastmemitError):
+    """A file that is cut short, altered or of another format."""
