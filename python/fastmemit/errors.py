@@ -31,6 +31,10 @@ class QuantisedWeight(FastmemitError):
     """A weight that is not stored in floating point and so cannot take an edit."""
 
 
+class OffloadedWeight(FastmemitError):
+    """A weight that is not in memory, as offloading leaves it."""
+
+
 class BadLayer(FastmemitError, ValueError):
     """A layer that the model does not have."""
 

@@ -1,0 +1,267 @@
+"""One way to ask any decoder for its blocks, its edited projections and their weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastmemit.errors import BadLayer, OffloadedWeight, QuantisedWeight, UnknownArchitecture
+from fastmemit.models.post_norm import find_post_norm, through_post_norm
+from fastmemit.models.structure import (
+    EXAMPLE,
+    find_blocks,
+    find_projection,
+    linear_shape,
+    text_config,
+)
+
+CONTEXT_LIMIT = 2048
+_CONTEXT_FIELDS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+_INNER_FIELDS = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")
+
+
+class ModelAdapter:
+    """What editing needs to know about a model.
+
+    Args:
+        model: A causal language model.
+        module: The edited projection with ``{}`` for the layer, ``model.layers.{}.mlp.down_proj``.
+
+    Attributes:
+        model: The model itself.
+        n_layers: Number of decoder blocks.
+        d: The hidden size, which is the output of every edited projection.
+        template: `module`.
+    """
+
+    def __init__(self, model: nn.Module, module: str) -> None:
+        self.model = model
+        self.template = module
+        before, _, after = module.partition("{}")
+        blocks = model.get_submodule(before.rstrip("."))
+        assert isinstance(blocks, nn.ModuleList)
+        self._blocks = blocks
+        self._inside = after.lstrip(".")
+        self.n_layers = len(blocks)
+        shapes = (self._shape(layer) for layer in range(self.n_layers))
+        self.d = next(shape[1] for shape in shapes if shape is not None)
+
+    def _shape(self, layer: int) -> tuple[int, int] | None:
+        try:
+            return linear_shape(self._blocks[layer].get_submodule(self._inside))
+        except AttributeError:
+            return None
+
+    def check_layer(self, layer: int) -> None:
+        """Refuse a layer that cannot be edited.
+
+        Raises:
+            BadLayer: `layer` is no integer in ``[0, n_layers)``, or that block has no projection of
+                this name.
+        """
+        if isinstance(layer, bool) or not isinstance(layer, int):
+            raise BadLayer(f"A layer must be an integer, not {layer!r}.")
+        if not 0 <= layer < self.n_layers:
+            raise BadLayer(
+                f"Layer {layer} is out of range: {type(self.model).__name__} has the layers 0 to "
+                f"{self.n_layers - 1}."
+            )
+        if self._shape(layer) is None:
+            good = [i for i in range(self.n_layers) if self._shape(i) is not None]
+            raise BadLayer(
+                f"Layer {layer} has no linear map {self._inside!r}; the layers that have one are "
+                f"{', '.join(map(str, good))}."
+            )
+
+    def block(self, layer: int) -> nn.Module:
+        """The decoder block of a layer."""
+        self.check_layer(layer)
+        return self._blocks[layer]
+
+    def projection(self, layer: int) -> nn.Module:
+        """The edited projection of a layer: keys (..., d_k) in, (..., d) out."""
+        return self.block(layer).get_submodule(self._inside)
+
+    def projection_name(self, layer: int) -> str:
+        """The projection's full module name, such as ``model.layers.4.mlp.down_proj``."""
+        self.check_layer(layer)
+        return self.template.replace("{}", str(layer))
+
+    def d_k(self, layer: int) -> int:
+        """The width of a layer's keys: the input of its projection."""
+        self.check_layer(layer)
+        shape = self._shape(layer)
+        assert shape is not None
+        return shape[0]
+
+    def weight_name(self, layer: int) -> str:
+        """The name of the weight in the model's state dict."""
+        return f"{self.projection_name(layer)}.weight"
+
+    def weight_is_transposed(self, layer: int) -> bool:
+        """Whether the model stores the weight as (d_k, d), as Conv1D does, instead of (d, d_k)."""
+        from transformers.pytorch_utils import Conv1D
+
+        return isinstance(self.projection(layer), Conv1D)
+
+    def weight(self, layer: int) -> torch.Tensor:  # (d, d_k)
+        """The projection's weight as (d, d_k): a view, so that writing to it changes the model.
+
+        Raises:
+            QuantisedWeight: It is not stored as a plain floating-point matrix.
+            OffloadedWeight: It is not in memory.
+        """
+        module, name = self.projection(layer), self.projection_name(layer)
+        stored = {**module._parameters, **module._buffers}.get("weight")
+        shape = self._shape(layer)
+        expected = shape if self.weight_is_transposed(layer) else (shape or ())[::-1]
+        if stored is not None and stored.is_meta:
+            raise OffloadedWeight(
+                f"The weight of {name} is not in memory (device meta); load the model without "
+                "offloading the layers to edit."
+            )
+        if stored is None:
+            what = "no plain weight of its own"
+        elif type(stored) not in (nn.Parameter, torch.Tensor):
+            what = f"a weight of type {type(stored).__name__}"
+        elif not stored.is_floating_point() or stored.element_size() < 2:
+            what = f"a weight in {str(stored.dtype).removeprefix('torch.')}"
+        elif tuple(stored.shape) != expected:
+            what = f"a weight of shape {tuple(stored.shape)} where {expected} belongs"
+        else:
+            view = stored.detach()
+            return view.t() if self.weight_is_transposed(layer) else view
+        raise QuantisedWeight(
+            f"{name} ({type(module).__name__}) has {what}, so it cannot be edited; load the model "
+            "in floating point (float32, bfloat16 or float16), without quantisation."
+        )
+
+    def post_norm(self, layer: int) -> nn.Module | None:
+        """The norm between the projection and the residual stream (Gemma), if there is one."""
+        return find_post_norm(self.block(layer))
+
+    def projection_residual(
+        self,
+        layer: int,
+        output: torch.Tensor,  # (B, d)
+        residual: torch.Tensor,  # (B, d)
+    ) -> torch.Tensor:  # (B, d)
+        """What to add to the projection's output so that the block's output moves by `residual`.
+
+        For most architectures the residual itself, because a block adds the projection's output to
+        its stream as it is.  Behind a norm see `fastmemit.models.post_norm.through_post_norm`.
+
+        Args:
+            layer: The edited layer.
+            output: The projection's output now.
+            residual: By how much the block's output shall move.
+
+        Raises:
+            UnknownArchitecture: The block normalises its sum, so that no such change exists.
+        """
+        block = self.block(layer)
+        if getattr(block, "do_layer_norm_before", True) is False:
+            raise UnknownArchitecture(
+                f"{type(block).__name__} normalises its output after the sum "
+                "(do_layer_norm_before=False), so its MLP cannot move it by a given vector; edit "
+                "this model with method rome."
+            )
+        # Granite scales what a block adds to the stream.
+        residual = residual / float(getattr(block, "residual_multiplier", 1.0))
+        norm = find_post_norm(block)
+        return residual if norm is None else through_post_norm(norm, output, residual)
+
+    @property
+    def lm_head(self) -> nn.Module:
+        """The map from hidden states to logits, tied to the embeddings or not.
+
+        Raises:
+            UnknownArchitecture: The model has none.
+        """
+        head = getattr(self.model, "get_output_embeddings", lambda: None)()
+        if not isinstance(head, nn.Module):
+            raise UnknownArchitecture(
+                f"{type(self.model).__name__} has no output head, so it gives no probabilities; "
+                "load it with AutoModelForCausalLM."
+            )
+        return head
+
+    @property
+    def max_context(self) -> int:
+        """How many tokens to run at once: the config's limit, at most 2048.
+
+        Models state limits such as 131072, which nobody wants to allocate for a covariance.
+        """
+        config = text_config(self.model)
+        stated = (getattr(config, field, None) for field in _CONTEXT_FIELDS)
+        limits = [limit for limit in stated if isinstance(limit, int) and limit > 0]
+        return min([*limits[:1], CONTEXT_LIMIT])
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go: the device of the input embeddings."""
+        embeddings: Any = self.model.get_input_embeddings()  # type: ignore[operator]
+        device = embeddings.weight.device
+        # Weights offloaded by accelerate are on "meta" until their module runs.
+        hook = getattr(embeddings, "_hf_hook", None)
+        if device.type == "meta" and getattr(hook, "execution_device", None) is not None:
+            return torch.device(hook.execution_device)
+        return device
+
+
+def find_adapter(model: nn.Module, module: str | None = None) -> ModelAdapter:
+    """The adapter of a model, found by the model's structure.
+
+    Args:
+        model: A causal language model.
+        module: The projection to edit with ``{}`` for the layer, where its structure leaves doubt.
+
+    Raises:
+        UnknownArchitecture: The blocks or the projection cannot be told; the message lists what was
+            found.  Or `module` names nothing that can be edited.
+    """
+    if module is not None:
+        return ModelAdapter(model, _checked(model, module))
+    config = text_config(model)
+    blocks = find_blocks(model)
+    stated = (getattr(config, field, None) for field in _INNER_FIELDS)
+    inner = next((value for value in stated if isinstance(value, int)), None)
+    found = {find_projection(b, config.hidden_size, inner) for b in model.get_submodule(blocks)}
+    if len(found) > 1:
+        raise UnknownArchitecture(
+            f"The blocks of {type(model).__name__} differ: their projections are "
+            f"{', '.join(sorted(found))}; {EXAMPLE}."
+        )
+    return ModelAdapter(model, f"{blocks}.{{}}.{found.pop()}")
+
+
+def _checked(model: nn.Module, module: str) -> str:
+    """`module`, if it names a linear map in at least one block."""
+    linear = [name for name, part in model.named_modules() if linear_shape(part) is not None]
+    first = sorted({_numbered(name) for name in linear if _numbered(name)})
+    exist = f"this model has {', '.join(first[:12])}" if first else "this model has none"
+    if module.count("{}") != 1:
+        raise UnknownArchitecture(
+            f"The module {module!r} must contain exactly one {{}} for the layer; {exist}."
+        )
+    prefix, _, rest = module.partition(".{}.")
+    try:
+        blocks: nn.Module | None = model.get_submodule(prefix) if rest else None
+    except AttributeError:
+        blocks = None
+    if isinstance(blocks, nn.ModuleList) and any(
+        module.replace("{}", str(layer)) in linear for layer in range(len(blocks))
+    ):
+        return module
+    raise UnknownArchitecture(f"The module {module!r} leads to no linear map; {exist}.")
+
+
+def _numbered(name: str) -> str:
+    """A module name with its first number replaced by {}: the form in which users name it."""
+    parts = name.split(".")
+    for index, part in enumerate(parts[:-1]):
+        if part.isdigit():
+            return ".".join([*parts[:index], "{}", *parts[index + 1 :]])
+    return ""
