@@ -1,0 +1,289 @@
+"""CounterFact records: read, checked field by field, and dealt into batches."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Any
+
+from fastmemit.data import hub
+from fastmemit.data.reading import Value, is_clean_text, read_values
+from fastmemit.errors import BadData, BadRequest
+from fastmemit.request import EditRequest
+
+logger = logging.getLogger(__name__)
+
+#: All 21,919 cases with the full ROME schema, in the splits train and test.
+COUNTERFACT_HUB = "hub:azhx/counterfact"
+
+_OFFLINE = "check the name and the network, or give a file in CounterFact's JSON format."
+_SHOWN = 10  # problems listed in one error
+
+
+@dataclass(frozen=True)
+class Record:
+    """One fact to edit, with the prompts that say how well the edit went.
+
+    Args:
+        case_id: The record's number, unique in its file.
+        request: The edit; its ``target_true`` is always there.
+        paraphrases: The same question in other words; they should give the new answer.
+        neighbourhood: The same relation of other subjects whose answer is ``target_true`` as well;
+            they should keep it.
+        attributes: Prompts about subjects whose answer is ``target_new``.
+        generations: Openings of free text about the subject.
+        relation_id: Wikidata's number of the relation, such as ``"P19"``.
+    """
+
+    case_id: int
+    request: EditRequest
+    paraphrases: tuple[str, ...] = ()
+    neighbourhood: tuple[str, ...] = ()
+    attributes: tuple[str, ...] = ()
+    generations: tuple[str, ...] = ()
+    relation_id: str | None = None
+
+
+class _Problem(Exception):
+    """A field of one record that cannot be read."""
+
+    def __init__(self, field: str, reason: str) -> None:
+        super().__init__(f"{field}: {reason}")
+
+
+def load_records(source: str | Path, *, skip_malformed: bool = False) -> list[Record]:
+    """Read CounterFact records from a file or the hub.
+
+    Two schemas are told apart record by record: ROME's, with ``requested_rewrite`` and lists of
+    prompts, and the flat one, with ``subject``, ``prompt``, ``target_new`` and ``target_true`` side
+    by side. A flat record has no paraphrases: what it calls ``rephrase_prompt`` is mostly an
+    opening for free text, and is read as one; its ``locality_prompt`` is its one neighbourhood
+    prompt.
+
+    Args:
+        source: A JSON list or JSONL file; ``"builtin"`` for the facts that the package ships;
+            ``"counterfact"`` for CounterFact from the hub; or ``"hub:NAME[:CONFIG]"``.
+        skip_malformed: Log records that cannot be read and go on without them.
+
+    Raises:
+        BadData: The file is not readable, or records in it are malformed: the message lists the
+            first ten with index and field, and says how many there are.
+    """
+    spec = str(source)
+    if spec == "builtin":
+        return builtin_facts()
+    if spec == "counterfact":
+        spec = COUNTERFACT_HUB
+    if spec.startswith(hub.PREFIX):
+        return _read_all(spec, _hub_rows(spec), skip_malformed)
+    values = list(read_values(Path(source), BadData))
+    _refuse_wrapped(spec, values)
+    return _read_all(spec, values, skip_malformed)
+
+
+def builtin_facts() -> list[Record]:
+    """The facts that the package ships for its demonstration, in the full schema."""
+    with as_file(files("fastmemit.data") / "facts.jsonl") as path:
+        return _read_all("builtin", read_values(path, BadData), skip_malformed=False)
+
+
+def load_requests(path: str | Path) -> list[EditRequest]:
+    """Read edit requests from a JSON list or a JSONL file, in any spelling `EditRequest` knows.
+
+    Raises:
+        BadData: The file is not readable, or requests in it are malformed: the message lists the
+            first ten with their index, and says how many there are.
+    """
+    values = list(read_values(Path(path), BadData))
+    _refuse_wrapped(str(path), values)
+    requests, problems = [], []
+    for index, (place, value) in enumerate(values):
+        try:
+            requests.append(_clean_request(value))
+        except BadRequest as bad:
+            problems.append(f"request {index} ({place}): {bad}")
+    if problems:
+        raise BadData(_listed(str(path), problems, len(values), "requests"))
+    if not requests:
+        raise BadData(f"{path} holds no request; write at least one.")
+    return requests
+
+
+def batches(
+    records: Sequence[Record], batch_size: int, n_batches: int | None = None, seed: int = 0
+) -> list[list[Record]]:
+    """Deal records into batches: shuffled, and one record per subject over the whole selection.
+
+    Args:
+        records: Where to choose from.
+        batch_size: Records in a batch.
+        n_batches: How many batches; by default all that there are, the last one maybe shorter.
+        seed: Of the shuffle; the same seed and records give the same batches everywhere.
+
+    Raises:
+        BadData: There are too few records with different subjects, or a number is below 1.
+    """
+    for name, number in (("batch_size", batch_size), ("n_batches", n_batches)):
+        if number is not None and number < 1:
+            raise BadData(f"{name} is {number}; it must be 1 or more.")
+    order = list(records)
+    random.Random(seed).shuffle(order)
+    by_subject: dict[str, Record] = {}
+    for record in order:
+        by_subject.setdefault(record.request.subject.strip().lower(), record)
+    chosen = list(by_subject.values())
+    wanted = len(chosen) if n_batches is None else batch_size * n_batches
+    if len(chosen) < wanted or not chosen:
+        asked = f"{n_batches or 'some'} batches of {batch_size}"
+        raise BadData(
+            f"There are {len(chosen)} records with different subjects (of {len(order)}), too few "
+            f"for {asked}; ask for fewer or give more records."
+        )
+    return [chosen[start : start + batch_size] for start in range(0, wanted, batch_size)]
+
+
+def _hub_rows(spec: str) -> Iterator[Value]:
+    for split, rows in hub.load_splits(spec, BadData, _OFFLINE).items():
+        for index, row in enumerate(rows):
+            yield Value(f"{split} row {index}", row)
+
+
+def _refuse_wrapped(source: str, values: Sequence[Value]) -> None:
+    """A file with one object around the list, such as {"data": [...]}, is not a record."""
+    if len(values) != 1 or not isinstance(values[0].value, Mapping):
+        return
+    fields = values[0].value
+    if not {"requested_rewrite", "prompt", "subject"} & set(fields):
+        raise BadData(
+            f"{source} holds one JSON object at {values[0].place} (fields: {_fields(fields)}), "
+            "not records; write a list, [ ... ], or one record a line."
+        )
+
+
+def _read_all(source: str, values: Iterable[Value], skip_malformed: bool) -> list[Record]:
+    records: list[Record] = []
+    problems: list[str] = []
+    first_with: dict[int, int] = {}
+    total = 0
+    for index, (place, value) in enumerate(values):
+        total += 1
+        try:
+            record = _record(value)
+            first = first_with.setdefault(record.case_id, index)
+            if first != index:
+                raise _Problem("case_id", f"{record.case_id} is also that of record {first}")
+            records.append(record)
+        except _Problem as bad:
+            problems.append(f"record {index} ({place}), field {bad}")
+    if problems and not skip_malformed:
+        raise BadData(
+            _listed(source, problems, total, "records")
+            + " Correct them, or skip them with skip_malformed=True."
+        )
+    for problem in problems:
+        logger.warning("%s: skipped %s", source, problem)
+    if not records:
+        raise BadData(f"{source} holds no readable record ({total} looked at); give another file.")
+    return records
+
+
+def _listed(source: str, problems: list[str], total: int, what: str) -> str:
+    shown = "; ".join(problem.rstrip(".") for problem in problems[:_SHOWN])
+    rest = len(problems) - _SHOWN
+    more = f"; and {rest} more" if rest > 0 else ""
+    return f"{source} has {len(problems)} malformed {what} of {total}: {shown}{more}."
+
+
+def _record(value: Any) -> Record:
+    if not isinstance(value, Mapping):
+        raise _Problem("(all)", f"a record must be an object, not {type(value).__name__}")
+    case_id = value.get("case_id")
+    if isinstance(case_id, bool) or not isinstance(case_id, int):
+        raise _Problem("case_id", f"must be a whole number, not {case_id!r:.40}")
+    if "requested_rewrite" in value:
+        rewrite = value["requested_rewrite"]
+        if not isinstance(rewrite, Mapping):
+            raise _Problem("requested_rewrite", f"must be an object, not {rewrite!r:.40}")
+        return Record(
+            case_id,
+            _request(rewrite, "requested_rewrite."),
+            paraphrases=_prompts(value, "paraphrase_prompts"),
+            neighbourhood=_prompts(value, "neighborhood_prompts"),
+            attributes=_prompts(value, "attribute_prompts"),
+            generations=_prompts(value, "generation_prompts"),
+            relation_id=_relation(rewrite, "requested_rewrite."),
+        )
+    if not {"prompt", "subject"} & set(value):
+        raise _Problem("requested_rewrite", f"is missing (fields: {_fields(value)})")
+    if "target_true" not in value and "ground_truth" in value:
+        value = {**value, "target_true": value["ground_truth"]}
+    request = _request(value, "")
+    truth = value.get("locality_ground_truth")
+    if isinstance(truth, str) and truth.strip() != str(request.target_true).strip():
+        # Neighbourhood success compares target_true with target_new, so another answer would lie.
+        raise _Problem(
+            "locality_ground_truth", f"is {truth!r:.40}, not {request.target_true!r:.40}"
+        )
+    return Record(
+        case_id,
+        request,
+        neighbourhood=_prompts(value, "locality_prompt"),
+        generations=_prompts(value, "rephrase_prompt"),
+        relation_id=_relation(value, ""),
+    )
+
+
+def _request(fields: Mapping[str, Any], prefix: str) -> EditRequest:
+    for name in ("prompt", "subject", "target_new", "target_true"):
+        found = fields.get(name)
+        if isinstance(found, Mapping):
+            found, label = found.get("str"), f"{prefix}{name}.str"
+        else:
+            label = prefix + name
+        if found is None:
+            raise _Problem(label, "is missing")
+        if not is_clean_text(found) or not found.strip():
+            raise _Problem(label, f"must be text that is not empty, not {found!r:.40}")
+    try:
+        return EditRequest.from_dict(fields)
+    except BadRequest as bad:
+        raise _Problem(f"{prefix}prompt", str(bad)) from None
+
+
+def _clean_request(value: Any) -> EditRequest:
+    request = EditRequest.from_dict(value)
+    for name in ("prompt", "subject", "target_new", "target_true"):
+        text = getattr(request, name)
+        if text is not None and not is_clean_text(text):
+            raise BadRequest(f"The {name} {text!r:.60} is not valid Unicode; correct it.")
+    return request
+
+
+def _prompts(record: Mapping[str, Any], name: str) -> tuple[str, ...]:
+    """A list of prompts, or one prompt on its own; a field that is not there is no prompt."""
+    found = record.get(name)
+    if found is None:
+        return ()
+    prompts = [found] if isinstance(found, str) else found
+    if not isinstance(prompts, list):
+        raise _Problem(name, f"must be a list of texts, not {type(found).__name__}")
+    for index, prompt in enumerate(prompts):
+        if not is_clean_text(prompt) or not prompt.strip():
+            label = name if isinstance(found, str) else f"{name}[{index}]"
+            raise _Problem(label, f"must be text that is not empty, not {prompt!r:.40}")
+    return tuple(prompts)
+
+
+def _relation(fields: Mapping[str, Any], prefix: str) -> str | None:
+    found = fields.get("relation_id")
+    if found is not None and not isinstance(found, str):
+        raise _Problem(f"{prefix}relation_id", f"must be text or null, not {found!r:.40}")
+    return found
+
+
+def _fields(value: Mapping[str, Any]) -> str:
+    return ", ".join(map(str, value))[:120] or "none"

@@ -1,0 +1,51 @@
+"""How records are dealt into batches."""
+
+from __future__ import annotations
+
+import pytest
+
+from fastmemit.data import Record, batches
+from fastmemit.errors import BadData
+from fastmemit.request import EditRequest
+
+
+def record(case_id: int, subject: str) -> Record:
+    return Record(case_id, EditRequest("{} is in", subject, "Rome", "Paris"))
+
+
+def test_batches_have_one_record_per_subject() -> None:
+    records = [record(i, ["Ann", "ANN", "bob", "Cy", "dee", "Eve", "cy "][i]) for i in range(7)]
+    dealt = batches(records, 2)
+    assert [len(batch) for batch in dealt] == [2, 2, 1]
+    subjects = [r.request.subject.strip().lower() for batch in dealt for r in batch]
+    assert sorted(subjects) == ["ann", "bob", "cy", "dee", "eve"]
+    assert batches(records, 2, 2) == dealt[:2]
+
+
+def test_batches_depend_on_the_seed_alone() -> None:
+    records = [record(i, f"S{i}") for i in range(20)]
+    assert batches(records, 5, seed=1) == batches(list(records), 5, seed=1)
+    assert batches(records, 5, seed=1) != batches(records, 5, seed=2)
+    # Pinned, so that a run can be repeated with another version of Python.
+    assert [r.case_id for r in batches(records, 5, seed=0)[0]] == [10, 18, 16, 14, 0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            (2, 3),
+            r"There are 5 records with different subjects \(of 5\), too few for 3 batches of 2",
+        ),
+        ((0, 1), "batch_size is 0"),
+        ((1, -1), "n_batches is -1"),
+    ],
+)
+def test_batches_that_cannot_be_dealt(arguments: tuple, message: str) -> None:
+    with pytest.raises(BadData, match=message):
+        batches([record(i, f"S{i}") for i in range(5)], *arguments)
+
+
+def test_no_records_no_batches() -> None:
+    with pytest.raises(BadData, match="There are 0 records"):
+        batches([], 4)
