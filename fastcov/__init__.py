@@ -1,0 +1,63 @@
+"""Second moments of a model's keys, and the closed-form edits made with them.
+
+The numerics of "Efficient Knowledge Editing via Minimal Precomputation" (arXiv 2506.04226). Importing
+this package needs torch alone. `fastcov.ops` has the operator and its kernels, `fastcov.closed_form`
+the formulas, `fastcov.store` the file format.
+"""
+
+from fastcov import closed_form
+from fastcov.batches import bucket, take
+from fastcov.budget import budget, minimum_keys
+from fastcov.closed_form import LowRank
+from fastcov.collect import collect
+from fastcov.errors import (
+    BadBudget,
+    BudgetNotMet,
+    EmptyCorpus,
+    FastcovError,
+    HookNeverRan,
+    KernelUnavailable,
+    NonFiniteKeys,
+    NonFiniteMatrix,
+    NotPositiveDefinite,
+    StoreDamaged,
+    StoreMismatch,
+    StoreMissing,
+    UnknownModule,
+    WrongWidth,
+)
+from fastcov.keys import KeyHooks, flatten_keys
+from fastcov.linalg import CholeskyFactor, factorize, regularised
+from fastcov.moments import SecondMoment
+from fastcov.ops import rank_k_update
+
+__all__ = [
+    "BadBudget",
+    "BudgetNotMet",
+    "CholeskyFactor",
+    "EmptyCorpus",
+    "FastcovError",
+    "HookNeverRan",
+    "KernelUnavailable",
+    "KeyHooks",
+    "LowRank",
+    "NonFiniteKeys",
+    "NonFiniteMatrix",
+    "NotPositiveDefinite",
+    "SecondMoment",
+    "StoreDamaged",
+    "StoreMismatch",
+    "StoreMissing",
+    "UnknownModule",
+    "WrongWidth",
+    "bucket",
+    "budget",
+    "closed_form",
+    "collect",
+    "factorize",
+    "flatten_keys",
+    "minimum_keys",
+    "rank_k_update",
+    "regularised",
+    "take",
+]

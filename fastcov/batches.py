@@ -1,0 +1,166 @@
+"""From documents to padded batches: exactly as many tokens as asked for, and little padding.
+
+A document is the list of its token ids. Both functions are generators over documents, so that a
+corpus of any size passes through a bounded window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+from fastcov.errors import BadBudget
+
+Document = Sequence[int]
+
+# Padding that a single batch may have, tried in turn until the window as a whole has little enough.
+# Wide limits make few large batches; the last resort is the limit that the window itself has.
+_LIMITS = (1.0, 0.5, 0.35, 0.25, 0.2, 0.15, 0.12, 0.1, 0.08, 0.065)
+
+
+def take(documents: Iterable[Document], budget: int | None, max_length: int) -> Iterator[Document]:
+    """The first documents, with exactly as many tokens as the budget says.
+
+    Each document is truncated to `max_length`, the last one is cut so that the count is exact, and
+    empty documents are skipped. No document is asked for after the budget is met. A corpus
+    that ends before gives what it has; `fastcov.collect` reports it.
+
+    Args:
+        documents: Token ids, one sequence a document.
+        budget: The number of tokens, or None for all.
+        max_length: The longest document that the model takes, in tokens.
+
+    Returns:
+        An iterator of documents, none of them empty.
+
+    Raises:
+        BadBudget: The budget is not a whole number above 0.
+        ValueError: max_length is below 1.
+        TypeError: A document is text and not token ids (raised on reading it).
+    """
+    if budget is not None and (isinstance(budget, bool) or not isinstance(budget, int)):
+        raise BadBudget(f"The budget must be a whole number of tokens but is {budget!r}; round it.")
+    if budget is not None and budget <= 0:
+        raise BadBudget(f"The budget must be above 0 but is {budget}; see fastcov.budget.")
+    if max_length < 1:
+        raise ValueError(
+            f"max_length must be at least 1 token but is {max_length}; "
+            "pass the model's context length."
+        )
+    return _take(documents, budget, max_length)
+
+
+def _take(documents: Iterable[Document], budget: int | None, max_length: int) -> Iterator[Document]:
+    left = budget
+    for document in documents:
+        if isinstance(document, str | bytes):
+            raise TypeError(
+                f"A document must be a list of token ids but is the text {document[:40]!r}; "
+                "tokenise it first."
+            )
+        length = min(len(document), max_length if left is None else min(max_length, left))
+        if length == 0:
+            continue
+        yield document[:length]
+        if left is not None:
+            left -= length
+            if left == 0:
+                return
+
+
+def bucket(
+    documents: Iterable[Document],
+    tokens_per_batch: int,
+    max_padding: float = 0.05,
+    window: int = 1024,
+) -> Iterator[dict[str, Tensor]]:
+    """Batches of documents of similar length, padded on the right.
+
+    Documents are read a window at a time, sorted by length and cut into batches of at most
+    `tokens_per_batch` tokens, padding included; a longer document is a batch of its own. The share of
+    padding in a window's batches together is at most `max_padding`. The same documents always
+    give the same batches.
+
+    Args:
+        documents: Token ids, one sequence a document; empty ones are skipped.
+        tokens_per_batch: The most tokens in a batch, padding included.
+        max_padding: The largest share of padding, from 0 to below 1.
+        window: How many documents are sorted together, and held in memory.
+
+    Returns:
+        An iterator of batches: ``input_ids``, ``attention_mask`` and ``position_ids``, all int64 of
+        shape (documents, length of the longest), longest batch of a window first. Padded
+        positions have id 0 and mask 0.
+
+    Raises:
+        ValueError: tokens_per_batch or window below 1, or max_padding outside of [0, 1).
+    """
+    if tokens_per_batch < 1 or window < 1:
+        raise ValueError(
+            "tokens_per_batch and window must be at least 1 "
+            f"but are {tokens_per_batch} and {window}; pass a few thousand of each."
+        )
+    if not 0 <= max_padding < 1:
+        raise ValueError(
+            f"max_padding is a share from 0 to below 1 but is {max_padding!r}; 0.05 is usual."
+        )
+    return _bucket(documents, tokens_per_batch, max_padding, window)
+
+
+def _bucket(
+    documents: Iterable[Document], tokens_per_batch: int, max_padding: float, window: int
+) -> Iterator[dict[str, Tensor]]:
+    source = iter(documents)
+    while held := list(islice(source, window)):
+        # Longest first: a batch that is too large for the memory fails at once. The sort is stable.
+        held = sorted((document for document in held if len(document)), key=len, reverse=True)
+        lengths = [len(document) for document in held]
+        for start, stop in _cuts(lengths, tokens_per_batch, max_padding):
+            yield _pad(held[start:stop])
+
+
+def _cuts(
+    lengths: Sequence[int], tokens_per_batch: int, max_padding: float
+) -> list[tuple[int, int]]:
+    """Where to cut falling lengths: as few batches as the padding of all together allows."""
+    cuts: list[tuple[int, int]] = []
+    for limit in (*(limit for limit in _LIMITS if limit > max_padding), max_padding):
+        cuts = _greedy(lengths, tokens_per_batch, limit)
+        padded = sum(lengths[start] * (stop - start) for start, stop in cuts)
+        if padded - sum(lengths) <= max_padding * padded:
+            break
+    return cuts
+
+
+def _greedy(lengths: Sequence[int], tokens_per_batch: int, limit: float) -> list[tuple[int, int]]:
+    """Cut falling lengths so that each batch keeps to its size and to a share of padding."""
+    cuts = []
+    start, tokens = 0, 0
+    for i, length in enumerate(lengths):
+        padded = lengths[start] * (i + 1 - start)  # of the batch with this document in it
+        full = padded > tokens_per_batch or padded - (tokens + length) > limit * padded
+        if i > start and full:
+            cuts.append((start, i))
+            start, tokens = i, 0
+        tokens += length
+    if lengths:
+        cuts.append((start, len(lengths)))
+    return cuts
+
+
+def _pad(rows: Sequence[Document]) -> dict[str, Tensor]:
+    n, length = len(rows), len(rows[0])
+    input_ids = torch.zeros(n, length, dtype=torch.int64)
+    attention_mask = torch.zeros(n, length, dtype=torch.int64)
+    for i, row in enumerate(rows):
+        input_ids[i, : len(row)] = torch.as_tensor(row, dtype=torch.int64)
+        attention_mask[i, : len(row)] = 1
+    position_ids = torch.arange(length).expand(n, length).contiguous()
+    return {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "position_ids": position_ids,
+    }

@@ -1,0 +1,175 @@
+"""The closed-form updates of ROME, EMMET and MEMIT as low-rank factors.
+
+Pure functions of a factor of A, the edit keys K (d_k, B) and the residuals R (d, B), what the
+edited projection shall add at those keys. A comes from `fastcov.regularised` and does not depend on
+the edits: it is factored once, and a batch costs triangular solves and a system of its own size.
+K and R are read in the factor's dtype and on its device; float64 is recommended.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastcov.errors import NonFiniteKeys, NonFiniteMatrix, NotPositiveDefinite, WrongWidth
+from fastcov.linalg import CholeskyFactor, factorize
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """A change of a weight W (d, d_k) as ``left @ right^T``.
+
+    Attributes:
+        left: Shape (d, B).
+        right: Shape (d_k, B).
+    """
+
+    left: Tensor
+    right: Tensor
+
+    def dense(self) -> Tensor:
+        """The change itself, shape (d, d_k)."""
+        return self.left @ self.right.mT
+
+
+def memit(factor: CholeskyFactor, K: Tensor, R: Tensor) -> LowRank:
+    """MEMIT: ``Delta = R K^T (A + K K^T)^-1``, equation (2) of arXiv 2506.04226.
+
+    By Woodbury ``(A + K K^T)^-1 K = X (I + K^T X)^-1`` with ``X = A^-1 K``. With ``H = L^-1 K`` the
+    small matrix is ``I + H^T H``: symmetric, positive definite and (B, B).
+
+    Args:
+        factor: Of A = weight * C + ridge * I, width d_k.
+        K: Edit keys, shape (d_k, B); equal keys are fine.
+        R: Residuals, shape (d, B).
+
+    Returns:
+        left (d, B) and right = X (d_k, B).
+
+    Raises:
+        WrongWidth: K is not (d_k, B), or R has not B columns.
+        NonFiniteKeys: K holds NaN or infinity.
+        NonFiniteMatrix: R holds NaN or infinity.
+    """
+    K, R = _checked(factor, K, R)
+    H = factor.half_solve(K)  # (d_k, B)
+    S = H.mT @ H
+    S.diagonal().add_(1.0)
+    left = factorize(S, in_place=True).solve(R.mT).mT  # (d, B)
+    return LowRank(left=left.contiguous(), right=factor.back_solve(H))
+
+
+def emmet(factor: CholeskyFactor, K: Tensor, R: Tensor, lambda_e: float = 0.0) -> LowRank:
+    """EMMET: ``Delta = R (K^T A^-1 K + lambda_e I)^-1 K^T A^-1``, memorisation as a constraint.
+
+    With lambda_e = 0 every key is mapped to its residual exactly, ``Delta K = R``. That is impossible
+    for keys that depend on one another, and it is an error then, not a quiet approximation.
+
+    Args:
+        factor: Of A = weight * C + ridge * I, width d_k.
+        K: Edit keys, shape (d_k, B).
+        R: Residuals, shape (d, B).
+        lambda_e: How far the constraint is relaxed, 0 or above.
+
+    Returns:
+        left (d, B) and right = A^-1 K (d_k, B).
+
+    Raises:
+        WrongWidth: K is not (d_k, B), or R has not B columns.
+        NonFiniteKeys: K holds NaN or infinity.
+        NonFiniteMatrix: R holds NaN or infinity.
+        NotPositiveDefinite: lambda_e is 0 (or too small) and the keys are not independent.
+        ValueError: lambda_e is negative or not finite.
+    """
+    K, R = _checked(factor, K, R)
+    if not math.isfinite(lambda_e) or lambda_e < 0:
+        raise ValueError(
+            f"lambda_e must be finite and not below 0 but is {lambda_e!r}; 0.1 is usual."
+        )
+    H = factor.half_solve(K)  # (d_k, B)
+    S = H.mT @ H
+    S.diagonal().add_(lambda_e)
+    try:
+        small = factorize(S, jitters=(0.0,), in_place=True)
+    except NotPositiveDefinite as error:
+        raise NotPositiveDefinite(
+            f"The {K.shape[1]} edit keys of width {K.shape[0]} are not independent with "
+            f"lambda_e={lambda_e:g}, so they cannot be mapped exactly; remove duplicate requests, "
+            "use smaller batches, or pass lambda_e=0.1.",
+            tried=error.tried,
+            d=K.shape[1],
+        ) from error
+    left = small.solve(R.mT).mT  # (d, B)
+    return LowRank(left=left.contiguous(), right=factor.back_solve(H))
+
+
+def rome(
+    factor: CholeskyFactor, k: Tensor, r: Tensor, *, denominator_key: Tensor | None = None
+) -> LowRank:
+    """ROME: ``Delta = r (A^-1 k)^T / (k^T A^-1 k)``, one edit; the scale of A cancels.
+
+    Args:
+        factor: Of A, width d_k.
+        k: The edit key, shape (d_k,) or (d_k, 1).
+        r: The residual, shape (d,) or (d, 1).
+        denominator_key: The key q of the denominator ``q^T A^-1 k``, shaped as k. By default k
+            itself, which is r-ROME and makes ``Delta k = r``. ROME as released takes the bare
+            prompt's key here and the mean over contexts as k.
+
+    Returns:
+        left (d, 1) and right (d_k, 1).
+
+    Raises:
+        WrongWidth: A key is not d_k wide, or there is more than one edit.
+        NonFiniteKeys: A key holds NaN or infinity.
+        NonFiniteMatrix: r holds NaN or infinity.
+        NotPositiveDefinite: The denominator is not above 0 (a key of zeros, or two keys that have
+            nothing in common).
+    """
+    k, r = (_column(k), _column(r))
+    if k.shape[1] != 1:
+        raise WrongWidth(f"ROME makes one edit but got {k.shape[1]} keys; use emmet or memit.")
+    k, r = _checked(factor, k, r)
+    x = factor.solve(k)  # (d_k, 1)
+    q = k
+    if denominator_key is not None:
+        q, _ = _checked(factor, _column(denominator_key), r)
+    denominator = float((q.mT @ x).item())
+    if not math.isfinite(denominator) or denominator <= 0:
+        raise NotPositiveDefinite(
+            f"The denominator k^T A^-1 k of ROME is {denominator:g} and must be above 0; "
+            "check that the edit key is not zero and that both keys belong to one request.",
+            d=factor.d,
+        )
+    return LowRank(left=r / denominator, right=x)
+
+
+def _column(x: Tensor) -> Tensor:
+    return x.unsqueeze(1) if x.dim() == 1 else x
+
+
+def _checked(factor: CholeskyFactor, K: Tensor, R: Tensor) -> tuple[Tensor, Tensor]:
+    """K (d_k, B) and R (d, B) in the factor's dtype, if they fit it and one another."""
+    if K.dim() != 2 or K.shape[0] != factor.d or K.shape[1] == 0:
+        raise WrongWidth(
+            f"Edit keys of shape {tuple(K.shape)} do not fit a factor of width {factor.d}; "
+            f"they must be columns, ({factor.d}, B) with B at least 1."
+        )
+    if R.dim() != 2 or R.shape[1] != K.shape[1]:
+        raise WrongWidth(
+            f"Residuals of shape {tuple(R.shape)} do not fit {K.shape[1]} edit keys; "
+            f"they must be columns, (d, {K.shape[1]})."
+        )
+    for bad, name, what in ((NonFiniteKeys, "edit key", K), (NonFiniteMatrix, "residual", R)):
+        finite = what.isfinite().all(0)  # (B,)
+        if not bool(finite.all()):
+            first = int((~finite).nonzero()[0])
+            raise bad(
+                f"{int((~finite).sum())} of {finite.numel()} {name}s hold NaN or infinity, the first "
+                f"in column {first}; check that request, or run the model in float32."
+            )
+    like = torch.empty(0, dtype=factor.L.dtype, device=factor.L.device)
+    return K.to(like), R.to(like)

@@ -1,0 +1,97 @@
+"""The errors of fastcov: one class per thing that a caller may want to handle differently.
+
+Every message is one sentence that names the value, the place and the mend. Values that a program may
+need are attributes as well; all have defaults, so that the errors survive pickling between processes.
+"""
+
+from __future__ import annotations
+
+
+class FastcovError(Exception):
+    """Base class of every error that fastcov raises on purpose."""
+
+
+class NotPositiveDefinite(FastcovError):
+    """A matrix has no Cholesky factor, even with the largest jitter that was allowed.
+
+    Attributes:
+        tried: The jitters that were tried, relative to the mean of the diagonal.
+        d: The width of the matrix.
+    """
+
+    def __init__(self, message: str = "", *, tried: tuple[float, ...] = (), d: int = 0) -> None:
+        super().__init__(message)
+        self.tried = tried
+        self.d = d
+
+
+class NonFiniteKeys(FastcovError):
+    """Keys hold NaN or infinity, or their squares overflow the sum."""
+
+
+class NonFiniteMatrix(FastcovError):
+    """A matrix that is to be factorised or solved with holds NaN or infinity."""
+
+
+class WrongWidth(FastcovError, ValueError):
+    """Keys or matrices have another width than what they are combined with."""
+
+
+class EmptyCorpus(FastcovError, ValueError):
+    """There is not a single key to learn from."""
+
+
+class BudgetNotMet(FastcovError, ValueError):
+    """The corpus ended before the budget of keys was met.
+
+    Attributes:
+        found: How many keys there were.
+        wanted: How many keys were asked for.
+    """
+
+    def __init__(self, message: str = "", *, found: int = 0, wanted: int = 0) -> None:
+        super().__init__(message)
+        self.found = found
+        self.wanted = wanted
+
+
+class BadBudget(FastcovError, ValueError):
+    """A multiplier or a number of keys that asks for nothing, or for no number at all."""
+
+
+class UnknownModule(FastcovError, LookupError):
+    """The model has no module of this path."""
+
+
+class HookNeverRan(FastcovError):
+    """A hooked module was not called in a complete forward pass."""
+
+
+class KernelUnavailable(FastcovError):
+    """A kernel that was asked for by name cannot run here."""
+
+
+class StoreMismatch(FastcovError):
+    """A stored moment is sound, but of another thing than the one expected.
+
+    Attributes:
+        field: The name of the field that differs.
+        stored: Its value in the file, None where the file has no such field.
+        expected: The value that was expected.
+    """
+
+    def __init__(
+        self, message: str = "", *, field: str = "", stored: object = None, expected: object = None
+    ) -> None:
+        super().__init__(message)
+        self.field = field
+        self.stored = stored
+        self.expected = expected
+
+
+class StoreDamaged(FastcovError):
+    """A stored moment is not what was written: truncated, altered, or not a moment at all."""
+
+
+class StoreMissing(FastcovError):
+    """There is no stored moment at this path."""

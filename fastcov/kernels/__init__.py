@@ -1,0 +1,1 @@
+"""Implementations of the rank-k update; `fastcov.ops` chooses between them."""

@@ -1,0 +1,202 @@
+"""From a hooked module to key rows.
+
+A key is the input of an edited projection at one token. This file is the only one that knows how to
+read a module: it hooks the projections' inputs, and lets no forward pass run further than the last
+of them.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from fastcov.errors import FastcovError, HookNeverRan, UnknownModule, WrongWidth
+
+OnKeys = Callable[[str, Tensor, Tensor | None], None]
+
+
+def flatten_keys(x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """View keys as rows.
+
+    Rows and mask are permuted together where only that spares a copy (a transposed batch), so row i
+    always belongs to mask entry i, but the rows need not be in row-major order. A copy is made only
+    where the strides allow no view at all, as in ``x[:, 1:]``.
+
+    Args:
+        x: Keys, shape (..., d_k).
+        mask: What to keep, shape (...) or any shape with as many entries (some models flatten tokens
+            before the projection); non-zero means kept. None keeps all.
+
+    Returns:
+        The rows (n, d_k), and the mask as bool (n,) on the rows' device, or None.
+
+    Raises:
+        WrongWidth: x is a scalar, or the mask has another number of entries than x has rows.
+    """
+    if x.dim() == 0:
+        raise WrongWidth(
+            "Keys must have shape (..., d_k) but are a scalar; pass the projection's input."
+        )
+    width = x.shape[-1]
+    if mask is not None:
+        if mask.numel() * width != x.numel():
+            raise WrongWidth(
+                f"A mask of shape {tuple(mask.shape)} does not fit keys of shape {tuple(x.shape)}; "
+                "it needs one entry for each row."
+            )
+        mask = mask.to(device=x.device, dtype=torch.bool).reshape(x.shape[:-1])
+    if x.dim() > 2:
+        order = sorted(range(x.dim() - 1), key=lambda i: -x.stride(i))
+        x = x.permute(*order, x.dim() - 1)
+        mask = None if mask is None else mask.permute(order)
+    return x.reshape(-1, width), None if mask is None else mask.reshape(-1)
+
+
+class KeyHooks:
+    """Reads the inputs of named modules during a forward pass that ends at the last of them.
+
+    The pass ends before the last hooked module computes anything: neither its own product nor a
+    module above it runs. Hooks are removed on leaving the context, whatever happened inside.
+
+    Example:
+        >>> with KeyHooks(model, ["layers.0.mlp.down_proj"], print) as hooks:
+        ...     hooks.run({"input_ids": ids, "attention_mask": mask})
+
+    Args:
+        model: The model, called as ``model(**batch)``.
+        modules: Paths of the modules, as in ``model.named_modules()``.
+        on_keys: Called as ``on_keys(path, x, mask)`` with the module's input x (..., d_k) and the
+            mask that `run` was given. It must not keep x without a copy: the tensor is the model's.
+
+    Raises:
+        UnknownModule: A path is not in the model.
+        ValueError: No path at all, or two paths that are the same module.
+    """
+
+    def __init__(self, model: nn.Module, modules: Sequence[str], on_keys: OnKeys) -> None:
+        if isinstance(modules, str) or not modules:
+            raise ValueError(
+                f"modules must be a list of at least one module path but is {modules!r}; "
+                'write ["model.layers.4.mlp.down_proj"], for example.'
+            )
+        self._model = model
+        self._on_keys = on_keys
+        self._targets: dict[str, nn.Module] = {}
+        known = dict(model.named_modules(remove_duplicate=False))
+        for path in modules:
+            if path not in known:
+                raise UnknownModule(_unknown(path, known))
+            for other, module in self._targets.items():
+                if module is known[path]:
+                    raise ValueError(
+                        f"The paths {other!r} and {path!r} are the same module; name it once."
+                    )
+            self._targets[path] = known[path]
+        self._handles: list[RemovableHandle] = []
+        self._fired: set[str] = set()
+        self._mask: Tensor | None = None
+        self._running = False
+
+    @property
+    def attached(self) -> int:
+        """How many hooks are on the model now."""
+        return len(self._handles)
+
+    def __enter__(self) -> KeyHooks:
+        """Put the hooks on."""
+        if self._handles:
+            raise FastcovError("These hooks are on the model already; enter the context once.")
+        for path, module in self._targets.items():
+            # Registered last and with keywords: the key is the input after every other pre-hook had
+            # its way, wherever the caller puts it.
+            hook = module.register_forward_pre_hook(self._hook(path), with_kwargs=True)
+            self._handles.append(hook)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Take the hooks off."""
+        while self._handles:
+            self._handles.pop().remove()
+
+    def run(self, batch: Mapping[str, Any], mask: Tensor | None = None) -> None:
+        """Run the model on one batch, up to the last hooked module.
+
+        Args:
+            batch: The model's keyword arguments.
+            mask: Which tokens are keys, handed on to ``on_keys``; by default the batch's
+                ``attention_mask`` where it has one.
+
+        Raises:
+            HookNeverRan: The forward pass ended and a hooked module was never called.
+            FastcovError: The hooks are not on the model, or a hooked module was called twice before
+                the last one was reached.
+        """
+        if not self._handles:
+            raise FastcovError("The hooks are not on the model; use KeyHooks in a with statement.")
+        self._mask = batch.get("attention_mask") if mask is None else mask
+        self._fired.clear()
+        self._running = True
+        try:
+            self._model(**batch)
+        except _Reached as reached:
+            if reached.by is not self:
+                raise
+        finally:
+            self._running = False
+            self._mask = None
+        missing = [path for path in self._targets if path not in self._fired]
+        if missing:
+            raise HookNeverRan(
+                f"The module {', '.join(map(repr, missing))} was never called in a complete forward "
+                "pass; name the projection that the model really runs."
+            )
+
+    def _hook(self, path: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if not self._running:  # somebody else's forward, while the hooks happen to be on
+                return
+            if path in self._fired:
+                raise FastcovError(
+                    f"The module {path!r} was called twice in one forward pass, so its keys cannot "
+                    "be told apart; name modules that run once."
+                )
+            x = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)
+            if x is None:
+                raise FastcovError(
+                    f"The module {path!r} was called without a tensor; name a projection."
+                )
+            self._fired.add(path)
+            self._on_keys(path, x.detach(), self._mask)
+            if len(self._fired) == len(self._targets):
+                raise _Reached(self)
+
+        return hook
+
+
+class _Reached(BaseException):
+    """The last hooked module was reached. Not an Exception, so that no model catches it."""
+
+    def __init__(self, by: KeyHooks) -> None:
+        super().__init__("the last hooked module was reached")
+        self.by = by
+
+
+def _unknown(path: str, known: Mapping[str, nn.Module]) -> str:
+    near = difflib.get_close_matches(path, [name for name in known if name], n=3, cutoff=0.5)
+    hint = (
+        f"did you mean {' or '.join(map(repr, near))}?"
+        if near
+        else ("look at model.named_modules() for the paths that exist.")
+    )
+    return f"The model has no module {path!r}; {hint}"

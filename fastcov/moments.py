@@ -1,0 +1,186 @@
+"""The uncentred second moment of keys, as a sum that grows and a mean that is read."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fastcov.errors import EmptyCorpus, WrongWidth
+from fastcov.keys import flatten_keys
+from fastcov.ops import rank_k_update
+
+_BLOCK = 1024  # rows mirrored at a time: the temporary is one block, not a second matrix
+
+
+class SecondMoment:
+    """The running sum of ``k k^T`` over keys k, and how many there were.
+
+    The canonical layout: the sum is a matrix (d, d) of which only the lower triangle means anything;
+    whatever lies above the diagonal is neither read nor written. Readings are symmetric copies. The
+    mean is C_0 of equation (2) of arXiv 2506.04226 divided by the number of keys, uncentred, so
+    that the number of keys does not change the weight it gets.
+
+    Args:
+        d: The width of the keys.
+        dtype: Of the sum, float32 or float64. Keys of any floating dtype are taken; products are
+            never summed in less than float32.
+        device: Where the sum lives, and where keys must come from.
+
+    Raises:
+        ValueError: A width below 1, or another dtype.
+    """
+
+    def __init__(
+        self,
+        d: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> None:
+        if d < 1:
+            raise ValueError(
+                f"The width of the keys must be at least 1 but is {d}; "
+                "pass the projection's input width."
+            )
+        if dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"The sum must be float32 or float64 but is {dtype}; pass one of them."
+            )
+        self._sum = torch.zeros(d, d, dtype=dtype, device=device)
+        self._count = 0
+
+    @classmethod
+    def from_lower(cls, lower: Tensor, count: int) -> SecondMoment:
+        """Take over a sum of which the lower triangle is filled; it is not copied.
+
+        Args:
+            lower: The sum, shape (d, d), float32 or float64.
+            count: How many keys are in it.
+
+        Raises:
+            WrongWidth: The matrix is not square.
+            ValueError: A negative count, or another dtype.
+        """
+        if lower.dim() != 2 or lower.shape[0] != lower.shape[1]:
+            raise WrongWidth(
+                f"A sum must be a square matrix but has shape {tuple(lower.shape)}; pass (d, d)."
+            )
+        if count < 0:
+            raise ValueError(f"The number of keys cannot be {count}; pass how many were summed.")
+        moment = cls(lower.shape[0], dtype=lower.dtype, device="meta")
+        moment._sum = lower
+        moment._count = int(count)
+        return moment
+
+    def update(self, x: Tensor, mask: Tensor | None = None) -> SecondMoment:
+        """Add keys.
+
+        Args:
+            x: Keys, shape (..., d), float32, float64, float16 or bfloat16, on the sum's device.
+            mask: Which of them count, shape (...), non-zero means kept; None keeps all.
+
+        Returns:
+            This moment.
+
+        Raises:
+            WrongWidth: The keys are not d wide, or the mask does not fit them.
+            ValueError: Keys that are not floating point or that live on another device.
+        """
+        rows, kept = flatten_keys(x, mask)  # (n, d), (n,)
+        rank_k_update(self._sum, rows, mask=kept)
+        self._count += rows.shape[0] if kept is None else int(kept.sum())
+        return self
+
+    def merge(self, other: SecondMoment) -> SecondMoment:
+        """Add another moment's keys; the other one stays as it is.
+
+        Raises:
+            WrongWidth: The other moment is of another width.
+        """
+        if other.d != self.d:
+            raise WrongWidth(
+                f"A moment of width {other.d} cannot be merged into one of width {self.d}; "
+                "merge moments of the same projection."
+            )
+        self._sum += other._sum.to(self._sum)
+        self._count += other._count
+        return self
+
+    def all_reduce(self, group: dist.ProcessGroup | None = None) -> SecondMoment:
+        """Add up the moments of all processes of a group; every one then holds the total.
+
+        Without an initialised process group there is one process, and nothing to add.
+        """
+        if dist.is_available() and dist.is_initialized():
+            count = torch.tensor([self._count], dtype=torch.int64, device=self._sum.device)
+            dist.all_reduce(self._sum, group=group)
+            dist.all_reduce(count, group=group)
+            self._count = int(count.item())
+        return self
+
+    def to(self, device: torch.device | str) -> SecondMoment:
+        """The same moment on a device; this one where it lives there already."""
+        moved = self._sum.to(device)
+        return self if moved is self._sum else SecondMoment.from_lower(moved, self._count)
+
+    @property
+    def d(self) -> int:
+        """The width of the keys."""
+        return self._sum.shape[0]
+
+    @property
+    def count(self) -> int:
+        """How many keys were added."""
+        return self._count
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the sum."""
+        return self._sum.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the sum lives."""
+        return self._sum.device
+
+    @property
+    def lower(self) -> Tensor:
+        """The sum itself (d, d), not a copy; only its lower triangle means anything."""
+        return self._sum
+
+    @property
+    def sum(self) -> Tensor:
+        """The sum of ``k k^T``, a symmetric copy (d, d)."""
+        return _mirror(self._sum.clone())
+
+    @property
+    def second_moment(self) -> Tensor:
+        """The mean of ``k k^T``, a symmetric copy (d, d).
+
+        Raises:
+            EmptyCorpus: No key was added.
+        """
+        if self._count == 0:
+            raise EmptyCorpus(
+                f"This moment of width {self.d} has seen no key, so it has no mean; update it first."
+            )
+        return _mirror(self._sum / self._count)
+
+    def __repr__(self) -> str:
+        """Width, count, dtype and device."""
+        return (
+            f"SecondMoment(d={self.d}, count={self.count}, dtype={self.dtype}, "
+            f"device={str(self.device)!r})"
+        )
+
+
+def _mirror(matrix: Tensor) -> Tensor:
+    """Write the lower triangle of a matrix (d, d) over its upper one, in place."""
+    d = matrix.shape[0]
+    for start in range(0, d, _BLOCK):
+        stop = min(start + _BLOCK, d)
+        corner = matrix[start:stop, start:stop]
+        corner.copy_(corner.tril() + corner.tril(-1).mT)
+        matrix[start:stop, stop:] = matrix[stop:, start:stop].mT
+    return matrix
