@@ -1,0 +1,78 @@
+"""Text that the model writes: seeded, batched, with the settings named and none inherited."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from fastmemit.tokens import encode, pad_batch
+
+
+@torch.no_grad()
+def continue_rows(
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[Sequence[int]],
+    new_tokens: int,
+    *,
+    top_k: int | None = None,
+    seed: int = 0,
+) -> list[list[int]]:
+    """Continue rows of token ids by exactly `new_tokens` tokens each.
+
+    Args:
+        model: A causal language model.
+        tokenizer: Its tokenizer.
+        rows: Token ids, at least one in each row.
+        new_tokens: How many tokens to add; end-of-text is not allowed to end a row early.
+        top_k: Sample among the k most probable tokens; 0 samples among all; None takes the most
+            probable (greedy).
+        seed: Of the sampling; the process's own random state is left as it was.
+
+    Returns:
+        The new tokens of each row.
+    """
+    device = model.get_input_embeddings().weight.device
+    batch = pad_batch(rows, side="left", device=device)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    # Every setting that a model's own generation config could change is named here.
+    chosen: dict[str, Any] = {"do_sample": False}
+    if top_k is not None:
+        chosen = {"do_sample": True, "top_k": top_k, "top_p": 1.0, "temperature": 1.0}
+    training = model.training
+    model.eval()
+    cuda = [device] if device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices=cuda):
+            torch.manual_seed(seed)
+            out = model.generate(
+                input_ids=batch["input_ids"],
+                attention_mask=batch["attention_mask"],
+                max_new_tokens=new_tokens,
+                min_new_tokens=new_tokens,
+                num_beams=1,
+                repetition_penalty=1.0,
+                pad_token_id=0 if pad is None else pad,
+                **chosen,
+            )
+    finally:
+        model.train(training)
+    width = batch["input_ids"].shape[1]
+    return [row[width:].tolist() for row in out]
+
+
+def continue_texts(
+    model: Any,
+    tokenizer: Any,
+    texts: Sequence[str],
+    new_tokens: int,
+    *,
+    top_k: int | None = None,
+    seed: int = 0,
+) -> list[str]:
+    """`continue_rows` on texts: the new text of each, special tokens left out."""
+    rows = [encode(tokenizer, text).ids for text in texts]
+    new = continue_rows(model, tokenizer, rows, new_tokens, top_k=top_k, seed=seed)
+    return [tokenizer.decode(row, skip_special_tokens=True) for row in new]

@@ -1,0 +1,100 @@
+"""Target vectors computed literally: one request at a time, every token through every block.
+
+The reference for `fastmemit.targets`: full forwards of the unmodified model, the change added by a
+hook, logits everywhere, `torch.optim.Adam`.  Nothing is shared, cached or batched over requests.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def _output(out):
+    return out[0] if isinstance(out, tuple) else out
+
+
+def literal_target(model, tokenizer, block, request, contexts, settings, module=None):
+    """(target, v0, losses) of one request.
+
+    `block` is the module whose output takes the change; `module`, if given, takes its place (the
+    edited projection, for ROME).
+    """
+    site = module if module is not None else block
+    ending = " " + request.target_new.strip()
+    before, after = request.prompt.split("{}")
+    texts, subjects = [], []
+    for prefix in contexts:
+        texts.append(prefix + before + request.subject + after)
+        subjects.append(len(prefix) + len(before) + len(request.subject))
+    rows, lookups, n_target = [], [], []
+    for text, end in zip(texts, subjects):
+        full = tokenizer(text + ending, return_offsets_mapping=True)
+        spans = full["offset_mapping"]
+        target = sum(1 for s, e in spans if e > len(text))
+        rows.append(full["input_ids"])
+        n_target.append(target)
+        lookups.append(max(i for i, (s, e) in enumerate(spans) if s < end and e > 0 and e > s))
+    kl_full = tokenizer(request.subject + " is a", return_offsets_mapping=True)
+    end = len(request.subject)
+    kl_lookup = max(
+        i for i, (s, e) in enumerate(kl_full["offset_mapping"]) if s < end and e > s
+    )
+    inputs = [row[:-1] for row in rows] + [kl_full["input_ids"]]
+    lookups.append(kl_lookup)
+    width = max(map(len, inputs))
+    ids = torch.zeros(len(inputs), width, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(inputs):
+        ids[i, : len(row)] = torch.tensor(row)
+        mask[i, : len(row)] = 1
+
+    d = model.get_input_embeddings().weight.shape[1]
+    d = getattr(model.config, "hidden_size", d)
+    delta = torch.zeros(d, requires_grad=True)
+    start = None
+
+    def add(_module, _args, out):
+        nonlocal start
+        hidden = _output(out)
+        shape = hidden.shape
+        tokens = hidden.reshape(len(inputs), width, -1)
+        if start is None:
+            start = tokens[0, lookups[0]].detach().float().clone()
+        changed = tokens.clone()
+        for i, index in enumerate(lookups):
+            changed[i, index] = tokens[i, index] + delta.to(tokens.dtype)
+        changed = changed.reshape(shape)
+        return (changed, *out[1:]) if isinstance(out, tuple) else changed
+
+    optimiser = torch.optim.Adam([delta], lr=settings.learning_rate)
+    losses, kl_start = [], None
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for step in range(settings.steps):
+        optimiser.zero_grad()
+        handle = site.register_forward_hook(add)
+        try:
+            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float()
+        finally:
+            handle.remove()
+        log_p = torch.log_softmax(logits, dim=-1)
+        nll = 0.0
+        for i, (row, n) in enumerate(zip(rows, n_target)):
+            positions = range(len(row) - n, len(row))
+            nll = nll - sum(log_p[i, p - 1, row[p]] for p in positions) / n / len(rows)
+        log_q = log_p[-1, kl_lookup]
+        if kl_start is None:
+            kl_start = log_q.detach().clone()
+        kl = torch.sum(kl_start.exp() * (kl_start - log_q))
+        decay = settings.weight_decay * (delta.norm() / start.norm() ** 2)
+        loss = nll + settings.kl_factor * kl + decay
+        losses.append(loss.item())
+        if loss.item() < settings.early_stop or step == settings.steps - 1:
+            break
+        loss.backward()
+        optimiser.step()
+        limit = settings.clamp * start.norm()
+        if delta.norm() > limit:
+            with torch.no_grad():
+                delta[...] = delta * limit / delta.norm()
+    return (start + delta).detach(), start, losses
