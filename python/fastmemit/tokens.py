@@ -7,7 +7,8 @@ subject's own tokens, which may be merged differently in another context.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,8 @@ import torch
 from fastmemit.errors import BadRequest
 
 NOWHERE = (-1, -1)
+
+_Pair = tuple[list[int], list[tuple[int, int]]]
 
 
 @dataclass(frozen=True)
@@ -40,63 +43,169 @@ def encode(tokenizer: Any, text: str) -> Encoded:
     """Tokenise `text` the way the model's own inputs are tokenised.
 
     Args:
-        tokenizer: A transformers tokenizer, fast or slow.
+        tokenizer: A transformers tokenizer.  Fast ones state the span of each token; for slow ones
+            it is found by decoding, see `_spans_by_decoding`.
         text: Any text; it may be empty.
 
     Returns:
         Ids and character spans.  Special tokens that the tokenizer puts in front (BOS) are kept,
-        those that it puts behind (EOS) are removed, so that the text can be continued.
+        those that it puts behind (EOS) are removed, so that the text can be continued.  White space
+        that no token claims belongs to the token that follows it.
     """
-    ids, spans = _fast(tokenizer, text)
-    end = len(ids)
-    return Encoded(tuple(ids[:end]), tuple(spans[:end]))
+    read = _encode_fast if getattr(tokenizer, "is_fast", False) else _encode_slow
+    ids, spans = read(tokenizer, text)
+    start = next((i for i, span in enumerate(spans) if span != NOWHERE), None)
+    if start is None:  # no token of the text: which specials lead shows only next to one
+        start = end = _leading(read, tokenizer)
+    else:
+        end = max(i for i, span in enumerate(spans) if span != NOWHERE) + 1
+    return Encoded(tuple(ids[:end]), tuple(spans[:start] + _tiled(spans[start:end], text)))
 
 
-def _fast(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+def _leading(read: Callable[[Any, str], _Pair], tokenizer: Any) -> int:
+    """How many special tokens a tokenizer puts in front of a text."""
+    spans = read(tokenizer, "a")[1]
+    return next((i for i, span in enumerate(spans) if span != NOWHERE), 0)
+
+
+def _tiled(spans: list[tuple[int, int]], text: str) -> list[tuple[int, int]]:
+    """Spans that leave no white space between them.
+
+    Byte-level tokenizers report " word" without its space, or with it, as they are configured.
+    """
+    tiled: list[tuple[int, int]] = []
+    reached = 0
+    for left, right in spans:
+        gap = text[reached:left]
+        tiled.append((reached if gap and gap.isspace() else left, right))
+        reached = max(reached, right)
+    return tiled
+
+
+def _encode_fast(tokenizer: Any, text: str) -> _Pair:
     out = tokenizer(
-        text, return_offsets_mapping=True, return_special_tokens_mask=True, verbose=False
+        text,
+        padding=False,
+        truncation=False,
+        return_offsets_mapping=True,
+        return_special_tokens_mask=True,
+        verbose=False,
     )
-    ids = list(out["input_ids"])
-    special = out["special_tokens_mask"]
+    # A special token written out in the text covers characters; an added one covers none.
     spans = [
-        NOWHERE if flag and start == end else (start, end)
-        for flag, (start, end) in zip(special, out["offset_mapping"], strict=True)
+        NOWHERE if special and left == right else (left, right)
+        for special, (left, right) in zip(
+            out["special_tokens_mask"], out["offset_mapping"], strict=True
+        )
     ]
-    while spans and spans[-1] == NOWHERE and any(s != NOWHERE for s in spans):
-        spans.pop()
-        ids.pop()
+    return list(out["input_ids"]), spans
+
+
+def _encode_slow(tokenizer: Any, text: str) -> _Pair:
+    settings = {"padding": False, "truncation": False, "verbose": False}
+    ids = list(tokenizer(text, **settings)["input_ids"])
+    body = list(tokenizer(text, add_special_tokens=False, **settings)["input_ids"])
+    for lead in range(len(ids) - len(body) + 1):
+        if ids[lead : lead + len(body)] == body:
+            break
+    else:
+        raise BadRequest(
+            f"{type(tokenizer).__name__} tokenises {text!r:.80} differently with and without "
+            "special tokens, so its tokens cannot be placed; use the fast tokenizer of this model."
+        )
+    spans = [NOWHERE] * len(ids)
+    spans[lead : lead + len(body)] = _spans_by_decoding(tokenizer, body, text)
     return ids, spans
 
 
+def _spans_by_decoding(tokenizer: Any, ids: list[int], text: str) -> list[tuple[int, int]]:
+    """The span of each token, from how far the decoded text grows with it.
+
+    A token that ends inside a character (one byte of an emoji) decodes to U+FFFD and covers that
+    whole character.  Where the decoded text is not the text itself (collapsed white space, lower
+    case, unknown words) the two are aligned, and a token covers all that it may stand for.
+    """
+    settings = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+    whole = tokenizer.decode(ids, **settings)
+    place = _alignment(whole, text)  # per character of `whole` its span in the text
+    spans = []
+    reached = 0
+    for count in range(1, len(ids) + 1):
+        part = tokenizer.decode(ids[:count], **settings)
+        pairs = enumerate(zip(part, whole, strict=False))
+        common = next((i for i, (a, b) in pairs if a != b), min(len(part), len(whole)))
+        # Bytes of an unfinished character show as something that `whole` does not have there.
+        unfinished = common < len(part) and common < len(whole)
+        start, reached = reached, max(reached, common)
+        covered = place[start : reached + unfinished]
+        if covered:
+            spans.append((covered[0][0], max(right for _, right in covered)))
+        else:
+            here = place[start][0] if start < len(place) else len(text)
+            spans.append((here, here))
+    return spans
+
+
+def _alignment(whole: str, text: str) -> list[tuple[int, int]]:
+    """For each character of `whole` the characters of `text` that it stands for."""
+    if whole == text:
+        return [(index, index + 1) for index in range(len(text))]
+    place: list[tuple[int, int]] = []
+    matcher = difflib.SequenceMatcher(None, whole, text, autojunk=False)
+    for tag, from_, to, left, right in matcher.get_opcodes():
+        if tag == "equal":
+            place += [(left + step, left + step + 1) for step in range(to - from_)]
+        else:
+            place += [(left, right)] * (to - from_)
+    return place
+
+
 def subject_end(encoded: Encoded, start: int, end: int) -> int:
-    """The index of the last token that overlaps ``text[start:end]``.
+    """The index of the last token that overlaps the subject ``text[start:end]``.
+
+    Args:
+        encoded: The encoding of the text.
+        start: The subject's first character, ``len(request.before)``.
+        end: One past its last character.
 
     Raises:
-        BadRequest: No token covers any of these characters.
+        BadRequest: The range is empty, or no token covers any of its characters.
     """
     for index in range(len(encoded.spans) - 1, -1, -1):
         left, right = encoded.spans[index]
-        if left < end and right > start:
+        if max(left, start) < min(right, end):
             return index
     raise BadRequest(
-        f"No token covers the characters {start} to {end} of the prompt; "
-        "name a subject that the tokenizer does not drop."
+        f"No token covers the subject (characters {start} to {end} of the prompt); the tokenizer "
+        "drops these characters, so write the subject with others."
     )
 
 
 def encode_with_target(tokenizer: Any, text: str, target: str) -> tuple[Encoded, int]:
-    """Tokenise `text` and `target` as one text.
+    """Tokenise `text` and the `target` that follows it as one text.
+
+    Joint, because a model reads one text: tokens at the border may merge.  A token that holds
+    characters of both belongs to the target, and the text's end goes with it.
+
+    Args:
+        tokenizer: A transformers tokenizer.
+        text: What comes before the target.
+        target: The target with its leading space, `EditRequest.target`.
 
     Returns:
-        The encoding of ``text + target`` and how many of its last tokens are the target's.
+        The encoding of ``text + target`` and the number of tokens at its end that are the target's.
 
     Raises:
         BadRequest: The target yields no token.
     """
     encoded = encode(tokenizer, text + target)
-    n_target = sum(right > len(text) for _, right in encoded.spans)
+    ends = (i for i, (_, right) in enumerate(encoded.spans) if right > len(text))
+    n_target = len(encoded) - next(ends, len(encoded))
     if n_target == 0:
-        raise BadRequest(f"The target {target!r} yields no token; give another answer.")
+        raise BadRequest(
+            f"The target {target!r} yields no token after {text!r:.80}; give an answer that the "
+            "tokenizer knows."
+        )
     return encoded, n_target
 
 
@@ -106,18 +215,30 @@ def pad_batch(
     side: str = "right",
     device: torch.device | str | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Rows of token ids as one batch.
+    """Rows of token ids as one batch for a model.
+
+    Args:
+        rows: n rows of ids, of any lengths.
+        pad_id: What fills them up to the longest, L; masked, so any id of the vocabulary will do.
+        side: "right" or "left".
+        device: Where the tensors go; None for the default device.
 
     Returns:
-        ``input_ids``, ``attention_mask`` and ``position_ids``, int64, each (n, L).
+        ``input_ids``, ``attention_mask`` and ``position_ids``, int64, each (n, L).  Positions count
+        the row's own tokens from 0 on either side of the padding.
+
+    Raises:
+        ValueError: `side` is neither.
     """
+    if side not in ("right", "left"):
+        raise ValueError(f"The padding side must be 'right' or 'left', not {side!r}.")
     width = max((len(row) for row in rows), default=0)
     ids = torch.full((len(rows), width), pad_id, dtype=torch.int64)
     mask = torch.zeros_like(ids)
     for index, row in enumerate(rows):
-        place = slice(0, len(row)) if side == "right" else slice(width - len(row), width)
-        ids[index, place] = torch.tensor(list(row), dtype=torch.int64)
-        mask[index, place] = 1
+        start = 0 if side == "right" else width - len(row)
+        ids[index, start : start + len(row)] = torch.tensor(list(row), dtype=torch.int64)
+        mask[index, start : start + len(row)] = 1
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     batch = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
     return {name: tensor.to(device) for name, tensor in batch.items()}

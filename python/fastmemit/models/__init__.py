@@ -3,6 +3,19 @@
 from __future__ import annotations
 
 from fastmemit.models.adapter import ModelAdapter, find_adapter
+from fastmemit.models.fingerprint import checksum, fingerprint, tokenizer_fingerprint
+from fastmemit.models.loading import load_model
 from fastmemit.models.outputs import hidden_of, with_hidden
+from fastmemit.models.saving import save_model
 
-__all__ = ["ModelAdapter", "find_adapter", "hidden_of", "with_hidden"]
+__all__ = [
+    "ModelAdapter",
+    "checksum",
+    "find_adapter",
+    "fingerprint",
+    "hidden_of",
+    "load_model",
+    "save_model",
+    "tokenizer_fingerprint",
+    "with_hidden",
+]

