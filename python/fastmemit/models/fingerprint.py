@@ -29,6 +29,7 @@ _VOLATILE = {
     "pretraining_tp",
     "quantization_config",
     "task_specific_params",
+    "tie_word_embeddings",  # shows in the tensors
     "torch_dtype",
     "transformers_version",
     "use_cache",
@@ -134,9 +135,15 @@ def _essence(config: dict[str, Any]) -> dict[str, Any]:
     """
     from transformers import PretrainedConfig
 
-    # model_type is the class's own; a tied head shows in the tensors.
     common = set(PretrainedConfig().to_dict()) - {"model_type"}
-    return _without(config, common | _VOLATILE)
+    kept = _without(config, common | _VOLATILE)
+    # Version 5 of transformers puts into one dict what version 4 kept in two fields.
+    rope = {"rope_theta": kept.pop("rope_theta", None), **kept.pop("rope_scaling", {})}
+    rope.update(kept.pop("rope_parameters", {}))
+    if rope.get("rope_type") == "default":
+        del rope["rope_type"]
+    kept["rope"] = {name: value for name, value in rope.items() if value is not None}
+    return kept
 
 
 def _without(config: dict[str, Any], names: set[str]) -> dict[str, Any]:

