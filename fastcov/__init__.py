@@ -1,8 +1,8 @@
 """Second moments of a model's keys, and the closed-form edits made with them.
 
-The numerics of "Efficient Knowledge Editing via Minimal Precomputation" (arXiv 2506.04226). Importing
-this package needs torch alone. `fastcov.ops` has the operator and its kernels, `fastcov.closed_form`
-the formulas, `fastcov.store` the file format.
+The numerics of "Efficient Knowledge Editing via Minimal Precomputation" (arXiv 2506.04226).
+Importing this package needs torch alone. `fastcov.ops` has the operator and its kernels,
+`fastcov.closed_form` the formulas, `fastcov.store` the file format.
 """
 
 from fastcov import closed_form
@@ -30,6 +30,7 @@ from fastcov.keys import KeyHooks, flatten_keys
 from fastcov.linalg import CholeskyFactor, factorize, regularised
 from fastcov.moments import SecondMoment
 from fastcov.ops import rank_k_update
+from fastcov.store import load_moment, read_provenance, save_moment
 
 __all__ = [
     "BadBudget",
@@ -56,8 +57,11 @@ __all__ = [
     "collect",
     "factorize",
     "flatten_keys",
+    "load_moment",
     "minimum_keys",
     "rank_k_update",
+    "read_provenance",
     "regularised",
+    "save_moment",
     "take",
 ]

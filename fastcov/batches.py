@@ -80,8 +80,8 @@ def bucket(
     """Batches of documents of similar length, padded on the right.
 
     Documents are read a window at a time, sorted by length and cut into batches of at most
-    `tokens_per_batch` tokens, padding included; a longer document is a batch of its own. The share of
-    padding in a window's batches together is at most `max_padding`. The same documents always
+    `tokens_per_batch` tokens, padding included; a longer document is a batch of its own. The share
+    of padding in a window's batches together is at most `max_padding`. The same documents always
     give the same batches.
 
     Args:

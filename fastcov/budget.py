@@ -27,12 +27,12 @@ def budget(multiplier: float, d_k: int) -> int:
         BadBudget: The multiplier is NaN, infinite, not above 0 or so small that no key is left, or
             d_k is not a whole number above 0.
     """
-    if isinstance(d_k, bool) or not isinstance(d_k, Integral) or d_k <= 0:
+    if not _is(d_k, Integral) or d_k <= 0:
         raise BadBudget(
             f"The width of the keys d_k must be a whole number above 0 but is {d_k!r}; "
             "pass the input width of the edited projection."
         )
-    if isinstance(multiplier, bool) or not isinstance(multiplier, Real):
+    if not _is(multiplier, Real):
         raise BadBudget(
             f"The multiplier must be a number above 0 but is {multiplier!r}; 10 is recommended."
         )
@@ -58,8 +58,8 @@ def minimum_keys(d_k: int, batch_size: int = 1) -> int:
 
     Equation (2) of arXiv 2506.04226 inverts ``C_eff = lambda * K_0 K_0^T + K_E K_E^T``, a matrix
     (d_k, d_k). Every independent key adds at most one to its rank, whether it is a preserved key
-    (a column of K_0) or an edited one (a column of K_E). The batch brings ``batch_size`` keys of its
-    own, so at least ``d_k - batch_size`` preserved keys are needed for full rank. It is a bound
+    (a column of K_0) or an edited one (a column of K_E). The batch brings ``batch_size`` keys of
+    its own, so at least ``d_k - batch_size`` preserved keys are needed for full rank. It is a bound
     for invertibility alone: at this number the edits are useless, see `budget`.
 
     Args:
@@ -78,3 +78,8 @@ def minimum_keys(d_k: int, batch_size: int = 1) -> int:
             "pass the projection's input width and the number of edits made at once."
         )
     return max(d_k - batch_size, 0)
+
+
+def _is(value: object, kind: type) -> bool:
+    """Whether a value is a number of a kind, NumPy's included; True and False are no numbers."""
+    return isinstance(value, kind) and not isinstance(value, bool)

@@ -65,8 +65,9 @@ def memit(factor: CholeskyFactor, K: Tensor, R: Tensor) -> LowRank:
 def emmet(factor: CholeskyFactor, K: Tensor, R: Tensor, lambda_e: float = 0.0) -> LowRank:
     """EMMET: ``Delta = R (K^T A^-1 K + lambda_e I)^-1 K^T A^-1``, memorisation as a constraint.
 
-    With lambda_e = 0 every key is mapped to its residual exactly, ``Delta K = R``. That is impossible
-    for keys that depend on one another, and it is an error then, not a quiet approximation.
+    With lambda_e = 0 every key is mapped to its residual exactly, ``Delta K = R``. That is
+    impossible for keys that depend on one another, and it is an error then, not a quiet
+    approximation.
 
     Args:
         factor: Of A = weight * C + ridge * I, width d_k.
@@ -168,8 +169,8 @@ def _checked(factor: CholeskyFactor, K: Tensor, R: Tensor) -> tuple[Tensor, Tens
         if not bool(finite.all()):
             first = int((~finite).nonzero()[0])
             raise bad(
-                f"{int((~finite).sum())} of {finite.numel()} {name}s hold NaN or infinity, the first "
-                f"in column {first}; check that request, or run the model in float32."
+                f"{int((~finite).sum())} of {finite.numel()} {name}s hold NaN or infinity, the "
+                f"first in column {first}; check that request, or run the model in float32."
             )
     like = torch.empty(0, dtype=factor.L.dtype, device=factor.L.device)
     return K.to(like), R.to(like)

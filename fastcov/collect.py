@@ -31,10 +31,10 @@ def collect(
     """Collect the second moments of several modules' inputs in one pass.
 
     Every token that the attention mask keeps is a key, the first of a document included. The moment
-    of each module is ``sum of k k^T`` over its first `budget` keys in the order of the batches, row by
-    row: C_0 of equation (2) of arXiv 2506.04226 once divided by the count. Collect on the unedited
-    model. Each forward pass ends before the last of the modules computes anything, and no batch is
-    read after all budgets are met.
+    of each module is ``sum of k k^T`` over its first `budget` keys in the order of the batches, row
+    by row: C_0 of equation (2) of arXiv 2506.04226 once divided by the count. Collect on the
+    unedited model. Each forward pass ends before the last of the modules computes anything, and no
+    batch is read after all budgets are met.
 
     The model runs without gradients, without a key-value cache and in evaluation mode; every
     submodule is in its former mode afterwards, and no hook stays behind.
@@ -42,8 +42,8 @@ def collect(
     Args:
         model: Called as ``model(**batch)``.
         modules: Paths of the projections, as in ``model.named_modules()``.
-        batches: Keyword arguments of the model, with ``attention_mask`` (B, L) where tokens are padded
-            (see `fastcov.bucket`). Tensors are moved to the device of the input embeddings.
+        batches: Keyword arguments of the model, with ``attention_mask`` (B, L) where tokens are
+            padded (see `fastcov.bucket`). Tensors are moved to the device of the input embeddings.
         budget: How many keys, for all modules or one number for each; None takes all there are.
         allow_fewer: Accept a corpus that ends before the budget, with a warning.
         dtype: Of the sums, float32 or float64.
@@ -78,10 +78,10 @@ def collect(
                 for name, value in batch.items()
                 if name not in drop
             }
-            took = taker.start(batch.get("attention_mask"))
+            taker.start(batch.get("attention_mask"))
             hooks.run({**moved, **extra}, mask=taker.mask)
             if progress is not None:
-                progress(took())
+                progress(taker.took())
             if taker.done():
                 break
     return taker.finish(allow_fewer)
@@ -98,14 +98,18 @@ class _Taker:
         self._dtype = dtype
         self._moments: dict[str, SecondMoment] = {}
         self._batch = -1
+        self._before: dict[str, int] = {}
         self.mask: Tensor | None = None
 
-    def start(self, mask: Tensor | None) -> Callable[[], int]:
-        """Begin a batch; the function returned says how many keys it gave."""
+    def start(self, mask: Tensor | None) -> None:
+        """Begin a batch with the mask of its tokens."""
         self._batch += 1
         self.mask = None if mask is None else mask.bool()
-        before = {name: self._found(name) for name in self._wanted}
-        return lambda: max(self._found(name) - before[name] for name in self._wanted)
+        self._before = {name: self._found(name) for name in self._wanted}
+
+    def took(self) -> int:
+        """How many keys the batch gave to the module that took most."""
+        return max(self._found(name) - before for name, before in self._before.items())
 
     def take(self, name: str, x: Tensor, mask: Tensor | None) -> None:
         """Add a module's keys x (..., d_k), as many as its budget leaves room for."""
@@ -177,7 +181,8 @@ class _Taker:
                 f"{self._batch} (largest key {float(x.abs().max()):.3g}); pass dtype=torch.float64."
             )
         return (
-            f"{rows} of {bad.numel()} keys of {name!r} hold NaN or infinity in batch {self._batch}; "
+            f"{rows} of {bad.numel()} keys of {name!r} hold NaN or infinity in batch "
+            f"{self._batch}; "
             "run the model in another dtype (bfloat16 or float32)."
         )
 
@@ -227,7 +232,7 @@ def _evaluation(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def _without_cache(model: nn.Module) -> Iterator[dict[str, Any]]:
     """No key-value cache: by argument where the model takes it, else by its configuration."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if "use_cache" in inspect.signature(model.forward).parameters:
         yield {"use_cache": False}
     elif hasattr(config, "use_cache"):
@@ -255,11 +260,12 @@ def _input_device(model: nn.Module) -> torch.device:
         first: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
     except (AttributeError, NotImplementedError):
         first = model
-    parameter = next(first.parameters(), None)
-    if parameter is None:
-        parameter = next(model.parameters(), torch.empty(0))
-    if parameter.device.type == "meta":
+    device: torch.device = next(
+        (parameter.device for parameter in (*first.parameters(), *model.parameters())),
+        torch.device("cpu"),
+    )
+    if device.type == "meta":
         hook = getattr(first, "_hf_hook", None)
-        device = getattr(hook, "execution_device", None)
-        return torch.device("cpu" if device is None else device)
-    return parameter.device
+        target = getattr(hook, "execution_device", None)
+        return torch.device("cpu" if target is None else target)
+    return device

@@ -1,7 +1,8 @@
 """The errors of fastcov: one class per thing that a caller may want to handle differently.
 
-Every message is one sentence that names the value, the place and the mend. Values that a program may
-need are attributes as well; all have defaults, so that the errors survive pickling between processes.
+Every message is one sentence that names the value, the place and the mend. Values that a program
+may need are attributes as well; all have defaults, so that the errors survive pickling between
+processes.
 """
 
 from __future__ import annotations

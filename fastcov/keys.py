@@ -30,8 +30,8 @@ def flatten_keys(x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor 
 
     Args:
         x: Keys, shape (..., d_k).
-        mask: What to keep, shape (...) or any shape with as many entries (some models flatten tokens
-            before the projection); non-zero means kept. None keeps all.
+        mask: What to keep, shape (...) or any shape with as many entries (some models flatten
+            tokens before the projection); non-zero means kept. None keeps all.
 
     Returns:
         The rows (n, d_k), and the mask as bool (n,) on the rows' device, or None.
@@ -52,7 +52,7 @@ def flatten_keys(x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor 
             )
         mask = mask.to(device=x.device, dtype=torch.bool).reshape(x.shape[:-1])
     if x.dim() > 2:
-        order = sorted(range(x.dim() - 1), key=lambda i: -x.stride(i))
+        order = sorted(range(x.dim() - 1), key=x.stride, reverse=True)
         x = x.permute(*order, x.dim() - 1)
         mask = None if mask is None else mask.permute(order)
     return x.reshape(-1, width), None if mask is None else mask.reshape(-1)
@@ -158,8 +158,8 @@ class KeyHooks:
         missing = [path for path in self._targets if path not in self._fired]
         if missing:
             raise HookNeverRan(
-                f"The module {', '.join(map(repr, missing))} was never called in a complete forward "
-                "pass; name the projection that the model really runs."
+                f"The module {', '.join(map(repr, missing))} was never called in a complete "
+                "forward pass; name the projection that the model really runs."
             )
 
     def _hook(self, path: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:

@@ -19,7 +19,7 @@ JITTERS = (0.0, 1e-10, 1e-9, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4)
 
 @dataclass(frozen=True)
 class CholeskyFactor:
-    """The factor of a symmetric positive definite matrix, ``L L^T = A + jitter * mean(diag A) * I``.
+    """The factor of a positive definite matrix, ``L L^T = A + jitter * mean(diag A) * I``.
 
     Attributes:
         L: The lower factor, shape (d, d), zero above its diagonal.
@@ -62,7 +62,8 @@ class CholeskyFactor:
             )
         columns = B if B.dim() == 2 else B.unsqueeze(1)  # (d, m)
         factor = self.L.mT if transposed else self.L
-        return torch.linalg.solve_triangular(factor, columns, upper=transposed).reshape(B.shape)
+        solved: Tensor = torch.linalg.solve_triangular(factor, columns, upper=transposed)
+        return solved.reshape(B.shape)
 
 
 def factorize(
@@ -89,7 +90,7 @@ def factorize(
     """
     if A.dim() != 2 or A.shape[0] != A.shape[1] or A.shape[0] == 0:
         raise WrongWidth(
-            f"Only a square matrix can be factorised but the shape is {tuple(A.shape)}; pass (d, d)."
+            f"Only a square matrix can be factorised but this one is {tuple(A.shape)}; pass (d, d)."
         )
     if A.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"The matrix must be float32 or float64 but is {A.dtype}; convert it.")
@@ -99,8 +100,8 @@ def factorize(
     mean = float(diagonal.mean(dtype=torch.float64))
     if mean <= 0:
         raise NotPositiveDefinite(
-            f"The matrix of width {d} has a diagonal of mean {mean:g}, and no jitter relative to that "
-            "makes it positive definite; collect keys that are not all zero, or pass a ridge.",
+            f"The matrix of width {d} has a diagonal of mean {mean:g}, and no jitter relative to "
+            "that makes it positive definite; collect keys that are not all zero, or pass a ridge.",
             d=d,
         )
     work = A
@@ -150,7 +151,7 @@ def regularised(
     """
     if second_moment.dim() != 2 or second_moment.shape[0] != second_moment.shape[1]:
         raise WrongWidth(
-            f"A second moment must be square but has shape {tuple(second_moment.shape)}; pass (d, d)."
+            f"A second moment must be square but is {tuple(second_moment.shape)}; pass (d, d)."
         )
     if not math.isfinite(weight) or weight <= 0:
         raise ValueError(

@@ -16,10 +16,10 @@ _BLOCK = 1024  # rows mirrored at a time: the temporary is one block, not a seco
 class SecondMoment:
     """The running sum of ``k k^T`` over keys k, and how many there were.
 
-    The canonical layout: the sum is a matrix (d, d) of which only the lower triangle means anything;
-    whatever lies above the diagonal is neither read nor written. Readings are symmetric copies. The
-    mean is C_0 of equation (2) of arXiv 2506.04226 divided by the number of keys, uncentred, so
-    that the number of keys does not change the weight it gets.
+    The canonical layout: the sum is a matrix (d, d) of which only the lower triangle means
+    anything; whatever lies above the diagonal is never read as data. Readings are symmetric
+    copies. The mean is C_0 of equation (2) of arXiv 2506.04226 divided by the number of keys,
+    uncentred, so that the number of keys does not change the weight it gets.
 
     Args:
         d: The width of the keys.
@@ -163,7 +163,7 @@ class SecondMoment:
         """
         if self._count == 0:
             raise EmptyCorpus(
-                f"This moment of width {self.d} has seen no key, so it has no mean; update it first."
+                f"This moment of width {self.d} has seen no key and has no mean; update it first."
             )
         return _mirror(self._sum / self._count)
 

@@ -1,8 +1,8 @@
 """The rank-k update as a PyTorch operator, and the choice of the kernel that runs it.
 
-The operator ``fastcov::rank_k_update`` is a schema and a fake; kernels register themselves with what
-they need. The fastest one that can take the arguments runs. None is replaced in silence: one asked
-for by name that cannot run raises, and `kernels` says why.
+The operator ``fastcov::rank_k_update`` is a schema and a fake; kernels register themselves with
+what they need. The fastest one that can take the arguments runs. None is replaced in silence: one
+asked for by name that cannot run raises, and `kernels` says why.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from fastcov.errors import KernelUnavailable, WrongWidth
-from fastcov.keys import flatten_keys
 from fastcov.kernels import reference
+from fastcov.keys import flatten_keys
 
 # (C (d, d), X (n, d), mask (n,) bool or None, rows (m,) int64 or None, alpha): C changes in place.
 Run = Callable[[Tensor, Tensor, Tensor | None, Tensor | None, float], None]
@@ -66,8 +66,8 @@ def rank_k_update(
 ) -> None:
     """Add ``alpha * X^T X`` to the lower triangle of C, in place.
 
-    Nothing above the diagonal of C is changed. Sums are never taken in less than float32: keys of 16
-    bits are converted exactly, and float64 keys are rounded to the dtype of C.
+    Nothing above the diagonal of C is changed. Sums are never taken in less than float32: keys of
+    16 bits are converted exactly, and float64 keys are rounded to the dtype of C.
 
     Args:
         C: The sum, shape (d, d), float32 or float64, with any strides.
@@ -80,7 +80,8 @@ def rank_k_update(
 
     Raises:
         WrongWidth: C is not square, X is not as wide as C, or the mask does not fit X.
-        ValueError: A dtype or device that does not fit, both mask and rows, or indices out of range.
+        ValueError: A dtype or device that does not fit, both mask and rows, or indices out of
+            range.
         KernelUnavailable: The kernel asked for cannot run here or on these tensors.
     """
     if C.dim() != 2 or C.shape[0] != C.shape[1]:
@@ -144,7 +145,8 @@ def _chosen(C: Tensor, X: Tensor) -> Kernel:
         if kernel.missing() is None and kernel.refuses(C, X) is None:
             return kernel
     raise KernelUnavailable(
-        f"No kernel takes keys {X.dtype} and a sum {C.dtype} on {C.device}; see fastcov.ops.kernels."
+        f"No kernel takes keys {X.dtype} and a sum {C.dtype} on {C.device}; "
+        "see fastcov.ops.kernels."
     )
 
 

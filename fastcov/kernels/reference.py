@@ -1,11 +1,12 @@
 """The rank-k update in plain torch: runs everywhere, and is what other kernels are checked against.
 
 The triangle is halved recursively: its lower-left square is one matrix product straight into C, its
-two smaller triangles are done the same way. Only the smallest triangles, `_LEAF` wide, compute a full
-square and keep half of it, so the arithmetic is close to half of a full product and the memory is one
-leaf.
+two smaller triangles are done the same way. Only the smallest triangles, `_LEAF` wide, compute a
+full square and keep half of it, so the arithmetic is close to half of a full product and the memory
+is one leaf.
 
-On GPUs float32 products obey ``torch.set_float32_matmul_precision``, as every product in torch does.
+On GPUs float32 products obey ``torch.set_float32_matmul_precision``, as every product in torch
+does.
 """
 
 from __future__ import annotations
@@ -55,7 +56,8 @@ def _triangle(C: Tensor, X: Tensor, alpha: float, low: int, high: int) -> None:
         columns = X[:, low:high]
         square = columns.mT @ columns
         below = torch.ones(width, width, dtype=torch.bool, device=C.device).tril_()
-        # where() and not a masked sum: what is above the diagonal may be NaN and must stay as it is.
+        # where() and not a masked sum: what is above the diagonal may be NaN and must stay as it
+        # is.
         block.copy_(torch.where(below, torch.add(block, square, alpha=alpha), block))
         return
     middle = low + -(-width // 2 // _LEAF) * _LEAF  # whole leaves, so that products stay aligned

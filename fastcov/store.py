@@ -1,0 +1,235 @@
+"""Moments on disk: one safetensors file each, with provenance, atomic and verified.
+
+The file holds one tensor, ``sum``: the lower triangle of the sum of ``k k^T``, row by row, as a
+vector of d (d + 1) / 2 numbers. Its metadata are ``format``, ``d``, ``count``, ``dtype``,
+``sha256`` (of the tensor's bytes), ``provenance`` (a JSON object of what the moment belongs to) and
+``check`` (SHA-256 of all the other metadata), so that neither half can change unnoticed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from fastcov.errors import StoreDamaged, StoreMismatch, StoreMissing
+from fastcov.moments import SecondMoment
+
+FORMAT = 1
+_DTYPES = {"F32": torch.float32, "F64": torch.float64}
+_WRITE_BYTES = 64 << 20
+_ABSENT = object()
+
+
+def save_moment(
+    path: str | os.PathLike[str], moment: SecondMoment, provenance: Mapping[str, Any]
+) -> None:
+    """Write a moment; the file under this name is either the old one or the whole new one.
+
+    Args:
+        path: Where to; missing folders are made.
+        moment: What to write; its sum is stored as it is, without rounding.
+        provenance: What the moment belongs to (model, module, corpus, ...), as JSON values.
+
+    Raises:
+        ValueError: The provenance is not JSON.
+        OSError: The file cannot be written; nothing is left of the attempt.
+    """
+    lower = moment.lower.detach().cpu()
+    packed = torch.cat([lower[i, : i + 1] for i in range(moment.d)])  # (d (d + 1) / 2,)
+    data = _bytes(packed)
+    dtype = next(name for name, known in _DTYPES.items() if known == packed.dtype)
+    metadata = {
+        "format": str(FORMAT),
+        "d": str(moment.d),
+        "count": str(moment.count),
+        "dtype": dtype,
+        "sha256": hashlib.sha256(data).hexdigest(),
+        "provenance": _json(provenance),
+    }
+    metadata["check"] = _digest(metadata)
+    # The header is written here and not by the safetensors library, which writes its metadata in no
+    # fixed order and reports a full disk as an error of its own: equal moments give equal files.
+    entry = {"dtype": dtype, "shape": [packed.numel()], "data_offsets": [0, len(data)]}
+    header = json.dumps({"__metadata__": metadata, "sum": entry}).encode()
+    header += b" " * (-len(header) % 8)
+    with atomic_file(path) as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        for start in range(0, len(data), _WRITE_BYTES):
+            file.write(data[start : start + _WRITE_BYTES])
+
+
+def load_moment(
+    path: str | os.PathLike[str], expect: Mapping[str, Any] | None = None
+) -> tuple[SecondMoment, dict[str, Any]]:
+    """Read a moment and what it belongs to, every byte verified.
+
+    Args:
+        path: The file.
+        expect: Provenance that the file must have, field by field; fields not named here may be
+            anything. Compared before the sum is read.
+
+    Returns:
+        The moment, on the CPU, and its provenance.
+
+    Raises:
+        StoreMissing: There is no such file.
+        StoreDamaged: The file is not what was written.
+        StoreMismatch: A field of the provenance is not as expected, or a newer version wrote it.
+    """
+    with _opened(path) as (file, metadata):
+        provenance = _provenance(path, metadata)
+        if expect is not None:
+            _compare(path, provenance, expect)
+        packed: Tensor = file.get_tensor("sum")
+    d, count = int(metadata["d"]), int(metadata["count"])
+    if packed.dim() != 1 or packed.numel() != d * (d + 1) // 2:
+        raise _damaged(path, f"holds a sum of shape {tuple(packed.shape)} for a width of {d}")
+    if packed.dtype != _DTYPES.get(metadata["dtype"]):
+        raise _damaged(path, f"holds a sum of {packed.dtype} and says {metadata['dtype']}")
+    found = hashlib.sha256(_bytes(packed)).hexdigest()
+    if found != metadata["sha256"]:
+        raise _damaged(path, "holds a sum whose bytes have changed")
+    lower = torch.zeros(d, d, dtype=packed.dtype)
+    for i, row in enumerate(torch.split(packed, list(range(1, d + 1)))):
+        lower[i, : i + 1] = row
+    return SecondMoment.from_lower(lower, count), provenance
+
+
+def read_provenance(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What a stored moment belongs to, from the header alone.
+
+    Raises:
+        StoreMissing: There is no such file.
+        StoreDamaged: The header is not what was written, or the file is too short or too long.
+        StoreMismatch: A newer version wrote it.
+    """
+    with _opened(path) as (_, metadata):
+        return _provenance(path, metadata)
+
+
+@contextlib.contextmanager
+def atomic_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """A file to write that takes its name only when all is written and on the disk.
+
+    On any exception the temporary file beside it is removed, and a former file stays as it was.
+
+    Args:
+        path: The final name; missing folders are made.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
+    final = Path(path)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    # Not tempfile, whose files only their owner can read: statistics are shared.
+    temporary = final.with_name(f".{final.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, final)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+    # The name itself reaches the disk with the folder; not every system lets a folder be synced.
+    with contextlib.suppress(OSError):
+        folder = os.open(final.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+@contextlib.contextmanager
+def _opened(path: str | os.PathLike[str]) -> Iterator[tuple[Any, dict[str, str]]]:
+    """The open file and its metadata, checked; the sum is not read yet."""
+    from safetensors import SafetensorError, safe_open
+
+    if not Path(path).exists():
+        raise StoreMissing(
+            f"There is no stored moment at {os.fspath(path)!r}; precompute it first."
+        )
+    try:
+        with safe_open(os.fspath(path), framework="pt") as file:
+            metadata: dict[str, str] = file.metadata() or {}
+            _check(path, metadata)
+            if set(file.keys()) != {"sum"}:
+                raise _damaged(path, f"holds {sorted(file.keys())} and not a sum")
+            yield file, metadata
+    except SafetensorError as error:
+        raise _damaged(path, f"is not a readable safetensors file ({error})") from error
+
+
+def _check(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> None:
+    """Refuse metadata of another format, or that are not what was written."""
+    sound = metadata.get("check") == _digest(metadata)
+    version = metadata.get("format", "")
+    if sound and version.isdigit() and int(version) > FORMAT:
+        raise StoreMismatch(
+            f"The moment {os.fspath(path)!r} has format {version} but this fastcov knows {FORMAT}; "
+            "upgrade, or delete the file and precompute again.",
+            field="format",
+            stored=int(version),
+            expected=FORMAT,
+        )
+    if not sound:
+        raise _damaged(path, "has a header that is not what was written")
+
+
+def _bytes(packed: Tensor) -> memoryview:
+    numbers: Any = packed.numpy()
+    return memoryview(numbers).cast("B")
+
+
+def _provenance(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> dict[str, Any]:
+    value = json.loads(metadata["provenance"])
+    if not isinstance(value, dict):
+        raise _damaged(path, "has a provenance that is not an object")
+    return value
+
+
+def _compare(
+    path: str | os.PathLike[str], provenance: Mapping[str, Any], expect: Mapping[str, Any]
+) -> None:
+    for field, value in json.loads(_json(expect)).items():
+        stored = provenance.get(field, _ABSENT)
+        if stored != value:
+            shown = "not on record" if stored is _ABSENT else repr(stored)
+            raise StoreMismatch(
+                f"The moment {os.fspath(path)!r} is of something else: its {field} is {shown} but "
+                f"{value!r} is expected; precompute it for these settings, in another file.",
+                field=field,
+                stored=None if stored is _ABSENT else stored,
+                expected=value,
+            )
+
+
+def _json(values: Mapping[str, Any]) -> str:
+    try:
+        return json.dumps(dict(values), sort_keys=True, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"Provenance must be JSON but is not ({error}); pass text, numbers, lists and objects."
+        ) from error
+
+
+def _digest(metadata: Mapping[str, str]) -> str:
+    kept = {name: value for name, value in metadata.items() if name != "check"}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
+def _damaged(path: str | os.PathLike[str], what: str) -> StoreDamaged:
+    return StoreDamaged(
+        f"The file {os.fspath(path)!r} {what}; delete it and precompute the moment again."
+    )

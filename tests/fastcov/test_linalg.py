@@ -1,0 +1,178 @@
+from __future__ import annotations
+
+import logging
+import math
+
+import pytest
+import torch
+
+from fastcov import (
+    CholeskyFactor,
+    NonFiniteMatrix,
+    NotPositiveDefinite,
+    SecondMoment,
+    WrongWidth,
+    factorize,
+    regularised,
+)
+
+# L L^T by hand, with L below.
+A = torch.tensor([[4.0, 2.0, -2.0], [2.0, 10.0, 5.0], [-2.0, 5.0, 14.0]], dtype=torch.float64)
+L = torch.tensor([[2.0, 0.0, 0.0], [1.0, 3.0, 0.0], [-1.0, 2.0, 3.0]], dtype=torch.float64)
+
+
+def keys(n, d, seed=0):
+    return torch.randn(n, d, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def moment_of(X):
+    return SecondMoment(X.shape[1], dtype=torch.float64).update(X).second_moment
+
+
+def test_three_by_three_by_hand():
+    factor = factorize(A)
+    assert factor.d == 3 and factor.jitter == 0
+    torch.testing.assert_close(factor.L, L, rtol=1e-15, atol=1e-15)
+    assert float(factor.logdet()) == pytest.approx(2 * math.log(18))
+    b = torch.tensor([4.0, 17.0, 17.0], dtype=torch.float64)  # A (1, 1, 1)
+    torch.testing.assert_close(factor.solve(b), torch.ones(3, dtype=torch.float64))
+    torch.testing.assert_close(factor.solve(b[:, None]), torch.ones(3, 1, dtype=torch.float64))
+    half = factor.half_solve(b)
+    torch.testing.assert_close(L @ half, b)
+    torch.testing.assert_close(factor.back_solve(half), factor.solve(b))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_only_the_lower_triangle_is_read(dtype):
+    above = torch.ones(3, 3, dtype=torch.bool).triu(1)
+    spoilt = A.to(dtype).masked_fill(above, float("nan"))
+    factor = factorize(spoilt)
+    assert factor.L.dtype == dtype
+    torch.testing.assert_close(factor.L, L.to(dtype))
+    # The retry with a jitter as well.
+    singular = torch.ones(3, 3, dtype=dtype).masked_fill(above, float("inf"))
+    assert factorize(singular).jitter > 0
+
+
+def test_the_matrix_is_left_alone_unless_it_may_be_changed():
+    singular = torch.ones(3, 3, dtype=torch.float64)
+    before = singular.clone()
+    jitter = factorize(singular).jitter
+    assert jitter == 1e-10 and torch.equal(singular, before)
+    assert factorize(singular, in_place=True).jitter == jitter
+    assert torch.equal(singular, before + 1e-10 * torch.eye(3, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e9])
+def test_the_jitter_is_relative_and_logged(scale, caplog):
+    X = keys(10, 30)
+    C = moment_of(X) * scale
+    with caplog.at_level(logging.WARNING, logger="fastcov"):
+        factor = factorize(C)
+    assert factor.jitter == 1e-10
+    assert "1e-10" in caplog.text and "30" in caplog.text
+    added = C + 1e-10 * C.diagonal().mean() * torch.eye(30, dtype=torch.float64)
+    torch.testing.assert_close(factor.L @ factor.L.T, added, rtol=1e-9, atol=scale * 1e-13)
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize(("n", "d"), [(99, 100), (50, 200), (1, 64), (299, 300)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_too_few_keys_give_a_usable_factor_with_its_jitter_on_record(n, d, dtype, seed):
+    # Rounding lets the plain factorisation of some of these matrices pass, with pivots of noise.
+    X = keys(n, d, seed)
+    C = moment_of(X).to(dtype)
+    factor = factorize(C)
+    assert factor.jitter > 0
+    B = (X[:1].T).to(dtype)  # a key that is in the moment
+    solved = factor.solve(B)
+    residual = (C.double() @ solved.double() - B.double()).norm() / B.double().norm()
+    assert residual < (1e-2 if dtype == torch.float32 else 1e-4)
+    assert solved.abs().max() < 1e6
+
+
+def test_enough_keys_need_no_jitter():
+    for d in (1, 50, 400):
+        for dtype in (torch.float32, torch.float64):
+            assert factorize(moment_of(keys(2 * d + 1, d)).to(dtype)).jitter == 0
+
+
+def test_coordinates_of_small_scale_are_not_taken_for_singular():
+    scales = torch.logspace(-9, 3, 40, dtype=torch.float64)
+    C = moment_of(keys(400, 40) * scales)
+    factor = factorize(C)
+    assert factor.jitter == 0
+    wanted = keys(40, 3, seed=1)
+    torch.testing.assert_close(factor.solve(C @ wanted), wanted, rtol=1e-6, atol=1e-6)
+
+
+def test_dead_coordinates_are_solved_around():
+    X = keys(400, 40)
+    X[:, [3, 17]] = 0
+    factor = factorize(moment_of(X))
+    assert factor.jitter == 1e-10
+    B = X[:5].T
+    solved = factor.solve(B)
+    assert solved[[3, 17]].abs().max() == 0
+    torch.testing.assert_close(moment_of(X) @ solved, B, rtol=1e-7, atol=1e-7)
+
+
+def test_an_indefinite_matrix_is_refused_with_what_was_tried():
+    bad = torch.diag(torch.tensor([1.0, 1.0, -0.5], dtype=torch.float64))
+    with pytest.raises(NotPositiveDefinite, match=r"width 3.*0\.0001.*ridge") as error:
+        factorize(bad)
+    assert error.value.d == 3
+    assert error.value.tried == (0.0, 1e-10, 1e-9, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4)
+    with pytest.raises(NotPositiveDefinite) as error:
+        factorize(torch.ones(2, 2, dtype=torch.float64), jitters=(0.0,))
+    assert error.value.tried == (0.0,)
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0])
+def test_a_diagonal_of_nothing_is_refused_at_once(value):
+    with pytest.raises(NotPositiveDefinite, match="mean"):
+        factorize(value * torch.eye(4))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("where", [(0, 0), (2, 1), (2, 2)])
+def test_non_finite_is_another_error_than_indefinite(value, where):
+    bad = A.clone()
+    bad[where] = value
+    with pytest.raises(NonFiniteMatrix, match="1 entries"):
+        factorize(bad)
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (3,), (0, 0), (2, 2, 2)])
+def test_what_is_no_square_matrix_is_refused(shape):
+    with pytest.raises(WrongWidth):
+        factorize(torch.zeros(shape))
+
+
+def test_other_bad_input():
+    with pytest.raises(ValueError, match="float16"):
+        factorize(torch.eye(2).half())
+    with pytest.raises(WrongWidth, match="width 3"):
+        factorize(A).solve(torch.ones(4, 2, dtype=torch.float64))
+    with pytest.raises(WrongWidth):
+        CholeskyFactor(L, 0.0).half_solve(torch.ones(2))
+
+
+def test_regularised_by_hand():
+    C = torch.tensor([[1.0, 0.5], [0.5, 2.0]])
+    got = regularised(C, weight=10, ridge=0.25)
+    assert got.dtype == torch.float64
+    assert got.tolist() == [[10.25, 5.0], [5.0, 20.25]]
+    assert C.tolist() == [[1.0, 0.5], [0.5, 2.0]]
+    double = C.double()
+    assert regularised(double, 1, 0) is not double  # always a new matrix
+    assert regularised(C, 1, 0, dtype=torch.float32).dtype == torch.float32
+
+
+@pytest.mark.parametrize("bad", [{"weight": 0}, {"weight": math.nan}, {"weight": -1},
+                                 {"ridge": -1e-3}, {"ridge": math.inf}])  # fmt: skip
+def test_regularised_refuses_bad_settings(bad):
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        regularised(torch.eye(2), **{"weight": 1.0, "ridge": 0.0, **bad})
+    with pytest.raises(WrongWidth):
+        regularised(torch.ones(2, 3), 1, 0)

@@ -1,0 +1,233 @@
+from __future__ import annotations
+
+import builtins
+import errno
+import json
+import os
+import stat
+
+import pytest
+import torch
+
+from fastcov import (
+    SecondMoment,
+    StoreDamaged,
+    StoreMismatch,
+    StoreMissing,
+    load_moment,
+    read_provenance,
+    save_moment,
+    store,
+)
+
+PROVENANCE = {"model": "tiny", "module": "layers.4.down_proj", "seed": 3, "corpus": {"name": "w"}}
+
+
+def moment(d=5, dtype=torch.float32, seed=0):
+    X = torch.randn(20, d, generator=torch.Generator().manual_seed(seed))
+    return SecondMoment(d, dtype=dtype).update(X)
+
+
+def header_of(data):
+    length = int.from_bytes(data[:8], "little")
+    return length, json.loads(data[8 : 8 + length])
+
+
+def with_header(data, change):
+    length, header = header_of(data)
+    change(header)
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + data[8 + length :]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("d", [1, 2, 37])
+def test_what_is_loaded_is_what_was_saved(tmp_path, dtype, d):
+    saved = moment(d, dtype)
+    path = tmp_path / "deep" / "er" / "m.safetensors"
+    save_moment(path, saved, PROVENANCE)
+    loaded, provenance = load_moment(path)
+    assert (loaded.d, loaded.count, loaded.dtype) == (d, 20, dtype)
+    assert torch.equal(loaded.sum, saved.sum)
+    assert provenance == PROVENANCE == read_provenance(path)
+    assert [file.name for file in path.parent.iterdir()] == ["m.safetensors"]
+    loaded.update(torch.ones(1, d))
+    assert loaded.count == 21
+
+
+def test_the_file_is_plain_safetensors_with_the_packed_triangle(tmp_path):
+    from safetensors.torch import load_file
+
+    path = tmp_path / "m.safetensors"
+    lower = torch.tensor([[1.0, float("nan"), 9.0], [2.0, 3.0, 9.0], [4.0, 5.0, 6.0]])
+    save_moment(path, SecondMoment.from_lower(lower, 7), {})
+    assert {name: value.tolist() for name, value in load_file(path).items()} == {
+        "sum": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
+    }
+    _, header = header_of(path.read_bytes())
+    metadata = header["__metadata__"]
+    assert (metadata["format"], metadata["d"], metadata["count"]) == ("1", "3", "7")
+    assert load_moment(path)[0].sum.tolist() == [[1, 2, 4], [2, 3, 5], [4, 5, 6]]
+
+
+def test_equal_moments_give_equal_files_that_others_may_read(tmp_path):
+    save_moment(tmp_path / "a", moment(), {"x": 1, "y": 2})
+    save_moment(tmp_path / "b", moment(), {"y": 2, "x": 1})
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    mask = os.umask(0)
+    os.umask(mask)
+    assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o666 & ~mask
+
+
+def test_expectations_are_compared_field_by_field(tmp_path):
+    path = tmp_path / "m"
+    save_moment(path, moment(), {**PROVENANCE, "layers": (1, 2)})
+    assert load_moment(path, expect={"seed": 3, "layers": (1, 2)})[0].count == 20
+    with pytest.raises(StoreMismatch, match=r"its seed is 3 but 4 is expected") as error:
+        load_moment(path, expect={"model": "tiny", "seed": 4})
+    assert (error.value.field, error.value.stored, error.value.expected) == ("seed", 3, 4)
+    with pytest.raises(StoreMismatch, match="dtype is not on record") as error:
+        load_moment(path, expect={"dtype": "bfloat16"})
+    assert (error.value.field, error.value.stored) == ("dtype", None)
+
+
+def test_a_field_that_is_null_is_not_one_that_is_absent(tmp_path):
+    save_moment(tmp_path / "m", moment(), {"revision": None})
+    load_moment(tmp_path / "m", expect={"revision": None})
+    with pytest.raises(StoreMismatch, match="not on record"):
+        load_moment(tmp_path / "m", expect={"other": None})
+
+
+def test_every_single_changed_byte_is_noticed(tmp_path):
+    path = tmp_path / "m"
+    save_moment(path, moment(3), {"model": "tiny"})
+    data = path.read_bytes()
+    wanted = moment(3).sum
+    for i in range(len(data)):
+        for flip in (0x01, 0x20, 0x80):
+            path.write_bytes(data[:i] + bytes([data[i] ^ flip]) + data[i + 1 :])
+            try:
+                loaded, provenance = load_moment(path)
+            except StoreDamaged as error:
+                assert "delete it" in str(error) and str(path) in str(error)
+            else:  # a byte of the header that says nothing, such as white space
+                assert torch.equal(loaded.sum, wanted) and loaded.count == 20, i
+                assert provenance == {"model": "tiny"}, i
+
+
+def test_a_truncated_or_longer_file_is_refused(tmp_path):
+    path = tmp_path / "m"
+    save_moment(path, moment(), PROVENANCE)
+    data = path.read_bytes()
+    for cut in [*range(0, len(data), 7), len(data) - 1]:
+        path.write_bytes(data[:cut])
+        for read in (load_moment, read_provenance):
+            with pytest.raises(StoreDamaged, match="delete it"):
+                read(path)
+    path.write_bytes(data + b"\0")
+    with pytest.raises(StoreDamaged):
+        load_moment(path)
+
+
+def resealed(data, **changes):
+    """The file with other metadata, and a check that fits them."""
+
+    def change(header):
+        metadata = {**header["__metadata__"], **changes}
+        metadata["check"] = store._digest(metadata)
+        header["__metadata__"] = metadata
+
+    return with_header(data, change)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"d": "6"}, {"dtype": "F64"}, {"sha256": "0" * 64}, {"provenance": "[1]"}]
+)
+def test_parts_that_contradict_each_other_are_refused(tmp_path, changes):
+    path = tmp_path / "m"
+    save_moment(path, moment(), PROVENANCE)
+    path.write_bytes(resealed(path.read_bytes(), **changes))
+    with pytest.raises(StoreDamaged):
+        load_moment(path)
+
+
+def test_a_file_of_a_newer_version_is_not_called_damaged(tmp_path):
+    path = tmp_path / "m"
+    save_moment(path, moment(), PROVENANCE)
+    path.write_bytes(resealed(path.read_bytes(), format="2"))
+    for read in (load_moment, read_provenance):
+        with pytest.raises(StoreMismatch, match="format 2.*knows 1.*upgrade"):
+            read(path)
+
+
+def test_other_files_are_not_moments(tmp_path):
+    from safetensors.torch import save_file
+
+    path = tmp_path / "m"
+    for data in (b"", b"hello", b"PK\x03\x04" + b"\0" * 100):
+        path.write_bytes(data)
+        with pytest.raises(StoreDamaged):
+            load_moment(path)
+    save_file({"weight": torch.ones(3)}, path)
+    with pytest.raises(StoreDamaged):
+        load_moment(path)
+    with pytest.raises(StoreMissing, match="precompute"):
+        load_moment(tmp_path / "nothing")
+
+
+def test_provenance_must_be_json(tmp_path):
+    for bad in ({"x": torch.ones(1)}, {"x": float("nan")}, {"x": {1, 2}}):
+        with pytest.raises(ValueError, match="Provenance"):
+            save_moment(tmp_path / "m", moment(), bad)
+    assert list(tmp_path.iterdir()) == []
+
+
+def full(*args, **kwargs):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+class FullFile:
+    """A file that takes its first write and then has no room."""
+
+    def __init__(self, file):
+        self.file = file
+        self.writes = 0
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.file.close()
+
+    def write(self, data):
+        self.writes += 1
+        return self.file.write(data) if self.writes < 2 else full()
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+
+@pytest.mark.parametrize("where", ["write", "fsync", "replace"])
+@pytest.mark.parametrize("existing", [True, False])
+def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, where, existing):
+    path = tmp_path / "m"
+    if existing:
+        save_moment(path, moment(seed=1), {"old": True})
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    with monkeypatch.context() as patch:
+        if where == "write":
+            real = builtins.open
+            patch.setattr(builtins, "open", lambda *a, **k: FullFile(real(*a, **k)))
+        else:
+            patch.setattr(os, where, full)
+        with pytest.raises(OSError, match="No space left"):
+            save_moment(path, moment(seed=2), {"old": False})
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+def test_an_interrupt_while_writing_leaves_nothing(tmp_path):
+    with pytest.raises(KeyboardInterrupt), store.atomic_file(tmp_path / "m") as file:
+        file.write(b"half")
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,42 @@
+"""The formulas of the paper, literally, in float64 NumPy: what fastcov is tested against.
+
+Keys are rows (n, d_k) in `second_moment`; K is (d_k, B) and R is (d, B) in the updates.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def second_moment(keys, mask=None):
+    """The mean of k k^T, one key at a time."""
+    keys = np.asarray(keys, dtype=np.float64).reshape(-1, np.shape(keys)[-1])
+    kept = np.ones(len(keys), bool) if mask is None else np.asarray(mask, bool).reshape(-1)
+    total = np.zeros((keys.shape[1], keys.shape[1]))
+    for key, keep in zip(keys, kept, strict=True):
+        if keep:
+            total += np.outer(key, key)
+    return total / kept.sum()
+
+
+def regularised(C, weight, ridge):
+    """A = w C + ridge I."""
+    return weight * C + ridge * np.eye(len(C))
+
+
+def memit(A, K, R):
+    """Delta = R K^T (A + K K^T)^-1, equation (2)."""
+    return R @ K.T @ np.linalg.inv(A + K @ K.T)
+
+
+def emmet(A, K, R, lambda_e=0.0):
+    """Delta = R (K^T A^-1 K + lambda_e I)^-1 K^T A^-1."""
+    inverse = np.linalg.inv(A)
+    return R @ np.linalg.inv(K.T @ inverse @ K + lambda_e * np.eye(K.shape[1])) @ K.T @ inverse
+
+
+def rome(A, k, r, denominator_key=None):
+    """Delta = r (A^-1 k)^T / (q^T A^-1 k), with q = k unless another key is given."""
+    inverse = np.linalg.inv(A)
+    q = k if denominator_key is None else denominator_key
+    return np.outer(r, inverse @ k) / (q @ inverse @ k)
