@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -110,7 +111,7 @@ def rank_k_update(
         X, mask = flatten_keys(X, mask)  # (n, d), (n,)
     if kernel is not None:
         _named(kernel, C, X)
-    torch.ops.fastcov.rank_k_update(C, X, mask, rows, float(alpha), kernel)
+    torch.ops.fastcov.rank_k_update(C, X.detach(), mask, rows, float(alpha), kernel)
 
 
 def _checked(rows: Tensor, X: Tensor) -> Tensor:
@@ -150,8 +151,7 @@ def _chosen(C: Tensor, X: Tensor) -> Kernel:
     )
 
 
-@torch.library.custom_op("fastcov::rank_k_update", mutates_args={"C"})
-def _rank_k_update(
+def _run(
     C: Tensor,
     X: Tensor,
     mask: Tensor | None = None,
@@ -163,8 +163,7 @@ def _rank_k_update(
     chosen.run(C, X, mask, rows, alpha)
 
 
-@_rank_k_update.register_fake
-def _(
+def _fake(
     C: Tensor,
     X: Tensor,
     mask: Tensor | None = None,
@@ -172,9 +171,19 @@ def _(
     alpha: float = 1.0,
     kernel: str | None = None,
 ) -> None:
-    return None
+    """Nothing to say about outputs: the operator has none."""
 
 
+# Not torch.library.custom_op: its first call imports torch._dynamo, which takes more than a second.
+# The registration lives as long as this object. Its class is untyped, hence Any.
+_library: Any = torch.library.Library
+_LIBRARY = _library("fastcov", "DEF")
+_LIBRARY.define(
+    "rank_k_update(Tensor(a!) C, Tensor X, Tensor? mask=None, Tensor? rows=None, "
+    "float alpha=1.0, str? kernel=None) -> ()"
+)
+_LIBRARY.impl("rank_k_update", _run, "CompositeExplicitAutograd")
+torch.library.register_fake("fastcov::rank_k_update", _fake, lib=_LIBRARY)
 register(
     Kernel(
         name="reference",

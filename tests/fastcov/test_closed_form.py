@@ -173,11 +173,11 @@ def test_non_finite_input_is_named(problem, form):
     factor = factor_of(C)
     bad = tensor(K)
     bad[3, 2] = float("nan")
-    with pytest.raises(NonFiniteKeys, match="1 of 5 edit keys .* column 2"):
+    with pytest.raises(NonFiniteKeys, match=r"1 of 5 edit keys .* column 2"):
         form(factor, bad, tensor(R))
     bad = tensor(R.copy())
     bad[0, 1:3] = float("inf")
-    with pytest.raises(NonFiniteMatrix, match="2 of 5 residuals .* column 1"):
+    with pytest.raises(NonFiniteMatrix, match=r"2 of 5 residuals .* column 1"):
         form(factor, tensor(np.abs(R[:1]).repeat(D_K, 0)), bad)
 
 

@@ -92,9 +92,9 @@ def test_too_few_keys_give_a_usable_factor_with_its_jitter_on_record(n, d, dtype
 
 
 def test_enough_keys_need_no_jitter():
-    for d in (1, 50, 400):
+    for d in (1, 50, 300):
         for dtype in (torch.float32, torch.float64):
-            assert factorize(moment_of(keys(2 * d + 1, d)).to(dtype)).jitter == 0
+            assert factorize(moment_of(keys(d + 2, d)).to(dtype)).jitter == 0
 
 
 def test_coordinates_of_small_scale_are_not_taken_for_singular():
@@ -102,8 +102,8 @@ def test_coordinates_of_small_scale_are_not_taken_for_singular():
     C = moment_of(keys(400, 40) * scales)
     factor = factorize(C)
     assert factor.jitter == 0
-    wanted = keys(40, 3, seed=1)
-    torch.testing.assert_close(factor.solve(C @ wanted), wanted, rtol=1e-6, atol=1e-6)
+    wanted = keys(40, 3, seed=1) / scales[:, None]
+    torch.testing.assert_close(factor.solve(C @ wanted), wanted, rtol=1e-9, atol=0)
 
 
 def test_dead_coordinates_are_solved_around():

@@ -200,3 +200,17 @@ def test_kernels_are_chosen_by_rank_and_say_why_not(monkeypatch):
     for name, reason in [("absent", "no such device"), ("picky", "bfloat16"), ("x", "no kernel")]:
         with pytest.raises(KernelUnavailable, match=reason):
             rank_k_update(C, X, kernel=name)
+
+
+def test_no_gradient_is_recorded():
+    C = torch.zeros(2, 2)
+    rank_k_update(C, torch.ones(3, 2, requires_grad=True))
+    assert C[1, 0] == 3 and not C.requires_grad
+
+
+def test_it_can_be_compiled_over():
+    # As a fake tensor sees it: no kernel runs, nothing is returned.
+    with torch._subclasses.FakeTensorMode():
+        C = torch.zeros(4, 4)
+        rank_k_update(C, torch.ones(3, 4, dtype=torch.bfloat16))
+        assert C.shape == (4, 4)

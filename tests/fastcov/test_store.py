@@ -105,15 +105,15 @@ def test_every_single_changed_byte_is_noticed(tmp_path):
     data = path.read_bytes()
     wanted = moment(3).sum
     for i in range(len(data)):
-        for flip in (0x01, 0x20, 0x80):
-            path.write_bytes(data[:i] + bytes([data[i] ^ flip]) + data[i + 1 :])
-            try:
-                loaded, provenance = load_moment(path)
-            except StoreDamaged as error:
-                assert "delete it" in str(error) and str(path) in str(error)
-            else:  # a byte of the header that says nothing, such as white space
-                assert torch.equal(loaded.sum, wanted) and loaded.count == 20, i
-                assert provenance == {"model": "tiny"}, i
+        flip = (0x01, 0x20, 0x80)[i % 3]
+        path.write_bytes(data[:i] + bytes([data[i] ^ flip]) + data[i + 1 :])
+        try:
+            loaded, provenance = load_moment(path)
+        except StoreDamaged as error:
+            assert "delete it" in str(error) and str(path) in str(error)
+        else:  # a byte of the header that says nothing, such as white space
+            assert torch.equal(loaded.sum, wanted) and loaded.count == 20, i
+            assert provenance == {"model": "tiny"}, i
 
 
 def test_a_truncated_or_longer_file_is_refused(tmp_path):
@@ -157,7 +157,7 @@ def test_a_file_of_a_newer_version_is_not_called_damaged(tmp_path):
     save_moment(path, moment(), PROVENANCE)
     path.write_bytes(resealed(path.read_bytes(), format="2"))
     for read in (load_moment, read_provenance):
-        with pytest.raises(StoreMismatch, match="format 2.*knows 1.*upgrade"):
+        with pytest.raises(StoreMismatch, match=r"format 2.*knows 1.*upgrade"):
             read(path)
 
 
