@@ -33,6 +33,7 @@ def test_take_reads_no_document_after_the_budget():
     assert read == [0, 1]
 
 
+@settings(deadline=None)
 @given(documents_of, st.integers(1, 300), st.integers(1, 20))
 def test_take_meets_the_budget_exactly_or_takes_all(documents, budget, max_length):
     whole = flat(document[:max_length] for document in documents)
@@ -71,7 +72,7 @@ def test_bucket_pads_on_the_right_and_masks_what_it_padded():
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(documents_of, st.integers(1, 200), st.sampled_from([0.0, 0.05, 0.3]), st.integers(1, 50))
 def test_bucket_keeps_every_token_and_its_limits(documents, tokens_per_batch, max_padding, window):
     seen, padded = [], 0

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastcov import BadBudget, budget, minimum_keys
@@ -28,6 +28,7 @@ def test_budget_is_the_rounded_product(multiplier, d_k, keys):
     assert type(budget(multiplier, d_k)) is int
 
 
+@settings(deadline=None)
 @given(st.floats(min_value=1e-3, max_value=1e4), st.integers(min_value=1000, max_value=50_000))
 def test_budget_is_within_half_a_key(multiplier, d_k):
     assert abs(budget(multiplier, d_k) - multiplier * d_k) <= 0.5

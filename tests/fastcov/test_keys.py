@@ -30,9 +30,6 @@ def test_flatten_views_a_transposed_batch_and_keeps_rows_with_their_mask():
     mask = torch.rand(3, 5) < 0.5
     rows, kept = flatten_keys(x, mask)
     assert rows.data_ptr() == base.data_ptr()
-    assert torch.equal(rows[kept].sum(0), x[mask].sum(0)) or torch.allclose(
-        rows[kept].sum(0), x[mask].sum(0)
-    )
     assert sorted(rows[kept].tolist()) == sorted(x[mask].tolist())
 
 
