@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 import transformers
+
 from tiny_tokenizers import VOCAB_SIZE, tiny_tokenizer
 
-__all__ = ["ARCHITECTURES", "D", "D_K", "LAYERS", "VOCAB_SIZE", "tiny_model", "tiny_tokenizer"]
+__all__ = ["ARCHITECTURES", "D_K", "LAYERS", "VOCAB_SIZE", "D", "tiny_model", "tiny_tokenizer"]
 
 LAYERS, D, D_K, HEADS, CONTEXT = 3, 32, 64, 4, 256
 

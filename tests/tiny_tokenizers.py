@@ -36,9 +36,9 @@ def tiny_tokenizer(kind: str = "byte_bpe") -> Any:
     """A tokenizer with `SPECIAL` as ids 0 to 3.
 
     Args:
-        kind: "byte_bpe" (as GPT-2: bytes, no special tokens added), "bpe_bos" (the same with BOS in
-            front), "metaspace" (as Llama 2: "▁", byte fallback, BOS), "adds_eos" (bytes, BOS in front
-            and EOS behind), "slow_bytes" and "slow_words" (no offsets; see the classes).
+        kind: "byte_bpe" (as GPT-2: bytes, no special tokens added), "bpe_bos" (the same with BOS
+            in front), "metaspace" (as Llama 2: "▁", byte fallback, BOS), "adds_eos" (bytes, BOS in
+            front and EOS behind), "slow_bytes" and "slow_words" (no offsets; see the classes).
     """
     if kind == "slow_bytes":
         return SlowBytes(pad_token=PAD, bos_token=BOS, eos_token=EOS, unk_token=UNK)

@@ -104,7 +104,7 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     else:
         content = {
             "class": type(tokenizer).__name__,
-            "vocab": tokenizer.get_vocab(),
+            "vocab": {**tokenizer.get_vocab(), **tokenizer.get_added_vocab()},
             "special": tokenizer.all_special_tokens,
             "sample": list(tokenizer(_PROBE)["input_ids"]),
         }

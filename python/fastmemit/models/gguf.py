@@ -59,17 +59,26 @@ def expanded_folder(file: Path) -> Path:
         DamagedFile: The file cannot be read as GGUF.
         OSError: The disk refused.
     """
-    folder = cache_dir() / "models" / f"{file.stem}-{file.stat().st_size}-{_sha256(file)[:16]}"
-    if (folder / "config.json").is_file():
-        return folder
+    import transformers
+
+    # Of the major version too: version 4 of transformers cannot read tokenizers that 5 wrote.
+    major = transformers.__version__.partition(".")[0]
+    content = f"{file.stat().st_size}-{_sha256(file)[:16]}"
+    folder = cache_dir() / "models" / f"{file.stem}-{content}-transformers{major}"
+    if not (folder / "config.json").is_file():
+        _expand(file, folder)
+    return folder
+
+
+def _expand(file: Path, folder: Path) -> None:
     missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
     if missing:
         raise ModelNotFound(
             f"Reading {file.name} needs the package {' and '.join(missing)}; run {_INSTALL}."
         )
-    logger.info("expanding %s to %s, once", file.name, folder)
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    logger.info("expanding %s to %s, once", file.name, folder)
     source = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
     try:
         tokenizer = _tokenizer(file, AutoTokenizer.from_pretrained(**source))
@@ -85,7 +94,6 @@ def expanded_folder(file: Path) -> Path:
         # Another process may have been faster; its folder is as good as ours.
         if not (folder / "config.json").is_file():
             raise
-    return folder
 
 
 def _tokenizer(file: Path, converted: Any) -> Any:

@@ -79,7 +79,7 @@ def _source(name: str) -> str | Path:
     path = Path(name).expanduser()
     if path.is_file() and path.suffix == ".gguf":
         return expanded_folder(path)
-    if path.is_dir():
+    if name.strip() and path.is_dir():
         if not (path / "config.json").is_file():
             raise ModelNotFound(
                 f"The folder {name!r} has no config.json; name a folder that save_pretrained wrote."

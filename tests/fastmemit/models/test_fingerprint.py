@@ -1,0 +1,176 @@
+"""The identity of a model changes with every bit, and with nothing else."""
+
+from __future__ import annotations
+
+import copy
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastmemit.errors import OffloadedWeight
+from fastmemit.models import checksum, fingerprint, tokenizer_fingerprint
+from tiny_models import ARCHITECTURES, tiny_model
+from tiny_tokenizers import FAST, SENTENCES, tiny_tokenizer
+
+# `fastmemit.models.fingerprint` is the function; the module of that name is here.
+fingerprint_module = sys.modules["fastmemit.models.fingerprint"]
+
+
+def test_the_checksum_is_two_sums_of_64_bit_words() -> None:
+    # Words 1, 2 and -1: sum 2, and by their places 1*1 + 2*2 - 3*1 = 2.
+    tensor = torch.tensor([1, 2, -1], dtype=torch.int64)
+    assert checksum(tensor) == f"int64[3]:{2:016x}{2:016x}"
+    # Two int32 in a word, the second one above the first: 5 + 7 * 2^32.
+    word = 5 + (7 << 32)
+    assert (
+        checksum(torch.tensor([[5], [7]], dtype=torch.int32))
+        == f"int32[2x1]:{word:016x}{word:016x}"
+    )
+    # An unfinished word is filled with zeros; -1 in int16 is 0xffff.
+    assert checksum(torch.tensor([-1], dtype=torch.int16)) == f"int16[1]:{0xFFFF:016x}{0xFFFF:016x}"
+    assert checksum(torch.zeros(0)) == f"float32[0]:{0:032x}"
+
+
+def test_the_checksum_of_many_pieces_is_that_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensor = torch.randn(61)
+    whole = checksum(tensor)
+    monkeypatch.setattr(fingerprint_module, "_WORDS", 4)
+    assert checksum(tensor) == whole
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@settings(max_examples=30, deadline=None)
+@given(data=st.data())
+def test_every_single_bit_counts(dtype: torch.dtype, data: st.DataObject) -> None:
+    tensor = torch.randn(37, generator=torch.Generator().manual_seed(0)).to(dtype)
+    before = checksum(tensor)
+    bits = tensor.view(torch.uint8)
+    place = data.draw(st.integers(0, len(bits) - 1))
+    bits[place] ^= 1 << data.draw(st.integers(0, 7))
+    assert checksum(tensor) != before
+
+
+def test_order_shape_dtype_and_sign_of_zero_count() -> None:
+    base = torch.tensor([1.0, 2.0, 3.0, 0.0])
+    others = [
+        torch.tensor([2.0, 1.0, 3.0, 0.0]),
+        torch.tensor([3.0, 0.0, 1.0, 2.0]),
+        torch.tensor([1.0, 2.0, 3.0, -0.0]),
+        base.reshape(2, 2),
+        base.view(torch.int32),
+    ]
+    assert len({checksum(tensor) for tensor in [base, *others]}) == 6
+
+
+def test_layout_in_memory_does_not_count() -> None:
+    tensor = torch.randn(6, 4)
+    assert checksum(tensor.T.contiguous().T) == checksum(tensor)
+    shifted = torch.cat([torch.zeros(1), torch.arange(5.0)])[1:]  # begins between two words
+    assert checksum(shifted) == checksum(torch.arange(5.0))
+    assert checksum(torch.nn.Parameter(tensor)) == checksum(tensor)
+
+
+def test_the_same_weights_made_again_are_the_same_model() -> None:
+    prints = {name: fingerprint(make()) for name, make in ARCHITECTURES.items()}
+    assert prints == {name: fingerprint(make()) for name, make in ARCHITECTURES.items()}
+    assert len(set(prints.values())) == len(prints)
+    assert all(len(text) == 64 for text in prints.values())
+
+
+def test_one_bit_of_any_parameter_makes_another_model() -> None:
+    model = tiny_model("qwen2", num_hidden_layers=1)
+    before = fingerprint(model)
+    for parameter in model.parameters():
+        bits = parameter.data.view(torch.int32).view(-1)
+        bits[-1] ^= 1
+        assert fingerprint(model) != before
+        bits[-1] ^= 1
+    assert fingerprint(model) == before
+
+
+def test_persistent_buffers_count_and_others_do_not() -> None:
+    model = tiny_model("llama")
+    before = fingerprint(model)
+    model.model.register_buffer("scratch", torch.ones(3), persistent=False)
+    assert fingerprint(model) == before
+    model.model.register_buffer("kept", torch.ones(3))
+    with_buffer = fingerprint(model)
+    model.model.kept[0] = 2
+    assert len({before, with_buffer, fingerprint(model)}) == 3
+
+
+def test_dtype_counts() -> None:
+    model = tiny_model("llama")
+    assert fingerprint(copy.deepcopy(model).to(torch.bfloat16)) != fingerprint(model)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"hidden_act": "gelu"},
+        {"rms_norm_eps": 0.1},
+        {"num_attention_heads": 8},
+        {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}},
+    ],
+)
+def test_fields_of_the_config_that_change_the_function_count(change: dict) -> None:
+    model = tiny_model("llama")
+    before = fingerprint(model)
+    for name, value in change.items():
+        setattr(model.config, name, value)
+    assert fingerprint(model) != before
+
+
+def test_volatile_fields_do_not_count() -> None:
+    model = tiny_model("llama")
+    before = fingerprint(model)
+    model.config._name_or_path = "elsewhere"
+    model.config.use_cache = False
+    model.config.attention_dropout = 0.5
+    model.config.eos_token_id = 7
+    model.config.output_hidden_states = True
+    model.config.quantization_config = {"quant_method": "gguf"}
+    assert fingerprint(model) == before
+
+
+def test_both_spellings_of_the_rotary_settings_are_one() -> None:
+    essence = fingerprint_module._essence
+    old = {
+        "model_type": "llama",
+        "rope_theta": 5e5,
+        "rope_scaling": {"rope_type": "llama3", "factor": 8.0},
+    }
+    new = {
+        "model_type": "llama",
+        "rope_parameters": {"rope_theta": 5e5, "rope_type": "llama3", "factor": 8.0},
+    }
+    assert essence(old) == essence(new)
+    plain = {"model_type": "llama", "rope_theta": 1e4, "rope_scaling": None}
+    named = {"model_type": "llama", "rope_parameters": {"rope_theta": 1e4, "rope_type": "default"}}
+    assert essence(plain) == essence(named) != essence(old)
+
+
+def test_weights_that_are_not_in_memory_are_refused() -> None:
+    model = tiny_model("llama")
+    model.model.layers[0].mlp.to("meta")
+    with pytest.raises(OffloadedWeight, match="offloading"):
+        fingerprint(model)
+
+
+@pytest.mark.parametrize("kind", [*FAST, "slow_bytes", "slow_words"])
+def test_a_tokenizer_is_the_same_before_and_after_use(kind: str) -> None:
+    tokenizer = tiny_tokenizer(kind)
+    before = tokenizer_fingerprint(tokenizer)
+    tokenizer(list(SENTENCES), padding=True, truncation=True, max_length=5)
+    assert tokenizer_fingerprint(tokenizer) == before
+
+
+def test_tokenizers_that_differ_in_one_rule_are_told_apart() -> None:
+    kinds = (*FAST, "slow_bytes", "slow_words")
+    assert len({tokenizer_fingerprint(tiny_tokenizer(kind)) for kind in kinds}) == len(kinds)
+    more = copy.deepcopy(tiny_tokenizer("slow_bytes"))
+    more.add_tokens(["Eiffel"])
+    assert tokenizer_fingerprint(more) != tokenizer_fingerprint(tiny_tokenizer("slow_bytes"))
