@@ -1,8 +1,8 @@
 """Short texts put before a prompt, so that a key and a target do not depend on how a text begins.
 
-MEMIT and EMMET: the bare prompt and five texts that the model continues from fixed words.  ROME: the
-bare prompt and twenty that it writes from its start-of-text token (Meng et al. 2022, appendix E.5;
-Meng et al. 2023, appendix B).
+MEMIT and EMMET: the bare prompt and five texts that the model continues from fixed words (Meng et
+al. 2023, appendix B).  ROME: the bare prompt and twenty that it writes from its start-of-text token
+(Meng et al. 2022, appendix E.5).
 """
 
 from __future__ import annotations

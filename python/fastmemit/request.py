@@ -50,7 +50,8 @@ class EditRequest:
             )
         if not self.subject.strip():
             raise BadRequest(
-                f"The subject of the prompt {_shown(self.prompt)} is empty; name what the fact is about."
+                f"The subject of the prompt {_shown(self.prompt)} is empty; "
+                "name what the fact is about."
             )
         for name in ("target_new", "target_true"):
             value = getattr(self, name)
@@ -83,18 +84,19 @@ class EditRequest:
     def from_dict(cls, data: Mapping[str, Any]) -> EditRequest:
         """Read one request in any of the spellings that editing codebases use.
 
-        ``target_new`` and ``target_true`` may be text or ``{"str": text}`` (MEMIT); ``target`` stands
-        for ``target_new`` (FastEdit); a CounterFact record's ``requested_rewrite`` is unpacked; a
-        prompt without ``{}`` in which the subject occurs exactly once is taken as already filled
-        (EasyEdit).
+        ``target_new`` and ``target_true`` may be text or ``{"str": text}`` (MEMIT); ``target``
+        stands for ``target_new`` (FastEdit); a CounterFact record's ``requested_rewrite`` is
+        unpacked; a prompt without ``{}`` in which the subject occurs exactly once is taken as
+        already filled (EasyEdit).
 
         Raises:
-            BadRequest: A field is missing, of the wrong kind or empty; the subject is not in a filled
-                prompt, or is there several times.
+            BadRequest: A field is missing, of the wrong kind or empty; the subject is not in a
+                filled prompt, or is there several times.
         """
         if not isinstance(data, Mapping):
             raise BadRequest(
-                f"A request must be an object with prompt, subject and target_new, not {data!r:.80}."
+                "A request must be an object with prompt, subject and target_new, "
+                f"not {data!r:.80}."
             )
         data = data.get("requested_rewrite", data)
         if not isinstance(data, Mapping):
@@ -105,7 +107,8 @@ class EditRequest:
         for name in ("prompt", "subject", "target_new"):
             if fields[name] is None:
                 raise BadRequest(
-                    f"The request has no {name} (its fields: {', '.join(map(str, data)) or 'none'}); add it."
+                    f"The request has no {name} (its fields: {', '.join(map(str, data)) or 'none'}); "
+                    "add it."
                 )
         prompt, subject = fields["prompt"], fields["subject"]
         if isinstance(prompt, str) and isinstance(subject, str) and "{}" not in prompt:

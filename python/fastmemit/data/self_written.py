@@ -49,9 +49,7 @@ def self_written(model: Any, tokenizer: Any, fingerprint: str) -> Corpus:
             openings = [OPENINGS[(number + i) % len(OPENINGS)] for i in range(ROWS)]
             # A seed of its own for each batch, so that a corpus can be read on at any place.
             batch_seed = (seed * 1_000_003 + number) % 2**63
-            new = continue_texts(
-                model, tokenizer, openings, TOKENS, top_k=TOP_K, seed=batch_seed
-            )
+            new = continue_texts(model, tokenizer, openings, TOKENS, top_k=TOP_K, seed=batch_seed)
             yield from (begin + rest for begin, rest in zip(openings, new, strict=True))
             number += ROWS
 

@@ -1,5 +1,6 @@
-"""Target vectors, optimised in batches."""
+"""Target vectors, optimised in batches and stored by content."""
 
 from fastmemit.targets.optimise import Target, TargetSettings, optimise
+from fastmemit.targets.store import TargetStore, stored_or_optimised
 
-__all__ = ["Target", "TargetSettings", "optimise"]
+__all__ = ["Target", "TargetSettings", "TargetStore", "optimise", "stored_or_optimised"]

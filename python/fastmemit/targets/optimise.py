@@ -1,7 +1,7 @@
 """Target vectors: what the edited block should put out at the subject so that the fact is told.
 
 All requests of a batch run together, each with its own loss, optimiser state, norm limit and stop,
-so that every one follows the path that it would follow alone (ROME, equation 4; MEMIT, equation 16):
+so that every one follows the path it would follow alone (ROME, equation 4; MEMIT, equation 16):
 
     loss = mean over prompts of [-(1/|target|) sum log p(target token)]
          + kl_factor * KL(p0 || p) at the KL prompt's subject

@@ -52,7 +52,7 @@ class RequestRows:
 
 
 def subject_row(tokenizer: Any, prefix: str, request: EditRequest) -> Row:
-    """The tokens of ``prefix + prompt`` up to the subject's last token; nothing later can reach it."""
+    """The tokens of ``prefix + prompt`` up to the subject's last token."""
     start = len(prefix) + len(request.before)
     encoded = encode(tokenizer, prefix + request.text)
     index = subject_end(encoded, start, start + len(request.subject))

@@ -1,11 +1,11 @@
-"""Run only what a target's change can reach: blocks above the edited one, tokens from the subject on.
+"""Run only what a target's change can reach: blocks above the edited one, tokens from the subject.
 
-The change enters at the output of one block, at the subject's last token.  Blocks up to that one and
-tokens before that one never see it, so both run once: the hidden states that leave the edited block
-and the attention keys and values of the earlier tokens are kept, and each step of the optimisation
-feeds them to the model's own code.  No architecture is written twice: the blocks up to the edited
-one are replaced by pass-throughs for the time of a step, and the kept keys and values are given to
-the model as a cache that hands them out and never grows.
+The change enters at the output of one block, at the subject's last token.  Blocks up to that one
+and tokens before that one never see it, so both run once: the hidden states that leave the edited
+block and the attention keys and values of the earlier tokens are kept, and each step of the
+optimisation feeds them to the model's own code.  No architecture is written twice: the blocks up to
+the edited one are replaced by pass-throughs for the time of a step, and the kept keys and values
+are given to the model as a cache that hands them out and never grows.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from fastmemit.logits import head_reads
 from fastmemit.models import ModelAdapter, hidden_of
 from fastmemit.targets.rows import Row
 
@@ -81,7 +82,7 @@ class SuffixForward:
             if capture_projection:
                 hooks.callback(_on_output(adapter.projection(layer), kept, "projection").remove)
             # No logits are needed here: one position through the output head instead of all.
-            hooks.enter_context(_head_reads(adapter, [0], [0]))
+            hooks.enter_context(head_reads(adapter, [0], [0]))
             cache = DynamicCache()
             adapter.model(
                 input_ids=self._ids,
@@ -141,7 +142,7 @@ class SuffixForward:
         """
         changed = subject_hidden.to(self._hidden)[:, None]  # (N, 1, d)
         self._injected = torch.cat([changed, self._hidden[:, 1:]], dim=1)
-        with _head_reads(self._adapter, rows, columns):
+        with head_reads(self._adapter, rows, columns):
             out = self._adapter.model(
                 input_ids=self._ids[:, self._prefix :],
                 attention_mask=self._mask,
@@ -189,20 +190,6 @@ def _align(rows: Sequence[Row], prefix: int, suffix: int) -> tuple[Tensor, Tenso
 
 def _on_output(module: nn.Module, kept: dict[str, Any], name: str) -> Any:
     return module.register_forward_hook(lambda _m, _a, out: kept.__setitem__(name, out))
-
-
-@contextmanager
-def _head_reads(adapter: ModelAdapter, rows: list[int], columns: list[int]) -> Iterator[None]:
-    """Let the output head see M chosen positions, as (1, M, d), instead of every one."""
-
-    def gather(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (args[0][rows, columns][None], *args[1:])
-
-    handle = adapter.lm_head.register_forward_pre_hook(gather)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 @contextmanager

@@ -1,0 +1,33 @@
+"""Knowledge editing of language models that starts in seconds: ROME, EMMET and MEMIT."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from fastmemit.errors import FastmemitError
+from fastmemit.request import EditRequest
+
+if TYPE_CHECKING:
+    from fastmemit.delta import Delta
+    from fastmemit.editor import Edit, Editor
+    from fastmemit.editors import EditConfig
+
+__version__ = "0.1.0"
+
+__all__ = ["Delta", "Edit", "EditConfig", "EditRequest", "Editor", "FastmemitError"]
+
+_HOMES = {
+    "Delta": "fastmemit.delta",
+    "Edit": "fastmemit.editor",
+    "EditConfig": "fastmemit.editors",
+    "Editor": "fastmemit.editor",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import what needs torch and transformers only when it is asked for."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'fastmemit' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_HOMES[name]), name)

@@ -1,0 +1,205 @@
+"""The edit as a file: low-rank factors of what each weight gains, with what they were made for.
+
+A delta knows nothing of how it was found.  It can be added to the weights it names, saved, and
+loaded on another machine; the file format is described in docs/store-format.md.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastcov.store import atomic_file
+from fastmemit.errors import DamagedFile, WrongModel
+
+FORMAT = "fastmemit-delta"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What an edit adds to the weights of a model.
+
+    Attributes:
+        factors: Weight name -> (left (rows, B), right (columns, B)), float32 on the CPU, in the
+            weight's own orientation: ``W' - W = left @ right^T``.
+        provenance: JSON values: the model's fingerprint (``model``), method, settings, requests,
+            versions.
+    """
+
+    factors: Mapping[str, tuple[Tensor, Tensor]]
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def model(self) -> str | None:
+        """The fingerprint of the model that the delta was made for, if it is on record."""
+        return self.provenance.get("model")
+
+    def digest(self) -> str:
+        """SHA-256 (hex) over names, shapes and bytes of all factors."""
+        digest = hashlib.sha256()
+        for name in sorted(self.factors):
+            for side in self.factors[name]:
+                digest.update(f"{name}{tuple(side.shape)}".encode())
+                digest.update(side.contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the delta as safetensors; a file of this name is replaced only by a whole one.
+
+        Raises:
+            OSError: The file cannot be written; nothing is left of the attempt.
+        """
+        from safetensors.torch import save
+
+        tensors = {}
+        for name, (left, right) in self.factors.items():
+            tensors[f"{name}:left"], tensors[f"{name}:right"] = left, right
+        provenance = json.dumps(self.provenance, sort_keys=True)
+        metadata = {
+            "format": FORMAT,
+            "version": str(VERSION),
+            "provenance": provenance,
+            "sha256": _seal(self.digest(), provenance),
+        }
+        data = save({name: t.contiguous() for name, t in tensors.items()}, metadata)
+        with atomic_file(path) as file:
+            file.write(data)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Delta:
+        """Read a delta, every byte verified.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            DamagedFile: It is no delta, was cut short or altered, or is of a newer version.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        if not Path(path).is_file():
+            raise FileNotFoundError(
+                f"There is no edit file {os.fspath(path)!r}; give the path that --save wrote."
+            )
+        try:
+            with safe_open(os.fspath(path), framework="pt") as file:
+                metadata = file.metadata() or {}
+                _check_format(path, metadata)
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise _damaged(path, f"is not a readable safetensors file ({error})") from error
+        factors = _pairs(path, tensors)
+        try:
+            provenance = json.loads(metadata["provenance"])
+        except (KeyError, ValueError) as error:
+            raise _damaged(path, "has no readable provenance") from error
+        delta = cls(factors, provenance if isinstance(provenance, dict) else {})
+        if metadata.get("sha256") != _seal(delta.digest(), metadata["provenance"]):
+            raise _damaged(path, "holds other bytes than were written")
+        return delta
+
+    def check(self, model: nn.Module) -> None:
+        """Refuse a model that lacks one of the weights or has it in another shape.
+
+        Raises:
+            WrongModel: The message names the weight and both shapes.
+        """
+        weights = dict(model.named_parameters(remove_duplicate=False))
+        for name, (left, right) in self.factors.items():
+            shape = (left.shape[0], right.shape[0])
+            found = tuple(weights[name].shape) if name in weights else None
+            if found != shape:
+                has = "has no such weight" if found is None else f"has it as {found}"
+                raise WrongModel(
+                    f"The edit changes {name} of shape {shape} but this model {has}; "
+                    "apply it to the model that it was made for."
+                )
+
+    def add_to(self, model: nn.Module) -> None:
+        """Add the change to the model's weights, all or none.
+
+        Raises:
+            WrongModel: A weight is missing or of another shape; nothing is changed then.
+        """
+        self.check(model)
+        weights = dict(model.named_parameters(remove_duplicate=False))
+        with restored_on_error([weights[name] for name in self.factors]):
+            for name, (left, right) in self.factors.items():
+                add_low_rank(weights[name], left, right)
+
+
+@torch.no_grad()
+def add_low_rank(weight: Tensor, left: Tensor, right: Tensor) -> None:
+    """``weight += left @ right^T`` in place, rounded once to the weight's dtype.
+
+    The one place where factors meet a weight, so that a delta gives the same bits whether it was
+    just computed or comes from a file.
+
+    Args:
+        weight: (rows, columns), any floating dtype and device.
+        left: (rows, B) float32.
+        right: (columns, B) float32.
+    """
+    gain = left.to(weight.device) @ right.to(weight.device).T
+    weight.copy_(weight.float().add_(gain) if weight.dtype != torch.float32 else weight + gain)
+
+
+@contextlib.contextmanager
+def restored_on_error(weights: list[Tensor]) -> Iterator[None]:
+    """Give the weights their bits back if anything inside fails."""
+    before = [weight.detach().clone() for weight in weights]
+    try:
+        yield
+    except BaseException:
+        restore(weights, before)
+        raise
+
+
+@torch.no_grad()
+def restore(weights: list[Tensor], before: list[Tensor]) -> None:
+    """Copy saved bits back into weights."""
+    for weight, saved in zip(weights, before, strict=True):
+        weight.copy_(saved)
+
+
+def _seal(digest: str, provenance: str) -> str:
+    return hashlib.sha256(f"{digest}{provenance}".encode()).hexdigest()
+
+
+def _pairs(
+    path: str | os.PathLike[str], tensors: Mapping[str, Tensor]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    names = sorted({name.rpartition(":")[0] for name in tensors})
+    factors = {}
+    for name in names:
+        left, right = tensors.get(f"{name}:left"), tensors.get(f"{name}:right")
+        if left is None or right is None or not name or len(tensors) != 2 * len(names):
+            raise _damaged(path, "does not hold a left and a right factor for each weight")
+        sound = all(t.dim() == 2 and t.dtype == torch.float32 for t in (left, right))
+        if not sound or left.shape[1] != right.shape[1]:
+            raise _damaged(path, f"holds factors of {name} that do not fit each other")
+        factors[name] = (left, right)
+    return factors
+
+
+def _check_format(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> None:
+    if metadata.get("format") != FORMAT:
+        raise _damaged(path, "is not an edit file of fastmemit")
+    version = metadata.get("version", "")
+    if version != str(VERSION):
+        raise DamagedFile(
+            f"The edit file {os.fspath(path)!r} has version {version!r} but this fastmemit reads "
+            f"{VERSION}; upgrade fastmemit."
+        )
+
+
+def _damaged(path: str | os.PathLike[str], what: str) -> DamagedFile:
+    return DamagedFile(f"The file {os.fspath(path)!r} {what}; get or make the edit again.")

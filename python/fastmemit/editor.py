@@ -1,0 +1,270 @@
+"""The editor: a model, its statistics, and edits that come and go."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastmemit.applied import Edit, EditStack
+from fastmemit.cache import cache_dir
+from fastmemit.data.corpora import Corpus, load_corpus
+from fastmemit.data.self_written import self_written
+from fastmemit.delta import Delta
+from fastmemit.editors import METHODS, PLANS, EditConfig, find_config
+from fastmemit.errors import WrongModel
+from fastmemit.models import find_adapter, load_model, save_model
+from fastmemit.request import EditRequest, check_batch
+from fastmemit.sampling import continue_texts
+from fastmemit.sources import Sources
+from fastmemit.statistics import Statistics, versions
+from fastmemit.targets import Target
+
+__all__ = ["Edit", "Editor"]
+
+
+class Editor:
+    """Edits the facts of one causal language model.
+
+    Args:
+        model: The model, unedited.
+        tokenizer: Its tokenizer.
+        module: The edited projection with ``{}`` for the layer, where the model's structure leaves
+            doubt.
+        seed: Of the contexts that the model writes, and of the corpus's order.
+        cache: The folder for statistics and targets; None takes `fastmemit.cache.cache_dir`.
+        target_batch_tokens: Bound on the padded tokens of target vectors optimised together.
+        progress: Show a progress bar for each long step.
+        name: What to call the model in files; it identifies nothing.
+
+    Raises:
+        UnknownArchitecture: The model's edited projection cannot be told.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        module: str | None = None,
+        seed: int = 0,
+        cache: str | os.PathLike[str] | None = None,
+        target_batch_tokens: int = 2048,
+        progress: bool = False,
+        name: str | None = None,
+    ) -> None:
+        self.model, self.tokenizer, self.seed = model, tokenizer, seed
+        self.adapter = find_adapter(model, module)
+        self.name = name or str(getattr(model.config, "_name_or_path", "") or "model")
+        self._stack = EditStack(model)
+        self._sources = Sources(
+            self.adapter,
+            tokenizer,
+            self._stack,
+            Path(cache) if cache is not None else cache_dir(),
+            name=self.name,
+            seed=seed,
+            batch_tokens=target_batch_tokens,
+            progress=progress,
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str,
+        *,
+        device: str | None = None,
+        dtype: str | torch.dtype | None = None,
+        trust_remote_code: bool = False,
+        **settings: Any,
+    ) -> Editor:
+        """Load a model by its name and make an editor of it.
+
+        Args:
+            name: A hub name, a local folder, or "smollm2".
+            device: See `fastmemit.models.load_model`.
+            dtype: See `fastmemit.models.load_model`.
+            trust_remote_code: Run code that comes with the model.
+            settings: Arguments of `Editor`.
+
+        Raises:
+            ModelNotFound: Nothing of this name can be loaded.
+        """
+        model, tokenizer = load_model(
+            name, device=device, dtype=dtype, trust_remote_code=trust_remote_code
+        )
+        return cls(model, tokenizer, **{"name": name, **settings})
+
+    @property
+    def fingerprint(self) -> str:
+        """The unedited model's fingerprint."""
+        return self._stack.fingerprint
+
+    @property
+    def edits(self) -> tuple[Edit, ...]:
+        """The edits that are in the weights now, oldest first."""
+        return self._stack.edits
+
+    def config(self, method: str = "memit", **overrides: Any) -> EditConfig:
+        """The settings that `edit` would use: the model's preset with your overrides.
+
+        Raises:
+            BadConfig: An unknown method or setting, or a value out of range.
+            BadLayer: A layer that the model does not have.
+        """
+        return find_config(self.adapter, method, overrides)
+
+    def precompute(
+        self,
+        corpus: str | os.PathLike[str] | Corpus = "wikipedia",
+        *,
+        multiplier: float = 10.0,
+        layers: Sequence[int] | None = None,
+        allow_fewer: bool = False,
+        field: str = "text",
+    ) -> Statistics:
+        """Collect the second moments that edits need, or find them where they were kept.
+
+        Args:
+            corpus: ``"wikipedia"`` (from the hub), ``"builtin"``, ``"self"`` (text that the model
+                writes), a .txt, .json or .jsonl file, ``"hub:NAME"``, or a `Corpus`.
+            multiplier: d_m: each layer gets ``round(d_m * d_k)`` keys.
+            layers: Which layers; None takes those of all methods' settings.
+            allow_fewer: Take a corpus that ends early for what it has.
+            field: The text's field in a JSON corpus.
+
+        Returns:
+            The statistics, which edits of this editor use from now on.
+
+        Raises:
+            WrongModel: The model is edited; statistics belong to the unedited one.
+            fastcov.FastcovError: See `fastmemit.statistics.precompute`.
+            BadCorpus: The corpus cannot be read.
+        """
+        if layers is None:
+            layers = sorted({i for m in METHODS for i in self.config(m).layers})
+        for layer in layers:
+            self.adapter.check_layer(layer)
+        if not isinstance(corpus, Corpus):
+            if corpus == "self":
+                corpus = self_written(self.model, self.tokenizer, self.fingerprint)
+            else:
+                corpus = load_corpus(str(corpus), field=field)
+        return self._sources.precompute(corpus, list(layers), multiplier, allow_fewer)
+
+    def use(self, found: Statistics) -> None:
+        """Take these statistics for edits from now on.
+
+        Raises:
+            WrongModel: They are of another model.
+        """
+        self._sources.use(found)
+
+    def find_statistics(
+        self, layers: Sequence[int], multiplier: float | None = None
+    ) -> Statistics | None:
+        """The newest kept statistics of this model for these layers, or None."""
+        return self._sources.find(layers, multiplier)
+
+    def contexts(self, method: str) -> tuple[str, ...]:
+        """The texts put before prompts, written by the unedited model with the editor's seed.
+
+        Raises:
+            WrongModel: They were never written and the model is edited now.
+        """
+        return self._sources.contexts(method)
+
+    def targets(self, requests: Sequence[EditRequest], config: EditConfig) -> list[Target]:
+        """Target vectors on the model as it is, from the store where they are in it."""
+        return self._sources.targets(requests, config)
+
+    def plan(
+        self, requests: Sequence[EditRequest], method: str = "memit", **overrides: Any
+    ) -> Delta:
+        """Compute an edit and apply nothing; the weights are the same before and after.
+
+        Args:
+            requests: The facts, written together.
+            method: ``"rome"``, ``"emmet"`` or ``"memit"``.
+            overrides: Settings that replace the preset's, see `EditConfig`.
+
+        Raises:
+            BadRequest: A request that cannot be carried out, or two that contradict each other.
+            fastcov.StoreMissing: No statistics of the edited layers were precomputed.
+        """
+        batch = check_batch(requests)
+        config = self.config(method, **overrides)
+        work = self._sources.workspace(config)
+        factors = work.plan(PLANS[method], batch)
+        return Delta(factors, self._provenance(config, batch))
+
+    def edit(
+        self, requests: Sequence[EditRequest], method: str = "memit", **overrides: Any
+    ) -> Edit:
+        """Compute an edit and apply it.
+
+        Args and errors are those of `plan`; on any of them the weights are as they were.
+        """
+        return Edit(self.plan(requests, method, **overrides), self._stack).apply()
+
+    def load(self, path: str | os.PathLike[str], *, force: bool = False) -> Edit:
+        """Read an edit from a file; it is not applied.
+
+        Args:
+            path: A file that `Edit.save` wrote.
+            force: Take an edit that was made for another model, if its shapes fit.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            DamagedFile: The file is not what was written.
+            WrongModel: It was made for another model.
+        """
+        delta = Delta.load(path)
+        if not force and delta.model != self.fingerprint:
+            raise WrongModel(
+                f"The edit {os.fspath(path)!r} was made for the model {delta.model!s:.16} "
+                f"({delta.provenance.get('model_name')}) but this one is {self.fingerprint:.16}; "
+                "load that model, or pass force=True (--force) if you know that it fits."
+            )
+        delta.check(self.model)
+        return Edit(delta, self._stack)
+
+    @contextmanager
+    def applied(self, edit: Edit) -> Iterator[Edit]:
+        """The model with an edit inside the block, and as before behind it.
+
+        An edit that is applied already stays so inside and is undone behind.
+        """
+        if not edit.applied:
+            edit.apply()
+        try:
+            yield edit
+        finally:
+            if edit.applied:
+                edit.undo()
+
+    def generate(self, prompts: Sequence[str], new_tokens: int = 20) -> list[str]:
+        """What the model, as it is now, goes on with: its most probable words."""
+        return continue_texts(self.model, self.tokenizer, prompts, new_tokens)
+
+    def save_model(self, folder: str | os.PathLike[str]) -> None:
+        """Write the model as it is now into a folder that ``from_pretrained`` loads."""
+        save_model(self.model, self.tokenizer, folder)
+
+    def _provenance(self, config: EditConfig, batch: Sequence[EditRequest]) -> dict[str, Any]:
+        return {
+            **self._sources.identity(),
+            "method": config.method,
+            "settings": dataclasses.asdict(config),
+            "requests": [dataclasses.asdict(request) for request in batch],
+            "statistics": dict(self._sources.statistics_for(config.layers).provenance),
+            "contexts": list(self.contexts(config.method)),
+            "on_top_of": [edit.delta.digest() for edit in self.edits],
+            "seed": self.seed,
+            "versions": versions(),
+        }

@@ -1,0 +1,145 @@
+"""What every method shares: keys at the subject, trial writes, the way from requests to factors.
+
+A method computes on the model itself, because MEMIT's upper layers must see its lower ones and
+ROME's later facts its earlier ones written.  All of that happens inside `Workspace.plan`, which
+gives the weights their bits back whatever happens: nothing is applied before all is computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastcov import CholeskyFactor, LowRank
+from fastmemit.activations import read_at_subject
+from fastmemit.delta import add_low_rank, restore
+from fastmemit.editors.config import EditConfig
+from fastmemit.models import ModelAdapter
+from fastmemit.request import EditRequest, check_batch
+from fastmemit.targets import Target
+from fastmemit.targets.rows import subject_row
+
+Factors = dict[str, tuple[Tensor, Tensor]]
+
+
+@dataclass
+class Workspace:
+    """What a method works with while it plans one batch.
+
+    Attributes:
+        adapter: The model.
+        tokenizer: Its tokenizer.
+        config: The settings.
+        contexts: Texts before the prompts, the first one ``""``.
+        factor: Layer -> Cholesky factor of ``w C + ridge I``.
+        targets: Requests -> target vectors on the model as it is now; the flag says whether it is
+            still the model that the batch began with, so that stored vectors may serve.
+        factors: What has been written so far, by weight name, in the weights' own orientation.
+    """
+
+    adapter: ModelAdapter
+    tokenizer: Any
+    config: EditConfig
+    contexts: tuple[str, ...]
+    factor: Callable[[int], CholeskyFactor]
+    targets: Callable[[Sequence[EditRequest], bool], list[Target]]
+    factors: Factors = field(default_factory=dict)
+    _before: dict[str, Tensor] = field(default_factory=dict)
+
+    def write(self, layer: int, change: LowRank) -> None:
+        """Add a change (d, d_k) to a layer's weight, and keep it for the delta."""
+        left, right = (t.to("cpu", torch.float32) for t in (change.left, change.right))
+        if self.adapter.weight_is_transposed(layer):
+            left, right = right, left
+        name = self.adapter.weight_name(layer)
+        if name in self.factors:
+            old_left, old_right = self.factors[name]
+            left, right = torch.cat([old_left, left], 1), torch.cat([old_right, right], 1)
+        self.factors[name] = (left.contiguous(), right.contiguous())
+        # From the unedited weight in one step, as the delta will be applied.
+        weight = self._stored_weight(layer)
+        restore([weight], [self._before[name]])
+        add_low_rank(weight, *self.factors[name])
+
+    def plan(
+        self,
+        method: Callable[[Workspace, list[EditRequest]], None],
+        requests: Sequence[EditRequest],
+    ) -> Factors:
+        """Run a method and leave the weights as they were.
+
+        Raises:
+            BadRequest: There are no requests, or two of them contradict each other.
+        """
+        batch = check_batch(requests)
+        weights = {
+            self.adapter.weight_name(layer): self._stored_weight(layer)
+            for layer in self.config.layers
+        }
+        self._before = {name: weight.clone() for name, weight in weights.items()}
+        self.factors = {}
+        try:
+            method(self, batch)
+        finally:
+            restore(list(weights.values()), list(self._before.values()))
+            self._before = {}
+        return self.factors
+
+    def _stored_weight(self, layer: int) -> Tensor:
+        """The weight as the model stores it, (d, d_k) or transposed; writing to it is editing."""
+        weight = self.adapter.weight(layer)
+        return weight.T if self.adapter.weight_is_transposed(layer) else weight
+
+    # -- what methods read from the model ---------------------------------------------------------
+
+    def context_keys(self, layer: int, requests: Sequence[EditRequest]) -> Tensor:
+        """Keys at the subject in every context, (B, contexts, d_k) float64."""
+        keys, _ = self._read(layer, requests, self.contexts)
+        return keys
+
+    def context_outputs(self, layer: int, requests: Sequence[EditRequest]) -> tuple[Tensor, Tensor]:
+        """Keys and the projection's outputs in every context, (B, contexts, d_k) and (…, d)."""
+        return self._read(layer, requests, self.contexts, outputs=True)
+
+    def bare_outputs(
+        self, requests: Sequence[EditRequest], *modules: torch.nn.Module
+    ) -> list[Tensor]:
+        """What modules put out at the subject of the bare prompt, each (B, width) float64."""
+        rows = [subject_row(self.tokenizer, "", request) for request in requests]
+        _, outputs = read_at_subject(self.adapter, rows, outputs=modules)
+        return [output.double() for output in outputs]
+
+    def _read(
+        self,
+        layer: int,
+        requests: Sequence[EditRequest],
+        contexts: Sequence[str],
+        outputs: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        rows = [subject_row(self.tokenizer, c, request) for request in requests for c in contexts]
+        module = self.adapter.projection(layer)
+        keys, out = read_at_subject(
+            self.adapter, rows, inputs=[module], outputs=[module] if outputs else []
+        )
+        shape = (len(requests), len(contexts), -1)
+        values = [value.double().reshape(shape) for value in (*keys, *out)]
+        return values[0], values[-1]
+
+
+def averaged_keys(keys: Tensor) -> Tensor:
+    """Half the bare prompt's key, half the mean of the other contexts' (MEMIT, equation 19).
+
+    Args:
+        keys: (B, contexts, d_k), the bare prompt first.
+
+    Returns:
+        K (d_k, B).
+    """
+    bare = keys[:, 0]
+    if keys.shape[1] == 1:
+        return bare.T
+    return (0.5 * bare + 0.5 * keys[:, 1:].mean(1)).T

@@ -1,0 +1,216 @@
+"""The settings of an edit: one dataclass, presets by architecture and size, overrides by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any, Literal, get_args
+
+from fastmemit.errors import BadConfig
+from fastmemit.models import ModelAdapter
+from fastmemit.targets import TargetSettings
+
+Method = Literal["rome", "emmet", "memit"]
+METHODS: tuple[Method, ...] = get_args(Method)
+KEYS = ("consistent", "original")
+
+
+@dataclass(frozen=True)
+class EditConfig:
+    """Everything that an edit depends on but the model, the requests and the statistics.
+
+    Attributes:
+        method: ``"rome"``, ``"emmet"`` or ``"memit"``.
+        layers: The edited layers, ascending; one for ROME and EMMET.
+        weight: w, how many tokens' worth the preserved keys weigh against one edit; None takes the
+            key width d_k (see docs/second-moment.md).
+        ridge: Added to the diagonal of ``w C``.
+        lambda_e: EMMET only, batches above 1: how far the equality constraint is relaxed.
+        clamp: ``||delta|| <= clamp * ||v0||`` for target vectors.
+        steps: Loss evaluations for a target vector at most.
+        v_lr: Adam's learning rate for target vectors.
+        weight_decay: Factor of ``||delta|| / ||v0||^2``.
+        kl_factor: Factor of the KL term.
+        early_stop: A target is finished once its loss is below this.
+        keys: ROME only.  ``"consistent"``: one key, the mean over contexts, everywhere (r-ROME);
+            ``"original"``: as first released, with the bare prompt's key in the denominator.
+        preset: The name of the preset that the values come from.
+    """
+
+    method: Method
+    layers: tuple[int, ...]
+    weight: float | None = None
+    ridge: float = 0.0
+    lambda_e: float = 0.0
+    clamp: float = 1.0
+    steps: int = 25
+    v_lr: float = 0.5
+    weight_decay: float = 0.5
+    kl_factor: float = 0.0625
+    early_stop: float = 0.05
+    keys: str = "consistent"
+    preset: str = "default"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", tuple(self.layers))
+        _check(self)
+
+    def targets(self) -> TargetSettings:
+        """The part of the settings that target vectors depend on."""
+        return TargetSettings(
+            layer=self.layers[-1],
+            site="projection" if self.method == "rome" else "block",
+            steps=self.steps,
+            learning_rate=self.v_lr,
+            weight_decay=self.weight_decay,
+            clamp=self.clamp,
+            kl_factor=self.kl_factor,
+            early_stop=self.early_stop,
+        )
+
+    def replaced(self, overrides: Mapping[str, Any]) -> EditConfig:
+        """The settings with some values replaced.
+
+        Raises:
+            BadConfig: An unknown name, or a value out of range.
+        """
+        fixed = {"method", "preset"}
+        names = [f.name for f in dataclasses.fields(self) if f.name not in fixed]
+        for name in overrides:
+            if name not in names:
+                raise BadConfig(f"There is no setting {name!r}; choose from {', '.join(names)}.")
+        return dataclasses.replace(self, **overrides)
+
+
+def find_config(
+    adapter: ModelAdapter, method: str, overrides: Mapping[str, Any] | None = None
+) -> EditConfig:
+    """The settings for a model: its preset if there is one, else defaults made from its shape.
+
+    Args:
+        adapter: The model.
+        method: ``"rome"``, ``"emmet"`` or ``"memit"``.
+        overrides: Values by name that replace the preset's.
+
+    Raises:
+        BadConfig: An unknown method or setting, or a value out of range.
+        BadLayer: A layer that the model does not have.
+    """
+    if method not in METHODS:
+        raise BadConfig(f"There is no method {method!r}; choose from {', '.join(METHODS)}.")
+    values = _default(adapter, method)
+    preset = _preset(adapter, values["layers"][0])
+    if preset is not None and method in preset["methods"]:
+        values = {**values, **preset["methods"][method], "preset": preset["name"]}
+    config = EditConfig(method=method, **values).replaced(overrides or {})
+    for layer in config.layers:
+        adapter.check_layer(layer)
+    return config
+
+
+def parse_overrides(pairs: Iterable[str]) -> dict[str, Any]:
+    """``["clamp=0.75", "layers=4,5,6"]`` as values for `find_config`.
+
+    ``layers`` takes numbers and ranges (``4-8`` or ``4,6,8``); ``weight=none`` takes the default.
+
+    Raises:
+        BadConfig: No ``=``, an unknown name, or a value that is not of the setting's kind.
+    """
+    kinds = {f.name: str(f.type) for f in dataclasses.fields(EditConfig)}
+    values: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        name, text = name.strip(), text.strip()
+        if not equals or name not in kinds or name in ("method", "preset"):
+            known = ", ".join(n for n in kinds if n not in ("method", "preset"))
+            raise BadConfig(f"{pair!r} is not name=value with one of the settings {known}.")
+        try:
+            values[name] = _parse(kinds[name], text)
+        except ValueError as error:
+            raise BadConfig(
+                f"The value {text!r} of {name} is not {_KINDS[kinds[name]]}; correct it."
+            ) from error
+    return values
+
+
+_KINDS = {
+    "tuple[int, ...]": "a list of layers such as 4-8 or 4,6",
+    "float": "a number",
+    "float | None": "a number or 'none'",
+    "int": "a whole number",
+    "str": "a word",
+}
+
+
+def _parse(kind: str, text: str) -> Any:
+    if kind == "tuple[int, ...]":
+        layers: list[int] = []
+        for part in text.split(","):
+            first, dash, last = part.partition("-")
+            layers += range(int(first), int(last) + 1) if dash else [int(first)]
+        return tuple(layers)
+    if kind == "float | None" and text.lower() == "none":
+        return None
+    return {"int": int, "str": str}.get(kind, float)(text)
+
+
+def _default(adapter: ModelAdapter, method: str) -> dict[str, Any]:
+    """Settings for a model that nobody has tuned.
+
+    The published choices of layers for models of 28 to 32 blocks begin at an eighth of the depth;
+    single-layer methods take the second of these.
+    """
+    first = min(round(adapter.n_layers / 8), adapter.n_layers - 1)
+    if method == "memit":
+        return {"layers": tuple(range(first, min(first + 5, adapter.n_layers)))}
+    values: dict[str, Any] = {"layers": (min(first + 1, adapter.n_layers - 1),)}
+    if method == "emmet":
+        values["lambda_e"] = 0.1
+    return values
+
+
+def _preset(adapter: ModelAdapter, layer: int) -> dict[str, Any] | None:
+    shape = {
+        "model_type": getattr(adapter.model.config, "model_type", None),
+        "n_layers": adapter.n_layers,
+        "d": adapter.d,
+        "d_k": adapter.d_k(layer),
+    }
+    for preset in load_presets():
+        if preset["match"] == shape:
+            return preset
+    return None
+
+
+def load_presets() -> list[dict[str, Any]]:
+    """All presets that the package ships: ``name``, ``match``, ``source`` and ``methods``."""
+    folder = resources.files("fastmemit.editors") / "presets"
+    files = sorted((f for f in folder.iterdir() if f.name.endswith(".json")), key=lambda f: f.name)
+    return [json.loads(file.read_text(encoding="utf-8")) for file in files]
+
+
+def _check(config: EditConfig) -> None:
+    layers = config.layers
+    if not layers or any(not isinstance(i, int) or isinstance(i, bool) for i in layers):
+        raise BadConfig(f"layers must be whole numbers, at least one, but are {layers!r}.")
+    if list(layers) != sorted(set(layers)):
+        raise BadConfig(f"layers must be ascending and distinct but are {list(layers)}.")
+    if config.method != "memit" and len(layers) != 1:
+        raise BadConfig(
+            f"{config.method} edits one layer but layers are {list(layers)}; set layers=N."
+        )
+    if isinstance(config.steps, bool) or not isinstance(config.steps, int) or config.steps < 1:
+        raise BadConfig(f"steps must be a whole number above 0 but is {config.steps!r}.")
+    if config.keys not in KEYS:
+        raise BadConfig(f"keys must be one of {', '.join(KEYS)} but is {config.keys!r}.")
+    positive = ("clamp", "v_lr", *(["weight"] if config.weight is not None else []))
+    for name in (*positive, "ridge", "lambda_e", "weight_decay", "kl_factor", "early_stop"):
+        value = getattr(config, name)
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not math.isfinite(value) or value < 0 or (name in positive and value == 0):
+            bound = "above 0" if name in positive else "0 or above"
+            raise BadConfig(f"{name} must be a finite number {bound} but is {value!r}.")

@@ -1,0 +1,24 @@
+"""EMMET: a batch in one layer, memorisation as an equality constraint (Gupta et al. 2024)."""
+
+from __future__ import annotations
+
+import torch
+
+from fastcov import closed_form
+from fastmemit.editors.base import Workspace, averaged_keys
+from fastmemit.request import EditRequest
+
+
+def emmet(work: Workspace, requests: list[EditRequest]) -> None:
+    """Write a batch into one layer.
+
+    ``Delta = R (K^T A^-1 K + lambda_e I)^-1 K^T A^-1`` with ``A = w C + ridge I``; lambda_e relaxes
+    the constraint for batches only, a single edit is always exact.
+    """
+    adapter, layer = work.adapter, work.config.layers[0]
+    goal = torch.stack([t.vector for t in work.targets(requests, True)]).double()  # (B, d)
+    keys = averaged_keys(work.context_keys(layer, requests))  # (d_k, B)
+    out, now = work.bare_outputs(requests, adapter.projection(layer), adapter.block(layer))
+    residual = adapter.projection_residual(layer, out.to(now.device), goal.to(now.device) - now)
+    relaxed = work.config.lambda_e if len(requests) > 1 else 0.0
+    work.write(layer, closed_form.emmet(work.factor(layer), keys, residual.T, relaxed))

@@ -1,0 +1,57 @@
+"""Cholesky factors of the statistics: factored once, solved many times."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import torch
+
+import fastcov
+from fastcov import CholeskyFactor
+from fastmemit.editors.config import EditConfig
+from fastmemit.models import ModelAdapter
+from fastmemit.statistics import Statistics
+
+CAPACITY = 8 << 30  # bytes; GPT-J's six layers in float64 are 13 GB, so big models factor again
+
+
+class FactorCache:
+    """Factors of ``w C + ridge I`` by layer, weight and ridge, the least recently used go first.
+
+    Args:
+        capacity: Bytes to hold at most; one factor is always held.
+    """
+
+    def __init__(self, capacity: int = CAPACITY) -> None:
+        self._capacity = capacity
+        self._held: OrderedDict[tuple[int, float, float], CholeskyFactor] = OrderedDict()
+
+    def clear(self) -> None:
+        """Forget all; to be called when the statistics change."""
+        self._held.clear()
+
+    def get(
+        self, adapter: ModelAdapter, used: Statistics, config: EditConfig, layer: int
+    ) -> CholeskyFactor:
+        """The factor of a layer's ``A = w C + ridge I`` in float64, on the weight's device.
+
+        Raises:
+            fastcov.NotPositiveDefinite: No jitter was enough.
+            fastcov.StoreDamaged: The second moment's file is not what was written.
+        """
+        weight = float(adapter.d_k(layer)) if config.weight is None else config.weight
+        key = (layer, weight, config.ridge)
+        if key not in self._held:
+            moment = used.second_moment(adapter.projection_name(layer))
+            device = adapter.weight(layer).device
+            # Apple's GPUs have no float64.
+            place = torch.device("cpu") if device.type == "mps" else device
+            matrix = fastcov.regularised(moment.to(place), weight, config.ridge)
+            self._held[key] = fastcov.factorize(matrix, in_place=True)
+        self._held.move_to_end(key)
+        while len(self._held) > 1 and self._bytes() > self._capacity:
+            self._held.popitem(last=False)
+        return self._held[key]
+
+    def _bytes(self) -> int:
+        return sum(factor.L.numel() * factor.L.element_size() for factor in self._held.values())

@@ -1,0 +1,190 @@
+"""What edits draw on: statistics, contexts, target vectors and factors, each made once and kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+import fastcov
+from fastmemit import statistics
+from fastmemit.applied import EditStack
+from fastmemit.contexts import Kind, generate_contexts
+from fastmemit.data.corpora import Corpus
+from fastmemit.editors import EditConfig, Workspace
+from fastmemit.errors import WrongModel
+from fastmemit.factors import FactorCache
+from fastmemit.models import ModelAdapter, tokenizer_fingerprint
+from fastmemit.request import EditRequest
+from fastmemit.statistics import Statistics
+from fastmemit.targets import Target, TargetStore, stored_or_optimised
+
+
+class Sources:
+    """The parts that an edit is made of, for one model.
+
+    Args:
+        adapter: The model.
+        tokenizer: Its tokenizer.
+        stack: The edits that are in its weights.
+        folder: Where statistics and targets are kept.
+        name: What to call the model in files.
+        seed: Of contexts and of the corpus's order.
+        batch_tokens: Bound on the padded tokens of target vectors optimised together.
+        progress: Show a bar for each long step.
+    """
+
+    def __init__(
+        self,
+        adapter: ModelAdapter,
+        tokenizer: Any,
+        stack: EditStack,
+        folder: Path,
+        *,
+        name: str,
+        seed: int,
+        batch_tokens: int,
+        progress: bool,
+    ) -> None:
+        self._adapter, self._tokenizer, self._stack = adapter, tokenizer, stack
+        self._folder, self._name, self._seed = folder, name, seed
+        self._batch_tokens, self._progress = batch_tokens, progress
+        self._tokenizer_is = tokenizer_fingerprint(tokenizer)
+        self._targets = TargetStore(folder / "targets")
+        self._contexts: dict[str, tuple[str, ...]] = {}
+        self._factors = FactorCache()
+        self._statistics: Statistics | None = None
+
+    def identity(self) -> dict[str, Any]:
+        """What tells this model and its tokenizer from others, for provenance."""
+        return {
+            "model": self._stack.fingerprint,
+            "model_name": self._name,
+            "tokenizer": self._tokenizer_is,
+        }
+
+    def precompute(
+        self, corpus: Corpus, layers: Sequence[int], multiplier: float, allow_fewer: bool
+    ) -> Statistics:
+        """Collect statistics or find them, and use them; see `Editor.precompute`."""
+        if self._stack.edits:
+            raise WrongModel(
+                f"{len(self._stack.edits)} edits are in the weights, and statistics belong to the "
+                "unedited model; undo them first."
+            )
+        total = max(fastcov.budget(multiplier, self._adapter.d_k(layer)) for layer in layers)
+        with self.bar("keys", total) as progress:
+            found = statistics.precompute(
+                self._adapter,
+                self._tokenizer,
+                corpus,
+                self._folder / "statistics",
+                self.identity(),
+                layers=layers,
+                multiplier=multiplier,
+                seed=self._seed,
+                allow_fewer=allow_fewer,
+                progress=progress,
+            )
+        self.use(found)
+        return found
+
+    def use(self, found: Statistics) -> None:
+        """Take these statistics from now on; see `Editor.use`."""
+        if found.provenance.get("model") != self._stack.fingerprint:
+            raise WrongModel(
+                f"The statistics are of the model {found.provenance.get('model')!s:.16} but this "
+                f"one is {self._stack.fingerprint:.16}; precompute them for this model."
+            )
+        self._statistics = found
+        self._factors.clear()
+
+    def find(self, layers: Sequence[int], multiplier: float | None) -> Statistics | None:
+        """The newest kept statistics for these layers; see `Editor.find_statistics`."""
+        modules = [self._adapter.projection_name(layer) for layer in layers]
+        folder = self._folder / "statistics"
+        return statistics.find(folder, self._stack.fingerprint, modules, multiplier)
+
+    def statistics_for(self, layers: Sequence[int]) -> Statistics:
+        """The statistics in use if they cover these layers, else the newest kept ones that do.
+
+        Raises:
+            fastcov.StoreMissing: There are none.
+        """
+        names = {self._adapter.projection_name(layer) for layer in layers}
+        if self._statistics is None or not names <= self._statistics.paths.keys():
+            found = self.find(layers, None)
+            if found is None:
+                raise fastcov.StoreMissing(
+                    f"There are no second moments of the layers {list(layers)} of {self._name}; "
+                    "call precompute first (fastmemit precompute)."
+                )
+            self.use(found)
+        assert self._statistics is not None
+        return self._statistics
+
+    def contexts(self, method: str) -> tuple[str, ...]:
+        """The texts put before prompts; see `Editor.contexts`."""
+        kind: Kind = "start" if method == "rome" else "words"
+        if kind not in self._contexts:
+            if self._stack.edits:
+                raise WrongModel(
+                    "Contexts are written by the unedited model; undo the edits, or call "
+                    f"editor.contexts({method!r}) before editing."
+                )
+            made = generate_contexts(self._adapter.model, self._tokenizer, kind, self._seed)
+            self._contexts[kind] = made
+        return self._contexts[kind]
+
+    def targets(
+        self, requests: Sequence[EditRequest], config: EditConfig, *, keep: bool = True
+    ) -> list[Target]:
+        """Target vectors on the model as it is.
+
+        Args:
+            requests: The facts.
+            config: The settings.
+            keep: Whether stored vectors may serve and new ones be stored.  Not so between two
+                writes of one batch, when the weights are in a state that no key can name.
+        """
+        with self.bar("target steps", len(requests) * config.steps) as progress:
+            return stored_or_optimised(
+                self._targets if keep else TargetStore(None),
+                f"{self._stack.state()}/{self._tokenizer_is}" if keep else "",
+                self._adapter,
+                self._tokenizer,
+                requests,
+                self.contexts(config.method),
+                config.targets(),
+                batch_tokens=self._batch_tokens,
+                progress=progress,
+            )
+
+    def workspace(self, config: EditConfig) -> Workspace:
+        """What a method needs to plan a batch."""
+        contexts = self.contexts(config.method)
+        used = self.statistics_for(config.layers)
+        return Workspace(
+            self._adapter,
+            self._tokenizer,
+            config,
+            contexts,
+            factor=lambda layer: self._factors.get(self._adapter, used, config, layer),
+            targets=lambda requests, keep: self.targets(requests, config, keep=keep),
+        )
+
+    @contextmanager
+    def bar(self, what: str, total: int) -> Iterator[Callable[[int], None] | None]:
+        """A progress bar to count on, or None where none was asked for."""
+        if not self._progress:
+            yield None
+            return
+        with tqdm(total=total, desc=what, leave=False, dynamic_ncols=True) as bar:
+
+            def advance(done: int) -> None:
+                bar.update(done)
+
+            yield advance

@@ -1,0 +1,193 @@
+"""Second moments of a model's keys: collected once, kept on disk, found by what they are of."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import platform
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+import fastcov
+from fastmemit.data.corpora import Corpus
+from fastmemit.models import ModelAdapter
+
+log = logging.getLogger(__name__)
+
+BATCH_TOKENS = 4096
+_TOKENISED_TOGETHER = 32
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Stored second moments of one model on one corpus.
+
+    Attributes:
+        paths: Module name -> file.
+        provenance: What all of them share: model, corpus, seed, multiplier, budget, context.
+    """
+
+    paths: dict[str, Path]
+    provenance: dict[str, Any]
+
+    def second_moment(self, module: str) -> Tensor:
+        """C of one module, (d_k, d_k) in the dtype of its sum, every byte of the file verified.
+
+        Raises:
+            StoreMissing: It was not precomputed for this module.
+            StoreDamaged: The file is not what was written.
+            StoreMismatch: The file is of another model or module.
+        """
+        if module not in self.paths:
+            raise fastcov.StoreMissing(
+                f"There is no second moment of {module} among the precomputed "
+                f"({', '.join(self.paths)}); precompute its layer too."
+            )
+        expect = {"model": self.provenance["model"], "module": module}
+        moment, _ = fastcov.load_moment(self.paths[module], expect)
+        return moment.second_moment
+
+    def describe(self) -> str:
+        """One line for people: corpus, multiplier, keys."""
+        p = self.provenance
+        return f"corpus {p['corpus']['name']}, multiplier {p['multiplier']:g}, {p['budget']} keys"
+
+
+def precompute(
+    adapter: ModelAdapter,
+    tokenizer: Any,
+    corpus: Corpus,
+    folder: Path,
+    identity: dict[str, Any],
+    *,
+    layers: Sequence[int],
+    multiplier: float = 10.0,
+    seed: int = 0,
+    allow_fewer: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> Statistics:
+    """Collect the second moments of several layers in one pass, unless they are there already.
+
+    Args:
+        adapter: The unedited model.
+        tokenizer: Its tokenizer.
+        corpus: Where the text comes from.
+        folder: Where statistics are kept.
+        identity: What tells this model from others: ``model`` (its fingerprint), ``tokenizer``.
+        layers: The layers whose keys are wanted.
+        multiplier: d_m; each layer gets exactly ``round(d_m * d_k)`` keys.
+        seed: Of the order of documents.
+        allow_fewer: Take a corpus that ends early for what it has.
+        progress: Called with the number of keys since the last call.
+
+    Raises:
+        BadBudget: The multiplier is not above 0.
+        BadLayer: A layer does not exist.
+        BudgetNotMet: The corpus is too short, and `allow_fewer` is not set.
+        BadCorpus: The corpus cannot be read.
+        EmptyCorpus: It has no token.
+        NonFiniteKeys: An activation is NaN or infinite.
+        OSError: A file cannot be written; those that were written are whole.
+    """
+    modules = {adapter.projection_name(layer): adapter.d_k(layer) for layer in layers}
+    budgets = {name: fastcov.budget(multiplier, d_k) for name, d_k in modules.items()}
+    shared: dict[str, Any] = {
+        **identity,
+        "corpus": {"name": corpus.name, "fingerprint": corpus.fingerprint},
+        "seed": seed,
+        "multiplier": float(multiplier),
+        "context": adapter.max_context,
+        "allow_fewer": allow_fewer,
+    }
+    home = folder / identity["model"][:16] / _slug(shared)
+    paths = {name: home / f"{name}.safetensors" for name in modules}
+    missing = [name for name, path in paths.items() if not _is_there(path, shared, name)]
+    if missing:
+        log.info("collecting the second moments of %s", ", ".join(missing))
+        documents = fastcov.take(
+            _tokenised(tokenizer, corpus.documents(seed), adapter.max_context),
+            max(budgets[name] for name in missing),
+            adapter.max_context,
+        )
+        moments = fastcov.collect(
+            adapter.model,
+            missing,
+            fastcov.bucket(documents, BATCH_TOKENS),
+            {name: budgets[name] for name in missing},
+            allow_fewer=allow_fewer,
+            progress=progress,
+        )
+        for name, moment in moments.items():
+            own = {**shared, "module": name, "budget": budgets[name], "versions": versions()}
+            fastcov.save_moment(paths[name], moment, own)
+    return Statistics(paths, {**shared, "budget": max(budgets.values())})
+
+
+def find(
+    folder: Path, model: str, modules: Sequence[str], multiplier: float | None = None
+) -> Statistics | None:
+    """The newest stored statistics of a model that have all these modules.
+
+    Args:
+        folder: Where statistics are kept.
+        model: The model's fingerprint.
+        modules: Module names that are needed.
+        multiplier: Only those of this multiplier, if given.
+    """
+    homes = sorted(
+        (home for home in (folder / model[:16]).glob("*") if home.is_dir()),
+        key=lambda home: home.stat().st_mtime,
+        reverse=True,
+    )
+    for home in homes:
+        paths = {name: home / f"{name}.safetensors" for name in modules}
+        if not all(path.is_file() for path in paths.values()):
+            continue
+        provenance = fastcov.read_provenance(next(iter(paths.values())))
+        if provenance.get("model") != model:
+            continue
+        if multiplier is None or provenance.get("multiplier") == float(multiplier):
+            provenance = {k: v for k, v in provenance.items() if k not in ("module", "versions")}
+            return Statistics(paths, provenance)
+    return None
+
+
+def versions() -> dict[str, str]:
+    """The versions that a result depends on."""
+    import fastmemit
+
+    return {
+        "fastmemit": fastmemit.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _tokenised(tokenizer: Any, texts: Iterator[str], context: int) -> Iterator[list[int]]:
+    """Token ids of each text, special tokens as the tokenizer adds them, cut at the context."""
+    while chunk := list(islice(texts, _TOKENISED_TOGETHER)):
+        yield from tokenizer(chunk, truncation=True, max_length=context)["input_ids"]
+
+
+def _is_there(path: Path, shared: dict[str, Any], module: str) -> bool:
+    if not path.is_file():
+        return False
+    stored = fastcov.read_provenance(path)
+    return all(stored.get(k) == v for k, v in {**shared, "module": module}.items())
+
+
+def _slug(shared: dict[str, Any]) -> str:
+    """A folder name that a person can read and that no two different statistics share."""
+    name = re.sub(r"[^A-Za-z0-9]+", "-", Path(shared["corpus"]["name"]).name).strip("-")[:40]
+    digest = hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()[:8]
+    return f"{name}-x{shared['multiplier']:g}-seed{shared['seed']}-{digest}"

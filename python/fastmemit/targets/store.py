@@ -1,0 +1,152 @@
+"""Target vectors on disk, found by what they depend on and by nothing else.
+
+A target depends on the model, the request, the contexts and the optimiser's settings, not on any
+covariance: a sweep over multipliers, batch sizes and methods pays for it once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from fastcov.store import atomic_file
+from fastmemit.models import ModelAdapter
+from fastmemit.request import EditRequest
+from fastmemit.targets.optimise import Target, TargetSettings, optimise
+
+log = logging.getLogger(__name__)
+
+# Part of every key: raise it when the computation changes, so that no stale vector is served.
+RECIPE = 1
+
+
+class TargetStore:
+    """A folder of target vectors, one small safetensors file each.
+
+    Args:
+        folder: Where; None keeps vectors in memory only.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self._folder = folder
+        self._memory: dict[str, Target] = {}
+
+    def key(
+        self,
+        model: str,
+        request: EditRequest,
+        contexts: Sequence[str],
+        settings: TargetSettings,
+    ) -> str:
+        """SHA-256 over everything that the vector depends on.
+
+        Args:
+            model: What identifies model and tokenizer as they are now.
+            request: The fact; its true answer does not matter.
+            contexts: Texts before the prompt.
+            settings: Of the optimiser.
+        """
+        content = {
+            "recipe": RECIPE,
+            "model": model,
+            "request": [request.prompt, request.subject, request.target],
+            "contexts": list(contexts),
+            "settings": dataclasses.asdict(settings),
+        }
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def get(self, key: str) -> Target | None:
+        """The stored target, or None; a damaged file is reported and counts as absent."""
+        if key in self._memory or self._folder is None:
+            return self._memory.get(key)
+        path = self._path(key)
+        if not path.is_file():
+            return None
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                parts = {name: file.get_tensor(name) for name in ("vector", "start", "losses")}
+                seal = (file.metadata() or {}).get("sha256")
+        except (SafetensorError, OSError) as error:
+            log.warning("the stored target %s is unreadable (%s) and is made again", path, error)
+            return None
+        target = Target(parts["vector"], parts["start"], tuple(parts["losses"].tolist()))
+        if seal != _seal(parts):
+            log.warning("the stored target %s has changed on the disk and is made again", path)
+            return None
+        self._memory[key] = target
+        return target
+
+    def put(self, key: str, target: Target) -> None:
+        """Keep a target.
+
+        Raises:
+            OSError: The file cannot be written; the target is in memory all the same.
+        """
+        self._memory[key] = target
+        if self._folder is None:
+            return
+        import torch
+        from safetensors.torch import save
+
+        parts = {
+            "vector": target.vector.contiguous(),
+            "start": target.start.contiguous(),
+            "losses": torch.tensor(target.losses, dtype=torch.float64),
+        }
+        with atomic_file(self._path(key)) as file:
+            file.write(save(parts, {"sha256": _seal(parts)}))
+
+    def _path(self, key: str) -> Path:
+        assert self._folder is not None
+        return self._folder / key[:2] / f"{key}.safetensors"
+
+
+def stored_or_optimised(
+    store: TargetStore,
+    model: str,
+    adapter: ModelAdapter,
+    tokenizer: Any,
+    requests: Sequence[EditRequest],
+    contexts: Sequence[str],
+    settings: TargetSettings,
+    *,
+    batch_tokens: int,
+    progress: Callable[[int], None] | None = None,
+) -> list[Target]:
+    """Targets from the store where they are there, the others optimised together and stored.
+
+    Args and errors are those of `TargetStore.key` and `fastmemit.targets.optimise`.
+    """
+    keys = [store.key(model, request, contexts, settings) for request in requests]
+    found = {key: target for key in keys if (target := store.get(key)) is not None}
+    missing = {key: r for key, r in zip(keys, requests, strict=True) if key not in found}
+    if progress is not None and len(missing) < len(keys):
+        progress(settings.steps * (len(keys) - len(missing)))
+    if missing:
+        made = optimise(
+            adapter,
+            tokenizer,
+            list(missing.values()),
+            contexts,
+            settings,
+            batch_tokens=batch_tokens,
+            progress=progress,
+        )
+        for key, target in zip(missing, made, strict=True):
+            store.put(key, target)
+            found[key] = target
+    return [found[key] for key in keys]
+
+
+def _seal(parts: dict[str, Any]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(parts):
+        digest.update(parts[name].contiguous().numpy().tobytes())
+    return digest.hexdigest()
