@@ -171,6 +171,14 @@ class Editor:
         """The newest kept statistics of this model for these layers, or None."""
         return self._sources.find(layers, multiplier)
 
+    def statistics_for(self, layers: Sequence[int]) -> Statistics:
+        """The statistics that an edit of these layers would use.
+
+        Raises:
+            fastcov.StoreMissing: There are none.
+        """
+        return self._sources.statistics_for(layers)
+
     def contexts(self, method: str) -> tuple[str, ...]:
         """The texts put before prompts, written by the unedited model with the editor's seed.
 

@@ -107,8 +107,8 @@ class EditRequest:
         for name in ("prompt", "subject", "target_new"):
             if fields[name] is None:
                 raise BadRequest(
-                    f"The request has no {name} (its fields: {', '.join(map(str, data)) or 'none'}); "
-                    "add it."
+                    f"The request has no {name} (its fields: "
+                    f"{', '.join(map(str, data)) or 'none'}); add it."
                 )
         prompt, subject = fields["prompt"], fields["subject"]
         if isinstance(prompt, str) and isinstance(subject, str) and "{}" not in prompt:

@@ -91,10 +91,10 @@ def _encode_fast(tokenizer: Any, text: str) -> _Pair:
         return_special_tokens_mask=True,
         verbose=False,
     )
-    # A special token written out in the text covers characters; an added one covers none.
+    # The mask marks what the tokenizer added; a special token written in the text is text.
     spans = [
-        NOWHERE if special and left == right else (left, right)
-        for special, (left, right) in zip(
+        NOWHERE if added else (left, right)
+        for added, (left, right) in zip(
             out["special_tokens_mask"], out["offset_mapping"], strict=True
         )
     ]

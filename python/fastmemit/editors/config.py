@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import Any, Literal, get_args
 
+from fastmemit.editors.layers import parse_layers
 from fastmemit.errors import BadConfig
 from fastmemit.models import ModelAdapter
 from fastmemit.targets import TargetSettings
@@ -138,7 +139,6 @@ def parse_overrides(pairs: Iterable[str]) -> dict[str, Any]:
 
 
 _KINDS = {
-    "tuple[int, ...]": "a list of layers such as 4-8 or 4,6",
     "float": "a number",
     "float | None": "a number or 'none'",
     "int": "a whole number",
@@ -148,11 +148,7 @@ _KINDS = {
 
 def _parse(kind: str, text: str) -> Any:
     if kind == "tuple[int, ...]":
-        layers: list[int] = []
-        for part in text.split(","):
-            first, dash, last = part.partition("-")
-            layers += range(int(first), int(last) + 1) if dash else [int(first)]
-        return tuple(layers)
+        return parse_layers(text)
     if kind == "float | None" and text.lower() == "none":
         return None
     return {"int": int, "str": str}.get(kind, float)(text)

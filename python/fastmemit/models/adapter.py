@@ -205,7 +205,7 @@ class ModelAdapter:
         embeddings: Any = self.model.get_input_embeddings()  # type: ignore[operator]
         device = embeddings.weight.device
         # Weights offloaded by accelerate are on "meta" until their module runs.
-        hook = getattr(embeddings, "_hf_hook", None)
+        hook: Any = getattr(embeddings, "_hf_hook", None)
         if device.type == "meta" and getattr(hook, "execution_device", None) is not None:
             return torch.device(hook.execution_device)
         return device
@@ -228,7 +228,8 @@ def find_adapter(model: nn.Module, module: str | None = None) -> ModelAdapter:
     blocks = find_blocks(model)
     stated = (getattr(config, field, None) for field in _INNER_FIELDS)
     inner = next((value for value in stated if isinstance(value, int)), None)
-    found = {find_projection(b, config.hidden_size, inner) for b in model.get_submodule(blocks)}
+    parts = model.get_submodule(blocks).children()
+    found = {find_projection(block, config.hidden_size, inner) for block in parts}
     if len(found) > 1:
         raise UnknownArchitecture(
             f"The blocks of {type(model).__name__} differ: their projections are "

@@ -72,7 +72,7 @@ def checksum(tensor: torch.Tensor) -> str:
     return f"{dtype}[{shape}]:{plain % _MODULUS:016x}{weighted % _MODULUS:016x}"
 
 
-def fingerprint(model: nn.Module) -> str:
+def fingerprint(model: Any) -> str:
     """The identity of a model: 64 hexadecimal digits.
 
     It changes with any bit of any parameter or persistent buffer, and with those fields of the

@@ -69,7 +69,7 @@ def load_model(
         raise
     if place != "auto":
         model = model.to(place)
-    return model.eval(), tokenizer
+    return model, tokenizer
 
 
 def _source(name: str) -> str | Path:

@@ -1,0 +1,89 @@
+"""The command line: one file per verb, and one place where errors become one sentence."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+
+from fastmemit import __version__
+from fastmemit.cli import apply, demo, edit, evaluate, precompute
+
+DESCRIPTION = "Edit the facts of a language model: ROME, EMMET and MEMIT in seconds."
+EPILOG = """examples:
+  fastmemit demo
+  fastmemit precompute --model gpt2-xl --multiplier 10
+  fastmemit edit --model gpt2-xl --prompt "{} is located in the city of" \\
+      --subject "Eiffel Tower" --target Rome --save rome.safetensors
+  fastmemit apply --model gpt2-xl --edit rome.safetensors --prompt "To see the Eiffel Tower, go to"
+  fastmemit evaluate --model gpt2-xl --data counterfact --method memit --batch-size 16 --batches 4
+"""
+VERBS = {
+    "precompute": precompute,
+    "edit": edit,
+    "apply": apply,
+    "evaluate": evaluate,
+    "demo": demo,
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of all verbs."""
+    top = argparse.ArgumentParser(
+        prog="fastmemit",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    top.add_argument("--version", action="version", version=f"fastmemit {__version__}")
+    verbs = top.add_subparsers(dest="verb", metavar="VERB", required=True)
+    for name, module in VERBS.items():
+        verb = verbs.add_parser(
+            name,
+            help=module.HELP,
+            description=module.HELP,
+            epilog=module.EPILOG,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.add_arguments(verb)
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb.
+
+    Returns:
+        0; 2 for an error that the caller can mend, said in one sentence on stderr; 130 if the run
+        was interrupted.
+    """
+    args = parser().parse_args(argv)
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    # Heavy imports happen here, so that --help answers at once.
+    from fastcov import FastcovError
+    from fastmemit.errors import FastmemitError
+
+    try:
+        VERBS[args.verb].run(args)
+    except (FastcovError, FastmemitError) as error:
+        return _fail(str(error))
+    except OSError as error:
+        where = f": {error.filename}" if error.filename else ""
+        what = error.strerror or str(error)
+        return _fail(f"{what}{where}; nothing was left half written, mend it and run again.")
+    except KeyboardInterrupt:
+        print("\nfastmemit: interrupted; nothing was left half written.", file=sys.stderr)
+        return 130
+    except RuntimeError as error:
+        if "out of memory" not in str(error).lower():
+            raise
+        return _fail(
+            "The device ran out of memory; lower --target-batch-tokens, choose --dtype bfloat16, "
+            "or choose --device cpu."
+        )
+    return 0
+
+
+def _fail(sentence: str) -> int:
+    print(f"fastmemit: error: {' '.join(sentence.split())}", file=sys.stderr)
+    return 2

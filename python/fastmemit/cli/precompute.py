@@ -1,0 +1,45 @@
+"""``fastmemit precompute``: the second moments that every later edit of a model uses."""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+from fastmemit.cli.options import DEFAULT_MULTIPLIER, add_corpus, add_model, make_editor
+from fastmemit.editors.layers import parse_layers
+
+HELP = "Collect the second moments of a model's keys, once; edits find them by themselves."
+EPILOG = """examples:
+  fastmemit precompute --model gpt2-xl
+  fastmemit precompute --model smollm2 --corpus articles.jsonl --multiplier 10
+  fastmemit precompute --model ./my-model --corpus self --layers 4-8
+"""
+
+
+def add_arguments(verb: argparse.ArgumentParser) -> None:
+    """Declare the verb's options."""
+    add_model(verb)
+    add_corpus(verb, default="wikipedia")
+    verb.add_argument(
+        "--layers", help="such as 4-8 or 4,6 (default: those of all methods' settings)"
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Collect, and say where the files are."""
+    layers = None if args.layers is None else parse_layers(args.layers)
+    editor = make_editor(args)
+    begun = time.perf_counter()
+    found = editor.precompute(
+        args.corpus,
+        multiplier=DEFAULT_MULTIPLIER if args.multiplier is None else args.multiplier,
+        layers=layers,
+        allow_fewer=args.allow_fewer,
+        field=args.field,
+    )
+    print(
+        f"{editor.name}: second moments of {len(found.paths)} layers, {found.describe()}, "
+        f"in {time.perf_counter() - begun:.1f} s"
+    )
+    for path in found.paths.values():
+        print(f"  {path}")

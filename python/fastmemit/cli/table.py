@@ -1,0 +1,17 @@
+"""Scores as a table that a person reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def score_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """One line per row with ES, PS, NS and S in percent; a dash where a score does not exist."""
+    width = max(len(name) for name in rows)
+    names = ("es", "ps", "ns", "s")
+    lines = [" " * width + "".join(f"{name.upper():>8}" for name in names)]
+    for label, scores in rows.items():
+        cells = (f"{scores[n]:8.2f}" if scores[n] is not None else f"{'-':>8}" for n in names)
+        lines.append(f"{label:<{width}}" + "".join(cells))
+    return "\n".join(lines)

@@ -1,0 +1,121 @@
+"""The protocol of the tables: edit a batch, score it, give the weights back, go on."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from fastmemit.data import Record
+from fastmemit.editor import Editor
+from fastmemit.errors import WrongModel
+from fastmemit.evaluation.counterfact import count_questions, score_records
+from fastmemit.evaluation.schema import RecordResult, Result
+from fastmemit.metrics.score import RecordScore, summarise
+from fastmemit.statistics import versions
+
+
+def evaluate(
+    editor: Editor,
+    batches: Sequence[Sequence[Record]],
+    method: str,
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    progress: bool = False,
+) -> Result:
+    """Edit and score batches of records, each on the unedited model (Table 1's protocol).
+
+    Target vectors do not depend on the covariance nor on the batch, so those of all batches are
+    optimised together, first.
+
+    Args:
+        editor: The editor of an unedited model, with its statistics precomputed.
+        batches: Records to be edited together, batch by batch.
+        method: ``"rome"``, ``"emmet"`` or ``"memit"``.
+        overrides: Settings that replace the preset's.
+        progress: Show a bar for each stage.
+
+    Raises:
+        WrongModel: The model is edited already.
+        BadRequest: A record cannot be edited, or two of a batch contradict each other.
+        fastcov.StoreMissing: No statistics of the edited layers were precomputed.
+    """
+    if editor.edits:
+        raise WrongModel("The model is edited already; undo its edits before an evaluation.")
+    config = editor.config(method, **(overrides or {}))
+    statistics = editor.statistics_for(config.layers)
+    records = [record for batch in batches for record in batch]
+    seconds: dict[str, float] = {}
+    with _stage(seconds, "before"):
+        before = _scores(editor, records, "unedited scores", progress)
+    with _stage(seconds, "targets"):
+        editor.targets([record.request for record in records], config)
+    after: list[RecordScore] = []
+    with _bar("edited batches", len(batches), progress) as advance:
+        for batch in batches:
+            with _stage(seconds, "edit"):
+                requests = [record.request for record in batch]
+                edit = editor.edit(requests, method, **(overrides or {}))
+            try:
+                with _stage(seconds, "after"):
+                    after += _scores(editor, batch, "edited scores", False)
+            finally:
+                with _stage(seconds, "undo"):
+                    edit.undo()
+            advance(1)
+    numbers = [index for index, batch in enumerate(batches) for _ in batch]
+    return Result(
+        before=summarise(before).as_dict(),  # type: ignore[typeddict-item]
+        after=summarise(after).as_dict(),  # type: ignore[typeddict-item]
+        records=[
+            RecordResult(case_id=record.case_id, batch=number, before=_shown(b), after=_shown(a))
+            for record, number, b, a in zip(records, numbers, before, after, strict=True)
+        ],
+        settings={
+            **dataclasses.asdict(config),
+            "batches": [len(batch) for batch in batches],
+            "seed": editor.seed,
+            "model": editor.name,
+            "fingerprint": editor.fingerprint,
+            "dtype": str(editor.model.dtype).removeprefix("torch."),
+            "device": str(editor.adapter.device),
+            "statistics": dict(statistics.provenance),
+        },
+        seconds={name: round(value, 3) for name, value in seconds.items()},
+        versions=versions(),
+    )
+
+
+def _shown(score: RecordScore) -> dict[str, Any]:
+    return {name: value for name, value in score.as_dict().items() if name != "case_id"}
+
+
+def _scores(
+    editor: Editor, records: Sequence[Record], what: str, progress: bool
+) -> list[RecordScore]:
+    with _bar(what, count_questions(records), progress) as advance:
+        return score_records(editor.adapter, editor.tokenizer, records, progress=advance)
+
+
+@contextmanager
+def _bar(what: str, total: int, shown: bool) -> Iterator[Callable[[int], None]]:
+    with tqdm(total=total, desc=what, leave=False, dynamic_ncols=True, disable=not shown) as bar:
+
+        def advance(done: int) -> None:
+            bar.update(done)
+
+        yield advance
+
+
+@contextmanager
+def _stage(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Add the wall time inside to a stage."""
+    begun = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - begun
