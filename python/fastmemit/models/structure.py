@@ -113,7 +113,9 @@ def find_projection(block: nn.Module, width: int, inner: int | None) -> str:
     names = fitting or names
     if not names:
         _refuse(block, [], f"no linear map outside its attention has {width} outputs")
-    if len({name.rpartition(".")[0] for name in names}) > 1:
+    parents = {name.rpartition(".")[0] for name in names}
+    listed = isinstance(block.get_submodule(min(parents)), nn.ModuleList)  # experts, or stages
+    if len(parents) > 1 or (listed and len(names) > 1):
         _refuse(block, names, f"{len(names)} modules of it could be the one")
     return names[-1]  # an MLP as wide as the model itself: the last map is the one that writes
 

@@ -68,8 +68,8 @@ def test_order_shape_dtype_and_sign_of_zero_count() -> None:
 def test_layout_in_memory_does_not_count() -> None:
     tensor = torch.randn(6, 4)
     assert checksum(tensor.T.contiguous().T) == checksum(tensor)
-    shifted = torch.cat([torch.zeros(1), torch.arange(5.0)])[1:]  # begins between two words
-    assert checksum(shifted) == checksum(torch.arange(5.0))
+    shifted = torch.cat([torch.zeros(1), torch.arange(6.0)])[1:]  # begins between two words
+    assert checksum(shifted) == checksum(torch.arange(6.0))
     assert checksum(torch.nn.Parameter(tensor)) == checksum(tensor)
 
 
@@ -100,6 +100,15 @@ def test_persistent_buffers_count_and_others_do_not() -> None:
     with_buffer = fingerprint(model)
     model.model.kept[0] = 2
     assert len({before, with_buffer, fingerprint(model)}) == 3
+
+
+def test_a_tied_head_is_read_once() -> None:
+    names = [name for name, _ in fingerprint_module._tensors(tiny_model("llama"))]
+    tied = tiny_model("llama", tie_word_embeddings=True)
+    assert [name for name, _ in fingerprint_module._tensors(tied)] == [
+        name for name in names if name != "model.embed_tokens.weight"
+    ]
+    assert "lm_head.weight" in names
 
 
 def test_dtype_counts() -> None:

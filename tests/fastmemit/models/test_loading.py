@@ -77,6 +77,12 @@ def test_an_unknown_name_is_one_sentence(name: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["./nowhere", "/nowhere", "~/nowhere", "a/b/c", ""])
+def test_what_can_only_be_a_folder_is_not_looked_for_on_the_hub(name: str) -> None:
+    with pytest.raises(ModelNotFound, match="There is no model folder"):
+        load_model(name, device="cpu")
+
+
 def test_a_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelNotFound, match=r"has no config\.json"):
         load_model(str(tmp_path), device="cpu")

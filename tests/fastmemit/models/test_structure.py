@@ -147,6 +147,14 @@ def test_two_candidates_of_one_block_are_told_apart_by_the_stated_width() -> Non
     assert find_adapter(stated).template == "stack.{}.mlp.0"
 
 
+def test_lists_inside_the_blocks_are_not_the_blocks() -> None:
+    blocks = [Block(experts=nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])) for _ in range(2)]
+    foreign = Foreign(*(Block(mlp=block) for block in blocks), num_hidden_layers=2, hidden_size=4)
+    assert find_adapter(foreign, "stack.{}.mlp.experts.1").d_k(0) == 4
+    with pytest.raises(UnknownArchitecture, match=r"2 modules.*mlp\.experts\.0, mlp\.experts\.1"):
+        find_adapter(foreign)
+
+
 def test_no_candidate_no_list_and_no_config_are_refused() -> None:
     narrow = Foreign(Block(a=nn.Linear(4, 3)), num_hidden_layers=1, hidden_size=4)
     with pytest.raises(UnknownArchitecture, match="lists of that length: none"):
