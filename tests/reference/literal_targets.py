@@ -27,7 +27,7 @@ def literal_target(model, tokenizer, block, request, contexts, settings, module=
         texts.append(prefix + before + request.subject + after)
         subjects.append(len(prefix) + len(before) + len(request.subject))
     rows, lookups, n_target = [], [], []
-    for text, end in zip(texts, subjects):
+    for text, end in zip(texts, subjects, strict=True):
         full = tokenizer(text + ending, return_offsets_mapping=True)
         spans = full["offset_mapping"]
         target = sum(1 for s, e in spans if e > len(text))
@@ -36,9 +36,7 @@ def literal_target(model, tokenizer, block, request, contexts, settings, module=
         lookups.append(max(i for i, (s, e) in enumerate(spans) if s < end and e > 0 and e > s))
     kl_full = tokenizer(request.subject + " is a", return_offsets_mapping=True)
     end = len(request.subject)
-    kl_lookup = max(
-        i for i, (s, e) in enumerate(kl_full["offset_mapping"]) if s < end and e > s
-    )
+    kl_lookup = max(i for i, (s, e) in enumerate(kl_full["offset_mapping"]) if s < end and e > s)
     inputs = [row[:-1] for row in rows] + [kl_full["input_ids"]]
     lookups.append(kl_lookup)
     width = max(map(len, inputs))
@@ -79,7 +77,7 @@ def literal_target(model, tokenizer, block, request, contexts, settings, module=
             handle.remove()
         log_p = torch.log_softmax(logits, dim=-1)
         nll = 0.0
-        for i, (row, n) in enumerate(zip(rows, n_target)):
+        for i, (row, n) in enumerate(zip(rows, n_target, strict=True)):
             positions = range(len(row) - n, len(row))
             nll = nll - sum(log_p[i, p - 1, row[p]] for p in positions) / n / len(rows)
         log_q = log_p[-1, kl_lookup]

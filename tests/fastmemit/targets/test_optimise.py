@@ -1,0 +1,170 @@
+"""Batched target vectors against the literal one-at-a-time computation, on every architecture."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from fastmemit.errors import BadLayer, BadRequest, FastmemitError
+from fastmemit.models import find_adapter
+from fastmemit.request import EditRequest
+from fastmemit.targets import TargetSettings, optimise
+from reference.literal_targets import literal_target
+from tiny_models import ARCHITECTURES, tiny_model, tiny_tokenizer
+
+CONTEXTS = ("", "The old man said so. ", "I think {that} it is {}. ")
+REQUESTS = [
+    EditRequest("{} is located in the city of", "The Eiffel Tower", "Rome"),
+    EditRequest("The mother tongue of {} is", "Danielle Darrieux", "English and a bit of French"),
+    EditRequest("{}", "Paris", "x"),
+    EditRequest("When asked, everybody in the small town knew that {} plays", "Ann", "the violin"),
+]
+SETTINGS = TargetSettings(layer=1, steps=6, clamp=0.8, learning_rate=0.2, weight_decay=0.3)
+
+
+def literal(model, tokenizer, request, settings, site="block"):
+    adapter = find_adapter(model)
+    block = adapter.block(settings.layer)
+    module = adapter.projection(settings.layer) if site == "projection" else None
+    return literal_target(model, tokenizer, block, request, CONTEXTS, settings, module)
+
+
+def assert_same(target, reference):
+    vector, start, losses = reference
+    assert len(target.losses) == len(losses)
+    assert target.losses == pytest.approx(losses, rel=1e-4, abs=1e-5)
+    assert (target.start - start).norm() <= 1e-5 * start.norm()
+    assert (target.vector - vector).norm() <= 1e-4 * vector.norm()
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("site", ["block", "projection"])
+def test_equals_the_literal_computation(architecture, site):
+    model, tokenizer = tiny_model(architecture), tiny_tokenizer("byte_bpe")
+    settings = dataclasses.replace(SETTINGS, site=site)
+    targets = optimise(find_adapter(model), tokenizer, REQUESTS, CONTEXTS, settings)
+    for request, target in zip(REQUESTS, targets, strict=True):
+        assert_same(target, literal(model, tokenizer, request, settings, site))
+
+
+def test_with_a_bos_token_and_a_left_padding_tokenizer():
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer("bpe_bos")
+    tokenizer.padding_side = "left"
+    targets = optimise(find_adapter(model), tokenizer, REQUESTS, CONTEXTS, SETTINGS)
+    for request, target in zip(REQUESTS, targets, strict=True):
+        assert_same(target, literal(model, tokenizer, request, SETTINGS))
+
+
+@pytest.mark.parametrize(("layer", "requests"), [(0, REQUESTS), (2, REQUESTS[2:3])])
+def test_first_and_last_layer(layer, requests):
+    # Above the last block nothing carries a change to later tokens, so only a prompt that ends with
+    # its subject has a gradient there; the others' would be rounding, which Adam blows up.
+    model, tokenizer = tiny_model("gpt2"), tiny_tokenizer("byte_bpe")
+    settings = dataclasses.replace(SETTINGS, layer=layer)
+    targets = optimise(find_adapter(model), tokenizer, requests, CONTEXTS, settings)
+    for request, target in zip(requests, targets, strict=True):
+        assert_same(target, literal(model, tokenizer, request, settings))
+
+
+def test_each_request_stops_on_its_own():
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer("byte_bpe")
+    adapter = find_adapter(model)
+    free = optimise(adapter, tokenizer, REQUESTS, CONTEXTS, SETTINGS)
+    # A limit that some requests pass early and others never, found from their own losses.
+    lowest = sorted(min(target.losses) for target in free)
+    settings = dataclasses.replace(SETTINGS, early_stop=(lowest[1] + lowest[2]) / 2, steps=8)
+    targets = optimise(adapter, tokenizer, REQUESTS, CONTEXTS, settings)
+    lengths = {len(target.losses) for target in targets}
+    assert len(lengths) > 1
+    for request, target in zip(REQUESTS, targets, strict=True):
+        assert_same(target, literal(model, tokenizer, request, settings))
+
+
+def test_groups_do_not_change_the_result():
+    model, tokenizer = tiny_model("qwen2"), tiny_tokenizer("byte_bpe")
+    adapter = find_adapter(model)
+    together = optimise(adapter, tokenizer, REQUESTS, CONTEXTS, SETTINGS, batch_tokens=100_000)
+    alone = optimise(adapter, tokenizer, REQUESTS, CONTEXTS, SETTINGS, batch_tokens=1)
+    for one, other in zip(together, alone, strict=True):
+        assert one.losses == pytest.approx(other.losses, rel=1e-5)
+        assert (one.vector - other.vector).norm() <= 1e-5 * one.vector.norm()
+
+
+def test_a_group_stays_within_its_tokens(monkeypatch):
+    from fastmemit.targets import suffix
+
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer("byte_bpe")
+    sizes = []
+    original = suffix._align
+
+    def spy(rows, prefix, width):
+        sizes.append(len(rows) * (prefix + width))
+        return original(rows, prefix, width)
+
+    monkeypatch.setattr(suffix, "_align", spy)
+    short = [EditRequest("{} is", f"Name{i}", "x") for i in range(12)]
+    optimise(find_adapter(model), tokenizer, short, CONTEXTS, SETTINGS, batch_tokens=300)
+    assert len(sizes) > 1
+    assert max(sizes) <= 300
+
+
+def test_the_norm_limit_holds_and_v0_is_the_bare_prompt():
+    model, tokenizer = tiny_model("gptj"), tiny_tokenizer("byte_bpe")
+    settings = dataclasses.replace(SETTINGS, clamp=0.05, learning_rate=1.0)
+    (target,) = optimise(find_adapter(model), tokenizer, REQUESTS[:1], CONTEXTS, settings)
+    moved = float((target.vector - target.start).norm())
+    assert moved == pytest.approx(0.05 * float(target.start.norm()), rel=1e-5)
+
+
+def test_the_model_is_left_as_it_was():
+    model, tokenizer = tiny_model("gemma2"), tiny_tokenizer("byte_bpe")
+    model.train()
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    optimise(find_adapter(model), tokenizer, REQUESTS[:1], CONTEXTS, SETTINGS)
+    assert model.training
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert not any("forward" in vars(m) for m in model.modules())
+
+
+def test_progress_counts_every_request_step():
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer("byte_bpe")
+    done = []
+    settings = dataclasses.replace(SETTINGS, early_stop=5.0)
+    optimise(find_adapter(model), tokenizer, REQUESTS, CONTEXTS, settings, progress=done.append)
+    assert sum(done) == len(REQUESTS) * settings.steps
+
+
+def test_a_layer_out_of_range_is_refused():
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer("byte_bpe")
+    with pytest.raises(BadLayer, match="7"):
+        settings = dataclasses.replace(SETTINGS, layer=7)
+        optimise(find_adapter(model), tokenizer, REQUESTS, CONTEXTS, settings)
+
+
+def test_a_loss_that_is_not_finite_names_the_request():
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer("byte_bpe")
+    with torch.no_grad():
+        model.lm_head.weight[5] = float("nan")
+    with pytest.raises(FastmemitError, match="The Eiffel Tower is located"):
+        optimise(find_adapter(model), tokenizer, REQUESTS[:1], CONTEXTS, SETTINGS)
+
+
+def test_a_subject_that_merges_with_the_target_is_refused(monkeypatch):
+    from fastmemit.targets import rows
+    from fastmemit.tokens import Encoded
+
+    def merged(_tokenizer, text, target):
+        return Encoded((5, 6), ((0, 4), (4, len(text) + len(target)))), 1
+
+    monkeypatch.setattr(rows, "encode_with_target", merged)
+    with pytest.raises(BadRequest, match="merges"):
+        rows.request_rows(tiny_tokenizer("byte_bpe"), REQUESTS[2], CONTEXTS)
+
+
+def test_contexts_must_begin_with_the_bare_prompt():
+    from fastmemit.targets.rows import request_rows
+
+    with pytest.raises(ValueError, match="bare prompt"):
+        request_rows(tiny_tokenizer("byte_bpe"), REQUESTS[0], ("The end. ",))
