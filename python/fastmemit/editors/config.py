@@ -129,6 +129,9 @@ def parse_overrides(pairs: Iterable[str]) -> dict[str, Any]:
         if not equals or name not in kinds or name in ("method", "preset"):
             known = ", ".join(n for n in kinds if n not in ("method", "preset"))
             raise BadConfig(f"{pair!r} is not name=value with one of the settings {known}.")
+        if name == "layers":
+            values[name] = parse_layers(text)
+            continue
         try:
             values[name] = _parse(kinds[name], text)
         except ValueError as error:
@@ -147,8 +150,6 @@ _KINDS = {
 
 
 def _parse(kind: str, text: str) -> Any:
-    if kind == "tuple[int, ...]":
-        return parse_layers(text)
     if kind == "float | None" and text.lower() == "none":
         return None
     return {"int": int, "str": str}.get(kind, float)(text)

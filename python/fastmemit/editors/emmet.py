@@ -9,7 +9,7 @@ from fastmemit.editors.base import Workspace, averaged_keys
 from fastmemit.request import EditRequest
 
 
-def emmet(work: Workspace, requests: list[EditRequest]) -> None:
+def write(work: Workspace, requests: list[EditRequest]) -> None:
     """Write a batch into one layer.
 
     ``Delta = R (K^T A^-1 K + lambda_e I)^-1 K^T A^-1`` with ``A = w C + ridge I``; lambda_e relaxes

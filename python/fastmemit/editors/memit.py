@@ -9,7 +9,7 @@ from fastmemit.editors.base import Workspace, averaged_keys
 from fastmemit.request import EditRequest
 
 
-def memit(work: Workspace, requests: list[EditRequest]) -> None:
+def write(work: Workspace, requests: list[EditRequest]) -> None:
     """Write a batch into ``config.layers`` (method of MEMIT, algorithm 1).
 
     For each layer the activations are read afresh, after the layers below it were written; it takes

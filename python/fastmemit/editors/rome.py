@@ -7,7 +7,7 @@ from fastmemit.editors.base import Workspace
 from fastmemit.request import EditRequest
 
 
-def rome(work: Workspace, requests: list[EditRequest]) -> None:
+def write(work: Workspace, requests: list[EditRequest]) -> None:
     """Write facts one after the other, each on the model with the earlier ones written.
 
     ``Delta = (v* - W k)(C^-1 k)^T / (k^T C^-1 k)``.  The key k is the mean over contexts,
