@@ -81,8 +81,8 @@ def test_spans_tile_the_text(kind: str, text: str) -> None:
     spans = covered(encode(tiny_tokenizer(kind), text))
     reached = 0
     for left, right in spans:
-        # Nothing is left out, not even white space, and spans move on.  Neighbours share a character
-        # where it is in pieces; and the "▁" that is put before a text claims the first one.
+        # Nothing is left out, not even white space, and spans move on.  Neighbours share a
+        # character that is in pieces; and the "▁" put before a text claims the first one.
         assert reached - 1 <= left <= reached <= right
         reached = right
     assert reached == len(text)
