@@ -110,6 +110,17 @@ class EditStack:
         """Whether an edit is applied."""
         return any(layer.edit is edit for layer in self._layers)
 
+    def check(self, edit: Edit) -> None:
+        """Refuse an edit of another model's stack.
+
+        Raises:
+            WrongModel: It is one.
+        """
+        if edit._stack is not self:
+            raise WrongModel(
+                f"{edit!r} belongs to another editor; save it there and load it with this one."
+            )
+
     def state(self) -> str:
         """What identifies the weights as they are now: the model, then the edits on it."""
         return "+".join([self.fingerprint, *(layer.edit.delta.digest() for layer in self._layers)])

@@ -126,6 +126,7 @@ class Editor:
         multiplier: float = 10.0,
         layers: Sequence[int] | None = None,
         allow_fewer: bool = False,
+        max_length: int | None = None,
         field: str = "text",
     ) -> Statistics:
         """Collect the second moments that edits need, or find them where they were kept.
@@ -136,6 +137,8 @@ class Editor:
             multiplier: d_m: each layer gets ``round(d_m * d_k)`` keys.
             layers: Which layers; None takes those of all methods' settings.
             allow_fewer: Take a corpus that ends early for what it has.
+            max_length: Cut documents at so many tokens; None takes the model's context (at most
+                2048).  More, shorter documents make keys more independent.
             field: The text's field in a JSON corpus.
 
         Returns:
@@ -155,7 +158,7 @@ class Editor:
                 corpus = self_written(self.model, self.tokenizer, self.fingerprint)
             else:
                 corpus = load_corpus(str(corpus), field=field)
-        return self._sources.precompute(corpus, list(layers), multiplier, allow_fewer)
+        return self._sources.precompute(corpus, list(layers), multiplier, allow_fewer, max_length)
 
     def use(self, found: Statistics) -> None:
         """Take these statistics for edits from now on.
@@ -247,7 +250,11 @@ class Editor:
         """The model with an edit inside the block, and as before behind it.
 
         An edit that is applied already stays so inside and is undone behind.
+
+        Raises:
+            WrongModel: The edit belongs to another editor, whose model it would change.
         """
+        self._stack.check(edit)
         if not edit.applied:
             edit.apply()
         try:

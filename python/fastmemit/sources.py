@@ -67,7 +67,12 @@ class Sources:
         }
 
     def precompute(
-        self, corpus: Corpus, layers: Sequence[int], multiplier: float, allow_fewer: bool
+        self,
+        corpus: Corpus,
+        layers: Sequence[int],
+        multiplier: float,
+        allow_fewer: bool,
+        max_length: int | None,
     ) -> Statistics:
         """Collect statistics or find them, and use them; see `Editor.precompute`."""
         if self._stack.edits:
@@ -87,6 +92,7 @@ class Sources:
                 multiplier=multiplier,
                 seed=self._seed,
                 allow_fewer=allow_fewer,
+                max_length=max_length,
                 progress=progress,
             )
         self.use(found)

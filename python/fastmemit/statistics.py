@@ -19,6 +19,7 @@ from torch import Tensor
 
 import fastcov
 from fastmemit.data.corpora import Corpus
+from fastmemit.errors import BadConfig
 from fastmemit.models import ModelAdapter
 
 log = logging.getLogger(__name__)
@@ -73,6 +74,7 @@ def precompute(
     multiplier: float = 10.0,
     seed: int = 0,
     allow_fewer: bool = False,
+    max_length: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Statistics:
     """Collect the second moments of several layers in one pass, unless they are there already.
@@ -87,10 +89,12 @@ def precompute(
         multiplier: d_m; each layer gets exactly ``round(d_m * d_k)`` keys.
         seed: Of the order of documents.
         allow_fewer: Take a corpus that ends early for what it has.
+        max_length: Cut documents at so many tokens; None takes the model's context.
         progress: Called with the number of keys since the last call.
 
     Raises:
         BadBudget: The multiplier is not above 0.
+        BadConfig: `max_length` is below 1 or above the model's context.
         BadLayer: A layer does not exist.
         BudgetNotMet: The corpus is too short, and `allow_fewer` is not set.
         BadCorpus: The corpus cannot be read.
@@ -98,6 +102,7 @@ def precompute(
         NonFiniteKeys: An activation is NaN or infinite.
         OSError: A file cannot be written; those that were written are whole.
     """
+    context = _context(adapter, max_length)
     modules = {adapter.projection_name(layer): adapter.d_k(layer) for layer in layers}
     budgets = {name: fastcov.budget(multiplier, d_k) for name, d_k in modules.items()}
     shared: dict[str, Any] = {
@@ -105,7 +110,7 @@ def precompute(
         "corpus": {"name": corpus.name, "fingerprint": corpus.fingerprint},
         "seed": seed,
         "multiplier": float(multiplier),
-        "context": adapter.max_context,
+        "context": context,
         "allow_fewer": allow_fewer,
     }
     home = folder / identity["model"][:16] / _slug(shared)
@@ -114,9 +119,9 @@ def precompute(
     if missing:
         log.info("collecting the second moments of %s", ", ".join(missing))
         documents = fastcov.take(
-            _tokenised(tokenizer, corpus.documents(seed), adapter.max_context),
+            _tokenised(tokenizer, corpus.documents(seed), context),
             max(budgets[name] for name in missing),
-            adapter.max_context,
+            context,
         )
         moments = fastcov.collect(
             adapter.model,
@@ -171,6 +176,17 @@ def versions() -> dict[str, str]:
         "transformers": transformers.__version__,
         "python": platform.python_version(),
     }
+
+
+def _context(adapter: ModelAdapter, max_length: int | None) -> int:
+    if max_length is None:
+        return adapter.max_context
+    if not 1 <= max_length <= adapter.max_context:
+        raise BadConfig(
+            f"max_length must be from 1 to the model's context of {adapter.max_context} tokens "
+            f"but is {max_length}."
+        )
+    return max_length
 
 
 def _tokenised(tokenizer: Any, texts: Iterator[str], context: int) -> Iterator[list[int]]:

@@ -74,6 +74,12 @@ def add_corpus(verb: argparse.ArgumentParser, default: str | None) -> None:
         help=f"keys per layer as a multiple of their width (default {DEFAULT_MULTIPLIER:g})",
     )
     group.add_argument(
+        "--max-length",
+        type=_above_zero,
+        metavar="N",
+        help="cut documents at N tokens (default: the model's context, at most 2048)",
+    )
+    group.add_argument(
         "--allow-fewer", action="store_true", help="take a corpus that ends before the budget"
     )
 
@@ -113,6 +119,7 @@ def ensure_statistics(editor: Editor, layers: Sequence[int], args: argparse.Name
         multiplier=DEFAULT_MULTIPLIER if args.multiplier is None else args.multiplier,
         layers=layers,
         allow_fewer=args.allow_fewer,
+        max_length=args.max_length,
         field=args.field,
     )
     print(f"statistics: {made.describe()}")

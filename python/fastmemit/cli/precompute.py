@@ -35,6 +35,7 @@ def run(args: argparse.Namespace) -> None:
         multiplier=DEFAULT_MULTIPLIER if args.multiplier is None else args.multiplier,
         layers=layers,
         allow_fewer=args.allow_fewer,
+        max_length=args.max_length,
         field=args.field,
     )
     print(

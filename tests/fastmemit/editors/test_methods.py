@@ -11,26 +11,10 @@ from fastmemit.errors import DuplicateRequest, FastmemitError, UnknownArchitectu
 from reference import closed_form as literal
 from tiny_models import ARCHITECTURES, tiny_model, tiny_tokenizer
 
-WORDS = [
-    "the",
-    "old",
-    "river",
-    "town",
-    "of",
-    "many",
-    "small",
-    "houses",
-    "had",
-    "a",
-    "king",
-    "and",
-    "two",
-    "green",
-    "boats",
-    "by",
-    "the",
-    "sea",
-]
+WORDS = (
+    *("the", "old", "river", "town", "of", "many", "small", "houses", "had"),
+    *("a", "king", "and", "two", "green", "boats", "by", "the", "sea"),
+)
 TEXTS = [
     " ".join(WORDS[(i * 7 + j * (i % 5 + 1)) % len(WORDS)] for j in range(30)) + f" {i}"
     for i in range(40)
