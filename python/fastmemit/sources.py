@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-from tqdm.auto import tqdm
 
 import fastcov
 from fastmemit import statistics
@@ -18,6 +15,7 @@ from fastmemit.editors import EditConfig, Workspace
 from fastmemit.errors import WrongModel
 from fastmemit.factors import FactorCache
 from fastmemit.models import ModelAdapter, tokenizer_fingerprint
+from fastmemit.progress import bar
 from fastmemit.request import EditRequest
 from fastmemit.statistics import Statistics
 from fastmemit.targets import Target, TargetStore, stored_or_optimised
@@ -81,7 +79,7 @@ class Sources:
                 "unedited model; undo them first."
             )
         total = max(fastcov.budget(multiplier, self._adapter.d_k(layer)) for layer in layers)
-        with self.bar("keys", total) as progress:
+        with bar("keys", total, self._progress) as progress:
             found = statistics.precompute(
                 self._adapter,
                 self._tokenizer,
@@ -156,7 +154,7 @@ class Sources:
             keep: Whether stored vectors may serve and new ones be stored.  Not so between two
                 writes of one batch, when the weights are in a state that no key can name.
         """
-        with self.bar("target steps", len(requests) * config.steps) as progress:
+        with bar("target steps", len(requests) * config.steps, self._progress) as progress:
             return stored_or_optimised(
                 self._targets if keep else TargetStore(None),
                 f"{self._stack.state()}/{self._tokenizer_is}" if keep else "",
@@ -181,16 +179,3 @@ class Sources:
             factor=lambda layer: self._factors.get(self._adapter, used, config, layer),
             targets=lambda requests, keep: self.targets(requests, config, keep=keep),
         )
-
-    @contextmanager
-    def bar(self, what: str, total: int) -> Iterator[Callable[[int], None] | None]:
-        """A progress bar to count on, or None where none was asked for."""
-        if not self._progress:
-            yield None
-            return
-        with tqdm(total=total, desc=what, leave=False, dynamic_ncols=True) as bar:
-
-            def advance(done: int) -> None:
-                bar.update(done)
-
-            yield advance

@@ -5,10 +5,14 @@ from __future__ import annotations
 import argparse
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fastmemit.cli.options import add_method, add_model, check_writable, make_editor
 from fastmemit.cli.table import score_table
 from fastmemit.errors import FastmemitError
+
+if TYPE_CHECKING:
+    from fastmemit.metrics.score import RecordScore
 
 HELP = "Edit two dozen facts of SmolLM2-135M, score, save and undo; no network is needed."
 EPILOG = """examples:
@@ -35,8 +39,9 @@ def run(args: argparse.Namespace) -> None:
 
     from fastmemit.data import builtin_facts
     from fastmemit.editors import parse_overrides
-    from fastmemit.evaluation import score_records
+    from fastmemit.evaluation.counterfact import count_questions, score_records
     from fastmemit.metrics.score import summarise
+    from fastmemit.progress import bar
 
     check_writable(args.save)
     overrides = parse_overrides(args.overrides)
@@ -51,12 +56,17 @@ def run(args: argparse.Namespace) -> None:
 
     facts = builtin_facts()
     prompts = [fact.generations[0] for fact in facts[:SHOWN] if fact.generations]
-    before = score_records(editor.adapter, editor.tokenizer, facts)
+
+    def score(what: str) -> list[RecordScore]:
+        with bar(what, count_questions(facts), not args.quiet) as advance:
+            return score_records(editor.adapter, editor.tokenizer, facts, progress=advance)
+
+    before = score("unedited scores")
     said = editor.generate(prompts)
     clock.say(f"scored the unedited model on {len(facts)} facts")
     edit = editor.edit([fact.request for fact in facts], args.method, **overrides)
     clock.say(f"edited all of them at once by {args.method}")
-    after = score_records(editor.adapter, editor.tokenizer, facts)
+    after = score("edited scores")
     says = editor.generate(prompts)
     clock.say("scored the edited model")
 

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
-
-from tqdm.auto import tqdm
 
 from fastmemit.data import Record
 from fastmemit.editor import Editor
@@ -16,6 +14,7 @@ from fastmemit.errors import WrongModel
 from fastmemit.evaluation.counterfact import count_questions, score_records
 from fastmemit.evaluation.schema import RecordResult, Result
 from fastmemit.metrics.score import RecordScore, summarise
+from fastmemit.progress import bar
 from fastmemit.statistics import versions
 
 
@@ -55,7 +54,7 @@ def evaluate(
     with _stage(seconds, "targets"):
         editor.targets([record.request for record in records], config)
     after: list[RecordScore] = []
-    with _bar("edited batches", len(batches), progress) as advance:
+    with bar("edited batches", len(batches), progress) as advance:
         for batch in batches:
             with _stage(seconds, "edit"):
                 requests = [record.request for record in batch]
@@ -97,18 +96,8 @@ def _shown(score: RecordScore) -> dict[str, Any]:
 def _scores(
     editor: Editor, records: Sequence[Record], what: str, progress: bool
 ) -> list[RecordScore]:
-    with _bar(what, count_questions(records), progress) as advance:
+    with bar(what, count_questions(records), progress) as advance:
         return score_records(editor.adapter, editor.tokenizer, records, progress=advance)
-
-
-@contextmanager
-def _bar(what: str, total: int, shown: bool) -> Iterator[Callable[[int], None]]:
-    with tqdm(total=total, desc=what, leave=False, dynamic_ncols=True, disable=not shown) as bar:
-
-        def advance(done: int) -> None:
-            bar.update(done)
-
-        yield advance
 
 
 @contextmanager
