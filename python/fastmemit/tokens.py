@@ -79,6 +79,8 @@ def _tiled(spans: list[tuple[int, int]], text: str) -> list[tuple[int, int]]:
         gap = text[reached:left]
         tiled.append((reached if gap and gap.isspace() else left, right))
         reached = max(reached, right)
+    if tiled and tiled[-1][0] == tiled[-1][1] and text[reached:].isspace():
+        tiled[-1] = (reached, len(text))  # a last token that is all space, reported as nothing
     return tiled
 
 

@@ -77,6 +77,7 @@ def test_ids_are_the_tokenizers_own_without_what_it_puts_behind(kind: str, text:
 @example("  ")
 @example(f"{FAMILY}{FAMILY}")
 @example("or")
+@example(" ")
 def test_spans_tile_the_text(kind: str, text: str) -> None:
     spans = covered(encode(tiny_tokenizer(kind), text))
     reached = 0
