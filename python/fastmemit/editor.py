@@ -151,8 +151,7 @@ class Editor:
         """
         if layers is None:
             layers = sorted({i for m in METHODS for i in self.config(m).layers})
-        for layer in layers:
-            self.adapter.check_layer(layer)
+        self._sources.largest_budget(layers, multiplier)  # refuses before a corpus is looked for
         if not isinstance(corpus, Corpus):
             if corpus == "self":
                 corpus = self_written(self.model, self.tokenizer, self.fingerprint)

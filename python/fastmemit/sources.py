@@ -12,7 +12,7 @@ from fastmemit.applied import EditStack
 from fastmemit.contexts import Kind, generate_contexts
 from fastmemit.data.corpora import Corpus
 from fastmemit.editors import EditConfig, Workspace
-from fastmemit.errors import WrongModel
+from fastmemit.errors import BadConfig, WrongModel
 from fastmemit.factors import FactorCache
 from fastmemit.models import ModelAdapter, tokenizer_fingerprint
 from fastmemit.progress import bar
@@ -64,6 +64,26 @@ class Sources:
             "tokenizer": self._tokenizer_is,
         }
 
+    def largest_budget(self, layers: Sequence[int], multiplier: float) -> int:
+        """How many keys the widest of some layers needs, if they can be collected now.
+
+        Raises:
+            WrongModel: Edits are in the weights.
+            BadConfig: There is no layer.
+            BadLayer: A layer does not exist.
+            BadBudget: The multiplier is not above 0.
+        """
+        if self._stack.edits:
+            raise WrongModel(
+                f"{len(self._stack.edits)} edits are in the weights, and statistics belong to the "
+                "unedited model; undo them first."
+            )
+        if not layers:
+            raise BadConfig("There is no layer to precompute; name at least one.")
+        for layer in layers:
+            self._adapter.check_layer(layer)
+        return max(fastcov.budget(multiplier, self._adapter.d_k(layer)) for layer in layers)
+
     def precompute(
         self,
         corpus: Corpus,
@@ -110,7 +130,8 @@ class Sources:
         """The newest kept statistics for these layers; see `Editor.find_statistics`."""
         modules = [self._adapter.projection_name(layer) for layer in layers]
         folder = self._folder / "statistics"
-        return statistics.find(folder, self._stack.fingerprint, modules, multiplier)
+        model, tokenizer = self._stack.fingerprint, self._tokenizer_is
+        return statistics.find(folder, model, modules, multiplier, tokenizer)
 
     def statistics_for(self, layers: Sequence[int]) -> Statistics:
         """The statistics in use if they cover these layers, else the newest kept ones that do.

@@ -34,7 +34,7 @@ class Statistics:
 
     Attributes:
         paths: Module name -> file.
-        provenance: What all of them share: model, corpus, seed, multiplier, budget, context.
+        provenance: What all of them share: model, corpus, seed, multiplier, budget, keys, context.
     """
 
     paths: dict[str, Path]
@@ -60,7 +60,9 @@ class Statistics:
     def describe(self) -> str:
         """One line for people: corpus, multiplier, keys."""
         p = self.provenance
-        return f"corpus {p['corpus']['name']}, multiplier {p['multiplier']:g}, {p['budget']} keys"
+        keys = p.get("keys", p["budget"])
+        fewer = "" if keys >= p["budget"] else f" of the {p['budget']} wanted"
+        return f"corpus {p['corpus']['name']}, multiplier {p['multiplier']:g}, {keys} keys{fewer}"
 
 
 def precompute(
@@ -99,6 +101,8 @@ def precompute(
         BudgetNotMet: The corpus is too short, and `allow_fewer` is not set.
         BadCorpus: The corpus cannot be read.
         EmptyCorpus: It has no token.
+        StoreDamaged: A kept file's header is not what was written.
+        StoreMismatch: A kept file is of something else than its folder says.
         NonFiniteKeys: An activation is NaN or infinite.
         OSError: A file cannot be written; those that were written are whole.
     """
@@ -113,7 +117,7 @@ def precompute(
         "context": context,
         "allow_fewer": allow_fewer,
     }
-    home = folder / identity["model"][:16] / _slug(shared)
+    home = _home(folder / identity["model"][:16], shared)
     paths = {name: home / f"{name}.safetensors" for name in modules}
     missing = [name for name, path in paths.items() if not _is_there(path, shared, name)]
     if missing:
@@ -132,13 +136,17 @@ def precompute(
             progress=progress,
         )
         for name, moment in moments.items():
-            own = {**shared, "module": name, "budget": budgets[name], "versions": versions()}
-            fastcov.save_moment(paths[name], moment, own)
-    return Statistics(paths, {**shared, "budget": max(budgets.values())})
+            own = {**shared, "module": name, "budget": budgets[name], "keys": moment.count}
+            fastcov.save_moment(paths[name], moment, {**own, "versions": versions()})
+    return Statistics(paths, _common([fastcov.read_provenance(path) for path in paths.values()]))
 
 
 def find(
-    folder: Path, model: str, modules: Sequence[str], multiplier: float | None = None
+    folder: Path,
+    model: str,
+    modules: Sequence[str],
+    multiplier: float | None = None,
+    tokenizer: str | None = None,
 ) -> Statistics | None:
     """The newest stored statistics of a model that have all these modules.
 
@@ -147,22 +155,27 @@ def find(
         model: The model's fingerprint.
         modules: Module names that are needed.
         multiplier: Only those of this multiplier, if given.
+        tokenizer: Only those whose text this tokenizer cut (its fingerprint), if given.
+
+    Raises:
+        StoreDamaged: A file's header is not what was written.
+        StoreMismatch: A file among those of this model is of another one.
     """
+    wanted = {"multiplier": multiplier, "tokenizer": tokenizer}
     homes = sorted(
         (home for home in (folder / model[:16]).glob("*") if home.is_dir()),
-        key=lambda home: home.stat().st_mtime,
+        key=lambda home: home.stat().st_mtime_ns,
         reverse=True,
     )
     for home in homes:
         paths = {name: home / f"{name}.safetensors" for name in modules}
         if not all(path.is_file() for path in paths.values()):
             continue
-        provenance = fastcov.read_provenance(next(iter(paths.values())))
-        if provenance.get("model") != model:
-            continue
-        if multiplier is None or provenance.get("multiplier") == float(multiplier):
-            provenance = {k: v for k, v in provenance.items() if k not in ("module", "versions")}
-            return Statistics(paths, provenance)
+        stored = [fastcov.read_provenance(path) for path in paths.values()]
+        for path, provenance in zip(paths.values(), stored, strict=True):
+            _compare(path, provenance, {"model": model})
+        if all(v is None or stored[0].get(k) == v for k, v in wanted.items()):
+            return Statistics(paths, _common(stored))
     return None
 
 
@@ -196,14 +209,48 @@ def _tokenised(tokenizer: Any, texts: Iterator[str], context: int) -> Iterator[l
 
 
 def _is_there(path: Path, shared: dict[str, Any], module: str) -> bool:
+    """Whether a moment is stored already.
+
+    Raises:
+        StoreMismatch: The file of this name is of something else.
+    """
     if not path.is_file():
         return False
     stored = fastcov.read_provenance(path)
-    return all(stored.get(k) == v for k, v in {**shared, "module": module}.items())
+    _compare(path, _essence(stored), {**_essence(shared), "module": module})
+    return True
 
 
-def _slug(shared: dict[str, Any]) -> str:
+def _compare(path: Path, stored: dict[str, Any], expected: dict[str, Any]) -> None:
+    for field, value in expected.items():
+        if stored.get(field) != value:
+            raise fastcov.StoreMismatch(
+                f"The statistics {str(path)!r} are of another {field} ({stored.get(field)!r:.80}, "
+                f"not {value!r:.80}), so the file was moved or altered; delete it and precompute "
+                "again.",
+                field=field,
+                stored=stored.get(field),
+                expected=value,
+            )
+
+
+def _common(stored: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What the provenance of several moments shares; of their keys, those of the widest module."""
+    widest = max(stored, key=lambda provenance: int(provenance["budget"]))
+    return {k: v for k, v in widest.items() if k not in ("module", "versions")}
+
+
+def _essence(shared: dict[str, Any]) -> dict[str, Any]:
+    """What statistics depend on: the names of model and corpus say nothing of their contents."""
+    kept = {k: v for k, v in shared.items() if k != "model_name"}
+    return {**kept, "corpus": shared.get("corpus", {}).get("fingerprint")}
+
+
+def _home(folder: Path, shared: dict[str, Any]) -> Path:
     """A folder name that a person can read and that no two different statistics share."""
+    digest = hashlib.sha256(json.dumps(_essence(shared), sort_keys=True).encode()).hexdigest()[:12]
+    known = sorted(folder.glob(f"*-{digest}"))  # the same corpus may have had another name
+    if known:
+        return known[0]
     name = re.sub(r"[^A-Za-z0-9]+", "-", Path(shared["corpus"]["name"]).name).strip("-")[:40]
-    digest = hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()[:8]
-    return f"{name}-x{shared['multiplier']:g}-seed{shared['seed']}-{digest}"
+    return folder / f"{name}-x{shared['multiplier']:g}-seed{shared['seed']}-{digest}"
