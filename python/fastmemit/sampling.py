@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from fastmemit.errors import BadConfig, BadRequest
 from fastmemit.tokens import encode, pad_batch
 
 
@@ -33,14 +34,25 @@ def continue_rows(
 
     Returns:
         The new tokens of each row.
+
+    Raises:
+        BadConfig: `new_tokens` is below 1.
     """
+    if new_tokens < 1:
+        raise BadConfig(f"The number of new tokens must be 1 or more but is {new_tokens}.")
+    if not rows:
+        return []
     device = model.get_input_embeddings().weight.device
     batch = pad_batch(rows, side="left", device=device)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    # Every setting that a model's own generation config could change is named here.
     chosen: dict[str, Any] = {"do_sample": False}
     if top_k is not None:
         chosen = {"do_sample": True, "top_k": top_k, "top_p": 1.0, "temperature": 1.0}
+    # `generate` fills whatever it is not told from the model's own settings, which differ between
+    # versions of transformers; nothing but the end-of-text is taken from them.
+    own = model.generation_config
+    end = tokenizer.eos_token_id if own.eos_token_id is None else own.eos_token_id
+    model.generation_config = type(own)(eos_token_id=end)
     training = model.training
     model.eval()
     cuda = [device] if device.type == "cuda" else []
@@ -59,6 +71,7 @@ def continue_rows(
             )
     finally:
         model.train(training)
+        model.generation_config = own
     width = batch["input_ids"].shape[1]
     return [row[width:].tolist() for row in out]
 
@@ -72,7 +85,15 @@ def continue_texts(
     top_k: int | None = None,
     seed: int = 0,
 ) -> list[str]:
-    """`continue_rows` on texts: the new text of each, special tokens left out."""
+    """`continue_rows` on texts: the new text of each, special tokens left out.
+
+    Raises:
+        BadRequest: A text gives no token to continue from.
+        BadConfig: `new_tokens` is below 1.
+    """
     rows = [encode(tokenizer, text).ids for text in texts]
+    for text, row in zip(texts, rows, strict=True):
+        if not row:
+            raise BadRequest(f"The text {text!r} gives no token to continue; write a word.")
     new = continue_rows(model, tokenizer, rows, new_tokens, top_k=top_k, seed=seed)
     return [tokenizer.decode(row, skip_special_tokens=True) for row in new]
