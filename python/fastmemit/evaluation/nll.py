@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastmemit.errors import BadRequest
 from fastmemit.logits import head_reads
 from fastmemit.models import ModelAdapter
 from fastmemit.tokens import encode_with_target, pad_batch
@@ -40,12 +41,17 @@ def answer_nlls(
         Nats per token, in the order of the questions.
 
     Raises:
-        BadRequest: An answer yields no token.
+        BadRequest: An answer yields no token, or no token stands before it.
     """
     reads: dict[tuple[int, ...], list[tuple[int, int]]] = {}  # ids -> (question, answer tokens)
     tokens: list[tuple[int, ...]] = []
     for number, (prompt, answer) in enumerate(questions):
         encoded, n_answer = encode_with_target(tokenizer, prompt, answer)
+        if n_answer == len(encoded):
+            raise BadRequest(
+                f"The prompt {prompt!r} leaves no token to predict the answer {answer!r} from; "
+                "write a word before it."
+            )
         reads.setdefault(encoded.ids[:-1], []).append((number, n_answer))
         tokens.append(encoded.ids[-n_answer:])
     nlls = [0.0] * len(questions)

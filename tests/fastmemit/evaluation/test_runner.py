@@ -1,0 +1,204 @@
+"""An evaluation: batch by batch on the unedited model, weights given back, one honest result."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+import typing
+from typing import Any
+
+import pytest
+import torch
+
+from fastmemit.editor import Editor
+from fastmemit.errors import DuplicateRequest, WrongModel
+from fastmemit.evaluation import evaluate, runner, score_records
+from fastmemit.evaluation.schema import RecordResult, Result, ScoreTable
+from fastmemit.metrics.score import summarise
+from fastmemit.statistics import versions
+from tiny_editors import FACTS, QUICK, record, tiny_editor
+
+BATCHES = [[record(10, FACTS[0]), record(11, FACTS[1])], [record(12, FACTS[2])]]
+
+
+@pytest.fixture(scope="module")
+def editor(tmp_path_factory: pytest.TempPathFactory) -> Editor:
+    return tiny_editor(tmp_path_factory.mktemp("editor"), name="tiny")
+
+
+@pytest.fixture(scope="module")
+def weights(editor: Editor) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in editor.model.state_dict().items()}
+
+
+@pytest.fixture(autouse=True)
+def _restored(editor: Editor, weights: dict[str, torch.Tensor]) -> Any:
+    yield
+    assert editor.edits == ()
+    now = editor.model.state_dict()
+    assert all(torch.equal(now[name], tensor) for name, tensor in weights.items())
+
+
+@pytest.fixture(scope="module")
+def result(editor: Editor, weights: dict[str, torch.Tensor]) -> Result:
+    return evaluate(editor, BATCHES, "memit", {**QUICK, "steps": 20, "clamp": 4.0})
+
+
+def test_it_has_the_fields_of_the_schema(result: Result) -> None:
+    assert result.keys() == typing.get_type_hints(Result).keys()
+    for table in (result["before"], result["after"]):
+        assert table.keys() == typing.get_type_hints(ScoreTable).keys()
+    for row in result["records"]:
+        assert row.keys() == typing.get_type_hints(RecordResult).keys()
+        for scores in (row["before"], row["after"]):
+            assert scores.keys() == {"es", "ps", "ns", "nll"}
+            assert scores["nll"].keys() == {"rewrite", "paraphrases", "neighbourhood"}
+    assert [(row["case_id"], row["batch"]) for row in result["records"]] == [
+        (10, 0),
+        (11, 0),
+        (12, 1),
+    ]
+
+
+def test_it_is_json_without_nan(result: Result) -> None:
+    read = json.loads(json.dumps(result, allow_nan=False))
+    assert read["records"] == result["records"]
+    assert (read["before"], read["after"]) == (result["before"], result["after"])
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_the_totals_are_the_means_of_the_records(result: Result, when: str) -> None:
+    total: Any = result[when]  # type: ignore[literal-required]
+    for name in ("es", "ps", "ns"):
+        shares = [row[when][name] for row in result["records"]]  # type: ignore[literal-required]
+        assert total[name] == pytest.approx(100 * sum(shares) / 3)
+    values = [total[name] for name in ("es", "ps", "ns")]
+    mean = 0 if 0 in values else 3 / sum(1 / value for value in values)
+    assert total["s"] == pytest.approx(mean)
+
+
+def test_before_is_the_unedited_model_and_after_the_edited_one(
+    editor: Editor, result: Result
+) -> None:
+    def shown(batch: list) -> list[dict[str, Any]]:
+        scores = score_records(editor.adapter, editor.tokenizer, batch)
+        return [{k: v for k, v in s.as_dict().items() if k != "case_id"} for s in scores]
+
+    def costs(rows: list[Any]) -> list[float]:
+        return [cost for row in rows for cost in row["nll"]["rewrite"]]
+
+    before = [row for batch in BATCHES for row in shown(batch)]
+    assert costs([r["before"] for r in result["records"]]) == pytest.approx(costs(before), abs=1e-5)
+    after = []
+    for batch in BATCHES:
+        edit = editor.edit(
+            [r.request for r in batch], "memit", **{**QUICK, "steps": 20, "clamp": 4.0}
+        )
+        after += shown(batch)
+        edit.undo()
+    assert costs([r["after"] for r in result["records"]]) == pytest.approx(costs(after), abs=1e-5)
+    # The edit does something: the new answers are cheaper than they were.
+    new = [
+        (r["before"]["nll"]["rewrite"][0], r["after"]["nll"]["rewrite"][0])
+        for r in result["records"]
+    ]
+    assert all(after < before for before, after in new)
+
+
+def test_settings_say_what_was_done(editor: Editor, result: Result) -> None:
+    settings = result["settings"]
+    assert settings["method"] == "memit" and tuple(settings["layers"]) == (0, 1)
+    assert settings["steps"] == 20 and settings["batches"] == [2, 1]
+    assert settings["model"] == "tiny" and settings["fingerprint"] == editor.fingerprint
+    assert (settings["dtype"], settings["device"], settings["seed"]) == ("float32", "cpu", 0)
+    assert settings["statistics"]["multiplier"] == 4.0
+    assert settings["statistics"]["corpus"]["name"] == "tiny0"
+    assert result["versions"] == versions()
+    assert result["seconds"].keys() == {"before", "targets", "edit", "after", "undo"}
+    assert all(seconds >= 0 for seconds in result["seconds"].values())
+
+
+def test_targets_are_optimised_once_for_all_batches(
+    editor: Editor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fastmemit.targets import store
+
+    sizes: list[int] = []
+    real = store.optimise
+
+    def spy(adapter: Any, tokenizer: Any, requests: Any, *args: Any, **kwargs: Any) -> Any:
+        sizes.append(len(requests))
+        return real(adapter, tokenizer, requests, *args, **kwargs)
+
+    monkeypatch.setattr(store, "optimise", spy)
+    evaluate(editor, BATCHES, "emmet", {"layers": (1,), "steps": 2})
+    assert sizes == [3]
+    evaluate(
+        editor, [[r] for batch in BATCHES for r in batch], "emmet", {"layers": (1,), "steps": 2}
+    )
+    assert sizes == [3]
+
+
+def test_an_edited_model_is_refused(editor: Editor) -> None:
+    edit = editor.edit([FACTS[0]], "rome", layers=(1,), steps=1)
+    with pytest.raises(WrongModel, match="edited already; undo its edits"):
+        evaluate(editor, BATCHES, "memit", QUICK)
+    edit.undo()
+
+
+def test_an_error_while_scoring_gives_the_weights_back(
+    editor: Editor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+    real = runner.score_records
+
+    def fails_later(*args: Any, **kwargs: Any) -> Any:
+        calls.append(len(editor.edits))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(runner, "score_records", fails_later)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(editor, BATCHES, "memit", QUICK)
+    assert calls == [0, 1, 1]  # `_restored` looks at the weights
+
+
+def test_a_batch_that_contradicts_itself(editor: Editor) -> None:
+    twice = [record(1, FACTS[0]), record(2, FACTS[0])]
+    with pytest.raises(DuplicateRequest, match="Requests 0 and 1"):
+        evaluate(editor, [twice], "memit", QUICK)
+
+
+def test_records_without_other_prompts_have_no_other_scores(editor: Editor) -> None:
+    from fastmemit.data import Record
+
+    found = evaluate(editor, [[Record(1, FACTS[0])]], "rome", {"layers": (1,), "steps": 1})
+    assert found["before"]["ps"] is None and found["after"]["s"] is None
+    assert found["after"]["es"] in (0.0, 100.0)
+    json.dumps(found, allow_nan=False)
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("progress", [True, False])
+def test_bars_are_drawn_on_a_terminal_and_if_asked(
+    editor: Editor, monkeypatch: pytest.MonkeyPatch, progress: bool
+) -> None:
+    for stream in (Terminal(), io.StringIO()):
+        monkeypatch.setattr(sys, "stderr", stream)
+        evaluate(editor, BATCHES, "memit", QUICK, progress=progress)
+        drawn = stream.getvalue()
+        if progress and stream.isatty():
+            assert "unedited scores" in drawn and "edited batches" in drawn
+        else:
+            assert drawn == ""
+
+
+def test_summarise_is_what_the_totals_are(editor: Editor, result: Result) -> None:
+    scores = score_records(editor.adapter, editor.tokenizer, [r for b in BATCHES for r in b])
+    assert summarise(scores).as_dict() == pytest.approx(result["before"])
