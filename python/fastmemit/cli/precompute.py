@@ -6,7 +6,6 @@ import argparse
 import time
 
 from fastmemit.cli.options import DEFAULT_MULTIPLIER, add_corpus, add_model, make_editor
-from fastmemit.editors.layers import parse_layers
 
 HELP = "Collect the second moments of a model's keys, once; edits find them by themselves."
 EPILOG = """examples:
@@ -27,6 +26,8 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Collect, and say where the files are."""
+    from fastmemit.editors.layers import parse_layers
+
     layers = None if args.layers is None else parse_layers(args.layers)
     editor = make_editor(args)
     begun = time.perf_counter()

@@ -1,0 +1,181 @@
+"""The whole way on the command line: precompute, edit, apply, evaluate, on a tiny model folder."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fastmemit import __version__
+from fastmemit.cli import VERBS, main
+from fastmemit.delta import Delta
+from tiny_commands import EDIT, Place, run
+
+
+def test_every_verb_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    assert VERBS.keys() == {"precompute", "edit", "apply", "evaluate", "demo"}
+    for verb in VERBS:
+        with pytest.raises(SystemExit) as left:
+            main([verb, "--help"])
+        out = capsys.readouterr().out
+        assert left.value.code == 0
+        assert "examples:\n" in out and f"fastmemit {verb}" in out.partition("examples:")[2]
+        for option in ("--model", "--seed", "--device", "--dtype"):
+            assert option in out
+        assert all(len(line) <= 100 for line in out.splitlines())
+
+
+def test_help_needs_no_torch() -> None:
+    code = (
+        "import sys; from fastmemit.cli import main\n"
+        "try: main(['edit', '--help'])\n"
+        "except SystemExit: pass\n"
+        "slow = {'torch', 'transformers', 'datasets', 'numpy'} & set(sys.modules)\n"
+        "sys.exit(f'loaded {slow}' if slow else 0)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={"PYTHONPATH": ":".join(sys.path), "PATH": ""},
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(["--version"])
+    assert left.value.code == 0 and capsys.readouterr().out == f"fastmemit {__version__}\n"
+
+
+def test_the_examples_are_commands_that_parse(capsys: pytest.CaptureFixture[str]) -> None:
+    import shlex
+
+    from fastmemit.cli import EPILOG, parser
+
+    texts = [EPILOG, *(module.EPILOG for module in VERBS.values())]
+    examples = [
+        shlex.split(line.strip())
+        for text in texts
+        for line in text.replace("\\\n", " ").splitlines()
+        if line.startswith("  fastmemit ")
+    ]
+    assert len(examples) > 10
+    for example in examples:
+        assert example[0] == "fastmemit"
+        parser().parse_args(example[1:])
+
+
+def test_from_statistics_to_scores(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    out = run(capsys, "precompute", *place.model, "--corpus", place.corpus, "--multiplier", "4",
+              "--layers", "0-1")  # fmt: skip
+    assert "second moments of 2 layers, corpus" in out and "multiplier 4, 256 keys" in out
+    files = [Path(line.strip()) for line in out.splitlines() if line.startswith("  ")]
+    assert len(files) == 2 and all(file.is_file() for file in files)
+
+    saved, folder = place.at / "edit.safetensors", place.at / "edited"
+    out = run(capsys, "edit", *place.model, *EDIT, "--requests", place.requests, "--save", saved,
+              "--save-model", folder)  # fmt: skip
+    assert "multiplier 4, 256 keys (kept)" in out
+    assert "2 facts written by memit into layers 0, 1" in out
+    rows = re.findall(r"^ +([\d.]+) -> +([\d.]+)  (.*)$", out, re.MULTILINE)
+    assert [row[2] for row in rows] == [
+        "Eiffel Tower is located in the city of Rome",
+        "The capital of France is Berlin",
+    ]
+    assert all(float(new) < float(old) for old, new, _ in rows)
+    delta = Delta.load(saved)
+    assert [r["subject"] for r in delta.provenance["requests"]] == ["Eiffel Tower", "France"]
+
+    # The saved model is the unedited one plus the saved edit, to the bit, and nothing else.
+    before = load_file(Path(place.model[1]) / "model.safetensors")
+    after = load_file(folder / "model.safetensors")
+    assert before.keys() == after.keys()
+    for name, weight in before.items():
+        if name in delta.factors:
+            left, right = delta.factors[name]
+            weight = weight + left @ right.T
+            assert not torch.equal(before[name], after[name])
+        assert torch.equal(weight, after[name])
+
+    again = place.at / "again"
+    prompt = "The capital of France is"
+    out = run(capsys, "apply", *place.model, "--edit", saved, "--prompt", prompt, "--tokens", "3",
+              "--save-model", again)  # fmt: skip
+    assert "1 edits with 2 facts applied" in out
+    assert re.search(rf"\n{prompt}\n  before: .*\n  after:  .*\n", out)
+    third = load_file(again / "model.safetensors")
+    assert all(torch.equal(third[name], after[name]) for name in after)
+
+    result = place.at / "out.json"
+    out = run(capsys, "evaluate", *place.model, *EDIT, "--data", place.records, "--batch-size", "2",
+              "--batches", "2", "--json", result)  # fmt: skip
+    assert "4 records in 2 batches" in out and re.search(r"ES +PS +NS +S\n", out)
+    found = json.loads(result.read_text())
+    assert len(found["records"]) == 4 and found["settings"]["batches"] == [2, 2]
+    for row in ("before", "after"):
+        shown = next(line.split() for line in out.splitlines() if line.startswith(row))
+        values = [found[row][name] for name in ("es", "ps", "ns", "s")]
+        assert shown[1:] == [f"{value:.2f}" for value in values]
+
+
+def test_one_fact_from_options(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    saved = place.at / "one.safetensors"
+    out = run(capsys, "edit", *place.model, "--method", "rome", "--set", "layers=1", "--set",
+              "steps=2", "--corpus", place.corpus, "--multiplier", "4", "--prompt",
+              "The capital of {} is", "--subject", "Italy", "--target", "London", "--save",
+              saved)  # fmt: skip
+    assert "1 facts written by rome into layers 1 of" in out
+    assert Delta.load(saved).provenance["settings"]["steps"] == 2
+
+
+def test_a_former_file_is_replaced_and_several_edits_are_applied(
+    place: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = place.edit(capsys, "a.st"), place.edit(capsys, "b.st", "--set", "steps=1")
+    assert Delta.load(first).digest() != Delta.load(second).digest()
+    out = run(capsys, "apply", *place.model, "--edit", first, "--edit", second)
+    assert "2 edits with 4 facts applied" in out
+    place.edit(capsys, "a.st", "--set", "steps=1")
+    assert Delta.load(first).digest() == Delta.load(second).digest()
+
+
+def test_the_dtype_is_that_of_the_option(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    run(capsys, "edit", *place.model, *EDIT, "--dtype", "bfloat16", "--device", "cpu", "--corpus",
+        place.corpus, "--multiplier", "4", "--requests", place.requests, "--save-model",
+        place.at / "bf16")  # fmt: skip
+    weights = load_file(place.at / "bf16" / "model.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
+
+
+def test_an_edit_of_another_model_goes_on_by_force(
+    place: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved = place.edit(capsys, "edit.st")
+    other = place.other_model()
+    assert main(["apply", *other, "--edit", str(saved)]) == 2
+    capsys.readouterr()
+    out = run(capsys, "apply", *other, "--edit", saved, "--force")
+    assert "1 edits with 2 facts applied" in out
+
+
+def test_python_dash_m(place: Place) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "fastmemit", "apply", "--model", "./none", "--edit", "x"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={"PYTHONPATH": ":".join(p for p in sys.path if p), "PATH": "", "HF_HUB_OFFLINE": "1"},
+    )
+    assert done.returncode == 2
+    assert done.stdout == "" and done.stderr.startswith(
+        "fastmemit: error: There is no model folder"
+    )
+    assert done.stderr.count("\n") == 1
