@@ -68,6 +68,39 @@ def run(capsys: pytest.CaptureFixture[str], *argv: Any) -> str:
     return out
 
 
+def refused(capsys: pytest.CaptureFixture[str], place: Place, *argv: Any) -> str:
+    """Run a command that must be refused; its one line. Files are the same before and after."""
+    before = files(place)
+    capsys.readouterr()
+    try:
+        code = main([str(word) for word in argv])
+    except SystemExit as left:
+        code = left.code  # type: ignore[assignment]
+    err = capsys.readouterr().err
+    assert code == 2
+    assert err.startswith("fastmemit: error: ") and err.endswith("\n") and err.count("\n") == 1
+    assert "Traceback" not in err and ".;" not in err and ".." not in err.replace("...", "")
+    assert files(place) == before
+    return err.removeprefix("fastmemit: error: ").rstrip("\n")
+
+
+def files(place: Place) -> dict[Path, bytes]:
+    """Every file but kept statistics and targets, which later commands use; no temporary ones."""
+    found = {}
+    for root in (place.at, Path(place.model[1])):
+        for path in root.rglob("*"):
+            assert not path.name.endswith(".tmp")
+            if path.is_file() and place.at / "cache" not in path.parents:
+                found[path] = path.read_bytes()
+    return found
+
+
+def edit_args(place: Place, requests: Any, *more: Any) -> list[Any]:
+    """A complete edit command for some requests."""
+    return ["edit", *place.model, *EDIT, *more, "--corpus", place.corpus, "--multiplier", "4",
+            "--requests", requests, "--save", place.at / "edit.st"]  # fmt: skip
+
+
 def _counterfact(item: Any) -> dict[str, Any]:
     fact = item.request
     return {

@@ -6,6 +6,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from fastmemit import __version__
 from fastmemit.cli import apply, demo, edit, evaluate, precompute
@@ -28,9 +29,16 @@ VERBS = {
 }
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser that says in one line what is wrong, as every other error is said."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"fastmemit: error: {message}; see {self.prog} --help.\n")
+
+
 def parser() -> argparse.ArgumentParser:
     """The parser of all verbs."""
-    top = argparse.ArgumentParser(
+    top = _Parser(
         prog="fastmemit",
         description=DESCRIPTION,
         epilog=EPILOG,
@@ -68,9 +76,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (FastcovError, FastmemitError) as error:
         return _fail(str(error))
     except OSError as error:
+        if error.errno is None:  # one of ours, a whole sentence
+            return _fail(str(error))
         where = f": {error.filename}" if error.filename else ""
-        what = error.strerror or str(error)
-        return _fail(f"{what}{where}; nothing was left half written, mend it and run again.")
+        return _fail(
+            f"{error.strerror}{where}; nothing was left half written, mend it and run again."
+        )
     except KeyboardInterrupt:
         print("\nfastmemit: interrupted; nothing was left half written.", file=sys.stderr)
         return 130

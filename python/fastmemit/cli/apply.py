@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from fastmemit.cli.options import add_model, check_free, make_editor
+from fastmemit.cli.options import above_zero, add_model, check_free, make_editor
 
 HELP = "Apply saved edits to the model that they were made for."
 EPILOG = """examples:
@@ -27,7 +27,7 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--prompt", action="append", default=[], help="continue this text before and after"
     )
-    verb.add_argument("--tokens", type=int, default=20, help="how far (default 20)")
+    verb.add_argument("--tokens", type=above_zero, default=20, help="how far (default 20)")
     verb.add_argument("--force", action="store_true", help="though made for another model")
     verb.add_argument("--save-model", type=Path, metavar="DIR", help="write the edited model here")
     add_model(verb)

@@ -31,12 +31,12 @@ def add_model(verb: argparse.ArgumentParser, default: str | None = None) -> None
     group.add_argument("--device", help="cpu, cuda, cuda:N, mps or auto (default: the best here)")
     group.add_argument("--dtype", help="float32, bfloat16, float16 or auto")
     group.add_argument("--trust-remote-code", action="store_true", help="run the model's own code")
-    group.add_argument("--seed", type=int, default=0, help="of contexts, corpus and batches")
+    group.add_argument("--seed", type=_seed, default=0, help="of contexts, corpus and batches")
     group.add_argument("--cache", type=Path, help="folder for statistics and target vectors")
     group.add_argument("--quiet", action="store_true", help="no progress bars")
     group.add_argument(
         "--target-batch-tokens",
-        type=_above_zero,
+        type=above_zero,
         default=2048,
         metavar="N",
         help="tokens of target vectors optimised together: bounds the memory (default 2048)",
@@ -75,7 +75,7 @@ def add_corpus(verb: argparse.ArgumentParser, default: str | None) -> None:
     )
     group.add_argument(
         "--max-length",
-        type=_above_zero,
+        type=above_zero,
         metavar="N",
         help="cut documents at N tokens (default: the model's context, at most 2048)",
     )
@@ -153,8 +153,20 @@ def check_free(folder: Path | None) -> None:
         raise BadConfig(f"{str(folder)!r} exists and is not an empty folder; name a new one.")
 
 
-def _above_zero(text: str) -> int:
-    value = int(text)
+def _seed(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 2**32:
+        raise argparse.ArgumentTypeError(
+            f"must be a whole number from 0 to {2**32 - 1} but is {text!r}"
+        )
+    return int(text)
+
+
+def above_zero(text: str) -> int:
+    """A whole number above 0, as argparse's type."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
     if value < 1:
-        raise argparse.ArgumentTypeError(f"must be above 0 but is {value}")
+        raise argparse.ArgumentTypeError(f"must be a whole number above 0 but is {text!r}")
     return value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -51,10 +52,21 @@ def save_model(model: Any, tokenizer: Any, folder: str | os.PathLike[str]) -> Pa
         if target.is_dir() and os.name == "nt":
             target.rmdir()  # only POSIX renames over an empty folder
         os.replace(partial, target)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
+        if type(error).__name__ == "SafetensorError":
+            raise _disk_error(error, target) from error
         raise
     return target
+
+
+def _disk_error(error: BaseException, folder: Path) -> OSError:
+    """What the disk said, which the safetensors library hands on as text in an error of its own."""
+    code = re.search(r"os error (\d+)", str(error))
+    if code is None:
+        return OSError(f"The weights could not be written to {folder} ({error}).")
+    number = int(code.group(1))
+    return OSError(number, os.strerror(number), str(folder))
 
 
 @contextlib.contextmanager
