@@ -167,6 +167,9 @@ def _default(adapter: ModelAdapter, method: str) -> dict[str, Any]:
     values: dict[str, Any] = {"layers": (min(first + 1, adapter.n_layers - 1),)}
     if method == "emmet":
         values["lambda_e"] = 0.1
+    else:
+        # ROME's target is the projection's own output, which is short against the stream it joins.
+        values["clamp"] = 4.0
     return values
 
 

@@ -72,6 +72,7 @@ def test_defaults_follow_the_depth(n_layers, memit, single):
     assert find_config(adapter, "memit").layers == memit
     assert find_config(adapter, "emmet").layers == (single,)
     assert find_config(adapter, "rome").layers == (single,)
+    assert find_config(adapter, "rome").clamp == 4
 
 
 def test_overrides_replace_and_are_checked():

@@ -1,0 +1,47 @@
+"""The main job on the real SmolLM2-135M with what the package ships: facts and corpus."""
+
+import pytest
+import torch
+
+from fastmemit import Editor
+from fastmemit.data import builtin_facts
+from fastmemit.evaluation import evaluate
+from fastmemit.models import load_model
+
+pytestmark = [pytest.mark.real, pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def editor(smollm2_pristine, tmp_path_factory):
+    model, tokenizer = smollm2_pristine
+    editor = Editor(model, tokenizer, cache=tmp_path_factory.mktemp("real"))
+    editor.precompute("builtin", multiplier=10)
+    return editor
+
+
+@pytest.mark.parametrize("method", ["memit", "emmet"])
+def test_facts_are_written_and_neighbours_stay(editor, smollm2, method):
+    facts = builtin_facts()[:8]
+    result = evaluate(editor, [facts], method)
+    before, after = result["before"], result["after"]
+    assert before["es"] <= 15
+    assert after["es"] == 100
+    assert after["ps"] >= 80
+    assert after["ns"] >= before["ns"] - 15  # 80 prompts: 5 points would be 4 of them
+
+
+def test_rome_writes_one_fact(editor, smollm2):
+    result = evaluate(editor, [builtin_facts()[:1]], "rome")
+    assert (result["before"]["es"], result["after"]["es"]) == (0, 100)
+
+
+def test_an_edited_model_from_a_gguf_file_is_saved_and_loads_again(editor, smollm2, tmp_path):
+    fact = builtin_facts()[0]
+    with editor.applied(editor.edit([fact.request], "memit")):
+        said = editor.generate([fact.request.text], 5)
+        editor.save_model(tmp_path / "edited")
+        saved = {name: p.clone() for name, p in editor.model.named_parameters()}
+    model, tokenizer = load_model(str(tmp_path / "edited"), device="cpu")
+    assert all(torch.equal(p, saved[name]) for name, p in model.named_parameters())
+    assert Editor(model, tokenizer, cache=tmp_path).generate([fact.request.text], 5) == said
+    assert fact.request.target.strip() in said[0]
