@@ -1,0 +1,224 @@
+"""The editor as a whole: what it plans, what it records, and that failures change nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastmemit import Edit, Editor
+from fastmemit.errors import BadConfig, BadLayer, BadRequest, DamagedFile, DuplicateRequest
+from fastmemit.request import EditRequest
+from fastmemit.sampling import continue_texts
+from fastmemit.statistics import versions
+from tiny_editors import FACTS, QUICK, tiny_corpus, tiny_editor
+from tiny_models import tiny_model, tiny_tokenizer
+
+ONE = {**QUICK, "layers": (1,)}
+METHODS = [("memit", QUICK), ("emmet", ONE), ("rome", ONE)]
+
+
+@pytest.fixture(scope="module")
+def editor(tmp_path_factory: pytest.TempPathFactory) -> Editor:
+    return tiny_editor(tmp_path_factory.mktemp("editor"), name="tiny")
+
+
+@pytest.fixture(autouse=True)
+def _unchanged(editor: Editor) -> Any:
+    before = {name: tensor.clone() for name, tensor in editor.model.state_dict().items()}
+    yield
+    for edit in reversed(editor.edits):
+        edit.undo()
+    now = editor.model.state_dict()
+    assert [name for name, t in before.items() if not torch.equal(t, now[name])] == []
+
+
+def bits(editor: Editor) -> list[torch.Tensor]:
+    return [tensor.clone() for tensor in editor.model.state_dict().values()]
+
+
+def same(one: list[torch.Tensor], two: list[torch.Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+@pytest.mark.parametrize(("method", "settings"), METHODS)
+def test_a_plan_changes_nothing_and_is_the_edit(
+    editor: Editor, method: str, settings: dict[str, Any]
+) -> None:
+    before = bits(editor)
+    delta = editor.plan(FACTS, method, **settings)
+    assert same(bits(editor), before) and editor.edits == ()
+    edit = editor.edit(FACTS, method, **settings)
+    assert isinstance(edit, Edit)
+    assert edit.delta.digest() == delta.digest()
+    assert dict(edit.delta.provenance) == dict(delta.provenance)
+    rank = {pair[0].shape[1] for pair in delta.factors.values()}
+    assert rank == {3}
+
+
+@pytest.mark.parametrize(("method", "settings"), METHODS)
+def test_the_same_edit_again_in_a_fresh_editor_has_the_same_bits(
+    editor: Editor, tmp_path: Path, method: str, settings: dict[str, Any]
+) -> None:
+    # Nothing is shared with the first: its own statistics, contexts, targets and factors.
+    fresh = tiny_editor(tmp_path)
+    ours, theirs = (e.plan(FACTS, method, **settings).digest() for e in (editor, fresh))
+    assert ours == theirs
+    # And from what is kept on the disk.
+    kept = tiny_editor(tmp_path, layers=None)
+    assert kept.plan(FACTS, method, **settings).digest() == ours
+    other = tiny_editor(tmp_path, layers=None, seed=5)  # other contexts
+    assert other.plan(FACTS, method, **settings).digest() != ours
+
+
+def test_the_provenance_says_what_the_edit_is(editor: Editor) -> None:
+    first = editor.edit(FACTS[:1], "rome", layers=(1,), steps=2)
+    provenance = first.delta.provenance
+    assert provenance["model"] == editor.fingerprint and provenance["model_name"] == "tiny"
+    assert provenance["method"] == "rome" and provenance["settings"]["steps"] == 2
+    assert provenance["requests"] == [
+        {
+            "prompt": "{} is located in the city of",
+            "subject": "Eiffel Tower",
+            "target_new": "Rome",
+            "target_true": "Paris",
+        }
+    ]
+    assert provenance["statistics"]["multiplier"] == 4.0 and provenance["seed"] == 0
+    assert len(provenance["contexts"]) == 21 and provenance["versions"] == versions()
+    assert provenance["on_top_of"] == []
+
+
+def test_an_edit_on_top_of_another_sees_it_and_says_so(editor: Editor) -> None:
+    alone = editor.plan(FACTS[1:2], "memit", **QUICK)
+    below = editor.edit(FACTS[:1], "memit", **{**QUICK, "clamp": 4.0})
+    above = editor.plan(FACTS[1:2], "memit", **QUICK)
+    assert above.provenance["on_top_of"] == [below.delta.digest()]
+    assert above.digest() != alone.digest()
+    below.undo()
+    assert editor.plan(FACTS[1:2], "memit", **QUICK).digest() == alone.digest()
+
+
+@pytest.mark.parametrize(
+    ("requests", "method", "settings", "error"),
+    [
+        ([], "memit", QUICK, BadRequest),
+        ([FACTS[0], FACTS[0]], "memit", QUICK, DuplicateRequest),
+        (FACTS, "ft", {}, BadConfig),
+        (FACTS, "memit", {"layers": (0, 9)}, BadLayer),
+        (FACTS, "memit", {"speed": 3}, BadConfig),
+        ([EditRequest("{}", "x", "y")], "memit", QUICK, None),
+    ],
+)
+def test_bad_edits_change_nothing(
+    editor: Editor, requests: Any, method: str, settings: dict[str, Any], error: Any
+) -> None:
+    before = bits(editor)
+    if error is None:  # an odd request, but one that can be carried out
+        editor.edit(requests, method, **settings).undo()
+    else:
+        with pytest.raises(error):
+            editor.edit(requests, method, **settings)
+    assert same(bits(editor), before) and editor.edits == ()
+
+
+@pytest.mark.parametrize(("method", "settings"), METHODS)
+def test_an_error_in_the_middle_changes_nothing(
+    editor: Editor, monkeypatch: pytest.MonkeyPatch, method: str, settings: dict[str, Any]
+) -> None:
+    from fastmemit.editors.base import Workspace
+
+    before = bits(editor)
+    real = Workspace.write
+    wrote: list[int] = []
+
+    def fails_after_writing(self: Workspace, layer: int, change: Any) -> None:
+        real(self, layer, change)
+        wrote.append(layer)
+        assert not same(bits(editor), before)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Workspace, "write", fails_after_writing)
+    with pytest.raises(KeyboardInterrupt):
+        editor.edit(FACTS, method, **settings)
+    assert wrote and same(bits(editor), before) and editor.edits == ()
+
+
+def test_targets_are_made_once(editor: Editor, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastmemit.targets import store
+
+    made: list[int] = []
+    real = store.optimise
+
+    def spy(adapter: Any, tokenizer: Any, requests: Any, *args: Any, **kwargs: Any) -> Any:
+        made.append(len(requests))
+        return real(adapter, tokenizer, requests, *args, **kwargs)
+
+    monkeypatch.setattr(store, "optimise", spy)
+    settings = {"layers": (1,), "steps": 4}
+    editor.plan(FACTS[:2], "emmet", **settings)
+    editor.plan(FACTS, "emmet", lambda_e=0.5, **settings)  # another solve, the same targets
+    editor.plan(FACTS, "memit", **settings)  # MEMIT's are the same as EMMET's
+    assert made == [2, 1]
+
+
+def test_a_factor_is_made_once_per_layer_and_forgotten_with_its_statistics(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import fastcov
+
+    editor = tiny_editor(tmp_path)
+    made: list[int] = []
+    real = fastcov.factorize
+
+    def spy(matrix: torch.Tensor, **kwargs: Any) -> Any:
+        made.append(1)
+        return real(matrix, **kwargs)
+
+    monkeypatch.setattr(fastcov, "factorize", spy)
+    first = editor.plan(FACTS[:1], "memit", **QUICK)
+    editor.plan(FACTS[1:2], "memit", **QUICK)
+    assert len(made) == 2
+    editor.plan(FACTS[:1], "memit", **QUICK, ridge=0.1)
+    assert len(made) == 4
+    editor.precompute(tiny_corpus(seed=1), multiplier=4, layers=(0, 1))
+    assert editor.plan(FACTS[:1], "memit", **QUICK).digest() != first.digest()
+    assert len(made) == 6
+
+
+def test_generate_follows_the_weights_as_they_are(editor: Editor) -> None:
+    prompt = ["The capital of France is"]
+    before = editor.generate(prompt, 5)
+    assert before == continue_texts(editor.model, editor.tokenizer, prompt, 5)
+    edit = editor.edit(FACTS[1:2], "memit", **{**QUICK, "steps": 20, "clamp": 4.0})
+    assert editor.generate(prompt, 5) != before
+    edit.undo()
+    assert editor.generate(prompt, 5) == before
+
+
+def test_files_that_are_no_edits(editor: Editor, tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("no edit")
+    with pytest.raises(DamagedFile):
+        editor.load(tmp_path / "text")
+    with pytest.raises(FileNotFoundError, match="There is no edit file"):
+        editor.load(tmp_path / "gone")
+
+
+def test_the_cache_is_the_environments_by_default(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FASTMEMIT_CACHE", str(tmp_path / "there"))
+    editor = Editor(tiny_model("llama"), tiny_tokenizer())
+    editor.precompute(tiny_corpus(), multiplier=1, layers=[0])
+    assert [p.name for p in (tmp_path / "there" / "statistics").iterdir()] == [
+        editor.fingerprint[:16]
+    ]
+
+
+def test_the_default_layers_are_those_of_all_methods(editor: Editor, tmp_path: Path) -> None:
+    fresh = tiny_editor(tmp_path, layers=None)
+    found = fresh.precompute(tiny_corpus(), multiplier=1)
+    wanted = {layer for m in ("rome", "emmet", "memit") for layer in fresh.config(m).layers}
+    assert list(found.paths) == [fresh.adapter.projection_name(layer) for layer in sorted(wanted)]
