@@ -48,8 +48,7 @@ def test_the_same_again_is_not_collected_again(tmp_path: Path) -> None:
 def test_text_that_the_model_writes_is_not_written_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(self_written, "TOKENS", 20)
-    monkeypatch.setattr(self_written, "ROWS", 2)
+    monkeypatch.setattr(self_written, "TOKENS", 4)
     editor = tiny_editor(tmp_path, layers=None)
     found = editor.precompute("self", multiplier=0.5, layers=[1])
     counter = Forwards(editor.model)

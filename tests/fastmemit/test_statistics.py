@@ -64,7 +64,7 @@ def test_text_that_the_model_writes_is_collected_the_same_way(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The model writes while its keys are being collected: what it writes with must not count.
-    monkeypatch.setattr(self_written_module, "TOKENS", 12)
+    monkeypatch.setattr(self_written_module, "TOKENS", 6)
     editor = tiny_editor(tmp_path, layers=None)
     found = editor.precompute("self", multiplier=10, layers=[1])
     corpus = self_written_module.self_written(editor.model, editor.tokenizer, editor.fingerprint)
