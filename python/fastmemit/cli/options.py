@@ -37,9 +37,9 @@ def add_model(verb: argparse.ArgumentParser, default: str | None = None) -> None
     group.add_argument(
         "--target-batch-tokens",
         type=above_zero,
-        default=2048,
         metavar="N",
-        help="tokens of target vectors optimised together: bounds the memory (default 2048)",
+        help="tokens of target vectors optimised together: bounds the memory "
+        "(default 1024 on a CPU, else 16384)",
     )
 
 

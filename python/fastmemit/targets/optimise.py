@@ -78,7 +78,7 @@ def optimise(
     contexts: Sequence[str],
     settings: TargetSettings,
     *,
-    batch_tokens: int = 4096,
+    batch_tokens: int = 1024,
     progress: Callable[[int], None] | None = None,
 ) -> list[Target]:
     """Optimise the target vectors of all requests.
