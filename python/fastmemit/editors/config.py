@@ -17,7 +17,7 @@ from fastmemit.targets import TargetSettings
 
 Method = Literal["rome", "emmet", "memit"]
 METHODS: tuple[Method, ...] = get_args(Method)
-KEYS = ("consistent", "original")
+KEYS = ("consistent", "mean", "original")
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,10 @@ class EditConfig:
         weight_decay: Factor of ``||delta|| / ||v0||^2``.
         kl_factor: Factor of the KL term.
         early_stop: A target is finished once its loss is below this.
-        keys: ROME only.  ``"consistent"``: one key, the mean over contexts, everywhere (r-ROME);
-            ``"original"``: as first released, with the bare prompt's key in the denominator.
+        keys: ROME only.  ``"consistent"``: one key everywhere, half the bare prompt's and half the
+            mean of the other contexts', as in EMMET; ``"mean"``: one key everywhere, the mean over
+            all contexts (r-ROME); ``"original"``: as first released, with the bare prompt's key in
+            the denominator.
         preset: The name of the preset that the values come from.
     """
 

@@ -2,28 +2,41 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from fastcov import closed_form
-from fastmemit.editors.base import Workspace
+from fastmemit.editors.base import Workspace, averaged_keys
 from fastmemit.request import EditRequest
 
 
 def write(work: Workspace, requests: list[EditRequest]) -> None:
     """Write facts one after the other, each on the model with the earlier ones written.
 
-    ``Delta = (v* - W k)(C^-1 k)^T / (k^T C^-1 k)``.  The key k is the mean over contexts,
-    everywhere; with ``keys="original"`` the denominator and ``W k`` take the bare prompt's key
-    instead, which is how ROME was first released and what r-ROME (arXiv 2403.07175) repairs.
+    ``Delta = (v* - W k)(C^-1 k)^T / (k^T C^-1 k)`` with one key k everywhere, which is what r-ROME
+    (arXiv 2403.07175) repairs in ROME.  ``keys`` chooses it: ``"consistent"`` is the key of MEMIT
+    and EMMET, half the bare prompt's, so that ROME is EMMET with one fact; ``"mean"`` is r-ROME's
+    own, the mean over contexts; ``"original"`` is ROME as first released: the mean, but the bare
+    prompt's key in the denominator and in ``W k``.
+
+    In a model without a BOS token the bare prompt matters: a subject of one token that begins it is
+    the first token of all, whose key is unlike any other and all but lost in a mean over 21.
     """
     layer = work.config.layers[0]
     for number, request in enumerate(requests):
         (target,) = work.targets([request], number == 0)
         keys, outputs = work.context_outputs(layer, [request])  # (1, contexts, d_k), (1, …, d)
-        key, bare = keys[0].mean(0), keys[0, 0]
-        consistent = work.config.keys == "consistent"
-        # The projection is affine, so the mean of its outputs is its output at the mean key.
-        now = outputs[0].mean(0) if consistent else outputs[0, 0]
+        original = work.config.keys == "original"
+        average = averaged_keys if work.config.keys == "consistent" else _mean
+        key, bare = average(keys)[:, 0], keys[0, 0]
+        # The projection is affine, so an average of its outputs is its output at the average key.
+        now = outputs[0, 0] if original else average(outputs)[:, 0]
         residual = target.vector.to(now) - now  # (d,)
         change = closed_form.rome(
-            work.factor(layer), key, residual, denominator_key=None if consistent else bare
+            work.factor(layer), key, residual, denominator_key=bare if original else None
         )
         work.write(layer, change)
+
+
+def _mean(values: Tensor) -> Tensor:
+    """Over contexts: (1, contexts, width) to (width, 1)."""
+    return values.mean(1).T
