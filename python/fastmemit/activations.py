@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastmemit.models import ModelAdapter, hidden_of
+from fastmemit.models import ModelAdapter, check_lengths, hidden_of
 from fastmemit.targets.rows import Row
 from fastmemit.tokens import pad_batch
 
@@ -78,6 +78,7 @@ def _read_batch(
     inputs: Sequence[nn.Module],
     outputs: Sequence[nn.Module],
 ) -> list[Tensor]:
+    check_lengths(adapter.model, ids)
     batch = pad_batch(ids, device=adapter.device)
     shape = batch["input_ids"].shape
     last = torch.tensor([len(row) - 1 for row in ids])

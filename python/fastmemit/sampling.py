@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from fastmemit.errors import BadConfig, BadRequest
+from fastmemit.models import check_lengths
 from fastmemit.tokens import encode, pad_batch
 
 
@@ -37,11 +38,13 @@ def continue_rows(
 
     Raises:
         BadConfig: `new_tokens` is below 1.
+        BadRequest: A row with its new tokens is longer than the model's context.
     """
     if new_tokens < 1:
         raise BadConfig(f"The number of new tokens must be 1 or more but is {new_tokens}.")
     if not rows:
         return []
+    check_lengths(model, rows, more=new_tokens)
     device = model.get_input_embeddings().weight.device
     batch = pad_batch(rows, side="left", device=device)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id

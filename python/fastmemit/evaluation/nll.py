@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastmemit.errors import BadRequest
 from fastmemit.logits import head_reads
-from fastmemit.models import ModelAdapter
+from fastmemit.models import ModelAdapter, check_lengths
 from fastmemit.tokens import encode_with_target, pad_batch
 
 Question = tuple[str, str]  # (prompt, answer with its leading space)
@@ -85,6 +85,7 @@ def _run(
     here: list[tuple[int, int, int]],
     tokens: list[tuple[int, ...]],
 ) -> list[tuple[int, float]]:
+    check_lengths(adapter.model, chunk)
     batch = pad_batch(chunk, device=adapter.device)
     rows = [row for row, _, n in here for _ in range(n)]
     columns = [len(chunk[row]) - n + i for row, _, n in here for i in range(n)]

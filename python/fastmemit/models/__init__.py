@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fastmemit.models.adapter import ModelAdapter, find_adapter
+from fastmemit.models.context import check_lengths
 from fastmemit.models.fingerprint import checksum, fingerprint, tokenizer_fingerprint
 from fastmemit.models.loading import load_model
 from fastmemit.models.outputs import hidden_of, with_hidden
@@ -10,6 +11,7 @@ from fastmemit.models.saving import save_model
 
 __all__ = [
     "ModelAdapter",
+    "check_lengths",
     "checksum",
     "find_adapter",
     "fingerprint",

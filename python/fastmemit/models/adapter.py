@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from fastmemit.errors import BadLayer, OffloadedWeight, QuantisedWeight, UnknownArchitecture
+from fastmemit.models.context import context_limit
 from fastmemit.models.post_norm import find_post_norm, through_post_norm
 from fastmemit.models.structure import (
     EXAMPLE,
@@ -18,7 +19,6 @@ from fastmemit.models.structure import (
 )
 
 CONTEXT_LIMIT = 2048
-_CONTEXT_FIELDS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 _INNER_FIELDS = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")
 
 
@@ -194,10 +194,7 @@ class ModelAdapter:
 
         Models state limits such as 131072, which nobody wants to allocate for a covariance.
         """
-        config = text_config(self.model)
-        stated = (getattr(config, field, None) for field in _CONTEXT_FIELDS)
-        limits = [limit for limit in stated if isinstance(limit, int) and limit > 0]
-        return min([*limits[:1], CONTEXT_LIMIT])
+        return min(context_limit(self.model) or CONTEXT_LIMIT, CONTEXT_LIMIT)
 
     @property
     def device(self) -> torch.device:

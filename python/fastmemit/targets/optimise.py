@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fastmemit.errors import FastmemitError
-from fastmemit.models import ModelAdapter
+from fastmemit.models import ModelAdapter, check_lengths
 from fastmemit.request import EditRequest
 from fastmemit.targets.rows import RequestRows, request_rows
 from fastmemit.targets.suffix import SuffixForward
@@ -99,11 +99,13 @@ def optimise(
 
     Raises:
         BadLayer: The layer does not exist.
-        BadRequest: A request's subject and target cannot be told apart in tokens.
+        BadRequest: A request's subject and target cannot be told apart in tokens, or it is longer
+            than the model's context.
         FastmemitError: A loss became non-finite.
     """
     adapter.check_layer(settings.layer)
     rows = [request_rows(tokenizer, request, contexts) for request in requests]
+    check_lengths(adapter.model, [row.ids for request in rows for row in request.rows])
     targets: dict[int, Target] = {}
     with _frozen(adapter.model):
         for group in _groups(rows, batch_tokens):
