@@ -95,6 +95,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+# What a message calls the mend in Python, and what it is called here.
+_OPTIONS = {
+    "force=True (--force)": "--force",
+    "--trust-remote-code (trust_remote_code=True)": "--trust-remote-code",
+    "allow_fewer=True": "--allow-fewer",
+    "skip_malformed=True": "--skip-malformed",
+    "with field=": "with --field",
+}
+
+
 def _fail(sentence: str) -> int:
+    for python, option in _OPTIONS.items():
+        sentence = sentence.replace(python, option)
     print(f"fastmemit: error: {' '.join(sentence.split())}", file=sys.stderr)
     return 2

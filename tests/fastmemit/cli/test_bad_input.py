@@ -252,3 +252,18 @@ def test_a_model_that_does_not_fit_on_the_disk(
     line = refused(capsys, place, "apply", *place.model, "--edit", saved, "--save-model", out)
     assert line.startswith(f"File too large: {out}; nothing was left half written")
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("said", "shown"),
+    [
+        ("pass more text, or allow_fewer=True.", "pass more text, or --allow-fewer."),
+        ("name the one that holds the text with field=.", "holds the text with --field."),
+        ("or pass force=True (--force) if", "or pass --force if"),
+    ],
+)
+def test_a_mend_is_named_as_the_option_that_it_is_here(said, shown, capsys):
+    from fastmemit.cli import _fail
+
+    assert _fail(said) == 2
+    assert shown in capsys.readouterr().err
