@@ -61,7 +61,9 @@ class Editor:
     ) -> None:
         self.model, self.tokenizer, self.seed = model, tokenizer, seed
         self.adapter = find_adapter(model, module)
-        self.name = name or str(getattr(model.config, "_name_or_path", "") or "model")
+        path = name or str(getattr(model.config, "_name_or_path", "") or "model")
+        # The name goes into files that people share; folders are nobody else's business.
+        self.name = Path(path).resolve().name if Path(path).is_dir() else path
         self._stack = EditStack(model)
         self._sources = Sources(
             self.adapter,

@@ -39,7 +39,8 @@ class Corpus:
     """A set of documents that can be read again and again in a seeded random order.
 
     Args:
-        name: How the corpus was asked for.
+        name: How the corpus was asked for; of a file its name alone, because the name goes into
+            files that people share and folders are nobody else's business.
         fingerprint: SHA-256 in hex of the content, or for a hub data set of its name, revision and
             field; the same text gives the same one wherever the file lies.
         read: Yields all documents once, in the order of a seed.
@@ -144,7 +145,7 @@ def _from_file(name: str, path: Path, field: str) -> Corpus:
     if suffix in _JSON and is_json_list(path):
         values = read_values(path, BadCorpus)
         return corpus_from_texts(
-            name,
+            path.name,
             [text_of(value, field, f"Item {i} of {path}") for i, (_, value) in enumerate(values)],
         )
     indexed = index_json_lines(path, field) if suffix in _JSON else index_paragraphs(path)
@@ -157,7 +158,7 @@ def _from_file(name: str, path: Path, field: str) -> Corpus:
             "context is read; put blank lines between documents.",
             path,
         )
-    return Corpus(name, indexed.fingerprint, indexed.documents, count)
+    return Corpus(path.name, indexed.fingerprint, indexed.documents, count)
 
 
 def _from_hub(name: str, spec: str, field: str) -> Corpus:

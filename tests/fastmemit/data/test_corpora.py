@@ -247,3 +247,12 @@ def test_the_wikipedia_sample(data_dir: Path) -> None:
     corpus = load_corpus(data_dir / "wikipedia_en_sample.jsonl")
     assert len(corpus) == 918
     assert sum(map(len, corpus.documents(3))) > 15_000_000
+
+
+@pytest.mark.parametrize(
+    ("suffix", "text"), [("txt", "a\n\nb"), ("jsonl", '"a"\n'), ("json", '["a"]')]
+)
+def test_a_corpus_bears_the_name_of_its_file_and_no_folder(tmp_path, suffix, text):
+    path = tmp_path / f"articles.{suffix}"
+    path.write_text(text, encoding="utf-8")
+    assert load_corpus(path).name == f"articles.{suffix}"
