@@ -14,6 +14,8 @@ _FIELDS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"
 
 def context_limit(model: nn.Module) -> int | None:
     """The longest input that a model's config states, in tokens; None where it states none."""
+    if getattr(model, "config", None) is None:
+        return None
     config = text_config(model)
     stated = (getattr(config, field, None) for field in _FIELDS)
     return next((limit for limit in stated if isinstance(limit, int) and limit > 0), None)
