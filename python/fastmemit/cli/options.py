@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -91,6 +92,9 @@ def make_editor(args: argparse.Namespace) -> Editor:
     from fastmemit.editor import Editor
 
     transformers_logging.set_verbosity_error()
+    # Their retries without a network are a page; our own sentence says it at the end.
+    for library in ("huggingface_hub", "datasets"):
+        logging.getLogger(library).setLevel(logging.CRITICAL)
     if args.quiet or not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
     return Editor.from_pretrained(
