@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastmemit.models import ModelAdapter, check_lengths, hidden_of
 from fastmemit.targets.rows import Row
-from fastmemit.tokens import pad_batch
+from fastmemit.tokens import length_batches, pad_batch
 
 
 class _AllRead(Exception):
@@ -42,34 +42,22 @@ def read_at_subject(
     Returns:
         Two lists of float32 tensors (N, width), in the order of `inputs` and `outputs`.
     """
-    unique = list(dict.fromkeys(row.ids[: row.subject + 1] for row in rows))
-    place = {ids: number for number, ids in enumerate(unique)}
-    order = sorted(range(len(unique)), key=lambda number: len(unique[number]))
+    wanted = [row.ids[: row.subject + 1] for row in rows]
+    chunks = length_batches(dict.fromkeys(wanted), batch_tokens)
     read: list[list[Tensor]] = [[] for _ in (*inputs, *outputs)]
     training = adapter.model.training
     adapter.model.eval()
     try:
-        for chunk in _chunks(order, [len(ids) for ids in unique], batch_tokens):
-            values = _read_batch(adapter, [unique[number] for number in chunk], inputs, outputs)
+        for chunk in chunks:
+            values = _read_batch(adapter, chunk, inputs, outputs)
             for collected, value in zip(read, values, strict=True):
                 collected.append(value)
     finally:
         adapter.model.train(training)
-    rank = {number: position for position, number in enumerate(order)}
-    back = torch.tensor([rank[place[row.ids[: row.subject + 1]]] for row in rows])
+    place = {ids: number for number, ids in enumerate(ids for chunk in chunks for ids in chunk)}
+    back = torch.tensor([place[ids] for ids in wanted])
     joined = [torch.cat(parts)[back.to(parts[0].device)] for parts in read]
     return joined[: len(inputs)], joined[len(inputs) :]
-
-
-def _chunks(order: list[int], lengths: list[int], batch_tokens: int) -> Iterator[list[int]]:
-    chunk: list[int] = []
-    for number in order:  # ascending lengths: the newest is the longest
-        if chunk and (len(chunk) + 1) * lengths[number] > batch_tokens:
-            yield chunk
-            chunk = []
-        chunk.append(number)
-    if chunk:
-        yield chunk
 
 
 def _read_batch(

@@ -8,7 +8,7 @@ subject's own tokens, which may be merged differently in another context.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -244,3 +244,23 @@ def pad_batch(
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     batch = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
     return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def length_batches(
+    rows: Iterable[tuple[int, ...]], batch_tokens: int
+) -> list[list[tuple[int, ...]]]:
+    """Rows of like lengths together, so that padding costs little.
+
+    Args:
+        rows: Token ids.
+        batch_tokens: Tokens in a batch at most, padding included; one row always goes.
+
+    Returns:
+        Batches of rows, shortest first; rows of equal length keep their order.
+    """
+    batches: list[list[tuple[int, ...]]] = []
+    for row in sorted(rows, key=len):  # ascending lengths: the newest is the longest
+        if not batches or (len(batches[-1]) + 1) * len(row) > batch_tokens:
+            batches.append([])
+        batches[-1].append(row)
+    return batches

@@ -16,6 +16,7 @@ from fastmemit.tokens import (
     Encoded,
     encode,
     encode_with_target,
+    length_batches,
     pad_batch,
     subject_end,
 )
@@ -268,3 +269,10 @@ def test_batches_of_nothing_and_of_empty_rows() -> None:
 def test_an_unknown_padding_side_is_refused() -> None:
     with pytest.raises(ValueError, match="'right' or 'left', not 'top'"):
         pad_batch([[1]], side="top")
+
+
+def test_length_batches_put_like_lengths_together_within_the_bound():
+    rows = [(1,) * n for n in (5, 1, 9, 2, 2, 30, 4)]
+    found = length_batches(rows, 10)
+    assert [[len(row) for row in batch] for batch in found] == [[1, 2, 2], [4, 5], [9], [30]]
+    assert length_batches([], 10) == []

@@ -11,7 +11,7 @@ from torch import Tensor
 from fastmemit.errors import BadRequest
 from fastmemit.logits import head_reads
 from fastmemit.models import ModelAdapter, check_lengths
-from fastmemit.tokens import encode_with_target, pad_batch
+from fastmemit.tokens import encode_with_target, length_batches, pad_batch
 
 Question = tuple[str, str]  # (prompt, answer with its leading space)
 
@@ -55,11 +55,10 @@ def answer_nlls(
         reads.setdefault(encoded.ids[:-1], []).append((number, n_answer))
         tokens.append(encoded.ids[-n_answer:])
     nlls = [0.0] * len(questions)
-    order = sorted(reads, key=len)
     training = adapter.model.training
     adapter.model.eval()
     try:
-        for chunk in _chunks(order, batch_tokens):
+        for chunk in length_batches(reads, batch_tokens):
             here = [(row, q, n) for row, ids in enumerate(chunk) for q, n in reads[ids]]
             for question, nll in _run(adapter, chunk, here, tokens):
                 nlls[question] = nll
@@ -68,15 +67,6 @@ def answer_nlls(
     finally:
         adapter.model.train(training)
     return nlls
-
-
-def _chunks(order: list[tuple[int, ...]], batch_tokens: int) -> list[list[tuple[int, ...]]]:
-    chunks: list[list[tuple[int, ...]]] = [[]]
-    for ids in order:  # ascending lengths: the newest is the longest
-        if chunks[-1] and (len(chunks[-1]) + 1) * len(ids) > batch_tokens:
-            chunks.append([])
-        chunks[-1].append(ids)
-    return [chunk for chunk in chunks if chunk]
 
 
 def _run(

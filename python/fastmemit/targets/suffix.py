@@ -111,7 +111,7 @@ class SuffixForward:
         n = len(self._lengths)
         empty = self._hidden.new_zeros(()).expand(n, 1, self._prefix, 1)
         below = [_PrefixLayer(empty, empty) for _ in range(self._layer + 1)]
-        return DynamicCacheOf(below + [_PrefixLayer(k, v) for k, v in self._kept])
+        return Cache(layers=below + [_PrefixLayer(k, v) for k, v in self._kept])
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -168,13 +168,6 @@ class SuffixForward:
         if self.subject_projection is not None:
             self.subject_projection = self.subject_projection[select]
         self._kept = [(k[index.to(k.device)], v[index.to(v.device)]) for k, v in self._kept]
-
-
-class DynamicCacheOf(Cache):  # type: ignore[misc]
-    """A cache made of given layers."""
-
-    def __init__(self, layers: list[Any]) -> None:
-        super().__init__(layers=layers)
 
 
 def _align(rows: Sequence[Row], prefix: int, suffix: int) -> tuple[Tensor, Tensor]:
