@@ -49,6 +49,10 @@ def save_model(model: Any, tokenizer: Any, folder: str | os.PathLike[str]) -> Pa
             model.save_pretrained(partial)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
+        # The safetensors library makes files that only their owner may read; models are shared.
+        mode = (partial / "config.json").stat().st_mode
+        for file in partial.iterdir():
+            file.chmod(mode)
         if target.is_dir() and os.name == "nt":
             target.rmdir()  # only POSIX renames over an empty folder
         os.replace(partial, target)

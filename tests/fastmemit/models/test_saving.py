@@ -85,3 +85,8 @@ def test_weights_that_are_still_quantised_are_refused(method: str, tmp_path: Pat
     with pytest.raises(QuantisedWeight, match="cannot be saved; load the model in floating point"):
         save_model(model, None, tmp_path / "model")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_all_files_of_a_saved_model_can_be_read_by_the_same_people(tmp_path: Path) -> None:
+    folder = save_model(tiny_model("llama"), tiny_tokenizer(), tmp_path / "model")
+    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1
