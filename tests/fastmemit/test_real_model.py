@@ -19,15 +19,16 @@ def editor(smollm2_pristine, tmp_path_factory):
     return editor
 
 
-@pytest.mark.parametrize("method", ["memit", "emmet"])
-def test_facts_are_written_and_neighbours_stay(editor, smollm2, method):
-    facts = builtin_facts()[:8]
-    result = evaluate(editor, [facts], method)
+# What docs/results.md records for the demonstration, less a margin of two of 24 facts or so: other
+# machines round differently.  EMMET's constraint costs neighbours more than MEMIT's weighing.
+@pytest.mark.parametrize(("method", "paraphrases", "lost"), [("memit", 75, 6), ("emmet", 78, 16)])
+def test_facts_are_written_and_neighbours_stay(editor, smollm2, method, paraphrases, lost):
+    result = evaluate(editor, [builtin_facts()], method)
     before, after = result["before"], result["after"]
-    assert before["es"] <= 15
-    assert after["es"] == 100
-    assert after["ps"] >= 80
-    assert after["ns"] >= before["ns"] - 15  # 80 prompts: 5 points would be 4 of them
+    assert (before["es"], before["ps"]) == (0, 0)
+    assert after["es"] >= 95
+    assert after["ps"] >= paraphrases
+    assert after["ns"] >= before["ns"] - lost
 
 
 def test_rome_writes_one_fact(editor, smollm2):
