@@ -37,7 +37,7 @@ format: .venv/.dev ## put the sources into the project's format
 check: lint types test ## all that continuous integration runs
 
 clean: ## remove .venv, caches and builds
-	rm -rf .venv .cache build dist demo-out *.egg-info python/*.egg-info
+	rm -rf .venv .cache build dist fastmemit-demo.safetensors *.egg-info python/*.egg-info
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache .benchmarks
 	find fastcov python tests -name __pycache__ -type d -prune -exec rm -rf {} +
 

@@ -99,7 +99,10 @@ class Sources:
                 "unedited model; undo them first."
             )
         total = max(fastcov.budget(multiplier, self._adapter.d_k(layer)) for layer in layers)
-        with bar("keys", total, self._progress) as progress:
+        with (
+            bar("tokens read", total, self._progress) as reading,
+            bar("keys", total, self._progress) as progress,
+        ):
             found = statistics.precompute(
                 self._adapter,
                 self._tokenizer,
@@ -112,6 +115,7 @@ class Sources:
                 allow_fewer=allow_fewer,
                 max_length=max_length,
                 progress=progress,
+                reading=reading,
             )
         self.use(found)
         return found

@@ -25,7 +25,7 @@ from fastmemit.models import ModelAdapter
 log = logging.getLogger(__name__)
 
 BATCH_TOKENS = 4096
-_TOKENISED_TOGETHER = 32
+_TOKENISED_TOGETHER = 16
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,7 @@ def precompute(
     allow_fewer: bool = False,
     max_length: int | None = None,
     progress: Callable[[int], None] | None = None,
+    reading: Callable[[int], None] | None = None,
 ) -> Statistics:
     """Collect the second moments of several layers in one pass, unless they are there already.
 
@@ -93,6 +94,8 @@ def precompute(
         allow_fewer: Take a corpus that ends early for what it has.
         max_length: Cut documents at so many tokens; None takes the model's context.
         progress: Called with the number of keys since the last call.
+        reading: Called with the number of tokens of each document as it is read, which is the long
+            part of a corpus that the model writes.
 
     Raises:
         BadBudget: The multiplier is not above 0.
@@ -123,7 +126,7 @@ def precompute(
     if missing:
         log.info("collecting the second moments of %s", ", ".join(missing))
         documents = fastcov.take(
-            _tokenised(tokenizer, corpus.documents(seed), context),
+            _tokenised(tokenizer, corpus.documents(seed), context, reading),
             max(budgets[name] for name in missing),
             context,
         )
@@ -202,10 +205,15 @@ def _context(adapter: ModelAdapter, max_length: int | None) -> int:
     return max_length
 
 
-def _tokenised(tokenizer: Any, texts: Iterator[str], context: int) -> Iterator[list[int]]:
+def _tokenised(
+    tokenizer: Any, texts: Iterator[str], context: int, reading: Callable[[int], None] | None
+) -> Iterator[list[int]]:
     """Token ids of each text, special tokens as the tokenizer adds them, cut at the context."""
     while chunk := list(islice(texts, _TOKENISED_TOGETHER)):
-        yield from tokenizer(chunk, truncation=True, max_length=context)["input_ids"]
+        for ids in tokenizer(chunk, truncation=True, max_length=context)["input_ids"]:
+            if reading is not None:
+                reading(len(ids))
+            yield ids
 
 
 def _is_there(path: Path, shared: dict[str, Any], module: str) -> bool:

@@ -148,3 +148,23 @@ def test_a_model_with_nan_is_reported(tmp_path: Path) -> None:
     with pytest.raises(fastcov.NonFiniteKeys, match="hold NaN or infinity"):
         tiny_editor(tmp_path, model=model)
     assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
+
+
+def test_reading_is_counted_as_it_goes(tmp_path: Path) -> None:
+    editor = Editor(tiny_model("llama"), tiny_tokenizer("byte_bpe"), cache=tmp_path)
+    read: list[int] = []
+    taken: list[int] = []
+    precompute(
+        editor.adapter,
+        editor.tokenizer,
+        corpus_from_texts("tiny", [f"The {i} old boats by the sea" for i in range(60)]),
+        tmp_path,
+        {"model": "m", "tokenizer": "t"},
+        layers=[1],
+        multiplier=3,
+        progress=taken.append,
+        reading=read.append,
+    )
+    assert sum(taken) == 3 * editor.adapter.d_k(1)
+    assert len(read) > 1
+    assert sum(read) >= sum(taken)
