@@ -18,8 +18,9 @@ def write(work: Workspace, requests: list[EditRequest]) -> None:
     own, the mean over contexts; ``"original"`` is ROME as first released: the mean, but the bare
     prompt's key in the denominator and in ``W k``.
 
-    In a model without a BOS token the bare prompt matters: a subject of one token that begins it is
-    the first token of all, whose key is unlike any other and all but lost in a mean over 21.
+    In a model without a BOS token a subject that begins its prompt has nothing before it, and is
+    often cut into other tokens than inside a text: its key there can be far from the mean over 21
+    contexts, in which it all but vanishes.
     """
     layer = work.config.layers[0]
     for number, request in enumerate(requests):
