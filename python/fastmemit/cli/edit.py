@@ -82,7 +82,8 @@ def _requests(args: argparse.Namespace) -> list[EditRequest]:
     from fastmemit.data import load_requests
 
     single = (args.prompt, args.subject, args.target)
-    if (args.requests is None) == (None in single):
+    complete = None not in single
+    if (args.requests is None and not complete) or (args.requests is not None and any(single)):
         raise BadConfig(
             "Name the facts either by --requests FILE or by --prompt, --subject and --target."
         )

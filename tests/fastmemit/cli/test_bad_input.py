@@ -267,3 +267,12 @@ def test_a_mend_is_named_as_the_option_that_it_is_here(said, shown, capsys):
 
     assert _fail(said) == 2
     assert shown in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("extra", [["--prompt", "{} is"], ["--target", "x"]])
+def test_a_fact_beside_a_file_of_facts_is_not_ignored(extra, capsys):
+    from fastmemit.cli import main
+
+    args = ["edit", "--model", "none", "--requests", "f.jsonl", "--save", "e.safetensors", *extra]
+    assert main(args) == 2
+    assert "either by --requests FILE or by --prompt" in capsys.readouterr().err
