@@ -1,20 +1,23 @@
 # From a fresh clone: `make demo` edits a real model, `make test` runs the tests. Both install what
-# they need into .venv first, once; they install again when pyproject.toml or constraints.txt change.
+# they need into .venv first, once; they install again when pyproject.toml, constraints.txt or the
+# native sources change.
 
 PYTHON ?= python3
 ARGS ?=
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
-PINS := pyproject.toml setup.py constraints.txt
+PINS := pyproject.toml setup.py constraints.txt CMakeLists.txt $(wildcard csrc/*.cpp csrc/*/*)
+
+SOURCES := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint types format check clean
+.PHONY: help demo test bench gpu-check lint types format check clean
 
 help: ## list the targets
 	@echo "make TARGET, with PYTHON=python3.12 to choose the interpreter of a new .venv:"
-	@sed -n 's/^\([a-z]*\):.*## /  \1\t/p' Makefile
+	@sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' Makefile
 
 demo: .venv/.package ## precompute, edit, score and undo on SmolLM2-135M; ARGS="--seed 1" passes options
 	$(BIN)/python -m fastmemit demo $(ARGS)
@@ -22,10 +25,19 @@ demo: .venv/.package ## precompute, edit, score and undo on SmolLM2-135M; ARGS="
 test: .venv/.test ## run the tests without network; ARGS="-k store" passes options to pytest
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(ARGS)
 
+bench: .venv/.bench ## time the kernels, the factorisation and the collecting; ARGS="rank_k --json out.json"
+	$(BIN)/python -m fastcov.bench $(ARGS)
+
+# Not in .venv: a machine with a GPU has its own torch, and often no network.
+gpu-check: ## every kernel test and every goal on this machine's GPU, under 9 minutes; PYTHON=python3 as it is
+	FASTCOV_CUDA=ON $(PYTHON) setup.py -q build_ext --inplace
+	PYTHONPATH=.:python HF_HUB_OFFLINE=1 $(PYTHON) benchmarks/gpu_check.py $(ARGS)
+
 lint: .venv/.dev ## ruff, the format, and which package may import which
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	PYTHONPATH=.:python $(BIN)/lint-imports --no-cache
+	$(BIN)/clang-format --dry-run -Werror $(SOURCES)
 
 types: .venv/.dev ## mypy: strict on fastcov, bodies checked on fastmemit
 	$(BIN)/mypy
@@ -33,11 +45,12 @@ types: .venv/.dev ## mypy: strict on fastcov, bodies checked on fastmemit
 format: .venv/.dev ## put the sources into the project's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(SOURCES)
 
 check: lint types test ## all that continuous integration runs
 
 clean: ## remove .venv, caches and builds
-	rm -rf .venv .cache build dist fastmemit-demo.safetensors *.egg-info python/*.egg-info
+	rm -rf .venv .cache build dist fastcov/_native*.so fastmemit-demo.safetensors *.egg-info python/*.egg-info
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache .benchmarks
 	find fastcov python tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -61,6 +74,10 @@ $(BIN)/pip:
 	$(PIP) -e '.[test]'
 	@touch $@
 
+.venv/.bench: .venv/.package
+	$(PIP) -e '.[bench]'
+	@touch $@
+
 .venv/.dev: .venv/.test
-	$(PIP) ruff mypy import-linter
+	$(PIP) ruff mypy import-linter clang-format
 	@touch $@

@@ -1,9 +1,78 @@
-"""Hands over to pyproject.toml, where the metadata and the list of packages are.
+"""Asks CMake for the native module; pyproject.toml has the metadata, CMakeLists.txt the build.
 
-The file stays because the native kernels will be built from here: CMakeLists.txt will describe that
-build, and this file will only ask CMake for it. Until then there is nothing to compile.
+The environment decides: ``FASTCOV_SKIP_NATIVE=1`` installs pure Python; ``FASTCOV_CUDA`` and
+``FASTCOV_CUDA_ARCHS`` go to CMake, which explains them. Without a C++ compiler, or on Windows, whose
+compiler lacks the vector types in use, the package is pure Python and everything still works,
+slower; `python -m fastcov` says so.
 """
 
-from setuptools import setup
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
-setup()
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+
+
+class CMakeBuild(build_ext):
+    """Builds the one extension by CMake and puts it where setuptools wants it."""
+
+    def build_extension(self, ext: Extension) -> None:
+        """Configure, build, and copy the module."""
+        import pybind11
+
+        folder = Path(self.build_temp).resolve() / "native"
+        folder.mkdir(parents=True, exist_ok=True)
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        options = [
+            "-DCMAKE_BUILD_TYPE=Release",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={folder / 'out'}",
+        ]
+        options += [
+            f"-D{name}={os.environ[name]}"
+            for name in ("FASTCOV_CUDA", "FASTCOV_CUDA_ARCHS")
+            if os.environ.get(name)
+        ]
+        if shutil.which("ninja"):
+            options += ["-G", "Ninja"]
+        # A cache of another environment's compiler or Python would be trusted otherwise.
+        (folder / "CMakeCache.txt").unlink(missing_ok=True)
+        try:
+            subprocess.run(["cmake", "-S", str(ROOT), "-B", str(folder), *options], check=True)
+            subprocess.run(["cmake", "--build", str(folder), "--parallel"], check=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            sys.exit(
+                f"error: the native module did not build ({error}); see the compiler's message "
+                "above, or set FASTCOV_SKIP_NATIVE=1 to install without it."
+            )
+        (built,) = (folder / "out").glob("_native*")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(built, target)
+
+
+def why_not() -> str | None:
+    """Why no native module is built, or None if one is."""
+    if os.environ.get("FASTCOV_SKIP_NATIVE", "0") not in ("", "0"):
+        return "FASTCOV_SKIP_NATIVE is set"
+    if sys.platform == "win32":
+        return "Windows is not supported by the native module"
+    compilers = [os.environ.get("CXX", "").split(" ")[0], "c++", "g++", "clang++"]
+    if not any(name and shutil.which(name) for name in compilers):
+        return "no C++ compiler was found"
+    return None
+
+
+reason = why_not()
+if reason is not None:
+    print(f"fastcov: {reason}, so the package is installed without native kernels.", file=sys.stderr)
+
+setup(
+    ext_modules=[] if reason else [Extension("fastcov._native", sources=[])],
+    cmdclass={"build_ext": CMakeBuild},
+)

@@ -2,7 +2,9 @@
 
 The operator ``fastcov::rank_k_update`` is a schema and a fake; kernels register themselves with
 what they need. The fastest one that can take the arguments runs. None is replaced in silence: one
-asked for by name that cannot run raises, and `kernels` says why.
+asked for by name that cannot run raises, and `kernels` says why. On a GPU the order is the measured
+one where there is a measurement (`fastcov.kernels.table`), and a kernel that is compiled for the
+device shows a right result there before it is chosen (`fastcov.kernels.selfcheck`).
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastcov.errors import KernelUnavailable, WrongWidth
-from fastcov.kernels import reference
+from fastcov.kernels import cpu, cuda, panels, reference, selfcheck, table, triton
 from fastcov.keys import flatten_keys
 
 # (C (d, d), X (n, d), mask (n,) bool or None, rows (m,) int64 or None, alpha): C changes in place.
@@ -32,7 +34,9 @@ class Kernel:
         run: The update itself.
         missing: Why the kernel cannot run on this machine, or None if it can.
         refuses: Why the kernel cannot take these C and X, or None if it can.
-        rank: Of the kernels that can run, the one of the highest rank is taken.
+        rank: Of the kernels that can run, the one of the highest rank is taken; one below 0 only by
+            name.
+        checked: Whether it must pass a check on the device before it is chosen.
     """
 
     name: str
@@ -40,6 +44,7 @@ class Kernel:
     missing: Callable[[], str | None]
     refuses: Callable[[Tensor, Tensor], str | None]
     rank: int = 0
+    checked: bool = False
 
 
 _KERNELS: dict[str, Kernel] = {}
@@ -52,8 +57,20 @@ def register(kernel: Kernel) -> None:
 
 def kernels() -> dict[str, str | None]:
     """All kernels by name, best first: None where it can run here, else the reason why not."""
-    ranked = sorted(_KERNELS.values(), key=lambda kernel: -kernel.rank)
-    return {kernel.name: kernel.missing() for kernel in ranked}
+    return {kernel.name: kernel.missing() for kernel in _ranked()}
+
+
+def chosen(C: Tensor, X: Tensor) -> str:
+    """The name of the kernel that an update of C (d, d) by keys X (..., d) would take.
+
+    Raises:
+        KernelUnavailable: None takes them.
+    """
+    return _chosen(C, X.reshape(-1, X.shape[-1])[:1]).name
+
+
+def _ranked() -> list[Kernel]:
+    return sorted(_KERNELS.values(), key=lambda kernel: -kernel.rank)
 
 
 def rank_k_update(
@@ -142,9 +159,18 @@ def _named(name: str, C: Tensor, X: Tensor) -> Kernel:
 
 
 def _chosen(C: Tensor, X: Tensor) -> Kernel:
-    for kernel in sorted(_KERNELS.values(), key=lambda kernel: -kernel.rank):
-        if kernel.missing() is None and kernel.refuses(C, X) is None:
-            return kernel
+    ranked = [kernel for kernel in _ranked() if kernel.rank >= 0]
+    if C.device.type == "cuda":
+        # Kernels that were measured on this device come first, in the order of their times.
+        order = table.order(C.device, X.dtype, C.shape[0])
+        measured = {name: place for place, name in enumerate(order)}
+        ranked.sort(key=lambda kernel: measured.get(kernel.name, len(measured)))
+    for kernel in ranked:
+        if kernel.missing() is not None or kernel.refuses(C, X) is not None:
+            continue
+        if kernel.checked and selfcheck.failure(kernel.name, kernel.run, C.device, X.dtype):
+            continue
+        return kernel
     raise KernelUnavailable(
         f"No kernel takes keys {X.dtype} and a sum {C.dtype} on {C.device}; "
         "see fastcov.ops.kernels."
@@ -184,11 +210,17 @@ _LIBRARY.define(
 )
 _LIBRARY.impl("rank_k_update", _run, "CompositeExplicitAutograd")
 torch.library.register_fake("fastcov::rank_k_update", _fake, lib=_LIBRARY)
-register(
-    Kernel(
-        name="reference",
-        run=reference.rank_k_update,
-        missing=lambda: None,
-        refuses=lambda C, X: None,
+for _rank, _variant in ((40, "avx512_bf16"), (30, "avx512f"), (20, "avx2"), (-1, "portable")):
+    _cpu = cpu.CpuKernel(_variant)
+    register(Kernel(_variant, _cpu.rank_k_update, _cpu.missing, _cpu.refuses, _rank))
+for _rank, _module in ((12, triton), (8, panels), (4, cuda), (0, reference)):
+    register(
+        Kernel(
+            name=_module.__name__.rpartition(".")[2],
+            run=_module.rank_k_update,
+            missing=_module.missing,
+            refuses=_module.refuses,
+            rank=_rank,
+            checked=_module in (triton, cuda),
+        )
     )
-)

@@ -20,6 +20,16 @@ _LEAF = 256  # width of the triangles computed as squares
 _CHUNK_BYTES = 64 << 20  # what converting or gathering rows may take at a time
 
 
+def missing() -> str | None:
+    """Why it cannot run on this machine: it always can."""
+    return None
+
+
+def refuses(C: Tensor, X: Tensor) -> str | None:
+    """Why it cannot take a sum C (d, d) and keys X (n, d): it takes all."""
+    return None
+
+
 def rank_k_update(
     C: Tensor, X: Tensor, mask: Tensor | None, rows: Tensor | None, alpha: float
 ) -> None:

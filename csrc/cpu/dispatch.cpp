@@ -1,0 +1,38 @@
+// Which variants are in this build, and which this processor can run.
+#include "rank_k.h"
+
+namespace fastcov::cpu {
+namespace {
+
+bool always() { return true; }
+
+#if defined(FASTCOV_X86)
+// __builtin_cpu_supports asks the operating system too, whether it saves the wide registers.
+bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("f16c");
+}
+bool has_avx512f() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+bool has_avx512_bf16() { return has_avx512f() && __builtin_cpu_supports("avx512bf16"); }
+#endif
+
+constexpr Variant kVariants[] = {
+#if defined(FASTCOV_X86)
+    {"avx512_bf16", has_avx512_bf16, avx512_bf16::run, avx512_bf16::peak},
+    {"avx512f", has_avx512f, avx512f::run, avx512f::peak},
+    {"avx2", has_avx2, avx2::run, avx2::peak},
+#endif
+    {"portable", always, portable::run, portable::peak},
+};
+
+}  // namespace
+
+const Variant* variants(int* count) {
+  *count = static_cast<int>(sizeof(kVariants) / sizeof(kVariants[0]));
+  return kVariants;
+}
+
+}  // namespace fastcov::cpu

@@ -1,0 +1,59 @@
+// The symmetric rank-k update on a CPU: lower triangle of C += alpha * X^T X over given rows.
+#pragma once
+
+#include <cstdint>
+
+namespace fastcov::cpu {
+
+// The codes that Python passes; fastcov/kernels/cpu.py has the same.
+enum class Dtype : int { kFloat32 = 0, kFloat64 = 1, kFloat16 = 2, kBFloat16 = 3 };
+
+struct Problem {
+  const void* x;                 // keys
+  Dtype x_dtype;                 // any of the four
+  std::int64_t x_column_stride;  // in elements
+  const std::int64_t* offsets;   // of the first element of each row to sum, in elements from x
+  std::int64_t rows;             // how many offsets there are
+  std::int64_t d;                // columns of x; C is (d, d)
+  void* c;                       // the sum
+  Dtype c_dtype;                 // kFloat32 or kFloat64, and products are summed in the same
+  std::int64_t c_row_stride;     // in elements
+  std::int64_t c_column_stride;  // in elements
+  double alpha;
+  int threads;
+};
+
+// One compiled variant. `run` throws std::bad_alloc where its workspace cannot be had.
+struct Variant {
+  const char* name;
+  // Whether this processor and its operating system can run it.
+  bool (*supported)();
+  void (*run)(const Problem&);
+  // The rate of independent multiply-adds on registers alone, in GFLOP/s, over so many threads;
+  // `dtype` kFloat32 or kFloat64, or kBFloat16 for the variant that multiplies pairs of bf16.
+  double (*peak)(Dtype dtype, int threads, double seconds);
+};
+
+// All variants in this build, the fastest first.
+const Variant* variants(int* count);
+
+// Instances of the variants, each compiled for its own instructions. Nothing of them may be called
+// before `supported` said so.
+namespace portable {
+void run(const Problem&);
+double peak(Dtype, int, double);
+}  // namespace portable
+namespace avx2 {
+void run(const Problem&);
+double peak(Dtype, int, double);
+}  // namespace avx2
+namespace avx512f {
+void run(const Problem&);
+double peak(Dtype, int, double);
+}  // namespace avx512f
+namespace avx512_bf16 {
+void run(const Problem&);
+double peak(Dtype, int, double);
+}  // namespace avx512_bf16
+
+}  // namespace fastcov::cpu

@@ -1,0 +1,65 @@
+"""``python -m fastcov``: which kernels can run here, and why the others cannot."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import platform
+import sys
+
+HELP = """\
+Prints the kernels of the rank-k update, which of them run on this machine, why the others do not,
+and which one is chosen for each kind of keys. `python -m fastcov.bench` times them.
+"""
+
+
+def main() -> int:
+    """Print the kernels."""
+    argparse.ArgumentParser(prog="python -m fastcov", description=HELP).parse_args()
+    # After the arguments: --help needs no torch.
+    import torch
+
+    from fastcov import ops
+    from fastcov.kernels import native
+
+    build = native.build()
+    print(f"fastmemit {_version('fastmemit')}, torch {torch.__version__}, {platform.machine()}")
+    print(f"triton {_version('triton')}, Python {platform.python_version()}")
+    if build is None:
+        print(f"native module: none, {native.missing()}")
+    else:
+        cuda = f"CUDA {build['cuda']} for {build['cuda_archs']}" if build["cuda"] else "without CUDA"
+        openmp = "OpenMP" if build["openmp"] else "one thread (no OpenMP)"
+        print(f"native module: {build['compiler']}, {openmp}, {cuda}")
+    devices = ["cpu"]
+    if torch.cuda.is_available():
+        devices += [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    print("\nkernels, best first")
+    for name, reason in ops.kernels().items():
+        print(f"  {name:<12} {'runs' if reason is None else f'no: {reason}'}")
+    print("\nchosen")
+    for device in devices:
+        what = torch.cuda.get_device_name(device) if device != "cpu" else _threads()
+        print(f"  {device} ({what})")
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            C = torch.zeros(256, 256, device=device)
+            X = torch.zeros(1, 256, device=device, dtype=dtype)
+            print(f"    {str(dtype).removeprefix('torch.'):<10} {ops.chosen(C, X)}")
+    return 0
+
+
+def _threads() -> str:
+    import torch
+
+    return f"{torch.get_num_threads()} threads"
+
+
+def _version(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

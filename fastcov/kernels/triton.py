@@ -1,0 +1,270 @@
+"""The rank-k update in Triton, for NVIDIA GPUs of compute capability 8.0 and above.
+
+C is cut into square tiles and only those of the lower triangle are computed: half the arithmetic of
+a full product. One program a multiprocessor takes tiles in turn; the number of a tile gives its row
+and column by an exact decoding, ordered so that programs that run at the same time share keys in
+the L2 cache. In tiles on the diagonal only what is on and below it is read and written.
+
+Sums. Tensor cores truncate when they add, so a long chain of products comes out too small, on the
+diagonal always. After at most 1024 rows the chain is therefore added to a second float32 sum and
+starts again at zero. Keys of 16 bits are exact on the tensor cores. Float32 keys are split into
+three bfloat16 each and the six larger of the nine products are summed, which leaves out 2^-24 of a
+product of two keys; their chain has six times the steps and is promoted after 64 rows. (tf32x3
+costs the same on the tensor cores and keeps 22 bits; plain tf32 keeps 11.)
+
+Loads. Where rows start at multiples of 16 bytes on compute capability 9.0 and above, whole blocks
+of rows are brought by TMA through a tensor descriptor: no addresses in registers, and edges come as
+zeros. A mask becomes two lists on the device, without waiting for it: the blocks whose rows are all
+kept, which TMA brings, and the remaining kept rows, which are read one by one through pointers.
+What is not kept is never read, so it may be NaN. Everything else, named rows included, goes through
+pointers. All offsets into C and X are of 64 bits.
+
+The device code is in `fastcov.kernels.triton_code`, which alone imports triton.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_OLDEST = (3, 6)  # the oldest triton whose code for this kernel is known to be free of spills
+_ROWS_OF_CHAIN = {2: 1024, 4: 64}  # bytes of a key: rows until promotion
+_BAND = 8  # tile rows that share a stretch of columns
+
+
+@dataclass(frozen=True)
+class Config:
+    """How the work is cut up.
+
+    Attributes:
+        tile: Width of a tile of C, a power of two from 16.
+        depth: Rows of X in one step, a power of two from 16.
+        warps: Warps of a program.
+        stages: Steps whose keys are on their way at once.
+        programs: Programs on a multiprocessor at once.
+    """
+
+    tile: int
+    depth: int
+    warps: int
+    stages: int
+    programs: int
+
+
+# The widest tiles for which neither compiler that is tested (triton 3.6 and 3.7) spills registers
+# with the two sums of a tile in them: (TMA, bytes of a key).
+_WIDE = {
+    (True, 2): Config(tile=128, depth=64, warps=8, stages=4, programs=1),
+    (True, 4): Config(tile=128, depth=16, warps=8, stages=3, programs=1),
+    (False, 2): Config(tile=128, depth=32, warps=8, stages=4, programs=1),
+}
+# Where wide tiles are too few to share out evenly; and pointers to float32 keys, which need room.
+_NARROW = {
+    (True, 2): Config(tile=64, depth=64, warps=4, stages=4, programs=2),
+    (True, 4): Config(tile=64, depth=16, warps=4, stages=3, programs=2),
+    (False, 2): Config(tile=64, depth=32, warps=4, stages=4, programs=2),
+    (False, 4): Config(tile=64, depth=16, warps=4, stages=3, programs=2),
+}
+# Where rows start anywhere, keys are loaded one by one and pass through registers.
+_RAGGED = Config(tile=64, depth=16, warps=4, stages=3, programs=2)
+_INTERPRETED = Config(tile=32, depth=32, warps=4, stages=1, programs=3)
+
+
+def interpreting() -> bool:
+    """Whether TRITON_INTERPRET is set: the kernel then runs on CPU tensors, to check its meaning."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "y", "yes")
+
+
+def missing() -> str | None:
+    """Why the kernel cannot run on this machine, or None if it can."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    return None if interpreting() else _missing_device()
+
+
+@lru_cache(maxsize=1)
+def _missing_device() -> str | None:
+    if torch.version.hip is not None:
+        return "it is written for CUDA and this torch is built for ROCm"
+    if not torch.cuda.is_available():
+        return "there is no CUDA device"
+    import triton
+
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    if version < _OLDEST:
+        return f"triton {triton.__version__} is older than {_OLDEST[0]}.{_OLDEST[1]}"
+    best = max(_device(index)[0] for index in range(torch.cuda.device_count()))
+    if best < (8, 0):
+        return f"it needs compute capability 8.0 and the device has {best[0]}.{best[1]}"
+    return None
+
+
+@lru_cache
+def _device(index: int) -> tuple[tuple[int, int], int]:
+    """Compute capability and number of multiprocessors."""
+    device: Any = torch.cuda.get_device_properties(index)
+    return (device.major, device.minor), device.multi_processor_count
+
+
+def refuses(C: Tensor, X: Tensor) -> str | None:
+    """Why the kernel cannot take C (d, d) and X (n, d), or None if it can."""
+    if C.dtype != torch.float32:
+        return f"it sums in float32 and the sum is {C.dtype}"
+    if X.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"it takes float32, float16 and bfloat16 keys and these are {X.dtype}"
+    device = "cpu" if interpreting() else "cuda"
+    if X.device.type != device:
+        return f"it runs on {device} tensors here and these are on {X.device}"
+    if device == "cuda" and _device(X.device.index)[0] < (8, 0):
+        return f"it needs compute capability 8.0 and {X.device} is older"
+    for name, tensor in (("keys", X), ("sum", C)):
+        # One element at a time would be far slower than the other kernels.
+        if tensor.shape[1] > 1 and tensor.stride(1) != 1:
+            return f"neighbours in a row of the {name} are {tensor.stride(1)} elements apart"
+    if X.shape[0] >= 1 << 31 or X.shape[1] >= 1 << 21:
+        return f"keys of shape {tuple(X.shape)} are too large for its 32-bit counts"
+    return None
+
+
+def rank_k_update(
+    C: Tensor, X: Tensor, mask: Tensor | None, rows: Tensor | None, alpha: float
+) -> None:
+    """Lower triangle of C (d, d) += alpha * X^T X over the kept rows of X (n, d), in place.
+
+    Args:
+        C: The sum, float32, with adjacent columns; what is above the diagonal stays as it is.
+        X: The keys, float32, float16 or bfloat16, with adjacent columns and rows any stride apart.
+        mask: Rows to keep, bool (n,), or None.
+        rows: Rows to keep, int64 (m,), each in [0, n), or None; a row named twice counts twice.
+        alpha: A factor for what is added.
+    """
+    aligned = _aligned(C, X)
+    if interpreting():
+        launch(C, X, mask, rows, alpha, _INTERPRETED, tma=aligned and rows is None)
+        return
+    capability, processors = _device(C.device.index)
+    tma = aligned and rows is None and capability >= (9, 0)
+    config = choose(tma, aligned, capability, processors, X)
+    with torch.cuda.device(C.device):
+        launch(C, X, mask, rows, alpha, config, tma, processors)
+
+
+def _aligned(C: Tensor, X: Tensor) -> bool:
+    """Whether the compiler may load and store 16 bytes at a time, and TMA can take the keys."""
+    numbers = (C.data_ptr(), X.data_ptr(), C.stride(0), X.stride(0), X.shape[1])
+    return all(number % 16 == 0 for number in numbers) and X.stride(0) >= X.shape[1]
+
+
+def choose(
+    tma: bool, aligned: bool, capability: tuple[int, int], processors: int, X: Tensor
+) -> Config:
+    """The config for keys X (n, d): narrow tiles where wide ones are too few to share evenly."""
+    key = (tma, X.element_size())
+    if not aligned:
+        return _RAGGED
+    # Consumer devices have under half the shared memory that the wide config of TMA asks for.
+    if key not in _WIDE or (tma and capability[0] not in (9, 10)):
+        return _NARROW[key]
+    tiles = -(-X.shape[1] // _WIDE[key].tile)
+    return (_WIDE if tiles * (tiles + 1) // 2 >= 4 * processors else _NARROW)[key]
+
+
+def launch(
+    C: Tensor,
+    X: Tensor,
+    mask: Tensor | None,
+    rows: Tensor | None,
+    alpha: float,
+    config: Config,
+    tma: bool,
+    processors: int = 1,
+    chain: int | None = None,
+) -> None:
+    """Run the kernel as told; see `rank_k_update`, which decides what is told here.
+
+    Args:
+        C: The sum, (d, d).
+        X: The keys, (n, d).
+        mask: Rows to keep, (n,), or None.
+        rows: Rows to keep, (m,), or None.
+        alpha: A factor for what is added.
+        config: How the work is cut up.
+        tma: Bring whole blocks of rows through a tensor descriptor.
+        processors: Multiprocessors to fill.
+        chain: Rows until promotion, a multiple of the config's depth; None takes the default.
+    """
+    n, d = X.shape
+    count = n if rows is None else rows.shape[0]
+    if count == 0 or d == 0:
+        return
+    from fastcov.kernels import triton_code
+
+    tiled = blocks = counts = None
+    if mask is not None:
+        blocks, rows, counts = _kept(mask, config.depth if tma else None)
+    if tma:
+        tiled = triton_code.TensorDescriptor(
+            X, [n, d], [X.stride(0), 1], [config.depth, config.tile]
+        )
+    pointed = not tma or mask is not None
+    tiles = -(-d // config.tile)
+    grid = min(processors * config.programs, tiles * (tiles + 1) // 2)
+    triton_code.rank_k[(grid,)](
+        C,
+        X if pointed else None,
+        tiled,
+        blocks,
+        rows,
+        counts,
+        count,
+        d,
+        float(alpha),
+        X.stride(0),
+        C.stride(0),
+        TILED=tma,
+        POINTED=pointed,
+        COUNTED=mask is not None,
+        GATHERED=rows is not None,
+        TILE=config.tile,
+        DEPTH=config.depth,
+        EVERY=(chain or _ROWS_OF_CHAIN[X.element_size()]) // config.depth,
+        BAND=_BAND,
+        STAGES=config.stages,
+        EMULATED=interpreting(),
+        num_warps=config.warps,
+        num_stages=config.stages,
+    )
+
+
+def _kept(mask: Tensor, depth: int | None) -> tuple[Tensor | None, Tensor, Tensor]:
+    """A mask (n,) as lists, made on its device without waiting for it.
+
+    Returns:
+        The blocks of `depth` rows that are all kept (none without a depth), the kept rows outside
+        of them, and the lengths of the two lists, int64 (2,). The lists are longer than that.
+    """
+    if depth is None:
+        rows, count = _places(mask)
+        return None, rows, torch.cat([torch.zeros_like(count), count])
+    padded = torch.nn.functional.pad(mask, (0, -mask.shape[0] % depth)).view(-1, depth)
+    whole = padded.all(1)  # (blocks,)
+    blocks, whole_count = _places(whole)
+    rows, row_count = _places((padded & ~whole[:, None]).flatten())
+    return blocks, rows, torch.cat([whole_count, row_count])
+
+
+def _places(flags: Tensor) -> tuple[Tensor, Tensor]:
+    """Where flags (m,) are set, in order, then zeros up to (m + 1,); and how many are, (1,)."""
+    m = flags.shape[0]
+    counted = flags.cumsum(0)  # (m,)
+    # nonzero() would wait for the device to learn its length; what is not set goes to a last slot.
+    slots = torch.where(flags, counted - 1, m)
+    places = counted.new_zeros(m + 1).scatter_(0, slots, torch.arange(m, device=flags.device))
+    places[m] = 0
+    return places, counted[-1:]

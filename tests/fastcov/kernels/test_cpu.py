@@ -1,0 +1,194 @@
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+from fastcov import KernelUnavailable, ops, rank_k_update
+from fastcov.kernels import cpu, native
+
+HERE = [name for name in cpu.VARIANTS if cpu.CpuKernel(name).missing() is None]
+FLOATS = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
+
+if not HERE:
+    pytest.skip(f"no native kernel: {native.missing()}", allow_module_level=True)
+
+
+def drawn(*shape, dtype=torch.float32, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def lower(C, rows, alpha=1.0):
+    """The lower triangle of C + alpha * rows^T rows in float64, NaN above it."""
+    rows = rows.double()
+    whole = C.double().tril() + alpha * rows.mT @ rows
+    return whole.masked_fill(torch.ones_like(whole, dtype=torch.bool).triu(1), float("nan"))
+
+
+def assert_equal(C, wanted, tolerance=1e-6):
+    above = torch.ones_like(C, dtype=torch.bool).triu(1)
+    assert C[above].isnan().all(), "something above the diagonal was written"
+    difference = (C.double() - wanted).masked_fill(above, 0)
+    assert float(difference.norm() / wanted.masked_fill(above, 0).norm()) < tolerance
+
+
+def sum_of(d, dtype=torch.float32, seed=9):
+    C = drawn(d, d, dtype=dtype, seed=seed)
+    return C.masked_fill(torch.ones(d, d, dtype=torch.bool).triu(1), float("nan"))
+
+
+def takes(name, C, X):
+    return cpu.CpuKernel(name).refuses(C, X) is None
+
+
+@pytest.mark.parametrize("name", HERE)
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("d", [1, 2, 23, 24, 25, 47, 48, 49, 96, 385, 400])
+def test_every_width_around_the_edges_of_tiles_panels_and_blocks(name, dtype, d):
+    for n in (1, 2, 3, 255, 256, 257, 600):
+        X = drawn(n, d, dtype=dtype, seed=n)
+        C = sum_of(d)
+        if not takes(name, C, X):
+            continue
+        wanted = lower(C, X, alpha=-0.75)
+        rank_k_update(C, X, alpha=-0.75, kernel=name)
+        assert_equal(C, wanted)
+
+
+@pytest.mark.parametrize("name", HERE)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_float64_sums_are_summed_in_float64(name, dtype):
+    X, C = drawn(777, 130, dtype=dtype), sum_of(130, torch.float64)
+    if not takes(name, C, X):
+        pytest.skip("only float32 sums")
+    wanted = lower(C, X)
+    rank_k_update(C, X, kernel=name)
+    assert_equal(C, wanted, 1e-14)
+
+
+@pytest.mark.parametrize("name", HERE)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_rows_that_are_left_out_are_not_looked_at(name, dtype):
+    X = drawn(700, 100, dtype=dtype)
+    keep = torch.rand(700, generator=torch.Generator().manual_seed(1)) < 0.7
+    X[~keep] = float("nan")
+    masked, indexed = sum_of(100), sum_of(100)
+    if not takes(name, masked, X):
+        pytest.skip("other keys")
+    wanted = lower(masked, X[keep])
+    rank_k_update(masked, X, mask=keep, kernel=name)
+    assert_equal(masked, wanted)
+    order = keep.nonzero().squeeze(1).flip(0)
+    rank_k_update(indexed, X, rows=order, kernel=name)
+    assert_equal(indexed, wanted)
+
+
+@pytest.mark.parametrize("name", HERE)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_keys_and_sums_of_any_strides(name, dtype):
+    base = drawn(310, 260, dtype=dtype)
+    views = [base[:, 3:103], base[::3, :100], base[:, ::2], base[:100].mT, base[:1].expand(9, -1)]
+    for X in views:
+        d = X.shape[1]
+        storage = torch.full((d, 2 * d), float("nan"))
+        for C in (storage[:, :d], storage[:, ::2], torch.full((d, d), float("nan")).mT):
+            C.copy_(sum_of(d))
+            if not takes(name, C, X):
+                continue
+            wanted = lower(C, X)
+            rank_k_update(C, X, kernel=name)
+            assert_equal(C, wanted)
+
+
+@pytest.mark.parametrize("name", HERE)
+@pytest.mark.parametrize("threads", [1, 2, 3, 7])
+def test_the_result_does_not_depend_on_the_number_of_threads(name, threads):
+    X, C = drawn(600, 500, dtype=torch.bfloat16), sum_of(500)
+    alone, before = C.clone(), torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        rank_k_update(alone, X, kernel=name) if takes(name, C, X) else None
+        torch.set_num_threads(threads)
+        rank_k_update(C, X, kernel=name) if takes(name, C, X) else None
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(C.tril(), alone.tril())
+
+
+def test_callers_at_the_same_time_do_not_share_memory():
+    keys = [drawn(500, 300, seed=i) for i in range(4)]
+    sums = [sum_of(300) for _ in keys]
+    wanted = [lower(C, X) for C, X in zip(sums, keys, strict=True)]
+
+    def work(i):
+        rank_k_update(sums[i], keys[i], kernel=HERE[0])
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(keys))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for C, right in zip(sums, wanted, strict=True):
+        assert_equal(C, right)
+
+
+def test_halves_are_exact_down_to_their_smallest():
+    # Zero, the smallest and largest subnormal, the smallest normal, the largest number.
+    values = torch.tensor([0.0, 2.0**-24, 1023 * 2.0**-24, 2.0**-14, 65504.0])
+    for name in HERE:
+        if name == "avx512_bf16":
+            continue
+        C = torch.zeros(5, 5, dtype=torch.float64)
+        rank_k_update(C, values.half()[None], kernel=name)
+        assert torch.equal(C, torch.outer(values.double(), values.double()).tril())
+        one = torch.zeros(2, 2, dtype=torch.float64)
+        rank_k_update(one, torch.tensor([[float("inf"), -1.0]]).half(), kernel=name)
+        assert one[0, 0] == float("inf") and one[1, 0] == -float("inf") and one[1, 1] == 1
+
+
+def test_pairs_of_bfloat_add_an_odd_last_row():
+    # The tile of avx512_bf16, here in portable instructions.
+    C = torch.zeros(1, 1)
+    rank_k_update(C, torch.tensor([[2.0], [3.0], [5.0]]).bfloat16(), kernel="portable")
+    assert C.item() == 38
+
+
+def test_the_fastest_variant_is_chosen_and_portable_never():
+    C, X = torch.zeros(4, 4), torch.zeros(2, 4, dtype=torch.bfloat16)
+    fast = [name for name in HERE if name != "portable"]
+    assert ops.chosen(C, X) == (fast[0] if fast else "reference")
+    assert ops.chosen(C, X.float()) == next((n for n in fast if n != "avx512_bf16"), "reference")
+
+
+def test_a_variant_that_cannot_run_says_why():
+    reasons = {name: reason for name, reason in ops.kernels().items() if name in cpu.VARIANTS}
+    for name, reason in reasons.items():
+        if reason is not None:
+            with pytest.raises(KernelUnavailable, match=f"{name}.*{reason}"):
+                rank_k_update(torch.zeros(2, 2), torch.zeros(1, 2), kernel=name)
+            with pytest.raises(ValueError, match=reason):
+                cpu.fma_peak(name)
+    with pytest.raises(KernelUnavailable, match="meta"):
+        rank_k_update(
+            torch.zeros(2, 2, device="meta"), torch.zeros(1, 2, device="meta"), kernel=HERE[0]
+        )
+
+
+def test_the_peak_counts_multiply_adds_of_all_threads():
+    # Not how fast: that it is a rate, and that a kernel without pairs gives bf16 keys its own.
+    assert cpu.fma_peak(HERE[0], threads=2, seconds=0.01) > 0
+    assert cpu.fma_peak(HERE[0], dtype=torch.float64, seconds=0.01) > 0
+    assert cpu.best_variant() == HERE[0]
+
+
+def test_without_the_native_module_the_reason_is_given(monkeypatch):
+    monkeypatch.setattr(native, "native", lambda: None)
+    monkeypatch.setattr(native, "missing", lambda: "the native module is not installed (x)")
+    cpu._missing.cache_clear()
+    try:
+        assert cpu.CpuKernel("avx2").missing() == "the native module is not installed (x)"
+        assert cpu.best_variant() is None
+        assert ops.chosen(torch.zeros(2, 2), torch.zeros(1, 2)) == "reference"
+    finally:
+        cpu._missing.cache_clear()
