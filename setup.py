@@ -1,9 +1,9 @@
 """Asks CMake for the native module; pyproject.toml has the metadata, CMakeLists.txt the build.
 
 The environment decides: ``FASTCOV_SKIP_NATIVE=1`` installs pure Python; ``FASTCOV_CUDA`` and
-``FASTCOV_CUDA_ARCHS`` go to CMake, which explains them. Without a C++ compiler, or on Windows, whose
-compiler lacks the vector types in use, the package is pure Python and everything still works,
-slower; `python -m fastcov` says so.
+``FASTCOV_CUDA_ARCHS`` go to CMake, which explains them. Without a C++ compiler, or on Windows,
+whose compiler lacks the vector types in use, the package is pure Python and everything still
+works, slower; `python -m fastcov` says so.
 """
 
 import os
@@ -70,7 +70,9 @@ def why_not() -> str | None:
 
 reason = why_not()
 if reason is not None:
-    print(f"fastcov: {reason}, so the package is installed without native kernels.", file=sys.stderr)
+    print(
+        f"fastcov: {reason}, so the package is installed without native kernels.", file=sys.stderr
+    )
 
 setup(
     ext_modules=[] if reason else [Extension("fastcov._native", sources=[])],

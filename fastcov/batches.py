@@ -1,13 +1,15 @@
 """From documents to padded batches: exactly as many tokens as asked for, and little padding.
 
-A document is the list of its token ids. Both functions are generators over documents, so that a
-corpus of any size passes through a bounded window.
+A document is the list of its token ids. `take` and `bucket` are generators over documents, so that
+a corpus of any size passes through a bounded window; `pinned` makes their batches ready to be sent
+to a GPU while it works.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -164,3 +166,39 @@ def _pad(rows: Sequence[Document]) -> dict[str, Tensor]:
         "attention_mask": attention_mask,
         "position_ids": position_ids,
     }
+
+
+def pinned(
+    batches: Iterable[Mapping[str, Any]], device: torch.device
+) -> Iterator[Mapping[str, Any]]:
+    """Batches in page-locked memory where they will go to a CUDA device, else as they are.
+
+    From there `fastcov.collect` sends them without waiting. Pinning is a copy of its own, so do it
+    where batches are read ahead (`fastcov.ahead`).
+
+    Args:
+        batches: The model's keyword arguments.
+        device: Where they will go.
+    """
+    for batch in batches:
+        if device.type == "cuda":
+            yield {
+                name: value.pin_memory() if isinstance(value, Tensor) and _on_cpu(value) else value
+                for name, value in batch.items()
+            }
+        else:
+            yield batch
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor on a device: on its way there, if it comes from the CPU and goes to a CUDA device.
+
+    What is launched on the device afterwards sees the whole of it.
+    """
+    if device.type != "cuda" or not _on_cpu(tensor):
+        return tensor.to(device)
+    return (tensor if tensor.is_pinned() else tensor.pin_memory()).to(device, non_blocking=True)
+
+
+def _on_cpu(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu"

@@ -3,7 +3,8 @@
 Pure functions of a factor of A, the edit keys K (d_k, B) and the residuals R (d, B), what the
 edited projection shall add at those keys. A comes from `fastcov.regularised` and does not depend on
 the edits: it is factored once, and a batch costs triangular solves and a system of its own size.
-K and R are read in the factor's dtype and on its device; float64 is recommended.
+K and R are read in the dtype and on the device in which the factor answers; float64 is recommended,
+or a float32 factor that is refined (`fastcov.factorize`).
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import torch
 from torch import Tensor
 
 from fastcov.errors import NonFiniteKeys, NonFiniteMatrix, NotPositiveDefinite, WrongWidth
-from fastcov.linalg import CholeskyFactor, factorize
+from fastcov.factor import CholeskyFactor
+from fastcov.linalg import factorize
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,8 @@ def memit(factor: CholeskyFactor, K: Tensor, R: Tensor) -> LowRank:
     """MEMIT: ``Delta = R K^T (A + K K^T)^-1``, equation (2) of arXiv 2506.04226.
 
     By Woodbury ``(A + K K^T)^-1 K = X (I + K^T X)^-1`` with ``X = A^-1 K``. With ``H = L^-1 K`` the
-    small matrix is ``I + H^T H``: symmetric, positive definite and (B, B).
+    small matrix is ``I + H^T H``: symmetric, positive definite and (B, B). A refined factor has no
+    exact H and takes ``K^T X`` itself.
 
     Args:
         factor: Of A = weight * C + ridge * I, width d_k.
@@ -53,13 +56,13 @@ def memit(factor: CholeskyFactor, K: Tensor, R: Tensor) -> LowRank:
         WrongWidth: K is not (d_k, B), or R has not B columns.
         NonFiniteKeys: K holds NaN or infinity.
         NonFiniteMatrix: R holds NaN or infinity.
+        ResidualTooLarge: A refined factor did not reach its tolerance.
     """
     K, R = _checked(factor, K, R)
-    H = factor.half_solve(K)  # (d_k, B)
-    S = H.mT @ H
+    X, S = factor.solve_and_gram(K)  # (d_k, B), (B, B)
     S.diagonal().add_(1.0)
     left = factorize(S, in_place=True).solve(R.mT).mT  # (d, B)
-    return LowRank(left=left.contiguous(), right=factor.back_solve(H))
+    return LowRank(left=left.contiguous(), right=X)
 
 
 def emmet(factor: CholeskyFactor, K: Tensor, R: Tensor, lambda_e: float = 0.0) -> LowRank:
@@ -82,6 +85,7 @@ def emmet(factor: CholeskyFactor, K: Tensor, R: Tensor, lambda_e: float = 0.0) -
         WrongWidth: K is not (d_k, B), or R has not B columns.
         NonFiniteKeys: K holds NaN or infinity.
         NonFiniteMatrix: R holds NaN or infinity.
+        ResidualTooLarge: A refined factor did not reach its tolerance.
         NotPositiveDefinite: lambda_e is 0 (or too small) and the keys are not independent.
         ValueError: lambda_e is negative or not finite.
     """
@@ -90,8 +94,7 @@ def emmet(factor: CholeskyFactor, K: Tensor, R: Tensor, lambda_e: float = 0.0) -
         raise ValueError(
             f"lambda_e must be finite and not below 0 but is {lambda_e!r}; 0.1 is usual."
         )
-    H = factor.half_solve(K)  # (d_k, B)
-    S = H.mT @ H
+    X, S = factor.solve_and_gram(K)  # (d_k, B), (B, B)
     S.diagonal().add_(lambda_e)
     try:
         small = factorize(S, jitters=(0.0,), in_place=True)
@@ -102,9 +105,10 @@ def emmet(factor: CholeskyFactor, K: Tensor, R: Tensor, lambda_e: float = 0.0) -
             "use smaller batches, or pass lambda_e=0.1.",
             tried=error.tried,
             d=K.shape[1],
+            rank=error.rank,
         ) from error
     left = small.solve(R.mT).mT  # (d, B)
-    return LowRank(left=left.contiguous(), right=factor.back_solve(H))
+    return LowRank(left=left.contiguous(), right=X)
 
 
 def rome(
@@ -127,6 +131,7 @@ def rome(
         WrongWidth: A key is not d_k wide, or there is more than one edit.
         NonFiniteKeys: A key holds NaN or infinity.
         NonFiniteMatrix: r holds NaN or infinity.
+        ResidualTooLarge: A refined factor did not reach its tolerance.
         NotPositiveDefinite: The denominator is not above 0 (a key of zeros, or two keys that have
             nothing in common).
     """
@@ -164,13 +169,27 @@ def _checked(factor: CholeskyFactor, K: Tensor, R: Tensor) -> tuple[Tensor, Tens
             f"Residuals of shape {tuple(R.shape)} do not fit {K.shape[1]} edit keys; "
             f"they must be columns, (d, {K.shape[1]})."
         )
-    for bad, name, what in ((NonFiniteKeys, "edit key", K), (NonFiniteMatrix, "residual", R)):
+    for name, what in (("edit key", K), ("residual", R)):
         finite = what.isfinite().all(0)  # (B,)
         if not bool(finite.all()):
             first = int((~finite).nonzero()[0])
-            raise bad(
+            message = (
                 f"{int((~finite).sum())} of {finite.numel()} {name}s hold NaN or infinity, the "
                 f"first in column {first}; check that request, or run the model in float32."
             )
-    like = torch.empty(0, dtype=factor.L.dtype, device=factor.L.device)
-    return K.to(like), R.to(like)
+            if what is K:
+                raise NonFiniteKeys(message)
+            bad = ~what.isfinite()
+            raise NonFiniteMatrix(
+                message,
+                entries=int(bad.sum()),
+                where=(int(bad[:, first].nonzero()[0]), first),
+            )
+    return _moved(K, factor), _moved(R, factor)
+
+
+def _moved(x: Tensor, factor: CholeskyFactor) -> Tensor:
+    """In the dtype and on the device in which the factor answers."""
+    if factor.dtype == torch.float64:
+        return x.to(factor.device).to(factor.dtype)  # one of the devices may not have float64
+    return x.to(factor.dtype).to(factor.device)

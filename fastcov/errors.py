@@ -18,12 +18,21 @@ class NotPositiveDefinite(FastcovError):
     Attributes:
         tried: The jitters that were tried, relative to the mean of the diagonal.
         d: The width of the matrix.
+        rank: About how many of its d directions are there, None where that was not estimated.
     """
 
-    def __init__(self, message: str = "", *, tried: tuple[float, ...] = (), d: int = 0) -> None:
+    def __init__(
+        self,
+        message: str = "",
+        *,
+        tried: tuple[float, ...] = (),
+        d: int = 0,
+        rank: int | None = None,
+    ) -> None:
         super().__init__(message)
         self.tried = tried
         self.d = d
+        self.rank = rank
 
 
 class NonFiniteKeys(FastcovError):
@@ -31,7 +40,33 @@ class NonFiniteKeys(FastcovError):
 
 
 class NonFiniteMatrix(FastcovError):
-    """A matrix that is to be factorised or solved with holds NaN or infinity."""
+    """A matrix that is to be factorised or solved with holds NaN or infinity.
+
+    Attributes:
+        entries: How many of its entries do.
+        where: Row and column of the first one, None where that is not known.
+    """
+
+    def __init__(
+        self, message: str = "", *, entries: int = 0, where: tuple[int, int] | None = None
+    ) -> None:
+        super().__init__(message)
+        self.entries = entries
+        self.where = where
+
+
+class ResidualTooLarge(FastcovError):
+    """A solve with a float32 factor could not be refined to the accuracy asked for.
+
+    Attributes:
+        residual: The norm of ``B - A X`` over that of B, in the worst column.
+        tolerance: What was asked for.
+    """
+
+    def __init__(self, message: str = "", *, residual: float = 0.0, tolerance: float = 0.0) -> None:
+        super().__init__(message)
+        self.residual = residual
+        self.tolerance = tolerance
 
 
 class WrongWidth(FastcovError, ValueError):

@@ -8,7 +8,7 @@ of them.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -26,7 +26,7 @@ def flatten_keys(x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor 
 
     Rows and mask are permuted together where only that spares a copy (a transposed batch), so row i
     always belongs to mask entry i, but the rows need not be in row-major order. A copy is made only
-    where the strides allow no view at all, as in ``x[:, 1:]``.
+    where the strides allow no view at all, as in ``x[:, 1:]``; `key_rows` makes none there either.
 
     Args:
         x: Keys, shape (..., d_k).
@@ -39,23 +39,61 @@ def flatten_keys(x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor 
     Raises:
         WrongWidth: x is a scalar, or the mask has another number of entries than x has rows.
     """
+    x, mask = _outermost_first(x, mask)
+    if mask is not None:
+        mask = mask.to(x.device).reshape(-1)
+    return x.reshape(-1, x.shape[-1]), mask
+
+
+def key_rows(x: Tensor, mask: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """View keys as rows without ever copying them: in one piece where the strides allow it.
+
+    Where they do not, as in ``x[:, 1:]``, each entry of the outermost dimension is a piece of its
+    own: one sequence of the batch. As in `flatten_keys`, a row and its mask entry stay together and
+    the order is that of the memory.
+
+    Args:
+        x: Keys, shape (..., d_k).
+        mask: As in `flatten_keys`.
+
+    Yields:
+        A view of some rows (n, d_k) and their mask as bool (n,), on the device of the mask that was
+        given, or None. Every row is in exactly one piece.
+
+    Raises:
+        WrongWidth: As in `flatten_keys`.
+    """
+    x, mask = _outermost_first(x, mask)
+    pieces = [(x, mask)]
+    while pieces:
+        x, mask = pieces.pop()
+        try:
+            rows = x.view(x.shape[:-1].numel(), x.shape[-1])
+        except RuntimeError:  # a matrix has a view always, so this ends
+            masks = [None] * len(x) if mask is None else list(mask)
+            pieces.extend(reversed(list(zip(x, masks, strict=True))))
+        else:
+            yield rows, None if mask is None else mask.reshape(-1)
+
+
+def _outermost_first(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Keys (..., d_k) and mask (...) with dimensions in the order of the memory."""
     if x.dim() == 0:
         raise WrongWidth(
             "Keys must have shape (..., d_k) but are a scalar; pass the projection's input."
         )
-    width = x.shape[-1]
     if mask is not None:
-        if mask.numel() * width != x.numel():
+        if mask.numel() * x.shape[-1] != x.numel():
             raise WrongWidth(
                 f"A mask of shape {tuple(mask.shape)} does not fit keys of shape {tuple(x.shape)}; "
                 "it needs one entry for each row."
             )
-        mask = mask.to(device=x.device, dtype=torch.bool).reshape(x.shape[:-1])
+        mask = mask.to(torch.bool).reshape(x.shape[:-1])
     if x.dim() > 2:
         order = sorted(range(x.dim() - 1), key=x.stride, reverse=True)
         x = x.permute(*order, x.dim() - 1)
         mask = None if mask is None else mask.permute(order)
-    return x.reshape(-1, width), None if mask is None else mask.reshape(-1)
+    return x, mask
 
 
 class KeyHooks:

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastcov.errors import EmptyCorpus, WrongWidth
-from fastcov.keys import flatten_keys
+from fastcov.keys import key_rows
 from fastcov.ops import rank_k_update
 
 _BLOCK = 1024  # rows mirrored at a time: the temporary is one block, not a second matrix
@@ -73,12 +73,16 @@ class SecondMoment:
         moment._count = int(count)
         return moment
 
-    def update(self, x: Tensor, mask: Tensor | None = None) -> SecondMoment:
-        """Add keys.
+    def update(
+        self, x: Tensor, mask: Tensor | None = None, *, kept: int | None = None
+    ) -> SecondMoment:
+        """Add keys, where they lie: none is copied, gathered or converted on the way to the kernel.
 
         Args:
             x: Keys, shape (..., d), float32, float64, float16 or bfloat16, on the sum's device.
             mask: Which of them count, shape (...), non-zero means kept; None keeps all.
+            kept: How many keys the mask keeps, where the caller has counted them: to count a mask
+                on a GPU is to wait for it. It is taken at its word.
 
         Returns:
             This moment.
@@ -87,9 +91,12 @@ class SecondMoment:
             WrongWidth: The keys are not d wide, or the mask does not fit them.
             ValueError: Keys that are not floating point or that live on another device.
         """
-        rows, kept = flatten_keys(x, mask)  # (n, d), (n,)
-        rank_k_update(self._sum, rows, mask=kept)
-        self._count += rows.shape[0] if kept is None else int(kept.sum())
+        added = 0
+        for rows, part in key_rows(x, mask):  # (n, d), (n,)
+            rank_k_update(self._sum, rows, mask=part)
+            if kept is None:
+                added += rows.shape[0] if part is None else int(part.sum())
+        self._count += added if kept is None else kept
         return self
 
     def merge(self, other: SecondMoment) -> SecondMoment:

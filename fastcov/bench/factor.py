@@ -54,6 +54,8 @@ def problem(d: int, device: torch.device, *, count: int = 16, size: int = 64) ->
     for _ in range(4):
         keys = normal(d, d) * scale
         A.addmm_(keys.mT, keys, alpha=1 / (4 * d))
+    A.tril_()
+    A += A.tril(-1).mT  # symmetric to the last bit, as a moment that is mirrored is
     batches = [
         (normal(d, size) * scale[:, None], normal(max(1, d // 4), size)) for _ in range(count)
     ]

@@ -13,6 +13,7 @@ WIDTHS = (6400, 11008, 14336, 16384)
 ROWS = 65536
 TESTS = "tests on the device"
 _NOT = "not measured"
+_PASSES = "every kernel test passes on the device"
 # Kernels that are cuBLAS and plain torch: what the written ones are measured against.
 _PLAIN = ("panels", "reference")
 
@@ -24,8 +25,9 @@ def goals(run: Run) -> list[GoalResult]:
 
 def summary(found: list[GoalResult]) -> str:
     """The goals as a table."""
-    lines = [f"{'goal':62}{'wanted':>14}{'measured':>26}  status"]
-    lines += [f"{g.goal:62}{g.wanted:>14}{g.measured:>26}  {g.status}" for g in found]
+    width = max(len(one.goal) for one in found)
+    lines = [f"{'goal':{width}}{'wanted':>10}{'measured':>24}  status"]
+    lines += [f"{g.goal:{width}}{g.wanted:>10}{g.measured:>24}  {g.status}" for g in found]
     counts = {s: sum(g.status == s for g in found) for s in ("met", "missed", _NOT)}
     lines.append(", ".join(f"{number} {status}" for status, number in counts.items()))
     return "\n".join(lines)
@@ -39,9 +41,13 @@ def _goal(name: str, wanted: str, measured: str | None, met: bool) -> GoalResult
 
 def _tests(run: Run) -> GoalResult:
     step = next((s for s in run.steps if s.name == TESTS and s.status != "not run"), None)
-    passed = step is not None and step.status == "ok"
-    measured = None if step is None else "all passed" if passed else step.status
-    return _goal("every kernel test passes on the device", "all", measured, passed)
+    if step is None:
+        return _goal(_PASSES, "all", None, False)
+    # pytest's last line, "12 passed, 3 skipped in 4.56s"; skipping everything proves nothing.
+    counts = step.note.partition(" in ")[0].strip("= ")
+    if step.status != "ok":
+        return _goal(_PASSES, "all", step.status, False)
+    return _goal(_PASSES, "all", counts, " passed" in f" {counts}")
 
 
 def _gate(run: Run) -> GoalResult:
@@ -96,7 +102,7 @@ def _collect(run: Run) -> GoalResult:
         None,
     )  # fmt: skip
     measured = None if share is None else f"{1 / share:.2f}x"
-    name = "collect, GPT-J's shape, layers 3-8, 163,840 tokens: of the floor"
+    name = "collect, GPT-J's shape, layers 3-8, 163,840 tokens: the floor"
     return _goal(name, "<= 2x", measured, share is not None and share >= 0.5)
 
 

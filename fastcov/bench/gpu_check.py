@@ -29,7 +29,8 @@ from fastcov.bench.schema import BadInput, Run, Step, load, save
 ROOT = Path(__file__).resolve().parents[2]
 BUDGET = 520.0  # seconds in all: below nine minutes
 _LEAST = 15.0  # seconds that a step is worth being started for
-_TESTS = ("tests/fastcov/kernels", "tests/fastcov/test_ops.py")
+# Those that torch and pytest are enough for.
+_TESTS = ("tests/fastcov/kernels", "tests/fastcov/test_ops.py", "tests/fastcov/test_collect.py")
 
 
 @dataclass(frozen=True)

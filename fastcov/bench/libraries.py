@@ -58,7 +58,9 @@ def routes(device: torch.device, dtype: torch.dtype, threads: int) -> list[Route
     if dtype != torch.float64:
         missing = None if _has_onednn() else "this torch is built without oneDNN"
         found.append(Route("oneDNN linear", lambda C, X: _onednn(C, X, C.shape[0]), missing))
-        found.append(Route(f"oneDNN block rows {_BLOCK}", lambda C, X: _onednn(C, X), missing))
+        found.append(
+            Route(f"oneDNN block rows {_BLOCK}", lambda C, X: _onednn(C, X, _BLOCK), missing)
+        )
     set_openblas = functools.cache(functools.partial(_set_openblas_threads, threads))
     found.append(_numpy_route(set_openblas))
     found.append(_scipy_route(dtype, set_openblas))
@@ -81,7 +83,7 @@ def _has_onednn() -> bool:
     return bool(backend.is_available()) and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-def _onednn(C: Tensor, X: Tensor, block: int = _BLOCK) -> None:
+def _onednn(C: Tensor, X: Tensor, block: int) -> None:
     """The float32 product of oneDNN, which torch reaches only through its linear layer."""
     keys = _as(C, X)
     linear = torch.ops.mkldnn._linear_pointwise

@@ -66,7 +66,5 @@ def _update(C: Tensor, X: Tensor, alpha: float) -> None:
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
-    # An argument that torch's own type stubs do not know yet.
-    mm = torch.mm
-    product: Tensor = mm(left, right, out_dtype=torch.float32)  # type: ignore[call-overload]
+    product: Tensor = torch.mm(left, right, out_dtype=torch.float32)
     return product

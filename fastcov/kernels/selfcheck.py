@@ -66,6 +66,6 @@ def _try(run: Run, device: torch.device, dtype: torch.dtype) -> str | None:
     above = torch.ones_like(got, dtype=torch.bool).triu_(1)
     if not bool(got[above].isnan().all()):
         return "it writes above the diagonal there"
-    error = float((got.tril().masked_fill(above, 0) - wanted).norm() / wanted.norm())
+    off = float((got.tril().masked_fill(above, 0) - wanted).norm() / wanted.norm())
     # Written so that NaN fails.
-    return None if error < _TOLERANCE else f"its relative error is {error:.2g} there"
+    return None if off < _TOLERANCE else f"its relative error is {off:.2g} there"

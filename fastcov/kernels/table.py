@@ -70,7 +70,9 @@ def adopt(results: dict[str, Any], table: dict[str, Any]) -> dict[str, Any]:
         if row.get("seconds")
     ]
     if not kept:
-        raise ValueError(f"The results of {device} hold no measured time; run make gpu-check again.")
+        raise ValueError(
+            f"The results of {device} hold no measured time; run make gpu-check again."
+        )
     return {**table, "devices": {**table["devices"], device: kept}}
 
 

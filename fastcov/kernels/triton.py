@@ -12,8 +12,7 @@ three bfloat16 each and the six larger of the nine products are summed, which le
 product of two keys; their chain has six times the steps and is promoted after 64 rows. (tf32x3
 costs the same on the tensor cores and keeps 22 bits; plain tf32 keeps 11.)
 
-Loads. Where rows start at multiples of 16 bytes on compute capability 9.0 and above, whole blocks
-of rows are brought by TMA through a tensor descriptor: no addresses in registers, and edges come as
+Loads. On compute capability 9 and 10, where rows are aligned, whole blocks of rows are brought by TMA through a tensor descriptor: no addresses in registers, and edges come as
 zeros. A mask becomes two lists on the device, without waiting for it: the blocks whose rows are all
 kept, which TMA brings, and the remaining kept rows, which are read one by one through pointers.
 What is not kept is never read, so it may be NaN. Everything else, named rows included, goes through
@@ -57,19 +56,25 @@ class Config:
     programs: int
 
 
-# The widest tiles for which neither compiler that is tested (triton 3.6 and 3.7) spills registers
-# with the two sums of a tile in them: (TMA, bytes of a key).
+# By route, see `_route`, and bytes of a key. The two sums of a tile fill half the registers, so these
+# are the largest steps for which neither triton 3.6 nor 3.7 spills any.
 _WIDE = {
-    (True, 2): Config(tile=128, depth=64, warps=8, stages=4, programs=1),
-    (True, 4): Config(tile=128, depth=16, warps=8, stages=3, programs=1),
-    (False, 2): Config(tile=128, depth=32, warps=8, stages=4, programs=1),
+    ("tma", 2): Config(tile=128, depth=64, warps=8, stages=4, programs=1),
+    ("tma", 4): Config(tile=128, depth=16, warps=8, stages=3, programs=1),
+    ("wgmma", 2): Config(tile=128, depth=64, warps=8, stages=4, programs=1),
+    ("mma", 2): Config(tile=128, depth=32, warps=8, stages=4, programs=1),
+    ("mma listed", 2): Config(tile=128, depth=16, warps=8, stages=5, programs=1),
 }
 # Where wide tiles are too few to share out evenly; and pointers to float32 keys, which need room.
 _NARROW = {
-    (True, 2): Config(tile=64, depth=64, warps=4, stages=4, programs=2),
-    (True, 4): Config(tile=64, depth=16, warps=4, stages=3, programs=2),
-    (False, 2): Config(tile=64, depth=32, warps=4, stages=4, programs=2),
-    (False, 4): Config(tile=64, depth=16, warps=4, stages=3, programs=2),
+    ("tma", 2): Config(tile=64, depth=64, warps=4, stages=4, programs=2),
+    ("tma", 4): Config(tile=64, depth=16, warps=4, stages=3, programs=2),
+    ("wgmma", 2): Config(tile=64, depth=32, warps=4, stages=4, programs=2),
+    ("wgmma", 4): Config(tile=64, depth=16, warps=4, stages=3, programs=2),
+    ("mma", 2): Config(tile=64, depth=32, warps=4, stages=4, programs=2),
+    ("mma", 4): Config(tile=64, depth=16, warps=4, stages=3, programs=2),
+    ("mma listed", 2): Config(tile=64, depth=32, warps=4, stages=4, programs=2),
+    ("mma listed", 4): Config(tile=64, depth=16, warps=4, stages=3, programs=2),
 }
 # Where rows start anywhere, keys are loaded one by one and pass through registers.
 _RAGGED = Config(tile=64, depth=16, warps=4, stages=3, programs=2)
@@ -77,19 +82,21 @@ _INTERPRETED = Config(tile=32, depth=32, warps=4, stages=1, programs=3)
 
 
 def interpreting() -> bool:
-    """Whether TRITON_INTERPRET is set: the kernel then runs on CPU tensors, to check its meaning."""
+    """Whether TRITON_INTERPRET is set: the kernel then runs on the CPU, to check its meaning."""
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "y", "yes")
 
 
 def missing() -> str | None:
     """Why the kernel cannot run on this machine, or None if it can."""
+    return _missing(interpreting())
+
+
+@lru_cache
+def _missing(interpreted: bool) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    return None if interpreting() else _missing_device()
-
-
-@lru_cache(maxsize=1)
-def _missing_device() -> str | None:
+    if interpreted:
+        return None
     if torch.version.hip is not None:
         return "it is written for CUDA and this torch is built for ROCm"
     if not torch.cuda.is_available():
@@ -98,7 +105,7 @@ def _missing_device() -> str | None:
 
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
     if version < _OLDEST:
-        return f"triton {triton.__version__} is older than {_OLDEST[0]}.{_OLDEST[1]}"
+        return f"it needs triton {_OLDEST[0]}.{_OLDEST[1]} and {triton.__version__} is installed"
     best = max(_device(index)[0] for index in range(torch.cuda.device_count()))
     if best < (8, 0):
         return f"it needs compute capability 8.0 and the device has {best[0]}.{best[1]}"
@@ -143,16 +150,23 @@ def rank_k_update(
         mask: Rows to keep, bool (n,), or None.
         rows: Rows to keep, int64 (m,), each in [0, n), or None; a row named twice counts twice.
         alpha: A factor for what is added.
+
+    Raises:
+        RuntimeError: A row is out of range; on a GPU an assertion fails there, later than this.
     """
+    if rows is not None:
+        # A pointer would read whatever lies there. This does not wait for the device.
+        inside = ((rows >= 0) & (rows < X.shape[0])).all()
+        torch._assert_async(inside, f"rows must be indices from 0 to {X.shape[0] - 1}")
     aligned = _aligned(C, X)
     if interpreting():
         launch(C, X, mask, rows, alpha, _INTERPRETED, tma=aligned and rows is None)
         return
     capability, processors = _device(C.device.index)
-    tma = aligned and rows is None and capability >= (9, 0)
-    config = choose(tma, aligned, capability, processors, X)
+    route = _route(capability, aligned, mask is not None, rows is not None)
+    config = choose(route, aligned, processors, X)
     with torch.cuda.device(C.device):
-        launch(C, X, mask, rows, alpha, config, tma, processors)
+        launch(C, X, mask, rows, alpha, config, route == "tma", processors)
 
 
 def _aligned(C: Tensor, X: Tensor) -> bool:
@@ -161,15 +175,20 @@ def _aligned(C: Tensor, X: Tensor) -> bool:
     return all(number % 16 == 0 for number in numbers) and X.stride(0) >= X.shape[1]
 
 
-def choose(
-    tma: bool, aligned: bool, capability: tuple[int, int], processors: int, X: Tensor
-) -> Config:
+def _route(capability: tuple[int, int], aligned: bool, masked: bool, named: bool) -> str:
+    """How keys are read, and by which instruction multiplied, where they are masked or named."""
+    # Consumer devices have TMA too, but a third of the shared memory, and multiply as 8.0 does.
+    if capability[0] in (9, 10):
+        return "tma" if aligned and not named else "wgmma"
+    return "mma listed" if masked or named else "mma"
+
+
+def choose(route: str, aligned: bool, processors: int, X: Tensor) -> Config:
     """The config for keys X (n, d): narrow tiles where wide ones are too few to share evenly."""
-    key = (tma, X.element_size())
     if not aligned:
         return _RAGGED
-    # Consumer devices have under half the shared memory that the wide config of TMA asks for.
-    if key not in _WIDE or (tma and capability[0] not in (9, 10)):
+    key = (route, X.element_size())
+    if key not in _WIDE:
         return _NARROW[key]
     tiles = -(-X.shape[1] // _WIDE[key].tile)
     return (_WIDE if tiles * (tiles + 1) // 2 >= 4 * processors else _NARROW)[key]

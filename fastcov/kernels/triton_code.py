@@ -141,7 +141,7 @@ def store_strip(C, strip, row, column, d, alpha, down, WIDTH: tl.constexpr):
 
 @triton.jit
 def store(C, total, i, j, d, alpha, down, TILE: tl.constexpr):
-    """Add alpha times a tile to C, a quarter at a time: the addresses of a whole one would spill."""
+    """Add alpha times a tile to C by quarters: the addresses of a whole tile would spill."""
     QUARTER: tl.constexpr = TILE // 4
     row = i * TILE
     column = j * TILE
@@ -192,8 +192,10 @@ def rank_k(
         whole = tl.load(counts).to(tl.int32)
         single = tl.load(counts + 1).to(tl.int32)
     tiles = tl.cdiv(d, TILE)
-    for t in tl.range(tl.program_id(0), tiles * (tiles + 1) // 2, tl.num_programs(0)):
-        i, j = tile_of(t, tiles, BAND)
+    first = tl.program_id(0)
+    programs = tl.num_programs(0)
+    for turn in tl.range(0, tl.cdiv(tiles * (tiles + 1) // 2 - first, programs)):
+        i, j = tile_of(first + turn * programs, tiles, BAND)
         total = tl.zeros((TILE, TILE), tl.float32)
         if TILED:
             total = whole_blocks(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import fastcov
+from fastcov.throughput import Throughput
 from fastmemit import statistics
 from fastmemit.applied import EditStack
 from fastmemit.contexts import Kind, generate_contexts
@@ -99,10 +100,17 @@ class Sources:
                 "unedited model; undo them first."
             )
         total = max(fastcov.budget(multiplier, self._adapter.d_k(layer)) for layer in layers)
+        throughput = Throughput() if self._progress else None
         with (
             bar("tokens read", total, self._progress) as reading,
-            bar("keys", total, self._progress) as progress,
+            bar("keys", total, self._progress) as keys,
         ):
+
+            def progress(done: int) -> None:
+                if throughput is not None:
+                    keys.note(throughput.rate())
+                keys(done)
+
             found = statistics.precompute(
                 self._adapter,
                 self._tokenizer,
@@ -116,6 +124,7 @@ class Sources:
                 max_length=max_length,
                 progress=progress,
                 reading=reading,
+                throughput=throughput,
             )
         self.use(found)
         return found

@@ -7,9 +7,9 @@ import json
 import logging
 import platform
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from dataclasses import field as dataclass_field
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,13 @@ import transformers
 from torch import Tensor
 
 import fastcov
+from fastcov.throughput import Throughput
 from fastmemit.data.corpora import Corpus
+from fastmemit.data.feed import corpus_batches
 from fastmemit.errors import BadConfig
 from fastmemit.models import ModelAdapter
 
 log = logging.getLogger(__name__)
-
-BATCH_TOKENS = 4096
-_TOKENISED_TOGETHER = 16
 
 
 @dataclass(frozen=True)
@@ -35,10 +34,12 @@ class Statistics:
     Attributes:
         paths: Module name -> file.
         provenance: What all of them share: model, corpus, seed, multiplier, budget, keys, context.
+        throughput: How fast they were collected, where that was just now and it was to be measured.
     """
 
     paths: dict[str, Path]
     provenance: dict[str, Any]
+    throughput: Throughput | None = dataclass_field(default=None, compare=False, repr=False)
 
     def second_moment(self, module: str) -> Tensor:
         """C of one module, (d_k, d_k) in the dtype of its sum, every byte of the file verified.
@@ -79,8 +80,12 @@ def precompute(
     max_length: int | None = None,
     progress: Callable[[int], None] | None = None,
     reading: Callable[[int], None] | None = None,
+    throughput: Throughput | None = None,
 ) -> Statistics:
     """Collect the second moments of several layers in one pass, unless they are there already.
+
+    Text is read, tokenised and put into batches by a thread, ahead of the model, except where the
+    model writes the text. The result is the same bit for bit.
 
     Args:
         adapter: The unedited model.
@@ -93,9 +98,10 @@ def precompute(
         seed: Of the order of documents.
         allow_fewer: Take a corpus that ends early for what it has.
         max_length: Cut documents at so many tokens; None takes the model's context.
-        progress: Called with the number of keys since the last call.
+        progress: Called with the number of keys since the last call, in the caller's thread.
         reading: Called with the number of tokens of each document as it is read, which is the long
-            part of a corpus that the model writes.
+            part of a corpus that the model writes; in the caller's thread.
+        throughput: Told how the collecting goes, for `progress` to ask.
 
     Raises:
         BadBudget: The multiplier is not above 0.
@@ -125,23 +131,27 @@ def precompute(
     missing = [name for name, path in paths.items() if not _is_there(path, shared, name)]
     if missing:
         log.info("collecting the second moments of %s", ", ".join(missing))
-        documents = fastcov.take(
-            _tokenised(tokenizer, corpus.documents(seed), context, reading),
-            max(budgets[name] for name in missing),
-            context,
-        )
-        moments = fastcov.collect(
-            adapter.model,
-            missing,
-            fastcov.bucket(documents, BATCH_TOKENS),
-            {name: budgets[name] for name in missing},
-            allow_fewer=allow_fewer,
-            progress=progress,
-        )
+        most = max(budgets[name] for name in missing)
+        if throughput is not None:
+            throughput.measure(adapter.model, adapter.device)  # before a thread begins to read
+        with corpus_batches(corpus, tokenizer, adapter.device, tokens=most, context=context,
+                            seed=seed, reading=reading) as batches:  # fmt: skip
+            moments = fastcov.collect(
+                adapter.model,
+                missing,
+                batches,
+                {name: budgets[name] for name in missing},
+                allow_fewer=allow_fewer,
+                progress=progress,
+                throughput=throughput,
+            )
+        if throughput is not None:
+            log.info("%s", throughput)
         for name, moment in moments.items():
             own = {**shared, "module": name, "budget": budgets[name], "keys": moment.count}
             fastcov.save_moment(paths[name], moment, {**own, "versions": versions()})
-    return Statistics(paths, _common([fastcov.read_provenance(path) for path in paths.values()]))
+    provenance = _common([fastcov.read_provenance(path) for path in paths.values()])
+    return Statistics(paths, provenance, throughput if missing else None)
 
 
 def find(
@@ -203,17 +213,6 @@ def _context(adapter: ModelAdapter, max_length: int | None) -> int:
             f"but is {max_length}."
         )
     return max_length
-
-
-def _tokenised(
-    tokenizer: Any, texts: Iterator[str], context: int, reading: Callable[[int], None] | None
-) -> Iterator[list[int]]:
-    """Token ids of each text, special tokens as the tokenizer adds them, cut at the context."""
-    while chunk := list(islice(texts, _TOKENISED_TOGETHER)):
-        for ids in tokenizer(chunk, truncation=True, max_length=context)["input_ids"]:
-            if reading is not None:
-                reading(len(ids))
-            yield ids
 
 
 def _is_there(path: Path, shared: dict[str, Any], module: str) -> bool:

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastcov import BadBudget, bucket, take
+from fastcov.batches import pinned, sent
 
 documents_of = st.lists(st.lists(st.integers(1, 99), max_size=40), max_size=40)
 
@@ -115,3 +116,24 @@ def test_bucket_is_deterministic_and_reads_one_window_at_a_time():
 def test_bucket_refuses_bad_settings_at_once(bad):
     with pytest.raises(ValueError):
         bucket([[1]], **{"tokens_per_batch": 8, **bad})
+
+
+def test_batches_for_the_cpu_are_not_pinned_and_tensors_there_are_not_copied():
+    batches = list(bucket([[1, 2], [3]], 4))
+    got = list(pinned(iter(batches), torch.device("cpu")))
+    assert all(batch is given for batch, given in zip(got, batches, strict=True))
+    ids = batches[0]["input_ids"]
+    assert sent(ids, torch.device("cpu")) is ids
+    assert sent(ids, torch.device("meta")).device.type == "meta"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_batches_for_a_gpu_are_pinned_and_arrive_whole():
+    device = torch.device("cuda")
+    batch = {**next(bucket([[1, 2], [3, 4]], 4)), "use": True}
+    (got,) = pinned([batch], device)
+    assert got["use"] is True and got["input_ids"].is_pinned()
+    for ids in (got["input_ids"], batch["input_ids"], batch["input_ids"].to(device)):
+        there = sent(ids, device)
+        assert there.device.type == "cuda" and there.tolist() == [[1, 2], [3, 4]]

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from fastcov import FastcovError, HookNeverRan, KeyHooks, UnknownModule, WrongWidth, flatten_keys
+from fastcov.keys import key_rows
 from reference.tiny import Tiny, paths
 
 IDS = {"input_ids": torch.tensor([[1, 2, 3]]), "position_ids": torch.arange(3)[None]}
@@ -37,6 +38,43 @@ def test_flatten_takes_the_mask_of_a_batch_whose_keys_are_flat_already():
     mask = torch.tensor([[1, 0], [1, 1]])
     _, kept = flatten_keys(torch.zeros(4, 3), mask)
     assert kept.tolist() == [True, False, True, True]
+
+
+@pytest.mark.parametrize(
+    ("view", "pieces"),
+    [
+        (lambda x: x, 1),
+        (lambda x: x[0, 0, 0], 1),
+        (lambda x: x.permute(2, 0, 1, 3), 1),
+        (lambda x: x[..., 1:3], 1),
+        (lambda x: x[:, :, 1:], 6),  # 2 x 3 sequences, each a matrix
+        (lambda x: x[:, 1:], 2),
+        (lambda x: x[:1, :, 1:], 3),
+        (lambda x: x[:, :, ::2].transpose(0, 2), 1),
+        (lambda x: x[:0], 1),
+        (lambda x: x[:1, :1, :1].expand(2, 3, 4, 5), 1),
+    ],
+)
+def test_rows_are_views_in_as_few_pieces_as_the_strides_allow(view, pieces):
+    x = view(torch.randn(2, 3, 4, 5))
+    mask = torch.rand(x.shape[:-1]) < 0.5
+    got = list(key_rows(x, mask))
+    assert len(got) == pieces
+    for rows, kept in got:
+        assert rows.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
+        assert rows.dim() == 2 and kept.dtype == torch.bool and kept.shape == rows.shape[:1]
+    every = torch.cat([rows for rows, _ in got])
+    assert sorted(every.tolist()) == sorted(x.reshape(-1, x.shape[-1]).tolist())
+    some = torch.cat([rows[kept] for rows, kept in got])
+    assert sorted(some.tolist()) == sorted(x[mask].tolist())
+    assert [kept for _, kept in key_rows(x)] == [None] * pieces
+
+
+def test_rows_need_a_mask_that_fits():
+    with pytest.raises(WrongWidth, match=r"\(2, 3, 4\)"):
+        next(key_rows(torch.zeros(2, 3, 4), torch.ones(2, 2)))
+    with pytest.raises(WrongWidth, match="scalar"):
+        next(key_rows(torch.tensor(1.0)))
 
 
 @pytest.mark.parametrize("mask", [torch.ones(2, 2), torch.ones(2, 4), torch.ones(2, 3, 4)])

@@ -48,6 +48,22 @@ def test_masked_keys_of_any_dtype(dtype):
     torch.testing.assert_close(moment.second_moment.double(), wanted, rtol=1e-6, atol=1e-6)
 
 
+def test_keys_without_a_view_as_a_matrix_are_summed_as_well():
+    X = keys(60, 5).reshape(6, 10, 5)[:, 1:]
+    mask = torch.rand(6, 9, generator=torch.Generator().manual_seed(1)) < 0.4
+    moment = SecondMoment(5, dtype=torch.float64).update(X, mask)
+    assert moment.count == int(mask.sum())
+    wanted = torch.from_numpy(literal.second_moment(X.numpy(), mask.numpy()))
+    torch.testing.assert_close(moment.second_moment, wanted, rtol=1e-13, atol=1e-13)
+
+
+def test_a_count_that_the_caller_has_is_taken_at_its_word():
+    mask = torch.tensor([True, False, True])
+    assert SecondMoment(2).update(torch.ones(3, 2), mask, kept=2).count == 2
+    with pytest.raises((RuntimeError, NotImplementedError)):  # a device without numbers to read
+        SecondMoment(2, device="meta").update(torch.ones(3, 2, device="meta"), mask.to("meta"))
+
+
 def test_merge_adds_sums_and_counts():
     X = keys()
     whole = SecondMoment(7, dtype=torch.float64).update(X)

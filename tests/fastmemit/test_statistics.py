@@ -168,3 +168,21 @@ def test_reading_is_counted_as_it_goes(tmp_path: Path) -> None:
     assert sum(taken) == 3 * editor.adapter.d_k(1)
     assert len(read) > 1
     assert sum(read) >= sum(taken)
+
+
+def test_how_fast_it_went_is_with_what_was_just_collected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notes: list[str] = []
+    monkeypatch.setattr("fastmemit.progress.Bar.note", lambda self, text: notes.append(text))
+    editor = tiny_editor(tmp_path, layers=None, progress=True)
+    first = editor.precompute(tiny_corpus(), multiplier=4, layers=LAYERS)
+    assert first.throughput is not None and first.throughput.share is not None
+    assert (first.throughput.keys, first.throughput.modules) == (4 * D_K, 2)
+    # The two triangles, and what the forward pass costs besides.
+    assert first.throughput.flops > 2 * 4 * D_K * D_K * (D_K + 1)
+    assert notes and all("tokens/s" in note for note in notes)
+    kept = editor.precompute(tiny_corpus(), multiplier=4, layers=LAYERS)
+    assert kept.throughput is None and kept == first
+    quiet = tiny_editor(tmp_path, layers=None)
+    assert quiet.precompute(tiny_corpus(), multiplier=5, layers=LAYERS).throughput is None

@@ -43,5 +43,7 @@ def run(args: argparse.Namespace) -> None:
         f"{editor.name}: second moments of {len(found.paths)} layers, {found.describe()}, "
         f"in {time.perf_counter() - begun:.1f} s"
     )
+    if found.throughput is not None:
+        print(f"  {found.throughput}")
     for path in found.paths.values():
         print(f"  {path}")

@@ -28,7 +28,14 @@ ROWS = 24
 TOP_K = 200
 
 
-def self_written(model: Any, tokenizer: Any, fingerprint: str) -> Corpus:
+class SelfWritten(Corpus):
+    """A corpus whose documents the model writes as they are asked for.
+
+    Who asks for them runs the model. So they are not to be read in another thread while it runs.
+    """
+
+
+def self_written(model: Any, tokenizer: Any, fingerprint: str) -> SelfWritten:
     """Text that a model writes, document by document, as it is asked for.
 
     Args:
@@ -53,4 +60,4 @@ def self_written(model: Any, tokenizer: Any, fingerprint: str) -> Corpus:
             yield from (begin + rest for begin, rest in zip(openings, new, strict=True))
             number += ROWS
 
-    return Corpus("self", digest, read)
+    return SelfWritten("self", digest, read)

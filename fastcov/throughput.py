@@ -1,0 +1,248 @@
+"""How fast a collect goes, and how fast this machine would let it go.
+
+The limit is the arithmetic that cannot be left out, at the machine's measured speed: the truncated
+forward pass, counted on the first batch, and n d_k (d_k + 1) operations for one triangle of each
+module's n keys. Attention counts for a token and those before it, as in a causal model. Padding,
+attention to what comes later, waiting for text and moving data are what lies between.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from fastcov.kernels import cpu
+
+if TYPE_CHECKING:
+    from fastcov.tally import Tally
+
+logger = logging.getLogger(__name__)
+
+# Operations whose number grows with the square of a sequence's length, by name.
+_ATTENTION = ("bmm", "baddbmm", "attention")
+_SECONDS = 0.05  # what measuring the peak by products may take
+_LOOP_SECONDS = 0.03  # and by loops of multiply-adds
+_LARGEST = 8192  # width of the largest product tried
+
+
+class Throughput:
+    """What one `fastcov.collect` has done, in keys, operations and seconds.
+
+    Args:
+        peak: The machine's speed in floating point operations a second (a multiply-add is two).
+            None measures it by `measured_peak` when the collect begins, which takes about 0.1 s
+            that are not counted.
+    """
+
+    def __init__(self, peak: float | None = None) -> None:
+        self._peak = peak
+        self._begun: float | None = None
+        self._ended: float | None = None
+        self._keys: dict[str, int] = {}
+        self._flops = 0.0
+        self._linear = 0.0  # operations of the forward pass for a token, attention aside
+        self._attention = 0.0  # and for a pair of tokens of one sequence
+        self._counted = False
+
+    @property
+    def peak(self) -> float | None:
+        """The machine's operations a second; None where they could not be measured."""
+        return self._peak
+
+    @property
+    def modules(self) -> int:
+        """How many modules have given keys."""
+        return sum(keys > 0 for keys in self._keys.values())
+
+    @property
+    def keys(self) -> int:
+        """How many keys the module that took most has given."""
+        return max(self._keys.values(), default=0)
+
+    @property
+    def flops(self) -> float:
+        """The operations that these keys cost at least: of the forward pass and the triangles."""
+        return self._flops
+
+    @property
+    def seconds(self) -> float:
+        """The time since the collect began, or that it took."""
+        if self._begun is None:
+            return 0.0
+        return (time.perf_counter() if self._ended is None else self._ended) - self._begun
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Keys of the module that took most, a second."""
+        return self.keys / self.seconds if self.seconds else 0.0
+
+    @property
+    def limit(self) -> float | None:
+        """The tokens a second at the machine's peak, or None where it is not known."""
+        return self.keys * self._peak / self._flops if self._peak and self._flops else None
+
+    @property
+    def share(self) -> float | None:
+        """Which part of the limit this is."""
+        limit = self.limit
+        return self.tokens_per_second / limit if limit else None
+
+    def rate(self) -> str:
+        """Tokens a second and the share of the limit, for a progress bar."""
+        share = self.share
+        known = "" if share is None else f", {share:.0%} of the limit"
+        return f"{self.tokens_per_second:,.0f} tokens/s{known}"
+
+    def __str__(self) -> str:
+        """One line for people."""
+        share = self.share
+        known = (
+            "the machine's limit was not measured"
+            if share is None
+            else f"{100 * share:.0f} % of what this machine's arithmetic allows"
+        )
+        layers = f"{self.modules} layer{'' if self.modules == 1 else 's'}"
+        return (
+            f"{self.keys:,} keys of {layers} in {self.seconds:.1f} s: "
+            f"{self.tokens_per_second:,.0f} tokens/s, {known}"
+        )
+
+    def measure(self, model: nn.Module, device: torch.device) -> None:
+        """Measure the peak, unless it is known; nothing else should run meanwhile.
+
+        A collect does so when it begins. Where a thread is to read its batches ahead, do it before
+        that thread starts.
+        """
+        if self._peak is None:
+            dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
+            try:
+                self._peak = measured_peak(dtype or torch.get_default_dtype(), device)
+            except RuntimeError as error:  # torch has no product of this dtype on this device
+                logger.warning("the peak of %s could not be measured: %s", device, error)
+
+    def start(self, model: nn.Module, device: torch.device) -> None:
+        """Measure the peak where it is not known, and begin to count."""
+        self.measure(model, device)
+        self._begun, self._ended = time.perf_counter(), None
+
+    @contextmanager
+    def batch(self, batch: Mapping[str, Any], tally: Tally) -> Iterator[None]:
+        """Count one batch, the model's forward pass on which happens inside."""
+        sequences, length = _shape(batch)
+        if self._counted:
+            yield
+        else:
+            with _counting() as operations:
+                yield
+            attention = sum(n for name, n in operations.items() if _is_attention(name))
+            self._linear = (sum(operations.values()) - attention) / max(sequences * length, 1)
+            self._attention = attention / max(sequences * length**2, 1)
+            self._counted = True
+        tokens = sequences * length if tally.tokens is None else tally.tokens
+        pairs = sequences * length * (length + 1) / 2
+        self._flops += tokens * self._linear + pairs * self._attention
+        for name, keys in tally.took().items():
+            d_k = tally.moments[name].d if keys else 0
+            self._flops += keys * d_k * (d_k + 1)
+            self._keys[name] = self._keys.get(name, 0) + keys
+
+    def stop(self) -> None:
+        """Take the time."""
+        self._ended = time.perf_counter()
+
+
+def measured_peak(dtype: torch.dtype, device: torch.device) -> float:
+    """The speed of a machine's matrix products, in operations a second.
+
+    The best of products of growing size through torch; on a CPU with the native
+    extension, of its loops of multiply-adds as well, if they are faster.
+
+    Args:
+        dtype: Of the factors, a floating point one.
+        device: Where to measure.
+
+    Raises:
+        RuntimeError: torch cannot multiply matrices of this dtype there.
+    """
+    width, best = 256, 0.0
+    square = _square(width, dtype, device)
+    begun = time.perf_counter()
+    while True:
+        took = _timed(square)
+        best = max(best, 2 * width**3 / took)
+        left = _SECONDS - (time.perf_counter() - begun)
+        if width < _LARGEST and 16 * took < left:  # two of eight times the work
+            width *= 2
+            square = _square(width, dtype, device)
+        elif took > left:
+            return max(best, _multiply_adds(dtype)) if device.type == "cpu" else best
+
+
+def _square(width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A matrix, multiplied once already: the first product of a size may load code for it."""
+    square = torch.ones(width, width, dtype=dtype, device=device)
+    _timed(square)
+    return square
+
+
+def _timed(square: Tensor) -> float:
+    """Seconds of a matrix times itself; to read a number waits for the device."""
+    square[0, 0].item()
+    begun = time.perf_counter()
+    (square @ square)[0, 0].item()
+    return time.perf_counter() - begun
+
+
+def _multiply_adds(dtype: torch.dtype) -> float:
+    """The best rate of the native kernels' multiply-adds, 0 where there are none of this dtype."""
+    # Keys of 16 bits are multiplied in float32 where the processor has no products of their own.
+    tried = {
+        torch.float64: [("avx512f", torch.float64), ("avx2", torch.float64)],
+        torch.bfloat16: [("avx512_bf16", torch.bfloat16)],
+    }.get(dtype, [])
+    if dtype != torch.float64:
+        tried = [*tried, ("avx512f", torch.float32), ("avx2", torch.float32)]
+    for name, of in tried:
+        if cpu.CpuKernel(name).missing() is None:
+            return cpu.fma_peak(name, dtype=of, seconds=_LOOP_SECONDS) * 1e9
+    return 0.0
+
+
+@contextmanager
+def _counting() -> Iterator[dict[str, int]]:
+    """Operations by the name of the operator; filled on leaving."""
+    from torch.utils import flop_counter
+
+    of_shapes: Any = flop_counter.sdpa_flop_count  # untyped
+
+    def attention(q: Any, k: Any, v: Any, *args: Any, out_shape: Any = None, **more: Any) -> int:
+        return int(of_shapes(q, k, v))
+
+    # The counter of torch 2.13 does not know the attention that runs on a CPU.
+    more = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention}
+    operations: dict[str, int] = {}
+    with flop_counter.FlopCounterMode(display=False, custom_mapping=more) as counter:
+        yield operations
+    for name, number in counter.get_flop_counts().get("Global", {}).items():
+        operations[str(name)] = operations.get(str(name), 0) + int(number)
+
+
+def _is_attention(name: str) -> bool:
+    short = name.rpartition(".")[2]
+    return short in _ATTENTION or _ATTENTION[-1] in short
+
+
+def _shape(batch: Mapping[str, Any]) -> tuple[int, int]:
+    """How many sequences a batch has, and how long they are with their padding."""
+    tensors = [value for value in batch.values() if isinstance(value, Tensor)]
+    named = (batch.get(name) for name in ("attention_mask", "input_ids"))
+    tensor = next((value for value in (*named, *tensors) if isinstance(value, Tensor)), None)
+    if tensor is None or tensor.dim() == 0:
+        return 1, 1
+    return (1, tensor.shape[0]) if tensor.dim() == 1 else (tensor.shape[0], tensor.shape[1])

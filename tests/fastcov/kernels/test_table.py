@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from fastcov import ops
+from fastcov.kernels import table
+
+ROWS = [
+    {"dtype": "bfloat16", "d": 6400, "seconds": {"triton": 3.0, "cuda": 2.0, "panels": 4.0}},
+    {"dtype": "bfloat16", "d": 16384, "seconds": {"triton": 3.0, "cuda": 5.0, "panels": 4.0}},
+    {"dtype": "float32", "d": 6400, "seconds": {"triton": 9.0}},
+]
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    table._order.cache_clear()
+    monkeypatch.setattr(table, "_table", lambda: {"Card": ROWS})
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Card")
+    yield
+    table._order.cache_clear()
+
+
+def test_the_shipped_table_can_be_read():
+    for rows in table._table().values():
+        for row in rows:
+            assert row["d"] > 0 and all(seconds > 0 for seconds in row["seconds"].values())
+
+
+def test_the_nearest_measured_width_decides(measured):
+    device = torch.device("cuda", 0)
+    assert table.order(device, torch.bfloat16, 6400) == ["cuda", "triton", "panels"]
+    assert table.order(device, torch.bfloat16, 1000) == ["cuda", "triton", "panels"]
+    # 10240 is the geometric mean of the two: below it the one, above it the other.
+    assert table.order(device, torch.bfloat16, 10_200)[0] == "cuda"
+    assert table.order(device, torch.bfloat16, 10_300)[0] == "triton"
+    assert table.order(device, torch.float32, 99) == ["triton"]
+    assert table.order(device, torch.float16, 6400) == []
+
+
+def test_an_unknown_device_has_no_order(measured, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Another")
+    assert table.order(torch.device("cuda", 0), torch.bfloat16, 6400) == []
+
+
+@pytest.mark.parametrize(
+    ("dtype", "d", "first"),
+    [
+        (torch.bfloat16, 6400, "cuda"),
+        (torch.bfloat16, 16384, "triton"),
+        (torch.float16, 64, "high"),
+    ],
+)
+def test_what_was_measured_comes_before_the_ranks(measured, monkeypatch, dtype, d, first):
+    def kernel(name, rank):
+        ops.register(ops.Kernel(name, lambda *a: None, lambda: None, lambda C, X: None, rank))
+
+    monkeypatch.setattr(ops, "_KERNELS", {})
+    for name, rank in (("high", 30), ("triton", 12), ("panels", 8), ("cuda", 4)):
+        kernel(name, rank)
+
+    class Somewhere:
+        """Stands in for a tensor on a device that is not here."""
+
+        device = torch.device("cuda", 0)
+        shape = (d, d)
+
+    Somewhere.dtype = dtype
+    assert ops._chosen(Somewhere(), Somewhere()).name == first
+
+
+def test_results_are_adopted_in_place_of_former_ones(tmp_path):
+    before = {"devices": {"Other": [1], "Card": [2]}}
+    results = {"device": "Card", "kernels": [{**ROWS[0], "goal": 1.6}, {"dtype": "x", "d": 1}]}
+    assert table.adopt(results, before) == {"devices": {"Other": [1], "Card": [ROWS[0]]}}
+    assert before["devices"]["Card"] == [2]
+
+
+def test_the_command_writes_the_table(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(table, "__file__", str(tmp_path / "table.py"))
+    (tmp_path / "measured.json").write_text('{"devices": {}}')
+    results = tmp_path / "card.json"
+    results.write_text(json.dumps({"device": "Card", "kernels": ROWS}))
+    assert table.main([str(results)]) == 0
+    assert json.loads((tmp_path / "measured.json").read_text())["devices"] == {"Card": ROWS}
+    assert "Card" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", "cannot be adopted"),
+        ("[]", "cannot be adopted"),
+        ("{}", "hold no device"),
+        ('{"device": "Card", "kernels": [{"seconds": {}}]}', "no measured time"),
+        ('{"device": "Card", "kernels": [{"seconds": {"a": 1}}]}', "cannot be adopted"),
+    ],
+)
+def test_what_is_no_result_is_refused(tmp_path, monkeypatch, capsys, text, words):
+    monkeypatch.setattr(table, "__file__", str(tmp_path / "table.py"))
+    (tmp_path / "measured.json").write_text('{"devices": {}}')
+    (tmp_path / "bad.json").write_text(text)
+    assert table.main([str(tmp_path / "bad.json")]) == 2
+    assert words in capsys.readouterr().err
+    assert (tmp_path / "measured.json").read_text() == '{"devices": {}}'
+    assert table.main([]) == 2
+    assert table.main([str(tmp_path / "none.json")]) == 2

@@ -1,0 +1,31 @@
+"""Precompute says how fast it went, where it is not told to be quiet."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from tiny_commands import Place, run
+
+
+def test_it_says_how_fast_it_went_and_only_where_it_collected(
+    place: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert place.model[-1] == "--quiet"
+    command = ["precompute", *place.model[:-1], "--corpus", place.corpus, "--multiplier", "4",
+               "--layers", "0-1"]  # fmt: skip
+    out = run(capsys, *command)
+    line = (r"\n  256 keys of 2 layers in \d+\.\d s: [\d,]+ tokens/s, "
+            r"\d+ % of what this machine's arithmetic allows\n")  # fmt: skip
+    assert re.search(line, out)
+    assert "tokens/s" not in run(capsys, *command)  # kept: nothing was collected
+
+
+def test_quiet_measures_nothing(
+    place: Place, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fastcov.throughput.measured_peak", None)  # to call it would raise
+    out = run(capsys, "precompute", *place.model, "--corpus", place.corpus, "--multiplier", "4",
+              "--layers", "0-1")  # fmt: skip
+    assert "second moments of 2 layers" in out and "tokens/s" not in out

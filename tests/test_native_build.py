@@ -1,0 +1,101 @@
+"""How the native module is built, or not: what setup.py and CMakeLists.txt promise."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run(command, cwd, **environment):
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("FASTCOV_") and k != "CXX"}
+    return subprocess.run(
+        command, cwd=cwd, env={**kept, **environment}, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.fixture
+def sources(tmp_path):
+    """A copy of what a source distribution has; builds leave their traces there."""
+    folder = tmp_path / "sources"
+    folder.mkdir()
+    for name in ("setup.py", "pyproject.toml", "CMakeLists.txt", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder)
+    ignored = shutil.ignore_patterns("__pycache__", "_native*")
+    for name in ("csrc", "fastcov", "python"):
+        shutil.copytree(ROOT / name, folder / name, ignore=ignored)
+    return folder
+
+
+def pure_wheel(sources, **environment):
+    """Build a wheel; its only name must say that it is pure Python."""
+    done = run([sys.executable, "setup.py", "bdist_wheel"], sources, **environment)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = (sources / "dist").glob("*.whl")
+    assert wheel.name.endswith("-py3-none-any.whl")
+    return wheel, done.stderr
+
+
+def test_skipping_the_native_module_makes_a_pure_wheel_and_says_so(sources):
+    wheel, said = pure_wheel(sources, FASTCOV_SKIP_NATIVE="1")
+    assert "FASTCOV_SKIP_NATIVE is set" in said
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert {"fastcov/kernels/measured.json", "fastcov/bench/__main__.py"} <= names
+    assert not [name for name in names if "_native" in name or name.startswith("csrc")]
+
+
+def test_without_a_compiler_the_wheel_is_pure_and_says_so(sources, tmp_path):
+    empty = tmp_path / "nothing"
+    empty.mkdir()
+    _, said = pure_wheel(sources, PATH=str(empty))
+    assert "no C++ compiler was found" in said
+
+
+def test_a_compiler_that_fails_is_an_error_with_its_mend(sources):
+    pytest.importorskip("pybind11", reason="pybind11 is not installed (make lint installs it)")
+    if not (shutil.which("cmake") and shutil.which("c++")):
+        pytest.skip("no cmake or no C++ compiler")
+    (sources / "csrc" / "cpu" / "dispatch.cpp").write_text("this is no C++\n")
+    done = run([sys.executable, "setup.py", "build_ext"], sources, FASTCOV_CUDA="OFF")
+    assert done.returncode != 0
+    assert "FASTCOV_SKIP_NATIVE=1" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [("MAYBE", "must be AUTO, ON or OFF but is 'MAYBE'"), ("ON", "no working nvcc was found")],
+)
+def test_what_cuda_setting_cannot_be_kept_to_is_an_error(sources, tmp_path, setting, words):
+    pytest.importorskip("pybind11", reason="pybind11 is not installed (make lint installs it)")
+    if not (shutil.which("cmake") and shutil.which("c++")):
+        pytest.skip("no cmake or no C++ compiler")
+    broken = tmp_path / "nvcc"
+    broken.write_text("#!/bin/sh\nexit 1\n")
+    broken.chmod(0o755)
+    done = run(
+        [sys.executable, "setup.py", "build_ext"],
+        sources,
+        FASTCOV_CUDA=setting,
+        CUDACXX=str(broken),
+    )
+    assert done.returncode != 0
+    assert words in " ".join((done.stdout + done.stderr).split())
+
+
+def test_the_module_of_this_installation_is_of_these_sources():
+    if importlib.util.find_spec("fastcov._native") is None:
+        pytest.skip("no native module is installed")
+    from fastcov.kernels import cpu, native
+
+    build = native.build()
+    assert build is not None and build["compiler"]
+    names = [name for name, _ in native.native().cpu_variants()]
+    assert names == [name for name in cpu.VARIANTS if name in names] and "portable" in names
