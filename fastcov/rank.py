@@ -8,6 +8,7 @@ from torch import Tensor
 from fastcov.ops import rank_k_update
 
 _BLOCK = 64  # coordinates eliminated at a time
+_WAITING = 0.1  # of the largest pivot: what a pivot of the same block must be
 
 
 def pivots_(A: Tensor, diagonal: Tensor) -> list[float]:
@@ -29,7 +30,8 @@ def pivots_(A: Tensor, diagonal: Tensor) -> list[float]:
         of a coordinate's mean square that those before it do not explain.
     """
     d = A.shape[0]
-    tolerance = 10 * d**0.5 * torch.finfo(A.dtype).eps
+    # In float64 well above rounding, which is some 1e-14, and below every jitter.
+    tolerance = max(1e-12, 10 * d**0.5 * torch.finfo(A.dtype).eps)
     columns = torch.arange(d, device=A.device)
     untried = diagonal > 0  # (d,)
     scale = diagonal.clamp(min=0).sqrt()  # (d,)
@@ -41,35 +43,40 @@ def pivots_(A: Tensor, diagonal: Tensor) -> list[float]:
         if candidates == 0:
             return found
         chosen = left.topk(min(candidates, _BLOCK)).indices  # (b,)
-        untried[chosen] = False
         # Row i of the symmetric matrix: left of the diagonal as it is, from there on the column.
         rows = torch.where(columns <= chosen[:, None], A[chosen], A[:, chosen].mT)  # (b, d)
         scales = scale[chosen]
         square = (rows[:, chosen] / scales / scales[:, None]).cpu().double()  # (b, b)
-        order, factor = _eliminate(square, tolerance)
+        order, factor = _eliminate(square)
         found += factor.diagonal().square().tolist()
         order = order.to(A.device)
+        untried[chosen[order]] = False
         rows = rows[order]  # (r, d)
-        factor = factor.to(A) * scales[order][:, None]
+        factor = factor.to(A.dtype).to(A.device) * scales[order][:, None]
         half = torch.linalg.solve_triangular(factor, rows, upper=False)
         del rows
         rank_k_update(A, half, alpha=-1.0, kernel=kernel)
 
 
-def _eliminate(square: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
-    """Cholesky of a small matrix (b, b), largest pivot first, down to the tolerance.
+def _eliminate(square: Tensor) -> tuple[Tensor, Tensor]:
+    """Cholesky of a small matrix (b, b), largest pivot first, while pivots are large.
+
+    What falls behind the first pivot waits for another block. A coordinate of which little is left
+    may only be taken when no better one is left anywhere: it would magnify the rounding of all
+    others, until they look independent.
 
     Returns:
         The r coordinates in the order of elimination, and the factor (r, r) of that order; what
-        stands above its diagonal means nothing. At least one, the largest, is always taken.
+        stands above its diagonal means nothing.
     """
     square = square.clone()
     remaining = square.diagonal()
+    least = _WAITING * float(remaining.max())
     order: list[int] = []
     columns: list[Tensor] = []
     while len(order) < len(square):
         pivot = int(remaining.argmax())
-        if order and not float(remaining[pivot]) > tolerance:
+        if float(remaining[pivot]) < least:
             break
         column = square[:, pivot] / remaining[pivot].sqrt()  # (b,)
         square.addr_(column, column, alpha=-1)

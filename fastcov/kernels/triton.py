@@ -12,11 +12,12 @@ three bfloat16 each and the six larger of the nine products are summed, which le
 product of two keys; their chain has six times the steps and is promoted after 64 rows. (tf32x3
 costs the same on the tensor cores and keeps 22 bits; plain tf32 keeps 11.)
 
-Loads. On compute capability 9 and 10, where rows are aligned, whole blocks of rows are brought by TMA through a tensor descriptor: no addresses in registers, and edges come as
-zeros. A mask becomes two lists on the device, without waiting for it: the blocks whose rows are all
-kept, which TMA brings, and the remaining kept rows, which are read one by one through pointers.
-What is not kept is never read, so it may be NaN. Everything else, named rows included, goes through
-pointers. All offsets into C and X are of 64 bits.
+Loads. On compute capability 9 and 10, aligned keys are brought by TMA, in blocks of rows, through a
+tensor descriptor: no addresses in registers, and what lies beyond the edges comes as zeros. A mask
+becomes two lists on the device, without waiting for it: the blocks whose rows are all kept, which
+TMA brings, and the remaining kept rows, which are read one by one through pointers. What is not
+kept is never read, so it may be NaN. Everything else goes through pointers: named rows, which the
+TMA of Hopper cannot gather, and all keys elsewhere. Offsets into C and X are of 64 bits.
 
 The device code is in `fastcov.kernels.triton_code`, which alone imports triton.
 """
@@ -56,8 +57,8 @@ class Config:
     programs: int
 
 
-# By route, see `_route`, and bytes of a key. The two sums of a tile fill half the registers, so these
-# are the largest steps for which neither triton 3.6 nor 3.7 spills any.
+# By route, see `_route`, and bytes of a key. The two sums of a tile fill half the registers, so
+# these are the largest steps for which neither triton 3.6 nor 3.7 spills any.
 _WIDE = {
     ("tma", 2): Config(tile=128, depth=64, warps=8, stages=4, programs=1),
     ("tma", 4): Config(tile=128, depth=16, warps=8, stages=3, programs=1),

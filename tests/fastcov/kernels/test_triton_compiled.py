@@ -173,7 +173,7 @@ def test_what_is_launched_uses_matrix_instructions_and_spills_nothing(
 
 def test_a_config_that_spills_is_seen(monkeypatch, tmp_path):
     # What the test above asserts is worth as much as its eyesight.
-    greedy = kernel.Config(tile=128, depth=32, warps=4, stages=2, programs=1)
+    greedy = kernel.Config(tile=128, depth=32, warps=8, stages=3, programs=1)
     _, arguments, named = launched(monkeypatch, 80, torch.float32, "all", WIDE, greedy)
     _, spilled = resources(compiled(80, arguments, named), tmp_path)
     assert spilled > 0
