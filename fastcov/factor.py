@@ -107,7 +107,8 @@ class RefinedFactor(CholeskyFactor):
 
     Attributes:
         diagonal: Of A with its jitter, shape (d,), float64.
-        tolerance: How large ``B - A X`` may be relative to B, in every column.
+        tolerance: How large ``B - A X`` may be relative to B, in every column, where the rounding
+            of ``A X`` in float64 is not more than that.
     """
 
     diagonal: Tensor = field(kw_only=True)
@@ -136,6 +137,7 @@ class RefinedFactor(CholeskyFactor):
             lambda X: upper_product(self.lower, self.diagonal, X),
             self._approximate,
             columns,
+            self.diagonal,
             self.tolerance,
         )
         return solved.reshape(B.shape)

@@ -52,6 +52,7 @@ def refined_solve(
     product: Callable[[Tensor], Tensor],
     approximate: Callable[[Tensor], Tensor],
     B: Tensor,
+    diagonal: Tensor,
     tolerance: float = TOLERANCE,
 ) -> Tensor:
     """Solve ``A X = B`` in float64, all columns at once, with a checked residual.
@@ -60,25 +61,35 @@ def refined_solve(
         product: ``X -> A X`` in float64, for A symmetric positive definite.
         approximate: ``R -> A^-1 R`` to a few digits, float64 in and out.
         B: Shape (d, m), float64, finite.
+        diagonal: Of A, shape (d,), float64: it bounds the rounding of a product.
         tolerance: The residual's norm over the right side's at which a column is solved.
 
     Returns:
-        X, shape (d, m); ``B - A X``, computed afresh, is within the tolerance in every column.
+        X, shape (d, m). The residual ``B - A X``, computed afresh, is within the tolerance in
+        every column, or within the rounding of ``A X`` in float64 if that is more: no solve in
+        float64 leaves less.
 
     Raises:
         ResidualTooLarge: It was not after 60 steps, or the steps broke down.
     """
     norms = B.norm(dim=0)  # (m,)
-    goal = tolerance * norms
+    # An entry of A is at most the root of its two diagonal ones, so that of the product of A and x
+    # entry i is rounded by about eps * sqrt(a_ii) * |sqrt(diag A) * x|.
+    scale = diagonal.sqrt()[:, None]  # (d, 1)
+    rounding = 4 * torch.finfo(B.dtype).eps * diagonal.sum().sqrt()
+
+    def goal(X: Tensor) -> Tensor:
+        return tolerance * norms + rounding * (scale * X).norm(dim=0)  # (m,)
+
     X, R = torch.zeros_like(B), B
     former = before = direction = None
     for step in range(_STEPS):
         size = R.norm(dim=0)
         # The recursion for R drifts, so that only a residual computed afresh ends the work.
-        if step and bool((size <= goal / 2).all()):
+        if step and bool((size <= goal(X) / 2).all()):
             R = B - product(X)
             size = R.norm(dim=0)
-            if bool((size <= goal).all()):
+            if bool((size <= goal(X)).all()):
                 return X
             direction = None
         if not bool(size.isfinite().all()):

@@ -12,7 +12,7 @@ three bfloat16 each and the six larger of the nine products are summed, which le
 product of two keys; their chain has six times the steps and is promoted after 64 rows. (tf32x3
 costs the same on the tensor cores and keeps 22 bits; plain tf32 keeps 11.)
 
-Loads. On compute capability 9 and 10, aligned keys are brought by TMA, in blocks of rows, through a
+Loads. On compute capability 9 and 10 aligned keys are brought by TMA, in blocks of rows, through a
 tensor descriptor: no addresses in registers, and what lies beyond the edges comes as zeros. A mask
 becomes two lists on the device, without waiting for it: the blocks whose rows are all kept, which
 TMA brings, and the remaining kept rows, which are read one by one through pointers. What is not
@@ -164,7 +164,7 @@ def rank_k_update(
         launch(C, X, mask, rows, alpha, _INTERPRETED, tma=aligned and rows is None)
         return
     capability, processors = _device(C.device.index)
-    route = _route(capability, aligned, mask is not None, rows is not None)
+    route = _route(capability, aligned, mask is not None, rows is not None, X.element_size())
     config = choose(route, aligned, processors, X)
     with torch.cuda.device(C.device):
         launch(C, X, mask, rows, alpha, config, route == "tma", processors)
@@ -176,11 +176,15 @@ def _aligned(C: Tensor, X: Tensor) -> bool:
     return all(number % 16 == 0 for number in numbers) and X.stride(0) >= X.shape[1]
 
 
-def _route(capability: tuple[int, int], aligned: bool, masked: bool, named: bool) -> str:
+def _route(
+    capability: tuple[int, int], aligned: bool, masked: bool, named: bool, key_bytes: int
+) -> str:
     """How keys are read, and by which instruction multiplied, where they are masked or named."""
     # Consumer devices have TMA too, but a third of the shared memory, and multiply as 8.0 does.
     if capability[0] in (9, 10):
-        return "tma" if aligned and not named else "wgmma"
+        # Compiled for 10.0, float32 keys by TMA need more tensor memory than there is, and trap.
+        fits = capability[0] == 9 or key_bytes == 2
+        return "tma" if aligned and not named and fits else "wgmma"
     return "mma listed" if masked or named else "mma"
 
 

@@ -190,11 +190,16 @@ def test_a_config_that_spills_is_seen(monkeypatch, tmp_path):
         ((9, 0), "all", torch.bfloat16, 16001, 64, 16),  # rows start anywhere
         ((8, 0), "all", torch.bfloat16, 4096, 128, 32),
         ((8, 6), "mask", torch.bfloat16, 4096, 128, 16),
+        ((10, 0), "all", torch.bfloat16, 16384, 128, 64),
+        ((10, 0), "all", torch.float32, 16384, 64, 16),
         ((12, 0), "rows", torch.float32, 4096, 64, 16),
     ],
 )
 def test_the_choice_of_tiles(capability, kept, dtype, d, tile, depth):
     aligned = d % 16 == 0
-    route = kernel._route(capability, aligned, kept == "mask", kept == "rows")
+    named = kept == "rows"
+    route = kernel._route(capability, aligned, kept == "mask", named, dtype.itemsize)
     config = kernel.choose(route, aligned, 132, torch.empty(1, d, dtype=dtype))
     assert (config.tile, config.depth) == (tile, depth)
+    on_ten = capability[0] == 10 and dtype == torch.bfloat16
+    assert (route == "tma") == (aligned and not named and (capability[0] == 9 or on_ten))
