@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastcov.errors import ResidualTooLarge
 
-TOLERANCE = 1e-10  # of the residual, relative to the right side
+TOLERANCE = 1e-12  # of the residual, relative to the right side
 _STEPS = 60
 _BLOCK = 128  # rows of the matrix that are converted at a time
 
@@ -72,6 +72,8 @@ def refined_solve(
     Raises:
         ResidualTooLarge: It was not after 60 steps, or the steps broke down.
     """
+    largest = _nonzero(B.abs().amax(dim=0))  # (m,): squares of what is divided by it stay finite
+    B = B / largest
     norms = B.norm(dim=0)  # (m,)
     # An entry of A is at most the root of its two diagonal ones, so that of the product of A and x
     # entry i is rounded by about eps * sqrt(a_ii) * |sqrt(diag A) * x|.
@@ -79,7 +81,8 @@ def refined_solve(
     rounding = 4 * torch.finfo(B.dtype).eps * diagonal.sum().sqrt()
 
     def goal(X: Tensor) -> Tensor:
-        return tolerance * norms + rounding * (scale * X).norm(dim=0)  # (m,)
+        bound: Tensor = tolerance * norms + rounding * (scale * X).norm(dim=0)  # (m,)
+        return bound
 
     X, R = torch.zeros_like(B), B
     former = before = direction = None
@@ -90,7 +93,7 @@ def refined_solve(
             R = B - product(X)
             size = R.norm(dim=0)
             if bool((size <= goal(X)).all()):
-                return X
+                return X * largest
             direction = None
         if not bool(size.isfinite().all()):
             break

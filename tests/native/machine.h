@@ -66,6 +66,7 @@ struct Warp {
 
 struct Block {
   static constexpr uint32_t kBase = 0x410;  // aligned to 16 bytes and no more
+  int ended = 0;                            // threads
   std::vector<uint8_t> shared;
   std::map<uint32_t, Barrier> barriers;
   std::vector<Warp> warps;
@@ -136,7 +137,10 @@ class Machine {
         current_ = &fiber;
         swapcontext(&scheduler_, &fiber.context);
         if (!failure_.empty()) fail(failure_);
-        if (fiber.done) --left;
+        if (fiber.done) {
+          --left;
+          ++blocks_[fiber.block].ended;
+        }
         moved = true;
       }
       // Some of what TMA was asked for comes in, in any order; all that is left if nobody can run.
@@ -155,10 +159,12 @@ class Machine {
   static Machine& now() { return *running_; }
   Fiber& self() { return *current_; }
   int rank() const { return current_->block % cluster_; }
-  // A block of the current thread's cluster.
+  // A block of the current thread's cluster, with its barriers and memory. It must not have ended.
   Block& peer(int rank) {
     check(rank >= 0 && rank < cluster_, "there is no such block in the cluster");
-    return blocks_[current_->block - this->rank() + rank];
+    Block& block = blocks_[current_->block - this->rank() + rank];
+    check(block.ended < block.meeting.size, "a block is used that has ended");
+    return block;
   }
   Block& own() { return blocks_[current_->block]; }
   Warp& warp() { return own().warps[current_->thread / 32]; }
