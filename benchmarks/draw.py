@@ -128,7 +128,7 @@ def _panel(case: str, rows: Sequence[Row], measure: Measure, y: int) -> tuple[li
 def _peak(row: Row) -> float:
     if row.peak_before is None or row.peak_after is None:
         return 0.0
-    return (row.peak_before + row.peak_after) / 2
+    return max(row.peak_before, row.peak_after)
 
 
 def _number(value: float) -> str:

@@ -51,9 +51,8 @@ def factorize(
         in_place: Use A itself: the factor then lies in A's lower triangle, and what was there in
             the upper one. After an error the lower triangle is as it was. By default A is copied.
         refine: For a float32 matrix: `solve` then answers in float64, refined on the matrix itself
-            until the residual is within the tolerance. It takes a quarter of the memory that a
-            float64 matrix and a float64 factor take, and several solves in place of one. The
-            factor is a `RefinedFactor`.
+            until the residual is within the tolerance. It takes half the memory of float64, and
+            several solves in place of one. The factor is a `RefinedFactor`.
         tolerance: Of `refine`: the norm of the residual over that of the right side.
 
     Raises:

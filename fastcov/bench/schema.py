@@ -49,7 +49,7 @@ class Row:
     peak: str | None = None  # what the share is a share of
     peak_before: float | None = None  # GFLOP/s of the peak, measured before the rounds
     peak_after: float | None = None  # and after them
-    share: float | None = None  # gflops over the mean of both; in collect, the share of the limit
+    share: float | None = None  # gflops over the larger of both; in collect, the share of the limit
     memory: float | None = None  # peak memory beyond the input, in multiples of the matrix
     tokens_per_second: float | None = None  # collect only
 

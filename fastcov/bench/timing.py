@@ -142,7 +142,7 @@ def measure(case: Case, contenders: Sequence[Contender], effort: Effort) -> list
                 peak=peak,
                 peak_before=before[peak],
                 peak_after=after[peak],
-                share=gflops / ((before[peak] + after[peak]) / 2),
+                share=gflops / max(before[peak], after[peak]),
             )
         rows.append(row)
     return rows

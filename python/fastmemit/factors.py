@@ -54,4 +54,4 @@ class FactorCache:
         return self._held[key]
 
     def _bytes(self) -> int:
-        return sum(factor.L.numel() * factor.L.element_size() for factor in self._held.values())
+        return sum(factor.nbytes for factor in self._held.values())

@@ -14,10 +14,10 @@ def positive(d, dtype=torch.float64, seed=0):
 
 
 def layouts(A):
-    """The same matrix with other strides: as it is, by columns, inside a larger one, reversed."""
+    """Copies of a matrix with other strides: by rows, by columns, in every second column."""
     d = A.shape[0]
     yield A.clone()
-    yield A.mT.contiguous().mT
+    yield A.mT.clone(memory_format=torch.contiguous_format).mT
     inside = torch.zeros(d + 3, 2 * d + 1, dtype=A.dtype)[2 : d + 2, : 2 * d : 2]
     yield inside.copy_(A)
 

@@ -129,8 +129,11 @@ def test_equal_keys_are_fine_for_memit_and_refused_by_exact_emmet(problem):
     R = R[:, :3]
     factor, A = factor_of(C), literal.regularised(C, WEIGHT, RIDGE)
     close(closed_form.memit(factor, tensor(K), tensor(R)).dense(), literal.memit(A, K, R))
-    with pytest.raises(NotPositiveDefinite, match=r"not independent.*duplicate.*lambda_e=0\.1"):
+    with pytest.raises(
+        NotPositiveDefinite, match=r"not independent.*duplicate.*lambda_e=0\.1"
+    ) as error:
         closed_form.emmet(factor, tensor(K), tensor(R))
+    assert error.value.d == 3 and error.value.rank == 2
     got = closed_form.emmet(factor, tensor(K), tensor(R), 0.1)
     close(got.dense(), literal.emmet(A, K, R, 0.1))
 
@@ -143,6 +146,28 @@ def test_too_few_keys_still_give_an_edit():
     K, R = tensor(rng.normal(size=(D_K, 5))), tensor(rng.normal(size=(D, 5)))
     close(closed_form.emmet(factor, K, R).dense() @ K, R.numpy(), 1e-6)
     assert closed_form.memit(factor, K, R).dense().isfinite().all()
+
+
+def test_a_refined_float32_factor_edits_as_a_float64_one_of_the_same_matrix(problem):
+    C, K, R = problem
+    single = regularised(tensor(C), WEIGHT, RIDGE, dtype=torch.float32)
+    A = single.double().numpy()
+    k, r, q = K[:, 0], R[:, 0], K[:, 0] + 0.1 * K[:, 1]
+    for factor, tolerance in ((factorize(single, refine=True), 1e-9), (factorize(single), 1e-3)):
+        refined = factor.dtype == torch.float64
+        got = closed_form.memit(factor, tensor(K), tensor(R))
+        assert got.left.dtype == got.right.dtype == factor.dtype
+        wanted = literal.memit(A, K, R)
+        close(got.dense(), wanted, tolerance)
+        if not refined:  # what the refined factor is compared with can be told apart
+            assert np.linalg.norm(got.dense().numpy() - wanted) > 1e-9 * np.linalg.norm(wanted)
+        for lambda_e in (0.0, 0.1):
+            got = closed_form.emmet(factor, tensor(K), tensor(R), lambda_e)
+            close(got.dense(), literal.emmet(A, K, R, lambda_e), tolerance)
+        close(closed_form.rome(factor, tensor(k), tensor(r)).dense(), literal.rome(A, k, r),
+              tolerance)  # fmt: skip
+        got = closed_form.rome(factor, tensor(k), tensor(r), denominator_key=tensor(q))
+        close(got.dense(), literal.rome(A, k, r, q), tolerance)
 
 
 def test_arguments_are_read_in_the_factors_dtype(problem):
@@ -177,8 +202,9 @@ def test_non_finite_input_is_named(problem, form):
         form(factor, bad, tensor(R))
     bad = tensor(R.copy())
     bad[0, 1:3] = float("inf")
-    with pytest.raises(NonFiniteMatrix, match=r"2 of 5 residuals .* column 1"):
+    with pytest.raises(NonFiniteMatrix, match=r"2 of 5 residuals .* column 1") as error:
         form(factor, tensor(np.abs(R[:1]).repeat(D_K, 0)), bad)
+    assert error.value.entries == 2 and error.value.where == (0, 1)
 
 
 def test_bad_rome_and_lambda(problem):

@@ -30,7 +30,7 @@ def test_the_loop_of_a_kernel_is_asked_for_by_its_name(monkeypatch):
 
     def fma_peak(kernel, threads, dtype):
         asked.append((kernel, threads, dtype))
-        return 123.0
+        return 120.0 + len(asked) % 3
 
     monkeypatch.setattr(
         ops, "kernels", lambda: {"avx2": None, "avx512_bf16": None, "avx512f": "no"}
@@ -39,10 +39,10 @@ def test_the_loop_of_a_kernel_is_asked_for_by_its_name(monkeypatch):
         sys.modules, "fastcov.kernels.cpu", types.SimpleNamespace(fma_peak=fma_peak)
     )
     probe = fma_probe("avx2", 2, torch.bfloat16)
-    assert (probe.name, probe.measure()) == ("FMA loop avx2 float32", 123.0)
+    assert (probe.name, probe.measure()) == ("FMA loop avx2 float32", 122.0)
     fma_probe("avx2", 1, torch.float64).measure()
     fma_probe("avx512_bf16", 1, torch.bfloat16).measure()
-    assert asked == [
+    assert asked[::3] == [
         ("avx2", 2, torch.float32),
         ("avx2", 1, torch.float64),
         ("avx512_bf16", 1, torch.bfloat16),
