@@ -54,6 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "figures")
     given = parser.parse_args(arguments)
     try:
+        given.out.mkdir(parents=True, exist_ok=True)
         for path in given.runs:
             for suite, picture in pictures(load(path)).items():
                 target = given.out / f"{path.stem}-{suite}.svg"

@@ -6,6 +6,7 @@ Importing this package needs torch alone. `fastcov.ops` has the operator and its
 """
 
 from fastcov import closed_form
+from fastcov.ahead import Ahead
 from fastcov.batches import bucket, take
 from fastcov.budget import budget, minimum_keys
 from fastcov.closed_form import LowRank
@@ -26,13 +27,15 @@ from fastcov.errors import (
     UnknownModule,
     WrongWidth,
 )
-from fastcov.keys import KeyHooks, flatten_keys
+from fastcov.keys import KeyHooks, flatten_keys, key_rows
 from fastcov.linalg import CholeskyFactor, factorize, regularised
 from fastcov.moments import SecondMoment
 from fastcov.ops import rank_k_update
 from fastcov.store import load_moment, read_provenance, save_moment
+from fastcov.throughput import Throughput
 
 __all__ = [
+    "Ahead",
     "BadBudget",
     "BudgetNotMet",
     "CholeskyFactor",
@@ -49,6 +52,7 @@ __all__ = [
     "StoreDamaged",
     "StoreMismatch",
     "StoreMissing",
+    "Throughput",
     "UnknownModule",
     "WrongWidth",
     "bucket",
@@ -57,6 +61,7 @@ __all__ = [
     "collect",
     "factorize",
     "flatten_keys",
+    "key_rows",
     "load_moment",
     "minimum_keys",
     "rank_k_update",

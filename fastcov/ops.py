@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastcov.errors import KernelUnavailable, WrongWidth
 from fastcov.kernels import cpu, cuda, panels, reference, selfcheck, table, triton
-from fastcov.keys import flatten_keys
+from fastcov.keys import key_rows
 
 # (C (d, d), X (n, d), mask (n,) bool or None, rows (m,) int64 or None, alpha): C changes in place.
 Run = Callable[[Tensor, Tensor, Tensor | None, Tensor | None, float], None]
@@ -124,11 +124,14 @@ def rank_k_update(
     if rows is not None:
         X = X.reshape(-1, X.shape[-1])  # (n, d): indices count in row-major order
         rows = _checked(rows, X)
+        pieces = [(X, None)]
     else:
-        X, mask = flatten_keys(X, mask)  # (n, d), (n,)
-    if kernel is not None:
-        _named(kernel, C, X)
-    torch.ops.fastcov.rank_k_update(C, X.detach(), mask, rows, float(alpha), kernel)
+        pieces = list(key_rows(X, mask))  # (n, d), (n,): views, so nothing is copied
+    for piece, kept in pieces:
+        if kernel is not None:
+            _named(kernel, C, piece)
+        kept = None if kept is None else kept.to(X.device)
+        torch.ops.fastcov.rank_k_update(C, piece.detach(), kept, rows, float(alpha), kernel)
 
 
 def _checked(rows: Tensor, X: Tensor) -> Tensor:
@@ -168,6 +171,8 @@ def _chosen(C: Tensor, X: Tensor) -> Kernel:
     for kernel in ranked:
         if kernel.missing() is not None or kernel.refuses(C, X) is not None:
             continue
+        if kernel.name == "triton" and triton.interpreting():
+            continue  # it could, and would take hours
         if kernel.checked and selfcheck.failure(kernel.name, kernel.run, C.device, X.dtype):
             continue
         return kernel

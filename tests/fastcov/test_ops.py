@@ -214,3 +214,19 @@ def test_it_can_be_compiled_over():
         C = torch.zeros(4, 4)
         rank_k_update(C, torch.ones(3, 4, dtype=torch.bfloat16))
         assert C.shape == (4, 4)
+
+
+def test_keys_without_a_view_as_rows_are_not_copied(monkeypatch):
+    seen = []
+
+    def run(C, X, mask, rows, alpha):
+        seen.append((X.data_ptr(), tuple(X.shape)))
+        reference.rank_k_update(C, X, mask, rows, alpha)
+
+    monkeypatch.setattr(ops, "_KERNELS", {})
+    ops.register(ops.Kernel("seen", run, lambda: None, lambda C, X: None))
+    base = torch.randn(3, 5, 4)
+    C = torch.zeros(4, 4)
+    rank_k_update(C, base[:, 1:], kernel="seen")
+    assert seen == [(base[i, 1:].data_ptr(), (4, 4)) for i in range(3)]
+    assert lower_error(C, expected(torch.zeros(4, 4), base[:, 1:].contiguous())) < 3e-7
