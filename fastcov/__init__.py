@@ -21,6 +21,7 @@ from fastcov.errors import (
     NonFiniteKeys,
     NonFiniteMatrix,
     NotPositiveDefinite,
+    ResidualTooLarge,
     StoreDamaged,
     StoreMismatch,
     StoreMissing,
@@ -28,7 +29,7 @@ from fastcov.errors import (
     WrongWidth,
 )
 from fastcov.keys import KeyHooks, flatten_keys, key_rows
-from fastcov.linalg import CholeskyFactor, factorize, regularised
+from fastcov.linalg import CholeskyFactor, RefinedFactor, factorize, regularised
 from fastcov.moments import SecondMoment
 from fastcov.ops import rank_k_update
 from fastcov.store import load_moment, read_provenance, save_moment
@@ -48,6 +49,8 @@ __all__ = [
     "NonFiniteKeys",
     "NonFiniteMatrix",
     "NotPositiveDefinite",
+    "RefinedFactor",
+    "ResidualTooLarge",
     "SecondMoment",
     "StoreDamaged",
     "StoreMismatch",
