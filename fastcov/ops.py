@@ -124,7 +124,7 @@ def rank_k_update(
     if rows is not None:
         X = X.reshape(-1, X.shape[-1])  # (n, d): indices count in row-major order
         rows = _checked(rows, X)
-        pieces = [(X, None)]
+        pieces: list[tuple[Tensor, Tensor | None]] = [(X, None)]
     else:
         pieces = list(key_rows(X, mask))  # (n, d), (n,): views, so nothing is copied
     for piece, kept in pieces:

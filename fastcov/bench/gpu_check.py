@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -114,11 +114,13 @@ def check(
         if left < _LEAST:
             run.steps.append(Step(task.name, "not run", 0.0, "the time was spent"))
         else:
-            run.steps.append(_step(task, min(task.limit, left), execute, clock))
+            step = _step(task, min(task.limit, left), execute, clock)
             if task.json is not None and task.json.is_file():
                 recorded = load(task.json)
                 run.rows.extend(recorded.rows)
                 run.versions = recorded.versions  # of the extension that was built just now, too
+                step = replace(step, note=f"{len(recorded.rows)} rows")
+            run.steps.append(step)
         run.goals = goals(run)
         save(run, target)
         step = run.steps[-1]

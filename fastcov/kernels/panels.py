@@ -15,7 +15,7 @@ from torch import Tensor
 _PANELS = 8
 # Tensor cores round towards zero as they add, so a sum over many rows is biased. cuBLAS offers no
 # second accumulator; a product over no more rows than these is added to C in float32.
-_ROWS = 8192
+_ROWS = 2048
 
 
 @functools.cache

@@ -77,11 +77,20 @@ def _run(
 ) -> list[tuple[int, float]]:
     check_lengths(adapter.model, chunk)
     batch = pad_batch(chunk, device=adapter.device)
-    rows = [row for row, _, n in here for _ in range(n)]
-    columns = [len(chunk[row]) - n + i for row, _, n in here for i in range(n)]
+    # A position is read once, however many answers are read from it: the head is a large part of a
+    # small model's work, and rows of a product may differ in their last bit.
+    read: dict[tuple[int, int], int] = {}
+    places = [
+        read.setdefault((row, len(chunk[row]) - n + i), len(read))
+        for row, _, n in here
+        for i in range(n)
+    ]
+    rows, columns = zip(*read, strict=True)
     with head_reads(adapter, rows, columns):
         logits: Tensor = adapter.model(**batch, use_cache=False).logits[0]  # (M, vocabulary)
+    logits = logits.float()
+    place = torch.tensor(places, device=logits.device)
     wanted = torch.tensor([t for _, q, _ in here for t in tokens[q]], device=logits.device)
-    nll = torch.nn.functional.cross_entropy(logits.float(), wanted, reduction="none")
+    nll = logits.logsumexp(1)[place] - logits[place, wanted]
     parts = nll.cpu().split([n for _, _, n in here])
     return [(q, float(part.mean())) for (_, q, _), part in zip(here, parts, strict=True)]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import time
 
 import pytest
@@ -10,6 +11,7 @@ from fastcov.bench import gpu_check
 from fastcov.bench.goals import ROWS, TESTS
 from fastcov.bench.gpu_check import Task, check, execute, file_name, main, tasks
 from fastcov.bench.schema import Machine, Row, Run, load, save
+from fastcov.kernels.table import adopt
 
 MACHINE = Machine("CPU", 16, (), "Linux", "GPU")
 
@@ -62,13 +64,21 @@ def test_rows_of_all_steps_are_in_one_file_with_goals(tmp_path, capsys):
     )
     run = checked(tmp_path, stub, "a", "b")
     assert [(s.name, s.status, s.seconds, s.note) for s in run.steps] == [
-        ("a", "ok", 10.0, "a is done"),
-        ("b", "ok", 20.0, "b is done"),
+        ("a", "ok", 10.0, "1 rows"),
+        ("b", "ok", 20.0, "1 rows"),
     ]
     assert load(tmp_path / "gpu.json") == run
     assert run.versions == {"native": "built"}
     assert "1.70x (fastcov cuda)" in {goal.measured for goal in run.goals}
     assert "a is done" in capsys.readouterr().out
+
+
+def test_the_file_is_what_the_choice_of_kernels_takes_over(tmp_path):
+    checked(tmp_path, Stub({"a": 1}, rows={"a": [row("fastcov cuda", 1.5)]}), "a")
+    results = json.loads((tmp_path / "gpu.json").read_text())
+    assert adopt(results, {"devices": {}}) == {
+        "devices": {"GPU": [{"dtype": "bfloat16", "d": 6400, "seconds": {"cuda": 1.5}}]}
+    }
 
 
 def test_the_file_is_written_after_every_step(tmp_path):
@@ -87,7 +97,7 @@ def test_the_file_is_written_after_every_step(tmp_path):
 
 def test_a_failed_step_does_not_stop_the_others(tmp_path):
     run = checked(tmp_path, Stub({"a": 1, "b": 1}, codes={"a": 1}), "a", "b")
-    assert [step.status for step in run.steps] == ["failed", "ok"]
+    assert [(s.status, s.note) for s in run.steps] == [("failed", "a is done"), ("ok", "b is done")]
 
 
 def test_a_step_that_is_stopped_keeps_the_rows_that_it_wrote(tmp_path):
