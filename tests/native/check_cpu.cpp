@@ -116,11 +116,14 @@ double error(const Variant& variant, Dtype dtype, std::int64_t n, std::int64_t d
 
 }  // namespace
 
-int main() {
+int main(int arguments, char** names) {  // with names, only these variants
   std::mt19937 random(1);
   int count = 0, failed = 0;
   const Variant* const all = fastcov::cpu::variants(&count);
   for (int v = 0; v < count; ++v) {
+    bool named = arguments == 1;
+    for (int i = 1; i < arguments; ++i) named |= std::strcmp(names[i], all[v].name) == 0;
+    if (!named) continue;
     if (!all[v].supported()) {
       std::printf("%-12s cannot run here\n", all[v].name);
       continue;
@@ -146,6 +149,7 @@ int main() {
     failed += !good;
     std::printf("%-12s %d cases, largest relative error %.2g (float32 sums), %.2g (float64): %s\n",
                 all[v].name, cases, single, twice, good ? "right" : "WRONG");
+    std::fflush(stdout);
   }
   return failed != 0;
 }
