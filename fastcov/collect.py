@@ -32,6 +32,7 @@ def collect(
     progress: Callable[[int], None] | None = None,
     throughput: Throughput | None = None,
     launch_rows: int | None = None,
+    causal: bool = False,
 ) -> dict[str, SecondMoment]:
     """Collect the second moments of several modules' inputs in one pass.
 
@@ -59,6 +60,9 @@ def collect(
             copied together first, in ``launch_rows * d_k`` numbers of the keys' dtype for each
             module. None takes 8192 on a GPU and 1 on the CPU, which copies nothing. Neither the
             keys that count nor their number depend on it, only the order of the sum.
+        causal: Every token attends to itself and earlier ones alone. What pads a sequence on the
+            right is then seen by no key, so the model is not given a mask that says only that, and
+            may take its faster attention without one.
 
     Returns:
         A moment for each module, in the order given, on the device of that module's input.
@@ -91,6 +95,8 @@ def collect(
                 if name not in drop
             }
             tally.start(batch.get("attention_mask"))
+            if causal and _only_pads_right(batch.get("attention_mask")):
+                del moved["attention_mask"]
             with nullcontext() if throughput is None else throughput.batch(batch, tally):
                 hooks.run({**moved, **extra})
             if progress is not None:
@@ -177,6 +183,14 @@ def _unaccepted(model: nn.Module) -> set[str]:
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
         return set()
     return {"position_ids"} - set(parameters)
+
+
+def _only_pads_right(mask: Tensor | None) -> bool:
+    """Whether a mask (B, L) keeps the beginning of every sequence and nothing after it."""
+    if mask is None or mask.dim() != 2:
+        return False
+    kept = mask.bool()
+    return not bool((kept[:, 1:] & ~kept[:, :-1]).any())
 
 
 def _input_device(model: nn.Module) -> torch.device:

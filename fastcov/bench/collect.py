@@ -94,7 +94,7 @@ def case(
         batches = fastcov.bucket(
             fastcov.take(texts, budget, max(map(len, texts))), settings.batch_tokens
         )
-        moments = fastcov.collect(model, modules, batches, budget)
+        moments = fastcov.collect(model, modules, batches, budget, causal=True)
         return {path: moment.lower for path, moment in moments.items()}
 
     def theirs() -> dict[str, Tensor]:

@@ -144,6 +144,7 @@ def precompute(
                 allow_fewer=allow_fewer,
                 progress=progress,
                 throughput=throughput,
+                causal=not getattr(adapter.model.config, "use_bidirectional_attention", False),
             )
         if throughput is not None:
             log.info("%s", throughput)
