@@ -78,5 +78,5 @@ $(BIN)/pip:
 	@touch $@
 
 .venv/.dev: .venv/.test
-	$(PIP) ruff mypy import-linter clang-format
+	$(PIP) ruff mypy import-linter clang-format pybind11 ninja
 	@touch $@

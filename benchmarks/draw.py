@@ -103,7 +103,13 @@ def _panel(case: str, rows: Sequence[Row], measure: Measure, y: int) -> tuple[li
     scale = (WIDTH - LABELS - VALUES) / longest
     parts = [_text(GAP, y + 16, case, "bold")]
     y += TITLE
-    top = y
+    if peak:  # beneath the numbers, which may reach over it
+        x, bottom = LABELS + peak * scale, y + LINE * len(rows)
+        parts.append(
+            f'<line x1="{x:.1f}" y1="{y}" x2="{x:.1f}" y2="{bottom}" stroke="#c53030" '
+            'stroke-dasharray="4 3"/>'
+        )
+        parts.append(_text(x + 4, bottom + 11, f"measured peak {_number(peak)}"))
     for row in rows:
         value = measure.value(row)
         name = f"{row.contender} ~" if row.inexact else row.contender
@@ -116,12 +122,6 @@ def _panel(case: str, rows: Sequence[Row], measure: Measure, y: int) -> tuple[li
         ]
         y += LINE
     if peak:
-        x = LABELS + peak * scale
-        parts.append(
-            f'<line x1="{x:.1f}" y1="{top}" x2="{x:.1f}" y2="{y}" stroke="#c53030" '
-            'stroke-dasharray="4 3"/>'
-        )
-        parts.append(_text(x + 4, y + 11, f"measured peak {_number(peak)}"))
         y += LINE - 6
     return parts, y + GAP
 
@@ -139,7 +139,8 @@ def _number(value: float) -> str:
 def _text(x: float, y: float, text: str, weight: str = "normal", anchor: str = "start") -> str:
     return (
         f'<text x="{x:.1f}" y="{y:.1f}" font-weight="{weight}" text-anchor="{anchor}" '
-        f'fill="#1a202c">{escape(text)}</text>'
+        'fill="#1a202c" stroke="#ffffff" stroke-width="3" paint-order="stroke">'
+        f"{escape(text)}</text>"
     )
 
 
