@@ -23,8 +23,14 @@ class CMakeBuild(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         """Configure, build, and copy the module."""
-        import pybind11
-
+        try:
+            import pybind11
+        except ImportError:
+            sys.exit(
+                "error: pybind11 is not installed in the environment that builds; install it, let "
+                "pip build in an environment of its own (pip install .), or set "
+                "FASTCOV_SKIP_NATIVE=1 to install without native kernels."
+            )
         folder = Path(self.build_temp).resolve() / "native"
         folder.mkdir(parents=True, exist_ok=True)
         target = Path(self.get_ext_fullpath(ext.name)).resolve()

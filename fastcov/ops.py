@@ -173,7 +173,9 @@ def _chosen(C: Tensor, X: Tensor) -> Kernel:
             continue
         if kernel.name == "triton" and triton.interpreting():
             continue  # it could, and would take hours
-        if kernel.checked and selfcheck.failure(kernel.name, kernel.run, C.device, X.dtype):
+        if kernel.checked and selfcheck.failure(
+            kernel.name, kernel.run, C.device, X.dtype, C.shape[0]
+        ):
             continue
         return kernel
     raise KernelUnavailable(

@@ -145,7 +145,7 @@ class Throughput:
             self._attention = attention / max(sequences * length**2, 1)
             self._counted = True
         tokens = sequences * length if tally.tokens is None else tally.tokens
-        pairs = sequences * length * (length + 1) / 2
+        pairs = _pairs(batch, sequences, length)
         self._flops += tokens * self._linear + pairs * self._attention
         for name, keys in tally.took().items():
             d_k = tally.moments[name].d if keys else 0
@@ -236,6 +236,15 @@ def _counting() -> Iterator[dict[str, int]]:
 def _is_attention(name: str) -> bool:
     short = name.rpartition(".")[2]
     return short in _ATTENTION or _ATTENTION[-1] in short
+
+
+def _pairs(batch: Mapping[str, Any], sequences: int, length: int) -> float:
+    """How many pairs of a token and one that is not after it a batch has, padding aside."""
+    mask = batch.get("attention_mask")
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        return sequences * length * (length + 1) / 2
+    lengths = mask.to("cpu", torch.bool).sum(1).double()  # (sequences,)
+    return float((lengths * (lengths + 1)).sum() / 2)
 
 
 def _shape(batch: Mapping[str, Any]) -> tuple[int, int]:

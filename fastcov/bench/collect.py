@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 import fastcov
 from fastcov.bench import released
-from fastcov.bench.counting import CountFlops
 from fastcov.bench.models import SHAPES, build
 from fastcov.bench.oracle import lower_error
 from fastcov.bench.peak import gemm_probe
 from fastcov.bench.schema import BadInput, Row
 from fastcov.bench.settings import Settings
 from fastcov.bench.timing import Case, Contender, Verdict, measure
+from fastcov.throughput import Throughput
 
 # Both procedures compute the same keys in batches of other shapes. In 16 bits a forward pass rounds
 # them differently by more than any sum does, so there the comparison only finds wrong tokens.
@@ -88,13 +88,15 @@ def case(
             f"The documents of {name} have {kept} tokens and {budget} are wanted; pass more text "
             "or a smaller --multiplier."
         )
-    counted = {"forward": 0.0}
+    counted: list[float] = []
 
-    def ours() -> dict[str, Tensor]:
+    def ours(throughput: Throughput | None = None) -> dict[str, Tensor]:
         batches = fastcov.bucket(
             fastcov.take(texts, budget, max(map(len, texts))), settings.batch_tokens
         )
-        moments = fastcov.collect(model, modules, batches, budget, causal=True)
+        moments = fastcov.collect(
+            model, modules, batches, budget, causal=True, throughput=throughput
+        )
         return {path: moment.lower for path, moment in moments.items()}
 
     def theirs() -> dict[str, Tensor]:
@@ -107,10 +109,9 @@ def case(
         return _agreement(once(), _float64(model, modules, texts), 1e-5)
 
     def check_ours() -> Verdict:
-        padded = sum(b["input_ids"].numel() for b in fastcov.bucket(texts, settings.batch_tokens))
-        with CountFlops() as counter:
-            sums = ours()
-        counted["forward"] = counter.total * kept / padded  # padding is not useful
+        throughput = Throughput(peak=1.0)  # it counts; the peak is measured beside the rounds
+        sums = ours(throughput)
+        counted.append(throughput.flops)
         return _agreement(sums, once(), _AGREE[dtype])
 
     contenders = [
@@ -132,7 +133,7 @@ def case(
         dtype=word,
         n=kept,
         d=d_k,
-        flops=lambda: counted["forward"] + float(len(modules)) * kept * d_k * (d_k + 1),
+        flops=lambda: counted[-1],
         baseline=_RELEASED,
         probes={},
         fallback=gemm_probe(device, dtype, quick=settings.quick),

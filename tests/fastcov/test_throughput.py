@@ -30,6 +30,12 @@ def test_operations_of_a_small_model_by_hand():
     assert (meter.keys, meter.modules, meter.peak) == (7, 2, 1e9)
 
 
+def test_attention_counts_pairs_of_real_tokens_alone():
+    (padded,) = bucket([[1, 2, 3, 4], [5, 6]], 100, max_padding=0.9)
+    assert throughput._pairs(padded, 2, 4) == 4 * 5 / 2 + 2 * 3 / 2
+    assert throughput._pairs({"input_ids": padded["input_ids"]}, 2, 4) == 2 * 4 * 5 / 2
+
+
 def test_budgets_that_differ_count_what_each_module_took():
     meter = Throughput(peak=1e9)
     first, second = paths(0, 1)

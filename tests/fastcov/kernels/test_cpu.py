@@ -108,12 +108,36 @@ def test_the_result_does_not_depend_on_the_number_of_threads(name, threads):
     alone, before = C.clone(), torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        rank_k_update(alone, X, kernel=name) if takes(name, C, X) else None
+        rank_k_update(alone, X, kernel=name)
         torch.set_num_threads(threads)
-        rank_k_update(C, X, kernel=name) if takes(name, C, X) else None
+        rank_k_update(C, X, kernel=name)
     finally:
         torch.set_num_threads(before)
     assert torch.equal(C.tril(), alone.tril())
+    assert_equal(C, lower(sum_of(500), X))
+
+
+def test_keys_are_handed_over_where_they_lie_and_torch_says_how_many_threads(monkeypatch):
+    calls = []
+
+    class Module:
+        def cpu_rank_k(self, **arguments):
+            calls.append(arguments)
+
+    monkeypatch.setattr(native, "native", Module)
+    X, C = drawn(6, 8, dtype=torch.bfloat16)[1:, 2:], torch.zeros(6, 6)
+    mask = torch.tensor([True, False, True, False, True])
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            cpu.CpuKernel("avx2").rank_k_update(C, X, mask, None, 2.0)
+    finally:
+        torch.set_num_threads(before)
+    assert [call["threads"] for call in calls] == [1, 2]
+    assert {(call["x"], call["c"]) for call in calls} == {(X.data_ptr(), C.data_ptr())}
+    assert [(call["rows"], call["d"], call["alpha"]) for call in calls] == [(3, 6, 2.0)] * 2
+    assert cpu._offsets(X, mask, None).tolist() == [0, 16, 32]  # rows 0, 2 and 4, 8 apart
 
 
 def test_callers_at_the_same_time_do_not_share_memory():
@@ -175,11 +199,19 @@ def test_a_variant_that_cannot_run_says_why():
         )
 
 
-def test_the_peak_counts_multiply_adds_of_all_threads():
-    # Not how fast: that it is a rate, and that a kernel without pairs gives bf16 keys its own.
-    assert cpu.fma_peak(HERE[0], threads=2, seconds=0.01) > 0
-    assert cpu.fma_peak(HERE[0], dtype=torch.float64, seconds=0.01) > 0
+def test_a_peak_is_asked_of_the_best_variant_in_its_codes(monkeypatch):
     assert cpu.best_variant() == HERE[0]
+    assert cpu.fma_peak(HERE[0], threads=2, seconds=0.01) > 0  # the real one gives a rate
+    calls = []
+
+    class Module:
+        def cpu_peak(self, **arguments):
+            calls.append(arguments)
+            return 7.0
+
+    monkeypatch.setattr(native, "native", Module)
+    assert cpu.fma_peak(HERE[0], 3, torch.float64, 0.5) == 7.0
+    assert calls == [{"variant": HERE[0], "dtype": 1, "threads": 3, "seconds": 0.5}]
 
 
 def test_without_the_native_module_the_reason_is_given(monkeypatch):

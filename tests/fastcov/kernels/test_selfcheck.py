@@ -43,13 +43,17 @@ def does_nothing(C, X, mask, rows, alpha):
     pass
 
 
+def is_wrong_without_a_mask(C, X, mask, rows, alpha):
+    reference.rank_k_update(C, X, mask, rows, alpha if mask is not None else 2 * alpha)
+
+
 def raises(C, X, mask, rows, alpha):
     raise RuntimeError("no such instruction\nand a long story")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_right_kernel_passes(dtype):
-    assert selfcheck.failure("right", reference.rank_k_update, CPU, dtype) is None
+    assert selfcheck.failure("right", reference.rank_k_update, CPU, dtype, 64) is None
 
 
 @pytest.mark.parametrize(
@@ -60,12 +64,13 @@ def test_a_right_kernel_passes(dtype):
         (overwrites, "relative error"),
         (is_off_by_a_little, "relative error is [23]"),
         (does_nothing, "relative error"),
+        (is_wrong_without_a_mask, "relative error"),
         (raises, r"fails there \(RuntimeError: no such instruction\)$"),
     ],
 )
 def test_a_wrong_kernel_fails_with_what_was_seen(run, words, caplog):
     with caplog.at_level(logging.WARNING, logger="fastcov"):
-        found = selfcheck.failure("wrong", run, CPU, torch.float32)
+        found = selfcheck.failure("wrong", run, CPU, torch.float32, 64)
     assert found is not None
     assert re.search(words, found)
     assert "wrong" in caplog.text and "float32" in caplog.text
@@ -79,15 +84,44 @@ def test_the_check_runs_once_for_a_device_and_dtype(caplog):
 
     with caplog.at_level(logging.WARNING, logger="fastcov"):
         for _ in range(3):
-            assert selfcheck.failure("once", run, CPU, torch.float32)
-    assert len(calls) == 1 and len(caplog.records) == 1
-    selfcheck.failure("once", run, CPU, torch.float16)
-    assert len(calls) == 2
+            assert selfcheck.failure("once", run, CPU, torch.float32, 64)
+    assert len(calls) == 2 and len(caplog.records) == 1  # with a mask and without
+    selfcheck.failure("once", run, CPU, torch.float16, 64)
+    assert len(calls) == 4
+
+
+def test_wide_keys_are_checked_on_their_own(monkeypatch):
+    monkeypatch.setattr(selfcheck, "_WIDE", 1100)  # two blocks, quickly
+    widths = []
+
+    def wrong_where_wide(C, X, mask, rows, alpha):
+        widths.append(C.shape[0])
+        reference.rank_k_update(C, X, mask, rows, alpha)
+        if C.shape[0] > 1000:
+            C[1090, 3] += 100.0
+
+    for _ in range(2):
+        assert selfcheck.failure("wide", wrong_where_wide, CPU, torch.float32, 576) is None
+        assert selfcheck.failure("wide", wrong_where_wide, CPU, torch.float32, 6400)
+    assert widths == [400, 400, 1100, 1100]
+    assert selfcheck.failure("fine", reference.rank_k_update, CPU, torch.float32, 6400) is None
+
+
+def test_a_full_device_says_nothing_of_a_kernel():
+    calls = []
+
+    def full(*arguments):
+        calls.append(1)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    for _ in range(2):
+        assert selfcheck.failure("full", full, CPU, torch.float32, 64) is None
+    assert len(calls) == 2  # and it is tried again
 
 
 def test_the_check_moves_no_random_state():
     before = torch.get_rng_state()
-    selfcheck.failure("right", reference.rank_k_update, CPU, torch.float32)
+    selfcheck.failure("right", reference.rank_k_update, CPU, torch.float32, 64)
     assert torch.equal(torch.get_rng_state(), before)
 
 
