@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "cpu/rank_k.h"
+#include "cpu/workspace.h"
 #ifdef FASTCOV_WITH_CUDA
 #include "cuda/bindings.h"
 #endif
@@ -104,6 +105,10 @@ PYBIND11_MODULE(_native, m) {
         "Lower triangle of c (d, d) += alpha * X^T X over the rows of x at these offsets.");
   m.def("cpu_peak", &peak, py::arg("variant"), py::arg("dtype"), py::arg("threads"),
         py::arg("seconds"), "GFLOP/s of multiply-adds on registers alone.");
+  // A call holds the lock for as long as it computes.
+  m.def("cpu_workspace", &fastcov::cpu::kept_workspace, py::call_guard<py::gil_scoped_release>(),
+        "Bytes that are kept between calls for packed keys.");
+  m.def("cpu_release_workspace", &fastcov::cpu::release_workspace, "Gives them back.");
 #ifdef FASTCOV_WITH_CUDA
   fastcov::bind_cuda(m);
 #endif

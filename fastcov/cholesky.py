@@ -14,9 +14,10 @@ from torch import Tensor
 
 from fastcov.ops import rank_k_update
 
-_SMALLEST = 128  # columns of a block: fewer leave too little to each matrix product
-_LARGEST = {"cpu": 256}
-_LARGEST_ELSEWHERE = 1024  # an accelerator waits for every block, so there are fewer of them
+# Columns of a block. Fewer than the least leave too little to each matrix product; an accelerator
+# waits for every block, so there are fewer of them, and nothing is packed there.
+_WIDTHS = {"cpu": (64, 256, 16)}  # the least, the most, blocks of a matrix in between
+_WIDTHS_ELSEWHERE = (128, 1024, 12)
 _MIRRORED = 64  # rows mirrored at a time, few enough for the cache
 
 
@@ -25,7 +26,8 @@ def cholesky_(A: Tensor) -> bool:
 
     Right-looking: the factor of a diagonal block, the panel below it by a triangular solve, then
     the triangle that is left by a symmetric rank-k update of half the arithmetic of a product.
-    Workspace is one panel, d times the width of a block, or two where the kernel copies it.
+    Workspace is one panel, d times the width of a block, or two where it is copied, and two more
+    in which the native kernel packs it and which that kernel keeps for its next call.
 
     Args:
         A: Float32 or float64, with any strides. Nothing above the diagonal is read or changed.
@@ -55,8 +57,8 @@ def cholesky_(A: Tensor) -> bool:
 
 def block_width(d: int, device: torch.device) -> int:
     """How many columns `cholesky_` takes at a time for a matrix of width d."""
-    largest = _LARGEST.get(device.type, _LARGEST_ELSEWHERE)
-    return max(_SMALLEST, min(largest, d // 12 // 64 * 64))
+    least, most, blocks = _WIDTHS.get(device.type, _WIDTHS_ELSEWHERE)
+    return max(least, min(most, d // blocks // 32 * 32))
 
 
 def mirror(A: Tensor) -> Tensor:

@@ -41,9 +41,9 @@ def factorize(
     scales the diagonal to one first, so that coordinates of small scale are not at fault.
 
     One matrix holds it all: L grows in the lower triangle, while the upper one and the diagonal,
-    which is set aside, keep what another attempt needs. Besides it there are a few panels of at
-    most d / 12 columns (for d above 1536): with `in_place` 0.3 of a matrix, else 1.3, jitter or
-    not.
+    which is set aside, keep what another attempt needs. Besides it there are four panels of at
+    most d / 16 columns: with `in_place` 0.3 of a matrix, else 1.3, jitter or not (for d from 1,024
+    on).
 
     Args:
         A: The matrix (d, d), float32 or float64. Only its lower triangle is read.

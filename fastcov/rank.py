@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastcov.ops import rank_k_update
 
-_BLOCK = 64  # coordinates eliminated at a time
+_SMALLEST, _LARGEST = 32, 64  # coordinates eliminated at a time
 _WAITING = 0.1  # of the largest pivot: what a pivot of the same block must be
 
 
@@ -30,6 +30,7 @@ def pivots_(A: Tensor, diagonal: Tensor) -> list[float]:
         of a coordinate's mean square that those before it do not explain.
     """
     d = A.shape[0]
+    block = max(_SMALLEST, min(_LARGEST, d // 24))  # five panels of it are a fifth of the matrix
     # In float64 well above rounding, which is some 1e-14, and below every jitter.
     tolerance = max(1e-12, 10 * d**0.5 * torch.finfo(A.dtype).eps)
     columns = torch.arange(d, device=A.device)
@@ -42,9 +43,10 @@ def pivots_(A: Tensor, diagonal: Tensor) -> list[float]:
         candidates = int((left > tolerance).sum())
         if candidates == 0:
             return found
-        chosen = left.topk(min(candidates, _BLOCK)).indices  # (b,)
+        chosen = left.topk(min(candidates, block)).indices  # (b,)
         # Row i of the symmetric matrix: left of the diagonal as it is, from there on the column.
-        rows = torch.where(columns <= chosen[:, None], A[chosen], A[:, chosen].mT)  # (b, d)
+        rows = A[chosen]  # (b, d)
+        torch.where(columns <= chosen[:, None], rows, A[:, chosen].mT, out=rows)
         scales = scale[chosen]
         square = (rows[:, chosen] / scales / scales[:, None]).cpu().double()  # (b, b)
         order, factor = _eliminate(square)

@@ -86,18 +86,18 @@ inline void pair_rows(const std::uint16_t* even, const std::uint16_t* odd, std::
 template <class Arithmetic, int kRows, int kColumns>
 struct Strips {
   using Packed = typename Arithmetic::Packed;
-  static constexpr std::int64_t kSteps = kSlice / Arithmetic::kStep;
 
   Packed* left;
   Packed* right;
+  std::int64_t length;  // steps of a strip
 
   void write(int step, const Packed* line) const {
     for (int s = 0; s < kPanel / kRows; ++s) {
-      __builtin_memcpy(left + (s * kSteps + step) * kRows, line + s * kRows,
+      __builtin_memcpy(left + (s * length + step) * kRows, line + s * kRows,
                        kRows * sizeof(Packed));
     }
     for (int s = 0; s < kPanel / kColumns; ++s) {
-      __builtin_memcpy(right + (s * kSteps + step) * kColumns, line + s * kColumns,
+      __builtin_memcpy(right + (s * length + step) * kColumns, line + s * kColumns,
                        kColumns * sizeof(Packed));
     }
   }

@@ -17,8 +17,6 @@ struct Triangle {
   static constexpr int kColumns = Arithmetic::kWidth * kVectors;
   static_assert(kPanel % kRows == 0 && kPanel % kColumns == 0, "tiles fill panels");
   using To = Strips<Arithmetic, kRows, kColumns>;
-  static constexpr std::int64_t kSteps = To::kSteps;
-  static constexpr std::int64_t kPiece = kPanel * kSteps;  // numbers of one panel and slice
 
   static std::int64_t least(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
   static std::int64_t parts(std::int64_t whole, std::int64_t part) {
@@ -27,15 +25,18 @@ struct Triangle {
 
   static void run(const Problem& p) {
     const std::int64_t panels = parts(p.d, kPanel);
+    // Steps of a slice: fewer where there are not so many rows.
+    const std::int64_t length = parts(least(kSlice, p.rows), Arithmetic::kStep);
+    const std::int64_t piece_size = kPanel * length;  // numbers of one panel and slice
     // Not more than kWorkspace bytes of panels, but at least one slice.
     const std::int64_t slice_bytes =
-        2 * panels * kPiece * static_cast<std::int64_t>(sizeof(Packed));
+        2 * panels * piece_size * static_cast<std::int64_t>(sizeof(Packed));
     std::int64_t slices = least(kWorkspace / slice_bytes, kSlices);
     slices = least(slices < 1 ? 1 : slices, parts(p.rows, kSlice));
     const std::int64_t chunk = slices * kSlice;
     Workspace workspace(slices * slice_bytes);
     Packed* const left = static_cast<Packed*>(workspace.data());
-    Packed* const right = left + slices * panels * kPiece;
+    Packed* const right = left + slices * panels * piece_size;
     // Blocks small enough that every thread gets several.
     std::int64_t side = kBlock;
     while (side > 1 && parts(panels, side) * (parts(panels, side) + 1) / 2 < 8 * p.threads) --side;
@@ -53,7 +54,7 @@ struct Triangle {
       for (std::int64_t piece = 0; piece < pieces; ++piece) {
         const std::int64_t slice = piece / panels, panel = piece % panels;
         const int count = static_cast<int>(least(kSlice, rows - slice * kSlice));
-        const To to{left + piece * kPiece, right + piece * kPiece};
+        const To to{left + piece * piece_size, right + piece * piece_size, length};
         pack<Arithmetic>(p, row + slice * kSlice, count, panel * kPanel, to);
       }
 #ifdef _OPENMP
@@ -64,27 +65,28 @@ struct Triangle {
         const std::int64_t index = pairs - 1 - pair;
         std::int64_t i = 0;
         while ((i + 1) * (i + 2) / 2 <= index) ++i;
-        block(p, left, right, panels, rows, side, i, index - i * (i + 1) / 2);
+        block(p, left, right, panels, length, rows, side, i, index - i * (i + 1) / 2);
       }
     }
   }
 
   // The panels [i side, (i + 1) side) by [j side, (j + 1) side), over all slices of a chunk.
   static void block(const Problem& p, const Packed* left, const Packed* right, std::int64_t panels,
-                    std::int64_t rows, std::int64_t side, std::int64_t i, std::int64_t j) {
+                    std::int64_t length, std::int64_t rows, std::int64_t side, std::int64_t i,
+                    std::int64_t j) {
     const std::int64_t i_end = least(least((i + 1) * side, panels) * kPanel, p.d);
     const std::int64_t j_end = least(least((j + 1) * side, panels) * kPanel, p.d);
     for (std::int64_t slice = 0; slice * kSlice < rows; ++slice) {
       const std::int64_t count = least(kSlice, rows - slice * kSlice);
       const int steps = static_cast<int>(parts(count, Arithmetic::kStep));
       // A panel's strips follow one another, and so do panels: strip s begins at column s * width.
-      const Packed* const a = left + slice * panels * kPiece;
-      const Packed* const b = right + slice * panels * kPiece;
+      const Packed* const a = left + slice * panels * kPanel * length;
+      const Packed* const b = right + slice * panels * kPanel * length;
       for (std::int64_t j0 = j * side * kPanel; j0 < j_end; j0 += kColumns) {
         // The first tile that reaches the diagonal.
         const std::int64_t top = j0 / kRows * kRows, begin = i * side * kPanel;
         for (std::int64_t i0 = top > begin ? top : begin; i0 < i_end; i0 += kRows) {
-          tile(p, a + i0 * kSteps, b + j0 * kSteps, steps, i0, j0);
+          tile(p, a + i0 * length, b + j0 * length, steps, i0, j0);
         }
       }
     }

@@ -12,6 +12,7 @@ namespace fastcov::cpu {
 namespace {
 
 constexpr std::size_t kAlignment = std::size_t{2} << 20;  // a huge page
+constexpr std::size_t kPage = 4096;
 
 // Never destroyed: threads may still compute while the process ends.
 std::mutex& mutex() {
@@ -32,8 +33,21 @@ void* allocate(std::size_t bytes) {
 
 }  // namespace
 
+std::size_t kept_workspace() {
+  const std::lock_guard<std::mutex> lock(mutex());
+  return kept_bytes;
+}
+
+void release_workspace() {
+  const std::unique_lock<std::mutex> lock(mutex(), std::try_to_lock);
+  if (!lock.owns_lock()) return;
+  std::free(kept);
+  kept = nullptr;
+  kept_bytes = 0;
+}
+
 Workspace::Workspace(std::size_t bytes) : data_(nullptr), kept_(false) {
-  bytes = (bytes + kAlignment - 1) / kAlignment * kAlignment;
+  bytes = (bytes + kPage - 1) / kPage * kPage;
   if (!mutex().try_lock()) {
     data_ = allocate(bytes);
     return;

@@ -21,4 +21,10 @@ class Workspace {
   bool kept_;
 };
 
+// How many bytes are kept for the next call.
+std::size_t kept_workspace();
+
+// Gives them back, unless a call is using them.
+void release_workspace();
+
 }  // namespace fastcov::cpu

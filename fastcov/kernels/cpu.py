@@ -103,6 +103,19 @@ def fma_peak(
     return rate
 
 
+def workspace_bytes() -> int:
+    """What is kept between updates for packed keys, at most 96 MB or one slice of 256 rows."""
+    module = native.native()
+    return 0 if module is None else int(module.cpu_workspace())
+
+
+def release_workspace() -> None:
+    """Give back what `workspace_bytes` counts; the next update takes it anew."""
+    module = native.native()
+    if module is not None:
+        module.cpu_release_workspace()
+
+
 def best_variant() -> str | None:
     """The fastest variant that can run here, None where the native module is missing."""
     return next((name for name in VARIANTS if _missing(name) is None), None)

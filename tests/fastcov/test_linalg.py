@@ -20,6 +20,7 @@ from fastcov import (
     regularised,
 )
 from fastcov.errors import ResidualTooLarge
+from fastcov.kernels import cpu
 
 # L L^T by hand, with L below.
 A = torch.tensor([[4.0, 2.0, -2.0], [2.0, 10.0, 5.0], [-2.0, 5.0, 14.0]], dtype=torch.float64)
@@ -87,7 +88,11 @@ def test_after_an_error_the_lower_triangle_is_as_it_was():
 
 
 def peak_of(work):
-    """The most that torch held at a time for a piece of work, in bytes beyond what it held."""
+    """The most held at a time for a piece of work, in bytes beyond what torch held before.
+
+    What the native kernel packs keys in counts from the beginning: it keeps it for its next call.
+    """
+    cpu.release_workspace()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as run:
         work()
     events = [e for e in run.profiler.kineto_results.events() if e.name() == "[memory]"]
@@ -95,13 +100,13 @@ def peak_of(work):
     for event in sorted(events, key=lambda event: event.start_ns()):
         held += event.nbytes()
         peak = max(peak, held)
-    return peak
+    return peak + cpu.workspace_bytes()
 
 
 @pytest.mark.parametrize("what", ["positive", "few keys", "indefinite"])
 @pytest.mark.parametrize("in_place", [True, False])
-def test_besides_one_matrix_a_factorisation_takes_three_tenths_of_it(what, in_place):
-    d = 1500
+@pytest.mark.parametrize("d", [1024, 1500])
+def test_besides_one_matrix_a_factorisation_takes_three_tenths_of_it(what, in_place, d):
     C = moment_of(keys(100 if what == "few keys" else 2 * d, d))
     if what == "indefinite":
         C = torch.diag(torch.linspace(1, -1, d, dtype=torch.float64))

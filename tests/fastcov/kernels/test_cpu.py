@@ -224,3 +224,20 @@ def test_without_the_native_module_the_reason_is_given(monkeypatch):
         assert ops.chosen(torch.zeros(2, 2), torch.zeros(1, 2)) == "reference"
     finally:
         cpu._missing.cache_clear()
+
+
+def test_a_few_rows_take_a_small_workspace_and_it_can_be_given_back():
+    cpu.release_workspace()
+    assert cpu.workspace_bytes() == 0
+    few, more = drawn(16, 2048), drawn(256, 2048)
+    C = torch.zeros(2048, 2048)
+    rank_k_update(C, few, kernel=HERE[0])
+    small = cpu.workspace_bytes()
+    rank_k_update(C, more, kernel=HERE[0])
+    large = cpu.workspace_bytes()
+    rank_k_update(C, few, kernel=HERE[0])
+    # Two copies of the keys, in whole panels.
+    assert 0 < small <= 3 * 16 * 2048 * 4 and 2 * 256 * 2048 * 4 <= large <= 3 * 256 * 2048 * 4
+    assert cpu.workspace_bytes() == large, "the larger one is kept"
+    cpu.release_workspace()
+    assert cpu.workspace_bytes() == 0
