@@ -21,6 +21,7 @@ from fastcov.errors import (
     NonFiniteKeys,
     NonFiniteMatrix,
     NotPositiveDefinite,
+    QuarticUnknown,
     ResidualTooLarge,
     StoreDamaged,
     StoreMismatch,
@@ -32,6 +33,8 @@ from fastcov.keys import KeyHooks, flatten_keys, key_rows
 from fastcov.linalg import CholeskyFactor, RefinedFactor, factorize, regularised
 from fastcov.moments import SecondMoment
 from fastcov.ops import rank_k_update
+from fastcov.shrinkage import ledoit_wolf, oas, shrunk
+from fastcov.spans import Span, between
 from fastcov.store import load_moment, read_provenance, save_moment
 from fastcov.throughput import Throughput
 
@@ -49,15 +52,18 @@ __all__ = [
     "NonFiniteKeys",
     "NonFiniteMatrix",
     "NotPositiveDefinite",
+    "QuarticUnknown",
     "RefinedFactor",
     "ResidualTooLarge",
     "SecondMoment",
+    "Span",
     "StoreDamaged",
     "StoreMismatch",
     "StoreMissing",
     "Throughput",
     "UnknownModule",
     "WrongWidth",
+    "between",
     "bucket",
     "budget",
     "closed_form",
@@ -65,11 +71,14 @@ __all__ = [
     "factorize",
     "flatten_keys",
     "key_rows",
+    "ledoit_wolf",
     "load_moment",
     "minimum_keys",
+    "oas",
     "rank_k_update",
     "read_provenance",
     "regularised",
     "save_moment",
+    "shrunk",
     "take",
 ]

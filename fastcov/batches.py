@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastcov.errors import BadBudget
+from fastcov.spans import Span
 
 Document = Sequence[int]
 
@@ -95,7 +96,8 @@ def bucket(
     Returns:
         An iterator of batches: ``input_ids``, ``attention_mask`` and ``position_ids``, all int64 of
         shape (documents, length of the longest), longest batch of a window first. Padded
-        positions have id 0 and mask 0.
+        positions have id 0 and mask 0. Where documents are `fastcov.Span` with tokens that are no
+        keys, also ``key_mask`` of the same shape, which `fastcov.collect` reads.
 
     Raises:
         ValueError: tokens_per_batch or window below 1, or max_padding outside of [0, 1).
@@ -161,11 +163,16 @@ def _pad(rows: Sequence[Document]) -> dict[str, Tensor]:
         input_ids[i, : len(row)] = torch.as_tensor(row, dtype=torch.int64)
         attention_mask[i, : len(row)] = 1
     position_ids = torch.arange(length).expand(n, length).contiguous()
-    return {
+    batch = {
         "input_ids": input_ids,
         "attention_mask": attention_mask,
         "position_ids": position_ids,
     }
+    firsts = [row.first_key if isinstance(row, Span) else 0 for row in rows]
+    if any(firsts):
+        keys = position_ids >= torch.tensor(firsts)[:, None]
+        batch["key_mask"] = attention_mask * keys
+    return batch
 
 
 def pinned(

@@ -50,6 +50,8 @@ def collect(
         modules: Paths of the projections, as in ``model.named_modules()``.
         batches: Keyword arguments of the model, with ``attention_mask`` (B, L) where tokens are
             padded (see `fastcov.bucket`). Tensors are moved to the device of the input embeddings.
+            ``key_mask`` (B, L), which the model is not given, says which tokens are keys where
+            these are fewer than the attention mask keeps.
         budget: How many keys, for all modules or one number for each; None takes all there are.
         allow_fewer: Accept a corpus that ends before the budget, with a warning.
         dtype: Of the sums, float32 or float64.
@@ -94,7 +96,8 @@ def collect(
                 for name, value in batch.items()
                 if name not in drop
             }
-            tally.start(batch.get("attention_mask"))
+            keys = moved.pop("key_mask", None)
+            tally.start(batch.get("attention_mask") if keys is None else batch["key_mask"])
             if causal and _only_pads_right(batch.get("attention_mask")):
                 del moved["attention_mask"]
             with nullcontext() if throughput is None else throughput.batch(batch, tally):

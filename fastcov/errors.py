@@ -77,6 +77,10 @@ class EmptyCorpus(FastcovError, ValueError):
     """There is not a single key to learn from."""
 
 
+class QuarticUnknown(FastcovError):
+    """A moment does not know the sum of ``||k||^4``, which an estimate needs."""
+
+
 class BudgetNotMet(FastcovError, ValueError):
     """The corpus ended before the budget of keys was met.
 

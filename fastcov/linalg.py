@@ -15,6 +15,7 @@ from fastcov.factor import CholeskyFactor, RefinedFactor
 from fastcov.moments import SecondMoment
 from fastcov.rank import pivots_
 from fastcov.refinement import TOLERANCE, place_of_float64
+from fastcov.shrinkage import check_intensity, shrunk
 
 __all__ = ["JITTERS", "CholeskyFactor", "RefinedFactor", "factorize", "regularised"]
 
@@ -100,8 +101,15 @@ def regularised(
     weight: float,
     ridge: float,
     dtype: torch.dtype = torch.float64,
+    *,
+    relative_ridge: float = 0.0,
+    shrinkage: float = 0.0,
 ) -> Tensor:
     """``A = weight * C + ridge * I``, the part of equation (2) that does not depend on the edits.
+
+    With a relative ridge r and a shrinkage a, and m the mean of C's diagonal, it is
+    ``weight * ((1 - a) C + a m I) + (ridge + r * weight * m) I``. Shrinking keeps the mean of the
+    diagonal, so neither changes what the other one means.
 
     Args:
         second_moment: C, the mean of ``k k^T``, shape (d_k, d_k), of which the lower triangle is
@@ -110,6 +118,10 @@ def regularised(
         weight: How much the preserved keys count; a finite number above 0.
         ridge: What is added to the diagonal; 0 or a finite number above.
         dtype: Of the result.
+        relative_ridge: What is added to the diagonal, over the mean of the diagonal of
+            ``weight * C``; 0 or a finite number above.
+        shrinkage: How far C is moved towards a multiple of the identity, from 0 to 1; see
+            `fastcov.oas` and `fastcov.ledoit_wolf`.
 
     Returns:
         A new matrix (d_k, d_k), to be factorised. Of a moment only the lower triangle of it means
@@ -118,7 +130,7 @@ def regularised(
     Raises:
         WrongWidth: C is not square.
         EmptyCorpus: The moment has seen no key.
-        ValueError: The weight or the ridge is out of its range.
+        ValueError: The weight, a ridge or the shrinkage is out of its range.
     """
     count = 1
     if isinstance(second_moment, SecondMoment):
@@ -139,8 +151,19 @@ def regularised(
         )
     if not math.isfinite(ridge) or ridge < 0:
         raise ValueError(f"The ridge must be finite and not below 0 but is {ridge!r}; 0 is usual.")
+    if not math.isfinite(relative_ridge) or relative_ridge < 0:
+        raise ValueError(
+            f"The relative_ridge must be finite and not below 0 but is {relative_ridge!r}; "
+            "0 is usual."
+        )
+    check_intensity(shrinkage)
     A = second_moment.to(dtype, copy=True).mul_(weight / count)
-    A.diagonal().add_(ridge)
+    added = ridge
+    if relative_ridge or shrinkage:  # else nothing is read, and nothing is waited for on a GPU
+        mean = float(A.diagonal().mean())
+        shrunk(A, shrinkage, in_place=True)
+        added += relative_ridge * mean
+    A.diagonal().add_(added)
     return A
 
 

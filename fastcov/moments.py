@@ -11,6 +11,7 @@ from fastcov.keys import key_rows
 from fastcov.ops import rank_k_update
 
 _BLOCK = 1024  # rows mirrored at a time: the temporary is one block, not a second matrix
+_NORMED = 128  # rows of 16 bits whose norms a CPU takes at a time: it converts them first
 
 
 class SecondMoment:
@@ -20,6 +21,9 @@ class SecondMoment:
     anything; whatever lies above the diagonal is never read as data. Readings are symmetric
     copies. The mean is C_0 of equation (2) of arXiv 2506.04226 divided by the number of keys,
     uncentred, so that the number of keys does not change the weight it gets.
+
+    Beside the sum there is one more number, the sum of ``||k||^4``, which says how far single keys
+    lie from the mean: `fastcov.ledoit_wolf` needs it, and no second moment can tell it afterwards.
 
     Args:
         d: The width of the keys.
@@ -49,14 +53,18 @@ class SecondMoment:
             )
         self._sum = torch.zeros(d, d, dtype=dtype, device=device)
         self._count = 0
+        self._quartic: Tensor | None = _zero(self._sum.device)
 
     @classmethod
-    def from_lower(cls, lower: Tensor, count: int) -> SecondMoment:
+    def from_lower(
+        cls, lower: Tensor, count: int, quartic: Tensor | float | None = None
+    ) -> SecondMoment:
         """Take over a sum of which the lower triangle is filled; it is not copied.
 
         Args:
             lower: The sum, shape (d, d), float32 or float64.
             count: How many keys are in it.
+            quartic: The sum of ``||k||^4`` over them; None where nobody knows it.
 
         Raises:
             WrongWidth: The matrix is not square.
@@ -71,6 +79,7 @@ class SecondMoment:
         moment = cls(lower.shape[0], dtype=lower.dtype, device="meta")
         moment._sum = lower
         moment._count = int(count)
+        moment._quartic = None if quartic is None else _zero(lower.device) + quartic
         return moment
 
     def update(
@@ -94,6 +103,7 @@ class SecondMoment:
         added = 0
         for rows, part in key_rows(x, mask):  # (n, d), (n,)
             rank_k_update(self._sum, rows, mask=part)
+            self._add_quartic(rows, part)
             if kept is None:
                 added += rows.shape[0] if part is None else int(part.sum())
         self._count += added if kept is None else kept
@@ -112,6 +122,10 @@ class SecondMoment:
             )
         self._sum += other._sum.to(self._sum)
         self._count += other._count
+        if self._quartic is None or other._quartic is None:
+            self._quartic = None
+        else:
+            self._quartic += other._quartic.to(self._quartic)
         return self
 
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> SecondMoment:
@@ -120,16 +134,25 @@ class SecondMoment:
         Without an initialised process group there is one process, and nothing to add.
         """
         if dist.is_available() and dist.is_initialized():
-            count = torch.tensor([self._count], dtype=torch.int64, device=self._sum.device)
-            dist.all_reduce(self._sum, group=group)
-            dist.all_reduce(count, group=group)
-            self._count = int(count.item())
+            device = self._sum.device
+            unknown = int(self._quartic is None)
+            counts = torch.tensor([self._count, unknown], dtype=torch.int64, device=device)
+            quartic = _zero(device) if self._quartic is None else self._quartic
+            for total in (self._sum, counts, quartic):
+                dist.all_reduce(total, group=group)
+            self._count, unknown = counts.tolist()
+            self._quartic = None if unknown else quartic
         return self
 
     def to(self, device: torch.device | str) -> SecondMoment:
         """The same moment on a device; this one where it lives there already."""
         moved = self._sum.to(device)
-        return self if moved is self._sum else SecondMoment.from_lower(moved, self._count)
+        if moved is self._sum:
+            return self
+        # On the way to a GPU without float64, it is rounded before it is moved.
+        quartic = None if self._quartic is None else self._quartic.to(_zero(moved.device).dtype)
+        known = None if quartic is None else quartic.to(moved.device)
+        return SecondMoment.from_lower(moved, self._count, known)
 
     @property
     def d(self) -> int:
@@ -140,6 +163,14 @@ class SecondMoment:
     def count(self) -> int:
         """How many keys were added."""
         return self._count
+
+    @property
+    def quartic(self) -> Tensor | None:
+        """The sum of ``||k||^4``, float64 () on the sum's device (float32 on Apple's GPUs).
+
+        None where it is not known: the sum was taken over without it.
+        """
+        return self._quartic
 
     @property
     def dtype(self) -> torch.dtype:
@@ -174,12 +205,41 @@ class SecondMoment:
             )
         return _mirror(self._sum / self._count)
 
+    def _add_quartic(self, rows: Tensor, mask: Tensor | None) -> None:
+        """Add ``||k||^4`` of the kept rows (n, d); neither a row nor the device is waited for."""
+        if self._quartic is None:
+            return
+        # Squares of float16 overflow above 256, and those of float32 before a float64 sum does.
+        wide = torch.float64 in (rows.dtype, self._sum.dtype)
+        norms = _norms(rows.detach(), torch.float64 if wide else torch.float32)  # (n,)
+        if mask is not None:  # what is masked may be anything, NaN included
+            norms = norms.masked_fill(~mask.to(norms.device), 0)
+        self._quartic += norms.to(self._quartic.dtype).pow(4).sum()
+
     def __repr__(self) -> str:
         """Width, count, dtype and device."""
         return (
             f"SecondMoment(d={self.d}, count={self.count}, dtype={self.dtype}, "
             f"device={str(self.device)!r})"
         )
+
+
+def _zero(device: torch.device) -> Tensor:
+    """What a sum of fourth powers starts from, ()."""
+    wide = device.type != "mps"  # Apple's GPUs have no float64
+    return torch.zeros((), dtype=torch.float64 if wide else torch.float32, device=device)
+
+
+def _norms(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """The norms of rows (n, d) as (n,), without a copy of the rows in another dtype."""
+    n = rows.shape[0]
+    whole = rows.dtype == dtype or rows.device.type != "cpu"
+    step = max(n, 1) if whole else min(_NORMED, n // 4 + 1)
+    norms = torch.empty(n, dtype=dtype, device=rows.device)
+    for start in range(0, n, step):
+        part = slice(start, start + step)
+        torch.linalg.vector_norm(rows[part], dim=-1, dtype=dtype, out=norms[part])
+    return norms
 
 
 def _mirror(matrix: Tensor) -> Tensor:

@@ -2,8 +2,9 @@
 
 The file holds one tensor, ``sum``: the lower triangle of the sum of ``k k^T``, row by row, as a
 vector of d (d + 1) / 2 numbers. Its metadata are ``format``, ``d``, ``count``, ``dtype``,
-``sha256`` (of the tensor's bytes), ``provenance`` (a JSON object of what the moment belongs to) and
-``check`` (SHA-256 of all the other metadata), so that neither half can change unnoticed.
+``sha256`` (of the tensor's bytes), ``quartic`` (the sum of ``||k||^4``, absent where it is not
+known, as in files of the first version), ``provenance`` (a JSON object of what the moment belongs
+to) and ``check`` (SHA-256 of all the other metadata), so that neither half can change unnoticed.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import secrets
 from collections.abc import Iterator, Mapping
@@ -55,6 +57,9 @@ def save_moment(
         "sha256": hashlib.sha256(data).hexdigest(),
         "provenance": _json(provenance),
     }
+    # Optional, so that the format stays the same: a reader that does not know it loads the rest.
+    if moment.quartic is not None and math.isfinite(quartic := float(moment.quartic)):
+        metadata["quartic"] = repr(quartic)  # the shortest text of these very bits
     metadata["check"] = _digest(metadata)
     # The header is written here and not by the safetensors library, which writes its metadata in no
     # fixed order and reports a full disk as an error of its own: equal moments give equal files.
@@ -101,7 +106,7 @@ def load_moment(
     lower = torch.zeros(d, d, dtype=packed.dtype)
     for i, row in enumerate(torch.split(packed, list(range(1, d + 1)))):
         lower[i, : i + 1] = row
-    return SecondMoment.from_lower(lower, count), provenance
+    return SecondMoment.from_lower(lower, count, _quartic(path, metadata)), provenance
 
 
 def read_provenance(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -190,6 +195,19 @@ def _check(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> None:
 def _bytes(packed: Tensor) -> memoryview:
     numbers: Any = packed.numpy()
     return memoryview(numbers).cast("B")
+
+
+def _quartic(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> float | None:
+    """The sum of ``||k||^4``, or None in a file that does not say."""
+    if "quartic" not in metadata:
+        return None
+    try:
+        value = float(metadata["quartic"])
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value) or value < 0:
+        raise _damaged(path, f"says {metadata['quartic']!r:.40} for a sum of fourth powers")
+    return value
 
 
 def _provenance(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> dict[str, Any]:

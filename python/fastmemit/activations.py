@@ -1,9 +1,16 @@
-"""What modules take in and put out at the subject's last token, for many rows at once."""
+"""What modules take in and put out at the subject's last token, for many rows at once.
+
+Rows can be run in stages: what enters a block is kept, and a later reading of modules in it or
+above it begins there.  That is right as long as nothing below that block has changed, and it gives
+the bits of a run from the first block on, because the same batches go through the same code.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,53 +18,145 @@ from torch import Tensor, nn
 
 from fastmemit.models import ModelAdapter, check_lengths, hidden_of
 from fastmemit.targets.rows import Row
+from fastmemit.targets.suffix import _forward_as
 from fastmemit.tokens import length_batches, pad_batch
+
+BATCH_TOKENS = 8192
+#: Bytes of hidden states that one pass keeps at most; batches beyond it begin at the first block.
+KEPT = 1 << 30
 
 
 class _AllRead(Exception):
     """Every module has been read; the rest of the forward is not needed."""
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class Entering:
+    """What enters a block: the hidden states (n, L, d) of one batch, and how blocks return them."""
+
+    hidden: Tensor
+    in_tuple: bool
+
+
+@dataclass(frozen=True)
+class SubjectPass:
+    """N rows up to their subjects, and how far up the model they have been run.
+
+    Made by `SubjectPass.of`; nothing in it changes, so that one may be begun from again and again.
+
+    Attributes:
+        batches: Distinct rows of token ids, in batches of like lengths.
+        places: (N,) where each row stands among the distinct ones.
+        layer: The block that the kept states enter.
+        entering: The kept states of each batch, None where there are none.
+    """
+
+    batches: tuple[tuple[tuple[int, ...], ...], ...]
+    places: Tensor
+    layer: int
+    entering: tuple[Entering | None, ...]
+
+    @classmethod
+    def of(cls, rows: Sequence[Row], batch_tokens: int = BATCH_TOKENS) -> SubjectPass:
+        """Rows that have not been run yet.
+
+        Args:
+            rows: N rows.
+            batch_tokens: Padded tokens that a forward takes at most (one row always runs).
+        """
+        wanted = [row.ids[: row.subject + 1] for row in rows]
+        batches = length_batches(dict.fromkeys(wanted), batch_tokens)
+        place = {ids: n for n, ids in enumerate(ids for batch in batches for ids in batch)}
+        places = torch.tensor([place[ids] for ids in wanted])
+        return cls(tuple(map(tuple, batches)), places, 0, (None,) * len(batches))
+
+    @property
+    def nbytes(self) -> int:
+        """What the kept states take."""
+        return sum(e.hidden.numel() * e.hidden.element_size() for e in self.entering if e)
+
+    @torch.no_grad()
+    def read(
+        self,
+        adapter: ModelAdapter,
+        *,
+        inputs: Sequence[nn.Module] = (),
+        outputs: Sequence[nn.Module] = (),
+        keep: int = 0,
+    ) -> tuple[list[Tensor], list[Tensor], SubjectPass]:
+        """Read activations at each row's subject.
+
+        Only the tokens up to the subject run, only from the kept states on and as far up as the
+        last module read, and equal rows run once.
+
+        Args:
+            adapter: The model, the same below block `layer` as when the states were kept.
+            inputs: Modules, not below `layer`, whose input is wanted (an edited projection's input
+                is its key).
+            outputs: Modules, not below `layer`, whose output is wanted.
+            keep: Keep what enters this block, at or above `layer` and at or below every module
+                read; 0 keeps nothing new.
+
+        Returns:
+            Two lists of float32 tensors (N, width), in the order of `inputs` and `outputs`, and the
+            pass to go on with: this one, or one that begins at the block `keep`.
+        """
+        if 0 < keep < self.layer:
+            raise ValueError(f"The pass begins at block {self.layer}, above block {keep}.")
+        keep = 0 if keep == self.layer else keep
+        read: list[list[Tensor]] = [[] for _ in (*inputs, *outputs)]
+        kept: list[Entering | None] = []
+        room = KEPT
+        training = adapter.model.training
+        adapter.model.eval()
+        try:
+            for batch, entering in zip(self.batches, self.entering, strict=True):
+                with _begun_at(adapter, self.layer, entering):
+                    values, now = _read_batch(adapter, batch, inputs, outputs, keep)
+                for collected, value in zip(read, values, strict=True):
+                    collected.append(value)
+                room -= now.hidden.numel() * now.hidden.element_size() if now else 0
+                kept.append(now if room >= 0 else None)
+        finally:
+            adapter.model.train(training)
+        joined = [torch.cat(parts)[self.places.to(parts[0].device)] for parts in read]
+        after = dataclasses.replace(self, layer=keep, entering=tuple(kept)) if keep else self
+        return joined[: len(inputs)], joined[len(inputs) :], after
+
+
 def read_at_subject(
     adapter: ModelAdapter,
     rows: Sequence[Row],
     *,
     inputs: Sequence[nn.Module] = (),
     outputs: Sequence[nn.Module] = (),
-    batch_tokens: int = 8192,
+    batch_tokens: int = BATCH_TOKENS,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Read activations at each row's subject.
+    """Read activations at each row's subject, from the first block on; see `SubjectPass.read`."""
+    taken, given, _ = SubjectPass.of(rows, batch_tokens).read(
+        adapter, inputs=inputs, outputs=outputs
+    )
+    return taken, given
 
-    Only the tokens up to the subject run, only as far up as the last module read, and equal rows
-    run once.
 
-    Args:
-        adapter: The model.
-        rows: N rows.
-        inputs: Modules of which the input is wanted (an edited projection's input is its key).
-        outputs: Modules of which the output is wanted.
-        batch_tokens: Padded tokens a forward takes at most (one row always runs).
+@contextmanager
+def _begun_at(adapter: ModelAdapter, layer: int, entering: Entering | None) -> Iterator[None]:
+    """Pass through the blocks below `layer` and give the block itself the kept states."""
+    if entering is None:
+        yield
+        return
 
-    Returns:
-        Two lists of float32 tensors (N, width), in the order of `inputs` and `outputs`.
-    """
-    wanted = [row.ids[: row.subject + 1] for row in rows]
-    chunks = length_batches(dict.fromkeys(wanted), batch_tokens)
-    read: list[list[Tensor]] = [[] for _ in (*inputs, *outputs)]
-    training = adapter.model.training
-    adapter.model.eval()
-    try:
-        for chunk in chunks:
-            values = _read_batch(adapter, chunk, inputs, outputs)
-            for collected, value in zip(read, values, strict=True):
-                collected.append(value)
-    finally:
-        adapter.model.train(training)
-    place = {ids: number for number, ids in enumerate(ids for chunk in chunks for ids in chunk)}
-    back = torch.tensor([place[ids] for ids in wanted])
-    joined = [torch.cat(parts)[back.to(parts[0].device)] for parts in read]
-    return joined[: len(inputs)], joined[len(inputs) :]
+    def passed(hidden: Tensor, *_: Any, **__: Any) -> Any:
+        return (hidden,) if entering.in_tuple else hidden
+
+    def given(_hidden: Tensor, *_: Any, **__: Any) -> Any:
+        return passed(entering.hidden.clone())  # a block may write into what it is given
+
+    with ExitStack() as stack:
+        for below in range(layer):
+            forward = given if below == layer - 1 else passed
+            stack.enter_context(_forward_as(adapter.block(below), forward))
+        yield
 
 
 def _read_batch(
@@ -65,27 +164,36 @@ def _read_batch(
     ids: Sequence[Sequence[int]],
     inputs: Sequence[nn.Module],
     outputs: Sequence[nn.Module],
-) -> list[Tensor]:
+    keep: int,
+) -> tuple[list[Tensor], Entering | None]:
     check_lengths(adapter.model, ids)
     batch = pad_batch(ids, device=adapter.device)
     shape = batch["input_ids"].shape
     last = torch.tensor([len(row) - 1 for row in ids])
     values: dict[int, Tensor] = {}
     total = len(inputs) + len(outputs)
+    entering: Entering | None = None
 
-    def keep(slot: int, tensor: Tensor) -> None:
+    def store(slot: int, tensor: Tensor) -> None:
         tokens = tensor.reshape(*shape, -1)  # some blocks flatten their tokens before the MLP
         values[slot] = tokens[torch.arange(len(last)), last].float()
         if len(values) == total:
             raise _AllRead
 
     def on_input(slot: int) -> Callable[..., None]:
-        return lambda _module, args: keep(slot, args[0])
+        return lambda _module, args: store(slot, args[0])
 
     def on_output(slot: int) -> Callable[..., None]:
-        return lambda _module, _args, out: keep(slot, hidden_of(out))
+        return lambda _module, _args, out: store(slot, hidden_of(out))
+
+    def on_entry(_module: nn.Module, _args: Any, out: Any) -> None:
+        nonlocal entering
+        if isinstance(out, (tuple, Tensor)):  # what is returned otherwise cannot be given back
+            entering = Entering(hidden_of(out), isinstance(out, tuple))
 
     with ExitStack() as hooks:
+        if keep:
+            hooks.callback(adapter.block(keep - 1).register_forward_hook(on_entry).remove)
         for slot, module in enumerate(inputs):
             hooks.callback(module.register_forward_pre_hook(on_input(slot)).remove)
         for slot, module in enumerate(outputs, start=len(inputs)):
@@ -95,4 +203,4 @@ def _read_batch(
             adapter.model(**call)
         except _AllRead:
             pass
-    return [values[slot] for slot in range(total)]
+    return [values[slot] for slot in range(total)], entering

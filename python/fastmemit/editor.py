@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,15 @@ from fastmemit.cache import cache_dir
 from fastmemit.data.corpora import Corpus, load_corpus
 from fastmemit.data.self_written import self_written
 from fastmemit.delta import Delta
-from fastmemit.editors import METHODS, PLANS, EditConfig, find_config
+from fastmemit.editors import (
+    METHODS,
+    PLANS,
+    EditConfig,
+    PreservedKeys,
+    ReadCache,
+    find_config,
+)
+from fastmemit.editors.base import EditKeys
 from fastmemit.errors import WrongModel
 from fastmemit.models import find_adapter, load_model, save_model
 from fastmemit.request import EditRequest, check_batch
@@ -43,6 +51,9 @@ class Editor:
         progress: Show a progress bar for each long step.
         name: What to call the model in files; it identifies nothing.
 
+    Attributes:
+        sources: What its edits draw on: statistics, contexts, target vectors, factors.
+
     Raises:
         UnknownArchitecture: The model's edited projection cannot be told.
     """
@@ -65,7 +76,7 @@ class Editor:
         # The name goes into files that people share; folders are nobody else's business.
         self.name = Path(path).resolve().name if Path(path).is_dir() else path
         self._stack = EditStack(model)
-        self._sources = Sources(
+        self.sources = Sources(
             self.adapter,
             tokenizer,
             self._stack,
@@ -154,13 +165,13 @@ class Editor:
         """
         if layers is None:
             layers = sorted({i for m in METHODS for i in self.config(m).layers})
-        self._sources.largest_budget(layers, multiplier)  # refuses before a corpus is looked for
+        self.sources.largest_budget(layers, multiplier)  # refuses before a corpus is looked for
         if not isinstance(corpus, Corpus):
             if corpus == "self":
                 corpus = self_written(self.model, self.tokenizer, self.fingerprint)
             else:
                 corpus = load_corpus(str(corpus), field=field)
-        return self._sources.precompute(corpus, list(layers), multiplier, allow_fewer, max_length)
+        return self.sources.precompute(corpus, list(layers), multiplier, allow_fewer, max_length)
 
     def use(self, found: Statistics) -> None:
         """Take these statistics for edits from now on.
@@ -168,13 +179,13 @@ class Editor:
         Raises:
             WrongModel: They are of another model.
         """
-        self._sources.use(found)
+        self.sources.use(found)
 
     def find_statistics(
         self, layers: Sequence[int], multiplier: float | None = None
     ) -> Statistics | None:
         """The newest kept statistics of this model for these layers, or None."""
-        return self._sources.find(layers, multiplier)
+        return self.sources.find(layers, multiplier)
 
     def statistics_for(self, layers: Sequence[int]) -> Statistics:
         """The statistics that an edit of these layers would use.
@@ -182,7 +193,7 @@ class Editor:
         Raises:
             fastcov.StoreMissing: There are none.
         """
-        return self._sources.statistics_for(layers)
+        return self.sources.statistics_for(layers)
 
     def contexts(self, method: str) -> tuple[str, ...]:
         """The texts put before prompts, written by the unedited model with the editor's seed.
@@ -190,40 +201,74 @@ class Editor:
         Raises:
             WrongModel: They were never written and the model is edited now.
         """
-        return self._sources.contexts(method)
+        return self.sources.contexts(method)
 
     def targets(self, requests: Sequence[EditRequest], config: EditConfig) -> list[Target]:
         """Target vectors on the model as it is, from the store where they are in it."""
-        return self._sources.targets(requests, config)
+        return self.sources.targets(requests, config)
 
     def plan(
-        self, requests: Sequence[EditRequest], method: str = "memit", **overrides: Any
+        self,
+        requests: Sequence[EditRequest],
+        method: str = "memit",
+        *,
+        preserved: PreservedKeys | None = None,
+        reads: ReadCache | None = None,
+        **overrides: Any,
     ) -> Delta:
         """Compute an edit and apply nothing; the weights are the same before and after.
 
         Args:
             requests: The facts, written together.
             method: ``"rome"``, ``"emmet"`` or ``"memit"``.
+            preserved: Keys of earlier edits that this one shall preserve too.
+            reads: Where to keep what the unedited model shows, for further plans of these facts.
             overrides: Settings that replace the preset's, see `EditConfig`.
 
         Raises:
             BadRequest: A request that cannot be carried out, or two that contradict each other.
+            WrongModel: The preserved keys are of another editor's edits.
             fastcov.StoreMissing: No statistics of the edited layers were precomputed.
         """
-        batch = check_batch(requests)
-        config = self.config(method, **overrides)
-        work = self._sources.workspace(config)
-        factors = work.plan(PLANS[method], batch)
-        return Delta(factors, self._provenance(config, batch))
+        return self._planned(requests, method, preserved, reads, overrides)[0]
 
     def edit(
-        self, requests: Sequence[EditRequest], method: str = "memit", **overrides: Any
+        self,
+        requests: Sequence[EditRequest],
+        method: str = "memit",
+        *,
+        preserved: PreservedKeys | None = None,
+        reads: ReadCache | None = None,
+        **overrides: Any,
     ) -> Edit:
-        """Compute an edit and apply it.
+        """Compute an edit and apply it; its keys join the preserved ones.
 
         Args and errors are those of `plan`; on any of them the weights are as they were.
         """
-        return Edit(self.plan(requests, method, **overrides), self._stack).apply()
+        delta, keys = self._planned(requests, method, preserved, reads, overrides)
+        edit = Edit(delta, self._stack).apply()
+        if preserved is not None:
+            preserved.add(edit, keys)
+        return edit
+
+    def _planned(
+        self,
+        requests: Sequence[EditRequest],
+        method: str,
+        preserved: PreservedKeys | None,
+        reads: ReadCache | None,
+        overrides: Mapping[str, Any],
+    ) -> tuple[Delta, EditKeys]:
+        batch = check_batch(requests)
+        config = self.config(method, **overrides)
+        for edit in preserved.edits if preserved is not None else ():
+            self._stack.check(edit)
+        work = self.sources.workspace(config, preserved, reads)
+        delta = Delta(work.plan(PLANS[method], batch), self._provenance(config, batch))
+        if preserved is not None:
+            digests = [edit.delta.digest() for edit in preserved.edits]
+            delta = Delta(delta.factors, {**delta.provenance, "preserved": digests})
+        return delta, work.keys
 
     def load(self, path: str | os.PathLike[str], *, force: bool = False) -> Edit:
         """Read an edit from a file; it is not applied.
@@ -275,11 +320,11 @@ class Editor:
 
     def _provenance(self, config: EditConfig, batch: Sequence[EditRequest]) -> dict[str, Any]:
         return {
-            **self._sources.identity(),
+            **self.sources.identity(),
             "method": config.method,
             "settings": dataclasses.asdict(config),
             "requests": [dataclasses.asdict(request) for request in batch],
-            "statistics": dict(self._sources.statistics_for(config.layers).provenance),
+            "statistics": dict(self.sources.statistics_for(config.layers).provenance),
             "contexts": list(self.contexts(config.method)),
             "on_top_of": [edit.delta.digest() for edit in self.edits],
             "seed": self.seed,

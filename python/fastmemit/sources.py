@@ -12,7 +12,7 @@ from fastmemit import statistics
 from fastmemit.applied import EditStack
 from fastmemit.contexts import Kind, generate_contexts
 from fastmemit.data.corpora import Corpus
-from fastmemit.editors import EditConfig, Workspace
+from fastmemit.editors import EditConfig, PreservedKeys, ReadCache, Workspace
 from fastmemit.errors import BadConfig, WrongModel
 from fastmemit.factors import FactorCache
 from fastmemit.models import ModelAdapter, tokenizer_fingerprint
@@ -92,8 +92,25 @@ class Sources:
         multiplier: float,
         allow_fewer: bool,
         max_length: int | None,
+        bos: bool = True,
+        after: Statistics | None = None,
+        seed: int | None = None,
+        aside: bool = False,
     ) -> Statistics:
-        """Collect statistics or find them, and use them; see `Editor.precompute`."""
+        """Collect statistics or find them, and use them; see `Editor.precompute`.
+
+        Args:
+            corpus: Where the text comes from.
+            layers: Whose keys.
+            multiplier: d_m.
+            allow_fewer: Take a corpus that ends early for what it has.
+            max_length: Cut documents at so many tokens.
+            bos: See `fastmemit.statistics.precompute`.
+            after: See there.
+            seed: Of the order of the corpus; None takes the editor's.
+            aside: Keep them where `find` does not look: an experiment with few keys must not become
+                what the next edit uses.
+        """
         if self._stack.edits:
             raise WrongModel(
                 f"{len(self._stack.edits)} edits are in the weights, and statistics belong to the "
@@ -115,13 +132,15 @@ class Sources:
                 self._adapter,
                 self._tokenizer,
                 corpus,
-                self._folder / "statistics",
+                self._folder / ("snapshots" if aside else "statistics"),
                 self.identity(),
                 layers=layers,
                 multiplier=multiplier,
-                seed=self._seed,
+                seed=self._seed if seed is None else seed,
                 allow_fewer=allow_fewer,
                 max_length=max_length,
+                bos=bos,
+                after=after,
                 progress=progress,
                 reading=reading,
                 throughput=throughput,
@@ -131,6 +150,8 @@ class Sources:
 
     def use(self, found: Statistics) -> None:
         """Take these statistics from now on; see `Editor.use`."""
+        if found is self._statistics:
+            return
         if found.provenance.get("model") != self._stack.fingerprint:
             raise WrongModel(
                 f"The statistics are of the model {found.provenance.get('model')!s:.16} but this "
@@ -178,7 +199,12 @@ class Sources:
         return self._contexts[kind]
 
     def targets(
-        self, requests: Sequence[EditRequest], config: EditConfig, *, keep: bool = True
+        self,
+        requests: Sequence[EditRequest],
+        config: EditConfig,
+        *,
+        keep: bool = True,
+        together: bool = False,
     ) -> list[Target]:
         """Target vectors on the model as it is.
 
@@ -187,6 +213,7 @@ class Sources:
             config: The settings.
             keep: Whether stored vectors may serve and new ones be stored.  Not so between two
                 writes of one batch, when the weights are in a state that no key can name.
+            together: See `fastmemit.targets.stored_or_optimised`.
         """
         with bar("target steps", len(requests) * config.steps, self._progress) as progress:
             return stored_or_optimised(
@@ -198,11 +225,21 @@ class Sources:
                 self.contexts(config.method),
                 config.targets(),
                 batch_tokens=self._batch_tokens,
+                together=together,
                 progress=progress,
             )
 
-    def workspace(self, config: EditConfig) -> Workspace:
-        """What a method needs to plan a batch."""
+    def factor(self, config: EditConfig, layer: int) -> fastcov.CholeskyFactor:
+        """The factor of a layer's ``A``, made where it is not held."""
+        return self._factors.get(self._adapter, self.statistics_for(config.layers), config, layer)
+
+    def workspace(
+        self,
+        config: EditConfig,
+        preserved: PreservedKeys | None = None,
+        reads: ReadCache | None = None,
+    ) -> Workspace:
+        """What a method needs to plan a batch; see `Editor.plan`."""
         contexts = self.contexts(config.method)
         used = self.statistics_for(config.layers)
         return Workspace(
@@ -212,4 +249,7 @@ class Sources:
             contexts,
             factor=lambda layer: self._factors.get(self._adapter, used, config, layer),
             targets=lambda requests, keep: self.targets(requests, config, keep=keep),
+            preserved=preserved,
+            reads=None if self._stack.edits else reads,
+            state=f"{self._stack.fingerprint}/{self._tokenizer_is}",
         )

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import platform
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from dataclasses import field as dataclass_field
@@ -22,6 +19,7 @@ from fastcov.throughput import Throughput
 from fastmemit.data.corpora import Corpus
 from fastmemit.data.feed import corpus_batches
 from fastmemit.errors import BadConfig
+from fastmemit.kept import common, compare, home_of, is_there
 from fastmemit.models import ModelAdapter
 
 log = logging.getLogger(__name__)
@@ -49,6 +47,10 @@ class Statistics:
             StoreDamaged: The file is not what was written.
             StoreMismatch: The file is of another model or module.
         """
+        return self.moment(module).second_moment
+
+    def moment(self, module: str) -> fastcov.SecondMoment:
+        """The moment of one module, on the CPU; errors are those of `second_moment`."""
         if module not in self.paths:
             raise fastcov.StoreMissing(
                 f"There is no second moment of {module} among the precomputed "
@@ -56,14 +58,27 @@ class Statistics:
             )
         expect = {"model": self.provenance["model"], "module": module}
         moment, _ = fastcov.load_moment(self.paths[module], expect)
-        return moment.second_moment
+        return moment
+
+    @property
+    def keys(self) -> int:
+        """How many keys a module has, the widest if they differ."""
+        return int(self.provenance.get("keys", self.provenance["budget"]))
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether the corpus ended before the budget was met."""
+        return self.keys < int(self.provenance["budget"])
 
     def describe(self) -> str:
         """One line for people: corpus, multiplier, keys."""
         p = self.provenance
-        keys = p.get("keys", p["budget"])
-        fewer = "" if keys >= p["budget"] else f" of the {p['budget']} wanted"
-        return f"corpus {p['corpus']['name']}, multiplier {p['multiplier']:g}, {keys} keys{fewer}"
+        fewer = f" of the {p['budget']} wanted" if self.exhausted else ""
+        first = "" if p.get("bos", True) else ", no first positions"
+        return (
+            f"corpus {p['corpus']['name']}, multiplier {p['multiplier']:g}, "
+            f"{self.keys} keys{fewer}{first}"
+        )
 
 
 def precompute(
@@ -78,6 +93,8 @@ def precompute(
     seed: int = 0,
     allow_fewer: bool = False,
     max_length: int | None = None,
+    bos: bool = True,
+    after: Statistics | None = None,
     progress: Callable[[int], None] | None = None,
     reading: Callable[[int], None] | None = None,
     throughput: Throughput | None = None,
@@ -98,6 +115,11 @@ def precompute(
         seed: Of the order of documents.
         allow_fewer: Take a corpus that ends early for what it has.
         max_length: Cut documents at so many tokens; None takes the model's context.
+        bos: Whether the first position of a document is a key. In most models it draws attention
+            that has nowhere else to go, and its key is unlike all others.
+        after: Statistics of the same text, with a smaller multiplier: only the keys beyond theirs
+            are collected, and added to them. How the sum was reached is part of what it is, because
+            it decides on the last bits.
         progress: Called with the number of keys since the last call, in the caller's thread.
         reading: Called with the number of tokens of each document as it is read, which is the long
             part of a corpus that the model writes; in the caller's thread.
@@ -105,7 +127,8 @@ def precompute(
 
     Raises:
         BadBudget: The multiplier is not above 0.
-        BadConfig: `max_length` is below 1 or above the model's context.
+        BadConfig: `max_length` is below 1 or above the model's context, or `after` has as large a
+            multiplier.
         BadLayer: A layer does not exist.
         BudgetNotMet: The corpus is too short, and `allow_fewer` is not set.
         BadCorpus: The corpus cannot be read.
@@ -125,33 +148,42 @@ def precompute(
         "multiplier": float(multiplier),
         "context": context,
         "allow_fewer": allow_fewer,
+        **({} if bos else {"bos": False}),
+        **({} if after is None else {"snapshots": _snapshots(after, multiplier)}),
     }
-    home = _home(folder / identity["model"][:16], shared)
+    home = home_of(folder / identity["model"][:16], shared)
     paths = {name: home / f"{name}.safetensors" for name in modules}
-    missing = [name for name, path in paths.items() if not _is_there(path, shared, name)]
+    missing = [name for name, path in paths.items() if not is_there(path, shared, name)]
     if missing:
         log.info("collecting the second moments of %s", ", ".join(missing))
+        held = {} if after is None else {name: after.moment(name) for name in missing}
+        start = max((moment.count for moment in held.values()), default=0)
         most = max(budgets[name] for name in missing)
         if throughput is not None:
             throughput.measure(adapter.model, adapter.device)  # before a thread begins to read
-        with corpus_batches(corpus, tokenizer, adapter.device, tokens=most, context=context,
-                            seed=seed, reading=reading) as batches:  # fmt: skip
-            moments = fastcov.collect(
-                adapter.model,
-                missing,
-                batches,
-                {name: budgets[name] for name in missing},
-                allow_fewer=allow_fewer,
-                progress=progress,
-                throughput=throughput,
-                causal=not getattr(adapter.model.config, "use_bidirectional_attention", False),
-            )
+        moments = held
+        if after is None or not after.exhausted:
+            with corpus_batches(corpus, tokenizer, adapter.device, tokens=most, context=context,
+                                seed=seed, start=start, skip=int(not bos),
+                                reading=reading) as batches:  # fmt: skip
+                moments = fastcov.collect(
+                    adapter.model,
+                    missing,
+                    batches,
+                    {n: budgets[n] - (held[n].count if n in held else 0) for n in missing},
+                    allow_fewer=allow_fewer,
+                    progress=progress,
+                    throughput=throughput,
+                    causal=not getattr(adapter.model.config, "use_bidirectional_attention", False),
+                )
+            for name, moment in held.items():
+                moments[name] = moment.merge(moments[name])
         if throughput is not None:
             log.info("%s", throughput)
         for name, moment in moments.items():
             own = {**shared, "module": name, "budget": budgets[name], "keys": moment.count}
             fastcov.save_moment(paths[name], moment, {**own, "versions": versions()})
-    provenance = _common([fastcov.read_provenance(path) for path in paths.values()])
+    provenance = common([fastcov.read_provenance(path) for path in paths.values()])
     return Statistics(paths, provenance, throughput if missing else None)
 
 
@@ -187,9 +219,9 @@ def find(
             continue
         stored = [fastcov.read_provenance(path) for path in paths.values()]
         for path, provenance in zip(paths.values(), stored, strict=True):
-            _compare(path, provenance, {"model": model})
+            compare(path, provenance, {"model": model})
         if all(v is None or stored[0].get(k) == v for k, v in wanted.items()):
-            return Statistics(paths, _common(stored))
+            return Statistics(paths, common(stored))
     return None
 
 
@@ -205,6 +237,17 @@ def versions() -> dict[str, str]:
     }
 
 
+def _snapshots(after: Statistics, multiplier: float) -> list[float]:
+    """The smaller multipliers at which a sum was stored on the way to this one."""
+    smaller = float(after.provenance["multiplier"])
+    if smaller >= multiplier:
+        raise BadConfig(
+            f"Statistics of multiplier {smaller:g} cannot be continued to {multiplier:g}; give a "
+            "larger multiplier."
+        )
+    return [*after.provenance.get("snapshots", []), smaller]
+
+
 def _context(adapter: ModelAdapter, max_length: int | None) -> int:
     if max_length is None:
         return adapter.max_context
@@ -214,51 +257,3 @@ def _context(adapter: ModelAdapter, max_length: int | None) -> int:
             f"but is {max_length}."
         )
     return max_length
-
-
-def _is_there(path: Path, shared: dict[str, Any], module: str) -> bool:
-    """Whether a moment is stored already.
-
-    Raises:
-        StoreMismatch: The file of this name is of something else.
-    """
-    if not path.is_file():
-        return False
-    stored = fastcov.read_provenance(path)
-    _compare(path, _essence(stored), {**_essence(shared), "module": module})
-    return True
-
-
-def _compare(path: Path, stored: dict[str, Any], expected: dict[str, Any]) -> None:
-    for field, value in expected.items():
-        if stored.get(field) != value:
-            raise fastcov.StoreMismatch(
-                f"The statistics {str(path)!r} are of another {field} ({stored.get(field)!r:.80}, "
-                f"not {value!r:.80}), so the file was moved or altered; delete it and precompute "
-                "again.",
-                field=field,
-                stored=stored.get(field),
-                expected=value,
-            )
-
-
-def _common(stored: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What the provenance of several moments shares; of their keys, those of the widest module."""
-    widest = max(stored, key=lambda provenance: int(provenance["budget"]))
-    return {k: v for k, v in widest.items() if k not in ("module", "versions")}
-
-
-def _essence(shared: dict[str, Any]) -> dict[str, Any]:
-    """What statistics depend on: the names of model and corpus say nothing of their contents."""
-    kept = {k: v for k, v in shared.items() if k != "model_name"}
-    return {**kept, "corpus": shared.get("corpus", {}).get("fingerprint")}
-
-
-def _home(folder: Path, shared: dict[str, Any]) -> Path:
-    """A folder name that a person can read and that no two different statistics share."""
-    digest = hashlib.sha256(json.dumps(_essence(shared), sort_keys=True).encode()).hexdigest()[:12]
-    known = sorted(folder.glob(f"*-{digest}"))  # the same corpus may have had another name
-    if known:
-        return known[0]
-    name = re.sub(r"[^A-Za-z0-9]+", "-", Path(shared["corpus"]["name"]).name).strip("-")[:40]
-    return folder / f"{name}-x{shared['multiplier']:g}-seed{shared['seed']}-{digest}"

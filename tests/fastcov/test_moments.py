@@ -64,6 +64,36 @@ def test_a_count_that_the_caller_has_is_taken_at_its_word():
         SecondMoment(2, device="meta").update(torch.ones(3, 2, device="meta"), mask.to("meta"))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_the_sum_of_fourth_powers_of_the_norms(dtype, monkeypatch):
+    monkeypatch.setattr(moments, "_NORMED", 7)
+    X = keys(60, 5, dtype=torch.float32).reshape(6, 10, 5).to(dtype)
+    mask = torch.rand(6, 10, generator=torch.Generator().manual_seed(1)) < 0.4
+    moment = SecondMoment(5).update(X, mask.long()).update(X)
+    wanted = X[mask].double().norm(dim=-1).pow(4).sum() + X.double().norm(dim=-1).pow(4).sum()
+    assert moment.quartic.dtype == torch.float64 and moment.quartic.shape == ()
+    torch.testing.assert_close(moment.quartic, wanted, rtol=1e-6, atol=0)
+
+
+def test_norms_whose_squares_overflow_the_keys_do_not_overflow():
+    large = SecondMoment(2).update(torch.full((3, 2), 3e4, dtype=torch.float16))
+    assert large.quartic.item() == pytest.approx(3 * (2 * 3e4**2) ** 2, rel=1e-3)
+    wide = SecondMoment(2, dtype=torch.float64).update(torch.full((3, 2), 1e30))
+    assert wide.quartic.item() == pytest.approx(3 * 4e120, rel=1e-5)
+
+
+def test_fourth_powers_are_unknown_where_one_part_does_not_know_them():
+    X = keys()
+    whole = SecondMoment(7, dtype=torch.float64).update(X)
+    known = SecondMoment.from_lower(whole.lower, 200, float(whole.quartic))
+    assert torch.equal(known.quartic, whole.quartic)
+    unknown = SecondMoment.from_lower(whole.lower.clone(), 200)
+    assert unknown.quartic is None and unknown.update(X).quartic is None
+    assert unknown.to("meta").quartic is None and whole.to("meta").quartic is not None
+    assert unknown.merge(whole).quartic is None
+    assert SecondMoment(7, dtype=torch.float64).merge(unknown).quartic is None
+
+
 def test_merge_adds_sums_and_counts():
     X = keys()
     whole = SecondMoment(7, dtype=torch.float64).update(X)
@@ -72,6 +102,7 @@ def test_merge_adds_sums_and_counts():
     before = right.sum
     assert left.merge(right) is left and left.count == 200
     torch.testing.assert_close(left.sum, whole.sum, rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(left.quartic, whole.quartic, rtol=1e-6, atol=0)
     assert torch.equal(right.sum, before) and right.count == 150
 
 
@@ -142,7 +173,10 @@ for _ in range(rank + 1):
     moment.update(torch.tensor([[1.0, 2.0, 3.0 + rank]]))
 moment.all_reduce()
 assert moment.count == 3, moment.count
+assert abs(moment.quartic.item() - (14**2 + 2 * 21**2)) < 1e-3, moment.quartic
 assert moment.sum.tolist() == [[3, 6, 11], [6, 12, 22], [11, 22, 41]], moment.sum
+half = SecondMoment.from_lower(torch.eye(3), 1, 9.0 if rank else None).all_reduce()
+assert half.count == 2 and half.quartic is None
 dist.destroy_process_group()
 """
 

@@ -50,6 +50,7 @@ def test_what_is_loaded_is_what_was_saved(tmp_path, dtype, d):
     loaded, provenance = load_moment(path)
     assert (loaded.d, loaded.count, loaded.dtype) == (d, 20, dtype)
     assert torch.equal(loaded.sum, saved.sum)
+    assert torch.equal(loaded.quartic, saved.quartic) and loaded.quartic > 0
     assert provenance == PROVENANCE == read_provenance(path)
     assert [file.name for file in path.parent.iterdir()] == ["m.safetensors"]
     loaded.update(torch.ones(1, d))
@@ -141,8 +142,32 @@ def resealed(data, **changes):
     return with_header(data, change)
 
 
+def test_a_file_without_fourth_powers_is_read_and_none_is_written_that_is_not_known(tmp_path):
+    path = tmp_path / "m"
+    unknown = SecondMoment.from_lower(moment().lower, 20)
+    save_moment(path, unknown, PROVENANCE)  # as files of the first version are
+    _, header = header_of(path.read_bytes())
+    assert header["__metadata__"].keys() == {
+        "format", "d", "count", "dtype", "sha256", "provenance", "check"
+    }  # fmt: skip
+    loaded, _ = load_moment(path)
+    assert loaded.quartic is None and torch.equal(loaded.sum, moment().sum)
+    endless = SecondMoment.from_lower(moment().lower, 20, float("inf"))
+    save_moment(path, endless, PROVENANCE)
+    assert load_moment(path)[0].quartic is None
+
+
 @pytest.mark.parametrize(
-    "changes", [{"d": "6"}, {"dtype": "F64"}, {"sha256": "0" * 64}, {"provenance": "[1]"}]
+    "changes",
+    [
+        {"d": "6"},
+        {"dtype": "F64"},
+        {"sha256": "0" * 64},
+        {"provenance": "[1]"},
+        {"quartic": "many"},
+        {"quartic": "-1.0"},
+        {"quartic": "nan"},
+    ],
 )
 def test_parts_that_contradict_each_other_are_refused(tmp_path, changes):
     path = tmp_path / "m"

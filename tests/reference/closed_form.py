@@ -40,3 +40,12 @@ def rome(A, k, r, denominator_key=None):
     inverse = np.linalg.inv(A)
     q = k if denominator_key is None else denominator_key
     return np.outer(r, inverse @ k) / (q @ inverse @ k)
+
+
+def preserving(A, blocks):
+    """A + sum K_p K_p^T over the keys of earlier edits, one key at a time (sequential MEMIT)."""
+    total = np.array(A, dtype=np.float64)
+    for K in blocks:
+        for key in np.asarray(K).T:
+            total += np.outer(key, key)
+    return total

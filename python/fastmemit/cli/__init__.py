@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from fastmemit import __version__
-from fastmemit.cli import apply, demo, edit, evaluate, precompute
+from fastmemit.cli import apply, demo, edit, evaluate, locate, precompute, report, sweep
 
 DESCRIPTION = "Edit the facts of a language model: ROME, EMMET and MEMIT in seconds."
 EPILOG = """examples:
@@ -19,12 +19,16 @@ EPILOG = """examples:
       --subject "Eiffel Tower" --target Rome --save rome.safetensors
   fastmemit apply --model gpt2-xl --edit rome.safetensors --prompt "To see the Eiffel Tower, go to"
   fastmemit evaluate --model gpt2-xl --data counterfact --method memit --batch-size 16 --batches 4
+  fastmemit sweep --model gpt2-xl --data counterfact --out DIR && fastmemit report DIR
 """
 VERBS = {
     "precompute": precompute,
     "edit": edit,
     "apply": apply,
     "evaluate": evaluate,
+    "locate": locate,
+    "sweep": sweep,
+    "report": report,
     "demo": demo,
 }
 

@@ -1,6 +1,6 @@
 """Facts to edit and text to collect statistics on.
 
-`load_records` and `load_requests` read facts, `batches` deals them out, `load_corpus` opens text.
+`load_records`, `load_zsre` and `load_requests` read facts, `batches` deals them out, `load_corpus` opens text.
 """
 
 from fastmemit.data.corpora import Corpus, corpus_from_texts, load_corpus
@@ -12,15 +12,18 @@ from fastmemit.data.counterfact import (
     load_records,
     load_requests,
 )
+from fastmemit.data.zsre import ZsreRecord, load_zsre
 
 __all__ = [
     "COUNTERFACT_HUB",
     "Corpus",
     "Record",
+    "ZsreRecord",
     "batches",
     "builtin_facts",
     "corpus_from_texts",
     "load_corpus",
     "load_records",
     "load_requests",
+    "load_zsre",
 ]

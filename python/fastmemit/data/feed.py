@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any
@@ -32,6 +32,8 @@ def corpus_batches(
     tokens: int,
     context: int,
     seed: int = 0,
+    start: int = 0,
+    skip: int = 0,
     reading: Callable[[int], None] | None = None,
 ) -> Iterator[Iterator[Mapping[str, Any]]]:
     """Batches of the first tokens of a corpus, for `fastcov.collect`.
@@ -44,9 +46,12 @@ def corpus_batches(
         corpus: Where the text comes from.
         tokenizer: The model's.
         device: Where the model takes its input; how large the batches are depends on it.
-        tokens: How many tokens there shall be in all, padding aside.
+        tokens: How many tokens there shall be in all, padding aside, those before `start` included.
         context: Cut documents at so many tokens.
         seed: Of the order of documents.
+        start: How many of them to pass over: they are read and tokenised, and not in the batches
+            but where later ones of their document need them.
+        skip: How many at the beginning of each document are no keys, and not counted either.
         reading: Called, in the caller's thread, with the number of tokens of each document read.
 
     Raises:
@@ -57,7 +62,12 @@ def corpus_batches(
     threaded = not isinstance(corpus, SelfWritten)
     told = ahead.relayed(reading) if threaded and reading is not None else reading
     ids = _tokenised(tokenizer, corpus.documents(seed), context, told, lambda: ahead.stopped)
-    batches = pinned(fastcov.bucket(fastcov.take(ids, tokens, context), size), device)
+    taken: Iterator[Sequence[int]] = (
+        fastcov.between(ids, start, tokens, context, skip)
+        if start or skip
+        else fastcov.take(ids, tokens, context)
+    )
+    batches = pinned(fastcov.bucket(taken, size), device)
     if threaded:
         with ahead.read(batches) as read:
             yield read

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from fastmemit.editors import emmet, memit, rome
 from fastmemit.editors.base import Factors, Workspace
 from fastmemit.editors.config import METHODS, EditConfig, find_config, parse_overrides
+from fastmemit.editors.preserved import PreservedKeys
+from fastmemit.editors.subjects import ReadCache
 from fastmemit.request import EditRequest
 
 PLANS: dict[str, Callable[[Workspace, list[EditRequest]], None]] = {
@@ -20,6 +22,8 @@ __all__ = [
     "PLANS",
     "EditConfig",
     "Factors",
+    "PreservedKeys",
+    "ReadCache",
     "Workspace",
     "find_config",
     "parse_overrides",

@@ -18,12 +18,15 @@ from fastcov import CholeskyFactor, LowRank
 from fastmemit.activations import read_at_subject
 from fastmemit.delta import add_low_rank, restore
 from fastmemit.editors.config import EditConfig
+from fastmemit.editors.preserved import PreservedKeys
+from fastmemit.editors.subjects import ReadCache, Reading, Subjects
 from fastmemit.models import ModelAdapter
 from fastmemit.request import EditRequest, check_batch
 from fastmemit.targets import Target
 from fastmemit.targets.rows import subject_row
 
 Factors = dict[str, tuple[Tensor, Tensor]]
+EditKeys = dict[int, list[Tensor]]  # layer -> keys (d_k, B), float64, block by block
 
 
 @dataclass
@@ -38,7 +41,11 @@ class Workspace:
         factor: Layer -> Cholesky factor of ``w C + ridge I``.
         targets: Requests -> target vectors on the model as it is now; the flag says whether it is
             still the model that the batch began with, so that stored vectors may serve.
+        preserved: Keys of earlier edits, which `solver` preserves too.
+        reads: Where readings of the unedited model are kept; None for a model that is edited.
+        state: What identifies the weights that the batch begins with, for `reads`.
         factors: What has been written so far, by weight name, in the weights' own orientation.
+        keys: The keys of what has been written so far, by layer.
     """
 
     adapter: ModelAdapter
@@ -47,11 +54,27 @@ class Workspace:
     contexts: tuple[str, ...]
     factor: Callable[[int], CholeskyFactor]
     targets: Callable[[Sequence[EditRequest], bool], list[Target]]
+    preserved: PreservedKeys | None = None
+    reads: ReadCache | None = None
+    state: str = ""
     factors: Factors = field(default_factory=dict)
+    keys: EditKeys = field(default_factory=dict)
     _before: dict[str, Tensor] = field(default_factory=dict)
 
-    def write(self, layer: int, change: LowRank) -> None:
-        """Add a change (d, d_k) to a layer's weight, and keep it for the delta."""
+    def solver(self, layer: int) -> CholeskyFactor:
+        """The factor of all that a layer shall preserve.
+
+        ``w C + ridge I``, and with `preserved` also ``K_p K_p^T`` of every edit in it and of the
+        facts that this batch has written into the layer already.
+        """
+        base = self.factor(layer)
+        if self.preserved is None:
+            return base
+        return self.preserved.factor(layer, base, self.keys.get(layer, ()))
+
+    def write(self, layer: int, change: LowRank, keys: Tensor) -> None:
+        """Add a change (d, d_k) to a layer's weight; it and its keys (d_k, B) are kept."""
+        self.keys.setdefault(layer, []).append(keys)
         left, right = (t.to("cpu", torch.float32) for t in (change.left, change.right))
         if self.adapter.weight_is_transposed(layer):
             left, right = right, left
@@ -81,7 +104,7 @@ class Workspace:
             for layer in self.config.layers
         }
         self._before = {name: weight.clone() for name, weight in weights.items()}
-        self.factors = {}
+        self.factors, self.keys = {}, {}
         try:
             method(self, batch)
         finally:
@@ -96,38 +119,35 @@ class Workspace:
 
     # -- what methods read from the model ---------------------------------------------------------
 
-    def context_keys(self, layer: int, requests: Sequence[EditRequest]) -> Tensor:
-        """Keys at the subject in every context, (B, contexts, d_k) float64."""
-        keys, _ = self._read(layer, requests, self.contexts)
-        return keys
+    def subjects(self, requests: Sequence[EditRequest]) -> Subjects:
+        """A batch to be read at one layer after the other; see `read`."""
+        return Subjects(self.adapter, self.tokenizer, requests, self.contexts)
+
+    def read(self, subjects: Subjects, layer: int) -> Reading:
+        """What a batch shows at a layer, with what has been written so far below it.
+
+        Layers are read in ascending order.
+        """
+        last = self.config.layers[-1]
+        if self.reads is None or self.factors:
+            reading = subjects.read(layer, last)
+        else:
+            key = (self.state, subjects.key(layer, last))
+            reading = self.reads.get(key, lambda: subjects.read(layer, last))
+        subjects.resume(reading)
+        return reading
 
     def context_outputs(self, layer: int, requests: Sequence[EditRequest]) -> tuple[Tensor, Tensor]:
         """Keys and the projection's outputs in every context, (B, contexts, d_k) and (…, d)."""
-        return self._read(layer, requests, self.contexts, outputs=True)
-
-    def bare_outputs(
-        self, requests: Sequence[EditRequest], *modules: torch.nn.Module
-    ) -> list[Tensor]:
-        """What modules put out at the subject of the bare prompt, each (B, width) float64."""
-        rows = [subject_row(self.tokenizer, "", request) for request in requests]
-        _, outputs = read_at_subject(self.adapter, rows, outputs=modules)
-        return [output.double() for output in outputs]
-
-    def _read(
-        self,
-        layer: int,
-        requests: Sequence[EditRequest],
-        contexts: Sequence[str],
-        outputs: bool = False,
-    ) -> tuple[Tensor, Tensor]:
-        rows = [subject_row(self.tokenizer, c, request) for request in requests for c in contexts]
+        rows = [
+            subject_row(self.tokenizer, context, request)
+            for request in requests
+            for context in self.contexts
+        ]
         module = self.adapter.projection(layer)
-        keys, out = read_at_subject(
-            self.adapter, rows, inputs=[module], outputs=[module] if outputs else []
-        )
-        shape = (len(requests), len(contexts), -1)
-        values = [value.double().reshape(shape) for value in (*keys, *out)]
-        return values[0], values[-1]
+        (keys,), (outputs,) = read_at_subject(self.adapter, rows, inputs=[module], outputs=[module])
+        shape = (len(requests), len(self.contexts), -1)
+        return keys.double().reshape(shape), outputs.double().reshape(shape)
 
 
 def averaged_keys(keys: Tensor) -> Tensor:

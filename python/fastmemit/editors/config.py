@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import Any, Literal, get_args
 
+from fastcov.shrinkage import SHRINKAGES
 from fastmemit.editors.layers import parse_layers
 from fastmemit.errors import BadConfig
 from fastmemit.models import ModelAdapter
@@ -30,6 +31,9 @@ class EditConfig:
         weight: w, how many tokens' worth the preserved keys weigh against one edit; None takes the
             key width d_k (see docs/second-moment.md).
         ridge: Added to the diagonal of ``w C``.
+        relative_ridge: Added to it as well, as a multiple of the diagonal's mean.
+        shrinkage: How C is moved towards a multiple of the identity before: ``"none"``,
+            ``"ledoit-wolf"`` or ``"oas"`` (see `fastcov.shrinkage`).
         lambda_e: EMMET only, batches above 1: how far the equality constraint is relaxed.
         clamp: ``||delta|| <= clamp * ||v0||`` for target vectors.
         steps: Loss evaluations for a target vector at most.
@@ -48,6 +52,8 @@ class EditConfig:
     layers: tuple[int, ...]
     weight: float | None = None
     ridge: float = 0.0
+    relative_ridge: float = 0.0
+    shrinkage: str = "none"
     lambda_e: float = 0.0
     clamp: float = 1.0
     steps: int = 25
@@ -209,8 +215,13 @@ def _check(config: EditConfig) -> None:
         raise BadConfig(f"steps must be a whole number above 0 but is {config.steps!r}.")
     if config.keys not in KEYS:
         raise BadConfig(f"keys must be one of {', '.join(KEYS)} but is {config.keys!r}.")
+    if config.shrinkage not in SHRINKAGES:
+        raise BadConfig(
+            f"shrinkage must be one of {', '.join(SHRINKAGES)} but is {config.shrinkage!r}."
+        )
     positive = ("clamp", "v_lr", *(["weight"] if config.weight is not None else []))
-    for name in (*positive, "ridge", "lambda_e", "weight_decay", "kl_factor", "early_stop"):
+    other = ("ridge", "relative_ridge", "lambda_e", "weight_decay", "kl_factor", "early_stop")
+    for name in (*positive, *other):
         value = getattr(config, name)
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if not number or not math.isfinite(value) or value < 0 or (name in positive and value == 0):

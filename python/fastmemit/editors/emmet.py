@@ -12,13 +12,15 @@ from fastmemit.request import EditRequest
 def write(work: Workspace, requests: list[EditRequest]) -> None:
     """Write a batch into one layer.
 
-    ``Delta = R (K^T A^-1 K + lambda_e I)^-1 K^T A^-1`` with ``A = w C + ridge I``; lambda_e relaxes
-    the constraint for batches only, a single edit is always exact.
+    ``Delta = R (K^T A^-1 K + lambda_e I)^-1 K^T A^-1`` with ``A = w C + ridge I``, and the keys of
+    earlier edits in A where they are preserved; lambda_e relaxes the constraint for batches only, a
+    single edit is always exact.
     """
     adapter, layer = work.adapter, work.config.layers[0]
     goal = torch.stack([t.vector for t in work.targets(requests, True)]).double()  # (B, d)
-    keys = averaged_keys(work.context_keys(layer, requests))  # (d_k, B)
-    out, now = work.bare_outputs(requests, adapter.projection(layer), adapter.block(layer))
-    residual = adapter.projection_residual(layer, out.to(now.device), goal.to(now.device) - now)
+    read = work.read(work.subjects(requests), layer)
+    keys = averaged_keys(read.keys)  # (d_k, B)
+    missing = goal.to(read.block.device) - read.block
+    residual = adapter.projection_residual(layer, read.outputs.to(missing.device), missing)
     relaxed = work.config.lambda_e if len(requests) > 1 else 0.0
-    work.write(layer, closed_form.emmet(work.factor(layer), keys, residual.T, relaxed))
+    work.write(layer, closed_form.emmet(work.solver(layer), keys, residual.T, relaxed), keys)

@@ -14,13 +14,16 @@ def write(work: Workspace, requests: list[EditRequest]) -> None:
 
     For each layer the activations are read afresh, after the layers below it were written; it takes
     the share ``1 / (layers left)`` of what is still missing at the last edited block's output:
-    ``Delta = R K^T (w C + ridge I + K K^T)^-1``, equation (2) of arXiv 2506.04226.
+    ``Delta = R K^T (A + K K^T)^-1`` with ``A = w C + ridge I``, equation (2) of arXiv 2506.04226,
+    and the keys of earlier edits in A where they are preserved.
     """
     adapter, layers = work.adapter, work.config.layers
     goal = torch.stack([t.vector for t in work.targets(requests, True)]).double()  # (B, d)
+    subjects = work.subjects(requests)
     for position, layer in enumerate(layers):
-        keys = averaged_keys(work.context_keys(layer, requests))  # (d_k, B)
-        out, now = work.bare_outputs(requests, adapter.projection(layer), adapter.block(layers[-1]))
-        missing = (goal.to(now.device) - now) / (len(layers) - position)
-        residual = adapter.projection_residual(layer, out.to(missing.device), missing)
-        work.write(layer, closed_form.memit(work.factor(layer), keys, residual.T))
+        read = work.read(subjects, layer)
+        keys = averaged_keys(read.keys)  # (d_k, B)
+        missing = (goal.to(read.block.device) - read.block) / (len(layers) - position)
+        out = read.outputs.to(missing.device)
+        residual = adapter.projection_residual(layer, out, missing)
+        work.write(layer, closed_form.memit(work.solver(layer), keys, residual.T), keys)

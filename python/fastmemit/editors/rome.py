@@ -21,6 +21,9 @@ def write(work: Workspace, requests: list[EditRequest]) -> None:
     In a model without a BOS token a subject that begins its prompt has nothing before it, and is
     often cut into other tokens than inside a text: its key there can be far from the mean over 21
     contexts, in which it all but vanishes.
+
+    Where the keys of earlier edits are preserved, C is joined by theirs, and by those of the facts
+    that were written before in the same batch.
     """
     layer = work.config.layers[0]
     for number, request in enumerate(requests):
@@ -33,9 +36,9 @@ def write(work: Workspace, requests: list[EditRequest]) -> None:
         now = outputs[0, 0] if original else average(outputs)[:, 0]
         residual = target.vector.to(now) - now  # (d,)
         change = closed_form.rome(
-            work.factor(layer), key, residual, denominator_key=bare if original else None
+            work.solver(layer), key, residual, denominator_key=bare if original else None
         )
-        work.write(layer, change)
+        work.write(layer, change, key[:, None])
 
 
 def _mean(values: Tensor) -> Tensor:

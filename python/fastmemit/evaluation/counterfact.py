@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from fastmemit.data import Record
 from fastmemit.errors import BadData
-from fastmemit.evaluation.nll import Question, answer_nlls
-from fastmemit.metrics.score import RecordScore, score_record
+from fastmemit.evaluation.nll import BATCH_TOKENS, Answer, Question, judge_answers
+from fastmemit.metrics.score import Exact, RecordScore, score_record
 from fastmemit.models import ModelAdapter
 
 
@@ -17,7 +17,8 @@ def score_records(
     tokenizer: Any,
     records: Sequence[Record],
     *,
-    batch_tokens: int = 4096,
+    attributes: bool = False,
+    batch_tokens: int = BATCH_TOKENS,
     progress: Callable[[int], None] | None = None,
 ) -> list[RecordScore]:
     """Score the model, as it is now, on the rewrite, paraphrase and neighbourhood prompts.
@@ -26,7 +27,8 @@ def score_records(
         adapter: The model.
         tokenizer: Its tokenizer.
         records: The records; each needs a true answer.
-        batch_tokens: See `answer_nlls`.
+        attributes: Ask the attribute prompts too, which are as many again in CounterFact.
+        batch_tokens: See `judge_answers`.
         progress: Called with the number of questions done since the last call; a record asks two
             for each of its prompts (`count_questions`).
 
@@ -40,22 +42,46 @@ def score_records(
                 f"Record {record.case_id} has no target_true, which scores compare with; add it."
             )
         answers = (record.request.target, " " + record.request.target_true.strip())
-        questions += [(prompt, answer) for prompt in _prompts(record) for answer in answers]
-    nlls = iter(
-        answer_nlls(adapter, tokenizer, questions, batch_tokens=batch_tokens, progress=progress)
+        prompts = _prompts(record, attributes)
+        questions += [(prompt, answer) for prompt in prompts for answer in answers]
+    judged = iter(
+        judge_answers(adapter, tokenizer, questions, batch_tokens=batch_tokens, progress=progress)
     )
-    scores = []
-    for record in records:
-        pairs = [(next(nlls), next(nlls)) for _ in _prompts(record)]
-        split = 1 + len(record.paraphrases)
-        scores.append(score_record(record.case_id, pairs[0], pairs[1:split], pairs[split:]))
-    return scores
+    return [_score(record, judged, attributes) for record in records]
 
 
-def count_questions(records: Sequence[Record]) -> int:
+def count_questions(records: Sequence[Record], attributes: bool = False) -> int:
     """How many questions `score_records` asks."""
-    return sum(2 * len(_prompts(record)) for record in records)
+    return sum(2 * len(_prompts(record, attributes)) for record in records)
 
 
-def _prompts(record: Record) -> list[str]:
-    return [record.request.text, *record.paraphrases, *record.neighbourhood]
+def _prompts(record: Record, attributes: bool) -> list[str]:
+    asked = [record.request.text, *record.paraphrases, *record.neighbourhood]
+    return [*asked, *record.attributes] if attributes else asked
+
+
+def _score(record: Record, judged: Iterator[Answer], attributes: bool) -> RecordScore:
+    """The score of a record whose answers, new and true of each prompt, come next."""
+
+    def take(prompts: Sequence[str]) -> list[tuple[Answer, Answer]]:
+        return [(next(judged), next(judged)) for _ in prompts]
+
+    ((new, true),) = take([record.request.text])
+    said_otherwise, nearby = take(record.paraphrases), take(record.neighbourhood)
+    related = take(record.attributes) if attributes else []
+    return score_record(
+        record.case_id,
+        (new.nll, true.nll),
+        _costs(said_otherwise),
+        _costs(nearby),
+        attributes=_costs(related),
+        exact=Exact(
+            new.exact,
+            tuple(said.exact for said, _ in said_otherwise),
+            tuple(kept.exact for _, kept in nearby),
+        ),
+    )
+
+
+def _costs(pairs: Sequence[tuple[Answer, Answer]]) -> list[tuple[float, float]]:
+    return [(new.nll, true.nll) for new, true in pairs]

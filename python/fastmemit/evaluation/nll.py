@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,20 +15,68 @@ from fastmemit.tokens import encode_with_target, length_batches, pad_batch
 
 Question = tuple[str, str]  # (prompt, answer with its leading space)
 
+# Padded tokens of one forward. Measured on 2 cores (docs/evaluation.md): larger batches only pad
+# more, smaller ones leave the matrix products too little to do.
+BATCH_TOKENS = 1024
 
-@torch.no_grad()
+
+class Answer(NamedTuple):
+    """What a model makes of one answer after its prompt."""
+
+    nll: float  # mean negative log-likelihood per token, in nats
+    matches: tuple[bool, ...]  # per token: is it the most probable one after those before it
+
+    @property
+    def exact(self) -> bool:
+        """Whether greedy decoding of the prompt gives this answer: every token matches."""
+        return all(self.matches)
+
+
+class _Read(NamedTuple):
+    """Where a question's answer is read: its last `tokens` positions before `end`."""
+
+    question: int
+    end: int  # tokens of prompt and answer without the last, which is never an input
+    tokens: tuple[int, ...]  # of the answer
+
+
 def answer_nlls(
     adapter: ModelAdapter,
     tokenizer: Any,
     questions: Sequence[Question],
     *,
-    batch_tokens: int = 4096,
+    batch_tokens: int = BATCH_TOKENS,
     progress: Callable[[int], None] | None = None,
 ) -> list[float]:
-    """Mean negative log-likelihood per token of each answer after its prompt.
+    """Mean negative log-likelihood per token of each answer after its prompt: see `judge_answers`.
 
-    Sequences are run sorted by length, and equal ones once: the answers " Rome" and " Paris" of one
-    prompt are read from the same forward, because an answer's last token is never an input.
+    Returns:
+        Nats per token, in the order of the questions.
+
+    Raises:
+        BadRequest: An answer yields no token, or no token stands before it.
+    """
+    judged = judge_answers(
+        adapter, tokenizer, questions, batch_tokens=batch_tokens, progress=progress
+    )
+    return [answer.nll for answer in judged]
+
+
+@torch.no_grad()
+def judge_answers(
+    adapter: ModelAdapter,
+    tokenizer: Any,
+    questions: Sequence[Question],
+    *,
+    batch_tokens: int = BATCH_TOKENS,
+    progress: Callable[[int], None] | None = None,
+) -> list[Answer]:
+    """Cost and accuracy of each answer after its prompt, under teacher forcing.
+
+    Sequences are run sorted by length, and what several questions share runs once: the answers
+    " Rome" and " Paris" of one prompt are read from the same forward, because an answer's last
+    token is never an input; and a sequence that begins another one is read from that one, because
+    no token depends on a later one.
 
     Args:
         adapter: The model.
@@ -38,13 +86,13 @@ def answer_nlls(
         progress: Called with the number of questions done since the last call.
 
     Returns:
-        Nats per token, in the order of the questions.
+        An answer for each question, in their order.
 
     Raises:
         BadRequest: An answer yields no token, or no token stands before it.
     """
-    reads: dict[tuple[int, ...], list[tuple[int, int]]] = {}  # ids -> (question, answer tokens)
-    tokens: list[tuple[int, ...]] = []
+    causal = is_causal(adapter.model)
+    wanted: dict[tuple[int, ...], list[_Read]] = {}
     for number, (prompt, answer) in enumerate(questions):
         encoded, n_answer = encode_with_target(tokenizer, prompt, answer)
         if n_answer == len(encoded):
@@ -52,45 +100,78 @@ def answer_nlls(
                 f"The prompt {prompt!r} leaves no token to predict the answer {answer!r} from; "
                 "write a word before it."
             )
-        reads.setdefault(encoded.ids[:-1], []).append((number, n_answer))
-        tokens.append(encoded.ids[-n_answer:])
-    nlls = [0.0] * len(questions)
+        read = _Read(number, len(encoded) - 1, encoded.ids[-n_answer:])
+        wanted.setdefault(encoded.ids[:-1], []).append(read)
+    host = _hosts(wanted) if causal else {ids: ids for ids in wanted}
+    reads: dict[tuple[int, ...], list[_Read]] = {}  # what runs -> what is read from it
+    for ids, found in wanted.items():
+        reads.setdefault(host[ids], []).extend(found)
+    answers: dict[int, Answer] = {}
     training = adapter.model.training
     adapter.model.eval()
     try:
         for chunk in length_batches(reads, batch_tokens):
-            here = [(row, q, n) for row, ids in enumerate(chunk) for q, n in reads[ids]]
-            for question, nll in _run(adapter, chunk, here, tokens):
-                nlls[question] = nll
+            here = [(row, read) for row, ids in enumerate(chunk) for read in reads[ids]]
+            answers.update(_run(adapter, chunk, here, masked=not causal))
             if progress is not None:
                 progress(len(here))
     finally:
         adapter.model.train(training)
-    return nlls
+    return [answers[number] for number in range(len(questions))]
+
+
+def is_causal(model: Any) -> bool:
+    """Whether no token's output depends on later tokens.
+
+    What pads a sequence on the right is then seen by none of its tokens, so the model needs no mask
+    for it, and attention without a mask is faster.
+    """
+    config = getattr(model, "config", None)
+    return not getattr(config, "use_bidirectional_attention", False)
+
+
+def _hosts(sequences: Iterable[tuple[int, ...]]) -> dict[tuple[int, ...], tuple[int, ...]]:
+    """For each sequence a longest one that begins with it: itself, if no other does."""
+    host: dict[tuple[int, ...], tuple[int, ...]] = {}
+    following: tuple[int, ...] = ()
+    # In lexical order what begins with a sequence comes right after it.
+    for ids in sorted(sequences, reverse=True):
+        host[ids] = host[following] if following[: len(ids)] == ids else ids
+        following = ids
+    return host
 
 
 def _run(
     adapter: ModelAdapter,
     chunk: list[tuple[int, ...]],
-    here: list[tuple[int, int, int]],
-    tokens: list[tuple[int, ...]],
-) -> list[tuple[int, float]]:
+    here: list[tuple[int, _Read]],
+    *,
+    masked: bool,
+) -> list[tuple[int, Answer]]:
     check_lengths(adapter.model, chunk)
     batch = pad_batch(chunk, device=adapter.device)
+    if not masked:
+        del batch["attention_mask"]
     # A position is read once, however many answers are read from it: the head is a large part of a
     # small model's work, and rows of a product may differ in their last bit.
-    read: dict[tuple[int, int], int] = {}
+    positions: dict[tuple[int, int], int] = {}
     places = [
-        read.setdefault((row, len(chunk[row]) - n + i), len(read))
-        for row, _, n in here
-        for i in range(n)
+        positions.setdefault((row, read.end - len(read.tokens) + i), len(positions))
+        for row, read in here
+        for i in range(len(read.tokens))
     ]
-    rows, columns = zip(*read, strict=True)
+    rows, columns = zip(*positions, strict=True)
     with head_reads(adapter, rows, columns):
         logits: Tensor = adapter.model(**batch, use_cache=False).logits[0]  # (M, vocabulary)
     logits = logits.float()
     place = torch.tensor(places, device=logits.device)
-    wanted = torch.tensor([t for _, q, _ in here for t in tokens[q]], device=logits.device)
+    wanted = torch.tensor([t for _, read in here for t in read.tokens], device=logits.device)
     nll = logits.logsumexp(1)[place] - logits[place, wanted]
-    parts = nll.cpu().split([n for _, _, n in here])
-    return [(q, float(part.mean())) for (_, q, _), part in zip(here, parts, strict=True)]
+    matches = logits.argmax(1)[place] == wanted
+    sizes = [len(read.tokens) for _, read in here]
+    return [
+        (read.question, Answer(float(cost.mean()), tuple(match.tolist())))
+        for (_, read), cost, match in zip(
+            here, nll.cpu().split(sizes), matches.cpu().split(sizes), strict=True
+        )
+    ]

@@ -11,9 +11,9 @@ from typing import Any
 from fastmemit.data import Record
 from fastmemit.editor import Editor
 from fastmemit.errors import WrongModel
-from fastmemit.evaluation.counterfact import count_questions, score_records
+from fastmemit.evaluation.measures import Measured, Measures, table
+from fastmemit.evaluation.references import References
 from fastmemit.evaluation.schema import RecordResult, Result
-from fastmemit.metrics.score import RecordScore, summarise
 from fastmemit.progress import bar
 from fastmemit.statistics import versions
 
@@ -24,6 +24,8 @@ def evaluate(
     method: str,
     overrides: Mapping[str, Any] | None = None,
     *,
+    metrics: Sequence[str] = ("score",),
+    references: References | None = None,
     progress: bool = False,
 ) -> Result:
     """Edit and score batches of records, each on the unedited model (Table 1's protocol).
@@ -33,27 +35,34 @@ def evaluate(
 
     Args:
         editor: The editor of an unedited model, with its statistics precomputed.
-        batches: Records to be edited together, batch by batch.
+        batches: Records to be edited together, batch by batch; CounterFact's or zsRE's.
         method: ``"rome"``, ``"emmet"`` or ``"memit"``.
         overrides: Settings that replace the preset's.
+        metrics: ``"attributes"`` asks the attribute prompts too, ``"generation"`` continues the
+            openings; the rest of `METRICS` is read from the same answers and always there.
+        references: Texts to compare generated ones with.
         progress: Show a bar for each stage.
 
     Raises:
         WrongModel: The model is edited already.
+        BadConfig: A metric is unknown, or references come without generation.
+        BadData: The records lack what a metric asks for.
         BadRequest: A record cannot be edited, or two of a batch contradict each other.
         fastcov.StoreMissing: No statistics of the edited layers were precomputed.
     """
     if editor.edits:
         raise WrongModel("The model is edited already; undo its edits before an evaluation.")
+    measures = Measures.of(metrics, references)
     config = editor.config(method, **(overrides or {}))
     statistics = editor.statistics_for(config.layers)
     records = [record for batch in batches for record in batch]
+    measures.check(records)
     seconds: dict[str, float] = {}
     with _stage(seconds, "before"):
-        before = _scores(editor, records, "unedited scores", progress)
+        before = measures.take(editor, records, "unedited scores", progress)
     with _stage(seconds, "targets"):
         editor.targets([record.request for record in records], config)
-    after: list[RecordScore] = []
+    after: list[Measured] = []
     with bar("edited batches", len(batches), progress) as advance:
         for batch in batches:
             with _stage(seconds, "edit"):
@@ -61,22 +70,23 @@ def evaluate(
                 edit = editor.edit(requests, method, **(overrides or {}))
             try:
                 with _stage(seconds, "after"):
-                    after += _scores(editor, batch, "edited scores", False)
+                    after += measures.take(editor, batch, "edited scores", False)
             finally:
                 with _stage(seconds, "undo"):
                     edit.undo()
             advance(1)
     numbers = [index for index, batch in enumerate(batches) for _ in batch]
     return Result(
-        before=summarise(before).as_dict(),  # type: ignore[typeddict-item]
-        after=summarise(after).as_dict(),  # type: ignore[typeddict-item]
+        before=table(before),
+        after=table(after),
         records=[
-            RecordResult(case_id=record.case_id, batch=number, before=_shown(b), after=_shown(a))
+            RecordResult(case_id=record.case_id, batch=number, before=b.shown(), after=a.shown())
             for record, number, b, a in zip(records, numbers, before, after, strict=True)
         ],
         settings={
             **dataclasses.asdict(config),
             "batches": [len(batch) for batch in batches],
+            "metrics": list(metrics),
             "seed": editor.seed,
             "model": editor.name,
             "fingerprint": editor.fingerprint,
@@ -87,17 +97,6 @@ def evaluate(
         seconds={name: round(value, 3) for name, value in seconds.items()},
         versions=versions(),
     )
-
-
-def _shown(score: RecordScore) -> dict[str, Any]:
-    return {name: value for name, value in score.as_dict().items() if name != "case_id"}
-
-
-def _scores(
-    editor: Editor, records: Sequence[Record], what: str, progress: bool
-) -> list[RecordScore]:
-    with bar(what, count_questions(records), progress) as advance:
-        return score_records(editor.adapter, editor.tokenizer, records, progress=advance)
 
 
 @contextmanager

@@ -118,14 +118,19 @@ def stored_or_optimised(
     settings: TargetSettings,
     *,
     batch_tokens: int,
+    together: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> list[Target]:
     """Targets from the store where they are there, the others optimised together and stored.
 
-    Args and errors are those of `TargetStore.key` and `fastmemit.targets.optimise`.
+    Args and errors are those of `TargetStore.key` and `fastmemit.targets.optimise`, but one:
+    `together` makes all of them again unless all are there. The last bits of a vector depend on
+    what it was optimised beside, so an interrupted run and an unbroken one then agree in them.
     """
     keys = [store.key(model, request, contexts, settings) for request in requests]
     found = {key: target for key in keys if (target := store.get(key)) is not None}
+    if together and len(found) < len(set(keys)):
+        found = {}
     missing = {key: r for key, r in zip(keys, requests, strict=True) if key not in found}
     if progress is not None and len(missing) < len(keys):
         progress(settings.steps * (len(keys) - len(missing)))

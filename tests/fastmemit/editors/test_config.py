@@ -97,6 +97,8 @@ def test_overrides_replace_and_are_checked():
         ("memit", {"clamp": 0.0}, "clamp"),
         ("memit", {"weight": -1.0}, "weight"),
         ("memit", {"ridge": float("nan")}, "ridge"),
+        ("memit", {"relative_ridge": -1e-3}, "relative_ridge"),
+        ("memit", {"shrinkage": "ledoit"}, "none, ledoit-wolf, oas but is 'ledoit'"),
         ("emmet", {"lambda_e": -0.1}, "lambda_e"),
         ("memit", {"v_lr": "fast"}, "v_lr"),
     ],
@@ -116,6 +118,16 @@ def test_parse_overrides():
         "clamp": 0.75, "steps": 20, "layers": (4, 5, 6, 9), "weight": None,
     }  # fmt: skip
     assert parse_overrides(["keys=original"]) == {"keys": "original"}
+    assert parse_overrides(["relative_ridge=1e-3", "shrinkage=oas"]) == {
+        "relative_ridge": 1e-3, "shrinkage": "oas",
+    }  # fmt: skip
+
+
+def test_targets_do_not_depend_on_how_the_second_moment_is_regularised():
+    plain = find_config(GPT2_XL, "memit")
+    assert (plain.relative_ridge, plain.shrinkage) == (0.0, "none")
+    other = plain.replaced({"relative_ridge": 1e-2, "shrinkage": "oas", "ridge": 1.0})
+    assert other.targets() == plain.targets()
 
 
 @pytest.mark.parametrize(

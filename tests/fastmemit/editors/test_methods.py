@@ -4,10 +4,12 @@ import pytest
 import torch
 
 from fastmemit import Editor, EditRequest
+from fastmemit.activations import read_at_subject
 from fastmemit.data.corpora import corpus_from_texts
 from fastmemit.editors import memit
 from fastmemit.editors.base import averaged_keys
 from fastmemit.errors import DuplicateRequest, FastmemitError, UnknownArchitecture
+from fastmemit.targets.rows import subject_row
 from reference import closed_form as literal
 from tiny_models import ARCHITECTURES, tiny_model, tiny_tokenizer
 
@@ -42,7 +44,14 @@ def assert_unchanged(model, before):
 
 
 def workspace(editor, method, **overrides):
-    return editor._sources.workspace(editor.config(method, **overrides))
+    return editor.sources.workspace(editor.config(method, **overrides))
+
+
+def bare_outputs(editor, *modules):
+    """What modules put out at the subjects of the bare prompts, each (B, width) float64."""
+    rows = [subject_row(editor.tokenizer, "", request) for request in REQUESTS]
+    _, outputs = read_at_subject(editor.adapter, rows, outputs=modules)
+    return [output.double() for output in outputs]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -51,8 +60,8 @@ def test_emmet_maps_each_key_to_its_residual_and_undo_is_bit_exact(architecture,
     settings = {"layers": (1,), "lambda_e": 0.0, "steps": 4}
     before = snapshot(editor.model)
     work = workspace(editor, "emmet", **settings)
-    keys = averaged_keys(work.context_keys(1, REQUESTS))  # (d_k, B)
-    out, block = work.bare_outputs(REQUESTS, editor.adapter.projection(1), editor.adapter.block(1))
+    keys = averaged_keys(work.context_outputs(1, REQUESTS)[0])  # (d_k, B)
+    out, block = bare_outputs(editor, editor.adapter.projection(1), editor.adapter.block(1))
     targets = editor.targets(REQUESTS, editor.config("emmet", **settings))
     goal = torch.stack([t.vector for t in targets]).double()
     residual = editor.adapter.projection_residual(1, out, goal - block)  # (B, d)
@@ -96,8 +105,8 @@ def test_memit_equals_its_formula_written_out(architecture, tmp_path):
     work = workspace(editor, "memit", **settings)
     statistics = editor.statistics_for(config.layers)
     for position, layer in enumerate(config.layers):
-        keys = averaged_keys(work.context_keys(layer, REQUESTS))
-        (now,) = work.bare_outputs(REQUESTS, editor.adapter.block(2))
+        keys = averaged_keys(work.context_outputs(layer, REQUESTS)[0])
+        (now,) = bare_outputs(editor, editor.adapter.block(2))
         residual = (goal - now) / (3 - position)
         moment = statistics.second_moment(editor.adapter.projection_name(layer)).double()
         change = literal.memit(

@@ -1,0 +1,236 @@
+"""How many keys are enough: a rule that stops collecting when the solution is near its limit.
+
+The update for a key k runs along ``u = S^-1 k / (k^T S^-1 k)``, with S the mean of n keys. What it
+disturbs in other text is ``u^T C u``, with C what S tends to, and the least it can disturb is
+``1 / (k^T C^-1 k)``. Since the best u is the projection of 0 onto ``k^T u = 1``, Pythagoras gives
+
+    excess = (u^T C u) / least - 1 = ||u - best||^2 / ||best||^2        in the norm of C,
+
+so the share that is disturbed needlessly is the squared distance of the solution from its limit.
+For Gaussian keys it is ``(d - 1) / (n - d)`` in the mean, whatever C is (Reed, Mallett and Brennan,
+1974), and to within ``2 / n`` of that is what the inverse alone is off by:
+
+    leverage = mean over fresh keys of k^T S^-1 k / d = n / (n - d - 1)
+
+That one can be measured without C, from nothing but two sums: the keys that came after S are fresh
+to it. `StoppingRule` measures it whenever the sum has grown.
+
+Why not the change of the solution from one look to the next? It depends on the step: with looks
+close enough to each other it is below any tolerance, long before the solution is near its limit.
+And eigenvalues that are biased low (Marchenko-Pastur) are so before and after a small step.
+
+Why it can be carried from one number of keys to another: leave one key out of S, and by Sherman and
+Morrison its leverage rises from h to ``h / (1 - h / n)``. So for independent keys of any
+distribution that are all about equally unusual
+
+    leverage = 1 / (1 - c d / n),        c = trace((S + ridge)^-1 S) / d,
+
+which is 1 without a ridge. Text is worse, since the tokens of a document share its topic: the same
+law holds with a larger c, which is measured. It is how many tokens are worth one independent key.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastcov.budget import budget
+from fastcov.errors import BadBudget, NotPositiveDefinite, WrongWidth
+from fastcov.linalg import factorize, regularised
+from fastcov.moments import SecondMoment
+
+__all__ = ["TOLERANCE", "Look", "StoppingRule", "checkpoints"]
+
+logger = logging.getLogger(__name__)
+
+#: The excess that is good enough: what an edit disturbs is at most half more than the least.
+TOLERANCE = 0.5
+#: The bound on the keys, as a multiplier: what is recommended where nothing is measured.
+LIMIT = 10.0
+
+_STEPS = (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0)  # looks from one to ten times the width
+_BLOCK = 1024  # rows of the triangle that are multiplied at a time
+
+
+@dataclass(frozen=True)
+class Look:
+    """What the rule saw in a moment.
+
+    Attributes:
+        keys: How many keys are in it.
+        multiplier: The same over the width.
+        leverage: Mean ``k^T A^-1 k`` of the keys since the last look, over that of the keys before,
+            with A of the keys before; infinite or NaN where there was nothing to solve with.
+        worth: c of the law, how many keys are worth one independent key; NaN where not known.
+        excess: By the law, with all `keys`: the share of what an edit disturbs that it need not,
+            over the least; infinite where not known.
+    """
+
+    keys: int
+    multiplier: float
+    leverage: float
+    worth: float
+    excess: float
+
+
+def checkpoints(d_k: int, limit: float = LIMIT) -> list[int]:
+    """The numbers of keys to look at: the width, 1.5, 2, 3, 4, 5, 6, 8, 10, 15 of it, and so on.
+
+    Each look costs a factorisation, and what a coarser step costs is keys that were not needed.
+
+    Args:
+        d_k: The width of the keys.
+        limit: The multiplier that is the bound; the last number is its budget.
+
+    Raises:
+        BadBudget: As `fastcov.budget`.
+    """
+    last = budget(limit, d_k)
+    looks = [
+        budget(step * 10**decade, d_k)
+        for decade in range(1 + max(0, math.ceil(math.log10(limit))))
+        for step in _STEPS
+    ]
+    return [keys for keys in looks if keys < last] + [last]
+
+
+class StoppingRule:
+    """Whether the moment of one module has enough keys, asked each time that it has grown.
+
+    Between two looks it holds `probes` vectors and no matrix. A look costs one factorisation in
+    float64 and products with the probes, which estimate traces (Hutchinson, 1990): with random
+    signs z, ``E z^T M z = trace(M)``. The signs are the same each time, so equal moments give equal
+    decisions.
+
+    Args:
+        tolerance: The excess that is good enough, above 0.
+        limit: The multiplier at which it is enough in any case.
+        relative_ridge: That of the solution, as in `fastcov.regularised`. With one, the small
+            eigenvalues matter less, and fewer keys are enough.
+        probes: How many vectors estimate a trace, at least 1.
+
+    Attributes:
+        looks: What was seen, one `Look` for each update.
+
+    Raises:
+        ValueError: A tolerance or a number of probes that is not above 0.
+        BadBudget: A limit that is not above 0.
+    """
+
+    def __init__(
+        self,
+        *,
+        tolerance: float = TOLERANCE,
+        limit: float = LIMIT,
+        relative_ridge: float = 0.0,
+        probes: int = 64,
+    ) -> None:
+        if not tolerance > 0:
+            raise ValueError(
+                f"The tolerance of a stopping rule must be above 0 but is {tolerance!r}; "
+                f"{TOLERANCE} is usual."
+            )
+        if probes < 1:
+            raise ValueError(f"There must be at least 1 probe but there are {probes}; pass more.")
+        budget(limit, 1 << 30)  # refuses what is no multiplier
+        self._tolerance, self._limit = tolerance, limit
+        self._ridge, self._probes = relative_ridge, probes
+        self._before: _Probed | None = None
+        self.looks: list[Look] = []
+
+    @property
+    def settled(self) -> bool:
+        """Whether the last look was within the tolerance, and not merely at the limit."""
+        return bool(self.looks) and self.looks[-1].excess <= self._tolerance
+
+    def update(self, moment: SecondMoment) -> bool:
+        """Look at a moment that has grown.
+
+        Args:
+            moment: All keys so far; those of the last look are its first.
+
+        Returns:
+            True where it is enough: the excess is within the tolerance, or the limit is reached.
+
+        Raises:
+            BadBudget: The moment has no more keys than at the last look.
+            WrongWidth: It is of another width than the one before.
+        """
+        n, d = moment.count, moment.d
+        if self.looks:
+            if n <= self.looks[-1].keys:
+                raise BadBudget(
+                    f"The moment has {n} keys and had {self.looks[-1].keys} at the last look; "
+                    "add keys to it before it is looked at again."
+                )
+            if self._before is not None and self._before.d != d:
+                raise WrongWidth(
+                    f"The moment is {d} wide and the one before was {self._before.d}; "
+                    "make a rule for each module."
+                )
+        leverage = math.nan if self._before is None else self._before.leverage(moment)
+        worth, excess = math.nan, math.inf
+        if self._before is not None and math.isfinite(leverage):
+            worth = (1 - 1 / leverage) * self._before.count / d if leverage > 0 else math.nan
+            left = 1 - worth * d / n
+            excess = 1 / left - 1 if left > 0 else math.inf
+        self.looks.append(Look(n, n / d, leverage, worth, excess))
+        logger.info("%d keys of width %d: leverage %.3f, excess %.3f", n, d, leverage, excess)
+        if self.settled or n >= budget(self._limit, d):
+            self._before = None
+            return True
+        self._before = _probed(moment, self._ridge, self._probes)
+        return False
+
+
+@dataclass(frozen=True)
+class _Probed:
+    """What is kept of a moment: ``V = L^-T Z`` with L of its A and Z random signs, (d, m)."""
+
+    V: Tensor
+    count: int
+    form: float  # sum of v^T (sum of k k^T) v, over the columns v of V
+
+    @property
+    def d(self) -> int:
+        return self.V.shape[0]
+
+    def leverage(self, later: SecondMoment) -> float:
+        """Mean ``k^T A^-1 k`` of the keys that were added, over that of the ones before."""
+        grown = _form(later.lower, self.V) - self.form
+        return (grown / (later.count - self.count)) / (self.form / self.count)
+
+
+def _probed(moment: SecondMoment, ridge: float, probes: int) -> _Probed | None:
+    """The moment, seen by the probes; None where there is nothing to solve with."""
+    if moment.count <= moment.d and ridge == 0:
+        return None  # it is singular
+    place = torch.device("cpu") if moment.device.type == "mps" else moment.device
+    moment = moment.to(place)
+    try:
+        # With the jitter that an edit would take, if it takes one.
+        factor = factorize(regularised(moment, 1.0, 0.0, relative_ridge=ridge), in_place=True)
+    except NotPositiveDefinite:
+        return None
+    signs = torch.randint(
+        0, 2, (moment.d, probes), generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
+    V = factor.back_solve((2 * signs - 1).to(place))  # (d, m)
+    return _Probed(V, moment.count, _form(moment.lower, V))
+
+
+def _form(lower: Tensor, V: Tensor) -> float:
+    """The sum of ``v^T S v`` over the columns of V (d, m), for the S with this lower triangle."""
+    lower = lower.to(V.device)
+    total = 0.0
+    for start in range(0, V.shape[0], _BLOCK):
+        rows = slice(start, start + _BLOCK)
+        left = lower[rows, :start].double() @ V[:start] if start else 0  # (b, m)
+        corner = lower[rows, rows].double()
+        below = left + corner.tril(-1) @ V[rows]
+        total += float((V[rows] * (2 * below + corner.diagonal()[:, None] * V[rows])).sum())
+    return total

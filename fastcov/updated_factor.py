@@ -1,0 +1,130 @@
+"""A factor of ``A + P P^T`` made from a factor of A, for columns P that come a few at a time.
+
+Sequential editing preserves the keys of earlier edits beside those of the corpus (method of MEMIT
+after many batches): P grows with each batch and A stays. Factorising anew costs d^3 / 3 a batch;
+this costs products of d with the few columns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fastcov.errors import WrongWidth
+from fastcov.factor import CholeskyFactor, RefinedFactor
+
+
+@dataclass(frozen=True)
+class UpdatedFactor(CholeskyFactor):
+    """``M M^T = A + P P^T`` for a factor ``L L^T = A`` and columns P (d, m).
+
+    With the whitened columns ``H = L^-1 P`` and the Cholesky factor C of ``I + H^T H`` (m, m),
+
+        M = L (I + H (I + C)^-1 H^T),   M^-1 = (I - H (I + C^T)^-1 C^-1 H^T) L^-1,
+
+    which multiplying out shows: ``M M^T = L (I + H H^T) L^T``. (The symmetric factorisation of a
+    low-rank update as in Ambikasaran, O'Neil and Singh 2014, arXiv 1405.0223.) M is a square root
+    and no triangle; whatever needs one half of a solve, as the gram ``K^T A^-1 K``, gets it without
+    a difference of two large numbers, which Woodbury's formula would be.
+
+    `lower`, `jitter` and `rank` are those of A's factor.
+
+    Attributes:
+        whitened: H, shape (d, m).
+        small: C in its lower triangle, shape (m, m).
+    """
+
+    whitened: Tensor = field(kw_only=True)
+    small: Tensor = field(kw_only=True)
+
+    @property
+    def L(self) -> Tensor:
+        """M, shape (d, d): a square root of the matrix, not triangular."""
+        H, C = self.whitened, self.small
+        inner = torch.linalg.solve_triangular(C + _eye(C), H.mT, upper=False)  # (I + C)^-1 H^T
+        lower = super().L
+        root: Tensor = lower + (lower @ H) @ inner
+        return root
+
+    @property
+    def nbytes(self) -> int:
+        """What the factor takes, the factor of A included."""
+        return super().nbytes + sum(
+            part.numel() * part.element_size() for part in (self.whitened, self.small)
+        )
+
+    def half_solve(self, B: Tensor) -> Tensor:
+        """``M^-1 B``: whitened columns, for B of shape (d, m) or (d,) in L's dtype."""
+        G = super().half_solve(B)
+        H, C = self.whitened, self.small
+        inner = torch.linalg.solve_triangular(C, H.mT @ _columns(G), upper=False)
+        inner = torch.linalg.solve_triangular((C + _eye(C)).mT, inner, upper=True)
+        half: Tensor = G - (H @ inner).reshape(G.shape)
+        return half
+
+    def back_solve(self, B: Tensor) -> Tensor:
+        """``M^-T B``, which makes a `half_solve` whole, for B of shape (d, m) or (d,)."""
+        self._check_rows(B)
+        H, C = self.whitened, self.small
+        inner = torch.linalg.solve_triangular(C + _eye(C), H.mT @ _columns(B), upper=False)
+        inner = torch.linalg.solve_triangular(C.mT, inner, upper=True)
+        return super().back_solve(B - (H @ inner).reshape(B.shape))
+
+    def logdet(self) -> Tensor:
+        """The logarithm of the determinant of ``A + P P^T``, a scalar tensor."""
+        return super().logdet() + 2 * self.small.diagonal().log().sum()
+
+
+def updated(factor: CholeskyFactor, P: Tensor) -> UpdatedFactor:
+    """The factor of ``A + P P^T``.
+
+    Args:
+        factor: Of A, width d; one that was updated before is updated again, which costs products
+            with the new columns only.
+        P: Columns (d, m), m at least 1, in any dtype and on any device.
+
+    Raises:
+        WrongWidth: P is not (d, m).
+        ValueError: The factor is a refined one, whose halves of a solve are not exact.
+    """
+    if isinstance(factor, RefinedFactor):
+        raise ValueError("A refined factor cannot be updated; factorise the matrix in float64.")
+    if P.dim() != 2 or P.shape[0] != factor.d or P.shape[1] == 0:
+        raise WrongWidth(
+            f"Columns of shape {tuple(P.shape)} do not fit a factor of width {factor.d}; "
+            f"they must be ({factor.d}, m) with m at least 1."
+        )
+    P = P.to(factor.device).to(factor.dtype)
+    G = CholeskyFactor.half_solve(factor, P)  # (d, m)
+    if not isinstance(factor, UpdatedFactor):
+        small = _root_of_one_plus_gram(G)
+        return UpdatedFactor(factor.lower, factor.jitter, factor.rank, whitened=G, small=small)
+    # The factor of [[C C^T, H^T G], [G^T H, I + G^T G]], of which C is there. The last corner is
+    # I + G^T G less what C's columns explain: the gram of what is left of P after a half solve.
+    H, C = factor.whitened, factor.small
+    beside = torch.linalg.solve_triangular(C, H.mT @ G, upper=False)  # (m, new)
+    last = _root_of_one_plus_gram(factor.half_solve(P))
+    old, new = C.shape[0], last.shape[0]
+    small = C.new_zeros(old + new, old + new)
+    small[:old, :old], small[old:, :old], small[old:, old:] = C, beside.mT, last
+    return UpdatedFactor(
+        factor.lower, factor.jitter, factor.rank, whitened=torch.cat([H, G], 1), small=small
+    )
+
+
+def _root_of_one_plus_gram(G: Tensor) -> Tensor:
+    """The Cholesky factor of ``I + G^T G`` (m, m), which is positive definite for every G."""
+    square = G.mT @ G
+    square.diagonal().add_(1.0)
+    root: Tensor = torch.linalg.cholesky(square)
+    return root
+
+
+def _eye(square: Tensor) -> Tensor:
+    return torch.eye(square.shape[0], dtype=square.dtype, device=square.device)
+
+
+def _columns(B: Tensor) -> Tensor:
+    return B if B.dim() == 2 else B.unsqueeze(1)

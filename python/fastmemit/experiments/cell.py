@@ -1,0 +1,199 @@
+"""One cell of a sweep: its batches edited, scored and taken out again, one after the other."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from fastmemit.data import Corpus, Record
+from fastmemit.editor import Editor
+from fastmemit.errors import BadData
+from fastmemit.evaluation.counterfact import score_records
+from fastmemit.evaluation.perplexity import PerplexityText, perplexity
+from fastmemit.evaluation.schema import ScoreTable
+from fastmemit.experiments.grid import Place
+from fastmemit.experiments.header import hardware
+from fastmemit.experiments.schema import Cell, CellRecord, Perplexity, Sweep, Timing
+from fastmemit.experiments.statistics import FULL_KEYS
+from fastmemit.metrics.score import NllPair, RecordScore, score_record, summarise
+from fastmemit.statistics import Statistics, versions
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class SweepInputs:
+    """What a sweep runs on.
+
+    Attributes:
+        records: Where batches are dealt from.
+        corpus: Where the statistics come from.
+        folder: Where the results go.
+        header: What all cells share, as ``sweep.json`` has it.
+        full_keys: Of the full precompute, if the corpus has so many.
+        max_length: Cut documents at so many tokens.
+        text: What perplexity is measured on; None measures none.
+        perplexity_batches: After how many of a cell's batches, at most.
+    """
+
+    records: Sequence[Record]
+    corpus: Corpus
+    folder: Path
+    header: Sweep
+    full_keys: int = FULL_KEYS
+    max_length: int | None = None
+    text: PerplexityText | None = None
+    perplexity_batches: int = 1
+
+
+@dataclass
+class SweepRun:
+    """What the cells of a running sweep share.
+
+    Attributes:
+        editor: Of the unedited model.
+        inputs: See `SweepInputs`.
+        dealt: Batch size -> batches.
+        before: case_id -> the unedited model's score, as a file has it.
+        unedited: The unedited model's perplexity.
+        predicted: Tokens that it is the mean over.
+        seconds: Of the present cell, by stage.
+    """
+
+    editor: Editor
+    inputs: SweepInputs
+    dealt: dict[int, list[list[Record]]]
+    before: dict[int, dict[str, Any]]
+    unedited: float = math.nan
+    predicted: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Add the wall time inside to a stage of the present cell."""
+        begun = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begun
+
+
+def run_cell(
+    run: SweepRun, place: Place, used: Statistics, advance: Callable[[int], None]
+) -> tuple[Cell, Timing]:
+    """Edit and score the batches of a cell, each on the unedited weights.
+
+    Args:
+        run: What the cells share.
+        place: Where the cell stands.
+        used: The statistics in use.
+        advance: Called with the number of records done since the last call.
+
+    Raises:
+        FastcovError, FastmemitError: What can go wrong with an edit; the weights are unedited.
+    """
+    editor, settings = run.editor, dict(place.settings)
+    config = editor.config(place.method, **settings)
+    run.seconds = {}
+    records: list[CellRecord] = []
+    after: list[RecordScore] = []
+    costs: list[float] = []
+    with run.stage("factor"):
+        factors = {str(layer): editor.sources.factor(config, layer) for layer in config.layers}
+        jitter = {layer: factor.jitter for layer, factor in factors.items()}
+    for number, batch in enumerate(run.dealt[place.batch_size]):
+        with run.stage("edit"):
+            requests = [record.request for record in batch]
+            edit = editor.edit(requests, place.method, **settings)
+        try:
+            with run.stage("evaluate"):
+                scores = _scored(editor, batch)
+            if run.inputs.text is not None and number < run.inputs.perplexity_batches:
+                with run.stage("perplexity"):
+                    costs.append(perplexity(editor.adapter, run.inputs.text).nll)
+        finally:
+            with run.stage("undo"):
+                edit.undo()
+        after += scores
+        records += [
+            CellRecord(
+                case_id=record.case_id,
+                batch=number,
+                before=_shares(run.before[record.case_id]),
+                after=_shares(score.as_dict()),
+            )
+            for record, score in zip(batch, scores, strict=True)
+        ]
+        advance(len(batch))
+    before = [_read(run.before[record["case_id"]]) for record in records]
+    cell = Cell(
+        key=place.key,
+        **place.as_dict(),
+        keys=used.keys,
+        scores=_table(after),
+        before=_table(before),
+        records=records,
+        perplexity=_perplexity(run, costs),
+        jitter=jitter,
+    )
+    timing = Timing(
+        key=place.key,
+        seconds={name: round(value, 3) for name, value in run.seconds.items()},
+        hardware=hardware(editor.adapter.device),
+        versions=versions(),
+        finished=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    )
+    return cell, timing
+
+
+def _scored(editor: Editor, batch: Sequence[Record]) -> list[RecordScore]:
+    """Scores of edited records; a model whose output is NaN answers nothing."""
+    try:
+        return score_records(editor.adapter, editor.tokenizer, batch)
+    except BadData as broken:
+        log.warning("%s Its records count as failures.", broken)
+        return [
+            RecordScore(
+                record.case_id,
+                es=0.0,
+                ps=0.0 if record.paraphrases else None,
+                ns=0.0 if record.neighbourhood else None,
+                rewrite=NllPair(math.inf, math.inf),
+            )
+            for record in batch
+        ]
+
+
+def _perplexity(run: SweepRun, costs: Sequence[float]) -> Perplexity | None:
+    if not costs:
+        return None
+    mean = math.fsum(costs) / len(costs)
+    after = math.exp(mean) if mean < 700 else math.inf
+    return Perplexity(before=run.unedited, after=after, batches=len(costs), tokens=run.predicted)
+
+
+def _table(scores: Sequence[RecordScore]) -> ScoreTable:
+    found = summarise(scores)
+    return ScoreTable(es=found.es, ps=found.ps, ns=found.ns, s=found.s)
+
+
+def _shares(score: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in score.items() if name not in ("case_id", "nll")}
+
+
+def _read(score: Mapping[str, Any]) -> RecordScore:
+    """A score as it was before it was written to a file, where a cost without bound is None."""
+
+    def pair(costs: Sequence[float | None]) -> list[float]:
+        return [math.inf if cost is None else cost for cost in costs]
+
+    nll = score["nll"]
+    lists = ([pair(costs) for costs in nll[name]] for name in ("paraphrases", "neighbourhood"))
+    return score_record(score["case_id"], pair(nll["rewrite"]), *lists)

@@ -1,0 +1,145 @@
+"""The results of a sweep on disk: a line a cell, written at once, and put in order at the end."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from fastcov.store import atomic_file
+from fastmemit.errors import BadData
+
+log = logging.getLogger(__name__)
+
+RESULTS, TIMINGS = "results.jsonl", "timings.jsonl"
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file of lines; what a killed process left of the last one is left out.
+
+    Raises:
+        BadData: Another line is not a JSON object with a key.
+        OSError: The file cannot be read.
+    """
+    lines = path.read_bytes().split(b"\n")
+    found = []
+    for number, line in enumerate(lines, 1):
+        if not line:
+            continue
+        try:
+            value = json.loads(line)
+            if not isinstance(value, dict) or not isinstance(value.get("key"), str):
+                raise ValueError("it has no key")
+        except ValueError as error:
+            if number == len(lines):  # no end of line behind it: it was never finished
+                log.warning("%s ends in the middle of a line, which is left out", path)
+                break
+            raise BadData(
+                f"Line {number} of {str(path)!r} is not a result ({error}); delete the line, and "
+                "the sweep will run its cell again."
+            ) from error
+        found.append(value)
+    return found
+
+
+def read_results(folder: Path, name: str = RESULTS) -> dict[str, dict[str, Any]]:
+    """The finished cells of a folder by key, those of shards included.
+
+    Args:
+        folder: The sweep's.
+        name: ``results.jsonl`` or ``timings.jsonl``.
+
+    Raises:
+        BadData: A line is damaged, or two files have different results of one cell.
+    """
+    stem = name.removesuffix(".jsonl")
+    found: dict[str, dict[str, Any]] = {}
+    where: dict[str, Path] = {}
+    for path in sorted(folder.glob(f"{stem}*.jsonl")):
+        for value in read_lines(path):
+            key = value["key"]
+            if key in found and found[key] != value and name == RESULTS:
+                raise BadData(
+                    f"{str(where[key])!r} and {str(path)!r} have different results of {key}; "
+                    "delete the line that is not of this sweep."
+                )
+            found.setdefault(key, value)
+            where.setdefault(key, path)
+    return found
+
+
+class ResultsFile:
+    """A file of lines that one process writes and that is whole after every line.
+
+    Args:
+        path: The file; it may be there already.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def repair(self) -> None:
+        """Cut off what a killed process left of its last line."""
+        if not self.path.is_file():
+            return
+        data = self.path.read_bytes()
+        whole = data.rfind(b"\n") + 1
+        if whole < len(data):
+            with open(self.path, "r+b") as file:
+                file.truncate(whole)
+
+    def append(self, value: Mapping[str, Any]) -> None:
+        """Add a line, and see that it is on the disk.
+
+        Raises:
+            OSError: It cannot be written; the lines before stay.
+        """
+        with open(self.path, "ab") as file:
+            file.write(line_of(value))
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def line_of(value: Mapping[str, Any]) -> bytes:
+    """One line of a results file."""
+    return (json.dumps(value, ensure_ascii=False, separators=(",", ":")) + "\n").encode()
+
+
+def write_in_order(folder: Path, name: str, keys: Sequence[str]) -> None:
+    """Gather all shards into one file, in the order of the plan, and remove theirs.
+
+    Nothing is lost on the way: the whole file is there before a shard goes. Cells of another plan
+    in the same folder stay, behind the others.
+    """
+    found = read_results(folder, name)
+    order = [*(key for key in keys if key in found), *(k for k in found if k not in set(keys))]
+    with atomic_file(folder / name) as file:
+        for key in order:
+            file.write(line_of(found[key]))
+    stem = name.removesuffix(".jsonl")
+    for path in folder.glob(f"{stem}-*of*.jsonl"):
+        path.unlink()
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Nobody else writes this file inside.
+
+    Raises:
+        BadData: Another process does so now.
+    """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(f"{path}.lock", timeout=0)
+    try:
+        with lock:
+            yield
+    except Timeout:
+        raise BadData(
+            f"Another process is writing {str(path)!r}; wait for it, or divide the cells with "
+            "--shard 1/2 and --shard 2/2."
+        ) from None

@@ -1,0 +1,184 @@
+"""Sequential editing: batch on batch into the same weights, scored over all that was written.
+
+The tables of arXiv 2506.04226 give the unedited weights back after every batch.  Here nothing is
+given back until the end, and the question is what becomes of the earlier facts: with a second
+moment of few keys, and with or without the keys of the earlier edits among the preserved ones.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypedDict
+
+from fastcov.errors import NonFiniteKeys, NonFiniteMatrix
+from fastmemit.data import Record
+from fastmemit.editor import Editor
+from fastmemit.editors import EditConfig, PreservedKeys, ReadCache
+from fastmemit.errors import BadConfig, BadData, FastmemitError, WrongModel
+from fastmemit.evaluation.counterfact import score_records
+from fastmemit.evaluation.schema import ScoreTable
+from fastmemit.experiments.cell import _scored, _table
+from fastmemit.metrics.score import RecordScore
+from fastmemit.request import check_batch
+from fastmemit.targets.rows import request_rows
+
+log = logging.getLogger(__name__)
+
+
+class Step(TypedDict):
+    """The state of a run after some batches; scores in percent, over all facts so far."""
+
+    edits: int  # batches so far
+    facts: int  # records in them
+    failed: int  # batches that could not be written, because the model had broken down before
+    preserved: int  # keys of earlier edits that the next batch would preserve at a layer
+    scores: ScoreTable  # of the model as it is now
+    before: ScoreTable  # of the unedited model on the same records
+    by_batch: list[ScoreTable]  # `scores` of each batch alone, the oldest first
+    perplexity: float | None  # of the model as it is now; None where it was not asked for
+
+
+def run_sequential(
+    editor: Editor,
+    batches: Sequence[Sequence[Record]],
+    method: str,
+    settings: Mapping[str, Any] | None = None,
+    *,
+    preserve: bool,
+    score_every: int = 1,
+    perplexity: Callable[[], float] | None = None,
+    unedited: Mapping[int, RecordScore] | None = None,
+    reads: ReadCache | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Iterator[Step]:
+    """Write batches one after the other, and score after every k-th and after the last.
+
+    Target vectors are those of the model as it is when a batch is written, with the earlier edits
+    in it; contexts are those of the unedited model.  All edits are undone when the iterator ends,
+    is closed or fails: the weights have their bits back, last edit first.
+
+    Args:
+        editor: The editor of an unedited model, with its statistics precomputed.
+        batches: Records to be edited together, in the order in which they are written.
+        method: ``"rome"``, ``"emmet"`` or ``"memit"``.
+        settings: What replaces the preset's settings.
+        preserve: Whether each batch preserves the keys of the earlier ones too,
+            ``A = w C + ridge I + sum K_p K_p^T``.
+        score_every: k.
+        perplexity: Measures the model as it is.
+        unedited: case_id -> the unedited model's score of every record, if it was taken already.
+        reads: See `fastmemit.Editor.plan`; of use where the first batch is written several times.
+        progress: Called with the number of records written or scored since the last call.
+
+    Yields:
+        A `Step` after each k-th batch and after the last.
+
+    Raises:
+        WrongModel: The model is edited already.
+        BadConfig: `score_every` is below 1.
+        BadData: There is no batch, or an empty one.
+        BadRequest: A record cannot be edited, or two of a batch contradict each other.
+        fastcov.StoreMissing: No statistics of the edited layers were precomputed.
+    """
+    if editor.edits:
+        raise WrongModel("The model is edited already; undo its edits before a sequence.")
+    if score_every < 1:
+        raise BadConfig(f"Scores are taken after every {score_every} batches; give 1 or more.")
+    if not batches or not all(batches):
+        raise BadData("A sequence needs batches with at least one record each; give some.")
+    settings = dict(settings or {})
+    config = editor.config(method, **settings)
+    editor.statistics_for(config.layers)
+    contexts = editor.contexts(method)  # written by the unedited model
+    for batch in batches:  # refused now, not when it is their turn
+        for request in check_batch([record.request for record in batch]):
+            request_rows(editor.tokenizer, request, contexts)
+    if unedited is None:
+        records = [record for batch in batches for record in batch]
+        unedited = {s.case_id: s for s in score_records(editor.adapter, editor.tokenizer, records)}
+    run = _Run(editor, config, settings, PreservedKeys() if preserve else None, reads)
+    try:
+        for number, batch in enumerate(batches, 1):
+            run.write(batch)
+            if progress is not None:
+                progress(len(batch))
+            if number % score_every == 0 or number == len(batches):
+                yield run.step(batches[:number], unedited, perplexity)
+                if progress is not None:
+                    progress(sum(map(len, batches[:number])))
+    finally:
+        for edit in reversed(editor.edits):
+            edit.undo()
+
+
+class _Run:
+    """A sequence while it runs."""
+
+    def __init__(
+        self,
+        editor: Editor,
+        config: EditConfig,
+        settings: Mapping[str, Any],
+        preserved: PreservedKeys | None,
+        reads: ReadCache | None,
+    ) -> None:
+        self._editor, self._config, self._settings = editor, config, settings
+        self._preserved, self._reads = preserved, reads
+        self._failed = 0
+
+    def write(self, batch: Sequence[Record]) -> None:
+        """Edit one batch on top of the others."""
+        requests = [record.request for record in batch]
+        try:
+            # Their last bits depend on what vectors are optimised beside, so that a run that was
+            # interrupted may not take some from the store and make the others.
+            self._editor.sources.targets(requests, self._config, together=True)
+            self._editor.edit(
+                requests,
+                self._config.method,
+                preserved=self._preserved,
+                reads=self._reads,
+                **self._settings,
+            )
+        except (NonFiniteKeys, NonFiniteMatrix, FastmemitError) as broken:
+            # Requests were checked before, so that what is left of our own errors is a target
+            # whose loss is not finite.
+            if not self._editor.edits:
+                raise  # not the work of earlier edits
+            log.warning("A batch was not written: %s", broken)
+            self._failed += 1
+
+    def step(
+        self,
+        batches: Sequence[Sequence[Record]],
+        unedited: Mapping[int, RecordScore],
+        perplexity: Callable[[], float] | None,
+    ) -> Step:
+        """Score all that was written."""
+        records = [record for batch in batches for record in batch]
+        scores = _scored(self._editor, records)
+        parts, start = [], 0
+        for batch in batches:
+            parts.append(_table(scores[start : start + len(batch)]))
+            start += len(batch)
+        return Step(
+            edits=len(batches),
+            facts=len(records),
+            failed=self._failed,
+            preserved=0 if self._preserved is None else len(self._preserved),
+            scores=_table(scores),
+            before=_table([unedited[record.case_id] for record in records]),
+            by_batch=parts,
+            perplexity=None if perplexity is None else _measured(perplexity),
+        )
+
+
+def _measured(perplexity: Callable[[], float]) -> float:
+    """A perplexity; infinite for a model whose output is not finite."""
+    try:
+        return perplexity()
+    except FastmemitError as broken:
+        log.warning("%s It counts as infinite.", broken)
+        return math.inf

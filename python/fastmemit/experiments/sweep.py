@@ -1,0 +1,185 @@
+"""A sweep over multipliers, methods and batch sizes: everything is paid for once, nothing is lost.
+
+The protocol is Table 1's of arXiv 2506.04226: batches of records with distinct subjects, each
+edited into the unedited weights, scored, and taken out again bit for bit. Statistics of all
+multipliers come from one pass, target vectors from one optimisation for every multiplier, batch
+size and method that can share them, and the unedited scores are taken once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from fastcov.store import atomic_file
+from fastmemit.data import Record, batches
+from fastmemit.editor import Editor
+from fastmemit.errors import WrongModel
+from fastmemit.evaluation.counterfact import count_questions, score_records
+from fastmemit.evaluation.perplexity import perplexity
+from fastmemit.experiments.cell import SweepInputs, SweepRun, run_cell
+from fastmemit.experiments.grid import Grid, Place
+from fastmemit.experiments.header import check_header
+from fastmemit.experiments.results import (
+    RESULTS,
+    TIMINGS,
+    ResultsFile,
+    locked,
+    read_results,
+    write_in_order,
+)
+from fastmemit.experiments.schema import Cell
+from fastmemit.experiments.statistics import precompute_multipliers
+from fastmemit.progress import bar
+from fastmemit.statistics import Statistics
+
+_TARGETS_TOGETHER = 64  # requests between two times that target vectors are stored
+
+
+def run_sweep(
+    editor: Editor,
+    grid: Grid,
+    inputs: SweepInputs,
+    *,
+    shard: tuple[int, int] = (1, 1),
+    progress: bool = False,
+) -> list[Cell]:
+    """Run the cells of a grid that are not finished yet, and append each one when it is.
+
+    Killed at any moment and started again it goes on where it was, and gives the same lines.
+
+    Args:
+        editor: Of the unedited model.
+        grid: Which cells.
+        inputs: What to run them on.
+        shard: (i, n): every n-th cell from the i-th on, into a file of its own. The whole sweep,
+            run afterwards, finds them finished and puts all into one file.
+        progress: Show bars.
+
+    Returns:
+        All finished cells of the grid, in its order; of a shard those that are finished so far.
+
+    Raises:
+        WrongModel: The model is edited already.
+        BadData: There are too few records; the folder holds the results of another sweep, or a
+            damaged line; or another process is writing there.
+        FastcovError, FastmemitError: What can go wrong with statistics, targets and edits.
+    """
+    if editor.edits:
+        raise WrongModel("The model is edited already; undo its edits before a sweep.")
+    places = grid.places()
+    dealt = {
+        size: batches(inputs.records, size, count, seed=editor.seed)
+        for size, count in grid.batches.items()
+    }
+    folder = inputs.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    number, of = shard
+    suffix = "" if of == 1 else f"-{number}of{of}"
+    results = ResultsFile(folder / f"results{suffix}.jsonl")
+    timings = ResultsFile(folder / f"timings{suffix}.jsonl")
+    with locked(results.path):
+        check_header(folder, inputs.header)
+        for file in (results, timings):
+            file.repair()
+        finished = read_results(folder)
+        todo = [p for p in places[number - 1 :: of] if p.key not in finished]
+        if todo:
+            run = _prepared(editor, inputs, dealt, todo, progress)
+            with bar("records", sum(map(_size, todo)), progress) as advance:
+                for place, used in _with_statistics(run, grid, todo):
+                    advance.note(place.key)
+                    cell, timing = run_cell(run, place, used, advance)
+                    timings.append(timing)
+                    results.append(cell)
+        if of == 1:
+            for name in (RESULTS, TIMINGS):
+                write_in_order(folder, name, [place.key for place in places])
+        finished = read_results(folder)
+    return [Cell(**finished[p.key]) for p in places if p.key in finished]  # type: ignore[typeddict-item]
+
+
+def _size(place: Place) -> int:
+    return place.batch_size * place.batches
+
+
+def _prepared(
+    editor: Editor,
+    inputs: SweepInputs,
+    dealt: dict[int, list[list[Record]]],
+    todo: Sequence[Place],
+    progress: bool,
+) -> SweepRun:
+    """Unedited scores and target vectors, for the records of the whole grid.
+
+    Not only for what is left to do: rows of a batch differ in their last bits with what stands
+    beside them, so the same records are always run together.
+    """
+    records = list({r.case_id: r for sets in dealt.values() for s in sets for r in s}.values())
+    run = SweepRun(editor, inputs, dealt, _unedited(editor, inputs.folder, records, progress))
+    if inputs.text is not None:
+        unedited = perplexity(editor.adapter, inputs.text)
+        run.unedited, run.predicted = unedited.perplexity, unedited.tokens
+    configs = {
+        config.targets(): config
+        for place in todo
+        for config in [editor.config(place.method, **dict(place.settings))]
+    }
+    for config in configs.values():
+        # Those of a method that has cells of some batch sizes only are made for all the same.
+        for start in range(0, len(records), _TARGETS_TOGETHER):
+            requests = [record.request for record in records[start : start + _TARGETS_TOGETHER]]
+            editor.sources.targets(requests, config, together=True)
+    return run
+
+
+def _unedited(
+    editor: Editor, folder: Path, records: Sequence[Record], progress: bool
+) -> dict[int, dict[str, Any]]:
+    """The unedited model's scores, from the folder where they are there."""
+    path = folder / "unedited.json"
+    wanted = {"fingerprint": editor.fingerprint, "cases": [record.case_id for record in records]}
+    if path.is_file():
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        if {name: stored.get(name) for name in wanted} == wanted:
+            return {value["case_id"]: value for value in stored["scores"]}
+    with bar("unedited scores", count_questions(records), progress) as advance:
+        scored = score_records(editor.adapter, editor.tokenizer, records, progress=advance)
+    scores = [score.as_dict() for score in scored]
+    with atomic_file(path) as file:
+        file.write((json.dumps({**wanted, "scores": scores}) + "\n").encode())
+    return {score["case_id"]: score for score in scores}
+
+
+def _with_statistics(
+    run: SweepRun, grid: Grid, todo: Sequence[Place]
+) -> Iterator[tuple[Place, Statistics]]:
+    """The cells with their statistics in use, collected no further than the next cell needs."""
+    editor = run.editor
+    layers = sorted(
+        {
+            layer
+            for method in grid.methods
+            for variant in grid.variants
+            for layer in editor.config(method, **variant).layers
+        }
+    )
+    now: tuple[int, bool, float | None] | None = None
+    used: Statistics | None = None
+    for place in todo:
+        if used is None or now != (place.seed, place.bos, place.multiplier):
+            now = (place.seed, place.bos, place.multiplier)
+            used = precompute_multipliers(
+                editor,
+                run.inputs.corpus,
+                grid.way(place.multiplier),
+                layers,
+                full_keys=run.inputs.full_keys,
+                max_length=run.inputs.max_length,
+                bos=place.bos,
+                seed=place.seed,
+            )[place.multiplier]
+            editor.use(used)
+        yield place, used

@@ -1,0 +1,70 @@
+"""Where stored statistics lie, and how it is told that they are of what is wanted."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import fastcov
+
+
+def is_there(path: Path, shared: dict[str, Any], module: str) -> bool:
+    """Whether the moment of a module is stored already.
+
+    Args:
+        path: Its file.
+        shared: What the moments of all modules are of.
+        module: The module's name.
+
+    Raises:
+        StoreMismatch: The file of this name is of something else.
+    """
+    if not path.is_file():
+        return False
+    stored = fastcov.read_provenance(path)
+    compare(path, essence(stored), {**essence(shared), "module": module})
+    return True
+
+
+def compare(path: Path, stored: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Refuse a file that is of something else than expected.
+
+    Raises:
+        StoreMismatch: A field differs.
+    """
+    for field, value in expected.items():
+        if stored.get(field) != value:
+            raise fastcov.StoreMismatch(
+                f"The statistics {str(path)!r} are of another {field} ({stored.get(field)!r:.80}, "
+                f"not {value!r:.80}), so the file was moved or altered; delete it and precompute "
+                "again.",
+                field=field,
+                stored=stored.get(field),
+                expected=value,
+            )
+
+
+def common(stored: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What the provenance of several moments shares; of their keys, those of the widest module."""
+    widest = max(stored, key=lambda provenance: int(provenance["budget"]))
+    return {k: v for k, v in widest.items() if k not in ("module", "versions")}
+
+
+def essence(shared: dict[str, Any]) -> dict[str, Any]:
+    """What statistics depend on: the names of model and corpus say nothing of their contents."""
+    kept = {k: v for k, v in shared.items() if k != "model_name"}
+    return {**kept, "corpus": shared.get("corpus", {}).get("fingerprint")}
+
+
+def home_of(folder: Path, shared: dict[str, Any]) -> Path:
+    """A folder name that a person can read and that no two different statistics share."""
+    digest = hashlib.sha256(json.dumps(essence(shared), sort_keys=True).encode()).hexdigest()[:12]
+    known = sorted(folder.glob(f"*-{digest}"))  # the same corpus may have had another name
+    if known:
+        return known[0]
+    name = re.sub(r"[^A-Za-z0-9]+", "-", Path(shared["corpus"]["name"]).name).strip("-")[:40]
+    return folder / f"{name}-x{shared['multiplier']:g}-seed{shared['seed']}-{digest}"

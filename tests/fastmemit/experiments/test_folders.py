@@ -1,0 +1,142 @@
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastmemit.errors import BadData, DamagedFile, FastmemitError, WrongModel
+from fastmemit.experiments.folders import collect, settings_name
+from tiny_sweeps import cell, grid, record, write
+
+
+def test_shards_and_folders_become_one_ordered_set(tmp_path: Path) -> None:
+    cells = grid()
+    whole = collect([write(tmp_path / "whole", cells)])
+    shared = collect([write(tmp_path / "shards", cells[::-1], shards=4)])
+    halves = [write(tmp_path / "a", cells[20:]), write(tmp_path / "b", cells[:24])]
+    assert collect(halves).cells == shared.cells == whole.cells
+    keys = [found["key"] for found in whole.cells]
+    assert sorted(keys) == sorted(found["key"] for found in cells)
+    assert keys[:6] == [f"emmet/b1x40/{m}" for m in ("x1", "x2", "x3", "x4", "x10", "full")]
+    assert len(whole.timings) == len(cells)
+
+
+def test_a_line_that_was_cut_off_is_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = write(tmp_path, [cell(multiplier=m) for m in (1.0, 2.0)])
+    path = folder / "results.jsonl"
+    path.write_bytes(path.read_bytes()[:-100])
+    with caplog.at_level(logging.WARNING):
+        assert [found["multiplier"] for found in collect([folder]).cells] == [1.0]
+    assert "results.jsonl ends in the middle of a line" in caplog.text
+
+
+def test_a_damaged_line_is_refused(tmp_path: Path) -> None:
+    folder = write(tmp_path, [cell(multiplier=m) for m in (1.0, 2.0)])
+    path = folder / "results.jsonl"
+    first, second = path.read_text().splitlines()
+    path.write_text(f"{first[:-100]}\n{second}\n")
+    with pytest.raises(BadData, match=r"Line 1 of '.*results.jsonl' is not a result"):
+        collect([folder])
+
+
+def test_one_cell_with_two_results_is_refused(tmp_path: Path) -> None:
+    one, other = cell(), cell()
+    other["keys"] += 1
+    folders = [write(tmp_path / "a", [one]), write(tmp_path / "b", [other])]
+    with pytest.raises(BadData, match="different results of memit/b4x10/x2; report on them apart"):
+        collect(folders)
+
+
+def test_folders_of_two_models_are_refused(tmp_path: Path) -> None:
+    folders = [
+        write(tmp_path / "a", [cell()], model="gpt2"),
+        write(tmp_path / "b", [cell(multiplier=3.0)], model="gpt2-xl", fingerprint="0" * 64),
+    ]
+    with pytest.raises(WrongModel, match=r"the model gpt2 and .* of gpt2-xl"):
+        collect(folders)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "named"),
+    [
+        ("dtype", "bfloat16", "dtype"),
+        ("data", {"name": "other.json", "sha256": "0"}, "data"),
+        ("seed", 1, "seed"),
+        ("methods", {"memit": {"layers": [3], "clamp": 1.0}}, "settings of memit"),
+    ],
+)
+def test_folders_that_cannot_be_compared_are_refused(
+    tmp_path: Path, field: str, value: Any, named: str
+) -> None:
+    folders = [write(tmp_path / "a", [cell()]), write(tmp_path / "b", [cell()], **{field: value})]
+    with pytest.raises(BadData, match=f"The {named} of .* cannot be compared"):
+        collect(folders)
+
+
+def test_another_method_or_text_may_be_in_another_folder(tmp_path: Path) -> None:
+    rome = {"methods": {"rome": {"layers": [5]}}, "perplexity": {"name": "text"}}
+    folders = [write(tmp_path / "a", [cell()]), write(tmp_path / "b", [cell("rome")], **rome)]
+    assert [found["method"] for found in collect(folders).cells] == ["memit", "rome"]
+
+
+def test_folders_without_results_are_refused(tmp_path: Path) -> None:
+    for folders, message in (
+        ([], "No folder to report on"),
+        ([tmp_path / "nowhere"], "nowhere' does not exist"),
+        ([tmp_path], "holds no sweep.json"),
+        ([write(tmp_path / "empty", [])], "No finished cell in"),
+    ):
+        with pytest.raises(BadData, match=message):
+            collect(folders)
+
+
+@pytest.mark.parametrize(("text", "said"), [("{", "is not JSON"), ("[]", "lacks format, model")])
+def test_a_damaged_description_is_refused(tmp_path: Path, text: str, said: str) -> None:
+    (write(tmp_path, [cell()]) / "sweep.json").write_text(text)
+    with pytest.raises(DamagedFile, match=said):
+        collect([tmp_path])
+
+
+def _without(name: str) -> dict[str, Any]:
+    return {key: value for key, value in cell().items() if key != name}
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (_without("settings"), "lacks the field 'settings'"),
+        (cell() | {"bos": 1}, "has bos = 1;"),
+        (cell() | {"seed": True}, "has seed = True;"),
+        (cell() | {"multiplier": -2}, "has a multiplier of -2"),
+        (cell() | {"records": []}, "has no records"),
+        (cell() | {"records": [record(3, 1.0)] * 2}, "has case 3 twice"),
+        (cell() | {"records": [record(3, 1.5)]}, "has es = 1.5 after the edit of case 3"),
+        (cell() | {"records": [record(3, float("nan"))]}, "has es = nan after the edit of case 3"),
+        (cell() | {"records": [7]}, "lacks the field 'case_id'"),
+        (cell() | {"perplexity": {"before": 3.0}}, "perplexity, lacks the field 'after'"),
+        (
+            cell() | {"scores": dict(es=1, ps=2, ns=3, s=4)},
+            "says that ES after the edits is 1, and",
+        ),
+        (cell() | {"before": dict(es=None)}, "says that ES before the edits is None, and"),
+    ],
+)
+def test_a_cell_that_no_sweep_writes_is_refused(tmp_path: Path, value: Any, said: str) -> None:
+    write(tmp_path, [])
+    (tmp_path / "results.jsonl").write_text(json.dumps(value) + "\n")
+    with pytest.raises(DamagedFile) as error:
+        collect([tmp_path])
+    assert said in str(error.value)
+    assert "'memit/b4x10/x2'" in str(error.value)
+    assert str(error.value).endswith("delete the line, and the sweep will run its cell again.")
+    assert isinstance(error.value, FastmemitError)
+
+
+def test_settings_have_one_name_in_any_order() -> None:
+    assert settings_name({}) == ""
+    assert settings_name({"shrinkage": "oas", "layers": [3, 4]}) == "layers=[3, 4], shrinkage=oas"

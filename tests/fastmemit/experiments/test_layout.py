@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+from fastmemit.experiments.layout import Column, Table, latex, markdown, slug, unique
+
+TABLE = Table(
+    "a-table",
+    "50 % of a|b",
+    (Column("batches", text=True), Column("full", "ES"), Column("fast", "ES"), Column("n_keys")),
+    (("2 batches of 16", "100.00", "98.50", "1,536"), ("[x]_<b>", "-", "1 \\ 2", "$5 & ^~#{}")),
+    "A note*.",
+)
+
+
+def test_markdown() -> None:
+    assert markdown([TABLE]) == (
+        "## 50 % of a\\|b\n"
+        "\n"
+        "| batches | ES full | ES fast | n_keys |\n"
+        "| --- | ---: | ---: | ---: |\n"
+        "| 2 batches of 16 | 100.00 | 98.50 | 1,536 |\n"
+        "| \\[x\\]_\\<b\\> | - | 1 \\\\ 2 | $5 & ^~#{} |\n"
+        "\n"
+        "A note\\*.\n"
+    )
+
+
+def test_latex() -> None:
+    assert latex([TABLE]) == (
+        "% Needs \\usepackage{booktabs}.\n"
+        "\n"
+        "\\begin{table}\n"
+        "\\centering\n"
+        "\\caption{50 \\% of a|b}\n"
+        "\\label{tab:a-table}\n"
+        "\\begin{tabular}{lrrr}\n"
+        "\\toprule\n"
+        " & \\multicolumn{2}{c}{ES} &  \\\\\n"
+        "\\cmidrule(lr){2-3}\n"
+        "batches & full & fast & n\\_keys \\\\\n"
+        "\\midrule\n"
+        "2 batches of 16 & 100.00 & 98.50 & 1,536 \\\\\n"
+        "{[}x{]}\\_\\textless{}b\\textgreater{} & -- & 1 \\textbackslash{} 2 & "
+        "\\$5 \\& \\textasciicircum{}\\textasciitilde{}\\#\\{\\} \\\\\n"
+        "\\bottomrule\n"
+        "\\end{tabular}\n"
+        "\\par\\smallskip {\\footnotesize A note*.}\n"
+        "\\end{table}\n"
+    )
+
+
+def test_columns_without_an_upper_head_have_no_second_row() -> None:
+    plain = Table("t", "t", (Column("a"), Column("b")), (("1", "2"),))
+    assert plain.spans == []
+    assert TABLE.spans == [("", 1), ("ES", 2), ("", 1)]
+    assert "multicolumn" not in latex([plain])
+
+
+def test_names() -> None:
+    assert slug("MEMIT, relative_ridge=0.01: ../x2") == "memit-relative-ridge-0.01-..-x2"
+    assert "/" not in slug("a/b\\c")
+    assert unique(["a", "b", "a", "a-2", "a"]) == ["a", "b", "a-2", "a-2-2", "a-3"]

@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+
+from fastmemit.errors import BadData
+from fastmemit.experiments.results import (
+    ResultsFile,
+    line_of,
+    locked,
+    read_lines,
+    read_results,
+    write_in_order,
+)
+
+
+def cell(key: str, value: int = 0) -> dict[str, object]:
+    return {"key": key, "value": value}
+
+
+def test_what_a_killed_process_left_of_a_line_is_cut_off(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = ResultsFile(tmp_path / "results.jsonl")
+    file.append(cell("a"))
+    file.append(cell("ü"))
+    whole = file.path.read_bytes()
+    for left in range(1, len(line_of(cell("b")))):
+        file.path.write_bytes(whole + line_of(cell("b"))[:left])
+        if left < len(line_of(cell("b"))) - 1:
+            with caplog.at_level(logging.WARNING):
+                assert [value["key"] for value in read_lines(file.path)] == ["a", "ü"]
+            assert "in the middle of a line" in caplog.text
+        file.repair()
+        assert file.path.read_bytes() == whole
+    file.append(cell("b"))
+    assert [value["key"] for value in read_lines(file.path)] == ["a", "ü", "b"]
+
+
+@pytest.mark.parametrize("line", [b"{", b"[1]", b'{"value": 1}', b"\xff"])
+def test_another_damaged_line_is_refused_by_its_number(tmp_path: Path, line: bytes) -> None:
+    path = tmp_path / "results.jsonl"
+    path.write_bytes(line_of(cell("a")) + line + b"\n" + line_of(cell("b")))
+    with pytest.raises(BadData, match=r"Line 2 of '.*results.jsonl' is not a result"):
+        read_lines(path)
+
+
+def test_shards_are_put_into_one_file_in_the_order_of_the_plan(tmp_path: Path) -> None:
+    for name, keys in (("-1of2", "ac"), ("-2of2", "bd"), ("", "x")):
+        file = ResultsFile(tmp_path / f"results{name}.jsonl")
+        for key in keys:
+            file.append(cell(key))
+    assert set(read_results(tmp_path)) == set("abcdx")
+    write_in_order(tmp_path, "results.jsonl", "abcd")
+    assert [value["key"] for value in read_lines(tmp_path / "results.jsonl")] == list("abcdx")
+    assert [path.name for path in tmp_path.iterdir()] == ["results.jsonl"]
+
+
+def test_two_results_of_one_cell_must_be_the_same(tmp_path: Path) -> None:
+    ResultsFile(tmp_path / "results-1of2.jsonl").append(cell("a", 1))
+    ResultsFile(tmp_path / "results-2of2.jsonl").append(cell("a", 1))
+    assert read_results(tmp_path) == {"a": cell("a", 1)}
+    ResultsFile(tmp_path / "results.jsonl").append(cell("a", 2))
+    with pytest.raises(BadData, match="different results of a"):
+        read_results(tmp_path)
+
+
+def test_two_processes_do_not_write_one_file(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    with locked(path):
+        with pytest.raises(BadData, match="Another process is writing"), locked(path):
+            raise AssertionError("both hold it")
+        with locked(tmp_path / "results-1of2.jsonl"):
+            pass
+    with locked(path):
+        pass

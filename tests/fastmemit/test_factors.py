@@ -1,0 +1,86 @@
+"""Factors of A: what it is made of, and that each kind is made once."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import fastcov
+from fastcov.errors import QuarticUnknown
+from fastmemit import factors
+from fastmemit.editors import find_config
+from fastmemit.factors import FactorCache
+from reference import closed_form as literal
+from reference import shrinkage as literal_shrinkage
+from tiny_editors import tiny_editor
+
+
+@pytest.fixture(scope="module")
+def editor(tmp_path_factory):
+    return tiny_editor(tmp_path_factory.mktemp("factors"))
+
+
+def setting(editor, **values):
+    return find_config(editor.adapter, "memit", {"layers": (0, 1), **values})
+
+
+def factor(editor, cache=None, layer=1, **values):
+    config = setting(editor, **values)
+    used = editor.statistics_for(config.layers)
+    return (cache or FactorCache()).get(editor.adapter, used, config, layer)
+
+
+def stored(editor, layer=1):
+    used = editor.statistics_for((0, 1))
+    return used.moment(editor.adapter.projection_name(layer))
+
+
+@pytest.mark.parametrize("shrinkage", ["none", "oas", "ledoit-wolf"])
+@pytest.mark.parametrize("relative_ridge", [0.0, 1e-2])
+def test_a_factor_is_that_of_the_literal_matrix(editor, shrinkage, relative_ridge):
+    moment = stored(editor)
+    C = moment.second_moment.double().numpy()
+    intensity = {"none": lambda _: 0.0, "oas": fastcov.oas, "ledoit-wolf": fastcov.ledoit_wolf}
+    ridge = 0.01 + relative_ridge * 20 * float(np.mean(np.diag(C)))
+    C = literal_shrinkage.shrunk(C, intensity[shrinkage](moment))
+    wanted = np.linalg.cholesky(literal.regularised(C, 20.0, ridge))
+    got = factor(editor, weight=20.0, ridge=0.01, relative_ridge=relative_ridge,
+                 shrinkage=shrinkage)  # fmt: skip
+    assert got.jitter == 0
+    torch.testing.assert_close(got.L, torch.from_numpy(wanted), rtol=1e-7, atol=1e-9)
+
+
+def test_the_default_is_what_it_was_bit_for_bit(editor):
+    C = stored(editor).second_moment
+    A = C.double().mul_(20.0)
+    A.diagonal().add_(0.01)
+    wanted = fastcov.factorize(A)
+    assert torch.equal(factor(editor, weight=20.0, ridge=0.01).L, wanted.L)
+
+
+def test_each_kind_is_made_once_and_held_until_there_is_no_room(editor, monkeypatch):
+    made = []
+    real = fastcov.factorize
+    monkeypatch.setattr(fastcov, "factorize", lambda A, **kw: made.append(1) or real(A, **kw))
+    kinds = [{}, {"weight": 3.0}, {"ridge": 0.1}, {"relative_ridge": 0.1}, {"shrinkage": "oas"}]
+    cache = FactorCache()
+    first = [factor(editor, cache, **kind) for kind in kinds]
+    again = [factor(editor, cache, **kind) for kind in kinds]
+    assert len(made) == len(kinds) and all(a is b for a, b in zip(first, again, strict=True))
+    small = FactorCache(capacity=first[0].nbytes)
+    assert factor(editor, small) is factor(editor, small)
+    factor(editor, small, ridge=0.1)
+    factor(editor, small)
+    assert len(made) == len(kinds) + 3
+    cache.clear()
+    factor(editor, cache)
+    assert len(made) == len(kinds) + 4
+
+
+def test_statistics_of_an_older_version_are_refused_by_ledoit_wolf_alone(editor, monkeypatch):
+    old = fastcov.SecondMoment.from_lower(stored(editor).lower, stored(editor).count)
+    monkeypatch.setattr(factors.Statistics, "moment", lambda self, module: old)
+    assert factor(editor, shrinkage="oas").jitter == 0
+    with pytest.raises(QuarticUnknown, match="precompute again"):
+        factor(editor, shrinkage="ledoit-wolf")
