@@ -35,6 +35,7 @@ from fastcov.moments import SecondMoment
 from fastcov.ops import rank_k_update
 from fastcov.shrinkage import ledoit_wolf, oas, shrunk
 from fastcov.spans import Span, between
+from fastcov.stopping import StoppingRule, checkpoints
 from fastcov.store import load_moment, read_provenance, save_moment
 from fastcov.throughput import Throughput
 
@@ -57,6 +58,7 @@ __all__ = [
     "ResidualTooLarge",
     "SecondMoment",
     "Span",
+    "StoppingRule",
     "StoreDamaged",
     "StoreMismatch",
     "StoreMissing",
@@ -66,6 +68,7 @@ __all__ = [
     "between",
     "bucket",
     "budget",
+    "checkpoints",
     "closed_form",
     "collect",
     "factorize",

@@ -7,8 +7,8 @@ disturbs in other text is ``u^T C u``, with C what S tends to, and the least it 
     excess = (u^T C u) / least - 1 = ||u - best||^2 / ||best||^2        in the norm of C,
 
 so the share that is disturbed needlessly is the squared distance of the solution from its limit.
-For Gaussian keys it is ``(d - 1) / (n - d)`` in the mean, whatever C is (Reed, Mallett and Brennan,
-1974), and to within ``2 / n`` of that is what the inverse alone is off by:
+For Gaussian keys its mean is ``(d - 1) / (n - d)``, whatever C is (Reed, Mallett and Brennan,
+1974). What S^-1 alone is off by is the same but for terms of the order of 1 / n:
 
     leverage = mean over fresh keys of k^T S^-1 k / d = n / (n - d - 1)
 
@@ -159,6 +159,7 @@ class StoppingRule:
         Raises:
             BadBudget: The moment has no more keys than at the last look.
             WrongWidth: It is of another width than the one before.
+            NonFiniteMatrix: The sum holds NaN or infinity.
         """
         n, d = moment.count, moment.d
         if self.looks:

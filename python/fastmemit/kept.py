@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import fastcov
+from fastcov.store import atomic_file
 
 
 def is_there(path: Path, shared: dict[str, Any], module: str) -> bool:
@@ -68,3 +70,22 @@ def home_of(folder: Path, shared: dict[str, Any]) -> Path:
         return known[0]
     name = re.sub(r"[^A-Za-z0-9]+", "-", Path(shared["corpus"]["name"]).name).strip("-")[:40]
     return folder / f"{name}-x{shared['multiplier']:g}-seed{shared['seed']}-{digest}"
+
+
+def copied(paths: dict[str, Path], folder: Path) -> dict[str, Path]:
+    """The files of some statistics in another folder of statistics, under the same names.
+
+    Args:
+        paths: Module name -> file, all in one folder.
+        folder: That of the model's statistics.
+
+    Raises:
+        OSError: A file cannot be written.
+    """
+    found = {}
+    for name, path in paths.items():
+        found[name] = folder / path.parent.name / path.name
+        if not found[name].is_file():
+            with atomic_file(found[name]) as file, open(path, "rb") as source:
+                shutil.copyfileobj(source, file)
+    return found

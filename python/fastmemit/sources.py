@@ -15,6 +15,7 @@ from fastmemit.data.corpora import Corpus
 from fastmemit.editors import EditConfig, PreservedKeys, ReadCache, Workspace
 from fastmemit.errors import BadConfig, WrongModel
 from fastmemit.factors import FactorCache
+from fastmemit.kept import copied
 from fastmemit.models import ModelAdapter, tokenizer_fingerprint
 from fastmemit.progress import bar
 from fastmemit.request import EditRequest
@@ -147,6 +148,13 @@ class Sources:
             )
         self.use(found)
         return found
+
+    def keep(self, found: Statistics) -> Statistics:
+        """Put statistics that lie aside where edits find them, and use them."""
+        folder = self._folder / "statistics" / self._stack.fingerprint[:16]
+        kept = Statistics(copied(found.paths, folder), found.provenance, found.throughput)
+        self.use(kept)
+        return kept
 
     def use(self, found: Statistics) -> None:
         """Take these statistics from now on; see `Editor.use`."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from dataclasses import field as dataclass_field
 from pathlib import Path
@@ -161,12 +162,23 @@ def precompute(
         most = max(budgets[name] for name in missing)
         if throughput is not None:
             throughput.measure(adapter.model, adapter.device)  # before a thread begins to read
-        moments = held
+        more: dict[str, fastcov.SecondMoment] = {}
         if after is None or not after.exhausted:
-            with corpus_batches(corpus, tokenizer, adapter.device, tokens=most, context=context,
-                                seed=seed, start=start, skip=int(not bos),
-                                reading=reading) as batches:  # fmt: skip
-                moments = fastcov.collect(
+            with (
+                _counted_from(start, corpus, allow_fewer),
+                corpus_batches(
+                    corpus,
+                    tokenizer,
+                    adapter.device,
+                    tokens=most,
+                    context=context,
+                    seed=seed,
+                    start=start,
+                    skip=int(not bos),
+                    reading=reading,
+                ) as batches,
+            ):
+                more = fastcov.collect(
                     adapter.model,
                     missing,
                     batches,
@@ -176,11 +188,11 @@ def precompute(
                     throughput=throughput,
                     causal=not getattr(adapter.model.config, "use_bidirectional_attention", False),
                 )
-            for name, moment in held.items():
-                moments[name] = moment.merge(moments[name])
+        for name, moment in more.items():
+            held[name] = held[name].merge(moment) if name in held else moment
         if throughput is not None:
             log.info("%s", throughput)
-        for name, moment in moments.items():
+        for name, moment in held.items():
             own = {**shared, "module": name, "budget": budgets[name], "keys": moment.count}
             fastcov.save_moment(paths[name], moment, {**own, "versions": versions()})
     provenance = common([fastcov.read_provenance(path) for path in paths.values()])
@@ -235,6 +247,25 @@ def versions() -> dict[str, str]:
         "transformers": transformers.__version__,
         "python": platform.python_version(),
     }
+
+
+@contextmanager
+def _counted_from(start: int, corpus: Corpus, allow_fewer: bool) -> Iterator[None]:
+    """Say of a corpus that ends how many keys it has in all, not beyond those held already."""
+    try:
+        yield
+    except (fastcov.BudgetNotMet, fastcov.EmptyCorpus) as error:
+        if start == 0:
+            raise
+        if allow_fewer:  # it ends just where the keys do that are held
+            return
+        found = start + getattr(error, "found", 0)
+        raise fastcov.BudgetNotMet(
+            f"The corpus {corpus.name} has {found} keys a layer, fewer than were wanted; give more "
+            "text, smaller multipliers, or allow_fewer=True.",
+            found=found,
+            wanted=start + getattr(error, "wanted", 1),
+        ) from error
 
 
 def _snapshots(after: Statistics, multiplier: float) -> list[float]:

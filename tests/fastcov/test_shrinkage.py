@@ -20,6 +20,7 @@ from fastcov import (
     shrunk,
 )
 from reference import shrinkage as literal
+from reference import stopping as literal_solution
 
 SHAPES = [(5, 12), (12, 12), (13, 12), (40, 12), (3000, 12), (7, 1), (2, 30)]
 
@@ -97,6 +98,27 @@ def test_a_float32_sum_is_enough():
     assert ledoit_wolf(moment) == pytest.approx(literal.ledoit_wolf(X.numpy()), rel=1e-4)
     huge = SecondMoment(16).update((X * 1e13).float())  # squares of its sums pass float32
     assert oas(huge) == pytest.approx(oas(moment), rel=1e-4)
+
+
+def test_without_shrinkage_as_many_keys_as_the_width_are_the_worst_number():
+    d = 64
+    true = 1 / torch.arange(1, d + 1, dtype=torch.float64)
+    draw = torch.Generator().manual_seed(0)
+    X = torch.randn(3 * d + 100, d, generator=draw, dtype=torch.float64) * true.sqrt()
+    fresh, C = X[-100:].numpy(), torch.diag(true).numpy()
+
+    def excess(n, intensity=None, ridge=0.0):
+        moment = moment_of(X[:n])
+        S = shrunk(moment.second_moment, 0.0 if intensity is None else intensity(moment))
+        S.diagonal().add_((1e-8 + ridge) * S.diagonal().mean())
+        return literal_solution.excess(S.numpy(), C, fresh)
+
+    few, peak, many = (excess(n) for n in (d // 2, d, 3 * d))
+    assert peak > 10 * few and peak > 10 * many
+    assert excess(d, ridge=1e-2) < peak / 10
+    for n in (d // 2, d, 3 * d):
+        for intensity in (ledoit_wolf, oas):
+            assert excess(n, intensity) < excess(n)
 
 
 def test_nothing_to_shrink():

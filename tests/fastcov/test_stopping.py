@@ -25,11 +25,13 @@ def gaussian(n, true, seed=0):
 
 
 def looked_at(rule, X, sizes, dtype=torch.float64):
-    """The moment after each number of keys, and what the rule said."""
+    """What the rule says of the moment after each number of keys, until it says stop."""
     moment, said = SecondMoment(X.shape[1], dtype=dtype), []
     for n in sizes:
         moment.update(X[moment.count : n])
         said.append(rule.update(moment))
+        if said[-1]:
+            break
     return said
 
 
@@ -58,9 +60,9 @@ def test_with_a_ridge_the_distance_is_that_of_the_ridged_solution():
     for ridged, bare in zip(rule.looks[1:], plain.looks[1:], strict=True):
         S = (X[: ridged.keys].T @ X[: ridged.keys] / ridged.keys).numpy()
         S, C = (M + ridge * np.mean(np.diag(M)) * np.eye(D) for M in (S, np.diag(true.numpy())))
-        # The law is of keys, and what is far below the ridge is in no key: an order of magnitude.
-        assert 0.5 < ridged.excess / literal.excess(S, C, fresh) < 2
-        assert ridged.excess < 0.5 * bare.excess
+        # With a ridge the two are no longer one number: what is measured errs to the high side.
+        assert 0.9 < ridged.excess / literal.excess(S, C, fresh) < 1.5
+        assert ridged.excess < 0.6 * bare.excess
 
 
 @pytest.mark.parametrize("ridge", [0.0, 1e-2])

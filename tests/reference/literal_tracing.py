@@ -19,11 +19,15 @@ def _answer_probability(model, ids, answer):
 
 
 @torch.no_grad()
-def literal_effects(model, modules, ids, subject, answer, noise, windows):
+def literal_effects(
+    model, modules, ids, subject, answer, noise, windows, positions=None, layers=None
+):
     """(p clean, mean p corrupted, {(kind, position, layer): indirect effect}) of one fact.
 
-    `modules` is kind -> the module of each layer; `subject` the index of the subject's first token;
-    `noise` (samples, subject tokens, width); `windows` is kind -> layer -> layers put back together.
+    `modules` is kind -> the module of each layer; `subject` is the index of the subject's first
+    token; `noise` is (samples, subject tokens, width); `windows` is kind -> layer -> the layers
+    that are put back together; `positions` (all from the subject on) and `layers` (all)
+    say which effects are wanted.
     """
     width = noise.shape[1]
     clean_values = {}
@@ -77,7 +81,7 @@ def literal_effects(model, modules, ids, subject, answer, noise, windows):
     effects = {
         (kind, position, layer): run(kind, position, windows[kind][layer]) - corrupted
         for kind in modules
-        for position in range(subject, len(ids))
-        for layer in range(len(modules[kind]))
+        for position in positions or range(subject, len(ids))
+        for layer in layers or range(len(modules[kind]))
     }
     return clean, corrupted, effects

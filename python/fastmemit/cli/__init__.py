@@ -9,7 +9,18 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from fastmemit import __version__
-from fastmemit.cli import apply, demo, edit, evaluate, locate, precompute, report, sweep
+from fastmemit.cli import (
+    apply,
+    demo,
+    downstream,
+    edit,
+    evaluate,
+    locate,
+    precompute,
+    report,
+    sequential,
+    sweep,
+)
 
 DESCRIPTION = "Edit the facts of a language model: ROME, EMMET and MEMIT in seconds."
 EPILOG = """examples:
@@ -28,7 +39,9 @@ VERBS = {
     "evaluate": evaluate,
     "locate": locate,
     "sweep": sweep,
+    "sequential": sequential,
     "report": report,
+    "downstream": downstream,
     "demo": demo,
 }
 

@@ -73,6 +73,8 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Trace, print the table and the proposal, write the files."""
+    import torch
+
     from fastcov.bench.machine import machine
     from fastcov.store import atomic_file
     from fastmemit.data import load_records
@@ -120,7 +122,7 @@ def run(args: argparse.Namespace) -> None:
         "device": str(adapter.device),
         "facts": _facts_name(args.facts),
     }
-    hardware = dataclasses.asdict(machine(adapter.device))
+    hardware = {**dataclasses.asdict(machine(adapter.device)), "threads": torch.get_num_threads()}
     result = located(
         found,
         chosen.looked_at,

@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from fastmemit.errors import BadConfig
 
@@ -70,9 +70,10 @@ def add_corpus(verb: argparse.ArgumentParser, default: str | None) -> None:
     group.add_argument("--field", default="text", help="the text's field in a JSON corpus")
     group.add_argument(
         "--multiplier",
-        type=float,
+        type=multiplier,
         default=None,
-        help=f"keys per layer as a multiple of their width (default {DEFAULT_MULTIPLIER:g})",
+        help=f"keys per layer as a multiple of their width (default {DEFAULT_MULTIPLIER:g}), or "
+        "auto: until the solution is near its limit, at most 10",
     )
     group.add_argument(
         "--max-length",
@@ -112,7 +113,7 @@ def make_editor(args: argparse.Namespace) -> Editor:
 
 def ensure_statistics(editor: Editor, layers: Sequence[int], args: argparse.Namespace) -> None:
     """Use the statistics that the options ask for, collecting them if they are not kept yet."""
-    if args.corpus is None:
+    if args.corpus is None and args.multiplier != "auto":
         kept = editor.find_statistics(layers, args.multiplier)
         if kept is not None:
             editor.use(kept)
@@ -163,6 +164,11 @@ def _seed(text: str) -> int:
             f"must be a whole number from 0 to {2**32 - 1} but is {text!r}"
         )
     return int(text)
+
+
+def multiplier(text: str) -> float | Literal["auto"]:
+    """A number or ``auto``, as argparse's type; what the number may be is said elsewhere."""
+    return "auto" if text == "auto" else float(text)
 
 
 def above_zero(text: str) -> int:

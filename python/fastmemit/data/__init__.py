@@ -1,6 +1,7 @@
 """Facts to edit and text to collect statistics on.
 
-`load_records`, `load_zsre` and `load_requests` read facts, `batches` deals them out, `load_corpus` opens text.
+`load_records`, `load_zsre` and `load_requests` read facts, `batches` deals them out, `load_corpus`
+opens text.
 """
 
 from fastmemit.data.corpora import Corpus, corpus_from_texts, load_corpus

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from fastmemit.activations import read_at_subject
 from fastmemit.delta import add_low_rank, restore
 from fastmemit.editors.config import EditConfig
 from fastmemit.editors.preserved import PreservedKeys
-from fastmemit.editors.subjects import ReadCache, Reading, Subjects
+from fastmemit.editors.subjects import ContextReading, ReadCache, Reading, Subjects
 from fastmemit.models import ModelAdapter
 from fastmemit.request import EditRequest, check_batch
 from fastmemit.targets import Target
@@ -129,16 +130,22 @@ class Workspace:
         Layers are read in ascending order.
         """
         last = self.config.layers[-1]
+        make = partial(subjects.read, layer, last)
         if self.reads is None or self.factors:
-            reading = subjects.read(layer, last)
+            reading = make()
         else:
-            key = (self.state, subjects.key(layer, last))
-            reading = self.reads.get(key, lambda: subjects.read(layer, last))
+            reading = self.reads.get((self.state, subjects.key(layer, last)), make)
         subjects.resume(reading)
         return reading
 
-    def context_outputs(self, layer: int, requests: Sequence[EditRequest]) -> tuple[Tensor, Tensor]:
-        """Keys and the projection's outputs in every context, (B, contexts, d_k) and (…, d)."""
+    def context_outputs(self, layer: int, requests: Sequence[EditRequest]) -> ContextReading:
+        """Keys and the projection's outputs in every context, with what has been written so far."""
+        make = partial(self._context_outputs, layer, requests)
+        if self.reads is None or self.factors:
+            return make()
+        return self.reads.get((self.state, tuple(requests), self.contexts, layer), make)
+
+    def _context_outputs(self, layer: int, requests: Sequence[EditRequest]) -> ContextReading:
         rows = [
             subject_row(self.tokenizer, context, request)
             for request in requests
@@ -147,7 +154,7 @@ class Workspace:
         module = self.adapter.projection(layer)
         (keys,), (outputs,) = read_at_subject(self.adapter, rows, inputs=[module], outputs=[module])
         shape = (len(requests), len(self.contexts), -1)
-        return keys.double().reshape(shape), outputs.double().reshape(shape)
+        return ContextReading(keys.double().reshape(shape), outputs.double().reshape(shape))
 
 
 def averaged_keys(keys: Tensor) -> Tensor:

@@ -28,7 +28,8 @@ def write(work: Workspace, requests: list[EditRequest]) -> None:
     layer = work.config.layers[0]
     for number, request in enumerate(requests):
         (target,) = work.targets([request], number == 0)
-        keys, outputs = work.context_outputs(layer, [request])  # (1, contexts, d_k), (1, …, d)
+        read = work.context_outputs(layer, [request])
+        keys, outputs = read.keys, read.outputs  # (1, contexts, d_k), (1, contexts, d)
         original = work.config.keys == "original"
         average = averaged_keys if work.config.keys == "consistent" else _mean
         key, bare = average(keys)[:, 0], keys[0, 0]

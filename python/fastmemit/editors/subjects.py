@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -41,19 +41,37 @@ class Reading:
     @property
     def nbytes(self) -> int:
         """What it takes, the states in its passes included."""
-        tensors = (self.keys, self.outputs, self.block)
-        return sum(t.numel() * t.element_size() for t in tensors) + sum(
-            each.nbytes for each in self.passes
-        )
+        return _bytes(self.keys, self.outputs, self.block) + sum(p.nbytes for p in self.passes)
+
+
+@dataclass(frozen=True)
+class ContextReading:
+    """What ROME reads of a batch; nobody writes into it.
+
+    Attributes:
+        keys: (B, contexts, d_k) float64, the keys at the subject in every context.
+        outputs: (B, contexts, d) float64, what the projection puts out there.
+    """
+
+    keys: Tensor
+    outputs: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """What it takes."""
+        return _bytes(self.keys, self.outputs)
+
+
+_Read = TypeVar("_Read", Reading, ContextReading)
 
 
 class ReadCache:
     """What the unedited model shows, kept over several plans.
 
     What a method reads before it has written anything depends on the weights and the requests, not
-    on the statistics: all that EMMET reads, and MEMIT's first layer.  A sweep over multipliers that
-    hands the same cache to each `fastmemit.Editor.plan` or `edit` reads it once, and gets the same
-    bits.  Nothing of an edited model is kept.
+    on the statistics: all that EMMET reads, MEMIT's first layer, ROME's first fact.  A sweep over
+    multipliers that hands the same cache to each `fastmemit.Editor.plan` or `edit` reads it once,
+    and gets the same bits.  Nothing of an edited model is kept.
 
     Args:
         capacity: Bytes to hold at most; the least recently used go first.
@@ -61,13 +79,14 @@ class ReadCache:
 
     def __init__(self, capacity: int = 1 << 30) -> None:
         self._capacity = capacity
-        self._held: OrderedDict[Hashable, Reading] = OrderedDict()
+        self._held: OrderedDict[Hashable, Any] = OrderedDict()
 
-    def get(self, key: Hashable, make: Callable[[], Reading]) -> Reading:
+    def get(self, key: Hashable, make: Callable[[], _Read]) -> _Read:
         """The reading of this key, made if it is not held."""
         if key in self._held:
             self._held.move_to_end(key)
-            return self._held[key]
+            held: _Read = self._held[key]
+            return held
         reading = make()
         if reading.nbytes <= self._capacity:
             self._held[key] = reading
@@ -146,3 +165,7 @@ class Subjects:
         if len(self._contexts) > 1:
             passes.append(SubjectPass.of([each for row in rows for each in row[1:]]))
         return passes
+
+
+def _bytes(*tensors: Tensor) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

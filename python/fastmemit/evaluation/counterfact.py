@@ -7,7 +7,7 @@ from typing import Any
 
 from fastmemit.data import Record
 from fastmemit.errors import BadData
-from fastmemit.evaluation.nll import BATCH_TOKENS, Answer, Question, judge_answers
+from fastmemit.evaluation.nll import Answer, Question, judge_answers
 from fastmemit.metrics.score import Exact, RecordScore, score_record
 from fastmemit.models import ModelAdapter
 
@@ -18,7 +18,7 @@ def score_records(
     records: Sequence[Record],
     *,
     attributes: bool = False,
-    batch_tokens: int = BATCH_TOKENS,
+    batch_tokens: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> list[RecordScore]:
     """Score the model, as it is now, on the rewrite, paraphrase and neighbourhood prompts.

@@ -15,9 +15,10 @@ from fastmemit.tokens import encode_with_target, length_batches, pad_batch
 
 Question = tuple[str, str]  # (prompt, answer with its leading space)
 
-# Padded tokens of one forward. Measured on 2 cores (docs/evaluation.md): larger batches only pad
-# more, smaller ones leave the matrix products too little to do.
-BATCH_TOKENS = 1024
+# Padded tokens of one forward. A few hundred already keep a CPU's matrix products busy, and larger
+# batches only pad more and leave the caches; a GPU wants more at once.
+_BATCH_TOKENS = {"cpu": 512}
+_BATCH_TOKENS_ELSEWHERE = 8192
 
 
 class Answer(NamedTuple):
@@ -45,7 +46,7 @@ def answer_nlls(
     tokenizer: Any,
     questions: Sequence[Question],
     *,
-    batch_tokens: int = BATCH_TOKENS,
+    batch_tokens: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> list[float]:
     """Mean negative log-likelihood per token of each answer after its prompt: see `judge_answers`.
@@ -68,7 +69,7 @@ def judge_answers(
     tokenizer: Any,
     questions: Sequence[Question],
     *,
-    batch_tokens: int = BATCH_TOKENS,
+    batch_tokens: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> list[Answer]:
     """Cost and accuracy of each answer after its prompt, under teacher forcing.
@@ -82,7 +83,8 @@ def judge_answers(
         adapter: The model.
         tokenizer: Its tokenizer.
         questions: (prompt, answer) pairs; the answer brings its leading space.
-        batch_tokens: Padded tokens a forward takes at most (one sequence always runs).
+        batch_tokens: Padded tokens a forward takes at most (one sequence always runs); None takes
+            512 on a CPU and 8192 elsewhere.
         progress: Called with the number of questions done since the last call.
 
     Returns:
@@ -92,6 +94,8 @@ def judge_answers(
         BadRequest: An answer yields no token, or no token stands before it.
     """
     causal = is_causal(adapter.model)
+    if batch_tokens is None:
+        batch_tokens = _BATCH_TOKENS.get(adapter.device.type, _BATCH_TOKENS_ELSEWHERE)
     wanted: dict[tuple[int, ...], list[_Read]] = {}
     for number, (prompt, answer) in enumerate(questions):
         encoded, n_answer = encode_with_target(tokenizer, prompt, answer)

@@ -19,7 +19,7 @@ class References:
     """Reference texts by relation and new answer, and how alike another text is to them.
 
     Args:
-        texts: The texts of each ``(relation_id, target_new)``.
+        texts: The texts of each ``(relation_id, target_new)``; the answer's case does not matter.
 
     Raises:
         BadConfig: scikit-learn is not installed.
@@ -27,7 +27,9 @@ class References:
     """
 
     def __init__(self, texts: Mapping[tuple[str, str], Sequence[str]]) -> None:
-        self._texts = {(relation, _key(answer)): t for (relation, answer), t in texts.items()}
+        self._texts: dict[tuple[str, str], list[str]] = {}
+        for (relation, answer), some in texts.items():
+            self._texts.setdefault((relation, _key(answer)), []).extend(some)
         self._likeness = TextLikeness([text for some in texts.values() for text in some])
 
     def check(self, records: Iterable[Record]) -> None:
@@ -88,7 +90,7 @@ def _item(path: str | Path, index: int, place: str, value: Any) -> tuple[str, st
             f"{where} is {value!r:.40}; write an object with relation_id, target_new and text."
         )
     for name in _FIELDS:
-        found = value.get(name)
+        found: Any = value.get(name)
         if not is_clean_text(found) or not found.strip():
             raise BadData(
                 f"{where} must have text in the field {name} but has {found!r:.40}; write some."

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from fastmemit.data.zsre import ZsreRecord
-from fastmemit.evaluation.nll import BATCH_TOKENS, Question, judge_answers
+from fastmemit.evaluation.nll import Question, judge_answers
 from fastmemit.metrics.accuracy import RecordAccuracy, accuracy_record
 from fastmemit.models import ModelAdapter
 
@@ -16,7 +16,7 @@ def judge_zsre(
     tokenizer: Any,
     records: Sequence[ZsreRecord],
     *,
-    batch_tokens: int = BATCH_TOKENS,
+    batch_tokens: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> list[RecordAccuracy]:
     """Which tokens of its answers the model finds, as it is now, under teacher forcing.

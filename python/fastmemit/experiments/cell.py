@@ -14,6 +14,7 @@ from typing import Any
 
 from fastmemit.data import Corpus, Record
 from fastmemit.editor import Editor
+from fastmemit.editors.subjects import ReadCache
 from fastmemit.errors import BadData
 from fastmemit.evaluation.counterfact import score_records
 from fastmemit.evaluation.perplexity import PerplexityText, perplexity
@@ -64,6 +65,7 @@ class SweepRun:
         before: case_id -> the unedited model's score, as a file has it.
         unedited: The unedited model's perplexity.
         predicted: Tokens that it is the mean over.
+        reads: What edits read from the unedited weights, the same at every multiplier.
         seconds: Of the present cell, by stage.
     """
 
@@ -73,6 +75,7 @@ class SweepRun:
     before: dict[int, dict[str, Any]]
     unedited: float = math.nan
     predicted: int = 0
+    reads: ReadCache = field(default_factory=ReadCache)
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
@@ -111,7 +114,7 @@ def run_cell(
     for number, batch in enumerate(run.dealt[place.batch_size]):
         with run.stage("edit"):
             requests = [record.request for record in batch]
-            edit = editor.edit(requests, place.method, **settings)
+            edit = editor.edit(requests, place.method, reads=run.reads, **settings)
         try:
             with run.stage("evaluate"):
                 scores = _scored(editor, batch)

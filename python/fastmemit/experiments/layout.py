@@ -95,10 +95,10 @@ def _markdown_row(values: Iterable[str]) -> str:
     return "| " + " | ".join(_markdown_text(value) for value in values) + " |"
 
 
-# What would end a cell, begin a tag, or set text in another way. The underscores of names are left:
-# inside a word Markdown takes them as they are.
+# What would end a cell, begin a tag or a link, or set text in another way. The underscores of names
+# are left: inside a word Markdown takes them as they are. So are brackets that no link follows.
 def _markdown_text(text: str) -> str:
-    return re.sub(r"([\\|<>*`\[\]])", r"\\\1", " ".join(text.split()))
+    return re.sub(r"([\\|<>*`]|(?<=\])\()", r"\\\1", " ".join(text.split()))
 
 
 def _latex(table: Table) -> str:

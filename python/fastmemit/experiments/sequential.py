@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, TypedDict
 
 from fastcov.errors import NonFiniteKeys, NonFiniteMatrix
@@ -52,7 +52,7 @@ def run_sequential(
     unedited: Mapping[int, RecordScore] | None = None,
     reads: ReadCache | None = None,
     progress: Callable[[int], None] | None = None,
-) -> Iterator[Step]:
+) -> Generator[Step]:
     """Write batches one after the other, and score after every k-th and after the last.
 
     Target vectors are those of the model as it is when a batch is written, with the earlier edits

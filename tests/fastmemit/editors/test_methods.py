@@ -60,7 +60,7 @@ def test_emmet_maps_each_key_to_its_residual_and_undo_is_bit_exact(architecture,
     settings = {"layers": (1,), "lambda_e": 0.0, "steps": 4}
     before = snapshot(editor.model)
     work = workspace(editor, "emmet", **settings)
-    keys = averaged_keys(work.context_outputs(1, REQUESTS)[0])  # (d_k, B)
+    keys = averaged_keys(work.context_outputs(1, REQUESTS).keys)  # (d_k, B)
     out, block = bare_outputs(editor, editor.adapter.projection(1), editor.adapter.block(1))
     targets = editor.targets(REQUESTS, editor.config("emmet", **settings))
     goal = torch.stack([t.vector for t in targets]).double()
@@ -85,7 +85,7 @@ def test_rome_moves_its_key_to_the_target(architecture, keys, tmp_path):
     (target,) = editor.targets(REQUESTS[:1], editor.config("rome", **settings))
     edit = editor.edit(REQUESTS[:1], "rome", **settings)
     work = workspace(editor, "rome", **settings)
-    _, outputs = work.context_outputs(1, REQUESTS[:1])
+    outputs = work.context_outputs(1, REQUESTS[:1]).outputs
     # The layer is edited at its own output, so its keys are those of the unedited model.
     reached = averaged_keys(outputs)[:, 0] if keys == "consistent" else outputs[0].mean(0)
     assert (reached - target.vector.double()).norm() <= 1e-4 * target.vector.norm()
@@ -105,7 +105,7 @@ def test_memit_equals_its_formula_written_out(architecture, tmp_path):
     work = workspace(editor, "memit", **settings)
     statistics = editor.statistics_for(config.layers)
     for position, layer in enumerate(config.layers):
-        keys = averaged_keys(work.context_outputs(layer, REQUESTS)[0])
+        keys = averaged_keys(work.context_outputs(layer, REQUESTS).keys)
         (now,) = bare_outputs(editor, editor.adapter.block(2))
         residual = (goal - now) / (3 - position)
         moment = statistics.second_moment(editor.adapter.projection_name(layer)).double()
@@ -134,7 +134,8 @@ def test_original_rome_differs_where_the_keys_differ(tmp_path):
     ours = editor.plan(REQUESTS[:1], "rome", keys="mean", **settings)
     original = editor.plan(REQUESTS[:1], "rome", keys="original", **settings)
     work = workspace(editor, "rome", **settings)
-    keys, outputs = work.context_outputs(1, REQUESTS[:1])
+    read = work.context_outputs(1, REQUESTS[:1])
+    keys, outputs = read.keys, read.outputs
     (target,) = editor.targets(REQUESTS[:1], editor.config("rome", **settings))
     moment = editor.statistics_for([1]).second_moment(editor.adapter.projection_name(1)).double()
     mean, bare = keys[0].mean(0), keys[0, 0]
@@ -227,7 +228,8 @@ def test_rome_is_emmet_with_one_fact(tmp_path):
     (target,) = editor.targets(REQUESTS[:1], editor.config("rome", **settings))
     rome = editor.plan(REQUESTS[:1], "rome", **settings)
     work = workspace(editor, "rome", **settings)
-    keys, outputs = work.context_outputs(1, REQUESTS[:1])
+    read = work.context_outputs(1, REQUESTS[:1])
+    keys, outputs = read.keys, read.outputs
     key, now = averaged_keys(keys), averaged_keys(outputs)
     change = memit.closed_form.emmet(work.factor(1), key, target.vector.double()[:, None] - now)
     ((left, right),) = rome.factors.values()

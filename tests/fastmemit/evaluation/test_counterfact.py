@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+from pathlib import Path
+from typing import Any
+
 import pytest
 
 from fastmemit.data import Record
@@ -9,9 +13,10 @@ from fastmemit.errors import BadData
 from fastmemit.evaluation import counterfact as module
 from fastmemit.evaluation import score_records
 from fastmemit.evaluation.counterfact import count_questions
-from fastmemit.evaluation.nll import answer_nlls
+from fastmemit.evaluation.nll import Answer, answer_nlls
 from fastmemit.models import find_adapter
 from fastmemit.request import EditRequest
+from reference.literal_evaluation import literal_costs, literal_record
 from tiny_editors import FACTS, record
 from tiny_models import tiny_model, tiny_tokenizer
 
@@ -25,14 +30,16 @@ def test_each_prompt_is_asked_with_both_answers_in_its_place(
 ) -> None:
     costs = {"Rome": 1.0, "Paris": 2.0}  # the new answer is always the cheaper one
 
-    def fake(adapter: object, tokenizer: object, questions: list, **_: object) -> list[float]:
+    def fake(adapter: object, tokenizer: object, questions: list, **_: object) -> list[Answer]:
         prompts = [FULL.request.text, *FULL.paraphrases, *FULL.neighbourhood]
         assert questions == [(p, a) for p in prompts for a in (" Rome", " Paris")]
-        return [costs[answer.strip()] for _, answer in questions]
+        return [Answer(costs[answer.strip()], (answer == " Rome", True)) for _, answer in questions]
 
-    monkeypatch.setattr(module, "answer_nlls", fake)
+    monkeypatch.setattr(module, "judge_answers", fake)
     (score,) = score_records(None, None, [FULL])  # type: ignore[arg-type]
     assert (score.case_id, score.es, score.ps, score.ns) == (7, 1.0, 1.0, 0.0)
+    # Of the neighbourhood the true answer counts, which is not exact here.
+    assert (score.ea, score.pa, score.na) == (1.0, 1.0, 0.0)
     costs.update(Rome=3.0)
     (score,) = score_records(None, None, [FULL])  # type: ignore[arg-type]
     assert (score.es, score.ps, score.ns) == (0.0, 0.0, 1.0)
@@ -64,6 +71,58 @@ def test_scores_are_those_of_the_costs() -> None:
             continue
         assert score.ps == sum(new < true for new, true in said) / 2
         assert score.ns == sum(true < new for new, true in near) / 3
+
+
+@pytest.mark.parametrize("kind", ["byte_bpe", "bpe_bos"])
+def test_it_is_the_literal_evaluation(kind: str) -> None:
+    model, tokenizer = tiny_model("gpt2"), tiny_tokenizer(kind)
+    scores = score_records(find_adapter(model), tokenizer, RECORDS)
+    for score, asked in zip(scores, RECORDS, strict=True):
+        rewrite, paraphrases, neighbourhood = literal_record(model, tokenizer, asked)
+        mine = [score.rewrite, *score.paraphrases, *score.neighbourhood]
+        theirs = [*rewrite, *paraphrases, *neighbourhood]
+        assert [cost for pair in mine for cost in pair] == pytest.approx(
+            [cost for pair in theirs for cost, _ in pair], abs=1e-5
+        )
+        assert score.exact == (
+            rewrite[0][0][1],
+            tuple(new for (_, new), _ in paraphrases),
+            tuple(true for _, (_, true) in neighbourhood),
+        )
+
+
+def test_attribute_prompts_are_asked_if_wanted() -> None:
+    asked = dataclasses.replace(FULL, attributes=("The capital of Italy is", "The piano is in"))
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    adapter = find_adapter(model)
+    (plain,) = score_records(adapter, tokenizer, [asked])
+    (score,) = score_records(adapter, tokenizer, [asked], attributes=True)
+    assert plain.as_ is None and plain.attributes == ()
+    assert count_questions([asked]) == 12 and count_questions([asked], attributes=True) == 16
+    found = literal_costs(model, tokenizer, asked.attributes, [" Rome", " Paris"])
+    for pair, (new, true) in zip(score.attributes, found, strict=True):
+        assert pair == pytest.approx((new[0], true[0]), abs=1e-5)
+    assert score.as_ == sum(new[0] < true[0] for new, true in found) / 2
+    assert score.rewrite == pytest.approx(plain.rewrite, abs=1e-5)
+
+
+@pytest.mark.real
+@pytest.mark.slow
+def test_real_records_score_as_they_do_literally(data_dir: Path, smollm2: tuple[Any, Any]) -> None:
+    from fastmemit.data import load_records
+
+    model, tokenizer = smollm2
+    records = load_records(data_dir / "counterfact_1400.json")[:3]
+    for score, asked in zip(
+        score_records(find_adapter(model), tokenizer, records), records, strict=True
+    ):
+        parts = literal_record(model, tokenizer, asked)
+        mine = [score.rewrite, *score.paraphrases, *score.neighbourhood]
+        theirs = [pair for part in parts for pair in part]
+        assert len(mine) == 13
+        assert [cost for pair in mine for cost in pair] == pytest.approx(
+            [cost for pair in theirs for cost, _ in pair], abs=1e-4
+        )
 
 
 def test_a_record_without_a_true_answer() -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from fastmemit.errors import BadRequest
-from fastmemit.evaluation import answer_nlls
+from fastmemit.evaluation import answer_nlls, judge_answers
+from fastmemit.evaluation import nll as module
 from fastmemit.models import find_adapter
 from fastmemit.tokens import encode_with_target
 from tiny_models import tiny_model, tiny_tokenizer
@@ -26,14 +28,34 @@ QUESTIONS = [
 ]
 
 
-def literal(model: Any, tokenizer: Any, prompt: str, answer: str) -> float:
-    """Mean -log p of the answer's tokens, from the logits of the whole text."""
+def literal(model: Any, tokenizer: Any, prompt: str, answer: str) -> tuple[float, tuple[bool, ...]]:
+    """Mean -log p of the answer's tokens and which are the argmax, from the whole text's logits."""
     encoded, n = encode_with_target(tokenizer, prompt, answer)
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([encoded.ids])).logits[0].double()
     logp = logits.log_softmax(-1)
     places = range(len(encoded) - n, len(encoded))
-    return -sum(float(logp[i - 1, encoded.ids[i]]) for i in places) / n
+    cost = -sum(float(logp[i - 1, encoded.ids[i]]) for i in places) / n
+    return cost, tuple(int(logp[i - 1].argmax()) == encoded.ids[i] for i in places)
+
+
+class Bigrams(torch.nn.Module):
+    """The logits after a token are a row of a table, whatever came before it."""
+
+    def __init__(self, table: torch.Tensor) -> None:
+        super().__init__()
+        self.head = torch.nn.Linear(len(table), len(table), bias=False)
+        self.head.weight.data = table.T.contiguous()
+
+    def forward(self, input_ids: torch.Tensor, **_: Any) -> Any:
+        hidden = torch.nn.functional.one_hot(input_ids, 640).float()
+        return SimpleNamespace(logits=self.head(hidden))
+
+
+def bigrams(table: torch.Tensor) -> Any:
+    """What `judge_answers` needs to know of such a model."""
+    model = Bigrams(table)
+    return SimpleNamespace(model=model, lm_head=model.head, device=torch.device("cpu"))
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 64, 4096])
@@ -45,7 +67,10 @@ def test_it_is_the_literal_cost(architecture: str, kind: str, batch_tokens: int)
     model, tokenizer = tiny_model(architecture), tiny_tokenizer(kind)
     got = answer_nlls(find_adapter(model), tokenizer, QUESTIONS, batch_tokens=batch_tokens)
     want = [literal(model, tokenizer, *question) for question in QUESTIONS]
-    assert got == pytest.approx(want, abs=1e-5)
+    assert got == pytest.approx([cost for cost, _ in want], abs=1e-5)
+    judged = judge_answers(find_adapter(model), tokenizer, QUESTIONS, batch_tokens=batch_tokens)
+    assert [answer.nll for answer in judged] == got
+    assert [answer.matches for answer in judged] == [matches for _, matches in want]
     assert got[4] == got[6] and got[4] != got[5]
 
 
@@ -57,26 +82,12 @@ def test_the_answers_are_of_several_tokens_and_lengths() -> None:
 def test_a_hand_made_model() -> None:
     """Token t is followed by t + 1 with logit ln 3 and by the other 639 with logit 0."""
 
-    class Counting(torch.nn.Module):
-        def forward(self, input_ids: torch.Tensor, **_: Any) -> Any:
-            hidden = torch.nn.functional.one_hot(input_ids, 640).float()
-            return type("Out", (), {"logits": self.head(hidden)})
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.head = torch.nn.Linear(640, 640, bias=False)
-            self.head.weight.data = torch.eye(640).roll(1, 0) * torch.tensor(3.0).log()
-
-    class Adapter:
-        model = Counting()
-        lm_head = model.head
-        device = torch.device("cpu")
-
+    adapter = bigrams(torch.eye(640).roll(1, 1) * torch.tensor(3.0).log())
     tokenizer = tiny_tokenizer()
     encoded, n = encode_with_target(tokenizer, "I play", " the piano")
     steps = list(zip(encoded.ids[-n - 1 : -1], encoded.ids[-n:], strict=True))
     costs = [torch.tensor(642.0).log() - (b == a + 1) * torch.tensor(3.0).log() for a, b in steps]
-    (got,) = answer_nlls(Adapter(), tokenizer, [("I play", " the piano")])  # type: ignore[arg-type]
+    (got,) = answer_nlls(adapter, tokenizer, [("I play", " the piano")])
     assert got == pytest.approx(float(sum(costs)) / n, abs=1e-5)
 
 
@@ -107,11 +118,79 @@ def test_only_the_logits_that_are_read_are_computed() -> None:
     seen: list[tuple[int, ...]] = []
     model.lm_head.register_forward_hook(lambda _, args, out: seen.append(tuple(out.shape)))
     answer_nlls(find_adapter(model), tokenizer, QUESTIONS)
+    asked = [encode_with_target(tokenizer, *question) for question in QUESTIONS]
+    inputs = [encoded.ids[:-1] for encoded, _ in asked]
+    longest = [ids for ids in inputs if all(o == ids or o[: len(ids)] != ids for o in inputs)]
     positions = set()  # (what is run, where it is read): one each, however many answers share it
-    for question in QUESTIONS:
-        encoded, n = encode_with_target(tokenizer, *question)
-        positions |= {(encoded.ids[:-1], len(encoded) - n + i) for i in range(n)}
+    for encoded, n in asked:
+        ids = encoded.ids[:-1]
+        host = next(other for other in longest if other[: len(ids)] == ids)
+        positions |= {(host, len(encoded) - n + i) for i in range(n)}
+    assert len(positions) < sum(n for _, n in asked)
     assert sum(shape[1] for shape in seen) == len(positions)
+
+
+@pytest.fixture
+def given() -> tuple[Any, list[dict[str, Any]]]:
+    """A tiny llama and what its forwards are given."""
+    model, calls = tiny_model("llama"), []
+    model.register_forward_pre_hook(
+        lambda _, args, kwargs: calls.append(dict(kwargs)), with_kwargs=True
+    )
+    return model, calls
+
+
+def test_a_sequence_that_begins_another_is_read_from_it(given: Any) -> None:
+    model, calls = given
+    tokenizer = tiny_tokenizer()
+    whole = "I play the violin; you play the piano"
+    words = whole.split(" ")
+    parts = [(" ".join(words[:i]), " " + words[i]) for i in range(1, len(words))]
+    got = judge_answers(find_adapter(model), tokenizer, parts)
+    assert [call["input_ids"].shape[0] for call in calls] == [1]
+    for answer, question in zip(got, parts, strict=True):
+        cost, matches = literal(model, tokenizer, *question)
+        assert answer.nll == pytest.approx(cost, abs=1e-5) and answer.matches == matches
+
+
+def test_hosts_are_the_longest_that_begin_so() -> None:
+    rows = [(1,), (1, 2), (1, 2, 3), (1, 3), (2,), (1, 2, 4), (), (2, 10), (2, 1, 0)]
+    host = module._hosts(rows)
+    assert host.keys() == set(rows)
+    for ids, found in host.items():
+        assert found[: len(ids)] == ids
+        assert not any(o != found and o[: len(found)] == found for o in rows)
+
+
+def test_a_causal_model_gets_no_mask_and_another_its_own(given: Any) -> None:
+    model, calls = given
+    plain = answer_nlls(find_adapter(model), tiny_tokenizer(), QUESTIONS)
+    assert calls and not any("attention_mask" in call for call in calls)
+    calls.clear()
+    model.config.use_bidirectional_attention = True  # llama itself does not look at it
+    masked = answer_nlls(find_adapter(model), tiny_tokenizer(), QUESTIONS)
+    assert masked == pytest.approx(plain, abs=1e-5)
+    padded = [call["attention_mask"] for call in calls]
+    assert any(bool((mask == 0).any()) for mask in padded)
+    # Without causality nothing may be read from a longer sequence.
+    assert sum(len(mask) for mask in padded) == len({
+        encode_with_target(tiny_tokenizer(), *question)[0].ids[:-1] for question in QUESTIONS
+    })  # fmt: skip
+
+
+def test_which_tokens_of_an_answer_the_model_finds() -> None:
+    """A model that says "I play the piano in" by heart."""
+    tokenizer = tiny_tokenizer()
+    ids = tokenizer("I play the piano in").input_ids
+    table = torch.zeros(640, 640)
+    table[ids[:-1], ids[1:]] = 2.0
+    answers = [" the piano", " the violin", " a piano", " the piano in"]
+    judged = judge_answers(bigrams(table), tokenizer, [("I play", a) for a in answers])
+    said = [tokenizer(answer).input_ids for answer in answers]
+    assert [answer.exact for answer in judged] == [True, False, False, True]
+    assert judged[0].matches == (True,) * len(said[0])
+    assert judged[1].matches[0] and len(judged[1].matches) == len(said[1])
+    assert not judged[2].matches[0]
 
 
 def test_progress_counts_questions_and_the_mode_is_kept() -> None:
@@ -141,7 +220,8 @@ def test_a_prompt_without_tokens_before_the_answer() -> None:
     # With BOS there is something to predict from; without there is nothing.
     (got,) = answer_nlls(adapter, tiny_tokenizer("bpe_bos"), [("", " Paris")])
     model = tiny_model("llama")
-    assert got == pytest.approx(literal(model, tiny_tokenizer("bpe_bos"), "", " Paris"), abs=1e-5)
+    cost, _ = literal(model, tiny_tokenizer("bpe_bos"), "", " Paris")
+    assert got == pytest.approx(cost, abs=1e-5)
     with pytest.raises(BadRequest, match="prompt ''"):
         answer_nlls(adapter, tiny_tokenizer(), [("", " Paris"), ("I play", " the")])
 

@@ -13,8 +13,8 @@ import torch
 
 from fastmemit.editor import Editor
 from fastmemit.errors import DuplicateRequest, WrongModel
-from fastmemit.evaluation import evaluate, runner, score_records
-from fastmemit.evaluation.schema import RecordResult, Result, ScoreTable
+from fastmemit.evaluation import evaluate, measures, score_records
+from fastmemit.evaluation.schema import FullScoreTable, RecordResult, Result
 from fastmemit.metrics.score import summarise
 from fastmemit.statistics import versions
 from tiny_editors import FACTS, QUICK, record, tiny_editor
@@ -48,12 +48,12 @@ def result(editor: Editor, weights: dict[str, torch.Tensor]) -> Result:
 def test_it_has_the_fields_of_the_schema(result: Result) -> None:
     assert result.keys() == typing.get_type_hints(Result).keys()
     for table in (result["before"], result["after"]):
-        assert table.keys() == typing.get_type_hints(ScoreTable).keys()
+        assert table.keys() == typing.get_type_hints(FullScoreTable).keys()
     for row in result["records"]:
         assert row.keys() == typing.get_type_hints(RecordResult).keys()
         for scores in (row["before"], row["after"]):
-            assert scores.keys() == {"es", "ps", "ns", "nll"}
-            assert scores["nll"].keys() == {"rewrite", "paraphrases", "neighbourhood"}
+            assert scores.keys() == (result["before"].keys() | {"nll"}) - {"s"}
+            assert scores["nll"].keys() == {"rewrite", "paraphrases", "neighbourhood", "attributes"}
     assert [(row["case_id"], row["batch"]) for row in result["records"]] == [
         (10, 0),
         (11, 0),
@@ -151,7 +151,7 @@ def test_an_error_while_scoring_gives_the_weights_back(
     editor: Editor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[int] = []
-    real = runner.score_records
+    real = measures.score_records
 
     def fails_later(*args: Any, **kwargs: Any) -> Any:
         calls.append(len(editor.edits))
@@ -159,7 +159,7 @@ def test_an_error_while_scoring_gives_the_weights_back(
             raise KeyboardInterrupt
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(runner, "score_records", fails_later)
+    monkeypatch.setattr(measures, "score_records", fails_later)
     with pytest.raises(KeyboardInterrupt):
         evaluate(editor, BATCHES, "memit", QUICK)
     assert calls == [0, 1, 1]  # `_restored` looks at the weights

@@ -100,6 +100,14 @@ def test_a_ratio_is_of_the_cases_that_both_have() -> None:
     assert found is not None and found.value == pytest.approx(harmonic_mean([1, 1, 0.5]))
 
 
+def test_a_draw_whose_full_s_is_zero_has_no_ratio() -> None:
+    fast = [record(0, 1.0), record(1, 1.0)]
+    full = [record(0, 1.0), record(1, 0.0)]  # a quarter of the draws takes the second one twice
+    found = ratio_interval(fast, full)
+    assert found is not None
+    assert (found.low, found.value, found.high) == pytest.approx((1, 4 / 3, 4 / 3))
+
+
 @pytest.mark.parametrize(
     ("fast", "full"),
     [

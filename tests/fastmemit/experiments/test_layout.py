@@ -6,7 +6,7 @@ TABLE = Table(
     "a-table",
     "50 % of a|b",
     (Column("batches", text=True), Column("full", "ES"), Column("fast", "ES"), Column("n_keys")),
-    (("2 batches of 16", "100.00", "98.50", "1,536"), ("[x]_<b>", "-", "1 \\ 2", "$5 & ^~#{}")),
+    (("2 batches of 16", "100.00", "98.50", "1,536"), ("[x](y)_<b>", "-", "1 \\ 2", "$5 & ^~#{}")),
     "A note*.",
 )
 
@@ -18,7 +18,7 @@ def test_markdown() -> None:
         "| batches | ES full | ES fast | n_keys |\n"
         "| --- | ---: | ---: | ---: |\n"
         "| 2 batches of 16 | 100.00 | 98.50 | 1,536 |\n"
-        "| \\[x\\]_\\<b\\> | - | 1 \\\\ 2 | $5 & ^~#{} |\n"
+        "| [x]\\(y)_\\<b\\> | - | 1 \\\\ 2 | $5 & ^~#{} |\n"
         "\n"
         "A note\\*.\n"
     )
@@ -39,7 +39,7 @@ def test_latex() -> None:
         "batches & full & fast & n\\_keys \\\\\n"
         "\\midrule\n"
         "2 batches of 16 & 100.00 & 98.50 & 1,536 \\\\\n"
-        "{[}x{]}\\_\\textless{}b\\textgreater{} & -- & 1 \\textbackslash{} 2 & "
+        "{[}x{]}(y)\\_\\textless{}b\\textgreater{} & -- & 1 \\textbackslash{} 2 & "
         "\\$5 \\& \\textasciicircum{}\\textasciitilde{}\\#\\{\\} \\\\\n"
         "\\bottomrule\n"
         "\\end{tabular}\n"

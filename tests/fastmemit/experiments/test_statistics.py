@@ -95,8 +95,14 @@ def test_the_full_precompute_takes_what_the_corpus_has(editor: Editor) -> None:
 
 def test_a_corpus_that_ends_is_refused_but_for_the_full_one(editor: Editor) -> None:
     short = corpus_from_texts("short", texts(2))
-    with pytest.raises(fastcov.BudgetNotMet):
-        precompute_multipliers(editor, short, (0.3, 50.0), LAYERS)
+    tokens = sum(len(editor.tokenizer(text)["input_ids"]) for text in short.documents(0))
+    for last in (50.0, (tokens + 1) / D_K):
+        for before in (0.3, tokens / D_K):
+            with pytest.raises(fastcov.BudgetNotMet, match=f"has {tokens} keys") as caught:
+                precompute_multipliers(editor, short, (before, last), LAYERS)
+            assert caught.value.found == tokens
+    found = precompute_multipliers(editor, short, (tokens / D_K, None), LAYERS)
+    assert found[None].keys == tokens and found[None].exhausted
 
 
 def test_edits_do_not_find_what_a_sweep_has_collected(editor: Editor) -> None:

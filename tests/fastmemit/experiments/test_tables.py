@@ -36,7 +36,8 @@ def test_a_comparison_has_the_paper_s_shape() -> None:
     assert table.title == "MEMIT: multiplier 2 against the full precompute"
     assert [column.flat for column in table.columns] == [
         "batches", "ES full", "ES fast", "PS full", "PS fast", "NS full", "NS fast", "S full",
-        "S fast", "S fast / full", "perplexity before", "perplexity full", "perplexity fast", "keys",
+        "S fast", "S fast / full", "perplexity before", "perplexity full", "perplexity fast",
+        "keys",
     ]  # fmt: skip
     first, second = table.rows
     assert first[:9] == (

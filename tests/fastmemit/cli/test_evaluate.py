@@ -1,0 +1,128 @@
+"""``fastmemit evaluate``: metrics, zsRE and references on the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tiny_commands import EDIT, Place, refused, run
+
+Capture = pytest.CaptureFixture[str]
+
+
+def arguments(place: Place, data: Any, *more: Any) -> list[Any]:
+    return ["evaluate", *place.model, *EDIT, "--corpus", place.corpus, "--multiplier", "4",
+            "--data", data, "--batch-size", "1", "--batches", "2", *more]  # fmt: skip
+
+
+def rows(out: str) -> dict[str, list[str]]:
+    """The table: its names, and the cells of the two rows."""
+    lines = out.splitlines()
+    at = next(i for i, line in enumerate(lines) if line.startswith("before"))
+    return {
+        "names": lines[at - 1].split(),
+        **{line.split()[0]: line.split()[1:] for line in lines[at : at + 2]},
+    }
+
+
+@pytest.fixture
+def full(place: Place) -> Path:
+    """The records with attribute and generation prompts."""
+    found = json.loads(place.records.read_text())
+    for record in found:
+        record["attribute_prompts"] = ["The piano is in", "The company is in"]
+        record["generation_prompts"] = ["I play"]
+    path = place.at / "full.json"
+    path.write_text(json.dumps(found))
+    return path
+
+
+@pytest.fixture
+def zsre(place: Place) -> Path:
+    path = place.at / "zsre.json"
+    found = [
+        {
+            "subject": subject,
+            "src": f"Where is {subject}?",
+            "rephrase": f"In which city is {subject}?",
+            "alt": "",
+            "answers": [answer],
+            "loc": "nq question: where do they play the violin",
+            "loc_ans": "London",
+        }
+        for subject, answer in (("Eiffel Tower", "Rome"), ("the poet", "Berlin"))
+    ]
+    path.write_text(json.dumps(found))
+    return path
+
+
+def test_the_metrics_that_are_asked_for(place: Place, full: Path, capsys: Capture) -> None:
+    pytest.importorskip("sklearn")
+    answers = {r["requested_rewrite"]["target_new"]["str"] for r in json.loads(full.read_text())}
+    texts = place.at / "texts.json"
+    texts.write_text(
+        json.dumps([{"relation_id": "P1", "target_new": a, "text": "I play it."} for a in answers])
+    )
+    result = place.at / "out.json"
+    out = run(capsys, *arguments(place, full, "--json", result, "--metrics",
+              "magnitude,score,attributes,accuracy,generation", "--references", texts))  # fmt: skip
+    shown, found = rows(out), json.loads(result.read_text())
+    assert " ".join(shown["names"]) == "EM PM NM ES PS NS S AS EA PA NA GE RS"
+    for when in ("before", "after"):
+        values = [found[when][name.lower()] for name in shown["names"]]
+        assert shown[when] == [f"{value:.2f}" for value in values]
+    assert found["settings"]["metrics"][0] == "magnitude"
+
+
+def test_the_default_is_the_four_scores(place: Place, full: Path, capsys: Capture) -> None:
+    assert rows(run(capsys, *arguments(place, full)))["names"] == ["ES", "PS", "NS", "S"]
+
+
+@pytest.mark.parametrize("prefix", ["", "zsre:"])
+def test_zsre(place: Place, zsre: Path, prefix: str, capsys: Capture) -> None:
+    result = place.at / "out.json"
+    out = run(capsys, *arguments(place, f"{prefix}{zsre}", "--json", result))
+    shown, found = rows(out), json.loads(result.read_text())
+    assert shown["names"] == ["EA", "PA", "NA", "A"]
+    assert shown["after"] == [f"{found['after'][name]:.2f}" for name in ("ea", "pa", "na", "a")]
+
+
+def test_what_is_refused(place: Place, full: Path, zsre: Path, capsys: Capture) -> None:
+    line = refused(capsys, place, *arguments(place, full, "--metrics", "score,bleu"))
+    assert "--metrics: there is no metric 'bleu'; choose from score, magnitude" in line
+    line = refused(capsys, place, *arguments(place, full, "--metrics", ","))
+    assert "--metrics: name one or more of score" in line
+    line = refused(capsys, place, *arguments(place, zsre, "--metrics", "magnitude"))
+    assert "zsRE has metrics of its own" in line
+    line = refused(capsys, place, *arguments(place, place.records, "--metrics", "generation"))
+    assert "has no generation_prompts" in line
+    line = refused(capsys, place, *arguments(place, place.records, "--metrics", "attributes"))
+    assert "No record has attribute_prompts" in line
+    line = refused(capsys, place, *arguments(place, full, "--references", place.at / "gone.json"))
+    assert "gone.json does not exist" in line
+
+
+def test_references_without_generation_or_a_text(place: Place, full: Path, capsys: Capture) -> None:
+    pytest.importorskip("sklearn")
+    texts = place.at / "texts.jsonl"
+    texts.write_text(json.dumps({"relation_id": "P1", "target_new": "Rome", "text": "a city"}))
+    line = refused(capsys, place, *arguments(place, full, "--references", texts))
+    assert "ask for the metric generation too" in line
+    line = refused(
+        capsys, place, *arguments(place, full, "--references", texts, "--metrics", "generation")
+    )
+    assert "The references have no text for 1 of the records" in line
+
+
+def test_a_malformed_zsre_record(place: Place, zsre: Path, capsys: Capture) -> None:
+    found = json.loads(zsre.read_text())
+    found[1]["src"] = "Where is it?"
+    zsre.write_text(json.dumps(found))
+    line = refused(capsys, place, *arguments(place, zsre))
+    assert "record 1 (item 1), field src" in line and "--skip-malformed" in line
+    args = arguments(place, zsre, "--skip-malformed")
+    args[args.index("--batches") + 1] = "1"
+    assert "1 records in 1 batches" in run(capsys, *args)

@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fastmemit.cli import main
+from tiny_commands import Place, run
+from tiny_sweeps import cell, write
+
+
+def test_a_report_is_written_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cells = [cell(multiplier=m) for m in (1.0, None)]
+    folder = write(tmp_path / "sweep", cells)
+    lines = run(capsys, "report", folder, "--out", tmp_path / "out").splitlines()
+    assert lines[0] == "tiny-model"
+    assert lines[1].split() == ["S", "at", "multiplier", "1", "full"]
+    scores = [f"{found['scores']['s']:.2f}" for found in cells]
+    assert lines[2].split() == ["MEMIT,", "10", "batches", "of", "4", *scores]
+    written = [line.removeprefix("written to ") for line in lines[3:]]
+    assert all(Path(path).is_file() for path in written)
+    assert str(tmp_path / "out" / "report.html") in written
+    assert not (folder / "report").exists()
+
+
+def test_what_a_sweep_writes_is_reported(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    out = place.at / "sweep"
+    run(capsys, "sweep", *place.model, "--data", place.records, "--corpus", place.corpus,
+        "--methods", "emmet", "--multipliers", "2,full", "--batches", "1:2",
+        "--vary", "layers=1,steps=3", "--only-varied", "--out", out)  # fmt: skip
+    lines = run(capsys, "report", out).splitlines()
+    assert lines[2].startswith("EMMET, layers=[1], steps=3, 2 batches of 1 ")
+    html = (out / "report" / "report.html").read_text(encoding="utf-8")
+    assert place.records.name in html and "emmet/b1x2/full" in html
+    assert (out / "report" / "figures" / "emmet-layers-1-steps-3.svg").is_file()
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (["nowhere"], "does not exist; name one that a sweep wrote."),
+        (["bare"], "holds no sweep.json; name a folder that a sweep wrote."),
+        (["sweep", "other"], "whose weights differ; report on each model apart."),
+        ([], "the following arguments are required: DIR; see fastmemit report --help."),
+    ],
+)
+def test_what_cannot_be_reported_is_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], names: list[str], said: str
+) -> None:
+    write(tmp_path / "sweep", [cell()])
+    write(tmp_path / "other", [cell()], fingerprint="0" * 64)
+    (tmp_path / "bare").mkdir()
+    try:
+        code = main(["report", *(str(tmp_path / name) for name in names)])
+    except SystemExit as left:
+        code = left.code  # type: ignore[assignment]
+    error = capsys.readouterr().err
+    assert code == 2
+    assert error.startswith("fastmemit: error: ") and error.endswith(f"{said}\n")
+    assert error.count("\n") == 1
+    assert not list(tmp_path.rglob("report.html"))

@@ -1,0 +1,137 @@
+"""What stands where in a figure, asked of matplotlib's own objects."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import pytest
+
+from fastmemit.experiments import drawing as module
+from fastmemit.experiments.comparison import group_cells
+from fastmemit.experiments.drawing import COLOURS, MARKERS, Drawing, Line, Panel
+from fastmemit.experiments.intervals import Estimate
+from tiny_sweeps import cell
+
+pytest.importorskip("matplotlib")
+
+S = Panel("S", lambda found: found.after["s"])
+
+
+def line(
+    *multipliers: float | None, label: str = "a", colour: int = 0, worse: bool = False, **more: Any
+) -> Line:
+    cells = [cell(multiplier=m, size=(4, 4), perplexity=worse) for m in multipliers]
+    (group,) = group_cells(cells, resamples=20)
+    return Line(label, next(iter(group.cells.values())), colour, **more)
+
+
+def drawn(*lines: Line, panels: tuple[Panel, ...] = (S,)) -> Any:
+    with module._style():
+        return module._draw(Drawing("name", "title", panels, lines), "model")
+
+
+def ticks(axes: Any) -> dict[str, float]:
+    names = [label.get_text() for label in axes.get_xticklabels()]
+    return dict(zip(names, axes.get_xticks(), strict=True))
+
+
+def test_few_multipliers_are_evenly_spaced_and_full_is_at_the_right_end() -> None:
+    axes = drawn(line(1.0, 2.0, 3.0, 4.0, 10.0, None)).axes[0]
+    assert ticks(axes) == {"1": 0, "2": 1, "3": 2, "4": 3, "10": 4, "\u221e": 5}
+    assert axes.get_xlim()[0] < 0 and axes.get_xlim()[1] > 5
+    assert "full precompute" in axes.get_xlabel()
+    assert "full" not in drawn(line(1.0, 2.0)).axes[0].get_xlabel()
+
+
+def test_the_points_are_the_scores_and_dashes_are_at_95_percent() -> None:
+    found = line(1.0, 2.0, None)
+    axes = drawn(found).axes[0]
+    plotted, dashed = axes.lines[0], axes.lines[1]
+    values = [found.cells[m].cell["scores"]["s"] for m in (1.0, 2.0, None)]
+    assert list(plotted.get_ydata()) == pytest.approx(values)
+    assert list(plotted.get_xdata()) == [0, 1, 2]
+    assert list(dashed.get_ydata()) == pytest.approx([0.95 * values[-1]] * 2)
+    (bars,) = axes.collections
+    for path, multiplier in zip(bars.get_paths(), (1.0, 2.0, None), strict=True):
+        estimate = found.cells[multiplier].after["s"]
+        assert estimate is not None
+        assert list(path.vertices[:, 1]) == pytest.approx([estimate.low, estimate.high])
+    low, high = axes.get_ylim()
+    assert low < min(values) and max(values) < high <= 101.5
+
+
+def test_the_line_at_95_percent_can_be_left_out_and_needs_a_full_precompute() -> None:
+    for found in (line(1.0, 2.0, None, kept=False), line(1.0, 2.0)):
+        # The line itself and, where there is a full precompute, the divider before infinity.
+        assert len(drawn(found).axes[0].lines) == 1 + (None in found.cells)
+
+
+def test_many_multipliers_are_on_a_logarithmic_axis_with_room_between_labels() -> None:
+    multipliers = (0.02, 0.1, 0.5, 0.8, 1.0, 1.2, 1.5, 2.0, 4.0, 10.0, None)
+    figure = drawn(line(*multipliers), line(*multipliers, label="b", colour=1))
+    axes = figure.axes[0]
+    places = list(axes.get_xticks())
+    assert places[:-1] == pytest.approx([math.log10(m) for m in multipliers if m is not None])
+    assert places[-1] > 1.1
+    for plotted in (axes.lines[0], axes.lines[2]):
+        assert list(plotted.get_xdata()) == pytest.approx(places), "not moved aside"
+    figure.draw_without_rendering()
+    boxes = [
+        label.get_window_extent() for label in axes.get_xticklabels() if label.get_text() != ""
+    ]
+    assert len(boxes) >= 6
+    for left, right in itertools.pairwise(boxes):
+        assert left.x1 < right.x0, "two labels overlap"
+
+
+def test_perplexity_has_the_unedited_model_and_a_logarithmic_axis_where_it_explodes() -> None:
+    def read(factor: float) -> Panel:
+        def value(found: Any) -> Estimate:
+            after = found.perplexity["after"] * (factor if found.cell["multiplier"] == 1 else 1)
+            return Estimate(after, after, after)
+
+        return Panel("perplexity", value, perplexity=True)
+
+    found = line(1.0, 2.0, None, worse=True)
+    axes = drawn(found, panels=(S, read(1.0))).axes[1]
+    assert axes.get_yscale() == "linear"
+    assert any(list(each.get_ydata()) == [36.5, 36.5] for each in axes.lines)
+    assert not any(0.9 * 36.5 < each.get_ydata()[0] < 36 for each in axes.lines), "no 95 % line"
+    assert drawn(found, panels=(S, read(100.0))).axes[1].get_yscale() == "log"
+    infinite = drawn(found, panels=(S, read(math.inf))).axes[1]
+    assert len(infinite.lines[0].get_xdata()) == 2, "what is not finite has no point"
+
+
+def test_a_score_that_does_not_exist_has_no_point() -> None:
+    panel = Panel("PS", lambda found: None)
+    axes = drawn(line(1.0, 2.0, None), panels=(panel,)).axes[0]
+    assert len(axes.lines[0].get_xdata()) == 0
+
+
+def test_lines_differ_in_colour_or_marker_or_dash() -> None:
+    lines = [line(1.0, 2.0, label=str(index), colour=index) for index in range(9)]
+    lines.append(line(1.0, 2.0, label="broken", colour=0, dashed=True))
+    figure = drawn(*lines)
+    entries = figure.legends[0].legend_handles
+    looks = {(each.get_color(), each.get_marker(), each.get_linestyle()) for each in entries}
+    assert len(looks) == len(entries) == 10
+    assert len(set(COLOURS)) == len(COLOURS) == len(set(MARKERS)) == 7
+    assert [text.get_text() for text in figure.legends[0].get_texts()][-1] == "broken"
+
+
+def test_the_legend_has_the_dashes_where_there_is_a_full_precompute() -> None:
+    legend = drawn(line(1.0, None)).legends[0]
+    assert [text.get_text() for text in legend.get_texts()] == ["a", "95 % of the full precompute"]
+
+
+def test_a_user_s_own_style_changes_nothing() -> None:
+    import matplotlib
+
+    subject = Drawing("name", "title", (S,), (line(1.0, 2.0, None),))
+    plain = module.render(subject, "model")
+    with matplotlib.rc_context(
+        {"font.size": 20, "axes.facecolor": "black", "svg.fonttype": "none"}
+    ):
+        assert module.render(subject, "model") == plain

@@ -1,0 +1,147 @@
+from __future__ import annotations
+
+import builtins
+import re
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+from fastmemit.errors import BadConfig
+from fastmemit.experiments import plots
+from fastmemit.experiments.comparison import Group, Size, group_cells
+from fastmemit.experiments.drawing import COLOURS, Drawing, check_matplotlib
+from fastmemit.experiments.schema import Cell
+from tiny_sweeps import cell, grid, study
+
+
+def groups(cells: list[Cell]) -> list[Group]:
+    return group_cells(cells, resamples=20)
+
+
+@pytest.fixture
+def drawings(monkeypatch: pytest.MonkeyPatch) -> list[Drawing]:
+    """What `pictures` would draw, without the seconds that drawing takes."""
+    seen: list[Drawing] = []
+
+    def note(drawing: Drawing, model: str) -> tuple[bytes, bytes]:
+        seen.append(drawing)
+        return b"svg", b"png"
+
+    monkeypatch.setattr(plots, "render", note)
+    return seen
+
+
+def labels(drawing: Drawing) -> list[str]:
+    return [line.label for line in drawing.lines]
+
+
+def test_each_method_has_four_panels_and_a_line_for_each_size(drawings: list[Drawing]) -> None:
+    found = plots.pictures(groups(grid()), "tiny")
+    assert [picture.name for picture in found] == ["emmet", "memit"]
+    for drawing in drawings:
+        assert [panel.name for panel in drawing.panels] == ["ES", "PS", "NS", "S"]
+        assert labels(drawing) == ["40 batches of 1", "10 batches of 4", "5 batches of 16"]
+        assert len({line.colour for line in drawing.lines}) == 3
+        assert all(line.kept for line in drawing.lines)
+        for line in drawing.lines:
+            assert list(line.cells) == [1, 2, 3, 4, 10, None]
+
+
+def test_a_panel_reads_its_own_score(drawings: list[Drawing]) -> None:
+    plots.pictures(groups(grid()), "tiny")
+    found = drawings[0].lines[0].cells[2.0]
+    for panel, name in zip(drawings[0].panels, ("es", "ps", "ns", "s"), strict=True):
+        estimate = panel.read(found)
+        assert estimate is not None
+        assert estimate.value == pytest.approx(found.cell["scores"][name])  # type: ignore[literal-required]
+
+
+def test_settings_are_compared_size_by_size(drawings: list[Drawing]) -> None:
+    found = plots.pictures(groups([*grid(), *study()]), "tiny")
+    assert [picture.name for picture in found] == [
+        "emmet",
+        "memit",
+        "memit-without-bos",
+        "memit-2-batches-of-16-settings",
+    ], "sizes with one group have nothing to compare"
+    drawing = drawings[-1]
+    assert [(panel.name, panel.perplexity) for panel in drawing.panels] == [
+        ("S", False),
+        ("perplexity", True),
+    ]
+    assert [(line.label, line.colour, line.dashed, line.kept) for line in drawing.lines] == [
+        ("settings of the preset", 0, False, True),
+        ("without BOS", 0, True, False),
+        ("relative_ridge=0.01", 1, False, False),
+        ("relative_ridge=0.01, without BOS", 1, True, False),
+        ("shrinkage=oas", 2, False, False),
+        ("shrinkage=oas, without BOS", 2, True, False),
+    ]
+    at_one = drawing.lines[0].cells[1.0]
+    perplexity = drawing.panels[1].read(at_one)
+    assert perplexity is not None and at_one.perplexity is not None
+    assert perplexity.value == at_one.perplexity["after"] > 60
+
+
+def test_one_group_with_perplexity_has_a_line_for_each_size(drawings: list[Drawing]) -> None:
+    cells = [
+        cell(multiplier=m, size=s, perplexity=True) for s in ((1, 4), (4, 1)) for m in (1.0, 2.0)
+    ]
+    found = plots.pictures(groups(cells), "tiny")
+    assert [picture.name for picture in found] == ["memit", "memit-perplexity"]
+    assert labels(drawings[1]) == ["4 batches of 1", "1 batch of 4"]
+
+
+def test_a_point_alone_is_not_drawn(drawings: list[Drawing]) -> None:
+    assert plots.pictures(groups([cell()]), "tiny") == []
+    # Overrides alone, as where the whole sweep was run with them, have their four panels.
+    ridge = [cell(multiplier=m, settings={"ridge": 1}) for m in (1.0, 2.0)]
+    assert [p.name for p in plots.pictures(groups(ridge), "tiny")] == ["memit-ridge-1"]
+
+
+def test_the_numbers_are_in_the_words(drawings: list[Drawing]) -> None:
+    cells = [cell(multiplier=m) for m in (2.0, None)]
+    (picture,) = plots.pictures(groups(cells), "tiny")
+    low, full = (found["scores"]["s"] for found in cells)
+    assert picture.alt == (
+        "ES, PS, NS, S against the multiplier. "
+        f"S of 10 batches of 4: {low:.1f} at 2, {full:.1f} at full."
+    )
+
+
+def test_equal_cells_give_equal_files_that_are_what_they_say() -> None:
+    cells = [cell(multiplier=m, size=s) for s in ((1, 4), (4, 4)) for m in (1.0, 2.0, None)]
+    (first,), (second,) = (plots.pictures(groups(cells), "$\\alpha <&> $") for _ in range(2))
+    assert (first.svg, first.png) == (second.svg, second.png)
+    root = ElementTree.fromstring(first.svg)
+    assert root.tag == "{http://www.w3.org/2000/svg}svg"
+    assert first.png.startswith(b"\x89PNG\r\n")
+    text = first.svg.decode()
+    assert "<dc:date>" not in text and "<text" not in text, "no date, and no font of the reader's"
+    for colour in COLOURS[:2]:
+        assert colour.lower() in text
+    # Four panels with a dashed line each for two sizes, and a dashed entry in the legend.
+    assert len(re.findall(r"stroke-dasharray: 3\.\d+,2\.1", text)) == 4 * 2
+    other = plots.pictures(groups([cell(multiplier=m) for m in (1.0, 2.0)]), "tiny")[0]
+    assert other.svg != first.svg and other.png != first.png
+
+
+def test_without_matplotlib_the_mend_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = builtins.__import__
+
+    def without(name: str, *rest: Any, **more: Any) -> Any:
+        if name.split(".")[0] == "matplotlib":
+            raise ImportError(name)
+        return real(name, *rest, **more)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(
+        BadConfig, match=r'the package matplotlib; pip install "fastmemit\[report\]"'
+    ):
+        check_matplotlib()
+
+
+def test_sizes_are_ordered_by_number() -> None:
+    (group,) = groups([cell(size=s) for s in ((16, 1), (4, 1), (1, 1))])
+    assert [found.size for found in group.row(2.0)] == [Size(1, 1), Size(4, 1), Size(16, 1)]

@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fastmemit.errors import BadConfig, BadData
+from fastmemit.experiments.report import write_report
+from tiny_sweeps import cell, write
+
+
+def _files(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def test_a_report_is_written_and_again_the_same(tmp_path: Path) -> None:
+    cells = [cell(multiplier=m) for m in (1.0, 2.0, None)]
+    folder = write(tmp_path / "sweep", cells)
+    report = write_report([folder], resamples=50)
+    first = _files(folder / "report")
+    assert {str(path.relative_to(folder / "report")) for path in report.files} == set(first)
+    assert set(first) == {
+        "report.html",
+        "tables.md",
+        "tables.tex",
+        "tables.csv",
+        "cells.csv",
+        "figures/memit.svg",
+        "figures/memit.png",
+    }
+    assert report.model == "tiny-model" and [group.title for group in report.groups] == ["MEMIT"]
+    write(folder, cells[::-1], shards=2)  # the same cells, as two processes leave them
+    (folder / "results.jsonl").unlink()
+    write_report([folder], tmp_path / "elsewhere", resamples=50)
+    assert _files(tmp_path / "elsewhere") == first
+    assert first["figures/memit.svg"].startswith(b"<?xml")
+    assert b"| 2 | " in first["tables.md"] and b"\\toprule" in first["tables.tex"]
+
+
+def test_several_folders_make_one_report(tmp_path: Path) -> None:
+    folders = [write(tmp_path / "a", [cell()]), write(tmp_path / "b", [cell(multiplier=None)])]
+    write_report(folders, resamples=50)
+    text = (tmp_path / "a" / "report" / "tables.md").read_text()
+    full = cell(multiplier=None)["scores"]["s"]
+    assert full is not None and f"| {full:.2f} |" in text
+    assert not (tmp_path / "b" / "report").exists()
+    assert str(folders[1]) in (tmp_path / "a" / "report" / "report.html").read_text()
+
+
+def test_nothing_is_written_where_there_is_nothing_to_report(tmp_path: Path) -> None:
+    folder = write(tmp_path / "sweep", [])
+    with pytest.raises(BadData, match="No finished cell"):
+        write_report([folder])
+    (tmp_path / "file").write_text("x")
+    write(folder, [cell()])
+    with pytest.raises(BadConfig, match="file' is a file; name a folder with --out"):
+        write_report([folder], tmp_path / "file", resamples=50)
+    assert not (folder / "report").exists()
+
+
+def test_more_draws_are_other_intervals(tmp_path: Path) -> None:
+    folder = write(tmp_path, [cell()])
+    found = [write_report([folder], resamples=n).groups[0] for n in (50, 500)]
+    first, second = (group.row(2.0)[0].after["s"] for group in found)
+    assert first is not None and second is not None
+    assert first.value == second.value and first != second
+    assert json.loads((tmp_path / "sweep.json").read_text())["model"] == "tiny-model"

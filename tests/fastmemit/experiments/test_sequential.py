@@ -1,0 +1,216 @@
+"""Batch on batch: each on the edited weights, all facts scored, every bit given back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from fastcov.errors import NonFiniteKeys
+from fastmemit.data import Record
+from fastmemit.editor import Editor
+from fastmemit.editors import PreservedKeys, ReadCache
+from fastmemit.errors import BadConfig, BadData, DuplicateRequest, WrongModel
+from fastmemit.evaluation import score_records
+from fastmemit.experiments.sequential import Step, run_sequential
+from fastmemit.metrics.score import RecordScore, summarise
+from fastmemit.request import EditRequest
+from tiny_editors import FACTS, record, tiny_editor
+
+SUBJECTS = ("Eiffel Tower", "Italy", "the poet", "the piano", "France")
+RECORDS = [
+    record(10 + n, EditRequest("{} is in", name, "Rome", "Paris"))
+    for n, name in enumerate(SUBJECTS)
+]
+BATCHES = [RECORDS[:2], RECORDS[2:4], RECORDS[4:]]
+SETTINGS: dict[str, Any] = {"layers": (0, 1), "steps": 3, "clamp": 4.0, "weight": 3.0}
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Editor:
+    return tiny_editor(tmp_path_factory.mktemp("editor"))
+
+
+@pytest.fixture
+def editor(shared: Editor) -> Iterator[Editor]:
+    before = {name: tensor.clone() for name, tensor in shared.model.state_dict().items()}
+    yield shared
+    assert shared.edits == ()
+    now = shared.model.state_dict()
+    assert all(torch.equal(now[name], tensor) for name, tensor in before.items())
+
+
+def table(scores: list[RecordScore]) -> dict[str, Any]:
+    found = summarise(scores)
+    return {"es": found.es, "ps": found.ps, "ns": found.ns, "s": found.s}
+
+
+def run(editor: Editor, **more: Any) -> list[Step]:
+    more = {"preserve": True, **more}
+    return list(run_sequential(editor, BATCHES, "memit", SETTINGS, **more))
+
+
+@pytest.mark.parametrize("preserve", [True, False])
+def test_a_run_is_edits_on_top_of_each_other_written_out(editor: Editor, preserve: bool) -> None:
+    costs: list[int] = []
+
+    def perplexity() -> float:
+        costs.append(len(editor.edits))
+        return 30.0 + len(costs)
+
+    counted: list[int] = []
+    found = run(editor, preserve=preserve, perplexity=perplexity, progress=counted.append)
+    assert [step["edits"] for step in found] == [1, 2, 3] == costs
+    assert [step["perplexity"] for step in found] == [31.0, 32.0, 33.0]
+    assert sum(counted) == 5 + 2 + 4 + 5
+    unedited = score_records(editor.adapter, editor.tokenizer, RECORDS)
+    preserved = PreservedKeys() if preserve else None
+    edits = []
+    for number, step in enumerate(found, 1):
+        requests = [item.request for item in BATCHES[number - 1]]
+        edits.append(editor.edit(requests, "memit", preserved=preserved, **SETTINGS))
+        so_far = [item for batch in BATCHES[:number] for item in batch]
+        now = score_records(editor.adapter, editor.tokenizer, so_far)
+        assert step["facts"] == len(so_far) and step["failed"] == 0
+        assert step["preserved"] == (len(so_far) if preserve else 0)
+        assert step["scores"] == table(now)
+        assert step["before"] == table(unedited[: len(so_far)])
+        assert step["by_batch"][0] == table(now[:2]) and len(step["by_batch"]) == number
+    for edit in reversed(edits):
+        edit.undo()
+
+
+def test_preserved_keys_make_another_model_from_the_second_batch_on(editor: Editor) -> None:
+    seen: dict[bool, list[torch.Tensor]] = {}
+    for preserve in (True, False):
+        weights = seen[preserve] = []
+
+        def look(weights: list[torch.Tensor] = weights) -> float:
+            weights.append(editor.adapter.weight(0).clone())
+            return 1.0
+
+        run(editor, preserve=preserve, perplexity=look)
+    equal = [torch.equal(one, other) for one, other in zip(seen[True], seen[False], strict=True)]
+    assert equal == [True, False, False]
+
+
+def test_scores_are_taken_after_every_kth_batch_and_the_last(editor: Editor) -> None:
+    assert [step["edits"] for step in run(editor, score_every=2)] == [2, 3]
+    assert [step["edits"] for step in run(editor, score_every=7)] == [3]
+
+
+def test_targets_are_those_of_the_edited_model(
+    editor: Editor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    states: list[str] = []
+    real = editor.sources.targets
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        states.append(editor._stack.state())
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(editor.sources, "targets", spy)
+    run(editor)
+    assert [state.count("+") for state in states] == [0, 0, 1, 1, 2, 2]
+    assert len(set(states)) == 3
+
+
+def test_the_unedited_scores_and_readings_are_taken_from_outside(
+    editor: Editor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fastmemit.experiments import sequential
+
+    plain = run(editor)
+    scores = score_records(editor.adapter, editor.tokenizer, RECORDS)
+    monkeypatch.delattr(sequential, "score_records")
+    reads = ReadCache()
+    unedited = {score.case_id: score for score in scores}
+    for _ in range(2):
+        assert run(editor, unedited=unedited, reads=reads) == plain
+    assert len(reads) == 1
+
+
+@pytest.mark.parametrize("when", ["edit", "score", "close"])
+def test_whatever_ends_it_the_weights_come_back(
+    editor: Editor, when: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = run_sequential(editor, BATCHES, "memit", SETTINGS, preserve=True)
+    next(steps)
+    assert len(editor.edits) == 1
+    if when == "close":
+        steps.close()
+        return
+
+    def interrupted(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    from fastmemit.experiments import sequential
+
+    if when == "edit":
+        monkeypatch.setattr(editor, "edit", interrupted)
+    else:
+        monkeypatch.setattr(sequential, "_scored", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        next(steps)
+
+
+def test_a_broken_model_counts_as_failures_and_the_run_goes_on(
+    editor: Editor, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    real = editor.edit
+
+    def breaks(requests: Any, *args: Any, **kwargs: Any) -> Any:
+        if editor.edits:
+            raise NonFiniteKeys("1 of 2 edit keys hold NaN")
+        return real(requests, *args, **kwargs)
+
+    monkeypatch.setattr(editor, "edit", breaks)
+    found = run(editor)
+    assert [step["failed"] for step in found] == [0, 1, 2]
+    assert [step["preserved"] for step in found] == [2, 2, 2]
+    assert "A batch was not written: 1 of 2 edit keys hold NaN" in caplog.text
+    # Before anything was written it is no model's fault.
+    monkeypatch.setattr(editor, "edit", lambda *_, **__: breaks_at_once())
+    with pytest.raises(NonFiniteKeys):
+        run(editor)
+
+
+def breaks_at_once() -> None:
+    raise NonFiniteKeys("a key holds NaN")
+
+
+def test_nan_scores_and_perplexities_do_not_end_it(editor: Editor) -> None:
+    from fastmemit.evaluation.perplexity import PerplexityText, perplexity
+
+    text = PerplexityText("text", "0" * 64, tuple(range(20, 40)))
+    before = editor.adapter.weight(0).clone()
+    steps = run_sequential(
+        editor, BATCHES[:1], "memit", SETTINGS, preserve=False,
+        perplexity=lambda: perplexity(editor.adapter, text).perplexity,
+    )  # fmt: skip
+    hook = editor.model.lm_head.register_forward_hook(
+        lambda *args: args[2] * float("nan") if editor.edits else None
+    )
+    (step,) = list(steps)
+    hook.remove()
+    assert step["scores"] == {"es": 0.0, "ps": 0.0, "ns": 0.0, "s": 0.0}
+    assert step["before"]["ns"] is not None and step["perplexity"] == float("inf")
+    assert torch.equal(before, editor.adapter.weight(0))
+
+
+def test_what_makes_no_sense_is_refused_before_anything_is_written(editor: Editor) -> None:
+    def refused(error: type[Exception], match: str, batches: Any, **more: Any) -> None:
+        more = {"preserve": True, **more}
+        with pytest.raises(error, match=match):
+            next(run_sequential(editor, batches, "memit", SETTINGS, **more))
+
+    refused(BadConfig, "after every 0 batches", BATCHES, score_every=0)
+    refused(BadData, "at least one record each", [])
+    refused(BadData, "at least one record each", [RECORDS[:1], []])
+    twice = [Record(1, FACTS[0]), Record(2, FACTS[0])]
+    refused(DuplicateRequest, "Requests 0 and 1", [RECORDS[:1], twice])
+    edit = editor.edit(FACTS[:1], "memit", **SETTINGS)
+    refused(WrongModel, "edited already; undo its edits before a sequence", BATCHES)
+    edit.undo()

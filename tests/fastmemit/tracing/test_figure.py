@@ -1,0 +1,118 @@
+"""The picture of a trace, and the file that it is drawn from."""
+
+from __future__ import annotations
+
+import builtins
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fastmemit.errors import BadConfig
+from fastmemit.request import EditRequest
+from fastmemit.tracing import (
+    GROUPS,
+    KINDS,
+    Located,
+    Proposal,
+    Trace,
+    TracedFact,
+    draw,
+    located,
+)
+from fastmemit.tracing.figure import check_figure
+
+FACTS = tuple(
+    TracedFact(EditRequest("{} is", name, "x", "y"), (1, 2), 0, 0, 3) for name in ("Rome", "Paris")
+)
+
+
+def result(groups: tuple[str, ...], proposal: Proposal | None = None, facts: int = 2) -> Located:
+    effects: Any = {
+        kind: {group: np.arange(8.0).reshape(2, 4)[:facts] / 10 for group in groups}
+        for kind in KINDS
+    }
+    values = np.array([0.5, 0.7])[:facts]
+    windows: Any = {"mlp": 2, "attention": 2, "hidden": 1}
+    found = Trace(FACTS[:facts], windows, 0.3, values, values / 2, effects)
+    return located(
+        found,
+        9,
+        proposal,
+        seed=0,
+        settings={"model": "tiny"},
+        seconds=1.26,
+        versions={"torch": "2"},
+        hardware={"cpu": "some"},
+        command=["fastmemit", "locate", "--facts", "two words.json"],
+    )
+
+
+def test_the_file_says_what_was_found() -> None:
+    found = json.loads(json.dumps(result(("last subject",), Proposal(2, (1, 2), 1, 3))))
+    assert found.keys() == Located.__annotations__.keys()
+    assert (found["facts"], found["looked_at"], found["seconds"]) == (2, 9, 1.3)
+    assert found["proposal"] == {"peak": 2, "layers": [1, 2], "low": 1, "high": 3}
+    effect = found["effects"]["mlp"]["last subject"]
+    assert effect["mean"] == pytest.approx([0.2, 0.3, 0.4, 0.5]) and effect["facts"] == 2
+    assert effect["low"][0] <= 0.2 <= effect["high"][0]
+    assert found["clean"]["mean"] == pytest.approx([0.6])
+    assert found["corrupted"]["mean"] == pytest.approx([0.3])
+    assert found["records"][1] == {
+        "prompt": "{} is", "subject": "Paris", "answer": "y", "clean": 0.7, "corrupted": 0.35
+    }  # fmt: skip
+    assert found["command"] == "fastmemit locate --facts 'two words.json'"
+
+
+def test_one_fact_and_no_proposal() -> None:
+    found = result(("last subject",), facts=1)
+    assert found["proposal"] is None
+    assert found["effects"]["hidden"]["last subject"]["low"] is None
+
+
+def test_a_line_per_kind_and_the_proposed_layers(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "a.svg"
+    draw(result(("last subject",), Proposal(2, (1, 2), 1, 3)), path)
+    text = path.read_text()
+    for part in ("mlp, 2 layers together", "attention, 2 layers together", "hidden, one layer",
+                 "proposed: 1-2", "tiny: restored at", "2 facts"):  # fmt: skip
+        assert part in text
+    assert "first subject" not in text
+    draw(result(("last subject",), Proposal(2, (1, 2), 1, 3)), tmp_path / "b.svg")
+    assert (tmp_path / "b.svg").read_bytes() == path.read_bytes()
+
+
+def test_all_positions_are_drawn_as_maps(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "a.svg"
+    draw(result(GROUPS), path)
+    text = path.read_text()
+    assert "proposed" not in text
+    for group in GROUPS:
+        assert f">{group}<" in text
+
+
+def test_a_png(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    draw(result(("last subject",), facts=1), tmp_path / "a.PNG")
+    assert (tmp_path / "a.PNG").read_bytes().startswith(b"\x89PNG")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.PNG"]
+
+
+def test_pictures_that_cannot_be_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_figure(None)
+    with pytest.raises(BadConfig, match=r"'a\.pdf' must end in \.svg or \.png"):
+        check_figure(Path("folder/a.pdf"))
+    real = builtins.__import__
+
+    def without(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name.partition(".")[0] == "matplotlib":
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(BadConfig, match=r"need matplotlib.*fastmemit\[report\]"):
+        check_figure(Path("a.svg"))

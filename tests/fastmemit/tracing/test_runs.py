@@ -1,0 +1,40 @@
+"""What a restored run costs: blocks and tokens that it cannot change do not run."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastmemit.models import find_adapter
+from fastmemit.request import EditRequest
+from fastmemit.tracing import KINDS, encode_fact, subject_noise
+from fastmemit.tracing.runs import Runs, Spot
+from tiny_models import LAYERS, tiny_model, tiny_tokenizer
+
+REQUESTS = (
+    EditRequest("{} is located in the city of", "The Eiffel Tower", "Rome", "Paris"),
+    EditRequest("They say that {} is located in the city of", "France", "Rome", "Paris"),
+)
+
+
+@pytest.mark.parametrize(
+    ("kind", "first", "last", "begin"),
+    [("mlp", 1, 1, 1), ("attention", 0, 2, 0), ("hidden", 0, 1, 1), ("hidden", 2, 2, 3)],
+)
+def test_only_later_tokens_and_blocks_run(kind: str, first: int, last: int, begin: int) -> None:
+    adapter = find_adapter(tiny_model("llama"))
+    facts = [encode_fact(tiny_tokenizer(), request) for request in REQUESTS]
+    spots = [Spot(f, f.last, subject_noise(f, 3, 32, 1.0, 0)) for f in facts]
+    suffix = spots[0].suffix
+    assert spots[1].suffix == suffix and spots[0].position != spots[1].position
+    with torch.no_grad():
+        runs = Runs(adapter, spots, KINDS)
+        assert runs.clean.shape == (2,) and runs.corrupted.shape == (2, 3)
+        seen: list[tuple[int, tuple[int, ...]]] = []
+        for layer in range(LAYERS):
+            adapter.projection(layer).register_forward_hook(
+                lambda _m, args, _out, layer=layer: seen.append((layer, tuple(args[0].shape[:2])))
+            )
+        found = runs.restored(kind, first, last)  # type: ignore[arg-type]
+    assert found.shape == (2, 3)
+    assert seen == [(layer, (6, suffix)) for layer in range(begin, LAYERS)]
