@@ -22,11 +22,9 @@ def precompute_auto(
     sources: Sources,
     corpus: Corpus,
     layers: Sequence[int],
-    *,
-    d_k: int,
+    limit: float = LIMIT,
     allow_fewer: bool = False,
     max_length: int | None = None,
-    limit: float = LIMIT,
 ) -> Statistics:
     """Collect until the stopping rule of every layer says that it is enough.
 
@@ -37,16 +35,16 @@ def precompute_auto(
         sources: Of the unedited model.
         corpus: Where the text comes from.
         layers: Whose keys.
-        d_k: Their width, the largest if they differ.
+        limit: The multiplier at which it is enough in any case.
         allow_fewer: Take a corpus that ends early for what it has.
         max_length: Cut documents at so many tokens.
-        limit: The multiplier at which it is enough in any case.
 
     Raises:
         BudgetNotMet: The corpus ended before, and `allow_fewer` is not set.
     """
     rules: dict[str, StoppingRule] = {}
     before: Statistics | None = None
+    d_k = sources.widest(layers)
     for keys in checkpoints(d_k, limit):
         after = sources.precompute(
             corpus,
@@ -57,10 +55,9 @@ def precompute_auto(
             after=before,
             aside=True,
         )
-        enough = [
-            rules.setdefault(name, StoppingRule(limit=limit)).update(after.moment(name))
-            for name in after.paths
-        ]
+        if not rules:
+            rules = {name: StoppingRule(limit=limit) for name in after.paths}
+        enough = [rule.update(after.moment(name)) for name, rule in rules.items()]
         before = after
         if all(enough) or after.exhausted:
             break

@@ -2,35 +2,29 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
+from fastcov.stopping import LIMIT
 from fastmemit.applied import Edit, EditStack
+from fastmemit.auto import AUTO, precompute_auto
 from fastmemit.cache import cache_dir
-from fastmemit.data.corpora import Corpus, load_corpus
-from fastmemit.data.self_written import self_written
+from fastmemit.data.corpora import Corpus
+from fastmemit.data.self_written import open_corpus
 from fastmemit.delta import Delta
-from fastmemit.editors import (
-    METHODS,
-    PLANS,
-    EditConfig,
-    PreservedKeys,
-    ReadCache,
-    find_config,
-)
-from fastmemit.editors.base import EditKeys
-from fastmemit.errors import WrongModel
+from fastmemit.editors import METHODS, EditConfig, PreservedKeys, ReadCache, find_config
+from fastmemit.errors import BadConfig, WrongModel
 from fastmemit.models import find_adapter, load_model, save_model
-from fastmemit.request import EditRequest, check_batch
+from fastmemit.planning import plan_edit
+from fastmemit.request import EditRequest
 from fastmemit.sampling import continue_texts
 from fastmemit.sources import Sources
-from fastmemit.statistics import Statistics, versions
+from fastmemit.statistics import Statistics
 from fastmemit.targets import Target
 
 __all__ = ["Edit", "Editor"]
@@ -83,7 +77,7 @@ class Editor:
             Path(cache) if cache is not None else cache_dir(),
             name=self.name,
             seed=seed,
-            batch_tokens=target_batch_tokens or _batch_tokens(self.adapter.device.type),
+            batch_tokens=target_batch_tokens,
             progress=progress,
         )
 
@@ -137,7 +131,7 @@ class Editor:
         self,
         corpus: str | os.PathLike[str] | Corpus = "wikipedia",
         *,
-        multiplier: float = 10.0,
+        multiplier: float | Literal["auto"] = 10.0,
         layers: Sequence[int] | None = None,
         allow_fewer: bool = False,
         max_length: int | None = None,
@@ -148,7 +142,8 @@ class Editor:
         Args:
             corpus: ``"wikipedia"`` (from the hub), ``"builtin"``, ``"self"`` (text that the model
                 writes), a .txt, .json or .jsonl file, ``"hub:NAME"``, or a `Corpus`.
-            multiplier: d_m: each layer gets ``round(d_m * d_k)`` keys.
+            multiplier: d_m: each layer gets ``round(d_m * d_k)`` keys. ``"auto"`` collects until
+                an edit's solution is near its limit, at most 10 (see `fastcov.stopping`).
             layers: Which layers; None takes those of all methods' settings.
             allow_fewer: Take a corpus that ends early for what it has.
             max_length: Cut documents at so many tokens; None takes the model's context (at most
@@ -162,16 +157,17 @@ class Editor:
             WrongModel: The model is edited; statistics belong to the unedited one.
             fastcov.FastcovError: See `fastmemit.statistics.precompute`.
             BadCorpus: The corpus cannot be read.
+            BadConfig: The multiplier is neither a number nor ``"auto"``.
         """
         if layers is None:
             layers = sorted({i for m in METHODS for i in self.config(m).layers})
-        self.sources.largest_budget(layers, multiplier)  # refuses before a corpus is looked for
-        if not isinstance(corpus, Corpus):
-            if corpus == "self":
-                corpus = self_written(self.model, self.tokenizer, self.fingerprint)
-            else:
-                corpus = load_corpus(str(corpus), field=field)
-        return self.sources.precompute(corpus, list(layers), multiplier, allow_fewer, max_length)
+        most = LIMIT if isinstance(multiplier, str) else multiplier
+        if isinstance(multiplier, str) and multiplier != AUTO:
+            raise BadConfig(f"The multiplier {multiplier!r} is no number; give one, or 'auto'.")
+        self.sources.largest_budget(layers, most)  # refuses before a corpus is looked for
+        text = open_corpus(corpus, self.model, self.tokenizer, self.fingerprint, field)
+        collect = precompute_auto if multiplier == AUTO else Sources.precompute
+        return collect(self.sources, text, list(layers), most, allow_fewer, max_length)
 
     def use(self, found: Statistics) -> None:
         """Take these statistics for edits from now on.
@@ -230,7 +226,8 @@ class Editor:
             WrongModel: The preserved keys are of another editor's edits.
             fastcov.StoreMissing: No statistics of the edited layers were precomputed.
         """
-        return self._planned(requests, method, preserved, reads, overrides)[0]
+        config = self.config(method, **overrides)
+        return plan_edit(self.sources, self._stack, requests, config, preserved, reads)[0]
 
     def edit(
         self,
@@ -245,30 +242,12 @@ class Editor:
 
         Args and errors are those of `plan`; on any of them the weights are as they were.
         """
-        delta, keys = self._planned(requests, method, preserved, reads, overrides)
+        config = self.config(method, **overrides)
+        delta, keys = plan_edit(self.sources, self._stack, requests, config, preserved, reads)
         edit = Edit(delta, self._stack).apply()
         if preserved is not None:
             preserved.add(edit, keys)
         return edit
-
-    def _planned(
-        self,
-        requests: Sequence[EditRequest],
-        method: str,
-        preserved: PreservedKeys | None,
-        reads: ReadCache | None,
-        overrides: Mapping[str, Any],
-    ) -> tuple[Delta, EditKeys]:
-        batch = check_batch(requests)
-        config = self.config(method, **overrides)
-        for edit in preserved.edits if preserved is not None else ():
-            self._stack.check(edit)
-        work = self.sources.workspace(config, preserved, reads)
-        delta = Delta(work.plan(PLANS[method], batch), self._provenance(config, batch))
-        if preserved is not None:
-            digests = [edit.delta.digest() for edit in preserved.edits]
-            delta = Delta(delta.factors, {**delta.provenance, "preserved": digests})
-        return delta, work.keys
 
     def load(self, path: str | os.PathLike[str], *, force: bool = False) -> Edit:
         """Read an edit from a file; it is not applied.
@@ -317,21 +296,3 @@ class Editor:
     def save_model(self, folder: str | os.PathLike[str]) -> None:
         """Write the model as it is now into a folder that ``from_pretrained`` loads."""
         save_model(self.model, self.tokenizer, folder)
-
-    def _provenance(self, config: EditConfig, batch: Sequence[EditRequest]) -> dict[str, Any]:
-        return {
-            **self.sources.identity(),
-            "method": config.method,
-            "settings": dataclasses.asdict(config),
-            "requests": [dataclasses.asdict(request) for request in batch],
-            "statistics": dict(self.sources.statistics_for(config.layers).provenance),
-            "contexts": list(self.contexts(config.method)),
-            "on_top_of": [edit.delta.digest() for edit in self.edits],
-            "seed": self.seed,
-            "versions": versions(),
-        }
-
-
-def _batch_tokens(device: str) -> int:
-    """On a CPU little padding is worth more than large products; on a GPU it is not."""
-    return 1024 if device == "cpu" else 16384

@@ -33,7 +33,8 @@ class Sources:
         folder: Where statistics and targets are kept.
         name: What to call the model in files.
         seed: Of contexts and of the corpus's order.
-        batch_tokens: Bound on the padded tokens of target vectors optimised together.
+        batch_tokens: Bound on the padded tokens of target vectors optimised together; None takes
+            few on a CPU, where little padding is worth more than large products, else many.
         progress: Show a bar for each long step.
     """
 
@@ -46,12 +47,13 @@ class Sources:
         *,
         name: str,
         seed: int,
-        batch_tokens: int,
+        batch_tokens: int | None,
         progress: bool,
     ) -> None:
         self._adapter, self._tokenizer, self._stack = adapter, tokenizer, stack
-        self._folder, self._name, self._seed = folder, name, seed
-        self._batch_tokens, self._progress = batch_tokens, progress
+        self._folder, self._name, self.seed = folder, name, seed
+        self._batch_tokens = batch_tokens or (1024 if adapter.device.type == "cpu" else 16384)
+        self._progress = progress
         self._tokenizer_is = tokenizer_fingerprint(tokenizer)
         self._targets = TargetStore(folder / "targets")
         self._contexts: dict[str, tuple[str, ...]] = {}
@@ -85,6 +87,10 @@ class Sources:
         for layer in layers:
             self._adapter.check_layer(layer)
         return max(fastcov.budget(multiplier, self._adapter.d_k(layer)) for layer in layers)
+
+    def widest(self, layers: Sequence[int]) -> int:
+        """The largest key width of some layers."""
+        return max(self._adapter.d_k(layer) for layer in layers)
 
     def precompute(
         self,
@@ -137,7 +143,7 @@ class Sources:
                 self.identity(),
                 layers=layers,
                 multiplier=multiplier,
-                seed=self._seed if seed is None else seed,
+                seed=self.seed if seed is None else seed,
                 allow_fewer=allow_fewer,
                 max_length=max_length,
                 bos=bos,
@@ -202,7 +208,7 @@ class Sources:
                     "Contexts are written by the unedited model; undo the edits, or call "
                     f"editor.contexts({method!r}) before editing."
                 )
-            made = generate_contexts(self._adapter.model, self._tokenizer, kind, self._seed)
+            made = generate_contexts(self._adapter.model, self._tokenizer, kind, self.seed)
             self._contexts[kind] = made
         return self._contexts[kind]
 

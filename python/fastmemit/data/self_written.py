@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from typing import Any
 
-from fastmemit.data.corpora import Corpus
+from fastmemit.data.corpora import Corpus, load_corpus
 from fastmemit.sampling import continue_texts
 
 # Beginnings that lead to different subjects and kinds of text.
@@ -61,3 +62,29 @@ def self_written(model: Any, tokenizer: Any, fingerprint: str) -> SelfWritten:
             number += ROWS
 
     return SelfWritten("self", digest, read)
+
+
+def open_corpus(
+    corpus: str | os.PathLike[str] | Corpus,
+    model: Any,
+    tokenizer: Any,
+    fingerprint: str,
+    field: str,
+) -> Corpus:
+    """A corpus by its name, ``"self"`` included; one that is open already is given back.
+
+    Args:
+        corpus: What `fastmemit.data.load_corpus` takes, or ``"self"``.
+        model: Who writes it then.
+        tokenizer: Its tokenizer.
+        fingerprint: The model's.
+        field: Where the text is in a JSON object.
+
+    Raises:
+        BadCorpus: It cannot be read.
+    """
+    if isinstance(corpus, Corpus):
+        return corpus
+    if corpus == "self":
+        return self_written(model, tokenizer, fingerprint)
+    return load_corpus(str(corpus), field=field)

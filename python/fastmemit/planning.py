@@ -1,0 +1,62 @@
+"""From requests to a delta and what it was made with; nothing is applied."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from fastmemit.applied import EditStack
+from fastmemit.delta import Delta
+from fastmemit.editors import PLANS, EditConfig, PreservedKeys, ReadCache
+from fastmemit.editors.base import EditKeys
+from fastmemit.request import EditRequest, check_batch
+from fastmemit.sources import Sources
+from fastmemit.statistics import versions
+
+
+def plan_edit(
+    sources: Sources,
+    stack: EditStack,
+    requests: Sequence[EditRequest],
+    config: EditConfig,
+    preserved: PreservedKeys | None = None,
+    reads: ReadCache | None = None,
+) -> tuple[Delta, EditKeys]:
+    """Compute an edit; the weights are the same before and after.
+
+    Args:
+        sources: What it draws on.
+        stack: The edits that are in the weights.
+        requests: The facts, written together.
+        config: The settings.
+        preserved: Keys of earlier edits that this one shall preserve too.
+        reads: Where to keep what the unedited model shows.
+
+    Returns:
+        The delta, and the keys that it was written with.
+
+    Raises:
+        BadRequest: A request that cannot be carried out, or two that contradict each other.
+        WrongModel: The preserved keys are of another editor's edits.
+        fastcov.StoreMissing: No statistics of the edited layers were precomputed.
+    """
+    batch = check_batch(requests)
+    earlier = () if preserved is None else preserved.edits
+    for edit in earlier:
+        stack.check(edit)
+    work = sources.workspace(config, preserved, reads)
+    factors = work.plan(PLANS[config.method], batch)
+    provenance = {
+        **sources.identity(),
+        "method": config.method,
+        "settings": dataclasses.asdict(config),
+        "requests": [dataclasses.asdict(request) for request in batch],
+        "statistics": dict(sources.statistics_for(config.layers).provenance),
+        "contexts": list(sources.contexts(config.method)),
+        "on_top_of": [edit.delta.digest() for edit in stack.edits],
+        "seed": sources.seed,
+        "versions": versions(),
+    }
+    if preserved is not None:
+        provenance["preserved"] = [edit.delta.digest() for edit in earlier]
+    return Delta(factors, provenance), work.keys
