@@ -107,9 +107,7 @@ class SubjectPass:
         read: list[list[Tensor]] = [[] for _ in (*inputs, *outputs)]
         kept: list[Entering | None] = []
         room = KEPT
-        training = adapter.model.training
-        adapter.model.eval()
-        try:
+        with _evaluation(adapter.model):
             for batch, entering in zip(self.batches, self.entering, strict=True):
                 with _begun_at(adapter, self.layer, entering):
                     values, now = _read_batch(adapter, batch, inputs, outputs, keep)
@@ -117,8 +115,6 @@ class SubjectPass:
                     collected.append(value)
                 room -= now.hidden.numel() * now.hidden.element_size() if now else 0
                 kept.append(now if room >= 0 else None)
-        finally:
-            adapter.model.train(training)
         joined = [torch.cat(parts)[self.places.to(parts[0].device)] for parts in read]
         after = dataclasses.replace(self, layer=keep, entering=tuple(kept)) if keep else self
         return joined[: len(inputs)], joined[len(inputs) :], after
@@ -137,6 +133,23 @@ def read_at_subject(
         adapter, inputs=inputs, outputs=outputs
     )
     return taken, given
+
+
+@contextmanager
+def _evaluation(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; afterwards each module is in the mode that it was in before.
+
+    Only modules that train are touched: setting the mode of all of them several times a plan took a
+    tenth of the plan of one fact.
+    """
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 @contextmanager

@@ -108,10 +108,12 @@ def test_an_error_inside_gives_the_blocks_back():
 
     hook = adapter.block(2).register_forward_pre_hook(broken)
     adapter.model.train()
+    adapter.block(0).eval()
+    modes = [module.training for module in adapter.model.modules()]
     with pytest.raises(KeyboardInterrupt):
         kept.read(adapter, inputs=[adapter.projection(2)])
     hook.remove()
-    assert adapter.model.training
+    assert [module.training for module in adapter.model.modules()] == modes
     assert not any("forward" in adapter.block(layer).__dict__ for layer in range(LAYERS))
     assert not any(module._forward_hooks for module in adapter.model.modules())
 

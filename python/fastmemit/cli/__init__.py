@@ -30,7 +30,8 @@ EPILOG = """examples:
       --subject "Eiffel Tower" --target Rome --save rome.safetensors
   fastmemit apply --model gpt2-xl --edit rome.safetensors --prompt "To see the Eiffel Tower, go to"
   fastmemit evaluate --model gpt2-xl --data counterfact --method memit --batch-size 16 --batches 4
-  fastmemit sweep --model gpt2-xl --data counterfact --out DIR && fastmemit report DIR
+  fastmemit sweep --model gpt2-xl --data counterfact --out DIR
+  fastmemit report DIR
 """
 VERBS = {
     "precompute": precompute,

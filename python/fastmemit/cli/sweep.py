@@ -14,11 +14,10 @@ EPILOG = """examples:
   fastmemit sweep --model gpt2-xl --data counterfact --corpus wikipedia --out sweep-gpt2-xl
   fastmemit sweep --model smollm2 --methods emmet,memit --multipliers 1,2,3,4,10,full \\
       --batches 1:64,16:4,64:1 --data counterfact.json --corpus text.jsonl --out DIR
-  fastmemit sweep ... --out DIR --shard 1/2 & fastmemit sweep ... --out DIR --shard 2/2 & wait
-  fastmemit sweep ... --out DIR          # puts the shards' results into one file
-  fastmemit report DIR
+  fastmemit sweep --model gpt2-xl --data counterfact --out DIR --shard 1/2
 
-The grid may be changed between two runs into the same folder; what is finished stays.
+A sweep that was killed goes on with the same command. When all shards are done, the command without
+--shard puts their results into one file. The grid may change between two runs into the same folder.
 """
 
 

@@ -72,5 +72,5 @@ def test_an_unknown_name_gets_those_that_are_near(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_patterns_and_the_harnesss_own_tasks(tmp_path: Path) -> None:
     pytest.importorskip("lm_eval")
-    with pytest.raises(BadData, match=r"task 'arc_challenge' .*data set allenai/ai2_arc"):
+    with pytest.raises(BadData, match=r"task 'arc_challenge' .*'allenai/ai2_arc'"):
         find_tasks(["tiny_f*", "arc_challeng?"], include_path=task_folder(tmp_path))
