@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fastmemit.models import ModelAdapter, check_lengths, hidden_of
 from fastmemit.targets.rows import Row
-from fastmemit.targets.suffix import _forward_as
+from fastmemit.targets.suffix import forward_as
 from fastmemit.tokens import length_batches, pad_batch
 
 BATCH_TOKENS = 8192
@@ -168,7 +168,7 @@ def _begun_at(adapter: ModelAdapter, layer: int, entering: Entering | None) -> I
     with ExitStack() as stack:
         for below in range(layer):
             forward = given if below == layer - 1 else passed
-            stack.enter_context(_forward_as(adapter.block(below), forward))
+            stack.enter_context(forward_as(adapter.block(below), forward))
         yield
 
 

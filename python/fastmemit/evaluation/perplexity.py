@@ -21,6 +21,7 @@ from fastmemit.evaluation.windows import PerplexityText, Window, read_text
 from fastmemit.logits import head_reads
 from fastmemit.models import ModelAdapter, hidden_of, with_hidden
 from fastmemit.models.context import context_limit
+from fastmemit.targets.suffix import forward_as
 
 __all__ = ["PerplexityResult", "PerplexityText", "count_tokens", "perplexity", "read_text"]
 
@@ -133,7 +134,7 @@ def _run(adapter: ModelAdapter, windows: Sequence[Window]) -> float:
     total = torch.zeros((), dtype=torch.float64)
     for part, targets in zip(hidden.split(rows), wanted.split(rows), strict=True):
         given = with_hidden(kept[0], part[None])
-        with _forward_as(decoder, lambda *_a, _given=given, **_k: _given):
+        with forward_as(decoder, lambda *_a, _given=given, **_k: _given):
             out: Tensor = adapter.model(input_ids=targets[None], use_cache=False).logits[0]
         out = out.float()
         # logsumexp adds pairwise; the log-softmax of a CPU adds in a row and is 1e-5 nats too low
@@ -147,20 +148,6 @@ def _decoder(adapter: ModelAdapter) -> nn.Module:
     """The module that owns the blocks and gives the hidden states after the last norm."""
     blocks = adapter.template.partition(".{}")[0]
     return adapter.model.get_submodule(blocks.rpartition(".")[0])
-
-
-@contextmanager
-def _forward_as(module: nn.Module, forward: Any) -> Iterator[None]:
-    """Give a module another `forward`; one that a library set on the instance comes back after."""
-    before = module.__dict__.get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        if before is None:
-            del module.forward
-        else:
-            module.forward = before
 
 
 @contextmanager

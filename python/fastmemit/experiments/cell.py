@@ -117,7 +117,7 @@ def run_cell(
             edit = editor.edit(requests, place.method, reads=run.reads, **settings)
         try:
             with run.stage("evaluate"):
-                scores = _scored(editor, batch)
+                scores = scored_or_failed(editor, batch)
             if run.inputs.text is not None and number < run.inputs.perplexity_batches:
                 with run.stage("perplexity"):
                     costs.append(perplexity(editor.adapter, run.inputs.text).nll)
@@ -140,8 +140,8 @@ def run_cell(
         key=place.key,
         **place.as_dict(),
         keys=used.keys,
-        scores=_table(after),
-        before=_table(before),
+        scores=table_of(after),
+        before=table_of(before),
         records=records,
         perplexity=_perplexity(run, costs),
         jitter=jitter,
@@ -156,7 +156,7 @@ def run_cell(
     return cell, timing
 
 
-def _scored(editor: Editor, batch: Sequence[Record]) -> list[RecordScore]:
+def scored_or_failed(editor: Editor, batch: Sequence[Record]) -> list[RecordScore]:
     """Scores of edited records; a model whose output is NaN answers nothing."""
     try:
         return score_records(editor.adapter, editor.tokenizer, batch)
@@ -182,7 +182,8 @@ def _perplexity(run: SweepRun, costs: Sequence[float]) -> Perplexity | None:
     return Perplexity(before=run.unedited, after=after, batches=len(costs), tokens=run.predicted)
 
 
-def _table(scores: Sequence[RecordScore]) -> ScoreTable:
+def table_of(scores: Sequence[RecordScore]) -> ScoreTable:
+    """The means over records, in percent."""
     found = summarise(scores)
     return ScoreTable(es=found.es, ps=found.ps, ns=found.ns, s=found.s)
 

@@ -123,7 +123,7 @@ def render(drawing: Drawing, model: str) -> tuple[bytes, bytes]:
     Returns:
         The figure as SVG and as PNG.
     """
-    with _style():
+    with paper_style():
         figure = _draw(drawing, model)
         figure.draw_without_rendering()  # lays everything out, once for both files
         figure.set_layout_engine("none")
@@ -134,7 +134,7 @@ def render(drawing: Drawing, model: str) -> tuple[bytes, bytes]:
 
 
 @contextmanager
-def _style() -> Iterator[None]:
+def paper_style() -> Iterator[None]:
     """The library's defaults and ours, whatever the user's matplotlibrc says."""
     import matplotlib.style
 

@@ -19,7 +19,7 @@ from fastmemit.editors import EditConfig, PreservedKeys, ReadCache
 from fastmemit.errors import BadConfig, BadData, FastmemitError, WrongModel
 from fastmemit.evaluation.counterfact import score_records
 from fastmemit.evaluation.schema import ScoreTable
-from fastmemit.experiments.cell import _scored, _table
+from fastmemit.experiments.cell import scored_or_failed, table_of
 from fastmemit.metrics.score import RecordScore
 from fastmemit.request import check_batch
 from fastmemit.targets.rows import request_rows
@@ -158,18 +158,18 @@ class _Run:
     ) -> Step:
         """Score all that was written."""
         records = [record for batch in batches for record in batch]
-        scores = _scored(self._editor, records)
+        scores = scored_or_failed(self._editor, records)
         parts, start = [], 0
         for batch in batches:
-            parts.append(_table(scores[start : start + len(batch)]))
+            parts.append(table_of(scores[start : start + len(batch)]))
             start += len(batch)
         return Step(
             edits=len(batches),
             facts=len(records),
             failed=self._failed,
             preserved=0 if self._preserved is None else len(self._preserved),
-            scores=_table(scores),
-            before=_table([unedited[record.case_id] for record in records]),
+            scores=table_of(scores),
+            before=table_of([unedited[record.case_id] for record in records]),
             by_batch=parts,
             perplexity=None if perplexity is None else _measured(perplexity),
         )

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from fastmemit.experiments.drawing import COLOURS, MARKERS, _style
+from fastmemit.experiments.drawing import COLOURS, MARKERS, paper_style
 from fastmemit.experiments.grid import multiplier_name
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def figure(lines: Sequence[Line], title: str) -> tuple[bytes, bytes]:
     panels = [*_SCORES, *(["perplexity"] if measured else [])]
     columns = 2 if len(panels) == 4 else 3
     multipliers = list(dict.fromkeys(line["multiplier"] for line in lines))
-    with _style():
+    with paper_style():
         made = Figure(figsize=(columns * _PANEL[0], 2 * _PANEL[1] + 0.8), layout="constrained")
         made.suptitle(title, fontsize=11)
         grid = list(made.subplots(2, columns, squeeze=False).flat)

@@ -24,7 +24,7 @@ from fastmemit.models import ModelAdapter, hidden_of
 from fastmemit.targets.rows import Row
 
 
-class _PrefixLayer(DynamicLayer):  # type: ignore[misc]
+class PrefixLayer(DynamicLayer):  # type: ignore[misc]
     """Constant keys and values (n, heads, P, width) in front of whatever a step brings."""
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
@@ -67,7 +67,7 @@ class SuffixForward:
         self._adapter, self._layer = adapter, layer
         self._lengths = torch.tensor([len(row.ids) - row.subject for row in rows])
         self._prefix = max(row.subject for row in rows)
-        ids, mask = _align(rows, self._prefix, int(self._lengths.max()))
+        ids, mask = align(rows, self._prefix, int(self._lengths.max()))
         self._ids, self._mask = ids.to(adapter.device), mask.to(adapter.device)
         self._positions = (self._mask.cumsum(1) - 1).clamp(min=0)
         self.subject_projection: Tensor | None = None
@@ -110,8 +110,8 @@ class SuffixForward:
         # a tensor of that length that has no memory behind it.
         n = len(self._lengths)
         empty = self._hidden.new_zeros(()).expand(n, 1, self._prefix, 1)
-        below = [_PrefixLayer(empty, empty) for _ in range(self._layer + 1)]
-        return Cache(layers=below + [_PrefixLayer(k, v) for k, v in self._kept])
+        below = [PrefixLayer(empty, empty) for _ in range(self._layer + 1)]
+        return Cache(layers=below + [PrefixLayer(k, v) for k, v in self._kept])
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -119,7 +119,7 @@ class SuffixForward:
         with ExitStack() as stack:
             for index in range(self._layer + 1):
                 inject = index == self._layer
-                stack.enter_context(_forward_as(self._adapter.block(index), self._passing(inject)))
+                stack.enter_context(forward_as(self._adapter.block(index), self._passing(inject)))
             yield
 
     def _passing(self, inject: bool) -> Any:
@@ -170,7 +170,7 @@ class SuffixForward:
         self._kept = [(k[index.to(k.device)], v[index.to(v.device)]) for k, v in self._kept]
 
 
-def _align(rows: Sequence[Row], prefix: int, suffix: int) -> tuple[Tensor, Tensor]:
+def align(rows: Sequence[Row], prefix: int, suffix: int) -> tuple[Tensor, Tensor]:
     """Ids and mask, (N, prefix + suffix), every subject in column `prefix`."""
     ids = torch.zeros(len(rows), prefix + suffix, dtype=torch.int64)
     mask = torch.zeros_like(ids)
@@ -186,7 +186,7 @@ def _on_output(module: nn.Module, kept: dict[str, Any], name: str) -> Any:
 
 
 @contextmanager
-def _forward_as(module: nn.Module, forward: Any) -> Iterator[None]:
+def forward_as(module: nn.Module, forward: Any) -> Iterator[None]:
     """Give a module another `forward`; one that a library set on the instance comes back after."""
     before = module.__dict__.get("forward")
     module.forward = forward

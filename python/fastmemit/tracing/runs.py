@@ -21,7 +21,7 @@ from transformers import Cache, DynamicCache
 from fastmemit.logits import head_reads
 from fastmemit.models import ModelAdapter, hidden_of
 from fastmemit.targets.rows import Row
-from fastmemit.targets.suffix import _align, _forward_as, _PrefixLayer
+from fastmemit.targets.suffix import PrefixLayer, align, forward_as
 from fastmemit.tracing.facts import TracedFact, probability
 from fastmemit.tracing.noise import added_to_embeddings
 from fastmemit.tracing.settings import Kind
@@ -68,7 +68,7 @@ class Runs:
         self._column = max(spot.position for spot in spots)
         self._suffix = spots[0].suffix
         rows = [Row(spot.fact.ids, spot.position) for spot in spots]
-        ids, mask = (part.to(adapter.device) for part in _align(rows, self._column, self._suffix))
+        ids, mask = (part.to(adapter.device) for part in align(rows, self._column, self._suffix))
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         self._answers = torch.tensor([spot.fact.answer for spot in spots])
         self.clean = self._run_clean(ids, mask, positions, kinds)
@@ -151,7 +151,7 @@ class Runs:
             for layer in range(begin):
                 out = self._injected(kind, layer) if layer == begin - 1 else None
                 block = restored_module(self._adapter, "hidden", layer)
-                changes.enter_context(_forward_as(block, self._passing(out)))
+                changes.enter_context(forward_as(block, self._passing(out)))
             shape = (self._ids.shape[0], self._suffix)
             for layer in range(begin, last + 1):
                 module = restored_module(self._adapter, kind, layer)
@@ -191,8 +191,8 @@ class Runs:
         # The model asks the first layer how long the past is; the passed-through layers answer with
         # a tensor of that length that has no memory behind it.
         empty = self._hidden[0].new_zeros(()).expand(self._ids.shape[0], 1, self._column, 1)
-        below = [_PrefixLayer(empty, empty) for _ in range(begin)]
-        return Cache(layers=below + [_PrefixLayer(k, v) for k, v in self._kept[begin:]])
+        below = [PrefixLayer(empty, empty) for _ in range(begin)]
+        return Cache(layers=below + [PrefixLayer(k, v) for k, v in self._kept[begin:]])
 
     def _probability(self, **call: Any) -> Tensor:  # (rows,)
         """Run the model; probabilities of the answers, read at the last column."""

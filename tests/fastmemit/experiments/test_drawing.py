@@ -28,7 +28,7 @@ def line(
 
 
 def drawn(*lines: Line, panels: tuple[Panel, ...] = (S,)) -> Any:
-    with module._style():
+    with module.paper_style():
         return module._draw(Drawing("name", "title", panels, lines), "model")
 
 

@@ -95,13 +95,13 @@ def test_a_group_stays_within_its_tokens(monkeypatch):
 
     model, tokenizer = tiny_model("llama"), tiny_tokenizer("byte_bpe")
     sizes = []
-    original = suffix._align
+    original = suffix.align
 
     def spy(rows, prefix, width):
         sizes.append(len(rows) * (prefix + width))
         return original(rows, prefix, width)
 
-    monkeypatch.setattr(suffix, "_align", spy)
+    monkeypatch.setattr(suffix, "align", spy)
     short = [EditRequest("{} is", f"Name{i}", "x") for i in range(12)]
     optimise(find_adapter(model), tokenizer, short, CONTEXTS, SETTINGS, batch_tokens=300)
     assert len(sizes) > 1
