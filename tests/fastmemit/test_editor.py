@@ -134,8 +134,8 @@ def test_an_error_in_the_middle_changes_nothing(
     real = Workspace.write
     wrote: list[int] = []
 
-    def fails_after_writing(self: Workspace, layer: int, change: Any) -> None:
-        real(self, layer, change)
+    def fails_after_writing(self: Workspace, layer: int, *written: Any) -> None:
+        real(self, layer, *written)
         wrote.append(layer)
         assert not same(bits(editor), before)
         raise KeyboardInterrupt

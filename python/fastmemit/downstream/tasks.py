@@ -73,7 +73,7 @@ def find_tasks(
 
 
 def _manager(names: Sequence[str], include_path: str | os.PathLike[str] | None) -> Any:
-    """What knows the tasks; reading the harness's own 15,000 files is left out if it can be."""
+    """What knows the tasks; reading the harness's own 14,000 files is left out if it can be."""
     from lm_eval.tasks import TaskManager
 
     if include_path is None:

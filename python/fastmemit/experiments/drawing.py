@@ -262,8 +262,18 @@ def _perplexity_axis(axes: Axes, lines: Sequence[Line], heights: Sequence[float]
     for value in sorted(v for v in before if math.isfinite(v)):
         axes.axhline(value, color="#555555", ls=":", lw=1)
     if heights and max(heights) > 5 * min(heights):
-        axes.set_yscale("log")
+        log_heights(axes)
     axes.set_ylabel("perplexity (dotted: unedited)")
+
+
+def log_heights(axes: Axes) -> None:
+    """Make an axis of heights logarithmic, with plain numbers at it: mathematics is not parsed."""
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
+    axes.set_yscale("log")
+    axes.yaxis.set_minor_locator(LogLocator(subs=(2.0, 5.0)))
+    for place in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        place(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 def _colour(line: Line) -> str:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from fastmemit.experiments.drawing import COLOURS, MARKERS, paper_style
+from fastmemit.experiments.drawing import COLOURS, MARKERS, log_heights, paper_style
 from fastmemit.experiments.grid import multiplier_name
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ def _draw(
     if panel == "perplexity":
         axes.set_title("Perplexity")
         if drawn and max(drawn) > 5 * min(drawn):
-            axes.set_yscale("log")
+            log_heights(axes)
         return
     axes.set_title(panel.upper())
     axes.set_ylabel("%")

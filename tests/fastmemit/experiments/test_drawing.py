@@ -135,3 +135,21 @@ def test_a_user_s_own_style_changes_nothing() -> None:
         {"font.size": 20, "axes.facecolor": "black", "svg.fonttype": "none"}
     ):
         assert module.render(subject, "model") == plain
+
+
+def test_numbers_at_a_logarithmic_axis_are_plain() -> None:
+    import io
+
+    import matplotlib.figure
+
+    with module.paper_style():
+        figure = matplotlib.figure.Figure()
+        axes = figure.subplots()
+        axes.plot([1, 2, 3], [20.4, 36.0, 283.5])
+        module.log_heights(axes)
+        made = io.BytesIO()
+        figure.savefig(made, format="svg")
+    text = made.getvalue().decode()
+    # Letters are drawn as paths; each text is a comment beside its own.
+    assert "mathdefault" not in text
+    assert all(f"<!-- {number} -->" in text for number in (20, 50, 100, 200))

@@ -151,7 +151,7 @@ def test_whatever_ends_it_the_weights_come_back(
     if when == "edit":
         monkeypatch.setattr(editor, "edit", interrupted)
     else:
-        monkeypatch.setattr(sequential, "_scored", interrupted)
+        monkeypatch.setattr(sequential, "scored_or_failed", interrupted)
     with pytest.raises(KeyboardInterrupt):
         next(steps)
 
