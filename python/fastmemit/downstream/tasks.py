@@ -57,13 +57,13 @@ def find_tasks(
             what is near), or the folder does not exist.
         BadData: A task's data cannot be fetched; the message names the task and its data set.
     """
-    check_installed()
     if not names:
         raise BadConfig("No task is named; give one such as hellaswag.")
     if include_path is not None and not Path(include_path).is_dir():
         raise BadConfig(
             f"There is no folder {os.fspath(include_path)!r} with tasks; name one that exists."
         )
+    check_installed()
     with apart(progress):
         manager = _manager(names, include_path)
         known = [match for name in names for match in _matches(manager, name)]
