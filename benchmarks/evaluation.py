@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import sys
 import time
@@ -23,6 +22,8 @@ from typing import Any
 
 import torch
 import transformers
+
+from fastcov.bench.machine import machine
 
 ROOT = Path(__file__).resolve().parents[1]
 for folder in (ROOT, ROOT / "python", ROOT / "tests"):
@@ -74,7 +75,7 @@ def main() -> None:
         "speedup_of_each_round": ratios,
         "batch_tokens": args.batch_tokens,
         "threads": torch.get_num_threads(),
-        "processor": _processor(),
+        "processor": machine(torch.device("cpu")).cpu,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
@@ -131,15 +132,6 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     return parser.parse_args()
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import sys
 import time
@@ -19,6 +18,8 @@ from pathlib import Path
 
 import torch
 import transformers
+
+from fastcov.bench.machine import machine
 
 ROOT = Path(__file__).resolve().parents[1]
 for folder in (ROOT, ROOT / "python", ROOT / "tests"):
@@ -83,7 +84,7 @@ def main() -> None:
         "speedup": alone / batched,
         "batch_tokens": args.batch_tokens,
         "threads": torch.get_num_threads(),
-        "processor": _processor(),
+        "processor": machine(torch.device("cpu")).cpu,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
@@ -108,15 +109,6 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     return parser.parse_args()
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fastcov.batches import sent
 from fastcov.errors import BadBudget, BudgetNotMet, EmptyCorpus
 from fastcov.keys import KeyHooks
+from fastcov.mode import evaluation_mode
 from fastcov.moments import SecondMoment
 from fastcov.tally import Tally
 from fastcov.throughput import Throughput
@@ -83,11 +84,11 @@ def collect(
     with (
         KeyHooks(model, modules, lambda name, x, _: tally.take(name, x)) as hooks,
         torch.no_grad(),
-        _evaluation(model),
+        evaluation_mode(model),
         _without_cache(model) as extra,
     ):
         device = _input_device(model)
-        drop = _unaccepted(model)
+        drop = {"key_mask"} | _unaccepted(model)
         if throughput is not None:
             throughput.start(model, device)
         for batch in batches:
@@ -96,8 +97,7 @@ def collect(
                 for name, value in batch.items()
                 if name not in drop
             }
-            keys = moved.pop("key_mask", None)
-            tally.start(batch.get("attention_mask") if keys is None else batch["key_mask"])
+            tally.start(batch.get("key_mask", batch.get("attention_mask")))
             if causal and _only_pads_right(batch.get("attention_mask")):
                 del moved["attention_mask"]
             with nullcontext() if throughput is None else throughput.batch(batch, tally):
@@ -149,18 +149,6 @@ def _budgets(
             )
         wanted[name] = keys
     return wanted
-
-
-@contextmanager
-def _evaluation(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; afterwards each submodule is in the mode that it was in before."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 @contextmanager

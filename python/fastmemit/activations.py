@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastcov.mode import evaluation_mode
 from fastmemit.models import ModelAdapter, check_lengths, hidden_of
 from fastmemit.targets.rows import Row
 from fastmemit.targets.suffix import forward_as
@@ -107,7 +108,7 @@ class SubjectPass:
         read: list[list[Tensor]] = [[] for _ in (*inputs, *outputs)]
         kept: list[Entering | None] = []
         room = KEPT
-        with _evaluation(adapter.model):
+        with evaluation_mode(adapter.model):
             for batch, entering in zip(self.batches, self.entering, strict=True):
                 with _begun_at(adapter, self.layer, entering):
                     values, now = _read_batch(adapter, batch, inputs, outputs, keep)
@@ -133,23 +134,6 @@ def read_at_subject(
         adapter, inputs=inputs, outputs=outputs
     )
     return taken, given
-
-
-@contextmanager
-def _evaluation(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; afterwards each module is in the mode that it was in before.
-
-    Only modules that train are touched: setting the mode of all of them several times a plan took a
-    tenth of the plan of one fact.
-    """
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastcov.mode import evaluation_mode
 from fastmemit.errors import FastmemitError, UnknownArchitecture
 from fastmemit.evaluation.windows import PerplexityText, Window, read_text
 from fastmemit.logits import head_reads
@@ -77,7 +78,7 @@ def perplexity(
     """
     windows = text.windows(context_limit(adapter.model))
     total, tokens = 0.0, 0
-    with _evaluation(adapter.model), torch.no_grad():
+    with evaluation_mode(adapter.model), torch.no_grad():
         for batch in _batches(windows, batch_tokens):
             nll = _run(adapter, batch)
             if not math.isfinite(nll):
@@ -148,15 +149,3 @@ def _decoder(adapter: ModelAdapter) -> nn.Module:
     """The module that owns the blocks and gives the hidden states after the last norm."""
     blocks = adapter.template.partition(".{}")[0]
     return adapter.model.get_submodule(blocks.rpartition(".")[0])
-
-
-@contextmanager
-def _evaluation(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; afterwards each submodule is in the mode that it was in before."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

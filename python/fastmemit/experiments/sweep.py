@@ -9,14 +9,15 @@ size and method that can share them, and the unedited scores are taken once.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from fastcov.store import atomic_file
 from fastmemit.data import Record, batches
 from fastmemit.editor import Editor
-from fastmemit.errors import WrongModel
+from fastmemit.editors import EditConfig
+from fastmemit.errors import BadData, WrongModel
 from fastmemit.evaluation.counterfact import count_questions, score_records
 from fastmemit.evaluation.perplexity import perplexity
 from fastmemit.experiments.cell import SweepInputs, SweepRun, run_cell
@@ -87,7 +88,7 @@ def run_sweep(
         finished = read_results(folder)
         todo = [p for p in places[number - 1 :: of] if p.key not in finished]
         if todo:
-            run = _prepared(editor, inputs, dealt, todo, progress)
+            run = _prepared(editor, grid, inputs, dealt, todo, progress)
             with bar("records", sum(map(_size, todo)), progress) as advance:
                 for place, used in _with_statistics(run, grid, todo):
                     advance.note(place.key)
@@ -98,15 +99,25 @@ def run_sweep(
             for name in (RESULTS, TIMINGS):
                 write_in_order(folder, name, [place.key for place in places])
         finished = read_results(folder)
-    return [Cell(**finished[p.key]) for p in places if p.key in finished]  # type: ignore[typeddict-item]
+    return [cast(Cell, finished[place.key]) for place in places if place.key in finished]
 
 
 def _size(place: Place) -> int:
     return place.batch_size * place.batches
 
 
+def _config(editor: Editor, place: Place) -> EditConfig:
+    return editor.config(place.method, **dict(place.settings))
+
+
+def _distinct(dealt: Iterable[Sequence[Sequence[Record]]]) -> list[Record]:
+    """The records of some batches, each once, in the order in which they come."""
+    return list({r.case_id: r for sets in dealt for batch in sets for r in batch}.values())
+
+
 def _prepared(
     editor: Editor,
+    grid: Grid,
     inputs: SweepInputs,
     dealt: dict[int, list[list[Record]]],
     todo: Sequence[Place],
@@ -117,21 +128,19 @@ def _prepared(
     Not only for what is left to do: rows of a batch differ in their last bits with what stands
     beside them, so the same records are always run together.
     """
-    records = list({r.case_id: r for sets in dealt.values() for s in sets for r in s}.values())
+    records = _distinct(dealt.values())
     run = SweepRun(editor, inputs, dealt, _unedited(editor, inputs.folder, records, progress))
     if inputs.text is not None:
         unedited = perplexity(editor.adapter, inputs.text)
         run.unedited, run.predicted = unedited.perplexity, unedited.tokens
-    configs = {
-        config.targets(): config
-        for place in todo
-        for config in [editor.config(place.method, **dict(place.settings))]
-    }
-    for config in configs.values():
-        # Those of a method that has cells of some batch sizes only are made for all the same.
-        for start in range(0, len(records), _TARGETS_TOGETHER):
-            requests = [record.request for record in records[start : start + _TARGETS_TOGETHER]]
-            editor.sources.targets(requests, config, together=True)
+    for settings in dict.fromkeys(_config(editor, place).targets() for place in todo):
+        # The batch sizes of the whole grid: ROME, for one, edits no batches but those of one.
+        using = [place for place in grid.places() if _config(editor, place).targets() == settings]
+        sizes = {place.batch_size for place in using}
+        wanted = _distinct(sets for size, sets in dealt.items() if size in sizes)
+        for start in range(0, len(wanted), _TARGETS_TOGETHER):
+            requests = [record.request for record in wanted[start : start + _TARGETS_TOGETHER]]
+            editor.sources.targets(requests, _config(editor, using[0]), together=True)
     return run
 
 
@@ -142,7 +151,13 @@ def _unedited(
     path = folder / "unedited.json"
     wanted = {"fingerprint": editor.fingerprint, "cases": [record.case_id for record in records]}
     if path.is_file():
-        stored = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            stored = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise BadData(
+                f"{str(path)!r} is not what was written ({error}); delete it, and the unedited "
+                "scores are taken again."
+            ) from error
         if {name: stored.get(name) for name in wanted} == wanted:
             return {value["case_id"]: value for value in stored["scores"]}
     with bar("unedited scores", count_questions(records), progress) as advance:

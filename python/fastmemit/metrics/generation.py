@@ -99,9 +99,7 @@ class TextLikeness:
 
     def __init__(self, texts: Iterable[str]) -> None:
         try:
-            from sklearn.feature_extraction.text import (  # type: ignore[import-untyped]
-                TfidfVectorizer,
-            )
+            from sklearn.feature_extraction.text import TfidfVectorizer
         except ImportError:
             raise BadConfig(
                 "The reference score needs scikit-learn, which is not installed; "

@@ -236,8 +236,10 @@ def summarise(records: Iterable[RecordScore]) -> Scores:
     }
     means["s"] = harmonic_mean([means["es"], means["ps"], means["ns"]])
     # "as" is a word of Python's own.
-    fields = {"as_" if name == "as" else name: percent(value) for name, value in means.items()}
-    return Scores(**fields)  # type: ignore[arg-type]
+    fields: dict[str, Any] = {
+        "as_" if name == "as" else name: percent(value) for name, value in means.items()
+    }
+    return Scores(**fields)
 
 
 def _pairs(case_id: int, prompt: str, costs: Iterable[Sequence[float]]) -> tuple[NllPair, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from fastcov.store import atomic_file
 from fastmemit.errors import BadConfig
@@ -93,7 +93,7 @@ def _lines(axes: Any, result: Located) -> None:
 
 
 def _map(picture: Any, axes: Any, result: Located, kind: str, rows: list[str], named: bool) -> None:
-    groups = result["effects"][kind]  # type: ignore[index]
+    groups = cast(dict[str, Any], result["effects"])[kind]
     values = [_percent(groups[group]["mean"]) for group in rows]
     image = axes.imshow(values, aspect="auto", cmap="Purples", vmin=0, interpolation="nearest")
     axes.set_title(kind, fontsize="medium")

@@ -26,7 +26,7 @@ def subject_embeddings(adapter: ModelAdapter, facts: Sequence[TracedFact]) -> tu
         BadRequest: All coordinates are alike, so that there is nothing to measure noise by.
     """
     tokens = [token for fact in facts for token in fact.ids[fact.first : fact.last + 1]]
-    embed: Any = adapter.model.get_input_embeddings()  # type: ignore[operator]
+    embed = _input_embeddings(adapter)
     values = embed(torch.tensor([tokens], device=adapter.device)).float()
     std = float(values.std())
     if not std > 0:
@@ -52,9 +52,14 @@ def subject_noise(fact: TracedFact, samples: int, width: int, std: float, seed: 
 @contextmanager
 def added_to_embeddings(adapter: ModelAdapter, noise: Tensor) -> Iterator[None]:
     """Add `noise` (rows, tokens, width) to what the input embeddings give inside the block."""
-    embed: Any = adapter.model.get_input_embeddings()  # type: ignore[operator]
+    embed = _input_embeddings(adapter)
     handle = embed.register_forward_hook(lambda _module, _args, out: out + noise.to(out))
     try:
         yield
     finally:
         handle.remove()
+
+
+def _input_embeddings(adapter: ModelAdapter) -> Any:
+    model: Any = adapter.model
+    return model.get_input_embeddings()

@@ -183,6 +183,33 @@ def test_nothing_is_paid_for_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert optimised == unedited == [4]
 
 
+def test_vectors_are_made_for_the_records_that_a_method_edits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    editor = tiny_editor(tmp_path / "cache", layers=None)
+    asked: list[tuple[str, int]] = []
+    real = editor.sources.targets
+
+    def counted(requests, config, **settings):
+        if settings.get("together"):
+            asked.append((config.method, len(requests)))
+        return real(requests, config, **settings)
+
+    monkeypatch.setattr(editor.sources, "targets", counted)
+    grid = Grid(("emmet", "rome"), {1: 1, 2: 2}, (2.0,), (SETTINGS,))
+    run_sweep(editor, grid, inputs(editor, tmp_path / "out"))
+    assert asked == [("emmet", 4), ("rome", 1)]
+
+
+def test_damaged_unedited_scores_are_refused_by_their_file(tmp_path: Path) -> None:
+    editor = tiny_editor(tmp_path / "cache", layers=None)
+    grid = dataclasses.replace(GRID, multipliers=(2.0,), variants=(SETTINGS,), batches={1: 1})
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/unedited.json").write_text('{"fingerprint": ')
+    with pytest.raises(BadData, match=r"unedited.json' is not what was written .*; delete it"):
+        run_sweep(editor, grid, inputs(editor, tmp_path / "out"))
+
+
 def test_it_says_how_long_each_cell_took_and_where(tmp_path: Path) -> None:
     editor = tiny_editor(tmp_path / "cache", layers=None)
     grid = dataclasses.replace(GRID, multipliers=(2.0,), variants=(SETTINGS,))
