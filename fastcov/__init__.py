@@ -32,6 +32,7 @@ from fastcov.errors import (
 from fastcov.keys import KeyHooks, flatten_keys, key_rows
 from fastcov.linalg import CholeskyFactor, RefinedFactor, factorize, regularised
 from fastcov.moments import SecondMoment
+from fastcov.null_space import NullSpace, null_space
 from fastcov.ops import rank_k_update
 from fastcov.shrinkage import ledoit_wolf, oas, shrunk
 from fastcov.spans import Span, between
@@ -53,6 +54,7 @@ __all__ = [
     "NonFiniteKeys",
     "NonFiniteMatrix",
     "NotPositiveDefinite",
+    "NullSpace",
     "QuarticUnknown",
     "RefinedFactor",
     "ResidualTooLarge",
@@ -77,6 +79,7 @@ __all__ = [
     "ledoit_wolf",
     "load_moment",
     "minimum_keys",
+    "null_space",
     "oas",
     "rank_k_update",
     "read_provenance",
