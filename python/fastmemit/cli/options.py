@@ -93,9 +93,7 @@ def make_editor(args: argparse.Namespace) -> Editor:
     from fastmemit.editor import Editor
 
     transformers_logging.set_verbosity_error()
-    # Their retries without a network are a page; our own sentence says it at the end.
-    for library in ("huggingface_hub", "datasets"):
-        logging.getLogger(library).setLevel(logging.CRITICAL)
+    quiet_libraries()
     if args.quiet or not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
     return Editor.from_pretrained(
@@ -109,6 +107,16 @@ def make_editor(args: argparse.Namespace) -> Editor:
         target_batch_tokens=args.target_batch_tokens,
         progress=not args.quiet,
     )
+
+
+def quiet_libraries() -> None:
+    """No pages from the libraries that ask the hub; our own sentence says it at the end."""
+    from huggingface_hub.utils import disable_progress_bars
+
+    for library in ("huggingface_hub", "datasets"):
+        logging.getLogger(library).setLevel(logging.CRITICAL)
+    if not sys.stderr.isatty():
+        disable_progress_bars()
 
 
 def ensure_statistics(editor: Editor, layers: Sequence[int], args: argparse.Namespace) -> None:
