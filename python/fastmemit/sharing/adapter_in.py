@@ -208,10 +208,8 @@ def _as_written(
 ) -> Delta:
     """The delta that was exported: without the padding, and checked by its digest."""
     ranks, provenance = ours.get("ranks"), ours.get("provenance")
-    if (
-        not isinstance(ranks, dict)
-        or not isinstance(provenance, dict)
-        or ranks.keys() != {*factors}
+    if not (
+        isinstance(ranks, dict) and isinstance(provenance, dict) and ranks.keys() == factors.keys()
     ):
         raise _damaged(folder, "is not what was exported")
     cut = {

@@ -57,10 +57,7 @@ def edit_card(
         _facts(facts),
         table(
             ("weight", "shape", "rank"),
-            [
-                (n, f"{a.shape[0]} x {b.shape[0]}", a.shape[1])
-                for n, (a, b) in delta.factors.items()
-            ],
+            _weights(delta),
         ),
         *_composed(delta),
         "## How it was made",
@@ -165,6 +162,13 @@ def _facts(facts: list[EditRequest]) -> str:
     shown = table(("prompt", "new answer", "former answer"), rows)
     more = len(facts) - LISTED
     return shown if more <= 0 else f"{shown}\n\nAnd {more} more, in the file's provenance."
+
+
+def _weights(delta: Delta) -> list[tuple[str, str, int]]:
+    return [
+        (name, f"{left.shape[0]} x {right.shape[0]}", left.shape[1])
+        for name, (left, right) in delta.factors.items()
+    ]
 
 
 def _composed(delta: Delta) -> Iterable[str]:

@@ -87,14 +87,14 @@ def parts(delta: Delta) -> tuple[Delta, ...]:
     """
     if delta.provenance.get("method") != METHOD or "compression" in delta.provenance:
         return (delta,)
-    found = []
+    found: list[Delta] = []
     start = dict.fromkeys(delta.factors, 0)
     for about in _records(delta):
         factors = {}
         for name, rank in about["ranks"].items():
             if name not in start:
                 raise _not_as_said(
-                    f"part {len(found) + 1} changes {name!r:.80}, which is not in it"
+                    f"its part {len(found) + 1} changes {name!r:.80} and it does not"
                 )
             columns = slice(start[name], start[name] + rank)
             factors[name] = _columns(delta.factors[name], columns)

@@ -57,7 +57,7 @@ def check_facts(deltas: Sequence[Delta]) -> None:
                 )
             if deltas[first].digest() not in listed_texts(delta, "on_top_of"):
                 raise ConflictingEdits(
-                    f"Edits {first + 1} and {place + 1} both write {fact.text + fact.target!r:.80}, "
-                    "so that together they would change twice what is needed; leave one of them "
-                    "out, or pass allow_conflicts=True to add both."
+                    f"Edits {first + 1} and {place + 1} both write {fact.text + fact.target!r:.80} "
+                    "and would together change twice what is needed; leave one of them out, or "
+                    "pass allow_conflicts=True to add both."
                 )
