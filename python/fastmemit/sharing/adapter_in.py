@@ -166,7 +166,10 @@ def _scaling(
 ) -> float:
     """The factor before B A: alpha / r, or alpha / sqrt(r) in rank-stabilised LoRA."""
     alpha = config.get("lora_alpha", 8)
-    for pattern, value in (config.get("alpha_pattern") or {}).items():
+    patterns = config.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict):
+        raise _damaged(folder, f"has an alpha_pattern of {patterns!r:.40}")
+    for pattern, value in patterns.items():
         # A stranger's pattern: nested repetitions could run for ever.
         simple = not re.search(r"\)[*+?{]", pattern) and len(re.findall(r"[*+{]", pattern)) <= 3
         try:
