@@ -50,7 +50,7 @@ def test_it_is_one_after_the_other_within_the_stated_bound(dtype: torch.dtype) -
     bound = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in SHAPES.items()}
     for delta in deltas:
         delta.add_to(one_by_one)
-        for name, (left, right) in delta.factors.items():
+        for name in delta.factors:
             bound[name] += UNIT[dtype] * one_by_one.get_parameter(name).detach().double().abs()
     whole = compose(deltas)
     whole.add_to(at_once)
