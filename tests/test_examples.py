@@ -59,7 +59,7 @@ def test_many_edits_go_on_where_they_were_killed(place: Any, example: Any) -> No
 
 def test_an_edit_as_an_adapter(place: Any, example: Any) -> None:
     pytest.importorskip("peft")
-    said = example("serve_as_adapter.py", "--out", "adapter").splitlines()
+    said = example("serve_as_adapter.py", "--method", "rome", "--out", "adapter").splitlines()
     on, off = (next(x for x in said if x.startswith(word)) for word in ("on: ", "off: "))
     assert float(on.rpartition("= ")[2]) > float(off.rpartition("= ")[2])
     assert said[-1] == "read back, it is the same edit"

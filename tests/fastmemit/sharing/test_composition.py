@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from fastmemit.delta import Delta
-from fastmemit.errors import BadConfig, BadData, ConflictingEdits, DamagedFile, WrongModel
+from fastmemit.errors import BadConfig, ConflictingEdits, DamagedFile, WrongModel
 from fastmemit.request import EditRequest
 from fastmemit.sharing import compose, compressed, parts, remove
 from tiny_editors import FACTS, QUICK, tiny_editor
@@ -181,12 +181,6 @@ def test_a_composition_that_does_not_hold_what_it_says(harm: Any, message: str) 
     whole = compose([made(1), made(2, 3)])
     with pytest.raises(DamagedFile, match=message):
         parts(altered(whole, harm))
-
-
-@pytest.mark.parametrize("requests", ["text", [3], [{"prompt": "x"}]])
-def test_facts_that_cannot_be_read(requests: Any) -> None:
-    with pytest.raises(BadData, match="edit"):
-        compose([made(1, requests=requests), made(2)])
 
 
 def test_real_edits_one_on_the_other(tmp_path: Path) -> None:
