@@ -167,7 +167,7 @@ def test_the_config_says_which_model(tmp_path: Path) -> None:
     ]
 
 
-def test_in_bfloat16_the_adapter_is_as_good_as_the_edited_weights(tmp_path: Path) -> None:
+def test_in_bfloat16_the_adapter_is_nearly_as_good_as_the_edited_weights(tmp_path: Path) -> None:
     exact, rounded = tiny_model("llama"), tiny_model("llama").to(torch.bfloat16)
     delta = random_delta(exact, {0: 2, 1: 2})
     save_adapter(delta, exact, tmp_path / "adapter")
@@ -179,7 +179,7 @@ def test_in_bfloat16_the_adapter_is_as_good_as_the_edited_weights(tmp_path: Path
     delta.add_to(exact)
     expected = logits(exact)
     errors = [float((x - expected).norm()) for x in (beside, logits(inside).float())]
-    assert errors[0] < 1.5 * errors[1]
+    assert errors[0] < 1.2 * errors[1]  # the sum is rounded once more
 
 
 def test_what_no_adapter_can_hold_is_refused(tmp_path: Path) -> None:

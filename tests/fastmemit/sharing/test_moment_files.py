@@ -1,4 +1,4 @@
-"""A folder of moments from a stranger: sound and of one thing, or refused; its names are no paths."""
+"""A folder of moments from a stranger: sound and of one thing, or refused; no name is a path."""
 
 from __future__ import annotations
 
