@@ -179,9 +179,9 @@ def checked_edits(
         NonFiniteMatrix: R holds NaN or infinity.
     """
     if K.dim() != 2 or K.shape[0] != d or K.shape[1] == 0:
-        what = "null space" if isinstance(like, Tensor) else "factor"
+        whose = "null space" if isinstance(like, Tensor) else "factor"
         raise WrongWidth(
-            f"Edit keys of shape {tuple(K.shape)} do not fit a {what} of width {d}; "
+            f"Edit keys of shape {tuple(K.shape)} do not fit a {whose} of width {d}; "
             f"they must be columns, ({d}, B) with B at least 1."
         )
     if R.dim() != 2 or R.shape[1] != K.shape[1]:

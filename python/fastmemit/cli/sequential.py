@@ -81,6 +81,7 @@ def run(args: argparse.Namespace) -> None:
     from fastmemit.experiments.drawing import check_matplotlib
     from fastmemit.experiments.grid import parse_multipliers
     from fastmemit.experiments.header import file_identity
+    from fastmemit.experiments.layout import method_title
     from fastmemit.experiments.sequential_report import figure, markdown
     from fastmemit.experiments.sequential_runs import Inputs, Plan, run_sequences
     from fastmemit.experiments.statistics import FULL_KEYS
@@ -112,7 +113,7 @@ def run(args: argparse.Namespace) -> None:
         text=text,
     )
     lines = run_sequences(editor, plan, inputs, progress=not args.quiet)
-    title = f"{editor.name}: {args.method.upper()}, batches of {args.batch_size} in sequence"
+    title = f"{editor.name}: {method_title(args.method)}, batches of {args.batch_size} in sequence"
     svg, png = figure(lines, title)
     written = {".md": markdown(lines).encode(), ".svg": svg, ".png": png}
     for ending, content in written.items():
