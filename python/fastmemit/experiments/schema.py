@@ -51,7 +51,7 @@ class Cell(CellPlace):
     before: ScoreTable  # the unedited model, on the same records
     records: list[CellRecord]
     perplexity: Perplexity | None  # None where it was not asked for
-    jitter: dict[str, float]  # layer -> what the factorisation had to add, relative to the diagonal
+    jitter: dict[str, float]  # layer -> what its factor had to add, relative to the diagonal
 
 
 class Timing(TypedDict):
