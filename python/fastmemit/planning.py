@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Sequence
 
 from fastmemit.applied import Edit, EditStack
@@ -12,6 +13,8 @@ from fastmemit.editors.base import EditKeys
 from fastmemit.request import EditRequest, check_batch
 from fastmemit.sources import Sources
 from fastmemit.statistics import versions
+
+log = logging.getLogger(__name__)
 
 
 def plan_edit(
@@ -44,6 +47,15 @@ def plan_edit(
     batch = check_batch(requests)
     if preserved is None and config.method in PRESERVING:
         preserved = sources.preserved
+        unknown = len(stack.edits) - len(preserved.edits)
+        if unknown:
+            log.warning(
+                "%d of the %d edits in the weights come from files, which hold no keys: %s "
+                "does not preserve theirs",
+                unknown,
+                len(stack.edits),
+                config.method,
+            )
     earlier = () if preserved is None else preserved.edits
     for edit in earlier:
         stack.check(edit)

@@ -40,7 +40,8 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
         "--preserve",
         choices=tuple(PRESERVE),
         default="both",
-        help="the keys of earlier edits too: yes, no, or one sequence of each (default: both)",
+        help="the keys of earlier edits too, whatever the method: yes, no, or one sequence of each "
+        "(default: both)",
     )
     group.add_argument("--perplexity", type=Path, metavar="FILE", help="text to measure it on")
     group.add_argument(

@@ -145,6 +145,19 @@ def test_earlier_edits_count_whatever_method_they_are_of(editor: Editor, method:
     assert "preserved" not in plain.provenance
 
 
+def test_edits_from_files_bring_no_keys_and_that_is_said(
+    editor: Editor, tmp_path: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = editor.edit(FACTS[:1], "encore", **SETTINGS["encore"])
+    assert caplog.text == ""
+    first.save(tmp_path / "first.safetensors")
+    first.undo()
+    editor.load(tmp_path / "first.safetensors").apply()
+    upon = editor.plan(FACTS[1:], "encore", **SETTINGS["encore"])
+    assert "1 of the 1 edits in the weights come from files" in caplog.text
+    assert upon.provenance["preserved"] == [] and len(upon.provenance["on_top_of"]) == 1
+
+
 def test_an_object_of_ones_own_takes_the_place_of_the_editors(editor: Editor) -> None:
     own = PreservedKeys()
     editor.edit(FACTS[:1], "encore", **SETTINGS["encore"])
