@@ -7,6 +7,7 @@ Importing this package needs torch alone. `fastcov.ops` has the operator and its
 
 from fastcov import closed_form
 from fastcov.ahead import Ahead
+from fastcov.alphaedit import alphaedit
 from fastcov.batches import bucket, take
 from fastcov.budget import budget, minimum_keys
 from fastcov.closed_form import LowRank
@@ -20,6 +21,7 @@ from fastcov.errors import (
     KernelUnavailable,
     NonFiniteKeys,
     NonFiniteMatrix,
+    NoNullSpace,
     NotPositiveDefinite,
     QuarticUnknown,
     ResidualTooLarge,
@@ -51,6 +53,7 @@ __all__ = [
     "KernelUnavailable",
     "KeyHooks",
     "LowRank",
+    "NoNullSpace",
     "NonFiniteKeys",
     "NonFiniteMatrix",
     "NotPositiveDefinite",
@@ -67,6 +70,7 @@ __all__ = [
     "Throughput",
     "UnknownModule",
     "WrongWidth",
+    "alphaedit",
     "between",
     "bucket",
     "budget",

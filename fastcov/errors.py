@@ -69,6 +69,18 @@ class ResidualTooLarge(FastcovError):
         self.tolerance = tolerance
 
 
+class NoNullSpace(FastcovError):
+    """An update that is confined to a null space has no direction there, or a key has no part.
+
+    Attributes:
+        columns: The edit keys that have no part in it; empty where it has no direction at all.
+    """
+
+    def __init__(self, message: str = "", *, columns: tuple[int, ...] = ()) -> None:
+        super().__init__(message)
+        self.columns = columns
+
+
 class WrongWidth(FastcovError, ValueError):
     """Keys or matrices have another width than what they are combined with."""
 

@@ -20,7 +20,7 @@ from fastmemit.delta import Delta
 from fastmemit.editors import METHODS, EditConfig, PreservedKeys, ReadCache, find_config
 from fastmemit.errors import BadConfig, WrongModel
 from fastmemit.models import find_adapter, load_model, save_model
-from fastmemit.planning import plan_edit
+from fastmemit.planning import apply_edit, plan_edit
 from fastmemit.request import EditRequest
 from fastmemit.sampling import continue_texts
 from fastmemit.sources import Sources
@@ -216,8 +216,10 @@ class Editor:
 
         Args:
             requests: The facts, written together.
-            method: ``"rome"``, ``"emmet"`` or ``"memit"``.
-            preserved: Keys of earlier edits that this one shall preserve too.
+            method: One of `METHODS`.
+            preserved: Keys of earlier edits that this one shall preserve too. None stands for none;
+                for ENCORE and AlphaEdit, to which they belong, for those of all edits that are in
+                the weights now, and an empty object for none.
             reads: Where to keep what the unedited model shows, for further plans of these facts.
             overrides: Settings that replace the preset's, see `EditConfig`.
 
@@ -243,11 +245,7 @@ class Editor:
         Args and errors are those of `plan`; on any of them the weights are as they were.
         """
         config = self.config(method, **overrides)
-        delta, keys = plan_edit(self.sources, self._stack, requests, config, preserved, reads)
-        edit = Edit(delta, self._stack).apply()
-        if preserved is not None:
-            preserved.add(edit, keys)
-        return edit
+        return apply_edit(self.sources, self._stack, requests, config, preserved, reads)
 
     def load(self, path: str | os.PathLike[str], *, force: bool = False) -> Edit:
         """Read an edit from a file; it is not applied.

@@ -59,6 +59,8 @@ class Sources:
         self._contexts: dict[str, tuple[str, ...]] = {}
         self._factors = FactorCache()
         self._statistics: Statistics | None = None
+        #: The keys of the edits that are in the weights, for methods to which they belong.
+        self.preserved = PreservedKeys()
 
     def identity(self) -> dict[str, Any]:
         """What tells this model and its tokenizer from others, for provenance."""
@@ -247,6 +249,15 @@ class Sources:
         """The factor of a layer's ``A``, made where it is not held."""
         return self._factors.get(self._adapter, self.statistics_for(config.layers), config, layer)
 
+    def prepare(self, config: EditConfig) -> dict[int, float]:
+        """Make what the layers' solves need; layer -> the jitter of its factor, if there is one."""
+        used = self.statistics_for(config.layers)
+        if config.method == "alphaedit":
+            for layer in config.layers:
+                self._factors.null_space(self._adapter, used, config, layer)
+            return {}
+        return {layer: self.factor(config, layer).jitter for layer in config.layers}
+
     def workspace(
         self,
         config: EditConfig,
@@ -262,6 +273,7 @@ class Sources:
             config,
             contexts,
             factor=lambda layer: self._factors.get(self._adapter, used, config, layer),
+            null_space=lambda layer: self._factors.null_space(self._adapter, used, config, layer),
             targets=lambda requests, keep: self.targets(requests, config, keep=keep),
             preserved=preserved,
             reads=None if self._stack.edits else reads,

@@ -27,7 +27,7 @@ from fastmemit.cli import (
     sweep,
 )
 
-DESCRIPTION = "Edit the facts of a language model: ROME, EMMET and MEMIT in seconds."
+DESCRIPTION = "Edit the facts of a language model: ROME, EMMET, MEMIT and its relatives in seconds."
 EPILOG = """examples:
   fastmemit demo
   fastmemit precompute --model gpt2-xl --multiplier 10

@@ -15,7 +15,8 @@ from fastmemit.errors import BadConfig
 if TYPE_CHECKING:
     from fastmemit.editor import Editor
 
-METHOD_NAMES = ("rome", "emmet", "memit")
+# Those of fastmemit.editors, which to import takes a second.
+METHOD_NAMES = ("rome", "emmet", "memit", "pmet", "encore", "alphaedit")
 DEFAULT_MULTIPLIER = 10.0
 
 

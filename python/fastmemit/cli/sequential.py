@@ -40,7 +40,8 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
         "--preserve",
         choices=tuple(PRESERVE),
         default="both",
-        help="the keys of earlier edits too: yes, no, or one sequence of each (default: both)",
+        help="the keys of earlier edits too, whatever the method: yes, no, or one sequence of each "
+        "(default: both)",
     )
     group.add_argument("--perplexity", type=Path, metavar="FILE", help="text to measure it on")
     group.add_argument(
@@ -81,6 +82,7 @@ def run(args: argparse.Namespace) -> None:
     from fastmemit.experiments.drawing import check_matplotlib
     from fastmemit.experiments.grid import parse_multipliers
     from fastmemit.experiments.header import file_identity
+    from fastmemit.experiments.layout import method_title
     from fastmemit.experiments.sequential_report import figure, markdown
     from fastmemit.experiments.sequential_runs import Inputs, Plan, run_sequences
     from fastmemit.experiments.statistics import FULL_KEYS
@@ -112,7 +114,7 @@ def run(args: argparse.Namespace) -> None:
         text=text,
     )
     lines = run_sequences(editor, plan, inputs, progress=not args.quiet)
-    title = f"{editor.name}: {args.method.upper()}, batches of {args.batch_size} in sequence"
+    title = f"{editor.name}: {method_title(args.method)}, batches of {args.batch_size} in sequence"
     svg, png = figure(lines, title)
     written = {".md": markdown(lines).encode(), ".svg": svg, ".png": png}
     for ending, content in written.items():

@@ -56,7 +56,7 @@ class TargetStore:
             "model": model,
             "request": [request.prompt, request.subject, request.target],
             "contexts": list(contexts),
-            "settings": dataclasses.asdict(settings),
+            "settings": _what_matters(settings),
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -148,6 +148,17 @@ def stored_or_optimised(
             store.put(key, target)
             found[key] = target
     return [found[key] for key in keys]
+
+
+def _what_matters(settings: TargetSettings) -> dict[str, Any]:
+    """The settings of a key: the stopping rule by what only that rule reads.
+
+    The rule of the loss goes unnamed, as it did when there was no other: what was stored then is
+    found.
+    """
+    values = dataclasses.asdict(settings)
+    values.pop("stop" if settings.stop == "loss" else "early_stop")
+    return values
 
 
 def _seal(parts: dict[str, Any]) -> str:

@@ -140,6 +140,23 @@ def test_one_fact_from_options(place: Place, capsys: pytest.CaptureFixture[str])
     assert Delta.load(saved).provenance["settings"]["steps"] == 2
 
 
+@pytest.mark.parametrize("method", ["pmet", "encore", "alphaedit"])
+def test_relatives_of_memit_from_options(
+    place: Place, capsys: pytest.CaptureFixture[str], method: str
+) -> None:
+    own = ("--method", method, "--set", "null_relative=0.5")
+    saved = place.edit(capsys, f"{method}.st", *own)
+    settings = Delta.load(saved).provenance["settings"]
+    assert settings["method"] == method and settings["null_relative"] == 0.5
+    assert (settings["spread"], settings["stop"]) == {
+        "pmet": ("sqrt", "loss"), "encore": ("linear", "most-probable"),
+        "alphaedit": ("linear", "loss"),
+    }[method]  # fmt: skip
+    out = run(capsys, "evaluate", *place.model, *EDIT, *own, "--data", place.records,
+              "--batch-size", "2", "--batches", "1")  # fmt: skip
+    assert f", {method}, 2 records in 1 batches" in out
+
+
 def test_a_former_file_is_replaced_and_several_edits_are_applied(
     place: Place, capsys: pytest.CaptureFixture[str]
 ) -> None:
