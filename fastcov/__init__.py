@@ -15,12 +15,14 @@ from fastcov.errors import (
     BadBudget,
     BudgetNotMet,
     EmptyCorpus,
+    FailedElsewhere,
     FastcovError,
     HookNeverRan,
     KernelUnavailable,
     NonFiniteKeys,
     NonFiniteMatrix,
     NotPositiveDefinite,
+    ProcessLost,
     QuarticUnknown,
     ResidualTooLarge,
     StoreDamaged,
@@ -34,6 +36,7 @@ from fastcov.linalg import CholeskyFactor, RefinedFactor, factorize, regularised
 from fastcov.moments import SecondMoment
 from fastcov.null_space import NullSpace, null_space
 from fastcov.ops import rank_k_update
+from fastcov.processes import Processes
 from fastcov.shrinkage import ledoit_wolf, oas, shrunk
 from fastcov.spans import Span, between
 from fastcov.stopping import StoppingRule, checkpoints
@@ -46,6 +49,7 @@ __all__ = [
     "BudgetNotMet",
     "CholeskyFactor",
     "EmptyCorpus",
+    "FailedElsewhere",
     "FastcovError",
     "HookNeverRan",
     "KernelUnavailable",
@@ -55,6 +59,8 @@ __all__ = [
     "NonFiniteMatrix",
     "NotPositiveDefinite",
     "NullSpace",
+    "ProcessLost",
+    "Processes",
     "QuarticUnknown",
     "RefinedFactor",
     "ResidualTooLarge",

@@ -16,6 +16,8 @@ from fastcov.errors import BadBudget, BudgetNotMet, EmptyCorpus
 from fastcov.keys import KeyHooks
 from fastcov.mode import evaluation_mode
 from fastcov.moments import SecondMoment
+from fastcov.parallel import Division
+from fastcov.processes import Processes
 from fastcov.tally import Tally
 from fastcov.throughput import Throughput
 
@@ -34,6 +36,7 @@ def collect(
     throughput: Throughput | None = None,
     launch_rows: int | None = None,
     causal: bool = False,
+    processes: Processes | None = None,
 ) -> dict[str, SecondMoment]:
     """Collect the second moments of several modules' inputs in one pass.
 
@@ -66,9 +69,13 @@ def collect(
         causal: Every token attends to itself and earlier ones alone. What pads a sequence on the
             right is then seen by no key, so the model is not given a mask that says only that, and
             may take its faster attention without one.
+        processes: Those among which the batches are divided. Each calls this with the same model,
+            budgets and batches, and runs its share of them; progress counts everybody's.
 
     Returns:
-        A moment for each module, in the order given, on the device of that module's input.
+        A moment for each module, in the order given, on the device of that module's input; with
+        `processes`, the sum over all of them, in each. The keys are those of one process; their
+        sums differ by rounding, as far as the order of additions does.
 
     Raises:
         BadBudget: A budget that is not a whole number above 0, or none for one of the modules.
@@ -78,10 +85,14 @@ def collect(
         WrongWidth: A module's input is not as wide as the module, or changes its width.
         UnknownModule: A path is not in the model.
         HookNeverRan: A module was never called.
+        FailedElsewhere: Another process failed.
+        ProcessLost: Another process does not answer.
     """
     wanted = _budgets(modules, budget)
     tally = Tally(model, wanted, dtype, launch_rows)
+    division = None if processes is None else Division(processes, tally, progress)
     with (
+        nullcontext() if processes is None else processes.guarded(),
         KeyHooks(model, modules, lambda name, x, _: tally.take(name, x)) as hooks,
         torch.no_grad(),
         evaluation_mode(model),
@@ -91,7 +102,7 @@ def collect(
         drop = {"key_mask"} | _unaccepted(model)
         if throughput is not None:
             throughput.start(model, device)
-        for batch in batches:
+        for batch in batches if division is None else division.own(batches):
             moved = {
                 name: sent(value, device) if isinstance(value, Tensor) else value
                 for name, value in batch.items()
@@ -109,8 +120,8 @@ def collect(
         tally.finish()
         if throughput is not None:
             throughput.stop()
-    _complete(tally, wanted, allow_fewer)
-    return tally.moments
+        _complete(tally, wanted, allow_fewer)
+        return tally.moments if division is None else division.total(wanted, dtype, device)
 
 
 def _complete(tally: Tally, wanted: Mapping[str, int | None], allow_fewer: bool) -> None:

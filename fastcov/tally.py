@@ -73,7 +73,6 @@ class _Module:
     limit: int | None
     moment: SecondMoment
     ring: Ring | None = None
-    found: int = 0  # keys that were taken, those that wait in the ring included
     waiting_since: int = -1  # the batch of the oldest key in the ring
 
 
@@ -104,6 +103,7 @@ class Tally:
         self._launch_rows = launch_rows
         self._look_every = look_every
         self._modules: dict[str, _Module] = {}
+        self._found = dict.fromkeys(wanted, 0)  # those that wait in a ring included
         self._finite = Finite()
         self._batch = -1
         self._before: dict[str, int] = {}
@@ -125,14 +125,25 @@ class Tally:
         return {name: self._modules[name].moment for name in self._wanted if name in self._modules}
 
     def found(self, name: str) -> int:
-        """How many keys a module has given."""
-        return self._modules[name].found if name in self._modules else 0
+        """How many of a module's keys were taken, or passed over."""
+        return self._found[name]
 
     def start(self, mask: Tensor | None) -> None:
         """Begin a batch with the mask of its tokens."""
         self._batch += 1
         self._kept = Kept(mask)
-        self._before = {name: self.found(name) for name in self._wanted}
+        self._before = dict(self._found)
+
+    def pass_over(self, tokens: int) -> None:
+        """Count the batch's keys and sum none of them: another process does.
+
+        Args:
+            tokens: How many positions the batch has, kept or not.
+        """
+        count = tokens if self._kept.count is None else self._kept.count
+        for name, limit in self._wanted.items():
+            found = self._found[name] + count
+            self._found[name] = found if limit is None else min(found, limit)
 
     def took(self) -> dict[str, int]:
         """How many keys the batch gave, by module."""
@@ -170,8 +181,8 @@ class Tally:
                 some = None if part is None or kept == rows.shape[0] else sent(part, x.device)
                 module.moment.update(rows, some, kept=kept)
                 self._finite.ask(name, module.moment, self._batch, self._batch)
-        module.found += count
-        if module.ring is not None and module.found == limit:
+        self._found[name] += count
+        if module.ring is not None and self._found[name] == limit:
             module.ring.close()
         if self._due(x.device):
             self._finite.look(name, self._batch, x if module.ring is None else None, mask)
