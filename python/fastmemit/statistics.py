@@ -17,10 +17,11 @@ from torch import Tensor
 
 import fastcov
 from fastcov.throughput import Throughput
+from fastmemit import parallel
 from fastmemit.data.corpora import Corpus
 from fastmemit.data.feed import corpus_batches
 from fastmemit.errors import BadConfig
-from fastmemit.kept import common, compare, home_of, is_there
+from fastmemit.kept import common, compare, essence, home_of, is_there
 from fastmemit.models import ModelAdapter
 
 log = logging.getLogger(__name__)
@@ -105,6 +106,8 @@ def precompute(
     Text is read, tokenised and put into batches by a thread, ahead of the model, except where the
     model writes the text. The result is the same bit for bit.
 
+    Inside `fastmemit.parallel.together` the batches are divided between processes.
+
     Args:
         adapter: The unedited model.
         tokenizer: Its tokenizer.
@@ -137,6 +140,7 @@ def precompute(
         StoreDamaged: A kept file's header is not what was written.
         StoreMismatch: A kept file is of something else than its folder says.
         NonFiniteKeys: An activation is NaN or infinite.
+        FailedElsewhere: Another process failed.
         OSError: A file cannot be written; those that were written are whole.
     """
     context = _context(adapter, max_length)
@@ -155,6 +159,8 @@ def precompute(
     home = home_of(folder / identity["model"][:16], shared)
     paths = {name: home / f"{name}.safetensors" for name in modules}
     missing = [name for name, path in paths.items() if not is_there(path, shared, name)]
+    processes = parallel.current()
+    missing = parallel.agreed(processes, {**essence(shared), "modules": list(paths)}, missing)
     if missing:
         log.info("collecting the second moments of %s", ", ".join(missing))
         held = {} if after is None else {name: after.moment(name) for name in missing}
@@ -187,6 +193,7 @@ def precompute(
                     progress=progress,
                     throughput=throughput,
                     causal=not getattr(adapter.model.config, "use_bidirectional_attention", False),
+                    processes=processes,
                 )
         for name, moment in more.items():
             held[name] = held[name].merge(moment) if name in held else moment
@@ -194,7 +201,8 @@ def precompute(
             log.info("%s", throughput)
         for name, moment in held.items():
             own = {**shared, "module": name, "budget": budgets[name], "keys": moment.count}
-            fastcov.save_moment(paths[name], moment, {**own, "versions": versions()})
+            made = {**own, "versions": {**versions(), **parallel.recorded(processes)}}
+            parallel.save_once(processes, paths[name], moment, made)
     provenance = common([fastcov.read_provenance(path) for path in paths.values()])
     return Statistics(paths, provenance, throughput if missing else None)
 

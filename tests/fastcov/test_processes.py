@@ -60,6 +60,19 @@ def test_nobody_goes_on_before_the_last_has_come():
     assert order == ["late", "early"]
 
 
+def test_the_first_leaves_last():
+    gone = []
+
+    def leave(processes):
+        if not processes.first:
+            time.sleep(0.1)
+        processes.leave()
+        gone.append(processes.rank)
+
+    assert together(leave, leave, leave) == [None] * 3
+    assert sorted(gone) == [0, 1, 2]
+
+
 def test_an_error_reaches_those_who_wait_and_those_who_work():
     def breaks(processes):
         with processes.guarded():

@@ -86,11 +86,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     # Heavy imports happen here, so that --help answers at once.
-    from fastcov import FastcovError
+    from fastcov import FailedElsewhere, FastcovError
     from fastmemit.errors import FastmemitError
+    from fastmemit.parallel import for_verb
 
     try:
-        VERBS[args.verb].run(args)
+        with for_verb(args.verb, divided=("precompute",)):
+            VERBS[args.verb].run(args)
+    except FailedElsewhere:  # the process that failed says it
+        return 2
     except (FastcovError, FastmemitError) as error:
         return _fail(str(error))
     except OSError as error:
