@@ -16,6 +16,7 @@ from fastmemit.cli import (
     edit,
     evaluate,
     locate,
+    plan,
     precompute,
     report,
     sequential,
@@ -34,6 +35,7 @@ EPILOG = """examples:
   fastmemit report DIR
 """
 VERBS = {
+    "plan": plan,
     "precompute": precompute,
     "edit": edit,
     "apply": apply,

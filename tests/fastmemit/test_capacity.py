@@ -1,0 +1,150 @@
+"""The arithmetic of plans, by hand, and beside runs that were recorded."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from fastmemit.capacity import FULL_KEYS, MACHINES, SHAPES, Machine, Shape, plan, shape_of
+from fastmemit.errors import BadConfig
+from fastmemit.models import find_adapter
+from tiny_models import ARCHITECTURES, tiny_model
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+# Two blocks, d 4, d_k 8, two heads of width 2 on one of keys and values, 10 tokens.
+SMALL = Shape(2, 4, 8, 2, 1, 2, 10, gated=True, tied=False)
+ROUND = Machine(
+    flops=1000.0,
+    share=0.5,
+    float64=100.0,
+    memory=1e9,
+    bandwidth=10.0,
+    link=16.0,
+    disk=2.0,
+    tokenise=4.0,
+    dtype_bytes=2,
+    source="made up",
+)
+
+
+def test_weights_by_hand() -> None:
+    # q and o: 4 x 4 each, k and v: 4 x 2 each; gate and up: 4 x 8 each; down: 8 x 4
+    assert (SMALL.attention, SMALL.before_key, SMALL.block) == (48, 64, 144)
+    assert SMALL.weights == 2 * 144 + 2 * 40
+    plain = dataclasses.replace(SMALL, gated=False, tied=True)
+    assert (plain.before_key, plain.block, plain.weights) == (32, 112, 2 * 112 + 40)
+    assert SMALL.run(0) == 48 + 64  # attention, gate and up of the first block
+    assert SMALL.run(1) == 144 + 48 + 64
+
+
+def test_a_plan_by_hand() -> None:
+    made = plan(SMALL, ROUND, [0, 1], 100, processes=2, batch_tokens=30, length=9)
+    # 2 operations for each of 256 weights; 4 x 2 x 2 for each of 5 tokens on average, in 2 blocks
+    assert made.flops == 100 * (2 * 256 + 16 * 5 * 2)
+    assert made.triangles == 100 * 2 * 8 * 9
+    # 4 batches, 2 for each process; half of 1000 operations a second
+    assert made.seconds["model"] == (2 / 4) * (67200 + 14400) / 500
+    assert made.seconds["text"] == 25
+    triangle = 36 * 4
+    assert made.read == 2 * (256 * 2 + 2 * 2 * triangle)
+    assert made.seconds["memory"] == made.read / 10
+    # a ring of two sends half of it twice; a sixteenth more than the triangle goes
+    assert made.sent == 2 * triangle * 17 / 16
+    assert made.seconds["adding up"] == made.sent / 16
+    assert made.seconds["writing"] == 2 * triangle / 2
+    assert made.total == made.read / 10 + made.sent / 16 + triangle
+    assert (made.weights, made.weights_run) == (368 * 2, (256 + 40) * 2)
+    assert made.activations == 30 * (3 * 8 + 3 * 4) * 2
+    assert (made.moments, made.factor, made.file) == (2 * 64 * 4, 64 * 8, triangle)
+    assert made.memory == 592 + 2160 + 512
+    assert made.factor_seconds == 512 / 3 / 100
+
+
+def test_one_process_sends_nothing_and_a_short_run_has_a_small_batch() -> None:
+    made = plan(SMALL, ROUND, [0], 10)
+    assert made.sent == 0 and made.activations == 10 * (3 * 8 + 3 * 4) * 2
+    more = plan(SMALL, ROUND, [0], 10, processes=5)  # a single batch cannot be divided
+    assert more.seconds["model"] == made.seconds["model"]
+
+
+def test_a_model_of_seventy_billion() -> None:
+    shape = SHAPES["llama-3-70b"]
+    # 80 x (2 x 8192^2 + 2 x 8192 x 1024 + 3 x 8192 x 28672) + 2 x 128256 x 8192
+    assert shape.weights == 80 * 855_638_016 + 2 * 1_050_673_152 == 70_552_387_584
+    made = plan(shape, MACHINES["h100"], range(4, 9), 286_720)
+    assert made.moments / 5 == 28672**2 * 4 == 3_288_334_336
+    assert made.file == 28672 * 28673 // 2 * 4 == 1_644_224_512
+    assert made.factor == 6_576_668_672
+
+
+@pytest.mark.parametrize("name", ["gpt2-xl", "gpt-j-6b", "llama-2-7b", "llama-3-8b", "smollm2"])
+def test_known_models_have_the_weights_that_their_names_say(name: str) -> None:
+    stated = {"gpt2-xl": 1.56, "gpt-j-6b": 6.05, "llama-2-7b": 6.74, "llama-3-8b": 8.03,
+              "smollm2": 0.1345}[name]  # fmt: skip
+    assert SHAPES[name].weights / 1e9 == pytest.approx(stated, rel=0.01)
+
+
+def test_the_recorded_collect_took_what_is_counted() -> None:
+    """Operations as torch counted them while SmolLM2 ran, and the rates that the plan takes."""
+    recorded = json.loads((RESULTS / "collect-2core-zen3.json").read_text())
+    row = next(r for r in recorded["rows"] if r["contender"] == "fastcov.collect")
+    counted = row["gflops"] * row["p50"] * 1e9
+    machine = MACHINES["2-core"]
+    # The recorded text: articles of about 1,650 tokens as the model saw them.
+    made = plan(SHAPES["smollm2"], machine, range(4, 9), row["n"], length=1650, batch_tokens=4096)
+    assert made.flops + made.triangles == pytest.approx(counted, rel=0.05)
+    assert made.seconds["model"] == pytest.approx(row["p50"], rel=0.08)
+    assert machine.share == pytest.approx(row["share"], abs=0.005)
+    assert machine.flops / 1e9 == pytest.approx(
+        (row["peak_before"] + row["peak_after"]) / 2, rel=0.01
+    )
+    factor = json.loads((RESULTS / "factor-2core-zen3.json").read_text())["rows"]
+    rate = max(r["gflops"] for r in factor if r["contender"] == "fastcov factorize")
+    assert machine.float64 / 1e9 == pytest.approx(rate, rel=0.01)
+    rates = json.loads((RESULTS / "scale-2core-zen3.json").read_text())["rates"]
+    assert machine.tokenise == pytest.approx(rates["tokens_per_second"], rel=0.05)
+    assert machine.disk == pytest.approx(rates["write_bytes_per_second"], rel=0.05)
+    assert machine.link == pytest.approx(rates["add_up_bytes_per_second"], rel=0.05)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_shape_of_a_folder_is_that_of_its_model(architecture: str, tmp_path: Path) -> None:
+    model = tiny_model(architecture, tie_word_embeddings=False)
+    model.config.save_pretrained(tmp_path)
+    shape, adapter = shape_of(str(tmp_path)), find_adapter(model)
+    assert (shape.layers, shape.d, shape.d_k) == (adapter.n_layers, adapter.d, adapter.d_k(0))
+    matrices = sum(p.numel() for p in adapter.block(1).parameters() if p.ndim == 2)
+    assert shape.block == matrices
+    assert shape.tied is False and shape.vocabulary == model.config.vocab_size
+
+
+def test_a_tied_head_is_found(tmp_path: Path) -> None:
+    tiny_model("gpt2").config.save_pretrained(tmp_path)
+    assert shape_of(str(tmp_path)).tied
+
+
+@pytest.mark.parametrize("name", ["gpt-5", "", "nowhere/at/all"])
+def test_a_shape_that_is_not_there(name: str) -> None:
+    with pytest.raises(BadConfig, match=r"There is no shape .* llama-3-70b, .*config\.json"):
+        shape_of(name)
+
+
+def test_a_config_that_describes_nothing(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"hidden_size": 4}')
+    with pytest.raises(BadConfig, match="describes no model that can be built"):
+        shape_of(str(tmp_path))
+
+
+@pytest.mark.parametrize("layers", [[], [-1], [2]])
+def test_layers_that_the_model_does_not_have(layers: list[int]) -> None:
+    with pytest.raises(BadConfig, match="are not among the 2 of this model; name some from 0 to 1"):
+        plan(SMALL, ROUND, layers, 10)
+
+
+@pytest.mark.parametrize("name", ["processes", "batch_tokens", "length"])
+def test_numbers_below_one(name: str) -> None:
+    with pytest.raises(BadConfig, match="at least 1, but one is 0"):
+        plan(SMALL, ROUND, [0], FULL_KEYS, **{name: 0})
