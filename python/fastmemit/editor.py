@@ -141,7 +141,7 @@ class Editor:
 
         Args:
             corpus: ``"wikipedia"`` (from the hub), ``"builtin"``, ``"self"`` (text that the model
-                writes), a .txt, .json or .jsonl file, ``"hub:NAME"``, or a `Corpus`.
+                writes), a text or JSON file, ``"hub:NAME[:CONFIG][@SPLIT]"``, or a `Corpus`.
             multiplier: d_m: each layer gets ``round(d_m * d_k)`` keys. ``"auto"`` collects until
                 an edit's solution is near its limit, at most 10 (see `fastcov.stopping`).
             layers: Which layers; None takes those of all methods' settings.

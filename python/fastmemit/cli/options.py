@@ -65,7 +65,8 @@ def add_corpus(verb: argparse.ArgumentParser, default: str | None) -> None:
         "--corpus",
         default=default,
         help="wikipedia (from the hub), builtin, self (the model writes it), a .txt, .json or "
-        f".jsonl file, or hub:NAME (default: {default or 'the newest kept statistics'})",
+        ".jsonl file, or hub:NAME[:CONFIG][@SPLIT] "
+        f"(default: {default or 'the newest kept statistics'})",
     )
     group.add_argument("--field", default="text", help="the text's field in a JSON corpus")
     group.add_argument(
