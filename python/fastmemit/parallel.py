@@ -63,8 +63,8 @@ def together(*, timeout: float = TIMEOUT) -> Iterator[Processes | None]:
     processes = Processes(dist.PrefixStore(prefix, store), rank, size, timeout=timeout)
     with processes.guarded(), ExitStack() as stack:
         gpus = torch.cuda.is_available()
-        if gpus:
-            torch.cuda.set_device(local_device("cuda"))
+        if gpus and (own := own_gpus()):
+            torch.cuda.set_device(own[0])
         if not dist.is_initialized():
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if gpus and dist.is_nccl_available() else "gloo",
@@ -115,7 +115,7 @@ def started() -> bool:
 
 
 def local_device(device: str | None) -> str | None:
-    """The GPU of this process where several share a machine, if a GPU was asked for or none named.
+    """The first GPU of this process where several share a machine, if a GPU was asked for or none.
 
     Args:
         device: As `fastmemit.models.load_model` takes it.
@@ -123,15 +123,27 @@ def local_device(device: str | None) -> str | None:
     Raises:
         BadConfig: There are more processes on this machine than GPUs.
     """
-    if not started() or device not in (None, "cuda") or not torch.cuda.is_available():
-        return device
-    rank, here = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-    if rank >= here:
+    own = own_gpus() if device in (None, "cuda") else None
+    return device if own is None else f"cuda:{own[0]}"
+
+
+def own_gpus() -> list[int] | None:
+    """The GPUs of this process: an equal share of the machine's; None where it may take all.
+
+    Raises:
+        BadConfig: There are more processes on this machine than GPUs.
+    """
+    if not started() or not torch.cuda.is_available():
+        return None
+    rank, here = (int(os.environ.get(f"LOCAL_{name}", "0")) for name in ("RANK", "WORLD_SIZE"))
+    gpus = torch.cuda.device_count()
+    share = gpus // max(here, rank + 1)
+    if share == 0:
         raise BadConfig(
-            f"There are more than {here} processes on this machine but {here} GPUs; start torchrun "
-            f"with --nproc-per-node {here}, or pass --device cpu."
+            f"There are more processes on this machine than its {gpus} GPUs; start torchrun with "
+            f"--nproc-per-node {gpus}, or pass --device cpu."
         )
-    return f"cuda:{rank}"
+    return list(range(rank * share, (rank + 1) * share))
 
 
 def agreed(

@@ -253,7 +253,14 @@ class Sources:
         preserved: PreservedKeys | None = None,
         reads: ReadCache | None = None,
     ) -> Workspace:
-        """What a method needs to plan a batch; see `Editor.plan`."""
+        """What a method needs to plan a batch; see `Editor.plan`.
+
+        Raises:
+            QuantisedWeight: A weight is not in floating point, which is said before any work.
+            OffloadedWeight: A weight is not in memory.
+        """
+        for layer in config.layers:
+            self._adapter.weight(layer)
         contexts = self.contexts(config.method)
         used = self.statistics_for(config.layers)
         return Workspace(

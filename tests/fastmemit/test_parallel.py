@@ -20,7 +20,7 @@ from fastcov import FailedElsewhere, Processes
 from fastmemit import parallel
 from fastmemit.cli import main
 from fastmemit.errors import BadConfig, BadCorpus
-from fastmemit.parallel import agreed, for_verb, local_device, save_once, together
+from fastmemit.parallel import agreed, for_verb, local_device, own_gpus, save_once, together
 from tiny_commands import make_place, save_model
 from tiny_editors import tiny_editor
 from tiny_precompute import commands
@@ -212,20 +212,21 @@ def test_one_process_is_not_divided(monkeypatch: pytest.MonkeyPatch) -> None:
         assert parallel.current() is None
 
 
-def test_the_gpu_of_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    monkeypatch.setenv("RANK", "3")
-    monkeypatch.setenv("LOCAL_RANK", "1")
+def test_the_gpus_of_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"WORLD_SIZE": 4, "RANK": 3, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 2}.items():
+        monkeypatch.setenv(name, str(value))
     assert local_device(None) is None or torch.cuda.is_available()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert (local_device(None), local_device("cuda")) == ("cuda:1", "cuda:1")
     assert (local_device("cpu"), local_device("cuda:0")) == ("cpu", "cuda:0")
-    monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(BadConfig, match=r"more than 2 processes .* --nproc-per-node 2, or"):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    assert own_gpus() == [4, 5, 6, 7] and local_device(None) == "cuda:4"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(BadConfig, match=r"than its 1 GPUs; start .* --nproc-per-node 1, or"):
         local_device(None)
     monkeypatch.setenv("WORLD_SIZE", "1")
-    assert local_device(None) is None
+    assert local_device(None) is None and own_gpus() is None
 
 
 def test_text_that_the_model_writes_is_not_divided(

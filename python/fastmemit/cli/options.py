@@ -30,7 +30,17 @@ def add_model(verb: argparse.ArgumentParser, default: str | None = None) -> None
     )
     group.add_argument("--module", help='edited projection, "model.layers.{}.mlp.down_proj"')
     group.add_argument("--device", help="cpu, cuda, cuda:N, mps or auto (default: the best here)")
+    group.add_argument(
+        "--device-map",
+        choices=("auto", "balanced", "balanced_low_0", "sequential"),
+        help="spread the model over all accelerators, and over CPU and disk where they are full",
+    )
     group.add_argument("--dtype", help="float32, bfloat16, float16 or auto")
+    group.add_argument(
+        "--load-in",
+        choices=("8bit", "4bit"),
+        help="quantise the weights (bitsandbytes): statistics can be collected, edits not written",
+    )
     group.add_argument("--trust-remote-code", action="store_true", help="run the model's own code")
     group.add_argument("--seed", type=_seed, default=0, help="of contexts, corpus and batches")
     group.add_argument("--cache", type=Path, help="folder for statistics and target vectors")
@@ -102,6 +112,8 @@ def make_editor(args: argparse.Namespace) -> Editor:
     return Editor.from_pretrained(
         args.model,
         device=args.device,
+        device_map=args.device_map,
+        load_in=args.load_in,
         dtype=args.dtype,
         trust_remote_code=args.trust_remote_code,
         module=args.module,
@@ -114,6 +126,8 @@ def make_editor(args: argparse.Namespace) -> Editor:
 
 def ensure_statistics(editor: Editor, layers: Sequence[int], args: argparse.Namespace) -> None:
     """Use the statistics that the options ask for, collecting them if they are not kept yet."""
+    for layer in layers:
+        editor.adapter.weight(layer)  # what cannot be edited is refused before, not after
     if args.corpus is None and args.multiplier != "auto":
         kept = editor.find_statistics(layers, args.multiplier)
         if kept is not None:

@@ -35,7 +35,8 @@ def run(args: argparse.Namespace) -> None:
     processes = parallel.current()
     if processes is not None:
         args.quiet = args.quiet or not processes.first
-        args.device = parallel.local_device(args.device)
+        if args.device_map is None:
+            args.device = parallel.local_device(args.device)
     layers = None if args.layers is None else parse_layers(args.layers)
     editor = make_editor(args)
     begun = time.perf_counter()

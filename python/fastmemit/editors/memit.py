@@ -24,6 +24,7 @@ def write(work: Workspace, requests: list[EditRequest]) -> None:
         read = work.read(subjects, layer)
         keys = averaged_keys(read.keys)  # (d_k, B)
         missing = (goal.to(read.block.device) - read.block) / (len(layers) - position)
-        out = read.outputs.to(missing.device)
-        residual = adapter.projection_residual(layer, out, missing)
+        # The last edited block may be on another device than this layer, its norm and its factor.
+        missing = missing.to(read.outputs.device)
+        residual = adapter.projection_residual(layer, read.outputs, missing)
         work.write(layer, closed_form.memit(work.solver(layer), keys, residual.T), keys)
