@@ -19,7 +19,8 @@ from torch import Tensor
 from fastcov.errors import FailedElsewhere, FastcovError, ProcessLost
 
 if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup, Store
+    from torch._C._distributed_c10d import Store
+    from torch.distributed import ProcessGroup
 
 #: How long a process may give no sign of life, in seconds. A sign is a batch, or a file written.
 TIMEOUT = 3600.0

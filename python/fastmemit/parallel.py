@@ -56,11 +56,13 @@ def together(*, timeout: float = TIMEOUT) -> Iterator[Processes | None]:
         yield None
         return
     import torch.distributed as dist
+    from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+    from torch.distributed.rendezvous import rendezvous
 
     wait = timedelta(seconds=timeout)
-    store, rank, size = next(dist.rendezvous("env://", timeout=wait))
+    store, rank, size = next(rendezvous("env://", timeout=wait))
     prefix = f"fastmemit/{next(_ENTERED)}"  # what an earlier block has said is not for this one
-    processes = Processes(dist.PrefixStore(prefix, store), rank, size, timeout=timeout)
+    processes = Processes(PrefixStore(prefix, store), rank, size, timeout=timeout)
     with processes.guarded(), ExitStack() as stack:
         gpus = torch.cuda.is_available()
         if gpus and (own := own_gpus()):
@@ -68,7 +70,7 @@ def together(*, timeout: float = TIMEOUT) -> Iterator[Processes | None]:
         if not dist.is_initialized():
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if gpus and dist.is_nccl_available() else "gloo",
-                store=dist.PrefixStore(f"{prefix}/sums", store),
+                store=PrefixStore(f"{prefix}/sums", store),
                 rank=rank,
                 world_size=size,
                 timeout=wait,

@@ -148,3 +148,48 @@ def test_layers_that_the_model_does_not_have(layers: list[int]) -> None:
 def test_numbers_below_one(name: str) -> None:
     with pytest.raises(BadConfig, match="at least 1, but one is 0"):
         plan(SMALL, ROUND, [0], FULL_KEYS, **{name: 0})
+
+
+def test_the_page_says_what_is_counted() -> None:
+    """docs/scale.md: its tables are this module's numbers."""
+    page = (Path(__file__).parents[2] / "docs" / "scale.md").read_text(encoding="utf-8")
+    rows = {
+        cells[0].strip(): [cell.strip() for cell in cells[1:-1]]
+        for line in page.splitlines()
+        if line.startswith("| ") and (cells := line[1:].split("|"))
+    }
+    shape, machine, layers = SHAPES["llama-3-70b"], MACHINES["h100"], range(4, 9)
+    plans = [
+        plan(shape, machine, layers, keys, processes=n)
+        for n in (1, 8)
+        for keys in (286_720, 44_000_000)
+    ]
+    assert rows["keys of each layer"] == [f"{p.keys:,}" for p in plans]
+    for name, step in {
+        "the model at work, seconds": "model",
+        "reading and tokenising, beside it": "text",
+        "adding up": "adding up",
+        "writing five files": "writing",
+    }.items():
+        said = [float(cell.replace(",", "")) for cell in rows[name]]
+        assert said == pytest.approx([p.seconds[step] for p in plans], rel=0.01, abs=1e-3)
+    said = [float(cell.replace(",", "")) for cell in rows["in all, seconds"]]
+    assert said == pytest.approx([p.total for p in plans], rel=0.01)
+    for name, counted in (
+        ("forward passes, operations", [p.flops for p in plans[:2]]),
+        ("triangles, operations", [p.triangles for p in plans[:2]]),
+    ):
+        assert [float(cell) for cell in rows[name][:2]] == pytest.approx(counted, rel=0.01)
+    made = plans[0]
+    for start, counted in {
+        "the whole model in": made.weights,
+        "the part that runs": made.weights_run,
+        "a batch of 16,384": made.activations,
+        "the sums of five": made.moments,
+        "what runs, in all": made.memory,
+        "a file, the triangle": made.file,
+        "then, for an edit": made.factor,
+        "the same in float32, s": made.factor / 2,
+    }.items():
+        (cells,) = [cells for name, cells in rows.items() if name.startswith(start)]
+        assert float(cells[0].split(" GB")[0]) == pytest.approx(counted / 1e9, rel=0.01)
