@@ -102,7 +102,9 @@ def collect(
         drop = {"key_mask"} | _unaccepted(model)
         if throughput is not None:
             throughput.start(model, device)
-        for batch in batches if division is None else division.own(batches):
+        if division is not None:
+            batches = division.own(division.read(batches))
+        for batch in batches:
             moved = {
                 name: sent(value, device) if isinstance(value, Tensor) else value
                 for name, value in batch.items()

@@ -39,16 +39,21 @@ class Division:
         self._processes, self._tally, self._progress = processes, tally, progress
         self._text = 0  # of all batches: whether every process reads the same
 
-    def own(self, batches: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
-        """The batches that this process runs; the others' are counted as they pass.
+    def read(self, batches: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
+        """All batches as they are, remembered, with a look at the other processes before each.
 
         Raises:
             FailedElsewhere: Another process has failed.
         """
-        for number, batch in enumerate(batches):
+        for batch in batches:
             self._processes.check()
             self._text = _checksum(batch, self._text)
-            if self._processes.runs(number):
+            yield batch
+
+    def own(self, batches: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
+        """Of batches that were `read`, those that this process runs; the rest are counted."""
+        for batch in batches:
+            if self._processes.runs(self._tally.batches):
                 yield batch
             else:
                 self._tally.start(batch.get("key_mask", batch.get("attention_mask")))

@@ -119,8 +119,12 @@ def test_batches_without_a_mask_are_counted_by_their_tokens():
     processes = Processes(torch.distributed.HashStore(), 1, 2)
     tally = Tally(Tiny(), {MODULES[0]: 7, MODULES[1]: None}, torch.float32)
     division = Division(processes, tally)
-    own = list(division.own([{"input_ids": torch.ones(2, n, dtype=torch.long)} for n in (2, 3, 5)]))
-    assert [batch["input_ids"].shape[1] for batch in own] == [3]
+    own = []
+    for batch in division.own({"input_ids": torch.ones(2, n, dtype=torch.long)} for n in (2, 3, 5)):
+        own.append(batch["input_ids"].shape[1])
+        tally.start(None)  # as whoever runs it does
+        tally.pass_over(0)
+    assert own == [3]
     assert (tally.found(MODULES[0]), tally.found(MODULES[1])) == (7, 14)
 
 
@@ -131,4 +135,5 @@ def test_padding_and_tokens_that_are_no_keys_are_not_counted():
     division = Division(processes, tally)
     keys = {**batch, "key_mask": batch["attention_mask"] * (batch["position_ids"] > 0)}
     assert list(division.own([batch])) == [] and tally.found(MODULES[0]) == 5
+    tally.start(None)  # the one after is this process's
     assert list(division.own([keys])) == [] and tally.found(MODULES[0]) == 8
