@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastcov.batches import sent
+from fastcov.checkpoint import Checkpoint
 from fastcov.errors import BadBudget, BudgetNotMet, EmptyCorpus
 from fastcov.keys import KeyHooks
 from fastcov.mode import evaluation_mode
@@ -34,6 +35,7 @@ def collect(
     throughput: Throughput | None = None,
     launch_rows: int | None = None,
     causal: bool = False,
+    checkpoint: Checkpoint | None = None,
 ) -> dict[str, SecondMoment]:
     """Collect the second moments of several modules' inputs in one pass.
 
@@ -66,6 +68,9 @@ def collect(
         causal: Every token attends to itself and earlier ones alone. What pads a sequence on the
             right is then seen by no key, so the model is not given a mask that says only that, and
             may take its faster attention without one.
+        checkpoint: Where sums are kept from time to time, and taken from by a run that does the
+            same again after it was killed: the batches that are in them are read and not run. The
+            result is that of an unbroken run, bit for bit. Remove it when the moments are safe.
 
     Returns:
         A moment for each module, in the order given, on the device of that module's input.
@@ -78,6 +83,7 @@ def collect(
         WrongWidth: A module's input is not as wide as the module, or changes its width.
         UnknownModule: A path is not in the model.
         HookNeverRan: A module was never called.
+        StaleCheckpoint: The batches are not those that the checkpoint was made of.
     """
     wanted = _budgets(modules, budget)
     tally = Tally(model, wanted, dtype, launch_rows)
@@ -91,7 +97,11 @@ def collect(
         drop = {"key_mask"} | _unaccepted(model)
         if throughput is not None:
             throughput.start(model, device)
-        for batch in batches:
+        if checkpoint is not None:
+            batches = checkpoint.resume(tally, batches)
+            if progress is not None and tally.most:
+                progress(tally.most)
+        for batch in () if tally.done() else batches:
             moved = {
                 name: sent(value, device) if isinstance(value, Tensor) else value
                 for name, value in batch.items()
@@ -102,6 +112,8 @@ def collect(
                 del moved["attention_mask"]
             with nullcontext() if throughput is None else throughput.batch(batch, tally):
                 hooks.run({**moved, **extra})
+            if checkpoint is not None and not tally.done():
+                checkpoint.keep(tally)
             if progress is not None:
                 progress(max(tally.took().values()))
             if tally.done():

@@ -111,6 +111,10 @@ class KernelUnavailable(FastcovError):
     """A kernel that was asked for by name cannot run here."""
 
 
+class StaleCheckpoint(FastcovError):
+    """What was read again after an interruption is not what had been read before it."""
+
+
 class StoreMismatch(FastcovError):
     """A stored moment is sound, but of another thing than the one expected.
 
