@@ -51,6 +51,7 @@ def alone(path: Path, what: str) -> Iterator[bool]:
             release = _taken(path)
         except _NoLocks as error:
             log.warning("%s is on a file system without locks (%s); nobody waits", path, error)
+            path.unlink(missing_ok=True)
             yield False
             return
         if release is not None:
