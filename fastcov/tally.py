@@ -75,7 +75,6 @@ class _Module:
     limit: int | None
     moment: SecondMoment
     ring: Ring | None = None
-    found: int = 0  # keys that were taken, those that wait in the ring included
     waiting_since: int = -1  # the batch of the oldest key in the ring
 
 
@@ -106,6 +105,7 @@ class Tally:
         self._launch_rows = launch_rows
         self._look_every = look_every
         self._modules: dict[str, _Module] = {}
+        self._found = dict.fromkeys(wanted, 0)  # those that wait in a ring included
         self._earlier: dict[str, Taken] = {}  # taken by an earlier run, not asked for yet
         self._finite = Finite()
         self._batch = -1
@@ -135,12 +135,11 @@ class Tally:
     @property
     def most(self) -> int:
         """How many keys the module that took most has given."""
-        return max(map(self.found, self._wanted), default=0)
+        return max(self._found.values(), default=0)
 
     def found(self, name: str) -> int:
         """How many keys a module has given."""
-        known = self._modules.get(name) or self._earlier.get(name)
-        return 0 if known is None else known.found
+        return self._found[name]
 
     def taken(self) -> dict[str, Taken]:
         """What every module has given, between two batches; views, not copies.
@@ -154,7 +153,8 @@ class Tally:
             moment = module.moment
             waiting = None if module.ring is None else module.ring.rows
             since = module.waiting_since
-            taken[name] = Taken(moment, module.limit, module.found, waiting, since, moment.device)
+            found = self._found[name]
+            taken[name] = Taken(moment, module.limit, found, waiting, since, moment.device)
         return taken
 
     def go_on(self, batches: int, taken: Mapping[str, Taken]) -> None:
@@ -168,6 +168,7 @@ class Tally:
         """
         self._batch = batches - 1
         self._earlier = {name: taken[name] for name in self._wanted}
+        self._found = {name: one.found for name, one in self._earlier.items()}
 
     def describe(self) -> dict[str, Any]:
         """What decides on the order of the sums, as JSON values."""
@@ -177,7 +178,7 @@ class Tally:
         """Begin a batch with the mask of its tokens."""
         self._batch += 1
         self._kept = Kept(mask)
-        self._before = {name: self.found(name) for name in self._wanted}
+        self._before = dict(self._found)
 
     def took(self) -> dict[str, int]:
         """How many keys the batch gave, by module."""
@@ -215,8 +216,8 @@ class Tally:
                 some = None if part is None or kept == rows.shape[0] else sent(part, x.device)
                 module.moment.update(rows, some, kept=kept)
                 self._finite.ask(name, module.moment, self._batch, self._batch)
-        module.found += count
-        if module.ring is not None and module.found == limit:
+        self._found[name] += count
+        if module.ring is not None and self._found[name] == limit:
             module.ring.close()
         if self._due(x.device):
             self._finite.look(name, self._batch, x if module.ring is None else None, mask)
@@ -241,8 +242,8 @@ class Tally:
             moment = SecondMoment(d, dtype=self._dtype, device=device)
             module = _Module(name, self._wanted[name], moment)
         else:
-            moment, since = earlier.moment.to(device), earlier.waiting_since
-            module = _Module(name, earlier.limit, moment, None, earlier.found, since)
+            moment = earlier.moment.to(device)
+            module = _Module(name, earlier.limit, moment, None, earlier.waiting_since)
         size = self._rows(device)
         if size > 1:
 
