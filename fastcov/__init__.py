@@ -9,6 +9,7 @@ from fastcov import closed_form
 from fastcov.ahead import Ahead
 from fastcov.batches import bucket, take
 from fastcov.budget import budget, minimum_keys
+from fastcov.checkpoint import Checkpoint
 from fastcov.closed_form import LowRank
 from fastcov.collect import collect
 from fastcov.errors import (
@@ -25,6 +26,7 @@ from fastcov.errors import (
     ProcessLost,
     QuarticUnknown,
     ResidualTooLarge,
+    StaleCheckpoint,
     StoreDamaged,
     StoreMismatch,
     StoreMissing,
@@ -47,6 +49,7 @@ __all__ = [
     "Ahead",
     "BadBudget",
     "BudgetNotMet",
+    "Checkpoint",
     "CholeskyFactor",
     "EmptyCorpus",
     "FailedElsewhere",
@@ -66,6 +69,7 @@ __all__ = [
     "ResidualTooLarge",
     "SecondMoment",
     "Span",
+    "StaleCheckpoint",
     "StoppingRule",
     "StoreDamaged",
     "StoreMismatch",

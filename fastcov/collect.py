@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastcov.batches import sent
+from fastcov.checkpoint import Checkpoint
 from fastcov.errors import BadBudget, BudgetNotMet, EmptyCorpus
 from fastcov.keys import KeyHooks
 from fastcov.mode import evaluation_mode
@@ -36,6 +37,7 @@ def collect(
     throughput: Throughput | None = None,
     launch_rows: int | None = None,
     causal: bool = False,
+    checkpoint: Checkpoint | None = None,
     processes: Processes | None = None,
 ) -> dict[str, SecondMoment]:
     """Collect the second moments of several modules' inputs in one pass.
@@ -69,6 +71,9 @@ def collect(
         causal: Every token attends to itself and earlier ones alone. What pads a sequence on the
             right is then seen by no key, so the model is not given a mask that says only that, and
             may take its faster attention without one.
+        checkpoint: Where sums are kept from time to time, and taken from by a run that does the
+            same again after it was killed: the batches that are in them are read and not run. The
+            result is that of an unbroken run, bit for bit. Remove it when the moments are safe.
         processes: Those among which the batches are divided. Each calls this with the same model,
             budgets and batches, and runs its share of them; progress counts everybody's.
 
@@ -85,6 +90,7 @@ def collect(
         WrongWidth: A module's input is not as wide as the module, or changes its width.
         UnknownModule: A path is not in the model.
         HookNeverRan: A module was never called.
+        StaleCheckpoint: The batches are not those that the checkpoint was made of.
         FailedElsewhere: Another process failed.
         ProcessLost: Another process does not answer.
     """
@@ -103,8 +109,14 @@ def collect(
         if throughput is not None:
             throughput.start(model, device)
         if division is not None:
-            batches = division.own(division.read(batches))
-        for batch in batches:
+            batches = division.read(batches)
+        if checkpoint is not None:
+            batches = checkpoint.resume(tally, batches)
+            if progress is not None and tally.most:
+                progress(tally.most)
+        if division is not None:
+            batches = division.own(batches)
+        for batch in () if tally.done() else batches:
             moved = {
                 name: sent(value, device) if isinstance(value, Tensor) else value
                 for name, value in batch.items()
@@ -115,6 +127,8 @@ def collect(
                 del moved["attention_mask"]
             with nullcontext() if throughput is None else throughput.batch(batch, tally):
                 hooks.run({**moved, **extra})
+            if checkpoint is not None and not tally.done():
+                checkpoint.keep(tally)
             if progress is not None:
                 progress(max(tally.took().values()))
             if tally.done():

@@ -135,6 +135,10 @@ class FailedElsewhere(FastcovError):
         self.rank = rank
 
 
+class StaleCheckpoint(FastcovError):
+    """What was read again after an interruption is not what had been read before it."""
+
+
 class StoreMismatch(FastcovError):
     """A stored moment is sound, but of another thing than the one expected.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from fastcov import FastcovError, Processes, bucket, collect
+from fastcov import Checkpoint, FastcovError, Processes, bucket, collect
 from reference.tiny import Tiny, paths
 
 DOCUMENTS = [
@@ -57,6 +58,26 @@ def fails(case, rank, processes):
     return ["nothing", ""]
 
 
+def interrupted(rank, folder, processes):
+    """Killed at another batch in each process, and gone on with; the sums, and what ran then."""
+    checkpoint = Checkpoint(folder / f"part{rank}", identity={"rank": rank}, seconds=0)
+
+    def broken():
+        for number, batch in enumerate(batches(DOCUMENTS)):
+            if (rank, number) == (1, 6):
+                raise OSError("the text broke off")
+            yield batch
+
+    model = Tiny(dtype=torch.float32)
+    with contextlib.suppress(OSError, FastcovError):
+        collect(model, MODULES, broken(), 301, checkpoint=checkpoint, processes=processes("broken"))
+    before = len(model.seen)
+    moments = collect(
+        model, MODULES, batches(DOCUMENTS), 301, checkpoint=checkpoint, processes=processes("again")
+    )
+    return sums(moments), [before, len(model.seen) - before]
+
+
 def main(rank, folder):
     store = dist.FileStore(str(folder / "store"), 2)
     dist.init_process_group("gloo", store=dist.PrefixStore("g", store), rank=rank, world_size=2)
@@ -75,9 +96,10 @@ def main(rank, folder):
         found[name] = sums(moments)
         if done is not None:
             steps = [sum(done), len(done), len(model.seen)]
+    found["interrupted"], parts = interrupted(rank, folder, processes)
     torch.save(found, folder / f"sums{rank}.pt")
     said = {case: fails(case, rank, processes(case)) for case in FAILING}
-    (folder / f"said{rank}.json").write_text(json.dumps({"steps": steps, **said}))
+    (folder / f"said{rank}.json").write_text(json.dumps({"steps": steps, "parts": parts, **said}))
     dist.barrier()
     dist.destroy_process_group()
 

@@ -88,6 +88,17 @@ def test_each_runs_half_and_counts_all(two):
     assert [ran for _, _, ran in steps] == [-(-len(whole.seen) // 2), len(whole.seen) // 2]
 
 
+def test_two_processes_that_were_interrupted_go_on_to_the_same_bits(two):
+    for rank in range(2):
+        found = torch.load(two / f"sums{rank}.pt")
+        for name in MODULES:
+            assert torch.equal(found["interrupted"][name][0], found["exact"][name][0])
+            assert found["interrupted"][name][1:] == found["exact"][name][1:]
+        said = json.loads((two / f"said{rank}.json").read_text())
+        before, after = said["parts"]
+        assert before >= 1 and before + after == said["steps"][2]  # nothing ran twice
+
+
 @pytest.mark.parametrize(
     ("case", "kinds", "words"),
     [
