@@ -10,12 +10,14 @@ from fastcov.ahead import Ahead
 from fastcov.alphaedit import alphaedit
 from fastcov.batches import bucket, take
 from fastcov.budget import budget, minimum_keys
+from fastcov.checkpoint import Checkpoint
 from fastcov.closed_form import LowRank
 from fastcov.collect import collect
 from fastcov.errors import (
     BadBudget,
     BudgetNotMet,
     EmptyCorpus,
+    FailedElsewhere,
     FastcovError,
     HookNeverRan,
     KernelUnavailable,
@@ -23,8 +25,10 @@ from fastcov.errors import (
     NonFiniteMatrix,
     NoNullSpace,
     NotPositiveDefinite,
+    ProcessLost,
     QuarticUnknown,
     ResidualTooLarge,
+    StaleCheckpoint,
     StoreDamaged,
     StoreMismatch,
     StoreMissing,
@@ -36,6 +40,7 @@ from fastcov.linalg import CholeskyFactor, RefinedFactor, factorize, regularised
 from fastcov.moments import SecondMoment
 from fastcov.null_space import NullSpace, null_space
 from fastcov.ops import rank_k_update
+from fastcov.processes import Processes
 from fastcov.shrinkage import ledoit_wolf, oas, shrunk
 from fastcov.spans import Span, between
 from fastcov.stopping import StoppingRule, checkpoints
@@ -46,8 +51,10 @@ __all__ = [
     "Ahead",
     "BadBudget",
     "BudgetNotMet",
+    "Checkpoint",
     "CholeskyFactor",
     "EmptyCorpus",
+    "FailedElsewhere",
     "FastcovError",
     "HookNeverRan",
     "KernelUnavailable",
@@ -58,11 +65,14 @@ __all__ = [
     "NonFiniteMatrix",
     "NotPositiveDefinite",
     "NullSpace",
+    "ProcessLost",
+    "Processes",
     "QuarticUnknown",
     "RefinedFactor",
     "ResidualTooLarge",
     "SecondMoment",
     "Span",
+    "StaleCheckpoint",
     "StoppingRule",
     "StoreDamaged",
     "StoreMismatch",

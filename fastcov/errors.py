@@ -123,6 +123,34 @@ class KernelUnavailable(FastcovError):
     """A kernel that was asked for by name cannot run here."""
 
 
+class ProcessLost(FastcovError):
+    """A process that collects together with this one does not answer any more.
+
+    Attributes:
+        rank: Which one, None where that is not known.
+    """
+
+    def __init__(self, message: str = "", *, rank: int | None = None) -> None:
+        super().__init__(message)
+        self.rank = rank
+
+
+class FailedElsewhere(FastcovError):
+    """Another process failed, which says itself what happened; this one only stops too.
+
+    Attributes:
+        rank: Which one.
+    """
+
+    def __init__(self, message: str = "", *, rank: int = 0) -> None:
+        super().__init__(message)
+        self.rank = rank
+
+
+class StaleCheckpoint(FastcovError):
+    """What was read again after an interruption is not what had been read before it."""
+
+
 class StoreMismatch(FastcovError):
     """A stored moment is sound, but of another thing than the one expected.
 

@@ -40,6 +40,11 @@ class Ring:
         """How many rows wait."""
         return self._held
 
+    @property
+    def rows(self) -> Tensor | None:
+        """Those that wait (held, d_k), a view of the buffer; None where none does."""
+        return self._buffer[: self._held] if self._held and self._buffer is not None else None
+
     def add(self, rows: Tensor, mask: Tensor | None = None) -> None:
         """Copy the kept rows, once, behind those that wait; the device is not waited for.
 

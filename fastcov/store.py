@@ -45,10 +45,9 @@ def save_moment(
         ValueError: The provenance is not JSON.
         OSError: The file cannot be written; nothing is left of the attempt.
     """
-    lower = moment.lower.detach().cpu()
-    packed = torch.cat([lower[i, : i + 1] for i in range(moment.d)])  # (d (d + 1) / 2,)
-    data = _bytes(packed)
-    dtype = next(name for name, known in _DTYPES.items() if known == packed.dtype)
+    triangle = packed(moment.lower)  # (d (d + 1) / 2,)
+    data = _bytes(triangle)
+    dtype = next(name for name, known in _DTYPES.items() if known == triangle.dtype)
     metadata = {
         "format": str(FORMAT),
         "d": str(moment.d),
@@ -63,7 +62,7 @@ def save_moment(
     metadata["check"] = _digest(metadata)
     # The header is written here and not by the safetensors library, which writes its metadata in no
     # fixed order and reports a full disk as an error of its own: equal moments give equal files.
-    entry = {"dtype": dtype, "shape": [packed.numel()], "data_offsets": [0, len(data)]}
+    entry = {"dtype": dtype, "shape": [triangle.numel()], "data_offsets": [0, len(data)]}
     header = json.dumps({"__metadata__": metadata, "sum": entry}).encode()
     header += b" " * (-len(header) % 8)
     with atomic_file(path) as file:
@@ -94,18 +93,16 @@ def load_moment(
         provenance = _provenance(path, metadata)
         if expect is not None:
             _compare(path, provenance, expect)
-        packed: Tensor = file.get_tensor("sum")
+        triangle: Tensor = file.get_tensor("sum")
     d, count = int(metadata["d"]), int(metadata["count"])
-    if packed.dim() != 1 or packed.numel() != d * (d + 1) // 2:
-        raise _damaged(path, f"holds a sum of shape {tuple(packed.shape)} for a width of {d}")
-    if packed.dtype != _DTYPES.get(metadata["dtype"]):
-        raise _damaged(path, f"holds a sum of {packed.dtype} and says {metadata['dtype']}")
-    found = hashlib.sha256(_bytes(packed)).hexdigest()
+    if triangle.dim() != 1 or triangle.numel() != d * (d + 1) // 2:
+        raise _damaged(path, f"holds a sum of shape {tuple(triangle.shape)} for a width of {d}")
+    if triangle.dtype != _DTYPES.get(metadata["dtype"]):
+        raise _damaged(path, f"holds a sum of {triangle.dtype} and says {metadata['dtype']}")
+    found = hashlib.sha256(_bytes(triangle)).hexdigest()
     if found != metadata["sha256"]:
         raise _damaged(path, "holds a sum whose bytes have changed")
-    lower = torch.zeros(d, d, dtype=packed.dtype)
-    for i, row in enumerate(torch.split(packed, list(range(1, d + 1)))):
-        lower[i, : i + 1] = row
+    lower = unpacked(triangle, d)
     return SecondMoment.from_lower(lower, count, _quartic(path, metadata)), provenance
 
 
@@ -119,6 +116,20 @@ def read_provenance(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     with _opened(path) as (_, metadata):
         return _provenance(path, metadata)
+
+
+def packed(lower: Tensor) -> Tensor:
+    """The lower triangle of a matrix (d, d), row by row, as (d (d + 1) / 2,) on the CPU."""
+    lower = lower.detach().cpu()
+    return torch.cat([lower[i, : i + 1] for i in range(lower.shape[0])])
+
+
+def unpacked(triangle: Tensor, d: int) -> Tensor:
+    """What `packed` was given, (d, d), with zeros above the diagonal."""
+    lower = torch.zeros(d, d, dtype=triangle.dtype)
+    for i, row in enumerate(torch.split(triangle, list(range(1, d + 1)))):
+        lower[i, : i + 1] = row
+    return lower
 
 
 @contextlib.contextmanager

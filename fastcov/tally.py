@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastcov.batches import sent
+from fastcov.checkpoint_file import Taken
 from fastcov.errors import WrongWidth
 from fastcov.finite import Finite
 from fastcov.keys import key_rows
@@ -73,7 +75,6 @@ class _Module:
     limit: int | None
     moment: SecondMoment
     ring: Ring | None = None
-    found: int = 0  # keys that were taken, those that wait in the ring included
     waiting_since: int = -1  # the batch of the oldest key in the ring
 
 
@@ -104,10 +105,17 @@ class Tally:
         self._launch_rows = launch_rows
         self._look_every = look_every
         self._modules: dict[str, _Module] = {}
+        self._found = dict.fromkeys(wanted, 0)  # those that wait in a ring included
+        self._earlier: dict[str, Taken] = {}  # taken by an earlier run, not asked for yet
         self._finite = Finite()
         self._batch = -1
         self._before: dict[str, int] = {}
         self._kept = Kept(None)
+
+    @property
+    def wanted(self) -> Mapping[str, int | None]:
+        """How many keys of each module are wanted, or None for all."""
+        return self._wanted
 
     @property
     def batches(self) -> int:
@@ -124,15 +132,64 @@ class Tally:
         """The moments by module, in the order wanted; complete after `finish`."""
         return {name: self._modules[name].moment for name in self._wanted if name in self._modules}
 
+    @property
+    def most(self) -> int:
+        """How many keys the module that took most has given."""
+        return max(self._found.values(), default=0)
+
     def found(self, name: str) -> int:
-        """How many keys a module has given."""
-        return self._modules[name].found if name in self._modules else 0
+        """How many of a module's keys were taken, or passed over."""
+        return self._found[name]
+
+    def taken(self) -> dict[str, Taken]:
+        """What every module has given, between two batches; views, not copies.
+
+        Raises:
+            NonFiniteKeys: See `fastcov.finite.Finite.look`.
+        """
+        self._finite.look()
+        taken = dict(self._earlier)
+        for name, module in self._modules.items():
+            moment = module.moment
+            waiting = None if module.ring is None else module.ring.rows
+            since = module.waiting_since
+            found = self._found[name]
+            taken[name] = Taken(moment, module.limit, found, waiting, since, moment.device)
+        return taken
+
+    def go_on(self, batches: int, taken: Mapping[str, Taken]) -> None:
+        """Take over what an earlier run had after some batches; the next one is the one behind.
+
+        What follows is summed in the same order, and so to the same bits.
+
+        Args:
+            batches: How many there were.
+            taken: What `taken` gave then, for every module wanted.
+        """
+        self._batch = batches - 1
+        self._earlier = {name: taken[name] for name in self._wanted}
+        self._found = {name: one.found for name, one in self._earlier.items()}
+
+    def describe(self) -> dict[str, Any]:
+        """What decides on the order of the sums, as JSON values."""
+        return {"dtype": str(self._dtype), "launch_rows": self._launch_rows or LAUNCH_ROWS}
 
     def start(self, mask: Tensor | None) -> None:
         """Begin a batch with the mask of its tokens."""
         self._batch += 1
         self._kept = Kept(mask)
-        self._before = {name: self.found(name) for name in self._wanted}
+        self._before = dict(self._found)
+
+    def pass_over(self, tokens: int) -> None:
+        """Count the batch's keys and sum none of them: another process does.
+
+        Args:
+            tokens: How many positions the batch has, kept or not.
+        """
+        count = tokens if self._kept.count is None else self._kept.count
+        for name, limit in self._wanted.items():
+            found = self._found[name] + count
+            self._found[name] = found if limit is None else min(found, limit)
 
     def took(self) -> dict[str, int]:
         """How many keys the batch gave, by module."""
@@ -159,7 +216,7 @@ class Tally:
             return
         mask, count = self._kept.first(x.shape[:-1].numel(), left)
         pieces = list(key_rows(x, mask))
-        module = self._modules.get(name) or self._new(name, x)
+        module = self._modules.get(name) or self._begin(name, x.shape[-1], x.device)
         for rows, part in pieces:  # (n, d_k), (n,) on the CPU
             kept = rows.shape[0] if part is None else int(part.sum())
             if module.ring is not None and kept < self._rows(x.device):
@@ -170,8 +227,8 @@ class Tally:
                 some = None if part is None or kept == rows.shape[0] else sent(part, x.device)
                 module.moment.update(rows, some, kept=kept)
                 self._finite.ask(name, module.moment, self._batch, self._batch)
-        module.found += count
-        if module.ring is not None and module.found == limit:
+        self._found[name] += count
+        if module.ring is not None and self._found[name] == limit:
             module.ring.close()
         if self._due(x.device):
             self._finite.look(name, self._batch, x if module.ring is None else None, mask)
@@ -182,15 +239,23 @@ class Tally:
         Raises:
             NonFiniteKeys: See `fastcov.finite.Finite.look`.
         """
+        for name in list(self._earlier):  # not one key more came
+            self._begin(name, self._earlier[name].moment.d, self._earlier[name].device)
         for module in self._modules.values():
             if module.ring is not None:
                 module.ring.close()
         self._finite.look()
 
-    def _new(self, name: str, x: Tensor) -> _Module:
-        moment = SecondMoment(x.shape[-1], dtype=self._dtype, device=x.device)
-        module = _Module(name, self._wanted[name], moment)
-        size = self._rows(x.device)
+    def _begin(self, name: str, d: int, device: torch.device) -> _Module:
+        """A module's share: none, or what an earlier run took."""
+        earlier = self._earlier.pop(name, None)
+        if earlier is None:
+            moment = SecondMoment(d, dtype=self._dtype, device=device)
+            module = _Module(name, self._wanted[name], moment)
+        else:
+            moment = earlier.moment.to(device)
+            module = _Module(name, earlier.limit, moment, None, earlier.waiting_since)
+        size = self._rows(device)
         if size > 1:
 
             def full(rows: Tensor) -> None:
@@ -199,6 +264,8 @@ class Tally:
                 module.waiting_since = self._batch
 
             module.ring = Ring(size, full)
+            if earlier is not None and earlier.waiting is not None:
+                module.ring.add(earlier.waiting.to(device))
         self._modules[name] = module
         return module
 

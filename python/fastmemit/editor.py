@@ -95,17 +95,17 @@ class Editor:
 
         Args:
             name: A hub name, a local folder, or "smollm2".
-            device: See `fastmemit.models.load_model`.
-            dtype: See `fastmemit.models.load_model`.
+            device: See `fastmemit.models.load_model`, also for dtype.
+            dtype: float32, bfloat16, float16 or auto.
             trust_remote_code: Run code that comes with the model.
-            settings: Arguments of `Editor`.
+            settings: ``device_map`` and ``load_in`` (see there); arguments of `Editor`.
 
         Raises:
             ModelNotFound: Nothing of this name can be loaded.
         """
-        model, tokenizer = load_model(
-            name, device=device, dtype=dtype, trust_remote_code=trust_remote_code
-        )
+        more = {key: settings.pop(key, None) for key in ("device_map", "load_in")}
+        more["trust_remote_code"] = trust_remote_code
+        model, tokenizer = load_model(name, device=device, dtype=dtype, **more)
         return cls(model, tokenizer, **{"name": name, **settings})
 
     @property
@@ -141,7 +141,7 @@ class Editor:
 
         Args:
             corpus: ``"wikipedia"`` (from the hub), ``"builtin"``, ``"self"`` (text that the model
-                writes), a .txt, .json or .jsonl file, ``"hub:NAME"``, or a `Corpus`.
+                writes), a text or JSON file, ``"hub:NAME[:CONFIG][@SPLIT]"``, or a `Corpus`.
             multiplier: d_m: each layer gets ``round(d_m * d_k)`` keys. ``"auto"`` collects until
                 an edit's solution is near its limit, at most 10 (see `fastcov.stopping`).
             layers: Which layers; None takes those of all methods' settings.

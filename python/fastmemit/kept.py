@@ -12,6 +12,7 @@ from typing import Any
 
 import fastcov
 from fastcov.store import atomic_file
+from fastmemit.locks import alone
 
 
 def is_there(path: Path, shared: dict[str, Any], module: str) -> bool:
@@ -83,10 +84,14 @@ def copied(paths: dict[str, Path], folder: Path, home: str | None = None) -> dic
     Raises:
         OSError: A file cannot be written.
     """
-    found = {}
-    for name, path in paths.items():
-        found[name] = folder / (home or path.parent.name) / f"{name}.safetensors"
-        if not found[name].is_file():
-            with atomic_file(found[name]) as file, open(path, "rb") as source:
-                shutil.copyfileobj(source, file)
+    found = {
+        name: folder / (home or path.parent.name) / f"{name}.safetensors"
+        for name, path in paths.items()
+    }
+    missing = {name: path for name, path in found.items() if not path.is_file()}
+    for place in {path.parent for path in missing.values()}:
+        with alone(place.with_name(f".{place.name}.lock"), "writing the same statistics"):
+            for name, path in missing.items():
+                with atomic_file(path) as file, open(paths[name], "rb") as source:
+                    shutil.copyfileobj(source, file)
     return found

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from fastmemit.errors import BadConfig, BadRequest
-from fastmemit.models import check_lengths
+from fastmemit.models import check_lengths, input_device
 from fastmemit.tokens import encode, pad_batch
 
 
@@ -45,8 +45,7 @@ def continue_rows(
     if not rows:
         return []
     check_lengths(model, rows, more=new_tokens)
-    device = model.get_input_embeddings().weight.device
-    batch = pad_batch(rows, side="left", device=device)
+    batch = pad_batch(rows, side="left", device=input_device(model))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     chosen: dict[str, Any] = {"do_sample": False}
     if top_k is not None:
@@ -58,7 +57,8 @@ def continue_rows(
     model.generation_config = type(own)(eos_token_id=end)
     training = model.training
     model.eval()
-    cuda = [device] if device.type == "cuda" else []
+    # The head, where tokens are drawn, need not be on the device of the embeddings.
+    cuda = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     try:
         with torch.random.fork_rng(devices=cuda):
             torch.manual_seed(seed)

@@ -36,6 +36,9 @@ class Sources:
         batch_tokens: Bound on the padded tokens of target vectors optimised together; None takes
             few on a CPU, where little padding is worth more than large products, else many.
         progress: Show a bar for each long step.
+
+    Attributes:
+        checkpoint_seconds: Between two checkpoints of a precompute, see `fastcov.Checkpoint`.
     """
 
     def __init__(
@@ -54,6 +57,7 @@ class Sources:
         self._folder, self._name, self.seed = folder, name, seed
         self._batch_tokens = batch_tokens or (1024 if adapter.device.type == "cpu" else 16384)
         self._progress = progress
+        self.checkpoint_seconds: float | None = None
         self._tokenizer_is = tokenizer_fingerprint(tokenizer)
         self._targets = TargetStore(folder / "targets")
         self._contexts: dict[str, tuple[str, ...]] = {}
@@ -153,6 +157,7 @@ class Sources:
                 progress=progress,
                 reading=reading,
                 throughput=throughput,
+                checkpoint_seconds=self.checkpoint_seconds,
             )
         self.use(found)
         return found
@@ -264,7 +269,14 @@ class Sources:
         preserved: PreservedKeys | None = None,
         reads: ReadCache | None = None,
     ) -> Workspace:
-        """What a method needs to plan a batch; see `Editor.plan`."""
+        """What a method needs to plan a batch; see `Editor.plan`.
+
+        Raises:
+            QuantisedWeight: A weight is not in floating point, which is said before any work.
+            OffloadedWeight: A weight is not in memory.
+        """
+        for layer in config.layers:
+            self._adapter.weight(layer)
         contexts = self.contexts(config.method)
         used = self.statistics_for(config.layers)
         return Workspace(

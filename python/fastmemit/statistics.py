@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import platform
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from dataclasses import field as dataclass_field
 from pathlib import Path
@@ -17,10 +16,11 @@ from torch import Tensor
 
 import fastcov
 from fastcov.throughput import Throughput
+from fastmemit import parallel
+from fastmemit.collecting import Text, alone_or_first, checkpoint_of, collected, sweep_up
 from fastmemit.data.corpora import Corpus
-from fastmemit.data.feed import corpus_batches
 from fastmemit.errors import BadConfig
-from fastmemit.kept import common, compare, home_of, is_there
+from fastmemit.kept import common, compare, essence, home_of, is_there
 from fastmemit.models import ModelAdapter
 
 log = logging.getLogger(__name__)
@@ -99,11 +99,17 @@ def precompute(
     progress: Callable[[int], None] | None = None,
     reading: Callable[[int], None] | None = None,
     throughput: Throughput | None = None,
+    checkpoint_seconds: float | None = None,
 ) -> Statistics:
     """Collect the second moments of several layers in one pass, unless they are there already.
 
     Text is read, tokenised and put into batches by a thread, ahead of the model, except where the
     model writes the text. The result is the same bit for bit.
+
+    A pass that was killed goes on at its last checkpoint, to the same bits. Of two processes that
+    want the same statistics one collects and the other waits.
+
+    Inside `fastmemit.parallel.together` the batches are divided between processes.
 
     Args:
         adapter: The unedited model.
@@ -125,6 +131,8 @@ def precompute(
         reading: Called with the number of tokens of each document as it is read, which is the long
             part of a corpus that the model writes; in the caller's thread.
         throughput: Told how the collecting goes, for `progress` to ask.
+        checkpoint_seconds: Between two checkpoints, as in `fastcov.Checkpoint`: 0 for one after
+            every batch, infinity for none, None for every five minutes or less often.
 
     Raises:
         BadBudget: The multiplier is not above 0.
@@ -137,6 +145,7 @@ def precompute(
         StoreDamaged: A kept file's header is not what was written.
         StoreMismatch: A kept file is of something else than its folder says.
         NonFiniteKeys: An activation is NaN or infinite.
+        FailedElsewhere: Another process failed.
         OSError: A file cannot be written; those that were written are whole.
     """
     context = _context(adapter, max_length)
@@ -154,49 +163,57 @@ def precompute(
     }
     home = home_of(folder / identity["model"][:16], shared)
     paths = {name: home / f"{name}.safetensors" for name in modules}
-    missing = [name for name, path in paths.items() if not is_there(path, shared, name)]
-    if missing:
-        log.info("collecting the second moments of %s", ", ".join(missing))
-        held = {} if after is None else {name: after.moment(name) for name in missing}
-        start = max((moment.count for moment in held.values()), default=0)
-        most = max(budgets[name] for name in missing)
-        if throughput is not None:
-            throughput.measure(adapter.model, adapter.device)  # before a thread begins to read
-        more: dict[str, fastcov.SecondMoment] = {}
-        if after is None or not after.exhausted:
-            with (
-                _counted_from(start, corpus, allow_fewer),
-                corpus_batches(
-                    corpus,
-                    tokenizer,
-                    adapter.device,
-                    tokens=most,
-                    context=context,
-                    seed=seed,
-                    start=start,
-                    skip=int(not bos),
-                    reading=reading,
-                ) as batches,
-            ):
-                more = fastcov.collect(
-                    adapter.model,
-                    missing,
-                    batches,
+    processes = parallel.current()
+    if processes is None and all(is_there(path, shared, name) for name, path in paths.items()):
+        throughput = None  # nothing is collected
+    else:
+        with alone_or_first(processes, home, "collecting the same statistics") as ours:
+            if ours:
+                sweep_up(home)
+            # Whoever was waited for may have made some of them.
+            missing = [name for name, path in paths.items() if not is_there(path, shared, name)]
+            what = {**essence(shared), "modules": list(paths)}
+            missing = parallel.agreed(processes, what, missing)
+            held = {} if after is None else {name: after.moment(name) for name in missing}
+            text = Text(
+                corpus,
+                tokenizer,
+                seed,
+                context,
+                # Of all modules: the batches do not depend on which are there already.
+                tokens=max(budgets.values()),
+                start=max((moment.count for moment in held.values()), default=0),
+                skip=int(not bos),
+            )
+            made = {**versions(), **parallel.recorded(processes)}
+            saved = {**essence(shared), "versions": made}
+            checkpoint = checkpoint_of(
+                home, list(modules), saved, adapter, text, checkpoint_seconds
+            )
+            if missing and (after is None or not after.exhausted):
+                log.info("collecting the second moments of %s", ", ".join(missing))
+                more = collected(
+                    adapter,
+                    text,
                     {n: budgets[n] - (held[n].count if n in held else 0) for n in missing},
+                    checkpoint,
                     allow_fewer=allow_fewer,
                     progress=progress,
+                    reading=reading,
                     throughput=throughput,
-                    causal=not getattr(adapter.model.config, "use_bidirectional_attention", False),
                 )
-        for name, moment in more.items():
-            held[name] = held[name].merge(moment) if name in held else moment
-        if throughput is not None:
-            log.info("%s", throughput)
-        for name, moment in held.items():
-            own = {**shared, "module": name, "budget": budgets[name], "keys": moment.count}
-            fastcov.save_moment(paths[name], moment, {**own, "versions": versions()})
+                held.update({n: held[n].merge(m) if n in held else m for n, m in more.items()})
+                if throughput is not None:
+                    log.info("%s", throughput)
+            for name, moment in held.items():
+                own = {**shared, "module": name, "budget": budgets[name], "keys": moment.count}
+                parallel.save_once(processes, paths[name], moment, {**own, "versions": made})
+            checkpoint.remove()
+            if ours:
+                sweep_up(home, lambda name: (home / f"{name}.safetensors").is_file())
+            throughput = throughput if missing else None
     provenance = common([fastcov.read_provenance(path) for path in paths.values()])
-    return Statistics(paths, provenance, throughput if missing else None)
+    return Statistics(paths, provenance, throughput)
 
 
 def find(
@@ -247,25 +264,6 @@ def versions() -> dict[str, str]:
         "transformers": transformers.__version__,
         "python": platform.python_version(),
     }
-
-
-@contextmanager
-def _counted_from(start: int, corpus: Corpus, allow_fewer: bool) -> Iterator[None]:
-    """Say of a corpus that ends how many keys it has in all, not beyond those held already."""
-    try:
-        yield
-    except (fastcov.BudgetNotMet, fastcov.EmptyCorpus) as error:
-        if start == 0:
-            raise
-        if allow_fewer:  # it ends just where the keys do that are held
-            return
-        found = start + getattr(error, "found", 0)
-        raise fastcov.BudgetNotMet(
-            f"The corpus {corpus.name} has {found} keys a layer, fewer than were wanted; give more "
-            "text, smaller multipliers, or allow_fewer=True.",
-            found=found,
-            wanted=start + getattr(error, "wanted", 1),
-        ) from error
 
 
 def _snapshots(after: Statistics, multiplier: float) -> list[float]:

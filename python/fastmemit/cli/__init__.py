@@ -19,6 +19,7 @@ from fastmemit.cli import (
     export_adapter,
     import_adapter,
     locate,
+    plan,
     precompute,
     pull,
     push,
@@ -39,6 +40,7 @@ EPILOG = """examples:
   fastmemit report DIR
 """
 VERBS = {
+    "plan": plan,
     "precompute": precompute,
     "edit": edit,
     "apply": apply,
@@ -96,11 +98,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     # Heavy imports happen here, so that --help answers at once.
-    from fastcov import FastcovError
+    from fastcov import FailedElsewhere, FastcovError
     from fastmemit.errors import FastmemitError
+    from fastmemit.parallel import for_verb
 
     try:
-        VERBS[args.verb].run(args)
+        with for_verb(args.verb, divided=("precompute",)):
+            VERBS[args.verb].run(args)
+    except FailedElsewhere:  # the process that failed says it
+        return 2
     except (FastcovError, FastmemitError) as error:
         return _fail(str(error))
     except OSError as error:

@@ -43,7 +43,7 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
         "--data",
         required=True,
         help="a CounterFact file (full or flat), a zsRE file (MEND's format, told by its fields or "
-        "as zsre:FILE), counterfact (from the hub), hub:NAME or builtin",
+        "as zsre:FILE), counterfact (from the hub), hub:NAME[@SPLIT] or builtin",
     )
     verb.add_argument(
         "--metrics",

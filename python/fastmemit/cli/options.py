@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -31,7 +32,17 @@ def add_model(verb: argparse.ArgumentParser, default: str | None = None) -> None
     )
     group.add_argument("--module", help='edited projection, "model.layers.{}.mlp.down_proj"')
     group.add_argument("--device", help="cpu, cuda, cuda:N, mps or auto (default: the best here)")
+    group.add_argument(
+        "--device-map",
+        choices=("auto", "balanced", "balanced_low_0", "sequential"),
+        help="spread the model over all accelerators, and over CPU and disk where they are full",
+    )
     group.add_argument("--dtype", help="float32, bfloat16, float16 or auto")
+    group.add_argument(
+        "--load-in",
+        choices=("8bit", "4bit"),
+        help="quantise the weights (bitsandbytes): statistics can be collected, edits not written",
+    )
     group.add_argument("--trust-remote-code", action="store_true", help="run the model's own code")
     group.add_argument("--seed", type=_seed, default=0, help="of contexts, corpus and batches")
     group.add_argument("--cache", type=Path, help="folder for statistics and target vectors")
@@ -66,7 +77,8 @@ def add_corpus(verb: argparse.ArgumentParser, default: str | None) -> None:
         "--corpus",
         default=default,
         help="wikipedia (from the hub), builtin, self (the model writes it), a .txt, .json or "
-        f".jsonl file, or hub:NAME (default: {default or 'the newest kept statistics'})",
+        ".jsonl file, or hub:NAME[:CONFIG][@SPLIT] "
+        f"(default: {default or 'the newest kept statistics'})",
     )
     group.add_argument("--field", default="text", help="the text's field in a JSON corpus")
     group.add_argument(
@@ -85,6 +97,13 @@ def add_corpus(verb: argparse.ArgumentParser, default: str | None) -> None:
     group.add_argument(
         "--allow-fewer", action="store_true", help="take a corpus that ends before the budget"
     )
+    group.add_argument(
+        "--checkpoint-seconds",
+        type=_seconds,
+        metavar="S",
+        help="keep an unfinished precompute every S seconds; 0: after every batch, inf: never "
+        "(default 300, or less often where it would take more than 0.5%% of the time)",
+    )
 
 
 def make_editor(args: argparse.Namespace) -> Editor:
@@ -97,9 +116,11 @@ def make_editor(args: argparse.Namespace) -> Editor:
     quiet_libraries()
     if args.quiet or not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
-    return Editor.from_pretrained(
+    editor = Editor.from_pretrained(
         args.model,
         device=args.device,
+        device_map=args.device_map,
+        load_in=args.load_in,
         dtype=args.dtype,
         trust_remote_code=args.trust_remote_code,
         module=args.module,
@@ -108,6 +129,8 @@ def make_editor(args: argparse.Namespace) -> Editor:
         target_batch_tokens=args.target_batch_tokens,
         progress=not args.quiet,
     )
+    editor.sources.checkpoint_seconds = getattr(args, "checkpoint_seconds", None)
+    return editor
 
 
 def quiet_libraries() -> None:
@@ -122,6 +145,8 @@ def quiet_libraries() -> None:
 
 def ensure_statistics(editor: Editor, layers: Sequence[int], args: argparse.Namespace) -> None:
     """Use the statistics that the options ask for, collecting them if they are not kept yet."""
+    for layer in layers:
+        editor.adapter.weight(layer)  # what cannot be edited is refused before, not after
     if args.corpus is None and args.multiplier != "auto":
         kept = editor.find_statistics(layers, args.multiplier)
         if kept is not None:
@@ -173,6 +198,16 @@ def _seed(text: str) -> int:
             f"must be a whole number from 0 to {2**32 - 1} but is {text!r}"
         )
     return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not value >= 0:
+        raise argparse.ArgumentTypeError(f"must be a number of seconds, 0 or more, but is {text!r}")
+    return value
 
 
 def multiplier(text: str) -> float | Literal["auto"]:

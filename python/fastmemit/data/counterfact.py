@@ -66,7 +66,7 @@ def load_records(source: str | Path, *, skip_malformed: bool = False) -> list[Re
 
     Args:
         source: A JSON list or JSONL file; ``"builtin"`` for the facts that the package ships;
-            ``"counterfact"`` for CounterFact from the hub; or ``"hub:NAME[:CONFIG]"``.
+            ``"counterfact"`` for CounterFact from the hub; or ``"hub:NAME[:CONFIG][@SPLIT]"``.
         skip_malformed: Log records that cannot be read and go on without them.
 
     Raises:

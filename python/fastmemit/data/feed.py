@@ -23,6 +23,11 @@ _READ_AHEAD = 4  # batches
 _TOKENISED_TOGETHER = 16
 
 
+def tokens_per_batch(device: torch.device) -> int:
+    """How many tokens a batch has where the model takes its input on this device."""
+    return BATCH_TOKENS if device.type == "cpu" else DEVICE_BATCH_TOKENS
+
+
 @contextmanager
 def corpus_batches(
     corpus: Corpus,
@@ -57,7 +62,6 @@ def corpus_batches(
     Raises:
         BadCorpus: The corpus cannot be read (raised where the batches are asked for).
     """
-    size = BATCH_TOKENS if device.type == "cpu" else DEVICE_BATCH_TOKENS
     ahead: Ahead[Mapping[str, Any]] = Ahead(_READ_AHEAD)
     threaded = not isinstance(corpus, SelfWritten)
     told = ahead.relayed(reading) if threaded and reading is not None else reading
@@ -67,7 +71,7 @@ def corpus_batches(
         if start or skip
         else fastcov.take(ids, tokens, context)
     )
-    batches = pinned(fastcov.bucket(taken, size), device)
+    batches = pinned(fastcov.bucket(taken, tokens_per_batch(device)), device)
     if threaded:
         with ahead.read(batches) as read:
             yield read

@@ -33,8 +33,9 @@ def write_layers(work: Workspace, requests: list[EditRequest], solve: Solve) -> 
         keys = averaged_keys(read.keys)  # (d_k, B)
         missing = goal.to(read.block.device) - read.block
         missing = missing / share(work.config.spread, len(layers) - position)
-        out = read.outputs.to(missing.device)
-        residual = adapter.projection_residual(layer, out, missing)
+        # The last edited block may be on another device than this layer, its norm and its factor.
+        missing = missing.to(read.outputs.device)
+        residual = adapter.projection_residual(layer, read.outputs, missing)
         work.write(layer, solve(layer, keys, residual.T), keys)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastmemit.models.adapter import ModelAdapter, find_adapter
+from fastmemit.models.adapter import ModelAdapter, find_adapter, input_device
 from fastmemit.models.context import check_lengths
 from fastmemit.models.fingerprint import checksum, fingerprint, tokenizer_fingerprint
 from fastmemit.models.loading import load_model, load_skeleton
@@ -16,6 +16,7 @@ __all__ = [
     "find_adapter",
     "fingerprint",
     "hidden_of",
+    "input_device",
     "load_model",
     "load_skeleton",
     "new_folder",

@@ -1,0 +1,211 @@
+"""Precomputes that are killed at random moments and started again, against an unbroken one."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import random
+import shutil
+import signal
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+# What a process was doing when it was killed; it writes the number where its parent reads it.
+PHASES = (
+    "starting",
+    "before the first checkpoint",
+    "writing a checkpoint",
+    "between checkpoints",
+    "writing the statistics",
+    "removing the checkpoint",
+    "finished",
+)
+STARTING, BEFORE, WRITING, BETWEEN, SAVING, TIDYING, FINISHED = range(len(PHASES))
+_PRELOAD = [
+    "fastmemit.statistics",
+    "fastmemit.models",
+    "tiny_editors",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.llama.modeling_llama",
+]
+_PATIENCE = 300.0  # seconds that a process may take
+
+
+@dataclass
+class Kills:
+    """What happened to the processes of all cycles.
+
+    Attributes:
+        phases: How many were killed doing what.
+        temporary: Files under a temporary name that they left for the next run to remove.
+        kept: Kills that left a checkpoint.
+        torn: Files under their own name that are not whole; there must be none.
+        leftovers: Files besides the statistics after a finished cycle; there must be none.
+        different: Cycles whose statistics are not those of the unbroken run, byte for byte.
+    """
+
+    phases: Counter[str] = field(default_factory=Counter)
+    temporary: int = 0
+    kept: int = 0
+    torn: list[str] = field(default_factory=list)
+    leftovers: list[str] = field(default_factory=list)
+    different: list[int] = field(default_factory=list)
+
+    @property
+    def sound(self) -> bool:
+        """Whether nothing was lost."""
+        return not (self.torn or self.leftovers or self.different)
+
+
+def soak_kills(
+    cycles: int, *, seconds: float, multiplier: float, seed: int, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Kill and resume, cycle by cycle; each is killed once or more, and then runs to its end.
+
+    Args:
+        cycles: How many.
+        seconds: Between two checkpoints.
+        multiplier: How long a pass is.
+        seed: Of the moments.
+        say: Called with a line now and then.
+
+    Returns:
+        JSON values.
+    """
+    draw, kills = random.Random(seed), Kills()
+    # A clean server forks the processes, so that each costs no import; it has started no thread.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOAD)
+    with tempfile.TemporaryDirectory(prefix="soak-") as name:
+        at = Path(name)
+        start = Starter(context, seconds, multiplier)
+        start(at / "warm").join(_PATIENCE)
+        begun = time.perf_counter()
+        start(at / "whole").join(_PATIENCE)
+        took = time.perf_counter() - begun
+        wanted = _contents(at / "whole")
+        if not wanted:
+            raise SystemExit("The unbroken precompute left no file.")
+        say(f"an unbroken precompute takes {took:.2f} s")
+        for cycle in range(cycles):
+            folder, attempt = at / f"cycle-{cycle}", 0
+            while True:
+                process = start(folder)
+                process.join(draw.uniform(0, took if attempt else 0.9 * took))
+                process.kill()  # SIGKILL: nothing in it can notice
+                process.join(_PATIENCE)
+                attempt += 1
+                if process.exitcode == 0:
+                    break
+                if process.exitcode != -signal.SIGKILL:
+                    raise SystemExit(f"A precompute failed with exit code {process.exitcode}.")
+                kills.phases[PHASES[start.phase.value]] += 1
+                _inspect(folder, kills)
+            found = _contents(folder)
+            kills.leftovers += [f"{cycle}: {path}" for path in sorted(found.keys() - wanted.keys())]
+            if any(found.get(path) != data for path, data in wanted.items()):
+                kills.different.append(cycle)
+            shutil.rmtree(folder)
+            if (cycle + 1) % 10 == 0:
+                say(f"{cycle + 1} cycles, {sum(kills.phases.values())} kills")
+    return {
+        "cycles": cycles,
+        "kills": sum(kills.phases.values()),
+        "killed_while": {phase: kills.phases[phase] for phase in PHASES},
+        "kills_that_left_a_checkpoint": kills.kept,
+        "temporary_files_left_by_kills": kills.temporary,
+        "torn_files": kills.torn,
+        "files_left_after_a_cycle": kills.leftovers,
+        "cycles_with_other_bits": kills.different,
+        "sound": kills.sound,
+        "seconds_unbroken": round(took, 3),
+        "checkpoint_seconds": seconds,
+        "multiplier": multiplier,
+        "seed": seed,
+    }
+
+
+class Starter:
+    """Starts precomputes that say what they are doing.
+
+    Attributes:
+        phase: What the last one is or was doing, an index of `PHASES`.
+    """
+
+    def __init__(self, context: Any, seconds: float, multiplier: float) -> None:
+        self._context, self._seconds, self._multiplier = context, seconds, multiplier
+        self.phase = context.Value("i", STARTING, lock=False)
+
+    def __call__(self, folder: Path) -> Any:
+        """Start one that keeps its files in this folder."""
+        self.phase.value = STARTING
+        arguments = (folder, self._seconds, self._multiplier, self.phase)
+        process = self._context.Process(target=_precompute, args=arguments)
+        process.start()
+        return process
+
+
+def _precompute(folder: Path, seconds: float, multiplier: float, phase: Any) -> None:
+    """One precompute of a tiny model, in a process of its own."""
+    import torch
+
+    import fastcov
+    from fastcov import checkpoint
+    from fastmemit.data import feed
+    from fastmemit.models import find_adapter
+    from fastmemit.statistics import precompute
+    from tiny_editors import tiny_corpus
+    from tiny_models import tiny_model, tiny_tokenizer
+
+    torch.set_num_threads(1)
+    feed.BATCH_TOKENS = 256  # many batches, so many moments
+    write, save, remove = checkpoint.atomic_file, fastcov.save_moment, checkpoint.Checkpoint.remove
+
+    @contextlib.contextmanager
+    def told(path: Path) -> Iterator[Any]:
+        phase.value = WRITING
+        with write(path) as file:
+            yield file
+        phase.value = BETWEEN
+
+    def saving(*args: Any) -> None:
+        phase.value = SAVING
+        save(*args)
+
+    def removing(self: Any) -> None:
+        phase.value = TIDYING
+        remove(self)
+
+    checkpoint.atomic_file, fastcov.save_moment = told, saving  # type: ignore[assignment]
+    checkpoint.Checkpoint.remove = removing  # type: ignore[method-assign]
+    identity = {"model": "0" * 64, "tokenizer": "0" * 64}
+    phase.value = BETWEEN if list(folder.rglob("*.checkpoint")) else BEFORE
+    precompute(
+        find_adapter(tiny_model("llama")), tiny_tokenizer(), tiny_corpus(1500), folder, identity,
+        layers=(0, 1), multiplier=multiplier, checkpoint_seconds=seconds,
+    )  # fmt: skip
+    phase.value = FINISHED
+
+
+def _contents(folder: Path) -> dict[Path, bytes]:
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def _inspect(folder: Path, kills: Kills) -> None:
+    """Read whatever a killed process left."""
+    import fastcov
+    from fastcov.checkpoint_file import read_checkpoint
+
+    checkpoints = list(folder.rglob("*.checkpoint"))
+    kills.kept += bool(checkpoints)
+    kills.temporary += len(list(folder.rglob("*.tmp")))
+    for path in [*checkpoints, *folder.rglob("*.safetensors")]:
+        try:
+            (read_checkpoint if path in checkpoints else fastcov.load_moment)(path)
+        except fastcov.FastcovError as error:
+            kills.torn.append(str(error))

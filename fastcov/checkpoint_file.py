@@ -1,0 +1,185 @@
+"""The file of a checkpoint: safetensors, written piece by piece and sealed by its own digest.
+
+The metadata are ``format``, ``version`` and ``state``, a JSON object. Each module has a number n
+and the tensors ``n:sum`` (the lower triangle, row by row), ``n:quartic`` and, where keys wait for
+the next launch of a kernel, ``n:waiting``. The last tensor, ``sha256``, is the digest of every byte
+before its own. No more than one module is in memory twice while it is written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from fastcov.errors import StoreDamaged
+from fastcov.moments import SecondMoment
+from fastcov.store import packed, unpacked
+
+FORMAT = "fastcov-checkpoint"
+VERSION = 1
+
+_DIGEST = 32  # bytes
+_PIECE = 16 << 20
+_NAMES = {
+    torch.float32: "F32",
+    torch.float64: "F64",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+}
+_STATE = {"identity", "sums", "machine", "batches", "stream", "modules"}
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What one module has given after some batches: all that is needed to go on from there.
+
+    Attributes:
+        moment: What was summed.
+        limit: How many keys are wanted in all, or None for all there are.
+        found: How many were taken, those that wait included.
+        waiting: Keys that are not in the sum yet (n, d_k), in their order; None where none waits.
+        waiting_since: The batch of the oldest of them.
+        device: Where the keys come from.
+    """
+
+    moment: SecondMoment
+    limit: int | None
+    found: int
+    waiting: Tensor | None
+    waiting_since: int
+    device: torch.device
+
+
+def read_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Taken]]:
+    """Read a checkpoint, every byte verified.
+
+    Returns:
+        ``identity``, ``sums``, ``machine``, ``batches`` and ``stream`` as they were written, and
+        what each module had taken, on the CPU.
+
+    Raises:
+        StoreDamaged: The file is not what was written, or a newer version wrote it.
+        OSError: It cannot be read.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    size = os.path.getsize(path)
+    with open(path, "rb") as file:
+        digest = hashlib.sha256()
+        left = max(size - _DIGEST, 0)
+        while left and (piece := file.read(min(left, _PIECE))):
+            digest.update(piece)
+            left -= len(piece)
+        if digest.digest() != file.read(_DIGEST):
+            raise _damaged(path, "is not what was written")
+    try:
+        with safe_open(os.fspath(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            if (metadata.get("format"), metadata.get("version")) != (FORMAT, str(VERSION)):
+                raise _damaged(path, f"has version {metadata.get('version')!r}")
+            state = json.loads(metadata["state"])
+            if not isinstance(state, dict) or not state.keys() >= _STATE:
+                raise _damaged(path, "lacks a part of its state")
+            modules = state.pop("modules")
+            known = set(file.keys())
+            taken = {}
+            for number, (name, module) in enumerate(modules.items()):
+                parts = {
+                    part: file.get_tensor(f"{number}:{part}")
+                    for part in ("sum", "quartic", "waiting")
+                    if f"{number}:{part}" in known
+                }
+                lower = unpacked(parts["sum"], module["d"])
+                moment = SecondMoment.from_lower(lower, module["count"], parts.get("quartic"))
+                taken[name] = Taken(
+                    moment,
+                    module["limit"],
+                    module["found"],
+                    parts.get("waiting"),
+                    module["waiting_since"],
+                    torch.device(module["device"]),
+                )
+    except (SafetensorError, KeyError, ValueError, TypeError) as error:
+        raise _damaged(path, f"is no checkpoint ({error})") from error
+    return state, taken
+
+
+def write_checkpoint(file: BinaryIO, state: Mapping[str, Any], taken: Mapping[str, Taken]) -> None:
+    """Write header, tensors and digest; a tensor is fetched from its device when it is its turn.
+
+    Args:
+        file: Open for writing.
+        state: JSON values: ``identity``, ``sums``, ``machine``, ``batches`` and ``stream``.
+        taken: What each module had taken.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
+    modules: dict[str, Any] = {}
+    parts: list[Callable[[], Tensor]] = []
+    header: dict[str, Any] = {}
+    offset = 0
+
+    def add(name: str, dtype: str, shape: list[int], size: int) -> None:
+        nonlocal offset
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, offset + size]}
+        offset += size
+
+    def add_tensor(name: str, like: Tensor, shape: list[int], fetch: Callable[[], Tensor]) -> None:
+        numbers = int(torch.Size(shape).numel())
+        add(name, _NAMES[like.dtype], shape, numbers * like.element_size())
+        parts.append(fetch)
+
+    for number, (name, module) in enumerate(taken.items()):
+        moment = module.moment
+        modules[name] = {
+            "d": moment.d,
+            "count": moment.count,
+            "limit": module.limit,
+            "found": module.found,
+            "waiting_since": module.waiting_since,
+            "device": str(module.device),
+        }
+        lower = moment.lower
+        triangle = [moment.d * (moment.d + 1) // 2]
+        add_tensor(f"{number}:sum", lower, triangle, lambda lower=lower: packed(lower))  # type: ignore[misc]
+        for part, tensor in (("quartic", moment.quartic), ("waiting", module.waiting)):
+            if tensor is not None:
+                add_tensor(f"{number}:{part}", tensor, list(tensor.shape), tensor.detach)
+    add("sha256", "U8", [_DIGEST], _DIGEST)
+    header["__metadata__"] = {
+        "format": FORMAT,
+        "version": str(VERSION),
+        "state": json.dumps({**state, "modules": modules}),
+    }
+    head = json.dumps(header).encode()
+    head += b" " * (-len(head) % 8)
+    digest = hashlib.sha256()
+
+    def write(data: bytes | memoryview) -> None:
+        for start in range(0, len(data), _PIECE):
+            piece = data[start : start + _PIECE]
+            digest.update(piece)
+            file.write(piece)
+
+    write(len(head).to_bytes(8, "little") + head)
+    for fetch in parts:
+        write(raw_bytes(fetch()))
+    file.write(digest.digest())
+
+
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor, in C order on the CPU."""
+    flat: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return memoryview(flat)
+
+
+def _damaged(path: str | os.PathLike[str], what: str) -> StoreDamaged:
+    return StoreDamaged(f"The checkpoint {os.fspath(path)!r} {what}; it may be deleted.")

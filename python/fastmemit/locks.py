@@ -1,0 +1,113 @@
+"""One process at a time where two would do the same work."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+log = logging.getLogger(__name__)
+
+# After so many seconds a process says what it waits for.
+_PATIENCE = 5.0
+_POLL = 0.2
+# What flock answers where somebody else has the lock; anything else is a file system without locks.
+_HELD = {errno.EAGAIN, errno.EACCES, errno.EWOULDBLOCK}
+
+
+@contextmanager
+def alone(path: Path, what: str) -> Iterator[bool]:
+    """Wait until no other process is inside with the same path, and keep the others out.
+
+    The system frees the lock of a process that ends, however it ends. On a file system without
+    locks nobody waits: what is written inside must be written by atomic renames, so that both
+    processes finish and one of two equal files stays. Two threads of a process wait for each other
+    as two processes do.
+
+    Args:
+        path: The lock's file, which only a killed process leaves behind, empty and without harm;
+            its folder is made.
+        what: What the other process is doing, for the message of one that waits.
+
+    Yields:
+        Whether there is a lock.
+
+    Raises:
+        OSError: The file cannot be made: the folder cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    begun, told = time.monotonic(), False
+    while True:
+        try:
+            release = _taken(path)
+        except _NoLocks as error:
+            log.warning("%s is on a file system without locks (%s); nobody waits", path, error)
+            path.unlink(missing_ok=True)
+            yield False
+            return
+        if release is not None:
+            break
+        if not told and time.monotonic() - begun >= _PATIENCE:
+            log.warning("another process is %s; waiting for it (%s)", what, path)
+            told = True
+        time.sleep(_POLL)
+    try:
+        yield True
+    finally:
+        release()
+
+
+class _NoLocks(Exception):
+    """The file system has none."""
+
+
+def _taken(path: Path) -> Callable[[], None] | None:
+    """Take the lock if it is free; how to give it back, or None.
+
+    Unlike filelock, which keeps its file for ever and retries whatever flock says, this removes
+    the file and tells a lock that is held from a file system without locks.
+    """
+    if fcntl is None:
+        return _taken_on_windows(path)
+    file = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o666)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        mine = os.fstat(file)
+        with suppress(FileNotFoundError):
+            there = os.stat(path)
+            # Whoever had the lock removed the file: this may be one without a name.
+            if (there.st_dev, there.st_ino) == (mine.st_dev, mine.st_ino):
+
+                def release() -> None:
+                    with suppress(OSError):
+                        path.unlink()  # before the lock is free, so that it is never another's
+                    os.close(file)
+
+                return release
+    except OSError as error:
+        os.close(file)
+        if error.errno in _HELD:
+            return None
+        raise _NoLocks(error.strerror) from error
+    os.close(file)
+    return None
+
+
+def _taken_on_windows(path: Path) -> Callable[[], None] | None:
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(path, timeout=0, thread_local=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        return None
+    return lock.release
