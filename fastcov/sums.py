@@ -55,7 +55,7 @@ def not_a_sum(total: Tensor) -> str | None:
         if bool(apart.any()):
             i, j = (int(k) for k in apart.nonzero()[0])
             return f"it is not symmetric in row {start + i}, column {j}"
-        beyond = rows.abs_() > (1 + _ROUNDING) * allowed + slack
+        beyond = rows.abs() > (1 + _ROUNDING) * allowed + slack
         if bool(beyond.any()):
             i, j = (int(k) for k in beyond.nonzero()[0])
             return f"row {start + i}, column {j} is larger than its diagonal allows"

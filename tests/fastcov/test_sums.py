@@ -23,3 +23,9 @@ def test_a_place_in_a_later_block_is_named() -> None:
     assert not_a_sum(total) == "it is not symmetric in row 20, column 650"
     total[650, 20] = total[20, 650] = 2
     assert not_a_sum(total) == "row 20, column 650 is larger than its diagonal allows"
+
+
+def test_looking_changes_nothing() -> None:
+    total = torch.tensor([[1.0, -0.5], [-0.5, 1.0]], dtype=torch.float64)
+    assert not_a_sum(total) is None
+    assert total.tolist() == [[1.0, -0.5], [-0.5, 1.0]]
