@@ -207,11 +207,6 @@ def test_keys_of_another_width(tmp_path: Path) -> None:
         load_npz(written(tmp_path / "a.npz"), width=4)
 
 
-def test_rounding_of_a_long_sum_is_no_asymmetry(tmp_path: Path) -> None:
-    array = changed_sum((0, 2), 3.0005)
-    assert load_npz(written(tmp_path / "a.npz", mom2_mom2=array)).moment.count == 2
-
-
 def header(shape: tuple[int, ...], dtype: str = "<f4") -> bytes:
     text = f"{{'descr': '{dtype}', 'fortran_order': False, 'shape': {shape}, }}"
     text += " " * (117 - len(text)) + "\n"

@@ -29,3 +29,10 @@ def test_looking_changes_nothing() -> None:
     total = torch.tensor([[1.0, -0.5], [-0.5, 1.0]], dtype=torch.float64)
     assert not_a_sum(total) is None
     assert total.tolist() == [[1.0, -0.5], [-0.5, 1.0]]
+
+
+def test_rounding_of_a_long_sum_is_no_asymmetry() -> None:
+    total = torch.tensor([[1.0, 0.5], [0.5005, 1.0]])
+    assert not_a_sum(total) is None
+    total[1, 0] = 0.51
+    assert not_a_sum(total) == "it is not symmetric in row 0, column 1"

@@ -15,6 +15,8 @@ from fastmemit.cli import (
     downstream,
     edit,
     evaluate,
+    export_stats,
+    import_stats,
     locate,
     precompute,
     report,
@@ -43,6 +45,8 @@ VERBS = {
     "sequential": sequential,
     "report": report,
     "downstream": downstream,
+    "export-stats": export_stats,
+    "import-stats": import_stats,
     "demo": demo,
 }
 
@@ -120,6 +124,9 @@ _OPTIONS = {
     "allow_fewer=True": "--allow-fewer",
     "skip_malformed=True": "--skip-malformed",
     "with field=": "with --field",
+    "overwrite=True (--overwrite)": "--overwrite",
+    "check=False (--no-check)": "--no-check",
+    "model_name= (--model-name)": "--model-name",
 }
 
 

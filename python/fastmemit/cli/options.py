@@ -14,6 +14,7 @@ from fastmemit.errors import BadConfig
 
 if TYPE_CHECKING:
     from fastmemit.editor import Editor
+    from fastmemit.statistics import Statistics
 
 METHOD_NAMES = ("rome", "emmet", "memit")
 DEFAULT_MULTIPLIER = 10.0
@@ -111,14 +112,16 @@ def make_editor(args: argparse.Namespace) -> Editor:
     )
 
 
-def ensure_statistics(editor: Editor, layers: Sequence[int], args: argparse.Namespace) -> None:
+def ensure_statistics(
+    editor: Editor, layers: Sequence[int], args: argparse.Namespace
+) -> Statistics:
     """Use the statistics that the options ask for, collecting them if they are not kept yet."""
     if args.corpus is None and args.multiplier != "auto":
         kept = editor.find_statistics(layers, args.multiplier)
         if kept is not None:
             editor.use(kept)
             print(f"statistics: {kept.describe()} (kept)")
-            return
+            return kept
     made = editor.precompute(
         args.corpus or "wikipedia",
         multiplier=DEFAULT_MULTIPLIER if args.multiplier is None else args.multiplier,
@@ -128,6 +131,7 @@ def ensure_statistics(editor: Editor, layers: Sequence[int], args: argparse.Name
         field=args.field,
     )
     print(f"statistics: {made.describe()}")
+    return made
 
 
 def check_writable(*paths: Path | None) -> None:

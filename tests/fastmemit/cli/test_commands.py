@@ -21,7 +21,7 @@ from tiny_commands import EDIT, Place, run
 def test_every_verb_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
     assert VERBS.keys() == {
         "precompute", "edit", "apply", "evaluate", "sweep", "sequential", "report", "locate",
-        "downstream", "demo",
+        "downstream", "export-stats", "import-stats", "demo",
     }  # fmt: skip
     for verb in VERBS:
         with pytest.raises(SystemExit) as left:
