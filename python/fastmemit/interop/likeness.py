@@ -22,11 +22,11 @@ from fastmemit.data.feed import corpus_batches
 from fastmemit.editor import Editor
 from fastmemit.errors import WrongModel
 
-TOKENS = 4096
+TOKENS = 2048
 LENGTH = 128
 
 #: Below this correlation the keys are of another layer or model; see docs/other-codebases.md.
-LEAST_CORRELATION = 0.4
+LEAST_CORRELATION = 0.3
 #: A sum that was divided already, or a count of something else, is wrong by more than this.
 MOST_TIMES = 10.0
 
