@@ -230,6 +230,10 @@ class Sources:
             self._contexts[kind] = made
         return self._contexts[kind]
 
+    def adopt_contexts(self, method: str, contexts: tuple[str, ...]) -> None:
+        """Take texts that were written before, for a method and those that share them."""
+        self._contexts["start" if method == "rome" else "words"] = contexts
+
     def targets(
         self,
         requests: Sequence[EditRequest],
