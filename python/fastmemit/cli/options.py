@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from fastmemit.errors import BadConfig
 
@@ -46,9 +46,17 @@ def add_model(verb: argparse.ArgumentParser, default: str | None = None) -> None
 
 
 def add_method(verb: argparse.ArgumentParser) -> None:
-    """``--method`` and ``--set``."""
+    """``--method``, ``--hparams`` and ``--set``; `chosen_settings` reads them."""
     group = verb.add_argument_group("method")
-    group.add_argument("--method", choices=METHOD_NAMES, default="memit")
+    group.add_argument(
+        "--method", choices=METHOD_NAMES, help="default memit, or what --hparams is for"
+    )
+    group.add_argument(
+        "--hparams",
+        type=Path,
+        metavar="FILE",
+        help="take all settings from a file of the ROME family (JSON) or EasyEdit (YAML)",
+    )
     group.add_argument(
         "--set",
         action="append",
@@ -57,6 +65,28 @@ def add_method(verb: argparse.ArgumentParser) -> None:
         metavar="NAME=VALUE",
         help="override a setting of the preset, such as clamp=0.75 or layers=4-8",
     )
+
+
+def chosen_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The settings that ``--hparams`` and ``--set`` give, by name; sets ``args.method`` too.
+
+    To be called before `make_editor`, which checks that the file is for the model.
+
+    Raises:
+        BadConfig: A file or a setting that makes no sense, or a file for another method.
+    """
+    from fastmemit.editors import parse_overrides
+
+    values = parse_overrides(args.overrides)
+    if args.hparams is None:
+        args.method = args.method or "memit"
+        return values
+    from fastmemit.compat import open_hparams
+
+    args.opened = open_hparams(args.hparams, args.method)
+    args.method = args.opened.config.method
+    args.module = args.module or args.opened.module
+    return {**args.opened.overrides(), **values}
 
 
 def add_corpus(verb: argparse.ArgumentParser, default: str | None) -> None:
@@ -99,7 +129,7 @@ def make_editor(args: argparse.Namespace) -> Editor:
         logging.getLogger(library).setLevel(logging.CRITICAL)
     if args.quiet or not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
-    return Editor.from_pretrained(
+    editor = Editor.from_pretrained(
         args.model,
         device=args.device,
         dtype=args.dtype,
@@ -110,6 +140,9 @@ def make_editor(args: argparse.Namespace) -> Editor:
         target_batch_tokens=args.target_batch_tokens,
         progress=not args.quiet,
     )
+    if getattr(args, "opened", None) is not None:
+        args.opened.check(editor.adapter)
+    return editor
 
 
 def ensure_statistics(
