@@ -27,8 +27,8 @@ def file(place: Place, folder: str, **changed: Any) -> Path:
 
 
 def command(place: Place, hparams: Path, *more: Any) -> list[Any]:
-    return ["edit", *place.model, "--hparams", hparams, *more, "--corpus", place.corpus,
-            "--multiplier", "4", "--requests", place.requests, "--save", place.at / "e.st"]  # fmt: skip
+    return ["edit", *place.model, "--hparams", hparams, *more, "--multiplier", "4", "--corpus",
+            place.corpus, "--requests", place.requests, "--save", place.at / "e.st"]  # fmt: skip
 
 
 def test_all_settings_come_from_the_file(place: Place, capsys: Capture) -> None:
