@@ -181,7 +181,7 @@ def _covered(
     if not found.covers([layer]):
         layers = _together(found, layer, fields, alone)
         log.info("the second moments of the layers %s of %s", layers, found.name)
-        found.cover(layers, dataset, multiplier_of(fields))
+        found.cover(layers, dataset, multiplier_of(fields), needed=[layer])
     return found, layer
 
 

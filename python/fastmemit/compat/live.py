@@ -24,6 +24,7 @@ from fastmemit.compat.stack import LiveStack
 from fastmemit.contexts import Kind, generate_contexts
 from fastmemit.data.self_written import open_corpus
 from fastmemit.errors import BadCorpus, BadLayer, WrongModel
+from fastmemit.kept import there
 from fastmemit.models import ModelAdapter, find_adapter
 from fastmemit.sources import Sources
 from fastmemit.statistics import Statistics
@@ -115,14 +116,19 @@ class Live:
         return self._statistics is not None and names <= self._statistics.paths.keys()
 
     def cover(
-        self, layers: Sequence[int], dataset: str, multiplier: float | None = None
+        self,
+        layers: Sequence[int],
+        dataset: str,
+        multiplier: float | None = None,
+        needed: Sequence[int] | None = None,
     ) -> Statistics:
         """Statistics of the unedited model that have these layers.
 
         Args:
-            layers: Which.
+            layers: Which to collect, if they must be collected.
             dataset: What the caller would collect them on.
             multiplier: d_m where the settings do not say it.
+            needed: Which there must be; None means all of `layers`.
 
         Raises:
             WrongModel: They were not collected while the model was unedited, and it is edited now.
@@ -140,11 +146,11 @@ class Live:
             if self.adapter.template.replace("{}", str(layer)) in {*names, *held}
         ]
         self.stack.look()
-        found = self._kept(wanted)
+        found = self._kept(wanted) or self._kept(layers if needed is None else needed)
         if found is None and self.stack.edits:
             raise WrongModel(
-                f"The layers {sorted(layers)} of {self.name} were not among those collected while "
-                "it was unedited, and its weights have changed since; name all layers with "
+                f"The layers {sorted(needed or layers)} of {self.name} were not among those "
+                "collected while it was unedited, and its weights have changed since; name all layers with "
                 "fastmemit.compat.configure(layers=[...]), or pass hparams, before the first edit."
             )
         if found is None:
@@ -155,13 +161,22 @@ class Live:
         return found
 
     def _kept(self, layers: Sequence[int]) -> Statistics | None:
-        """Statistics that need not be collected, as far as the settings leave that open."""
+        """Kept statistics that have some layers, with all others that were collected with them.
+
+        None where they would have to be of a corpus that was named: if they are, nothing is
+        collected a second time either.
+        """
         multiplier = self.settings.multiplier
-        if self.stack.edits:  # nothing can be collected any more
-            return self.sources.find(layers, None if isinstance(multiplier, str) else multiplier)
         if self.settings.corpus is not None or isinstance(multiplier, str):
-            return None  # they may be of another corpus; if not, nothing is collected either
-        return self.sources.find(layers, multiplier)
+            if not self.stack.edits:
+                return None
+            multiplier = None if isinstance(multiplier, str) else multiplier
+        found = self.sources.find(layers, multiplier)
+        if found is None:
+            return None
+        home = next(iter(found.paths.values())).parent
+        paths = {name: home / f"{name}.safetensors" for name in there(home)}
+        return Statistics(paths, found.provenance)
 
     def _collected(
         self, layers: Sequence[int], dataset: str, multiplier: float | None

@@ -240,6 +240,20 @@ def test_without_a_corpus_kept_statistics_are_taken_else_it_says_what_to_do(
     assert torch.equal(get_cov(model, tok, 1), found.second_moment(NAME.format(1)))
 
 
+def test_kept_statistics_of_fewer_layers_than_would_be_collected(
+    model: Any, tok: Any, tmp_path: Path
+) -> None:
+    found = tiny_editor(tmp_path / "cache", layers=(0, 1)).statistics_for([0, 1])
+    compat.configure(corpus=None, multiplier=None)
+    count = forwards(model)
+    for layer in (0, 1, 0):
+        assert torch.equal(get_cov(model, tok, layer), found.second_moment(NAME.format(layer)))
+        write(model, layer)
+    assert count[0] == 0
+    with pytest.raises(WrongModel, match=r"The layers \[2\] of model"):
+        get_cov(model, tok, 2)
+
+
 @pytest.mark.parametrize(
     ("name", "error", "match"),
     [
