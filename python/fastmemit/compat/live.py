@@ -150,8 +150,9 @@ class Live:
         if found is None and self.stack.edits:
             raise WrongModel(
                 f"The layers {sorted(needed or layers)} of {self.name} were not among those "
-                "collected while it was unedited, and its weights have changed since; name all layers with "
-                "fastmemit.compat.configure(layers=[...]), or pass hparams, before the first edit."
+                "collected while it was unedited, and its weights have changed since; name all "
+                "layers with fastmemit.compat.configure(layers=[...]), or pass hparams, before the "
+                "first edit."
             )
         if found is None:
             found = self._collected(wanted, dataset, multiplier)
