@@ -70,6 +70,16 @@ def test_statistics_for_another_codebase(place: Any, example: Any) -> None:
     example("stats_for_another_codebase.py", *words, "--overwrite")
 
 
+def test_an_edit_as_an_adapter(place: Any, example: Any) -> None:
+    pytest.importorskip("peft")
+    said = example("serve_as_adapter.py", "--method", "rome", "--out", "adapter").splitlines()
+    on, off = (next(x for x in said if x.startswith(word)) for word in ("on: ", "off: "))
+    assert float(on.rpartition("= ")[2]) > float(off.rpartition("= ")[2])
+    assert said[-1] == "read back, it is the same edit"
+    files = sorted(path.name for path in (place.at / "adapter").iterdir())
+    assert files == ["adapter_config.json", "adapter_model.safetensors"]
+
+
 def test_the_page_names_every_script() -> None:
     page = (ROOT / "examples" / "README.md").read_text(encoding="utf-8")
     scripts = sorted(path.name for path in (ROOT / "examples").glob("*.py"))

@@ -102,19 +102,20 @@ def stored(
     return paths
 
 
-def copied(paths: dict[str, Path], folder: Path) -> dict[str, Path]:
-    """The files of some statistics in another folder of statistics, under the same names.
+def copied(paths: dict[str, Path], folder: Path, home: str | None = None) -> dict[str, Path]:
+    """The files of some statistics in another folder of statistics, named by their modules.
 
     Args:
         paths: Module name -> file, all in one folder.
         folder: That of the model's statistics.
+        home: The name of their own folder in it; None takes the one that they have.
 
     Raises:
         OSError: A file cannot be written.
     """
     found = {}
     for name, path in paths.items():
-        found[name] = folder / path.parent.name / path.name
+        found[name] = folder / (home or path.parent.name) / f"{name}.safetensors"
         if not found[name].is_file():
             with atomic_file(found[name]) as file, open(path, "rb") as source:
                 shutil.copyfileobj(source, file)

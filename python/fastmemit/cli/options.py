@@ -124,9 +124,7 @@ def make_editor(args: argparse.Namespace) -> Editor:
     from fastmemit.editor import Editor
 
     transformers_logging.set_verbosity_error()
-    # Their retries without a network are a page; our own sentence says it at the end.
-    for library in ("huggingface_hub", "datasets"):
-        logging.getLogger(library).setLevel(logging.CRITICAL)
+    quiet_libraries()
     if args.quiet or not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
     editor = Editor.from_pretrained(
@@ -143,6 +141,16 @@ def make_editor(args: argparse.Namespace) -> Editor:
     if getattr(args, "opened", None) is not None:
         args.opened.check(editor.adapter)
     return editor
+
+
+def quiet_libraries() -> None:
+    """No pages from the libraries that ask the hub; our own sentence says it at the end."""
+    from huggingface_hub.utils import disable_progress_bars
+
+    for library in ("huggingface_hub", "datasets"):
+        logging.getLogger(library).setLevel(logging.CRITICAL)
+    if not sys.stderr.isatty():
+        disable_progress_bars()
 
 
 def ensure_statistics(

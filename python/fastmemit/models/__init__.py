@@ -5,9 +5,9 @@ from __future__ import annotations
 from fastmemit.models.adapter import ModelAdapter, find_adapter
 from fastmemit.models.context import check_lengths
 from fastmemit.models.fingerprint import checksum, fingerprint, tokenizer_fingerprint
-from fastmemit.models.loading import load_model
+from fastmemit.models.loading import load_model, load_skeleton
 from fastmemit.models.outputs import hidden_of, with_hidden
-from fastmemit.models.saving import save_model
+from fastmemit.models.saving import new_folder, save_model
 
 __all__ = [
     "ModelAdapter",
@@ -17,6 +17,8 @@ __all__ = [
     "fingerprint",
     "hidden_of",
     "load_model",
+    "load_skeleton",
+    "new_folder",
     "save_model",
     "tokenizer_fingerprint",
     "with_hidden",

@@ -72,6 +72,31 @@ def load_model(
     return model, tokenizer
 
 
+def load_skeleton(name: str, *, trust_remote_code: bool = False) -> Any:
+    """A model without its weights: every module and shape, nothing to compute with.
+
+    Only the configuration is read, so that a model of any size takes no memory.
+
+    Args:
+        name: As for `load_model`.
+        trust_remote_code: Run Python code that comes with the model.
+
+    Raises:
+        ModelNotFound: Nothing of this name can be loaded, or it needs code that is not there.
+    """
+    source = str(_source(name))
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, ImportError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise ModelNotFound(_why_not(name, error)) from error
+
+
 def _source(name: str) -> str | Path:
     """What `from_pretrained` shall be given for a name."""
     if name == DEMO_MODEL and not Path(name).is_dir():

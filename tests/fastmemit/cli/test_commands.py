@@ -21,7 +21,8 @@ from tiny_commands import EDIT, Place, run
 def test_every_verb_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
     assert VERBS.keys() == {
         "precompute", "edit", "apply", "evaluate", "sweep", "sequential", "report", "locate",
-        "downstream", "export-stats", "import-stats", "demo",
+        "downstream", "demo", "compose", "export-adapter", "import-adapter", "push", "pull",
+        "export-stats", "import-stats",
     }  # fmt: skip
     for verb in VERBS:
         with pytest.raises(SystemExit) as left:
@@ -30,7 +31,8 @@ def test_every_verb_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
         assert left.value.code == 0
         assert "examples:\n" in out and f"fastmemit {verb}" in out.partition("examples:")[2]
         for option in ("--model", "--seed", "--device", "--dtype"):
-            assert (option in out) == (verb != "report")
+            runs = verb not in ("report", "compose", "push", "export-adapter")
+            assert runs == (option in out) or (verb, option) == ("export-adapter", "--model")
         assert all(len(line) <= 100 for line in out.splitlines())
 
 
