@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from fastmemit.errors import BadConfig
 from tiny_commands import make_place, save_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -55,6 +56,18 @@ def test_many_edits_go_on_where_they_were_killed(place: Any, example: Any) -> No
     assert "batch 1 of 2: read from" in again and "batch 2 of 2: 2 facts written" in again
     assert files[0].read_bytes() == kept
     assert whole.splitlines()[-2] == again.splitlines()[-2]  # the unedited scores
+
+
+def test_statistics_for_another_codebase(place: Any, example: Any) -> None:
+    words = ("--multiplier", 4, "--layout", "easyedit", "--model-name", "me/tiny")
+    said = example("stats_for_another_codebase.py", *words)
+    folder = place.at / "data" / "stats" / "tiny" / "wikipedia_stats"
+    found = sorted(path.name for path in folder.iterdir())
+    assert found[0] == "model.layers.0.mlp.down_proj_float32_mom2_100000.npz"
+    assert said.count("256 keys of width 64") == len(found)
+    with pytest.raises(BadConfig, match="may be the work of days"):
+        example("stats_for_another_codebase.py", *words)
+    example("stats_for_another_codebase.py", *words, "--overwrite")
 
 
 def test_an_edit_as_an_adapter(place: Any, example: Any) -> None:

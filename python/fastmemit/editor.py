@@ -178,9 +178,9 @@ class Editor:
         self.sources.use(found)
 
     def find_statistics(
-        self, layers: Sequence[int], multiplier: float | None = None
+        self, layers: Sequence[int] | None, multiplier: float | None = None
     ) -> Statistics | None:
-        """The newest kept statistics of this model for these layers, or None."""
+        """The newest kept statistics of this model for these layers (None: whichever), or None."""
         return self.sources.find(layers, multiplier)
 
     def statistics_for(self, layers: Sequence[int]) -> Statistics:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from fastmemit.data.corpora import Corpus
 from fastmemit.editors import EditConfig, PreservedKeys, ReadCache, Workspace
 from fastmemit.errors import BadConfig, WrongModel
 from fastmemit.factors import FactorCache
-from fastmemit.kept import copied
+from fastmemit.kept import common, copied, stored
 from fastmemit.models import ModelAdapter, tokenizer_fingerprint
 from fastmemit.progress import bar
 from fastmemit.request import EditRequest
@@ -169,6 +169,23 @@ class Sources:
         self.use(kept)
         return kept
 
+    def take_over(
+        self,
+        shared: dict[str, Any],
+        moments: Mapping[str, tuple[fastcov.SecondMoment, dict[str, Any]]],
+    ) -> Statistics:
+        """Keep moments that were not collected here as the newest, and use them.
+
+        Args:
+            shared: What all of them are of, `identity` included.
+            moments: Module name -> moment, and what it alone is of.
+        """
+        folder = self._folder / "statistics" / self._stack.fingerprint[:16]
+        paths = stored(folder, shared, moments)
+        found = Statistics(paths, common([fastcov.read_provenance(p) for p in paths.values()]))
+        self.use(found)
+        return found
+
     def use(self, found: Statistics) -> None:
         """Take these statistics from now on; see `Editor.use`."""
         if found is self._statistics:
@@ -181,9 +198,10 @@ class Sources:
         self._statistics = found
         self._factors.clear()
 
-    def find(self, layers: Sequence[int], multiplier: float | None) -> Statistics | None:
+    def find(self, layers: Sequence[int] | None, multiplier: float | None) -> Statistics | None:
         """The newest kept statistics for these layers; see `Editor.find_statistics`."""
-        modules = [self._adapter.projection_name(layer) for layer in layers]
+        name = self._adapter.projection_name
+        modules = None if layers is None else [name(layer) for layer in layers]
         folder = self._folder / "statistics"
         model, tokenizer = self._stack.fingerprint, self._tokenizer_is
         return statistics.find(folder, model, modules, multiplier, tokenizer)
@@ -218,6 +236,10 @@ class Sources:
             made = generate_contexts(self._adapter.model, self._tokenizer, kind, self.seed)
             self._contexts[kind] = made
         return self._contexts[kind]
+
+    def adopt_contexts(self, method: str, contexts: tuple[str, ...]) -> None:
+        """Take texts that were written before, for a method and those that share them."""
+        self._contexts["start" if method == "rome" else "words"] = contexts
 
     def targets(
         self,

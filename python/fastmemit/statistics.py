@@ -20,7 +20,7 @@ from fastmemit import parallel
 from fastmemit.collecting import Text, alone_or_first, checkpoint_of, collected, sweep_up
 from fastmemit.data.corpora import Corpus
 from fastmemit.errors import BadConfig
-from fastmemit.kept import common, compare, essence, home_of, is_there
+from fastmemit.kept import common, compare, essence, home_of, is_there, there
 from fastmemit.models import ModelAdapter
 
 log = logging.getLogger(__name__)
@@ -219,7 +219,7 @@ def precompute(
 def find(
     folder: Path,
     model: str,
-    modules: Sequence[str],
+    modules: Sequence[str] | None,
     multiplier: float | None = None,
     tokenizer: str | None = None,
 ) -> Statistics | None:
@@ -228,7 +228,7 @@ def find(
     Args:
         folder: Where statistics are kept.
         model: The model's fingerprint.
-        modules: Module names that are needed.
+        modules: Module names that are needed; None takes whatever is stored together.
         multiplier: Only those of this multiplier, if given.
         tokenizer: Only those whose text this tokenizer cut (its fingerprint), if given.
 
@@ -243,8 +243,9 @@ def find(
         reverse=True,
     )
     for home in homes:
-        paths = {name: home / f"{name}.safetensors" for name in modules}
-        if not all(path.is_file() for path in paths.values()):
+        names = there(home) if modules is None else modules
+        paths = {name: home / f"{name}.safetensors" for name in names}
+        if not paths or not all(path.is_file() for path in paths.values()):
             continue
         stored = [fastcov.read_provenance(path) for path in paths.values()]
         for path, provenance in zip(paths.values(), stored, strict=True):

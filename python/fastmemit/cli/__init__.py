@@ -17,7 +17,9 @@ from fastmemit.cli import (
     edit,
     evaluate,
     export_adapter,
+    export_stats,
     import_adapter,
+    import_stats,
     locate,
     plan,
     precompute,
@@ -55,6 +57,8 @@ VERBS = {
     "sequential": sequential,
     "report": report,
     "downstream": downstream,
+    "export-stats": export_stats,
+    "import-stats": import_stats,
     "demo": demo,
 }
 
@@ -138,6 +142,9 @@ _OPTIONS = {
     "--dry-run (dry_run=...)": "--dry-run DIR",
     "skip_malformed=True": "--skip-malformed",
     "with field=": "with --field",
+    "overwrite=True (--overwrite)": "--overwrite",
+    "check=False (--no-check)": "--no-check",
+    "model_name= (--model-name)": "--model-name",
 }
 
 

@@ -11,6 +11,7 @@ from fastmemit.cli.options import (
     add_method,
     add_model,
     check_writable,
+    chosen_settings,
     ensure_statistics,
     make_editor,
 )
@@ -73,12 +74,11 @@ def run(args: argparse.Namespace) -> None:
     from fastcov.store import atomic_file
     from fastmemit.data import batches, load_records
     from fastmemit.data.zsre import is_zsre, load_zsre
-    from fastmemit.editors import parse_overrides
     from fastmemit.evaluation import evaluate, load_references
     from fastmemit.evaluation.measures import Measures
 
     check_writable(args.json)
-    overrides = parse_overrides(args.overrides)
+    overrides = chosen_settings(args)
     zsre = is_zsre(args.data)
     if zsre and tuple(args.metrics) != ("score",):
         raise BadConfig("zsRE has metrics of its own, which are always shown; leave out --metrics.")

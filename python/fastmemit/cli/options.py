@@ -9,12 +9,13 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from fastmemit.errors import BadConfig
 
 if TYPE_CHECKING:
     from fastmemit.editor import Editor
+    from fastmemit.statistics import Statistics
 
 # Those of fastmemit.editors, which to import takes a second.
 METHOD_NAMES = ("rome", "emmet", "memit", "pmet", "encore", "alphaedit")
@@ -57,9 +58,17 @@ def add_model(verb: argparse.ArgumentParser, default: str | None = None) -> None
 
 
 def add_method(verb: argparse.ArgumentParser) -> None:
-    """``--method`` and ``--set``."""
+    """``--method``, ``--hparams`` and ``--set``; `chosen_settings` reads them."""
     group = verb.add_argument_group("method")
-    group.add_argument("--method", choices=METHOD_NAMES, default="memit")
+    group.add_argument(
+        "--method", choices=METHOD_NAMES, help="default memit, or what --hparams is for"
+    )
+    group.add_argument(
+        "--hparams",
+        type=Path,
+        metavar="FILE",
+        help="take all settings from a file of the ROME family (JSON) or EasyEdit (YAML)",
+    )
     group.add_argument(
         "--set",
         action="append",
@@ -68,6 +77,28 @@ def add_method(verb: argparse.ArgumentParser) -> None:
         metavar="NAME=VALUE",
         help="override a setting of the preset, such as clamp=0.75 or layers=4-8",
     )
+
+
+def chosen_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The settings that ``--hparams`` and ``--set`` give, by name; sets ``args.method`` too.
+
+    To be called before `make_editor`, which checks that the file is for the model.
+
+    Raises:
+        BadConfig: A file or a setting that makes no sense, or a file for another method.
+    """
+    from fastmemit.editors import parse_overrides
+
+    values = parse_overrides(args.overrides)
+    if args.hparams is None:
+        args.method = args.method or "memit"
+        return values
+    from fastmemit.compat import open_hparams
+
+    args.opened = open_hparams(args.hparams, args.method)
+    args.method = args.opened.config.method
+    args.module = args.module or args.opened.module
+    return {**args.opened.overrides(), **values}
 
 
 def add_corpus(verb: argparse.ArgumentParser, default: str | None) -> None:
@@ -130,6 +161,8 @@ def make_editor(args: argparse.Namespace) -> Editor:
         progress=not args.quiet,
     )
     editor.sources.checkpoint_seconds = getattr(args, "checkpoint_seconds", None)
+    if getattr(args, "opened", None) is not None:
+        args.opened.check(editor.adapter)
     return editor
 
 
@@ -143,7 +176,9 @@ def quiet_libraries() -> None:
         disable_progress_bars()
 
 
-def ensure_statistics(editor: Editor, layers: Sequence[int], args: argparse.Namespace) -> None:
+def ensure_statistics(
+    editor: Editor, layers: Sequence[int], args: argparse.Namespace
+) -> Statistics:
     """Use the statistics that the options ask for, collecting them if they are not kept yet."""
     for layer in layers:
         editor.adapter.weight(layer)  # what cannot be edited is refused before, not after
@@ -152,7 +187,7 @@ def ensure_statistics(editor: Editor, layers: Sequence[int], args: argparse.Name
         if kept is not None:
             editor.use(kept)
             print(f"statistics: {kept.describe()} (kept)")
-            return
+            return kept
     made = editor.precompute(
         args.corpus or "wikipedia",
         multiplier=DEFAULT_MULTIPLIER if args.multiplier is None else args.multiplier,
@@ -162,6 +197,7 @@ def ensure_statistics(editor: Editor, layers: Sequence[int], args: argparse.Name
         field=args.field,
     )
     print(f"statistics: {made.describe()}")
+    return made
 
 
 def check_writable(*paths: Path | None) -> None:

@@ -5,7 +5,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from fastmemit.cli.options import above_zero, add_method, add_model, make_editor
+from fastmemit.cli.options import (
+    above_zero,
+    add_method,
+    add_model,
+    chosen_settings,
+    make_editor,
+)
 from fastmemit.errors import BadConfig
 
 HELP = "Write batches on top of each other and score all facts so far; goes on where it was killed."
@@ -77,7 +83,6 @@ def run(args: argparse.Namespace) -> None:
     from fastcov.store import atomic_file
     from fastmemit.cli.table import score_table
     from fastmemit.data import batches, load_corpus, load_records
-    from fastmemit.editors import parse_overrides
     from fastmemit.evaluation.perplexity import read_text
     from fastmemit.experiments.drawing import check_matplotlib
     from fastmemit.experiments.grid import parse_multipliers
@@ -89,7 +94,7 @@ def run(args: argparse.Namespace) -> None:
 
     check_matplotlib()
     multipliers = parse_multipliers(args.multipliers)
-    overrides = parse_overrides(args.overrides)
+    overrides = chosen_settings(args)
     if args.out.exists() and not args.out.is_dir():
         raise BadConfig(f"{str(args.out)!r} is a file; name a folder for the results.")
     if args.corpus == "self":

@@ -22,6 +22,7 @@ def test_every_verb_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
     assert VERBS.keys() == {
         "precompute", "edit", "apply", "evaluate", "sweep", "sequential", "report", "locate",
         "downstream", "demo", "plan", "compose", "export-adapter", "import-adapter", "push", "pull",
+        "export-stats", "import-stats",
     }  # fmt: skip
     for verb in VERBS:
         with pytest.raises(SystemExit) as left:
