@@ -72,6 +72,36 @@ def read_results(folder: Path, name: str = RESULTS) -> dict[str, dict[str, Any]]
     return found
 
 
+def read_unedited(
+    path: Path, fingerprint: str, cases: Sequence[int]
+) -> dict[int, dict[str, Any]] | None:
+    """The unedited model's scores that a sweep kept, by case.
+
+    Args:
+        path: The file, ``unedited.json``.
+        fingerprint: Of the model.
+        cases: The records, in their order.
+
+    Returns:
+        The scores; None where there is no such file, or it is of another model or other records.
+
+    Raises:
+        BadData: The file is not what was written.
+    """
+    if not path.is_file():
+        return None
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        if (stored["fingerprint"], stored["cases"]) != (fingerprint, list(cases)):
+            return None
+        return {value["case_id"]: value for value in stored["scores"]}
+    except ValueError as error:
+        raise BadData(
+            f"{str(path)!r} is not what was written ({error}); delete it, and the unedited "
+            "scores are taken again."
+        ) from error
+
+
 class ResultsFile:
     """A file of lines that one process writes and that is whole after every line.
 
