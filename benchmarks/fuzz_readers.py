@@ -82,14 +82,14 @@ def readers() -> dict[str, Reader]:
     """All readers by their names."""
     found = [
         Reader("moment", "safetensors", _moment, fastcov.load_moment, True, _seal_moment),
-        Reader(
-            "provenance", "safetensors", _moment, fastcov.read_provenance, True, _seal_moment
-        ),
+        Reader("provenance", "safetensors", _moment, fastcov.read_provenance, True, _seal_moment),
         Reader("delta", "safetensors", _delta, Delta.load, True, _seal_delta),
         Reader("target", "safetensors", _target, _read_target, True),
         Reader("counterfact", "json", _written("a.json", samples.counterfact()), load_records),
         Reader("counterfact-flat", "lines", _lined("a.jsonl", samples.flat()), load_records),
-        Reader("counterfact-skipping", "json", _written("a.json", samples.counterfact()), _skipping),
+        Reader(
+            "counterfact-skipping", "json", _written("a.json", samples.counterfact()), _skipping
+        ),
         Reader("zsre", "json", _written("a.json", samples.zsre()), load_zsre),
         Reader("requests", "lines", _lined("a.jsonl", samples.requests()), load_requests),
         Reader("corpus-text", "text", _text, _read_corpus),
@@ -98,6 +98,7 @@ def readers() -> dict[str, Reader]:
         Reader("perplexity", "text", _text, _read_perplexity),
         Reader("results", "lines", _folder("results.jsonl"), read_lines),
         Reader("report-cells", "lines", _folder("results.jsonl"), _read_report),
+        Reader("report-timings", "lines", _folder("timings.jsonl"), _read_report),
         Reader("report-sweep", "json", _folder("sweep.json"), _read_report),
         Reader("sweep-header", "json", _folder("sweep.json"), _read_header),
         Reader("unedited", "json", _written("unedited.json", samples.UNEDITED), _read_unedited),
@@ -191,7 +192,9 @@ def _saved(name: str, text: str) -> Callable[[Path], Path]:
 
 
 def _text(folder: Path) -> Path:
-    text = "\n\n".join((*SENTENCES, "Ein Caf\u00e9.\nZwei \U0001f469\u200d\U0001f52c \u05d0\u05d1."))
+    text = "\n\n".join(
+        (*SENTENCES, "Ein Caf\u00e9.\nZwei \U0001f469\u200d\U0001f52c \u05d0\u05d1.")
+    )
     return _saved("c.txt", text + "\n")(folder)
 
 

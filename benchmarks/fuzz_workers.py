@@ -28,6 +28,7 @@ import tempfile
 import traceback
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -175,7 +176,7 @@ def _work(name: str, numbers: tuple[int, ...], seed: int, pipe: Any) -> None:
             else:
                 path.write_bytes(data)
             result: dict[str, Any] = {}
-            peak = peak_beyond(lambda p=path, r=result: _attempt(reader, p, content, forged, r), _CPU)
+            peak = peak_beyond(partial(_attempt, reader, path, content, forged, result), _CPU)
             outcome = Outcome(name, seed, number, kind, len(data or b""), peak=peak or 0, **result)
             if outcome.peak > PEAK[0] + PEAK[1] * outcome.size:
                 outcome = Outcome(**{**asdict(outcome), "result": "memory"})
@@ -187,9 +188,7 @@ def _work(name: str, numbers: tuple[int, ...], seed: int, pipe: Any) -> None:
 _CPU = torch.device("cpu")
 
 
-def _attempt(
-    reader: Reader, path: Path, content: Any, forged: bool, found: dict[str, Any]
-) -> None:
+def _attempt(reader: Reader, path: Path, content: Any, forged: bool, found: dict[str, Any]) -> None:
     """Read one file; what came of it goes into `found`."""
     try:
         same = described(reader.read(path)) == content

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastcov.parsing import parse_json
 from fastcov.store import atomic_file
 from fastmemit.errors import DamagedFile, WrongModel
 
@@ -98,7 +99,7 @@ class Delta:
             raise _damaged(path, f"is not a readable safetensors file ({error})") from error
         factors = _pairs(path, tensors)
         try:
-            provenance = json.loads(metadata["provenance"])
+            provenance = parse_json(metadata["provenance"])
         except (KeyError, ValueError) as error:
             raise _damaged(path, "has no readable provenance") from error
         delta = cls(factors, provenance if isinstance(provenance, dict) else {})
@@ -185,7 +186,7 @@ def _pairs(
             raise _damaged(path, "does not hold a left and a right factor for each weight")
         sound = all(t.dim() == 2 and t.dtype == torch.float32 for t in (left, right))
         if not sound or left.shape[1] != right.shape[1]:
-            raise _damaged(path, f"holds factors of {name} that do not fit each other")
+            raise _damaged(path, f"holds factors of {name:.80} that do not fit each other")
         factors[name] = (left, right)
     return factors
 
@@ -196,8 +197,8 @@ def _check_format(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> 
     version = metadata.get("version", "")
     if version != str(VERSION):
         raise DamagedFile(
-            f"The edit file {os.fspath(path)!r} has version {version!r} but this fastmemit reads "
-            f"{VERSION}; upgrade fastmemit."
+            f"The edit file {os.fspath(path)!r} has version {version!r:.40} but this fastmemit "
+            f"reads {VERSION}; upgrade fastmemit."
         )
 
 

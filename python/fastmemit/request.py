@@ -38,7 +38,7 @@ class EditRequest:
             value = getattr(self, name)
             if not isinstance(value, str) and not (name == "target_true" and value is None):
                 raise BadRequest(
-                    f"{name} must be text but is {type(value).__name__} ({value!r}); "
+                    f"{name} must be text but is {type(value).__name__} ({value!r:.80}); "
                     "write it as a string."
                 )
         holes = self.prompt.count("{}")
@@ -108,7 +108,7 @@ class EditRequest:
             if fields[name] is None:
                 raise BadRequest(
                     f"The request has no {name} (its fields: "
-                    f"{', '.join(map(str, data)) or 'none'}); add it."
+                    f"{', '.join(map(str, data))[:120] or 'none'}); add it."
                 )
         prompt, subject = fields["prompt"], fields["subject"]
         if isinstance(prompt, str) and isinstance(subject, str) and "{}" not in prompt:

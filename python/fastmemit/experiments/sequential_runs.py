@@ -18,6 +18,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from fastcov.parsing import parse_json
 from fastcov.store import atomic_file
 from fastmemit.data import Corpus, Record
 from fastmemit.editor import Editor
@@ -255,7 +256,7 @@ def _check_header(path: Path, header: Mapping[str, Any]) -> None:
             file.write((json.dumps(wanted, indent=1, ensure_ascii=False) + "\n").encode())
         return
     try:
-        stored = dict(json.loads(path.read_text(encoding="utf-8")))
+        stored = dict(parse_json(path.read_bytes()))
     except (ValueError, TypeError) as error:
         raise BadData(
             f"{str(path)!r} is not the header of sequences ({error}); name another folder."
