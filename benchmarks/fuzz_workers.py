@@ -17,6 +17,7 @@ What may come of a mutant:
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import json
 import logging
@@ -28,7 +29,6 @@ import tempfile
 import traceback
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +89,7 @@ def run(
 ) -> Iterator[Outcome]:
     """Read mutants in a process of their own, which is replaced when it hangs or dies."""
     fork = multiprocessing.get_context("fork")  # everything is imported already
+    _others()  # made once, and seen by every process
     waiting = list(numbers)
     while waiting:
         ours, theirs = fork.Pipe(duplex=False)
@@ -145,6 +146,7 @@ def _sealed(reader: Reader, data: bytes) -> bytes:
         return data
 
 
+@functools.cache
 def _others() -> list[bytes]:
     """A valid file of every reader."""
     found = []
@@ -176,7 +178,9 @@ def _work(name: str, numbers: tuple[int, ...], seed: int, pipe: Any) -> None:
             else:
                 path.write_bytes(data)
             result: dict[str, Any] = {}
-            peak = peak_beyond(partial(_attempt, reader, path, content, forged, result), _CPU)
+            peak = peak_beyond(
+                functools.partial(_attempt, reader, path, content, forged, result), _CPU
+            )
             outcome = Outcome(name, seed, number, kind, len(data or b""), peak=peak or 0, **result)
             if outcome.peak > PEAK[0] + PEAK[1] * outcome.size:
                 outcome = Outcome(**{**asdict(outcome), "result": "memory"})
