@@ -20,7 +20,7 @@ from fastmemit.request import EditRequest, check_batch
 from fastmemit.targets.rows import request_rows
 from fastmemit.tokens import encode
 from tiny_editors import tiny_editor
-from tiny_models import CONTEXT
+from tiny_models import CONTEXT, tiny_tokenizer
 
 KINDS = ("adds_eos", "metaspace")  # bytes with BOS and EOS, and pieces with BOS
 SETTINGS: dict[str, Any] = {"layers": (0, 1), "steps": 2}
@@ -132,6 +132,13 @@ def test_a_subject_of_20000_characters_is_refused_with_both_numbers(editor: Edit
     for subject in ("Eiffel Tower " * 1538 + "London", "\u05d0" * 20_000, "🙂" * 20_000):
         message = refused_to(editor, EditRequest("{} is in", subject, "Rome"))
         assert f"takes {CONTEXT} at once" in message and len(message) < 300
+
+
+@pytest.mark.parametrize("kind", ["slow_bytes", "slow_words"])
+def test_a_subject_of_20000_characters_for_a_tokenizer_without_offsets(kind: str) -> None:
+    request = EditRequest("{} is in", "Paris " * 3334, "Rome")
+    with pytest.raises(BadRequest, match="has 20009 characters, and Slow.* use the fast tokenizer"):
+        encode(tiny_tokenizer(kind), request.text)
 
 
 def test_a_subject_as_long_as_fits_and_one_token_more(editor: Editor) -> None:
