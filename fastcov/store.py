@@ -257,7 +257,9 @@ def _compare(
 
 def _json(values: Mapping[str, Any]) -> str:
     try:
-        return json.dumps(dict(values), sort_keys=True, allow_nan=False)
+        text = json.dumps(dict(values), sort_keys=True, allow_nan=False)
+        parse_json(text)  # what a reader would refuse is not written
+        return text
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"Provenance must be JSON but is not ({error}); pass text, numbers, lists and objects."

@@ -59,6 +59,7 @@ class Delta:
 
         Raises:
             OSError: The file cannot be written; nothing is left of the attempt.
+            ValueError: The provenance is nested deeper than any reader goes.
         """
         from safetensors.torch import save
 
@@ -66,6 +67,7 @@ class Delta:
         for name, (left, right) in self.factors.items():
             tensors[f"{name}:left"], tensors[f"{name}:right"] = left, right
         provenance = json.dumps(self.provenance, sort_keys=True)
+        parse_json(provenance)  # what `load` would refuse is not written
         metadata = {
             "format": FORMAT,
             "version": str(VERSION),
