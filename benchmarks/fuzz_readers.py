@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,12 +44,14 @@ class Reader:
 
     Attributes:
         name: Of the reader.
-        family: What the file is: "safetensors", "json", "lines" (of JSON) or "text".
+        family: What the file is: "safetensors", "json", "lines" (of JSON), or another word for
+            what only `damage` knows.
         make: Writes a valid file into an empty folder; its path.
         read: Reads a file; something that `described` can tell from others.
         strict: The file has a checksum, so that what is accepted must be what was written.
         seal: Of a damaged safetensors file, one whose checksums fit it: a forgery, which may be
             accepted and must do no harm.
+        damage: What else can be done to such a file; what it makes counts as a forgery.
     """
 
     name: str
@@ -57,6 +60,7 @@ class Reader:
     read: Callable[[Path], Any]
     strict: bool = False
     seal: Callable[[dict[str, Any], bytes], None] | None = None
+    damage: Callable[[random.Random, bytes], tuple[str, bytes]] | None = None
 
 
 def described(value: Any) -> Any:

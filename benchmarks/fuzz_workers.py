@@ -80,6 +80,8 @@ def mutant(reader: Reader, valid: bytes, seed: int, number: int, others: list[by
     if reader.family in ("json", "lines") and informed:
         kind, data = mutations.damaged_json(draw, valid, lines=reader.family == "lines")
         return kind, data, False
+    if reader.damage is not None and informed:
+        return *reader.damage(draw, valid), True
     kind, data = mutations.damaged_bytes(draw, valid, others)
     return kind, data, False
 

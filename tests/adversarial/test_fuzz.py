@@ -14,7 +14,7 @@ from benchmarks.fuzz_workers import Outcome, is_defect, run
 pytestmark = pytest.mark.skipif(
     not sys.platform.startswith("linux"), reason="limits and pipes are those of Linux"
 )
-SEED, EACH = 1, 18
+SEED, EACH = 1, 16
 
 
 def defects(reader: Reader, outcomes: list[Outcome]) -> list[str]:

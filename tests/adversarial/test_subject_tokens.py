@@ -87,7 +87,7 @@ def test_every_awkward_subject_in_every_awkward_prompt(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=30, deadline=None, derandomize=True)
 @given(request=requests(), prefix=st.sampled_from(("", "The poet. ", f"{SCIENTIST}. ", " ")))
 @example(EditRequest("{}s", "the capital", "x"), "")  # merged with what follows
 @example(EditRequest("The {}y", "cit", "x"), "")
@@ -97,7 +97,7 @@ def test_the_last_token_of_any_subject(kind: str, request: EditRequest, prefix: 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=30, deadline=None, derandomize=True)
 @given(request=requests())
 def test_a_target_is_the_tokens_that_hold_its_characters(kind: str, request: EditRequest) -> None:
     tokenizer = tiny_tokenizer(kind)
