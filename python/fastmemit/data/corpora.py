@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fastmemit.data import hub
-from fastmemit.data.reading import check_file, is_json_list, read_values
+from fastmemit.data.reading import check_file, is_clean_text, is_json_list, read_values
 from fastmemit.data.textfiles import index_json_lines, index_paragraphs, text_of
 from fastmemit.errors import BadCorpus
 
@@ -109,9 +109,12 @@ def corpus_from_texts(name: str, texts: Iterable[str]) -> Corpus:
     """A corpus of texts in memory; those of only white space are left out.
 
     Raises:
-        BadCorpus: Nothing is left.
+        BadCorpus: Nothing is left, or a text holds half of a surrogate pair.
     """
     kept = [text.strip() for text in texts if text.strip()]
+    for index, text in enumerate(kept):
+        if not is_clean_text(text):
+            raise BadCorpus(f"Text {index} of {name} is broken Unicode ({text!r:.40}); correct it.")
     if not kept:
         raise BadCorpus(f"The corpus {name} holds no text; give one with words in it.")
     digest = hashlib.sha256(b"texts\0")

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from fastcov.bench.machine import machine
+from fastcov.parsing import parse_json
 from fastcov.store import atomic_file
 from fastmemit.data import Corpus
 from fastmemit.editor import Editor
@@ -72,7 +73,7 @@ def check_header(folder: Path, header: Sweep) -> None:
     path = folder / HEADER
     if path.is_file():
         try:
-            stored = json.loads(path.read_text(encoding="utf-8"))
+            stored = parse_json(path.read_bytes())
             before = dict(stored["methods"])
             known = {method: with_defaults(settings) for method, settings in before.items()}
         except (ValueError, KeyError, TypeError) as error:

@@ -18,6 +18,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from fastcov.parsing import parse_json
 from fastcov.store import atomic_file
 from fastmemit.data import Corpus, Record
 from fastmemit.editor import Editor
@@ -255,7 +256,7 @@ def _check_header(path: Path, header: Mapping[str, Any]) -> None:
             file.write((json.dumps(wanted, indent=1, ensure_ascii=False) + "\n").encode())
         return
     try:
-        stored = dict(json.loads(path.read_text(encoding="utf-8")))
+        stored = dict(parse_json(path.read_bytes()))
         methods = dict(stored.get("methods", {}))
         stored["methods"] = {name: with_defaults(values) for name, values in methods.items()}
     except (ValueError, TypeError) as error:
