@@ -10,7 +10,7 @@ import fastcov
 from fastcov.throughput import Throughput
 from fastmemit import statistics
 from fastmemit.applied import EditStack
-from fastmemit.contexts import Kind, generate_contexts
+from fastmemit.contexts import Contexts
 from fastmemit.data.corpora import Corpus
 from fastmemit.editors import EditConfig, PreservedKeys, ReadCache, Workspace
 from fastmemit.errors import BadConfig, WrongModel
@@ -60,7 +60,7 @@ class Sources:
         self.checkpoint_seconds: float | None = None
         self._tokenizer_is = tokenizer_fingerprint(tokenizer)
         self._targets = TargetStore(folder / "targets")
-        self._contexts: dict[str, tuple[str, ...]] = {}
+        self._contexts = Contexts(adapter.model, tokenizer, seed, lambda: bool(stack.edits))
         self._factors = FactorCache()
         self._statistics: Statistics | None = None
         #: The keys of the edits that are in the weights, for methods to which they belong.
@@ -124,12 +124,7 @@ class Sources:
             aside: Keep them where `find` does not look: an experiment with few keys must not become
                 what the next edit uses.
         """
-        if self._stack.edits:
-            raise WrongModel(
-                f"{len(self._stack.edits)} edits are in the weights, and statistics belong to the "
-                "unedited model; undo them first."
-            )
-        total = max(fastcov.budget(multiplier, self._adapter.d_k(layer)) for layer in layers)
+        total = self.largest_budget(layers, multiplier)
         throughput = Throughput() if self._progress else None
         with (
             bar("tokens read", total, self._progress) as reading,
@@ -226,20 +221,11 @@ class Sources:
 
     def contexts(self, method: str) -> tuple[str, ...]:
         """The texts put before prompts; see `Editor.contexts`."""
-        kind: Kind = "start" if method == "rome" else "words"
-        if kind not in self._contexts:
-            if self._stack.edits:
-                raise WrongModel(
-                    "Contexts are written by the unedited model; undo the edits, or call "
-                    f"editor.contexts({method!r}) before editing."
-                )
-            made = generate_contexts(self._adapter.model, self._tokenizer, kind, self.seed)
-            self._contexts[kind] = made
-        return self._contexts[kind]
+        return self._contexts.of(method)
 
     def adopt_contexts(self, method: str, contexts: tuple[str, ...]) -> None:
         """Take texts that were written before, for a method and those that share them."""
-        self._contexts["start" if method == "rome" else "words"] = contexts
+        self._contexts.adopt(method, contexts)
 
     def targets(
         self,
@@ -299,13 +285,12 @@ class Sources:
         """
         for layer in config.layers:
             self._adapter.weight(layer)
-        contexts = self.contexts(config.method)
         used = self.statistics_for(config.layers)
         return Workspace(
             self._adapter,
             self._tokenizer,
             config,
-            contexts,
+            self.contexts(config.method),
             factor=lambda layer: self._factors.get(self._adapter, used, config, layer),
             null_space=lambda layer: self._factors.null_space(self._adapter, used, config, layer),
             targets=lambda requests, keep: self.targets(requests, config, keep=keep),
