@@ -195,11 +195,10 @@ class Sources:
 
     def find(self, layers: Sequence[int] | None, multiplier: float | None) -> Statistics | None:
         """The newest kept statistics for these layers; see `Editor.find_statistics`."""
-        name = self._adapter.projection_name
-        modules = None if layers is None else [name(layer) for layer in layers]
+        modules = None if layers is None else [*map(self._adapter.projection_name, layers)]
         folder = self._folder / "statistics"
-        model, tokenizer = self._stack.fingerprint, self._tokenizer_is
-        return statistics.find(folder, model, modules, multiplier, tokenizer)
+        model = self._stack.fingerprint
+        return statistics.find(folder, model, modules, multiplier, self._tokenizer_is)
 
     def statistics_for(self, layers: Sequence[int]) -> Statistics:
         """The statistics in use if they cover these layers, else the newest kept ones that do.
@@ -264,8 +263,8 @@ class Sources:
 
     def prepare(self, config: EditConfig) -> dict[int, float]:
         """Make what the layers' solves need; layer -> the jitter of its factor, if there is one."""
-        used = self.statistics_for(config.layers)
         if config.method == "alphaedit":
+            used = self.statistics_for(config.layers)
             for layer in config.layers:
                 self._factors.null_space(self._adapter, used, config, layer)
             return {}

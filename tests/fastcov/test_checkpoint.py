@@ -15,7 +15,7 @@ from tiny_checkpoints import (
     MODULES,
     Killed,
     batches,
-    quick_disk,  # noqa: F401: by itself, before each test
+    quick_disk,  # noqa: F401
     run,
     same,
 )

@@ -23,7 +23,7 @@ from tiny_checkpoints import (
     MODULES,
     TOTAL,
     batches,
-    quick_disk,  # noqa: F401: by itself, before each test
+    quick_disk,  # noqa: F401
     run,
     same,
 )
