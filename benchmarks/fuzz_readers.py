@@ -84,6 +84,8 @@ def described(value: Any) -> Any:
 
 def readers() -> dict[str, Reader]:
     """All readers by their names."""
+    from benchmarks.fuzz_foreign import foreign_readers  # whose entries are of this file's type
+
     found = [
         Reader("moment", "safetensors", _moment, fastcov.load_moment, True, _seal_moment),
         Reader("provenance", "safetensors", _moment, fastcov.read_provenance, True, _seal_moment),
@@ -108,7 +110,7 @@ def readers() -> dict[str, Reader]:
         Reader("unedited", "json", _written("unedited.json", samples.UNEDITED), _read_unedited),
         Reader("bench-run", "json", _run, bench.load),
     ]
-    return {reader.name: reader for reader in found}
+    return {reader.name: reader for reader in [*found, *foreign_readers()]}
 
 
 # -- safetensors ----------------------------------------------------------------------------------
