@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import lzma
 import os
+import tokenize
 import zipfile
 import zlib
 from dataclasses import dataclass
@@ -34,11 +35,14 @@ MAX_WIDTH = 1 << 16
 _HEADER = 1 << 12  # bytes; an array's header has some 120
 _OTHER = 1 << 26  # bytes of arrays that are not looked at
 _EXPANSION = 64  # keys are noise to a compressor: it saves less than half of their sum
+# What NumPy writes. Of the others Python takes a whole chunk at once, however far it expands.
+_PACKED = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 _UNREADABLE = (
     zipfile.BadZipFile,
     zlib.error,
     lzma.LZMAError,
     EOFError,
+    tokenize.TokenError,  # from NumPy, which looks for Python 2 in a header that is not Python
     NotImplementedError,  # a compression that Python does not know
     RuntimeError,  # an encrypted member
     ValueError,
@@ -157,6 +161,8 @@ def _members(path: str | os.PathLike[str], archive: zipfile.ZipFile) -> dict[str
         name = info.filename.removesuffix(".npy")
         if name in found:
             raise _damaged(path, f"holds {name!r:.40} twice")
+        if info.compress_type not in _PACKED:
+            raise _damaged(path, f"packs {name!r:.40} in a way that NumPy does not")
         found[name] = info
     return found
 
