@@ -54,7 +54,8 @@ class FactorCache:
             fastcov.StoreDamaged: The second moment's file is not what was written.
         """
         weight = float(adapter.d_k(layer)) if config.weight is None else config.weight
-        key = (layer, weight, config.ridge, config.relative_ridge, config.shrinkage)
+        relative = config.settled(used.multiplier_of(adapter.d_k(layer))).relative_ridge or 0.0
+        key = (layer, weight, config.ridge, relative, config.shrinkage)
         found = self._held.get(key)
         if not isinstance(found, CholeskyFactor):
             moment = used.moment(adapter.projection_name(layer))
@@ -62,10 +63,18 @@ class FactorCache:
                 moment.second_moment.to(_place(adapter, layer)),
                 weight,
                 config.ridge,
-                relative_ridge=config.relative_ridge,
+                relative_ridge=relative,
                 shrinkage=SHRINKAGES[config.shrinkage](moment),
             )
             del moment  # its sum is not held beside the factorisation
+            if relative and config.relative_ridge is None:
+                log.info(
+                    "C of layer %d has few keys (%s) and gets a ridge of %g of its mean diagonal; "
+                    "relative_ridge=0 leaves it as it is",
+                    layer,
+                    used.describe(),
+                    relative,
+                )
             found = fastcov.factorize(matrix, in_place=True)
         self._hold(key, found)
         return found

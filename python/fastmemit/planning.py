@@ -60,13 +60,15 @@ def plan_edit(
     for edit in earlier:
         stack.check(edit)
     work = sources.workspace(config, preserved, reads)
+    used = sources.statistics_for(config.layers)
+    came_to = config.settled(used.multiplier_of(work.adapter.d_k(config.layers[0])))
     factors = work.plan(PLANS[config.method], batch)
     provenance = {
         **sources.identity(),
         "method": config.method,
-        "settings": dataclasses.asdict(config),
+        "settings": dataclasses.asdict(came_to),
         "requests": [dataclasses.asdict(request) for request in batch],
-        "statistics": dict(sources.statistics_for(config.layers).provenance),
+        "statistics": dict(used.provenance),
         "contexts": list(sources.contexts(config.method)),
         "on_top_of": [edit.delta.digest() for edit in stack.edits],
         "seed": sources.seed,

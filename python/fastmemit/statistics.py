@@ -66,6 +66,10 @@ class Statistics:
         """How many keys a module has, the widest if they differ."""
         return int(self.provenance.get("keys", self.provenance["budget"]))
 
+    def multiplier_of(self, d_k: int) -> float:
+        """How many keys there are, as a multiple of a width."""
+        return min(float(self.provenance["multiplier"]), self.keys / d_k)
+
     @property
     def exhausted(self) -> bool:
         """Whether the corpus ended before the budget was met."""

@@ -13,7 +13,7 @@ from fastmemit.editors import find_config
 from fastmemit.factors import FactorCache
 from reference import closed_form as literal
 from reference import shrinkage as literal_shrinkage
-from tiny_editors import tiny_editor
+from tiny_editors import FACTS, tiny_corpus, tiny_editor
 
 
 @pytest.fixture(scope="module")
@@ -127,3 +127,13 @@ def test_factors_and_null_spaces_share_the_room(editor):
     kept = space(editor, small, null_relative=0.5)
     factor(editor, small)
     assert space(editor, small, null_relative=0.5) is not kept
+
+
+@pytest.mark.parametrize(("multiplier", "ridge"), [(1, 0.1), (4, 0.0)])
+def test_few_keys_get_a_ridge(tmp_path, multiplier, ridge):
+    editor = tiny_editor(tmp_path)
+    editor.precompute(tiny_corpus(), multiplier=multiplier, layers=(0, 1))
+    assert torch.equal(factor(editor).L, factor(editor, relative_ridge=ridge).L)
+    assert not torch.equal(factor(editor).L, factor(editor, relative_ridge=0.1 - ridge).L)
+    edit = editor.plan(FACTS[:2], "memit", layers=(0, 1), steps=2)
+    assert edit.provenance["settings"]["relative_ridge"] == ridge

@@ -13,9 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from fastmemit.data.reading import check_file, decode, parse_json
-from fastmemit.editors import METHODS, EditConfig
+from fastmemit.editors import EditConfig
 from fastmemit.errors import BadConfig
 from fastmemit.models import ModelAdapter
+
+#: Whose files are read; those of PMET and AlphaEdit have more in them than our methods of these names.
+METHODS = ("rome", "emmet", "memit")
 
 log = logging.getLogger(__name__)
 
@@ -129,7 +132,9 @@ def read_hparams(hparams: Any, method: str | None = None, name: str = "hparams")
             )
     if fields.get("layers") in (None, [], ()):
         raise BadConfig(f"{name} has no layers; add them, such as [4, 5, 6, 7, 8].")
-    values: dict[str, Any] = {"layers": _whole_numbers(fields["layers"], name)}
+    # As theirs: nothing is added to few keys that the file does not name.
+    layers = _whole_numbers(fields["layers"], name)
+    values: dict[str, Any] = {"layers": layers, "relative_ridge": 0.0}
     for theirs, ours in _OURS.items():
         if fields.get(theirs) is None or (ours == "lambda_e" and chosen != "emmet"):
             continue

@@ -21,6 +21,10 @@ METHODS: tuple[Method, ...] = get_args(Method)
 PRESERVING = ("encore", "alphaedit")
 KEYS = ("consistent", "mean", "original")
 SPREADS = ("linear", "sqrt")
+#: With fewer keys than this many widths the smallest eigenvalues of C are noise, worst at 1. A
+#: ridge of this share of the diagonal's mean is above that noise, and cost no score at any budget.
+SMALL_BUDGET = 3.0
+SMALL_BUDGET_RIDGE = 0.1
 STOPS = ("loss", "most-probable")
 
 
@@ -34,7 +38,9 @@ class EditConfig:
         weight: w, how many tokens' worth the preserved keys weigh against one edit; None takes the
             key width d_k (see docs/second-moment.md).
         ridge: Added to the diagonal of ``w C``.
-        relative_ridge: Added to it as well, as a multiple of the diagonal's mean.
+        relative_ridge: Added to it as well, as a multiple of the diagonal's mean. None takes
+            `SMALL_BUDGET_RIDGE` where C has fewer keys than `SMALL_BUDGET` times the width and
+            neither `ridge` nor `shrinkage` is set, else 0 (docs/below-minimum.md).
         shrinkage: How C is moved towards a multiple of the identity before: ``"none"``,
             ``"ledoit-wolf"`` or ``"oas"`` (see `fastcov.shrinkage`).
         lambda_e: EMMET only, batches above 1: how far the equality constraint is relaxed.
@@ -63,7 +69,7 @@ class EditConfig:
     layers: tuple[int, ...]
     weight: float | None = None
     ridge: float = 0.0
-    relative_ridge: float = 0.0
+    relative_ridge: float | None = None
     shrinkage: str = "none"
     lambda_e: float = 0.0
     spread: str = "linear"
@@ -97,6 +103,17 @@ class EditConfig:
             early_stop=self.early_stop,
             stop="most-probable" if self.stop == "most-probable" else "loss",
         )
+
+    def settled(self, multiplier: float) -> EditConfig:
+        """The settings with the relative ridge that they come to.
+
+        Args:
+            multiplier: How many keys C has, as a multiple of their width.
+        """
+        if self.relative_ridge is not None:
+            return self
+        small = multiplier < SMALL_BUDGET and not self.ridge and self.shrinkage == "none"
+        return dataclasses.replace(self, relative_ridge=SMALL_BUDGET_RIDGE if small else 0.0)
 
     def replaced(self, overrides: Mapping[str, Any]) -> EditConfig:
         """The settings with some values replaced.
@@ -196,7 +213,8 @@ def _check(config: EditConfig) -> None:
             raise BadConfig(f"{name} must be one of {', '.join(known)} but is {value!r}.")
     positive = ["clamp", "v_lr", "null_threshold"]
     positive += [n for n in ("weight", "null_relative") if getattr(config, n) is not None]
-    other = ["ridge", "relative_ridge", "lambda_e", "l2", "weight_decay", "kl_factor", "early_stop"]
+    other = ["ridge", "lambda_e", "l2", "weight_decay", "kl_factor", "early_stop"]
+    other += ["relative_ridge"] if config.relative_ridge is not None else []
     for name in (*positive, *other):
         value = getattr(config, name)
         number = isinstance(value, int | float) and not isinstance(value, bool)

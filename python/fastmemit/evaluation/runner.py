@@ -55,6 +55,7 @@ def evaluate(
     measures = Measures.of(metrics, references)
     config = editor.config(method, **(overrides or {}))
     statistics = editor.statistics_for(config.layers)
+    came_to = config.settled(statistics.multiplier_of(editor.adapter.d_k(config.layers[0])))
     records = [record for batch in batches for record in batch]
     measures.check(records)
     seconds: dict[str, float] = {}
@@ -84,7 +85,7 @@ def evaluate(
             for record, number, b, a in zip(records, numbers, before, after, strict=True)
         ],
         settings={
-            **dataclasses.asdict(config),
+            **dataclasses.asdict(came_to),
             "batches": [len(batch) for batch in batches],
             "metrics": list(metrics),
             "seed": editor.seed,

@@ -22,6 +22,8 @@ from fastmemit.experiments.schema import Sweep
 
 FORMAT = 1
 HEADER = "sweep.json"
+#: Experiments repeat the method as published, which takes few keys as they are.
+AS_PUBLISHED: Mapping[str, Any] = {"relative_ridge": 0.0}
 
 
 def make_header(
@@ -57,7 +59,9 @@ def make_header(
         max_length=max_length,
         full_keys=full_keys,
         perplexity=None if perplexity is None else dict(perplexity),
-        methods={method: dataclasses.asdict(editor.config(method)) for method in methods},
+        methods={
+            method: dataclasses.asdict(editor.config(method, **AS_PUBLISHED)) for method in methods
+        },
     )
 
 
@@ -90,7 +94,8 @@ def check_header(folder: Path, header: Sweep) -> None:
                     "give the same."
                 )
         for method, settings in wanted["methods"].items():
-            if known.get(method, settings) != settings:
+            full = with_defaults(settings)
+            if known.get(method, full) != full:
                 raise BadData(
                     f"{str(folder)!r} holds a sweep with other settings of {method}; name another "
                     "folder, or give the same."
@@ -106,7 +111,7 @@ def with_defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings that were written down, with those that there were none of at that time."""
     fields = dataclasses.fields(EditConfig)
     known = {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}
-    return {**known, **settings}
+    return {**known, **AS_PUBLISHED, **settings}
 
 
 def file_identity(path: str | Path) -> dict[str, str]:

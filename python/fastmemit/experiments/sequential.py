@@ -20,6 +20,7 @@ from fastmemit.errors import BadConfig, BadData, FastmemitError, WrongModel
 from fastmemit.evaluation.counterfact import score_records
 from fastmemit.evaluation.schema import ScoreTable
 from fastmemit.experiments.cell import scored_or_failed, table_of
+from fastmemit.experiments.header import AS_PUBLISHED
 from fastmemit.metrics.score import RecordScore
 from fastmemit.request import check_batch
 from fastmemit.targets.rows import request_rows
@@ -88,7 +89,7 @@ def run_sequential(
         raise BadConfig(f"Scores are taken after every {score_every} batches; give 1 or more.")
     if not batches or not all(batches):
         raise BadData("A sequence needs batches with at least one record each; give some.")
-    settings = dict(settings or {})
+    settings = {**AS_PUBLISHED, **(settings or {})}
     config = editor.config(method, **settings)
     editor.statistics_for(config.layers)
     contexts = editor.contexts(method)  # written by the unedited model

@@ -27,7 +27,7 @@ from fastmemit.errors import BadData, WrongModel
 from fastmemit.evaluation.counterfact import count_questions, score_records
 from fastmemit.evaluation.perplexity import PerplexityText, perplexity
 from fastmemit.experiments.grid import multiplier_name
-from fastmemit.experiments.header import hardware, make_header, with_defaults
+from fastmemit.experiments.header import AS_PUBLISHED, hardware, make_header, with_defaults
 from fastmemit.experiments.results import ResultsFile, line_of, locked, read_lines
 from fastmemit.experiments.sequential import run_sequential
 from fastmemit.experiments.statistics import FULL_KEYS, precompute_multipliers
@@ -239,7 +239,7 @@ def _header(editor: Editor, plan: Plan, inputs: Inputs) -> dict[str, Any]:
         if text is None
         else {"name": text.name, "sha256": text.sha256, "tokens": len(text.ids)},
     )
-    config = dataclasses.asdict(editor.config(plan.method, **plan.settings))
+    config = dataclasses.asdict(editor.config(plan.method, **{**AS_PUBLISHED, **plan.settings}))
     own = {
         "methods": {plan.method: config},
         "batches": [[record.case_id for record in batch] for batch in plan.batches],

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from fastmemit.editors import METHODS, find_config, parse_overrides
+from fastmemit.editors import METHODS, EditConfig, find_config, parse_overrides
 from fastmemit.editors.defaults import SINGLE, load_presets
 from fastmemit.editors.layers import parse_layers
 from fastmemit.errors import BadConfig, BadLayer
@@ -189,3 +189,21 @@ def test_parse_overrides_names_what_it_refuses(pair):
 def test_parse_layers_refuses(text):
     with pytest.raises(BadConfig, match="layers"):
         parse_layers(text)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "multiplier", "wanted"),
+    [
+        ({}, 0.5, 0.1),
+        ({}, 2.99, 0.1),
+        ({}, 3.0, 0.0),
+        ({"relative_ridge": 0.0}, 1.0, 0.0),
+        ({"relative_ridge": 0.01}, 1.0, 0.01),
+        ({"relative_ridge": 0.01}, 10.0, 0.01),
+        ({"ridge": 1.0}, 1.0, 0.0),
+        ({"shrinkage": "oas"}, 1.0, 0.0),
+    ],
+)
+def test_few_keys_get_a_ridge_where_nothing_else_is_added(chosen, multiplier, wanted):
+    config = EditConfig(method="memit", layers=(1,), **chosen)
+    assert config.settled(multiplier).relative_ridge == wanted
