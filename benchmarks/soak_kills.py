@@ -34,6 +34,8 @@ _PRELOAD = [
     "transformers.models.llama.modeling_llama",
 ]
 _PATIENCE = 300.0  # seconds that a process may take
+_FILE = 10  # how many batches the writing of a final file counts for, when a moment is drawn
+_LATER = 0.01  # up to so many seconds after the moment drawn
 
 
 @dataclass
@@ -67,6 +69,9 @@ def soak_kills(
 ) -> dict[str, Any]:
     """Kill and resume, cycle by cycle; each is killed once or more, and then runs to its end.
 
+    A moment is drawn among the batches and the files of a whole pass, so that a machine that is
+    slower now than it was before does not change where the kills fall.
+
     Args:
         cycles: How many.
         seconds: Between two checkpoints.
@@ -87,25 +92,31 @@ def soak_kills(
         start(at / "warm").join(_PATIENCE)
         begun = time.perf_counter()
         start(at / "whole").join(_PATIENCE)
-        took = time.perf_counter() - begun
+        took, steps = time.perf_counter() - begun, start.steps.value
         wanted = _contents(at / "whole")
         if not wanted:
             raise SystemExit("The unbroken precompute left no file.")
         say(f"an unbroken precompute takes {took:.2f} s")
         for cycle in range(cycles):
-            folder, attempt = at / f"cycle-{cycle}", 0
+            folder, killed = at / f"cycle-{cycle}", 0
             while True:
                 process = start(folder)
-                process.join(draw.uniform(0, took if attempt else 0.9 * took))
+                moment = draw.randrange(steps)
+                while process.exitcode is None and start.steps.value < moment:
+                    process.join(0.001)
+                process.join(draw.uniform(0, _LATER))
                 process.kill()  # SIGKILL: nothing in it can notice
                 process.join(_PATIENCE)
-                attempt += 1
-                if process.exitcode == 0:
+                if process.exitcode == 0 and killed:
                     break
-                if process.exitcode != -signal.SIGKILL:
+                if process.exitcode == 0:  # too late: the cycle would have no kill
+                    shutil.rmtree(folder)
+                elif process.exitcode == -signal.SIGKILL:
+                    killed += 1
+                    kills.phases[PHASES[start.phase.value]] += 1
+                    _inspect(folder, kills)
+                else:
                     raise SystemExit(f"A precompute failed with exit code {process.exitcode}.")
-                kills.phases[PHASES[start.phase.value]] += 1
-                _inspect(folder, kills)
             found = _contents(folder)
             kills.leftovers += [f"{cycle}: {path}" for path in sorted(found.keys() - wanted.keys())]
             if any(found.get(path) != data for path, data in wanted.items()):
@@ -135,22 +146,24 @@ class Starter:
 
     Attributes:
         phase: What the last one is or was doing, an index of `PHASES`.
+        steps: How many batches and files it has done, files counted as `_FILE`.
     """
 
     def __init__(self, context: Any, seconds: float, multiplier: float) -> None:
         self._context, self._seconds, self._multiplier = context, seconds, multiplier
         self.phase = context.Value("i", STARTING, lock=False)
+        self.steps = context.Value("i", 0, lock=False)
 
     def __call__(self, folder: Path) -> Any:
         """Start one that keeps its files in this folder."""
-        self.phase.value = STARTING
-        arguments = (folder, self._seconds, self._multiplier, self.phase)
+        self.phase.value, self.steps.value = STARTING, 0
+        arguments = (folder, self._seconds, self._multiplier, self.phase, self.steps)
         process = self._context.Process(target=_precompute, args=arguments)
         process.start()
         return process
 
 
-def _precompute(folder: Path, seconds: float, multiplier: float, phase: Any) -> None:
+def _precompute(folder: Path, seconds: float, multiplier: float, phase: Any, steps: Any) -> None:
     """One precompute of a tiny model, in a process of its own."""
     import torch
 
@@ -176,10 +189,14 @@ def _precompute(folder: Path, seconds: float, multiplier: float, phase: Any) -> 
     def saving(*args: Any) -> None:
         phase.value = SAVING
         save(*args)
+        steps.value += _FILE
 
     def removing(self: Any) -> None:
         phase.value = TIDYING
         remove(self)
+
+    def batch(keys: int) -> None:
+        steps.value += 1
 
     checkpoint.atomic_file, fastcov.save_moment = told, saving  # type: ignore[assignment]
     checkpoint.Checkpoint.remove = removing  # type: ignore[method-assign]
@@ -187,7 +204,7 @@ def _precompute(folder: Path, seconds: float, multiplier: float, phase: Any) -> 
     phase.value = BETWEEN if list(folder.rglob("*.checkpoint")) else BEFORE
     precompute(
         find_adapter(tiny_model("llama")), tiny_tokenizer(), tiny_corpus(1500), folder, identity,
-        layers=(0, 1), multiplier=multiplier, checkpoint_seconds=seconds,
+        layers=(0, 1), multiplier=multiplier, checkpoint_seconds=seconds, progress=batch,
     )  # fmt: skip
     phase.value = FINISHED
 
