@@ -58,7 +58,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     result = {"mode": args.mode, **result, "seconds": round(time.perf_counter() - begun, 1)}
     _say(json.dumps({k: v for k, v in result.items() if k != "samples"}, indent=1))
     if args.json:
-        args.json.write_text(json.dumps({**result, **_here()}, indent=1) + "\n", encoding="utf-8")
+        from fastcov.store import atomic_file
+
+        with atomic_file(args.json) as file:
+            file.write((json.dumps({**result, **_here()}, indent=1) + "\n").encode())
     return 0 if result["sound"] else 1
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import os
 import random
 import shutil
 import signal
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -86,6 +88,8 @@ def soak_kills(
     # A clean server forks the processes, so that each costs no import; it has started no thread.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)
+    # The server is to import what this process does, before it is told its search path.
+    os.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
     with tempfile.TemporaryDirectory(prefix="soak-") as name:
         at = Path(name)
         start = Starter(context, seconds, multiplier)

@@ -16,11 +16,11 @@ from torch import Tensor
 
 import fastcov
 from fastcov.throughput import Throughput
-from fastmemit.collecting import Text, checkpoint_of, collected, sweep_up
+from fastmemit.collecting import Text, checkpoint_of, collected, sweep_up, tidy
 from fastmemit.data.corpora import Corpus
 from fastmemit.errors import BadConfig
 from fastmemit.kept import common, compare, essence, home_of, is_there
-from fastmemit.locks import alone
+from fastmemit.locks import alone, lock_of
 from fastmemit.models import ModelAdapter
 
 log = logging.getLogger(__name__)
@@ -162,8 +162,9 @@ def precompute(
     paths = {name: home / f"{name}.safetensors" for name in modules}
     if all(is_there(path, shared, name) for name, path in paths.items()):
         throughput = None  # nothing is collected
+        tidy(home)
     else:
-        with alone(home.with_name(f".{home.name}.lock"), "collecting the same statistics") as ours:
+        with alone(lock_of(home), "collecting the same statistics") as ours:
             if ours:
                 sweep_up(home)
             # Whoever was waited for may have made some of them.
@@ -203,7 +204,7 @@ def precompute(
                 fastcov.save_moment(paths[name], moment, {**own, "versions": versions()})
             checkpoint.remove()
             if ours:
-                sweep_up(home, lambda name: (home / f"{name}.safetensors").is_file())
+                sweep_up(home, useless_too=True)
             throughput = throughput if missing else None
     provenance = common([fastcov.read_provenance(path) for path in paths.values()])
     return Statistics(paths, provenance, throughput)
