@@ -241,7 +241,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     edits.add_argument("--facts", help="CounterFact records (default: those of the package)")
     kills = modes.add_parser("kills", help="precomputes that are killed")
     kills.add_argument("--cycles", type=int, default=100)
-    kills.add_argument("--checkpoint-seconds", type=float, default=0.05)
+    kills.add_argument("--checkpoint-seconds", type=float, nargs="+", default=[0, 0.05, 0.4])
     kills.add_argument("--multiplier", type=float, default=300)
     for mode in (edits, kills):
         mode.add_argument("--seed", type=int, default=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import multiprocessing
 import os
 import random
@@ -12,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,12 @@ class Kills:
 
 
 def soak_kills(
-    cycles: int, *, seconds: float, multiplier: float, seed: int, say: Callable[[str], None]
+    cycles: int,
+    *,
+    seconds: Sequence[float],
+    multiplier: float,
+    seed: int,
+    say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Kill and resume, cycle by cycle; each is killed once or more, and then runs to its end.
 
@@ -76,7 +82,7 @@ def soak_kills(
 
     Args:
         cycles: How many.
-        seconds: Between two checkpoints.
+        seconds: Between two checkpoints; the cycles take turns.
         multiplier: How long a pass is.
         seed: Of the moments.
         say: Called with a line now and then.
@@ -92,7 +98,7 @@ def soak_kills(
     os.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
     with tempfile.TemporaryDirectory(prefix="soak-") as name:
         at = Path(name)
-        start = Starter(context, seconds, multiplier)
+        start = Starter(context, multiplier)
         start(at / "warm").join(_PATIENCE)
         begun = time.perf_counter()
         start(at / "whole").join(_PATIENCE)
@@ -103,6 +109,7 @@ def soak_kills(
         say(f"an unbroken precompute takes {took:.2f} s")
         for cycle in range(cycles):
             folder, killed = at / f"cycle-{cycle}", 0
+            start.seconds = seconds[cycle % len(seconds)]
             while True:
                 process = start(folder)
                 moment = draw.randrange(steps)
@@ -139,7 +146,7 @@ def soak_kills(
         "cycles_with_other_bits": kills.different,
         "sound": kills.sound,
         "seconds_unbroken": round(took, 3),
-        "checkpoint_seconds": seconds,
+        "checkpoint_seconds": list(seconds),
         "multiplier": multiplier,
         "seed": seed,
     }
@@ -150,18 +157,20 @@ class Starter:
 
     Attributes:
         phase: What the last one is or was doing, an index of `PHASES`.
+        seconds: Between two checkpoints.
         steps: How many batches and files it has done, files counted as `_FILE`.
     """
 
-    def __init__(self, context: Any, seconds: float, multiplier: float) -> None:
-        self._context, self._seconds, self._multiplier = context, seconds, multiplier
+    def __init__(self, context: Any, multiplier: float) -> None:
+        self._context, self._multiplier = context, multiplier
+        self.seconds = math.inf
         self.phase = context.Value("i", STARTING, lock=False)
         self.steps = context.Value("i", 0, lock=False)
 
     def __call__(self, folder: Path) -> Any:
         """Start one that keeps its files in this folder."""
         self.phase.value, self.steps.value = STARTING, 0
-        arguments = (folder, self._seconds, self._multiplier, self.phase, self.steps)
+        arguments = (folder, self.seconds, self._multiplier, self.phase, self.steps)
         process = self._context.Process(target=_precompute, args=arguments)
         process.start()
         return process
