@@ -38,6 +38,7 @@ _PRELOAD = [
 ]
 _PATIENCE = 300.0  # seconds that a process may take
 _FILE = 10  # how many batches the writing of a final file counts for, when a moment is drawn
+_PAIRS = 3  # how often two run at once
 _LATER = 0.01  # up to so many seconds after the moment drawn
 
 
@@ -107,6 +108,7 @@ def soak_kills(
         if not wanted:
             raise SystemExit("The unbroken precompute left no file.")
         say(f"an unbroken precompute takes {took:.2f} s")
+        batches = [_two_at_once(start, at / f"two-{number}", wanted) for number in range(_PAIRS)]
         for cycle in range(cycles):
             folder, killed = at / f"cycle-{cycle}", 0
             start.seconds = seconds[cycle % len(seconds)]
@@ -141,15 +143,27 @@ def soak_kills(
         "killed_while": {phase: kills.phases[phase] for phase in PHASES},
         "kills_that_left_a_checkpoint": kills.kept,
         "temporary_files_left_by_kills": kills.temporary,
+        "batches_of_two_at_once": batches,
         "torn_files": kills.torn,
         "files_left_after_a_cycle": kills.leftovers,
         "cycles_with_other_bits": kills.different,
-        "sound": kills.sound,
+        "sound": kills.sound and all(min(pair) == 0 for pair in batches),
         "seconds_unbroken": round(took, 3),
         "checkpoint_seconds": list(seconds),
         "multiplier": multiplier,
         "seed": seed,
     }
+
+
+def _two_at_once(start: Starter, folder: Path, wanted: dict[Path, bytes]) -> list[int]:
+    """Two precomputes of the same; how much each of them did. One of them has nothing to do."""
+    other = Starter(start._context, start._multiplier)
+    processes = [start(folder), other(folder)]
+    for process in processes:
+        process.join(_PATIENCE)
+    if [process.exitcode for process in processes] != [0, 0] or _contents(folder) != wanted:
+        raise SystemExit("Two precomputes at once did not make what one makes.")
+    return [start.steps.value, other.steps.value]
 
 
 class Starter:

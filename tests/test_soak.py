@@ -67,6 +67,7 @@ def test_precomputes_are_killed(tmp_path: Path) -> None:
     subprocess.run(command, check=True, cwd=ROOT, capture_output=True, env=environment, timeout=300)
     found = json.loads((tmp_path / "kills.json").read_text())
     assert found["sound"] and found["kills"] >= 3
+    assert all(min(pair) == 0 < max(pair) for pair in found["batches_of_two_at_once"])
     assert found["torn_files"] == found["files_left_after_a_cycle"] == []
     assert found["cycles_with_other_bits"] == []
     assert found["machine"]["cores"] and found["versions"]["torch"]

@@ -6,6 +6,7 @@ import errno
 import logging
 import math
 import os
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -237,6 +238,40 @@ def test_it_does_not_wait_for_others_where_all_is_there(tmp_path: Path) -> None:
     with alone(lock_of(home), "collecting other layers"):
         assert run(tmp_path)[1] == 0
         assert (home / ".half.tmp").exists()
+
+
+@pytest.mark.parametrize("locks_there", [True, False])
+def test_two_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, locks_there: bool, caplog: Capture
+) -> None:
+    """Locks tell two threads from each other as they do two processes."""
+    if not locks_there:
+
+        def refuse(*_: Any) -> None:
+            raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+        monkeypatch.setattr(pytest.importorskip("fcntl"), "flock", refuse)
+    counts, gate = [0, 0], threading.Barrier(2)
+
+    def collect(number: int) -> None:
+        adapter = find_adapter(tiny_model("llama"))
+
+        def counted(keys: int) -> None:
+            counts[number] += 1
+
+        gate.wait()
+        precompute(adapter, TOKENIZER, tiny_corpus(), tmp_path / "two", IDENTITY, layers=(0, 1),
+                   multiplier=6, checkpoint_seconds=0, progress=counted)  # fmt: skip
+
+    threads = [threading.Thread(target=collect, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    _, number = run(tmp_path / "one")
+    assert sorted(counts) == ([0, number] if locks_there else [number, number])
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")
+    assert ("without locks" in caplog.text) is not locks_there
 
 
 def test_it_says_what_is_wrong_with_a_place_before_it_collects(
