@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import logging
 import math
@@ -252,15 +253,15 @@ def test_two_at_once(
 
         monkeypatch.setattr(pytest.importorskip("fcntl"), "flock", refuse)
     counts, gate = [0, 0], threading.Barrier(2)
+    # Made one after the other: they draw from one generator, and a tokenizer is not for two.
+    made = [(find_adapter(tiny_model("llama")), copy.deepcopy(TOKENIZER)) for _ in counts]
 
     def collect(number: int) -> None:
-        adapter = find_adapter(tiny_model("llama"))
-
         def counted(keys: int) -> None:
             counts[number] += 1
 
         gate.wait()
-        precompute(adapter, TOKENIZER, tiny_corpus(), tmp_path / "two", IDENTITY, layers=(0, 1),
+        precompute(*made[number], tiny_corpus(), tmp_path / "two", IDENTITY, layers=(0, 1),
                    multiplier=6, checkpoint_seconds=0, progress=counted)  # fmt: skip
 
     threads = [threading.Thread(target=collect, args=(number,)) for number in range(2)]
