@@ -15,6 +15,7 @@ says how much an edit leaves behind, with the standard error of its slope.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import dataclasses
 import gc
 import json
@@ -26,6 +27,7 @@ import sys
 import tempfile
 import time
 import tracemalloc
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from itertools import count, islice
 from pathlib import Path
@@ -92,7 +94,8 @@ def soak_edits(
         before = {name: _bits(tensor) for name, tensor in editor.model.state_dict().items()}
         broken: list[int] = []
         counts: dict[str, int] = {}
-        rss, traced = [], []
+        # Of a fixed size: a list that grows would be measured as well.
+        rss, traced = array("q", bytes(8 * edits)), array("q", bytes(8 * edits))
         gc.freeze()  # what is there already needs no look after each edit
         tracemalloc.start()
         try:
@@ -106,8 +109,8 @@ def soak_edits(
                     broken.append(number)
                 del now
                 gc.collect()
-                rss.append(_resident())
-                traced.append(tracemalloc.get_traced_memory()[0])
+                rss[number] = _resident()
+                traced[number] = tracemalloc.get_traced_memory()[0]
                 if (number + 1) % 50 == 0:
                     say(f"{number + 1} edits, {rss[-1] / 2**20:.1f} MiB")
         finally:
@@ -123,7 +126,7 @@ def soak_edits(
         "python_bytes_per_edit": slope(traced[edits // 2 :]),
         "sound": not broken,
         "seed": seed,
-        "samples": {"resident": rss, "python": traced},
+        "samples": {"resident": list(rss), "python": list(traced)},
     }
 
 
@@ -203,7 +206,10 @@ def _bits(tensor: Any) -> str:
 
 
 def _resident() -> int:
-    """Bytes of memory that the process has now."""
+    """Bytes of memory that the process has now, without what malloc keeps of what was freed."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:  # of glibc alone
+        trim(0)
     try:
         import psutil
     except ImportError:
