@@ -23,7 +23,7 @@ demo: .venv/.package ## precompute, edit, score and undo on SmolLM2-135M; ARGS="
 	$(BIN)/python -m fastmemit demo $(ARGS)
 
 test: .venv/.test ## run the tests without network; ARGS="-k store" passes options to pytest
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(ARGS)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 bench: .venv/.bench ## time the kernels, the factorisation and the collecting; ARGS="rank_k --json out.json"
 	$(BIN)/python -m fastcov.bench $(ARGS)

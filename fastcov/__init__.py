@@ -7,6 +7,7 @@ Importing this package needs torch alone. `fastcov.ops` has the operator and its
 
 from fastcov import closed_form
 from fastcov.ahead import Ahead
+from fastcov.alphaedit import alphaedit
 from fastcov.batches import bucket, take
 from fastcov.budget import budget, minimum_keys
 from fastcov.checkpoint import Checkpoint
@@ -16,12 +17,15 @@ from fastcov.errors import (
     BadBudget,
     BudgetNotMet,
     EmptyCorpus,
+    FailedElsewhere,
     FastcovError,
     HookNeverRan,
     KernelUnavailable,
     NonFiniteKeys,
     NonFiniteMatrix,
+    NoNullSpace,
     NotPositiveDefinite,
+    ProcessLost,
     QuarticUnknown,
     ResidualTooLarge,
     StaleCheckpoint,
@@ -36,6 +40,7 @@ from fastcov.linalg import CholeskyFactor, RefinedFactor, factorize, regularised
 from fastcov.moments import SecondMoment
 from fastcov.null_space import NullSpace, null_space
 from fastcov.ops import rank_k_update
+from fastcov.processes import Processes
 from fastcov.shrinkage import ledoit_wolf, oas, shrunk
 from fastcov.spans import Span, between
 from fastcov.stopping import StoppingRule, checkpoints
@@ -49,15 +54,19 @@ __all__ = [
     "Checkpoint",
     "CholeskyFactor",
     "EmptyCorpus",
+    "FailedElsewhere",
     "FastcovError",
     "HookNeverRan",
     "KernelUnavailable",
     "KeyHooks",
     "LowRank",
+    "NoNullSpace",
     "NonFiniteKeys",
     "NonFiniteMatrix",
     "NotPositiveDefinite",
     "NullSpace",
+    "ProcessLost",
+    "Processes",
     "QuarticUnknown",
     "RefinedFactor",
     "ResidualTooLarge",
@@ -71,6 +80,7 @@ __all__ = [
     "Throughput",
     "UnknownModule",
     "WrongWidth",
+    "alphaedit",
     "between",
     "bucket",
     "budget",

@@ -159,10 +159,30 @@ def _column(x: Tensor) -> Tensor:
 
 def _checked(factor: CholeskyFactor, K: Tensor, R: Tensor) -> tuple[Tensor, Tensor]:
     """K (d_k, B) and R (d, B) in the factor's dtype, if they fit it and one another."""
-    if K.dim() != 2 or K.shape[0] != factor.d or K.shape[1] == 0:
+    return checked_edits(K, R, factor.d, factor)
+
+
+def checked_edits(
+    K: Tensor, R: Tensor, d: int, like: CholeskyFactor | Tensor
+) -> tuple[Tensor, Tensor]:
+    """Keys and residuals in the dtype and on the device of what they are combined with.
+
+    Args:
+        K: Edit keys, shape (d_k, B).
+        R: Residuals, shape (d, B).
+        d: What d_k must be.
+        like: Tells dtype and device.
+
+    Raises:
+        WrongWidth: K is not (d_k, B) with B at least 1, or R has not B columns.
+        NonFiniteKeys: K holds NaN or infinity.
+        NonFiniteMatrix: R holds NaN or infinity.
+    """
+    if K.dim() != 2 or K.shape[0] != d or K.shape[1] == 0:
+        whose = "null space" if isinstance(like, Tensor) else "factor"
         raise WrongWidth(
-            f"Edit keys of shape {tuple(K.shape)} do not fit a factor of width {factor.d}; "
-            f"they must be columns, ({factor.d}, B) with B at least 1."
+            f"Edit keys of shape {tuple(K.shape)} do not fit a {whose} of width {d}; "
+            f"they must be columns, ({d}, B) with B at least 1."
         )
     if R.dim() != 2 or R.shape[1] != K.shape[1]:
         raise WrongWidth(
@@ -185,11 +205,11 @@ def _checked(factor: CholeskyFactor, K: Tensor, R: Tensor) -> tuple[Tensor, Tens
                 entries=int(bad.sum()),
                 where=(int(bad[:, first].nonzero()[0]), first),
             )
-    return _moved(K, factor), _moved(R, factor)
+    return _moved(K, like), _moved(R, like)
 
 
-def _moved(x: Tensor, factor: CholeskyFactor) -> Tensor:
+def _moved(x: Tensor, like: CholeskyFactor | Tensor) -> Tensor:
     """In the dtype and on the device in which the factor answers."""
-    if factor.dtype == torch.float64:
-        return x.to(factor.device).to(factor.dtype)  # one of the devices may not have float64
-    return x.to(factor.dtype).to(factor.device)
+    if like.dtype == torch.float64:
+        return x.to(like.device).to(like.dtype)  # one of the devices may not have float64
+    return x.to(like.dtype).to(like.device)

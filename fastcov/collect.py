@@ -17,6 +17,8 @@ from fastcov.errors import BadBudget, BudgetNotMet, EmptyCorpus
 from fastcov.keys import KeyHooks
 from fastcov.mode import evaluation_mode
 from fastcov.moments import SecondMoment
+from fastcov.parallel import Division
+from fastcov.processes import Processes
 from fastcov.tally import Tally
 from fastcov.throughput import Throughput
 
@@ -36,6 +38,7 @@ def collect(
     launch_rows: int | None = None,
     causal: bool = False,
     checkpoint: Checkpoint | None = None,
+    processes: Processes | None = None,
 ) -> dict[str, SecondMoment]:
     """Collect the second moments of several modules' inputs in one pass.
 
@@ -71,9 +74,13 @@ def collect(
         checkpoint: Where sums are kept from time to time, and taken from by a run that does the
             same again after it was killed: the batches that are in them are read and not run. The
             result is that of an unbroken run, bit for bit. Remove it when the moments are safe.
+        processes: Those among which the batches are divided. Each calls this with the same model,
+            budgets and batches, and runs its share of them; progress counts everybody's.
 
     Returns:
-        A moment for each module, in the order given, on the device of that module's input.
+        A moment for each module, in the order given, on the device of that module's input; with
+        `processes`, the sum over all of them, in each. The keys are those of one process; their
+        sums differ by rounding, as far as the order of additions does.
 
     Raises:
         BadBudget: A budget that is not a whole number above 0, or none for one of the modules.
@@ -84,10 +91,14 @@ def collect(
         UnknownModule: A path is not in the model.
         HookNeverRan: A module was never called.
         StaleCheckpoint: The batches are not those that the checkpoint was made of.
+        FailedElsewhere: Another process failed.
+        ProcessLost: Another process does not answer.
     """
     wanted = _budgets(modules, budget)
     tally = Tally(model, wanted, dtype, launch_rows)
+    division = None if processes is None else Division(processes, tally, progress)
     with (
+        nullcontext() if processes is None else processes.guarded(),
         KeyHooks(model, modules, lambda name, x, _: tally.take(name, x)) as hooks,
         torch.no_grad(),
         evaluation_mode(model),
@@ -97,10 +108,14 @@ def collect(
         drop = {"key_mask"} | _unaccepted(model)
         if throughput is not None:
             throughput.start(model, device)
+        if division is not None:
+            batches = division.read(batches)
         if checkpoint is not None:
             batches = checkpoint.resume(tally, batches)
             if progress is not None and tally.most:
                 progress(tally.most)
+        if division is not None:
+            batches = division.own(batches)
         for batch in () if tally.done() else batches:
             moved = {
                 name: sent(value, device) if isinstance(value, Tensor) else value
@@ -121,8 +136,8 @@ def collect(
         tally.finish()
         if throughput is not None:
             throughput.stop()
-    _complete(tally, wanted, allow_fewer)
-    return tally.moments
+        _complete(tally, wanted, allow_fewer)
+        return tally.moments if division is None else division.total(wanted, dtype, device)
 
 
 def _complete(tally: Tally, wanted: Mapping[str, int | None], allow_fewer: bool) -> None:

@@ -69,6 +69,18 @@ class ResidualTooLarge(FastcovError):
         self.tolerance = tolerance
 
 
+class NoNullSpace(FastcovError):
+    """An update that is confined to a null space has no direction there, or a key has no part.
+
+    Attributes:
+        columns: The edit keys that have no part in it; empty where it has no direction at all.
+    """
+
+    def __init__(self, message: str = "", *, columns: tuple[int, ...] = ()) -> None:
+        super().__init__(message)
+        self.columns = columns
+
+
 class WrongWidth(FastcovError, ValueError):
     """Keys or matrices have another width than what they are combined with."""
 
@@ -109,6 +121,30 @@ class HookNeverRan(FastcovError):
 
 class KernelUnavailable(FastcovError):
     """A kernel that was asked for by name cannot run here."""
+
+
+class ProcessLost(FastcovError):
+    """A process that collects together with this one does not answer any more.
+
+    Attributes:
+        rank: Which one, None where that is not known.
+    """
+
+    def __init__(self, message: str = "", *, rank: int | None = None) -> None:
+        super().__init__(message)
+        self.rank = rank
+
+
+class FailedElsewhere(FastcovError):
+    """Another process failed, which says itself what happened; this one only stops too.
+
+    Attributes:
+        rank: Which one.
+    """
+
+    def __init__(self, message: str = "", *, rank: int = 0) -> None:
+        super().__init__(message)
+        self.rank = rank
 
 
 class StaleCheckpoint(FastcovError):

@@ -9,6 +9,7 @@ from torch import Tensor
 from fastcov.errors import EmptyCorpus, WrongWidth
 from fastcov.keys import key_rows
 from fastcov.ops import rank_k_update
+from fastcov.processes import add_up_lower, reducing_device
 
 _BLOCK = 1024  # rows mirrored at a time: the temporary is one block, not a second matrix
 _NORMED = 128  # rows of 16 bits whose norms a CPU takes at a time: it converts them first
@@ -131,17 +132,22 @@ class SecondMoment:
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> SecondMoment:
         """Add up the moments of all processes of a group; every one then holds the total.
 
+        Little more than the lower triangle is sent. The order of the additions, and with it the
+        last bits of a sum, depends on how many processes there are.
+
         Without an initialised process group there is one process, and nothing to add.
         """
         if dist.is_available() and dist.is_initialized():
-            device = self._sum.device
+            device = reducing_device(self._sum.device)
             unknown = int(self._quartic is None)
             counts = torch.tensor([self._count, unknown], dtype=torch.int64, device=device)
-            quartic = _zero(device) if self._quartic is None else self._quartic
-            for total in (self._sum, counts, quartic):
+            quartic = _zero(device) if self._quartic is None else self._quartic.to(device)
+            for total in (counts, quartic):
                 dist.all_reduce(total, group=group)
+            add_up_lower(self._sum, group)
             self._count, unknown = counts.tolist()
-            self._quartic = None if unknown else quartic
+            start = _zero(self._sum.device)
+            self._quartic = None if unknown else start + quartic.to(start.dtype).to(start.device)
         return self
 
     def to(self, device: torch.device | str) -> SecondMoment:

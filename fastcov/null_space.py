@@ -38,6 +38,11 @@ class NullSpace:
         """r, the number of directions."""
         return self.basis.shape[1]
 
+    @property
+    def nbytes(self) -> int:
+        """What it takes."""
+        return sum(t.numel() * t.element_size() for t in (self.basis, self.eigenvalues))
+
     def projector(self) -> Tensor:
         """``P = U U^T``, shape (d_k, d_k), float64."""
         return self.basis @ self.basis.mT

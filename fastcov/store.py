@@ -24,6 +24,7 @@ from torch import Tensor
 
 from fastcov.errors import StoreDamaged, StoreMismatch, StoreMissing
 from fastcov.moments import SecondMoment
+from fastcov.parsing import parse_json
 
 FORMAT = 1
 _DTYPES = {"F32": torch.float32, "F64": torch.float64}
@@ -94,13 +95,13 @@ def load_moment(
         if expect is not None:
             _compare(path, provenance, expect)
         triangle: Tensor = file.get_tensor("sum")
-    d, count = int(metadata["d"]), int(metadata["count"])
-    if triangle.dim() != 1 or triangle.numel() != d * (d + 1) // 2:
+    d, count = _number(path, metadata, "d"), _number(path, metadata, "count")
+    if triangle.dim() != 1 or d < 1 or triangle.numel() != d * (d + 1) // 2:
         raise _damaged(path, f"holds a sum of shape {tuple(triangle.shape)} for a width of {d}")
-    if triangle.dtype != _DTYPES.get(metadata["dtype"]):
-        raise _damaged(path, f"holds a sum of {triangle.dtype} and says {metadata['dtype']}")
+    if triangle.dtype != _DTYPES.get(metadata.get("dtype", "")):
+        raise _damaged(path, f"holds a sum of {triangle.dtype} and says {_said(metadata, 'dtype')}")
     found = hashlib.sha256(_bytes(triangle)).hexdigest()
-    if found != metadata["sha256"]:
+    if found != metadata.get("sha256"):
         raise _damaged(path, "holds a sum whose bytes have changed")
     lower = unpacked(triangle, d)
     return SecondMoment.from_lower(lower, count, _quartic(path, metadata)), provenance
@@ -176,12 +177,14 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[tuple[Any, dict[str, str]]
         raise StoreMissing(
             f"There is no stored moment at {os.fspath(path)!r}; precompute it first."
         )
+    if not Path(path).is_file():  # to open a pipe is to wait for somebody to write into it
+        raise _damaged(path, "is not a file")
     try:
         with safe_open(os.fspath(path), framework="pt") as file:
             metadata: dict[str, str] = file.metadata() or {}
             _check(path, metadata)
             if set(file.keys()) != {"sum"}:
-                raise _damaged(path, f"holds {sorted(file.keys())} and not a sum")
+                raise _damaged(path, f"holds {sorted(file.keys())!s:.80} and not a sum")
             yield file, metadata
     except SafetensorError as error:
         raise _damaged(path, f"is not a readable safetensors file ({error})") from error
@@ -190,13 +193,13 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[tuple[Any, dict[str, str]]
 def _check(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> None:
     """Refuse metadata of another format, or that are not what was written."""
     sound = metadata.get("check") == _digest(metadata)
-    version = metadata.get("format", "")
-    if sound and version.isdigit() and int(version) > FORMAT:
+    version = _whole(metadata.get("format", ""))
+    if sound and version is not None and version > FORMAT:
         raise StoreMismatch(
             f"The moment {os.fspath(path)!r} has format {version} but this fastcov knows {FORMAT}; "
             "upgrade, or delete the file and precompute again.",
             field="format",
-            stored=int(version),
+            stored=version,
             expected=FORMAT,
         )
     if not sound:
@@ -222,10 +225,29 @@ def _quartic(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> float
 
 
 def _provenance(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> dict[str, Any]:
-    value = json.loads(metadata["provenance"])
+    try:
+        value = parse_json(metadata["provenance"])
+    except (KeyError, ValueError) as error:
+        raise _damaged(path, "has no readable provenance") from error
     if not isinstance(value, dict):
         raise _damaged(path, "has a provenance that is not an object")
     return value
+
+
+def _number(path: str | os.PathLike[str], metadata: Mapping[str, str], name: str) -> int:
+    value = _whole(metadata.get(name, ""))
+    if value is None:
+        raise _damaged(path, f"says {_said(metadata, name)} for its {name}")
+    return value
+
+
+def _whole(text: str) -> int | None:
+    """The number in a text of up to 18 digits, which is more than any count."""
+    return int(text) if text.isascii() and text.isdecimal() and len(text) <= 18 else None
+
+
+def _said(metadata: Mapping[str, str], name: str) -> str:
+    return f"{metadata.get(name)!r:.40}"
 
 
 def _compare(
@@ -246,7 +268,9 @@ def _compare(
 
 def _json(values: Mapping[str, Any]) -> str:
     try:
-        return json.dumps(dict(values), sort_keys=True, allow_nan=False)
+        text = json.dumps(dict(values), sort_keys=True, allow_nan=False)
+        parse_json(text)  # what a reader would refuse is not written
+        return text
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"Provenance must be JSON but is not ({error}); pass text, numbers, lists and objects."

@@ -138,7 +138,7 @@ class Tally:
         return max(self._found.values(), default=0)
 
     def found(self, name: str) -> int:
-        """How many keys a module has given."""
+        """How many of a module's keys were taken, or passed over."""
         return self._found[name]
 
     def taken(self) -> dict[str, Taken]:
@@ -179,6 +179,17 @@ class Tally:
         self._batch += 1
         self._kept = Kept(mask)
         self._before = dict(self._found)
+
+    def pass_over(self, tokens: int) -> None:
+        """Count the batch's keys and sum none of them: another process does.
+
+        Args:
+            tokens: How many positions the batch has, kept or not.
+        """
+        count = tokens if self._kept.count is None else self._kept.count
+        for name, limit in self._wanted.items():
+            found = self._found[name] + count
+            self._found[name] = found if limit is None else min(found, limit)
 
     def took(self) -> dict[str, int]:
         """How many keys the batch gave, by module."""

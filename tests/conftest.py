@@ -18,8 +18,11 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Tiny models gain nothing from many threads, and machines of continuous integration have two cores.
-torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or min(2, os.cpu_count() or 1)))
+# Tiny models gain nothing from many threads, and machines of continuous integration have two cores,
+# which the processes of pytest-xdist share.
+_PROCESSES = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT") or 1)
+_THREADS = max(1, min(2, os.cpu_count() or 1) // _PROCESSES)
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or _THREADS))
 
 
 @pytest.fixture(scope="session", autouse=True)

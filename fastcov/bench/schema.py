@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from fastcov.parsing import parse_json
+
 FORMAT = "fastcov.bench"
 VERSION = 1
 
@@ -141,8 +143,10 @@ def load(path: Path) -> Run:
     Raises:
         BadInput: There is no such file, or it is not one of `fastcov.bench`.
     """
+    if path.exists() and not path.is_file():
+        raise BadInput(f"{path} is not a file; name one that --json wrote.")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_bytes())
     except OSError as error:
         raise BadInput(
             f"{path} cannot be read ({error.strerror}); name a file that --json wrote."
@@ -153,12 +157,12 @@ def load(path: Path) -> Run:
         raise BadInput(f"{path} is not a run of fastcov.bench; name a file that --json wrote.")
     if content.get("version") != VERSION:
         raise BadInput(
-            f"{path} has version {content.get('version')!r} of the format and this program reads "
-            f"{VERSION}; record the run again."
+            f"{path} has version {content.get('version')!r:.40} of the format and this program "
+            f"reads {VERSION}; record the run again."
         )
     try:
         return _run(content)
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise BadInput(
             f"{path} is damaged ({type(error).__name__}: {error}); record the run again."
         ) from error

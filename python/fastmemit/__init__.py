@@ -1,4 +1,4 @@
-"""Knowledge editing of language models that starts in seconds: ROME, EMMET and MEMIT."""
+"""Knowledge editing of language models that starts in seconds: ROME, EMMET, MEMIT and relatives."""
 
 from __future__ import annotations
 

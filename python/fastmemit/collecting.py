@@ -13,6 +13,7 @@ from typing import Any
 import fastcov
 from fastcov.checkpoint_file import read_checkpoint
 from fastcov.throughput import Throughput
+from fastmemit import parallel
 from fastmemit.data.corpora import Corpus
 from fastmemit.data.feed import corpus_batches, tokens_per_batch
 from fastmemit.locks import alone, lock_of
@@ -108,6 +109,7 @@ def collected(
                 throughput=throughput,
                 causal=not getattr(adapter.model.config, "use_bidirectional_attention", False),
                 checkpoint=checkpoint,
+                processes=parallel.current(),
             )
         return more
 
@@ -118,6 +120,8 @@ def collected(
             log.warning("%s It is not used, and collecting begins anew.", error)
             checkpoint.remove()
             return once()
+    except (fastcov.FailedElsewhere, fastcov.ProcessLost):  # this process's part is sound
+        raise
     except fastcov.FastcovError:  # of the text or the model: to go on would end the same way
         checkpoint.remove()
         raise
@@ -142,9 +146,13 @@ def checkpoint_of(
         text: Which keys.
         seconds: Between two writes, see `fastcov.Checkpoint`.
     """
-    digest = hashlib.sha256("\n".join(sorted(modules)).encode()).hexdigest()[:12]
+    processes = parallel.current()
+    # Of several processes each keeps its own part; it does not matter how far the others were.
+    part = {} if processes is None else {"process": f"{processes.rank} of {processes.size}"}
+    digest = hashlib.sha256("\n".join([*sorted(modules), *part.values()]).encode()).hexdigest()[:12]
     identity = {
         **essence,
+        **part,
         "tokens": text.tokens,
         "start": text.start,
         "batch_tokens": tokens_per_batch(adapter.device),
@@ -153,6 +161,28 @@ def checkpoint_of(
     return fastcov.Checkpoint(
         home / _CHECKPOINTS.replace("*", digest), identity=identity, seconds=seconds
     )
+
+
+@contextmanager
+def alone_or_first(processes: fastcov.Processes | None, home: Path, what: str) -> Iterator[bool]:
+    """Hold the lock of a folder of statistics; of processes that collect together, the first does.
+
+    Args:
+        processes: Those, or None for this one alone.
+        home: The folder.
+        what: What another holder is doing, see `fastmemit.locks.alone`.
+
+    Yields:
+        Whether this process holds the lock.
+
+    Raises:
+        OSError: The lock's file cannot be made.
+    """
+    if processes is None or processes.first:
+        with alone(lock_of(home), what) as ours:
+            yield ours
+    else:
+        yield False
 
 
 def sweep_up(home: Path, *, useless_too: bool = False) -> None:

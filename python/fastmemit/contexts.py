@@ -7,13 +7,54 @@ al. 2023, appendix B).  ROME: the bare prompt and twenty that it writes from its
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
+from fastmemit.errors import WrongModel
 from fastmemit.sampling import continue_rows
 from fastmemit.tokens import encode
 
 OPENINGS = ("The", "Therefore", "Because", "I", "You")
 Kind = Literal["words", "start"]
+
+
+class Contexts:
+    """The contexts of one model by method, each kind written once.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        seed: Of the sampling.
+        edited: Whether the model is edited now: then it cannot write them any more.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, seed: int, edited: Callable[[], bool]) -> None:
+        self._model, self._tokenizer, self._seed, self._edited = model, tokenizer, seed, edited
+        self._written: dict[Kind, tuple[str, ...]] = {}
+
+    def of(self, method: str) -> tuple[str, ...]:
+        """The texts of a method; see `fastmemit.Editor.contexts`.
+
+        Raises:
+            WrongModel: They were never written and the model is edited now.
+        """
+        kind = _kind(method)
+        if kind not in self._written:
+            if self._edited():
+                raise WrongModel(
+                    "Contexts are written by the unedited model; undo the edits, or call "
+                    f"editor.contexts({method!r}) before editing."
+                )
+            self._written[kind] = generate_contexts(self._model, self._tokenizer, kind, self._seed)
+        return self._written[kind]
+
+    def adopt(self, method: str, contexts: tuple[str, ...]) -> None:
+        """Take texts that were written before, for a method and those that share them."""
+        self._written[_kind(method)] = contexts
+
+
+def _kind(method: str) -> Kind:
+    return "start" if method == "rome" else "words"
 
 
 def generate_contexts(model: Any, tokenizer: Any, kind: Kind, seed: int = 0) -> tuple[str, ...]:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastcov.parsing import parse_json
 from fastcov.store import atomic_file
 from fastmemit.errors import DamagedFile, WrongModel
 
@@ -58,6 +59,7 @@ class Delta:
 
         Raises:
             OSError: The file cannot be written; nothing is left of the attempt.
+            ValueError: The provenance is nested deeper than any reader goes.
         """
         from safetensors.torch import save
 
@@ -65,6 +67,7 @@ class Delta:
         for name, (left, right) in self.factors.items():
             tensors[f"{name}:left"], tensors[f"{name}:right"] = left, right
         provenance = json.dumps(self.provenance, sort_keys=True)
+        parse_json(provenance)  # what `load` would refuse is not written
         metadata = {
             "format": FORMAT,
             "version": str(VERSION),
@@ -98,7 +101,7 @@ class Delta:
             raise _damaged(path, f"is not a readable safetensors file ({error})") from error
         factors = _pairs(path, tensors)
         try:
-            provenance = json.loads(metadata["provenance"])
+            provenance = parse_json(metadata["provenance"])
         except (KeyError, ValueError) as error:
             raise _damaged(path, "has no readable provenance") from error
         delta = cls(factors, provenance if isinstance(provenance, dict) else {})
@@ -185,7 +188,7 @@ def _pairs(
             raise _damaged(path, "does not hold a left and a right factor for each weight")
         sound = all(t.dim() == 2 and t.dtype == torch.float32 for t in (left, right))
         if not sound or left.shape[1] != right.shape[1]:
-            raise _damaged(path, f"holds factors of {name} that do not fit each other")
+            raise _damaged(path, f"holds factors of {name:.80} that do not fit each other")
         factors[name] = (left, right)
     return factors
 
@@ -196,8 +199,8 @@ def _check_format(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> 
     version = metadata.get("version", "")
     if version != str(VERSION):
         raise DamagedFile(
-            f"The edit file {os.fspath(path)!r} has version {version!r} but this fastmemit reads "
-            f"{VERSION}; upgrade fastmemit."
+            f"The edit file {os.fspath(path)!r} has version {version!r:.40} but this fastmemit "
+            f"reads {VERSION}; upgrade fastmemit."
         )
 
 

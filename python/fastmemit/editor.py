@@ -20,7 +20,7 @@ from fastmemit.delta import Delta
 from fastmemit.editors import METHODS, EditConfig, PreservedKeys, ReadCache, find_config
 from fastmemit.errors import BadConfig, WrongModel
 from fastmemit.models import find_adapter, load_model, save_model
-from fastmemit.planning import plan_edit
+from fastmemit.planning import apply_edit, plan_edit
 from fastmemit.request import EditRequest
 from fastmemit.sampling import continue_texts
 from fastmemit.sources import Sources
@@ -95,17 +95,17 @@ class Editor:
 
         Args:
             name: A hub name, a local folder, or "smollm2".
-            device: See `fastmemit.models.load_model`.
-            dtype: See `fastmemit.models.load_model`.
+            device: See `fastmemit.models.load_model`, also for dtype.
+            dtype: float32, bfloat16, float16 or auto.
             trust_remote_code: Run code that comes with the model.
-            settings: Arguments of `Editor`.
+            settings: ``device_map`` and ``load_in`` (see there); arguments of `Editor`.
 
         Raises:
             ModelNotFound: Nothing of this name can be loaded.
         """
-        model, tokenizer = load_model(
-            name, device=device, dtype=dtype, trust_remote_code=trust_remote_code
-        )
+        more = {key: settings.pop(key, None) for key in ("device_map", "load_in")}
+        more["trust_remote_code"] = trust_remote_code
+        model, tokenizer = load_model(name, device=device, dtype=dtype, **more)
         return cls(model, tokenizer, **{"name": name, **settings})
 
     @property
@@ -141,7 +141,7 @@ class Editor:
 
         Args:
             corpus: ``"wikipedia"`` (from the hub), ``"builtin"``, ``"self"`` (text that the model
-                writes), a .txt, .json or .jsonl file, ``"hub:NAME"``, or a `Corpus`.
+                writes), a text or JSON file, ``"hub:NAME[:CONFIG][@SPLIT]"``, or a `Corpus`.
             multiplier: d_m: each layer gets ``round(d_m * d_k)`` keys. ``"auto"`` collects until
                 an edit's solution is near its limit, at most 10 (see `fastcov.stopping`).
             layers: Which layers; None takes those of all methods' settings.
@@ -178,9 +178,9 @@ class Editor:
         self.sources.use(found)
 
     def find_statistics(
-        self, layers: Sequence[int], multiplier: float | None = None
+        self, layers: Sequence[int] | None, multiplier: float | None = None
     ) -> Statistics | None:
-        """The newest kept statistics of this model for these layers, or None."""
+        """The newest kept statistics of this model for these layers (None: whichever), or None."""
         return self.sources.find(layers, multiplier)
 
     def statistics_for(self, layers: Sequence[int]) -> Statistics:
@@ -216,8 +216,10 @@ class Editor:
 
         Args:
             requests: The facts, written together.
-            method: ``"rome"``, ``"emmet"`` or ``"memit"``.
-            preserved: Keys of earlier edits that this one shall preserve too.
+            method: One of `METHODS`.
+            preserved: Keys of earlier edits that this one shall preserve too. None stands for none;
+                for ENCORE and AlphaEdit, to which they belong, for those of all edits that are in
+                the weights now, and an empty object for none.
             reads: Where to keep what the unedited model shows, for further plans of these facts.
             overrides: Settings that replace the preset's, see `EditConfig`.
 
@@ -243,11 +245,7 @@ class Editor:
         Args and errors are those of `plan`; on any of them the weights are as they were.
         """
         config = self.config(method, **overrides)
-        delta, keys = plan_edit(self.sources, self._stack, requests, config, preserved, reads)
-        edit = Edit(delta, self._stack).apply()
-        if preserved is not None:
-            preserved.add(edit, keys)
-        return edit
+        return apply_edit(self.sources, self._stack, requests, config, preserved, reads)
 
     def load(self, path: str | os.PathLike[str], *, force: bool = False) -> Edit:
         """Read an edit from a file; it is not applied.

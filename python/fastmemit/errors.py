@@ -15,6 +15,18 @@ class DuplicateRequest(BadRequest):
     """Two requests of one batch edit the same subject in the same prompt."""
 
 
+class ConflictingEdits(BadRequest):
+    """Two saved edits that shall be put together write the same fact."""
+
+
+class BadAdapter(FastmemitError, ValueError):
+    """An adapter that is no change of plain weights, or an edit that no adapter can hold."""
+
+
+class HubError(FastmemitError):
+    """Something that the hub refused, does not have, or cannot be asked for now."""
+
+
 class BadData(FastmemitError, ValueError):
     """A malformed record; the message names its index and the field."""
 

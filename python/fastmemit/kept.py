@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,12 @@ def is_there(path: Path, shared: dict[str, Any], module: str) -> bool:
     stored = fastcov.read_provenance(path)
     compare(path, essence(stored), {**essence(shared), "module": module})
     return True
+
+
+def there(home: Path) -> list[str]:
+    """The modules whose moments are stored in a folder, in the order of their numbers."""
+    names = [path.name.removesuffix(".safetensors") for path in home.glob("[!.]*.safetensors")]
+    return sorted(names, key=lambda name: [int(n) for n in re.findall(r"\d+", name)])
 
 
 def compare(path: Path, stored: dict[str, Any], expected: dict[str, Any]) -> None:
@@ -70,23 +76,51 @@ def home_of(folder: Path, shared: dict[str, Any]) -> Path:
     if known:
         return known[0]
     name = re.sub(r"[^A-Za-z0-9]+", "-", Path(shared["corpus"]["name"]).name).strip("-")[:40]
-    return folder / f"{name}-x{shared['multiplier']:g}-seed{shared['seed']}-{digest}"
+    seed = "" if shared["seed"] is None else f"-seed{shared['seed']}"  # of imported ones unknown
+    return folder / f"{name}-x{shared['multiplier']:g}{seed}-{digest}"
 
 
-def copied(paths: dict[str, Path], folder: Path) -> dict[str, Path]:
-    """The files of some statistics in another folder of statistics, under the same names.
+def stored(
+    folder: Path,
+    shared: dict[str, Any],
+    moments: Mapping[str, tuple[fastcov.SecondMoment, dict[str, Any]]],
+) -> dict[str, Path]:
+    """Write moments that were not collected here, over former ones of the same provenance.
+
+    Args:
+        folder: That of the model's statistics.
+        shared: What all of them are of.
+        moments: Module name -> moment, and what it alone is of.
+
+    Raises:
+        OSError: A file cannot be written; those that were written are whole.
+    """
+    home = home_of(folder, shared)
+    paths = {}
+    for name, (moment, own) in moments.items():
+        paths[name] = home / f"{name}.safetensors"
+        fastcov.save_moment(paths[name], moment, {**shared, "module": name, **own})
+    return paths
+
+
+def copied(paths: dict[str, Path], folder: Path, home: str | None = None) -> dict[str, Path]:
+    """The files of some statistics in another folder of statistics, named by their modules.
 
     Args:
         paths: Module name -> file, all in one folder.
         folder: That of the model's statistics.
+        home: The name of their own folder in it; None takes the one that they have.
 
     Raises:
         OSError: A file cannot be written.
     """
-    found = {name: folder / path.parent.name / path.name for name, path in paths.items()}
+    found = {
+        name: folder / (home or path.parent.name) / f"{name}.safetensors"
+        for name, path in paths.items()
+    }
     missing = {name: path for name, path in found.items() if not path.is_file()}
-    for home in {path.parent for path in missing.values()}:
-        with alone(lock_of(home), "writing the same statistics"):
+    for place in {path.parent for path in missing.values()}:
+        with alone(lock_of(place), "writing the same statistics"):
             for name, path in missing.items():
                 with atomic_file(path) as file, open(paths[name], "rb") as source:
                     shutil.copyfileobj(source, file)

@@ -1,17 +1,20 @@
-"""From requests to a delta and what it was made with; nothing is applied."""
+"""From requests to a delta and what it was made with, and from there into the weights."""
 
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Sequence
 
-from fastmemit.applied import EditStack
+from fastmemit.applied import Edit, EditStack
 from fastmemit.delta import Delta
-from fastmemit.editors import PLANS, EditConfig, PreservedKeys, ReadCache
+from fastmemit.editors import PLANS, PRESERVING, EditConfig, PreservedKeys, ReadCache
 from fastmemit.editors.base import EditKeys
 from fastmemit.request import EditRequest, check_batch
 from fastmemit.sources import Sources
 from fastmemit.statistics import versions
+
+log = logging.getLogger(__name__)
 
 
 def plan_edit(
@@ -29,7 +32,8 @@ def plan_edit(
         stack: The edits that are in the weights.
         requests: The facts, written together.
         config: The settings.
-        preserved: Keys of earlier edits that this one shall preserve too.
+        preserved: Keys of earlier edits that this one shall preserve too; None stands for none, but
+            for those of all edits in the weights where they belong to the method.
         reads: Where to keep what the unedited model shows.
 
     Returns:
@@ -41,6 +45,17 @@ def plan_edit(
         fastcov.StoreMissing: No statistics of the edited layers were precomputed.
     """
     batch = check_batch(requests)
+    if preserved is None and config.method in PRESERVING:
+        preserved = sources.preserved
+        unknown = len(stack.edits) - len(preserved.edits)
+        if unknown:
+            log.warning(
+                "%d of the %d edits in the weights come from files, which hold no keys: %s "
+                "does not preserve theirs",
+                unknown,
+                len(stack.edits),
+                config.method,
+            )
     earlier = () if preserved is None else preserved.edits
     for edit in earlier:
         stack.check(edit)
@@ -60,3 +75,25 @@ def plan_edit(
     if preserved is not None:
         provenance["preserved"] = [edit.delta.digest() for edit in earlier]
     return Delta(factors, provenance), work.keys
+
+
+def apply_edit(
+    sources: Sources,
+    stack: EditStack,
+    requests: Sequence[EditRequest],
+    config: EditConfig,
+    preserved: PreservedKeys | None = None,
+    reads: ReadCache | None = None,
+) -> Edit:
+    """Compute an edit and apply it; its keys join the preserved ones.
+
+    Args and errors are those of `plan_edit`; on any of them the weights are as they were.
+    """
+    delta, keys = plan_edit(sources, stack, requests, config, preserved, reads)
+    edit = Edit(delta, stack).apply()
+    if preserved is not None:
+        preserved.add(edit, keys)
+    # In the computer's memory: most edits are never followed by one that asks for their keys.
+    kept = {layer: [k.cpu() for k in blocks] for layer, blocks in keys.items()}
+    sources.preserved.add(edit, kept)
+    return edit

@@ -25,7 +25,8 @@ class EditRequest:
         target_true: The answer that the unedited model gives; needed for scores, not for edits.
 
     Raises:
-        BadRequest: The prompt has no ``{}`` or several, or the subject or a target is empty.
+        BadRequest: The prompt has no ``{}`` or several, the subject or a target is empty, or a text
+            holds half of a surrogate pair, which no tokenizer can read.
     """
 
     prompt: str
@@ -38,9 +39,11 @@ class EditRequest:
             value = getattr(self, name)
             if not isinstance(value, str) and not (name == "target_true" and value is None):
                 raise BadRequest(
-                    f"{name} must be text but is {type(value).__name__} ({value!r}); "
+                    f"{name} must be text but is {type(value).__name__} ({value!r:.80}); "
                     "write it as a string."
                 )
+            if value is not None:
+                _check_unicode(name, value)
         holes = self.prompt.count("{}")
         if holes != 1:
             found = "has no {}" if holes == 0 else f"has {holes} of {{}}"
@@ -108,12 +111,19 @@ class EditRequest:
             if fields[name] is None:
                 raise BadRequest(
                     f"The request has no {name} (its fields: "
-                    f"{', '.join(map(str, data)) or 'none'}); add it."
+                    f"{', '.join(map(str, data))[:120] or 'none'}); add it."
                 )
         prompt, subject = fields["prompt"], fields["subject"]
         if isinstance(prompt, str) and isinstance(subject, str) and "{}" not in prompt:
             fields["prompt"] = _template(prompt, subject)
         return cls(**fields)
+
+
+def _check_unicode(name: str, text: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise BadRequest(f"The {name} {_shown(text)} is not valid Unicode; correct it.") from None
 
 
 def _answer(data: Mapping[str, Any], name: str) -> Any:

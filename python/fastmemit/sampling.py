@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from fastmemit.errors import BadConfig, BadRequest
-from fastmemit.models import check_lengths
+from fastmemit.errors import BadConfig, BadRequest, FastmemitError
+from fastmemit.models import check_lengths, input_device
 from fastmemit.tokens import encode, pad_batch
 
 
@@ -39,14 +41,16 @@ def continue_rows(
     Raises:
         BadConfig: `new_tokens` is below 1.
         BadRequest: A row with its new tokens is longer than the model's context.
+        FastmemitError: The model's logits are NaN or infinite.
     """
+    from transformers import LogitsProcessorList
+
     if new_tokens < 1:
         raise BadConfig(f"The number of new tokens must be 1 or more but is {new_tokens}.")
     if not rows:
         return []
     check_lengths(model, rows, more=new_tokens)
-    device = model.get_input_embeddings().weight.device
-    batch = pad_batch(rows, side="left", device=device)
+    batch = pad_batch(rows, side="left", device=input_device(model))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     chosen: dict[str, Any] = {"do_sample": False}
     if top_k is not None:
@@ -58,7 +62,8 @@ def continue_rows(
     model.generation_config = type(own)(eos_token_id=end)
     training = model.training
     model.eval()
-    cuda = [device] if device.type == "cuda" else []
+    # The head, where tokens are drawn, need not be on the device of the embeddings.
+    cuda = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     try:
         with torch.random.fork_rng(devices=cuda):
             torch.manual_seed(seed)
@@ -70,6 +75,7 @@ def continue_rows(
                 num_beams=1,
                 repetition_penalty=1.0,
                 pad_token_id=0 if pad is None else pad,
+                logits_processor=LogitsProcessorList([_Checked(model)]),
                 **chosen,
             )
     finally:
@@ -77,6 +83,21 @@ def continue_rows(
         model.generation_config = own
     width = batch["input_ids"].shape[1]
     return [row[width:].tolist() for row in out]
+
+
+class _Checked:
+    """Refuses logits of which no token can be chosen; -inf forbids one and is no fault."""
+
+    def __init__(self, model: Any) -> None:
+        self._name = type(model).__name__
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if not bool((scores < math.inf).all()):  # written so that NaN is caught too
+            raise FastmemitError(
+                f"The logits of {self._name} are NaN or infinite, so it cannot write text; look "
+                "for NaN in its weights, or load it in float32 or bfloat16."
+            )
+        return scores
 
 
 def continue_texts(
@@ -93,6 +114,7 @@ def continue_texts(
     Raises:
         BadRequest: A text gives no token to continue from.
         BadConfig: `new_tokens` is below 1.
+        FastmemitError: The model's logits are NaN or infinite.
     """
     rows = [encode(tokenizer, text).ids for text in texts]
     for text, row in zip(texts, rows, strict=True):

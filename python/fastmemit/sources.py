@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +10,12 @@ import fastcov
 from fastcov.throughput import Throughput
 from fastmemit import statistics
 from fastmemit.applied import EditStack
-from fastmemit.contexts import Kind, generate_contexts
+from fastmemit.contexts import Contexts
 from fastmemit.data.corpora import Corpus
 from fastmemit.editors import EditConfig, PreservedKeys, ReadCache, Workspace
 from fastmemit.errors import BadConfig, WrongModel
 from fastmemit.factors import FactorCache
-from fastmemit.kept import copied
+from fastmemit.kept import common, copied, stored
 from fastmemit.models import ModelAdapter, tokenizer_fingerprint
 from fastmemit.progress import bar
 from fastmemit.request import EditRequest
@@ -60,9 +60,11 @@ class Sources:
         self.checkpoint_seconds: float | None = None
         self._tokenizer_is = tokenizer_fingerprint(tokenizer)
         self._targets = TargetStore(folder / "targets")
-        self._contexts: dict[str, tuple[str, ...]] = {}
+        self._contexts = Contexts(adapter.model, tokenizer, seed, lambda: bool(stack.edits))
         self._factors = FactorCache()
         self._statistics: Statistics | None = None
+        #: The keys of the edits that are in the weights, for methods to which they belong.
+        self.preserved = PreservedKeys()
 
     def identity(self) -> dict[str, Any]:
         """What tells this model and its tokenizer from others, for provenance."""
@@ -122,12 +124,7 @@ class Sources:
             aside: Keep them where `find` does not look: an experiment with few keys must not become
                 what the next edit uses.
         """
-        if self._stack.edits:
-            raise WrongModel(
-                f"{len(self._stack.edits)} edits are in the weights, and statistics belong to the "
-                "unedited model; undo them first."
-            )
-        total = max(fastcov.budget(multiplier, self._adapter.d_k(layer)) for layer in layers)
+        total = self.largest_budget(layers, multiplier)
         throughput = Throughput() if self._progress else None
         with (
             bar("tokens read", total, self._progress) as reading,
@@ -167,6 +164,23 @@ class Sources:
         self.use(kept)
         return kept
 
+    def take_over(
+        self,
+        shared: dict[str, Any],
+        moments: Mapping[str, tuple[fastcov.SecondMoment, dict[str, Any]]],
+    ) -> Statistics:
+        """Keep moments that were not collected here as the newest, and use them.
+
+        Args:
+            shared: What all of them are of, `identity` included.
+            moments: Module name -> moment, and what it alone is of.
+        """
+        folder = self._folder / "statistics" / self._stack.fingerprint[:16]
+        paths = stored(folder, shared, moments)
+        found = Statistics(paths, common([fastcov.read_provenance(p) for p in paths.values()]))
+        self.use(found)
+        return found
+
     def use(self, found: Statistics) -> None:
         """Take these statistics from now on; see `Editor.use`."""
         if found is self._statistics:
@@ -179,12 +193,12 @@ class Sources:
         self._statistics = found
         self._factors.clear()
 
-    def find(self, layers: Sequence[int], multiplier: float | None) -> Statistics | None:
+    def find(self, layers: Sequence[int] | None, multiplier: float | None) -> Statistics | None:
         """The newest kept statistics for these layers; see `Editor.find_statistics`."""
-        modules = [self._adapter.projection_name(layer) for layer in layers]
+        modules = None if layers is None else [*map(self._adapter.projection_name, layers)]
         folder = self._folder / "statistics"
-        model, tokenizer = self._stack.fingerprint, self._tokenizer_is
-        return statistics.find(folder, model, modules, multiplier, tokenizer)
+        model = self._stack.fingerprint
+        return statistics.find(folder, model, modules, multiplier, self._tokenizer_is)
 
     def statistics_for(self, layers: Sequence[int]) -> Statistics:
         """The statistics in use if they cover these layers, else the newest kept ones that do.
@@ -206,16 +220,11 @@ class Sources:
 
     def contexts(self, method: str) -> tuple[str, ...]:
         """The texts put before prompts; see `Editor.contexts`."""
-        kind: Kind = "start" if method == "rome" else "words"
-        if kind not in self._contexts:
-            if self._stack.edits:
-                raise WrongModel(
-                    "Contexts are written by the unedited model; undo the edits, or call "
-                    f"editor.contexts({method!r}) before editing."
-                )
-            made = generate_contexts(self._adapter.model, self._tokenizer, kind, self.seed)
-            self._contexts[kind] = made
-        return self._contexts[kind]
+        return self._contexts.of(method)
+
+    def adopt_contexts(self, method: str, contexts: tuple[str, ...]) -> None:
+        """Take texts that were written before, for a method and those that share them."""
+        self._contexts.adopt(method, contexts)
 
     def targets(
         self,
@@ -252,21 +261,37 @@ class Sources:
         """The factor of a layer's ``A``, made where it is not held."""
         return self._factors.get(self._adapter, self.statistics_for(config.layers), config, layer)
 
+    def prepare(self, config: EditConfig) -> dict[int, float]:
+        """Make what the layers' solves need; layer -> the jitter of its factor, if there is one."""
+        if config.method == "alphaedit":
+            used = self.statistics_for(config.layers)
+            for layer in config.layers:
+                self._factors.null_space(self._adapter, used, config, layer)
+            return {}
+        return {layer: self.factor(config, layer).jitter for layer in config.layers}
+
     def workspace(
         self,
         config: EditConfig,
         preserved: PreservedKeys | None = None,
         reads: ReadCache | None = None,
     ) -> Workspace:
-        """What a method needs to plan a batch; see `Editor.plan`."""
-        contexts = self.contexts(config.method)
+        """What a method needs to plan a batch; see `Editor.plan`.
+
+        Raises:
+            QuantisedWeight: A weight is not in floating point, which is said before any work.
+            OffloadedWeight: A weight is not in memory.
+        """
+        for layer in config.layers:
+            self._adapter.weight(layer)
         used = self.statistics_for(config.layers)
         return Workspace(
             self._adapter,
             self._tokenizer,
             config,
-            contexts,
+            self.contexts(config.method),
             factor=lambda layer: self._factors.get(self._adapter, used, config, layer),
+            null_space=lambda layer: self._factors.null_space(self._adapter, used, config, layer),
             targets=lambda requests, keep: self.targets(requests, config, keep=keep),
             preserved=preserved,
             reads=None if self._stack.edits else reads,

@@ -16,11 +16,11 @@ from torch import Tensor
 
 import fastcov
 from fastcov.throughput import Throughput
-from fastmemit.collecting import Text, checkpoint_of, collected, sweep_up, tidy
+from fastmemit import parallel
+from fastmemit.collecting import Text, alone_or_first, checkpoint_of, collected, sweep_up, tidy
 from fastmemit.data.corpora import Corpus
 from fastmemit.errors import BadConfig
-from fastmemit.kept import common, compare, essence, home_of, is_there
-from fastmemit.locks import alone, lock_of
+from fastmemit.kept import common, compare, essence, home_of, is_there, there
 from fastmemit.models import ModelAdapter
 
 log = logging.getLogger(__name__)
@@ -109,6 +109,8 @@ def precompute(
     A pass that was killed goes on at its last checkpoint, to the same bits. Of two processes that
     want the same statistics one collects and the other waits.
 
+    Inside `fastmemit.parallel.together` the batches are divided between processes.
+
     Args:
         adapter: The unedited model.
         tokenizer: Its tokenizer.
@@ -143,6 +145,7 @@ def precompute(
         StoreDamaged: A kept file's header is not what was written.
         StoreMismatch: A kept file is of something else than its folder says.
         NonFiniteKeys: An activation is NaN or infinite.
+        FailedElsewhere: Another process failed.
         OSError: A file cannot be written; those that were written are whole.
     """
     context = _context(adapter, max_length)
@@ -160,15 +163,18 @@ def precompute(
     }
     home = home_of(folder / identity["model"][:16], shared)
     paths = {name: home / f"{name}.safetensors" for name in modules}
-    if all(is_there(path, shared, name) for name, path in paths.items()):
+    processes = parallel.current()
+    if processes is None and all(is_there(path, shared, name) for name, path in paths.items()):
         throughput = None  # nothing is collected
         tidy(home)
     else:
-        with alone(lock_of(home), "collecting the same statistics") as ours:
+        with alone_or_first(processes, home, "collecting the same statistics") as ours:
             if ours:
                 sweep_up(home)
             # Whoever was waited for may have made some of them.
             missing = [name for name, path in paths.items() if not is_there(path, shared, name)]
+            what = {**essence(shared), "modules": list(paths)}
+            missing = parallel.agreed(processes, what, missing)
             held = {} if after is None else {name: after.moment(name) for name in missing}
             text = Text(
                 corpus,
@@ -180,7 +186,8 @@ def precompute(
                 start=max((moment.count for moment in held.values()), default=0),
                 skip=int(not bos),
             )
-            saved = {**essence(shared), "versions": versions()}
+            made = {**versions(), **parallel.recorded(processes)}
+            saved = {**essence(shared), "versions": made}
             checkpoint = checkpoint_of(
                 home, list(modules), saved, adapter, text, checkpoint_seconds
             )
@@ -201,7 +208,7 @@ def precompute(
                     log.info("%s", throughput)
             for name, moment in held.items():
                 own = {**shared, "module": name, "budget": budgets[name], "keys": moment.count}
-                fastcov.save_moment(paths[name], moment, {**own, "versions": versions()})
+                parallel.save_once(processes, paths[name], moment, {**own, "versions": made})
             checkpoint.remove()
             if ours:
                 sweep_up(home, useless_too=True)
@@ -213,7 +220,7 @@ def precompute(
 def find(
     folder: Path,
     model: str,
-    modules: Sequence[str],
+    modules: Sequence[str] | None,
     multiplier: float | None = None,
     tokenizer: str | None = None,
 ) -> Statistics | None:
@@ -222,7 +229,7 @@ def find(
     Args:
         folder: Where statistics are kept.
         model: The model's fingerprint.
-        modules: Module names that are needed.
+        modules: Module names that are needed; None takes whatever is stored together.
         multiplier: Only those of this multiplier, if given.
         tokenizer: Only those whose text this tokenizer cut (its fingerprint), if given.
 
@@ -237,8 +244,9 @@ def find(
         reverse=True,
     )
     for home in homes:
-        paths = {name: home / f"{name}.safetensors" for name in modules}
-        if not all(path.is_file() for path in paths.values()):
+        names = there(home) if modules is None else modules
+        paths = {name: home / f"{name}.safetensors" for name in names}
+        if not paths or not all(path.is_file() for path in paths.values()):
             continue
         stored = [fastcov.read_provenance(path) for path in paths.values()]
         for path, provenance in zip(paths.values(), stored, strict=True):

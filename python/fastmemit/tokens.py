@@ -18,6 +18,9 @@ from fastmemit.errors import BadRequest
 
 NOWHERE = (-1, -1)
 
+#: Characters of a text whose tokens are placed by decoding; that takes a time of their square.
+MAX_DECODED = 4000
+
 _Pair = tuple[list[int], list[tuple[int, int]]]
 
 
@@ -126,7 +129,16 @@ def _spans_by_decoding(tokenizer: Any, ids: list[int], text: str) -> list[tuple[
     A token that ends inside a character (one byte of an emoji) decodes to U+FFFD and covers that
     whole character.  Where the decoded text is not the text itself (collapsed white space, lower
     case, unknown words) the two are aligned, and a token covers all that it may stand for.
+
+    Raises:
+        BadRequest: The text is longer than `MAX_DECODED`.
     """
+    if len(text) > MAX_DECODED:
+        raise BadRequest(
+            f"{text!r:.40}... has {len(text)} characters, and {type(tokenizer).__name__} does not "
+            f"say which tokens cover them (over {MAX_DECODED} it would take minutes to find out); "
+            "use the fast tokenizer of this model, or a shorter text."
+        )
     settings = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
     whole = tokenizer.decode(ids, **settings)
     place = _alignment(whole, text)  # per character of `whole` its span in the text

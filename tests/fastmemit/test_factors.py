@@ -84,3 +84,46 @@ def test_statistics_of_an_older_version_are_refused_by_ledoit_wolf_alone(editor,
     assert factor(editor, shrinkage="oas").jitter == 0
     with pytest.raises(QuarticUnknown, match="precompute again"):
         factor(editor, shrinkage="ledoit-wolf")
+
+
+def space(editor, cache, layer=1, **values):
+    config = find_config(editor.adapter, "alphaedit", {"layers": (0, 1), **values})
+    used = editor.statistics_for(config.layers)
+    return cache.null_space(editor.adapter, used, config, layer)
+
+
+@pytest.mark.parametrize("kind", [{"null_relative": 0.5}, {"null_threshold": 0.3}])
+def test_a_null_space_is_that_of_the_literal_projector(editor, kind):
+    C = stored(editor).second_moment.double().numpy()
+    limit = kind.get("null_threshold") or 0.5 * C.diagonal().mean()
+    found = space(editor, FactorCache(), **kind)
+    wanted = literal.null_projector(C, limit)
+    assert 0 < found.rank < 64 and found.threshold == pytest.approx(limit)
+    torch.testing.assert_close(found.projector(), torch.from_numpy(wanted))
+
+
+def test_a_null_space_is_made_once_for_each_layer_and_threshold(editor, monkeypatch):
+    made = []
+    real = fastcov.null_space
+    monkeypatch.setattr(fastcov, "null_space", lambda C, **kw: made.append(kw) or real(C, **kw))
+    cache = FactorCache()
+    kinds = [{}, {"layer": 0}, {"null_threshold": 0.3}, {"null_relative": 0.5}]
+    first = [space(editor, cache, **kind) for kind in kinds]
+    again = [space(editor, cache, **kind) for kind in kinds]
+    # What a null space does not depend on makes none; nor does a threshold that nobody reads.
+    again += [space(editor, cache, weight=3.0, ridge=1.0, shrinkage="oas", l2=1.0)]
+    again += [space(editor, cache, null_threshold=0.4, null_relative=0.5)]
+    assert len(made) == len(kinds)
+    assert all(a is b for a, b in zip([*first, first[0], first[3]], again, strict=True))
+    cache.clear()
+    space(editor, cache)
+    assert len(made) == len(kinds) + 1
+
+
+def test_factors_and_null_spaces_share_the_room(editor):
+    one = space(editor, FactorCache(), null_relative=0.5)
+    assert one.nbytes == 8 * (one.basis.numel() + 64)
+    small = FactorCache(capacity=one.nbytes)
+    kept = space(editor, small, null_relative=0.5)
+    factor(editor, small)
+    assert space(editor, small, null_relative=0.5) is not kept

@@ -49,3 +49,23 @@ def preserving(A, blocks):
         for key in np.asarray(K).T:
             total += np.outer(key, key)
     return total
+
+
+def null_projector(C, threshold):
+    """P = U U^T over the eigenvectors of C whose eigenvalue is below the threshold (AlphaEdit)."""
+    eigenvalues, vectors = np.linalg.eigh(C)
+    U = vectors[:, eigenvalues < threshold]
+    return U @ U.T
+
+
+def alphaedit(P, K, R, l2, preserved=None):
+    """Delta^T = (P (K K^T + K_p K_p^T) + l2 I)^-1 P K R^T."""
+    M = K @ K.T
+    if preserved is not None:
+        M = preserving(M, [preserved])
+    return (np.linalg.inv(P @ M + l2 * np.eye(len(P))) @ P @ K @ R.T).T
+
+
+def spread_share(kind, layers_left):
+    """What of the missing residual one layer takes: MEMIT's 1/(L - i), PMET's 1/sqrt(L - i)."""
+    return {"linear": 1 / layers_left, "sqrt": 1 / np.sqrt(layers_left)}[kind]

@@ -76,9 +76,10 @@ def literal_target(model, tokenizer, block, request, contexts, settings, module=
         finally:
             handle.remove()
         log_p = torch.log_softmax(logits, dim=-1)
-        nll = 0.0
+        nll, told = 0.0, True
         for i, (row, n) in enumerate(zip(rows, n_target, strict=True)):
             positions = range(len(row) - n, len(row))
+            told = told and all(log_p[i, p - 1].argmax().item() == row[p] for p in positions)
             nll = nll - sum(log_p[i, p - 1, row[p]] for p in positions) / n / len(rows)
         log_q = log_p[-1, kl_lookup]
         if kl_start is None:
@@ -87,7 +88,8 @@ def literal_target(model, tokenizer, block, request, contexts, settings, module=
         decay = settings.weight_decay * (delta.norm() / start.norm() ** 2)
         loss = nll + settings.kl_factor * kl + decay
         losses.append(loss.item())
-        if loss.item() < settings.early_stop or step == settings.steps - 1:
+        enough = told if settings.stop == "most-probable" else loss.item() < settings.early_stop
+        if enough or step == settings.steps - 1:
             break
         loss.backward()
         optimiser.step()

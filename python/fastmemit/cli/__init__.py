@@ -11,18 +11,26 @@ from typing import NoReturn
 from fastmemit import __version__
 from fastmemit.cli import (
     apply,
+    compose,
     demo,
     downstream,
     edit,
     evaluate,
+    export_adapter,
+    export_stats,
+    import_adapter,
+    import_stats,
     locate,
+    plan,
     precompute,
+    pull,
+    push,
     report,
     sequential,
     sweep,
 )
 
-DESCRIPTION = "Edit the facts of a language model: ROME, EMMET and MEMIT in seconds."
+DESCRIPTION = "Edit the facts of a language model: ROME, EMMET, MEMIT and its relatives in seconds."
 EPILOG = """examples:
   fastmemit demo
   fastmemit precompute --model gpt2-xl --multiplier 10
@@ -34,15 +42,23 @@ EPILOG = """examples:
   fastmemit report DIR
 """
 VERBS = {
+    "plan": plan,
     "precompute": precompute,
     "edit": edit,
     "apply": apply,
+    "compose": compose,
+    "export-adapter": export_adapter,
+    "import-adapter": import_adapter,
+    "push": push,
+    "pull": pull,
     "evaluate": evaluate,
     "locate": locate,
     "sweep": sweep,
     "sequential": sequential,
     "report": report,
     "downstream": downstream,
+    "export-stats": export_stats,
+    "import-stats": import_stats,
     "demo": demo,
 }
 
@@ -86,11 +102,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     # Heavy imports happen here, so that --help answers at once.
-    from fastcov import FastcovError
+    from fastcov import FailedElsewhere, FastcovError
     from fastmemit.errors import FastmemitError
+    from fastmemit.parallel import for_verb
 
     try:
-        VERBS[args.verb].run(args)
+        with for_verb(args.verb, divided=("precompute",)):
+            VERBS[args.verb].run(args)
+    except FailedElsewhere:  # the process that failed says it
+        return 2
     except (FastcovError, FastmemitError) as error:
         return _fail(str(error))
     except OSError as error:
@@ -118,8 +138,13 @@ _OPTIONS = {
     "force=True (--force)": "--force",
     "--trust-remote-code (trust_remote_code=True)": "--trust-remote-code",
     "allow_fewer=True": "--allow-fewer",
+    "allow_conflicts=True": "--allow-conflicts",
+    "--dry-run (dry_run=...)": "--dry-run DIR",
     "skip_malformed=True": "--skip-malformed",
     "with field=": "with --field",
+    "overwrite=True (--overwrite)": "--overwrite",
+    "check=False (--no-check)": "--no-check",
+    "model_name= (--model-name)": "--model-name",
 }
 
 

@@ -7,7 +7,13 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastmemit.cli.options import add_method, add_model, check_writable, make_editor
+from fastmemit.cli.options import (
+    add_method,
+    add_model,
+    check_writable,
+    chosen_settings,
+    make_editor,
+)
 from fastmemit.cli.table import score_table
 from fastmemit.errors import FastmemitError
 
@@ -38,13 +44,12 @@ def run(args: argparse.Namespace) -> None:
     import torch
 
     from fastmemit.data import builtin_facts
-    from fastmemit.editors import parse_overrides
     from fastmemit.evaluation.counterfact import count_questions, score_records
     from fastmemit.metrics.score import summarise
     from fastmemit.progress import bar
 
     check_writable(args.save)
-    overrides = parse_overrides(args.overrides)
+    overrides = chosen_settings(args)
     clock = _Clock()
     editor = make_editor(args)
     clock.say(f"loaded {editor.name}: {editor.adapter.n_layers} blocks, keys of width "

@@ -11,6 +11,7 @@ from fastmemit.cli.options import (
     add_model,
     check_free,
     check_writable,
+    chosen_settings,
     ensure_statistics,
     make_editor,
 )
@@ -45,11 +46,10 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Edit, show what changed, save."""
-    from fastmemit.editors import parse_overrides
     from fastmemit.evaluation.nll import answer_nlls
 
     requests = _requests(args)
-    overrides = parse_overrides(args.overrides)
+    overrides = chosen_settings(args)
     if args.save is None and args.save_model is None:
         raise BadConfig(
             "The edit would be gone with this command; pass --save FILE or --save-model DIR."

@@ -11,6 +11,7 @@ from fastmemit.cli.options import (
     add_method,
     add_model,
     check_writable,
+    chosen_settings,
     ensure_statistics,
     make_editor,
 )
@@ -43,7 +44,7 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
         "--data",
         required=True,
         help="a CounterFact file (full or flat), a zsRE file (MEND's format, told by its fields or "
-        "as zsre:FILE), counterfact (from the hub), hub:NAME or builtin",
+        "as zsre:FILE), counterfact (from the hub), hub:NAME[@SPLIT] or builtin",
     )
     verb.add_argument(
         "--metrics",
@@ -73,12 +74,11 @@ def run(args: argparse.Namespace) -> None:
     from fastcov.store import atomic_file
     from fastmemit.data import batches, load_records
     from fastmemit.data.zsre import is_zsre, load_zsre
-    from fastmemit.editors import parse_overrides
     from fastmemit.evaluation import evaluate, load_references
     from fastmemit.evaluation.measures import Measures
 
     check_writable(args.json)
-    overrides = parse_overrides(args.overrides)
+    overrides = chosen_settings(args)
     zsre = is_zsre(args.data)
     if zsre and tuple(args.metrics) != ("score",):
         raise BadConfig("zsRE has metrics of its own, which are always shown; leave out --metrics.")

@@ -31,7 +31,8 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--facts",
         required=True,
-        help="a CounterFact file (full or flat), counterfact (from the hub), hub:NAME or builtin",
+        help="a CounterFact file (full or flat), counterfact (from the hub), hub:NAME[@SPLIT] "
+        "or builtin",
     )
     verb.add_argument("--skip-malformed", action="store_true", help="go on without bad records")
     verb.add_argument(

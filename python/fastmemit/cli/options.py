@@ -9,14 +9,16 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from fastmemit.errors import BadConfig
 
 if TYPE_CHECKING:
     from fastmemit.editor import Editor
+    from fastmemit.statistics import Statistics
 
-METHOD_NAMES = ("rome", "emmet", "memit")
+# Those of fastmemit.editors, which to import takes a second.
+METHOD_NAMES = ("rome", "emmet", "memit", "pmet", "encore", "alphaedit")
 DEFAULT_MULTIPLIER = 10.0
 
 
@@ -31,7 +33,17 @@ def add_model(verb: argparse.ArgumentParser, default: str | None = None) -> None
     )
     group.add_argument("--module", help='edited projection, "model.layers.{}.mlp.down_proj"')
     group.add_argument("--device", help="cpu, cuda, cuda:N, mps or auto (default: the best here)")
+    group.add_argument(
+        "--device-map",
+        choices=("auto", "balanced", "balanced_low_0", "sequential"),
+        help="spread the model over all accelerators, and over CPU and disk where they are full",
+    )
     group.add_argument("--dtype", help="float32, bfloat16, float16 or auto")
+    group.add_argument(
+        "--load-in",
+        choices=("8bit", "4bit"),
+        help="quantise the weights (bitsandbytes): statistics can be collected, edits not written",
+    )
     group.add_argument("--trust-remote-code", action="store_true", help="run the model's own code")
     group.add_argument("--seed", type=_seed, default=0, help="of contexts, corpus and batches")
     group.add_argument("--cache", type=Path, help="folder for statistics and target vectors")
@@ -46,9 +58,17 @@ def add_model(verb: argparse.ArgumentParser, default: str | None = None) -> None
 
 
 def add_method(verb: argparse.ArgumentParser) -> None:
-    """``--method`` and ``--set``."""
+    """``--method``, ``--hparams`` and ``--set``; `chosen_settings` reads them."""
     group = verb.add_argument_group("method")
-    group.add_argument("--method", choices=METHOD_NAMES, default="memit")
+    group.add_argument(
+        "--method", choices=METHOD_NAMES, help="default memit, or what --hparams is for"
+    )
+    group.add_argument(
+        "--hparams",
+        type=Path,
+        metavar="FILE",
+        help="take all settings from a file of the ROME family (JSON) or EasyEdit (YAML)",
+    )
     group.add_argument(
         "--set",
         action="append",
@@ -59,6 +79,28 @@ def add_method(verb: argparse.ArgumentParser) -> None:
     )
 
 
+def chosen_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The settings that ``--hparams`` and ``--set`` give, by name; sets ``args.method`` too.
+
+    To be called before `make_editor`, which checks that the file is for the model.
+
+    Raises:
+        BadConfig: A file or a setting that makes no sense, or a file for another method.
+    """
+    from fastmemit.editors import parse_overrides
+
+    values = parse_overrides(args.overrides)
+    if args.hparams is None:
+        args.method = args.method or "memit"
+        return values
+    from fastmemit.compat import open_hparams
+
+    args.opened = open_hparams(args.hparams, args.method)
+    args.method = args.opened.config.method
+    args.module = args.module or args.opened.module
+    return {**args.opened.overrides(), **values}
+
+
 def add_corpus(verb: argparse.ArgumentParser, default: str | None) -> None:
     """``--corpus`` and ``--multiplier``."""
     group = verb.add_argument_group("statistics")
@@ -66,7 +108,8 @@ def add_corpus(verb: argparse.ArgumentParser, default: str | None) -> None:
         "--corpus",
         default=default,
         help="wikipedia (from the hub), builtin, self (the model writes it), a .txt, .json or "
-        f".jsonl file, or hub:NAME (default: {default or 'the newest kept statistics'})",
+        ".jsonl file, or hub:NAME[:CONFIG][@SPLIT] "
+        f"(default: {default or 'the newest kept statistics'})",
     )
     group.add_argument("--field", default="text", help="the text's field in a JSON corpus")
     group.add_argument(
@@ -101,14 +144,14 @@ def make_editor(args: argparse.Namespace) -> Editor:
     from fastmemit.editor import Editor
 
     transformers_logging.set_verbosity_error()
-    # Their retries without a network are a page; our own sentence says it at the end.
-    for library in ("huggingface_hub", "datasets"):
-        logging.getLogger(library).setLevel(logging.CRITICAL)
+    quiet_libraries()
     if args.quiet or not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
     editor = Editor.from_pretrained(
         args.model,
         device=args.device,
+        device_map=args.device_map,
+        load_in=args.load_in,
         dtype=args.dtype,
         trust_remote_code=args.trust_remote_code,
         module=args.module,
@@ -118,17 +161,33 @@ def make_editor(args: argparse.Namespace) -> Editor:
         progress=not args.quiet,
     )
     editor.sources.checkpoint_seconds = getattr(args, "checkpoint_seconds", None)
+    if getattr(args, "opened", None) is not None:
+        args.opened.check(editor.adapter)
     return editor
 
 
-def ensure_statistics(editor: Editor, layers: Sequence[int], args: argparse.Namespace) -> None:
+def quiet_libraries() -> None:
+    """No pages from the libraries that ask the hub; our own sentence says it at the end."""
+    from huggingface_hub.utils import disable_progress_bars
+
+    for library in ("huggingface_hub", "datasets"):
+        logging.getLogger(library).setLevel(logging.CRITICAL)
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+
+
+def ensure_statistics(
+    editor: Editor, layers: Sequence[int], args: argparse.Namespace
+) -> Statistics:
     """Use the statistics that the options ask for, collecting them if they are not kept yet."""
+    for layer in layers:
+        editor.adapter.weight(layer)  # what cannot be edited is refused before, not after
     if args.corpus is None and args.multiplier != "auto":
         kept = editor.find_statistics(layers, args.multiplier)
         if kept is not None:
             editor.use(kept)
             print(f"statistics: {kept.describe()} (kept)")
-            return
+            return kept
     made = editor.precompute(
         args.corpus or "wikipedia",
         multiplier=DEFAULT_MULTIPLIER if args.multiplier is None else args.multiplier,
@@ -138,6 +197,7 @@ def ensure_statistics(editor: Editor, layers: Sequence[int], args: argparse.Name
         field=args.field,
     )
     print(f"statistics: {made.describe()}")
+    return made
 
 
 def check_writable(*paths: Path | None) -> None:

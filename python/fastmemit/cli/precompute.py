@@ -12,6 +12,9 @@ EPILOG = """examples:
   fastmemit precompute --model gpt2-xl
   fastmemit precompute --model smollm2 --corpus articles.jsonl --multiplier 10
   fastmemit precompute --model ./my-model --corpus self --layers 4-8
+
+With several GPUs, each takes its share of the text and the result is the same to rounding:
+  torchrun --nproc-per-node 8 -m fastmemit precompute --model gpt2-xl --corpus articles.jsonl
 """
 
 
@@ -25,9 +28,15 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Collect, and say where the files are."""
+    """Collect, and say where the files are; of several processes, the first one does."""
+    from fastmemit import parallel
     from fastmemit.editors.layers import parse_layers
 
+    processes = parallel.current()
+    if processes is not None:
+        args.quiet = args.quiet or not processes.first
+        if args.device_map is None:
+            args.device = parallel.local_device(args.device)
     layers = None if args.layers is None else parse_layers(args.layers)
     editor = make_editor(args)
     begun = time.perf_counter()
@@ -39,11 +48,14 @@ def run(args: argparse.Namespace) -> None:
         max_length=args.max_length,
         field=args.field,
     )
+    if processes is not None and not processes.first:
+        return
     print(
         f"{editor.name}: second moments of {len(found.paths)} layers, {found.describe()}, "
         f"in {time.perf_counter() - begun:.1f} s"
     )
     if found.throughput is not None:
-        print(f"  {found.throughput}")
+        whose = "" if processes is None else f"process 0 of {processes.size}: "
+        print(f"  {whose}{found.throughput}")
     for path in found.paths.values():
         print(f"  {path}")

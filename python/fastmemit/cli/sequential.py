@@ -5,7 +5,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from fastmemit.cli.options import above_zero, add_method, add_model, make_editor
+from fastmemit.cli.options import (
+    above_zero,
+    add_method,
+    add_model,
+    chosen_settings,
+    make_editor,
+)
 from fastmemit.errors import BadConfig
 
 HELP = "Write batches on top of each other and score all facts so far; goes on where it was killed."
@@ -40,7 +46,8 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
         "--preserve",
         choices=tuple(PRESERVE),
         default="both",
-        help="the keys of earlier edits too: yes, no, or one sequence of each (default: both)",
+        help="the keys of earlier edits too, whatever the method: yes, no, or one sequence of each "
+        "(default: both)",
     )
     group.add_argument("--perplexity", type=Path, metavar="FILE", help="text to measure it on")
     group.add_argument(
@@ -76,18 +83,18 @@ def run(args: argparse.Namespace) -> None:
     from fastcov.store import atomic_file
     from fastmemit.cli.table import score_table
     from fastmemit.data import batches, load_corpus, load_records
-    from fastmemit.editors import parse_overrides
     from fastmemit.evaluation.perplexity import read_text
     from fastmemit.experiments.drawing import check_matplotlib
     from fastmemit.experiments.grid import parse_multipliers
     from fastmemit.experiments.header import file_identity
+    from fastmemit.experiments.layout import method_title
     from fastmemit.experiments.sequential_report import figure, markdown
     from fastmemit.experiments.sequential_runs import Inputs, Plan, run_sequences
     from fastmemit.experiments.statistics import FULL_KEYS
 
     check_matplotlib()
     multipliers = parse_multipliers(args.multipliers)
-    overrides = parse_overrides(args.overrides)
+    overrides = chosen_settings(args)
     if args.out.exists() and not args.out.is_dir():
         raise BadConfig(f"{str(args.out)!r} is a file; name a folder for the results.")
     if args.corpus == "self":
@@ -112,7 +119,7 @@ def run(args: argparse.Namespace) -> None:
         text=text,
     )
     lines = run_sequences(editor, plan, inputs, progress=not args.quiet)
-    title = f"{editor.name}: {args.method.upper()}, batches of {args.batch_size} in sequence"
+    title = f"{editor.name}: {method_title(args.method)}, batches of {args.batch_size} in sequence"
     svg, png = figure(lines, title)
     written = {".md": markdown(lines).encode(), ".svg": svg, ".png": png}
     for ending, content in written.items():

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fastmemit.data import hub
-from fastmemit.data.reading import check_file, is_json_list, read_values
+from fastmemit.data.reading import check_file, is_clean_text, is_json_list, read_values
 from fastmemit.data.textfiles import index_json_lines, index_paragraphs, text_of
 from fastmemit.errors import BadCorpus
 
@@ -25,7 +25,7 @@ WIKIPEDIA_HUB = "hub:wikimedia/wikipedia:20231101.en"
 _JSON = (".json", ".jsonl", ".ndjson")
 _CHOICES = (
     "give a .txt, .json or .jsonl file, builtin, self (text written by the model), wikipedia, "
-    "or hub:NAME[:CONFIG]."
+    "or hub:NAME[:CONFIG][@SPLIT]."
 )
 _OFFLINE = "without a network, pass a text file, --corpus self or --corpus builtin."
 
@@ -83,7 +83,9 @@ def load_corpus(spec: str | Path, *, field: str = "text") -> Corpus:
             any is a single document, of which a model reads no more than its context. A ``.jsonl``
             or ``.json`` file holds one object a line, or a list; either may hold plain texts too.
             ``"builtin"`` is the package's own prose, ``"wikipedia"`` English Wikipedia from the
-            hub, ``"hub:NAME"`` or ``"hub:NAME:CONFIG"`` the train split of any data set there.
+            hub, ``"hub:NAME[:CONFIG][@SPLIT]"`` one split of any data set there (``train`` if none
+            is named). Both are streamed: a collect downloads what it reads, and some documents
+            ahead of it from which it draws their order.
         field: Where the text is in a JSON object or a hub row.
 
     Raises:
@@ -107,9 +109,12 @@ def corpus_from_texts(name: str, texts: Iterable[str]) -> Corpus:
     """A corpus of texts in memory; those of only white space are left out.
 
     Raises:
-        BadCorpus: Nothing is left.
+        BadCorpus: Nothing is left, or a text holds half of a surrogate pair.
     """
     kept = [text.strip() for text in texts if text.strip()]
+    for index, text in enumerate(kept):
+        if not is_clean_text(text):
+            raise BadCorpus(f"Text {index} of {name} is broken Unicode ({text!r:.40}); correct it.")
     if not kept:
         raise BadCorpus(f"The corpus {name} holds no text; give one with words in it.")
     digest = hashlib.sha256(b"texts\0")
@@ -162,14 +167,14 @@ def _from_file(name: str, path: Path, field: str) -> Corpus:
 
 
 def _from_hub(name: str, spec: str, field: str) -> Corpus:
-    stream, revision = hub.open_stream(spec, "train", BadCorpus, _OFFLINE)
+    stream, found, revision = hub.open_stream(spec, BadCorpus, _OFFLINE)
     columns = stream.column_names
     if columns is not None and field not in columns:
         raise BadCorpus(
-            f"The hub data set {spec.removeprefix(hub.PREFIX)} has no field {field!r} "
+            f"The hub data set {found.spec.removeprefix(hub.PREFIX)} has no field {field!r} "
             f"(its fields: {', '.join(columns)}); name the one that holds the text with field=."
         )
-    recipe = {"hub": spec, "revision": revision, "split": "train", "field": field}
+    recipe = {"hub": found.spec, "revision": revision, "split": found.split, "field": field}
     digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
 
     def read(seed: int) -> Iterator[str]:

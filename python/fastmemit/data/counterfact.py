@@ -66,7 +66,7 @@ def load_records(source: str | Path, *, skip_malformed: bool = False) -> list[Re
 
     Args:
         source: A JSON list or JSONL file; ``"builtin"`` for the facts that the package ships;
-            ``"counterfact"`` for CounterFact from the hub; or ``"hub:NAME[:CONFIG]"``.
+            ``"counterfact"`` for CounterFact from the hub; or ``"hub:NAME[:CONFIG][@SPLIT]"``.
         skip_malformed: Log records that cannot be read and go on without them.
 
     Raises:
@@ -103,7 +103,7 @@ def load_requests(path: str | Path) -> list[EditRequest]:
     requests, problems = [], []
     for index, (place, value) in enumerate(values):
         try:
-            requests.append(_clean_request(value))
+            requests.append(EditRequest.from_dict(value))
         except BadRequest as bad:
             problems.append(f"request {index} ({place}): {bad}")
     if problems:
@@ -252,15 +252,6 @@ def _request(fields: Mapping[str, Any], prefix: str) -> EditRequest:
         return EditRequest.from_dict(fields)
     except BadRequest as bad:
         raise _Problem(f"{prefix}prompt", str(bad)) from None
-
-
-def _clean_request(value: Any) -> EditRequest:
-    request = EditRequest.from_dict(value)
-    for name in ("prompt", "subject", "target_new", "target_true"):
-        text = getattr(request, name)
-        if text is not None and not is_clean_text(text):
-            raise BadRequest(f"The {name} {text!r:.60} is not valid Unicode; correct it.")
-    return request
 
 
 def _prompts(record: Mapping[str, Any], name: str) -> tuple[str, ...]:

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fastcov import parsing
+
 #: A file that must be parsed whole (a JSON list) may not be larger than this, in bytes.
 MAX_WHOLE_FILE = 1 << 30
 
@@ -90,14 +92,14 @@ def parse_json(text: str, place: str, error: type[Exception]) -> Any:
         error: It is not JSON; the message carries `place`.
     """
     try:
-        return json.loads(text)
+        return parsing.parse_json(text)
     except json.JSONDecodeError as bad:
         where = f"line {bad.lineno}, " if "\n" in text.strip() else ""
         raise error(
             f"{place} is not JSON ({where}column {bad.colno}: {bad.msg}); "
             "write a JSON list, or one JSON object a line."
         ) from None
-    except (ValueError, RecursionError) as bad:
+    except ValueError as bad:
         raise error(f"{place} cannot be read as JSON ({bad}); correct or remove it.") from None
 
 

@@ -8,7 +8,9 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+from fastmemit import parallel
 from fastmemit.data.corpora import Corpus, load_corpus
+from fastmemit.errors import BadCorpus
 from fastmemit.sampling import continue_texts
 
 # Beginnings that lead to different subjects and kinds of text.
@@ -81,10 +83,15 @@ def open_corpus(
         field: Where the text is in a JSON object.
 
     Raises:
-        BadCorpus: It cannot be read.
+        BadCorpus: It cannot be read, or not by several processes.
     """
     if isinstance(corpus, Corpus):
         return corpus
     if corpus == "self":
+        if parallel.current() is not None:
+            raise BadCorpus(
+                "The corpus 'self' is written by one model as it goes and cannot be divided "
+                "between processes; give a file, or run in one process."
+            )
         return self_written(model, tokenizer, fingerprint)
     return load_corpus(str(corpus), field=field)

@@ -16,7 +16,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from fastmemit.data.reading import MAX_LINE, Line, is_clean_text, parse_json, read_lines
+from fastmemit.data.reading import MAX_LINE, Line, decode, is_clean_text, parse_json, read_lines
 from fastmemit.errors import BadCorpus
 
 # A bar for an index that takes longer than this; most files need no time at all.
@@ -55,8 +55,9 @@ class DocumentFile:
         with self.path.open("rb") as file:
             for index in order:
                 file.seek(self.starts[index])
-                text = file.read(self.sizes[index]).decode("utf-8-sig")
-                yield self.parse(text, f"Byte {self.starts[index]} of {self.path}")
+                start = self.starts[index]  # a byte order mark is dropped at the file's alone
+                text = decode(file.read(self.sizes[index]), self.path, start, BadCorpus)
+                yield self.parse(text, f"Byte {start} of {self.path}")
 
 
 def index_paragraphs(path: Path) -> DocumentFile:

@@ -1,12 +1,18 @@
-"""ROME, EMMET and MEMIT: from requests to low-rank changes of weights."""
+"""ROME, EMMET, MEMIT and its relatives: from requests to low-rank changes of weights."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from fastmemit.editors import emmet, memit, rome
+from fastmemit.editors import alphaedit, emmet, encore, memit, pmet, rome
 from fastmemit.editors.base import Factors, Workspace
-from fastmemit.editors.config import METHODS, EditConfig, find_config, parse_overrides
+from fastmemit.editors.config import (
+    METHODS,
+    PRESERVING,
+    EditConfig,
+    find_config,
+    parse_overrides,
+)
 from fastmemit.editors.preserved import PreservedKeys
 from fastmemit.editors.subjects import ReadCache
 from fastmemit.request import EditRequest
@@ -15,11 +21,15 @@ PLANS: dict[str, Callable[[Workspace, list[EditRequest]], None]] = {
     "rome": rome.write,
     "emmet": emmet.write,
     "memit": memit.write,
+    "pmet": pmet.write,
+    "encore": encore.write,
+    "alphaedit": alphaedit.write,
 }
 
 __all__ = [
     "METHODS",
     "PLANS",
+    "PRESERVING",
     "EditConfig",
     "Factors",
     "PreservedKeys",

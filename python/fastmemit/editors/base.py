@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastcov import CholeskyFactor, LowRank
+from fastcov import CholeskyFactor, LowRank, NullSpace
 from fastmemit.activations import read_at_subject
 from fastmemit.delta import add_low_rank, restore
 from fastmemit.editors.config import EditConfig
@@ -40,9 +40,10 @@ class Workspace:
         config: The settings.
         contexts: Texts before the prompts, the first one ``""``.
         factor: Layer -> Cholesky factor of ``w C + ridge I``.
+        null_space: Layer -> the null space of C, for AlphaEdit.
         targets: Requests -> target vectors on the model as it is now; the flag says whether it is
             still the model that the batch began with, so that stored vectors may serve.
-        preserved: Keys of earlier edits, which `solver` preserves too.
+        preserved: Keys of earlier edits, which are preserved too.
         reads: Where readings of the unedited model are kept; None for a model that is edited.
         state: What identifies the weights that the batch begins with, for `reads`.
         factors: What has been written so far, by weight name, in the weights' own orientation.
@@ -54,6 +55,7 @@ class Workspace:
     config: EditConfig
     contexts: tuple[str, ...]
     factor: Callable[[int], CholeskyFactor]
+    null_space: Callable[[int], NullSpace]
     targets: Callable[[Sequence[EditRequest], bool], list[Target]]
     preserved: PreservedKeys | None = None
     reads: ReadCache | None = None
@@ -72,6 +74,12 @@ class Workspace:
         if self.preserved is None:
             return base
         return self.preserved.factor(layer, base, self.keys.get(layer, ()))
+
+    def earlier_keys(self, layer: int) -> tuple[Tensor, ...]:
+        """The preserved keys (d_k, B): of earlier edits, and what this one has written there."""
+        if self.preserved is None:
+            return ()
+        return (*self.preserved.blocks(layer), *self.keys.get(layer, ()))
 
     def write(self, layer: int, change: LowRank, keys: Tensor) -> None:
         """Add a change (d, d_k) to a layer's weight; it and its keys (d_k, B) are kept."""

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from importlib import resources
 from typing import Any, Literal, get_args
 
 from fastcov.shrinkage import SHRINKAGES
+from fastmemit.editors.defaults import SINGLE, defaults
 from fastmemit.editors.layers import parse_layers
 from fastmemit.errors import BadConfig
 from fastmemit.models import ModelAdapter
 from fastmemit.targets import TargetSettings
 
-Method = Literal["rome", "emmet", "memit"]
+Method = Literal["rome", "emmet", "memit", "pmet", "encore", "alphaedit"]
 METHODS: tuple[Method, ...] = get_args(Method)
+#: Those to which the keys of earlier edits belong: they are preserved without being asked for.
+PRESERVING = ("encore", "alphaedit")
 KEYS = ("consistent", "mean", "original")
+SPREADS = ("linear", "sqrt")
+STOPS = ("loss", "most-probable")
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,7 @@ class EditConfig:
     """Everything that an edit depends on but the model, the requests and the statistics.
 
     Attributes:
-        method: ``"rome"``, ``"emmet"`` or ``"memit"``.
+        method: One of `METHODS`.
         layers: The edited layers, ascending; one for ROME and EMMET.
         weight: w, how many tokens' worth the preserved keys weigh against one edit; None takes the
             key width d_k (see docs/second-moment.md).
@@ -35,12 +38,20 @@ class EditConfig:
         shrinkage: How C is moved towards a multiple of the identity before: ``"none"``,
             ``"ledoit-wolf"`` or ``"oas"`` (see `fastcov.shrinkage`).
         lambda_e: EMMET only, batches above 1: how far the equality constraint is relaxed.
+        spread: Of methods with several layers: ``"linear"``: each layer takes ``1 / (layers left)``
+            of what is missing (MEMIT); ``"sqrt"``: ``1 / sqrt(layers left)`` (PMET).
+        l2: AlphaEdit only: how much the size of the change counts.
+        null_threshold: AlphaEdit only: eigenvalues of C below it count as zero.
+        null_relative: AlphaEdit only, instead of `null_threshold` where it is not None: a multiple
+            of the mean of C's diagonal.
         clamp: ``||delta|| <= clamp * ||v0||`` for target vectors.
         steps: Loss evaluations for a target vector at most.
         v_lr: Adam's learning rate for target vectors.
         weight_decay: Factor of ``||delta|| / ||v0||^2``.
         kl_factor: Factor of the KL term.
         early_stop: A target is finished once its loss is below this.
+        stop: ``"loss"``, or ``"most-probable"``: a target is finished once its every token is the
+            most probable one in every context, and `early_stop` says nothing.
         keys: ROME only.  ``"consistent"``: one key everywhere, half the bare prompt's and half the
             mean of the other contexts', as in EMMET; ``"mean"``: one key everywhere, the mean over
             all contexts (r-ROME); ``"original"``: as first released, with the bare prompt's key in
@@ -55,12 +66,17 @@ class EditConfig:
     relative_ridge: float = 0.0
     shrinkage: str = "none"
     lambda_e: float = 0.0
+    spread: str = "linear"
+    l2: float = 10.0
+    null_threshold: float = 0.02
+    null_relative: float | None = None
     clamp: float = 1.0
     steps: int = 25
     v_lr: float = 0.5
     weight_decay: float = 0.5
     kl_factor: float = 0.0625
     early_stop: float = 0.05
+    stop: str = "loss"
     keys: str = "consistent"
     preset: str = "default"
 
@@ -79,6 +95,7 @@ class EditConfig:
             clamp=self.clamp,
             kl_factor=self.kl_factor,
             early_stop=self.early_stop,
+            stop="most-probable" if self.stop == "most-probable" else "loss",
         )
 
     def replaced(self, overrides: Mapping[str, Any]) -> EditConfig:
@@ -102,7 +119,7 @@ def find_config(
 
     Args:
         adapter: The model.
-        method: ``"rome"``, ``"emmet"`` or ``"memit"``.
+        method: One of `METHODS`.
         overrides: Values by name that replace the preset's.
 
     Raises:
@@ -111,10 +128,7 @@ def find_config(
     """
     if method not in METHODS:
         raise BadConfig(f"There is no method {method!r}; choose from {', '.join(METHODS)}.")
-    values = _default(adapter, method)
-    preset = _preset(adapter, values["layers"][0])
-    if preset is not None and method in preset["methods"]:
-        values = {**values, **preset["methods"][method], "preset": preset["name"]}
+    values = defaults(adapter, method)
     config = EditConfig(method=method, **values).replaced(overrides or {})
     for layer in config.layers:
         adapter.check_layer(layer)
@@ -163,64 +177,26 @@ def _parse(kind: str, text: str) -> Any:
     return {"int": int, "str": str}.get(kind, float)(text)
 
 
-def _default(adapter: ModelAdapter, method: str) -> dict[str, Any]:
-    """Settings for a model that nobody has tuned.
-
-    The published choices of layers for models of 28 to 32 blocks begin at an eighth of the depth;
-    single-layer methods take the second of these.
-    """
-    first = min(round(adapter.n_layers / 8), adapter.n_layers - 1)
-    if method == "memit":
-        return {"layers": tuple(range(first, min(first + 5, adapter.n_layers)))}
-    values: dict[str, Any] = {"layers": (min(first + 1, adapter.n_layers - 1),)}
-    if method == "emmet":
-        values["lambda_e"] = 0.1
-    else:
-        # ROME's target is the projection's own output, which is short against the stream it joins.
-        values["clamp"] = 4.0
-    return values
-
-
-def _preset(adapter: ModelAdapter, layer: int) -> dict[str, Any] | None:
-    shape = {
-        "model_type": getattr(adapter.model.config, "model_type", None),
-        "n_layers": adapter.n_layers,
-        "d": adapter.d,
-        "d_k": adapter.d_k(layer),
-    }
-    for preset in load_presets():
-        if preset["match"] == shape:
-            return preset
-    return None
-
-
-def load_presets() -> list[dict[str, Any]]:
-    """All presets that the package ships: ``name``, ``match``, ``source`` and ``methods``."""
-    folder = resources.files("fastmemit.editors") / "presets"
-    files = sorted((f for f in folder.iterdir() if f.name.endswith(".json")), key=lambda f: f.name)
-    return [json.loads(file.read_text(encoding="utf-8")) for file in files]
-
-
 def _check(config: EditConfig) -> None:
     layers = config.layers
     if not layers or any(not isinstance(i, int) or isinstance(i, bool) for i in layers):
         raise BadConfig(f"layers must be whole numbers, at least one, but are {layers!r}.")
     if list(layers) != sorted(set(layers)):
         raise BadConfig(f"layers must be ascending and distinct but are {list(layers)}.")
-    if config.method != "memit" and len(layers) != 1:
+    if config.method in SINGLE and len(layers) != 1:
         raise BadConfig(
             f"{config.method} edits one layer but layers are {list(layers)}; set layers=N."
         )
     if isinstance(config.steps, bool) or not isinstance(config.steps, int) or config.steps < 1:
         raise BadConfig(f"steps must be a whole number above 0 but is {config.steps!r}.")
-    if config.keys not in KEYS:
-        raise BadConfig(f"keys must be one of {', '.join(KEYS)} but is {config.keys!r}.")
-    if config.shrinkage not in SHRINKAGES:
-        raise BadConfig(
-            f"shrinkage must be one of {', '.join(SHRINKAGES)} but is {config.shrinkage!r}."
-        )
-    positive = ("clamp", "v_lr", *(["weight"] if config.weight is not None else []))
-    other = ("ridge", "relative_ridge", "lambda_e", "weight_decay", "kl_factor", "early_stop")
+    words = {"keys": KEYS, "shrinkage": tuple(SHRINKAGES), "spread": SPREADS, "stop": STOPS}
+    for name, known in words.items():
+        value = getattr(config, name)
+        if value not in known:
+            raise BadConfig(f"{name} must be one of {', '.join(known)} but is {value!r}.")
+    positive = ["clamp", "v_lr", "null_threshold"]
+    positive += [n for n in ("weight", "null_relative") if getattr(config, n) is not None]
+    other = ["ridge", "relative_ridge", "lambda_e", "l2", "weight_decay", "kl_factor", "early_stop"]
     for name in (*positive, *other):
         value = getattr(config, name)
         number = isinstance(value, int | float) and not isinstance(value, bool)

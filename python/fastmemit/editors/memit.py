@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
-
 from fastcov import closed_form
-from fastmemit.editors.base import Workspace, averaged_keys
+from fastmemit.editors.base import Workspace
+from fastmemit.editors.layerwise import write_layers
 from fastmemit.request import EditRequest
 
 
@@ -17,13 +16,4 @@ def write(work: Workspace, requests: list[EditRequest]) -> None:
     ``Delta = R K^T (A + K K^T)^-1`` with ``A = w C + ridge I``, equation (2) of arXiv 2506.04226,
     and the keys of earlier edits in A where they are preserved.
     """
-    adapter, layers = work.adapter, work.config.layers
-    goal = torch.stack([t.vector for t in work.targets(requests, True)]).double()  # (B, d)
-    subjects = work.subjects(requests)
-    for position, layer in enumerate(layers):
-        read = work.read(subjects, layer)
-        keys = averaged_keys(read.keys)  # (d_k, B)
-        missing = (goal.to(read.block.device) - read.block) / (len(layers) - position)
-        out = read.outputs.to(missing.device)
-        residual = adapter.projection_residual(layer, out, missing)
-        work.write(layer, closed_form.memit(work.solver(layer), keys, residual.T), keys)
+    write_layers(work, requests, lambda i, K, R: closed_form.memit(work.solver(i), K, R))

@@ -81,6 +81,9 @@ class PreservedKeys:
             fastcov.WrongWidth: Keys are of another width than A.
         """
         blocks = (*self.blocks(layer), *written)
+        if not blocks:
+            self._held.pop(layer, None)
+            return base
         held = self._held.get(layer)
         known = len(held.blocks) if held is not None else 0
         same = held is not None and held.base is base and len(blocks) >= known

@@ -36,7 +36,7 @@ def evaluate(
     Args:
         editor: The editor of an unedited model, with its statistics precomputed.
         batches: Records to be edited together, batch by batch; CounterFact's or zsRE's.
-        method: ``"rome"``, ``"emmet"`` or ``"memit"``.
+        method: One of `fastmemit.editors.METHODS`.
         overrides: Settings that replace the preset's.
         metrics: ``"attributes"`` asks the attribute prompts too, ``"generation"`` continues the
             openings; the rest of `METRICS` is read from the same answers and always there.

@@ -109,8 +109,7 @@ def run_cell(
     after: list[RecordScore] = []
     costs: list[float] = []
     with run.stage("factor"):
-        factors = {str(layer): editor.sources.factor(config, layer) for layer in config.layers}
-        jitter = {layer: factor.jitter for layer, factor in factors.items()}
+        jitter = {str(layer): value for layer, value in editor.sources.prepare(config).items()}
     for number, batch in enumerate(run.dealt[place.batch_size]):
         with run.stage("edit"):
             requests = [record.request for record in batch]

@@ -20,6 +20,7 @@ from fastmemit.experiments.intervals import (
     ratio_interval,
     score_intervals,
 )
+from fastmemit.experiments.layout import method_title
 from fastmemit.experiments.schema import Cell, Perplexity
 
 #: Quality counts as kept from this share of the full precompute's on, as in the paper's figures.
@@ -69,7 +70,7 @@ class Group:
     """One method with its settings.
 
     Attributes:
-        method: "memit", "emmet" or "rome".
+        method: One of `fastmemit.editors.METHODS`.
         settings: The overrides, as ``name=value``; "" where there are none.
         bos: Whether the first position of a document is a key.
         seed: Of the corpus' order.
@@ -85,7 +86,7 @@ class Group:
     @property
     def title(self) -> str:
         """``MEMIT, relative_ridge=0.01, without BOS, seed 1``."""
-        return ", ".join([self.method.upper(), *([self.variant] if self.variant else [])])
+        return ", ".join([method_title(self.method), *([self.variant] if self.variant else [])])
 
     @property
     def variant(self) -> str:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from fastcov.parsing import parse_json
 from fastmemit.errors import BadData, DamagedFile, WrongModel
 from fastmemit.experiments.results import RESULTS, TIMINGS, read_results
 from fastmemit.experiments.schema import Cell, Sweep, Timing
@@ -17,7 +19,7 @@ from fastmemit.metrics.score import harmonic_mean
 METRICS = ("es", "ps", "ns")
 
 # What a report reads of sweep.json.
-_READ = ("format", "model", "fingerprint", "methods")
+_READ = {"format": int, "model": str, "fingerprint": str, "methods": dict}
 # What must be equal for cells of two folders to stand in one table.
 _SHARED = ("format", "tokenizer", "dtype", "data", "corpus", "seed", "max_length")
 _FIELDS: dict[str, tuple[type, ...]] = {
@@ -86,8 +88,10 @@ def collect(folders: Sequence[Path]) -> Collected:
                     "report on them apart."
                 )
         for key, value in read_results(folder, TIMINGS).items():
+            place = f"The timing of {key!r} in {str(folder)!r}"
             fields = {"seconds": (dict,), "hardware": (str,), "versions": (dict,)}
-            _check_fields(f"The timing of {key!r} in {str(folder)!r}", value, fields)
+            _check_fields(place, value, fields)
+            _check_numbers(place, "seconds", value["seconds"])
             timings.setdefault(key, cast(Timing, value))
     if not cells:
         names = ", ".join(repr(str(folder)) for folder in folders)
@@ -135,13 +139,16 @@ def _read_sweep(folder: Path) -> Sweep:
     if not path.is_file():
         raise BadData(f"{str(folder)!r} holds no sweep.json; name a folder that a sweep wrote.")
     try:
-        found = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as bad:
+        found = parse_json(path.read_bytes())
+    except ValueError as bad:
         raise DamagedFile(f"{path} is not JSON ({bad}); restore it from a copy.") from None
     found = found if isinstance(found, dict) else {}
-    missing = [name for name in _READ if name not in found]
+    missing = [name for name, kind in _READ.items() if not isinstance(found.get(name), kind)]
     if missing:
         raise DamagedFile(f"{path} lacks {', '.join(missing)}; restore it from a copy.")
+    for method, settings in found["methods"].items():
+        if not isinstance(settings, dict):
+            raise DamagedFile(f"{path} has no settings of {method:.80}; restore it from a copy.")
     return cast(Sweep, found)
 
 
@@ -169,8 +176,8 @@ def _check_same(first: Path, one: Sweep, second: Path, other: Sweep) -> None:
 def _cell(place: str, value: dict[str, Any]) -> Cell:
     _check_fields(place, value, _FIELDS)
     multiplier = value["multiplier"]
-    if multiplier is not None and not 0 < multiplier < math.inf:
-        raise DamagedFile(f"{place} has a multiplier of {multiplier!r}; {_MEND}.")
+    if multiplier is not None and not 0 < multiplier <= sys.float_info.max:
+        raise DamagedFile(f"{place} has a multiplier of {multiplier!r:.80}; {_MEND}.")
     if not value["records"]:
         raise DamagedFile(f"{place} has no records; {_MEND}.")
     seen: set[int] = set()
@@ -186,9 +193,10 @@ def _cell(place: str, value: dict[str, Any]) -> Cell:
             same = said is right if said is None or right is None else _equal(said, right)
             if not same:
                 raise DamagedFile(
-                    f"{place} says that {name.upper()} {when} the edits is {said}, and its "
+                    f"{place} says that {name.upper()} {when} the edits is {said!s:.40}, and its "
                     f"records make it {right}; {_MEND}."
                 )
+    _check_numbers(place, "jitter", value.get("jitter", {}))
     if value["perplexity"] is not None:
         number = (int, float)
         _check_fields(
@@ -198,7 +206,8 @@ def _cell(place: str, value: dict[str, Any]) -> Cell:
 
 
 def _equal(said: Any, right: float) -> bool:
-    return isinstance(said, (int, float)) and abs(said - right) < _PRINTED
+    # Without a difference: a whole number of hundreds of digits has none from a float.
+    return isinstance(said, (int, float)) and right - _PRINTED < said < right + _PRINTED
 
 
 def _check_record(place: str, record: Any) -> None:
@@ -211,9 +220,18 @@ def _check_record(place: str, record: Any) -> None:
             number = isinstance(share, (int, float)) and not isinstance(share, bool)
             if share is not None and not (number and 0 <= share <= 1):
                 raise DamagedFile(
-                    f"{place} has {name} = {share!r} {when} the edit of case {record['case_id']}, "
-                    f"which is no share from 0 to 1; {_MEND}."
+                    f"{place} has {name} = {share!r:.80} {when} the edit of case "
+                    f"{record['case_id']}, which is no share from 0 to 1; {_MEND}."
                 )
+
+
+def _check_numbers(place: str, name: str, values: Any) -> None:
+    """Refuse what is not an object of numbers of 0 or above."""
+    _check_fields(place, {name: values}, {name: (dict,)})
+    for key, found in values.items():
+        number = isinstance(found, (int, float)) and not isinstance(found, bool)
+        if not number or not 0 <= found <= sys.float_info.max:
+            raise DamagedFile(f"{place} has {found!r:.80} for {name} of {key:.40}; {_MEND}.")
 
 
 def _check_fields(
@@ -225,7 +243,7 @@ def _check_fields(
         found = value[name]
         # bool is an int to Python, not to this file.
         if not isinstance(found, types) or (isinstance(found, bool) and bool not in types):
-            raise DamagedFile(f"{place} has {name} = {found!r}; {_MEND}.")
+            raise DamagedFile(f"{place} has {name} = {found!r:.80}; {_MEND}.")
 
 
 def score_means(shares: Sequence[Mapping[str, float | None]]) -> dict[str, float | None]:

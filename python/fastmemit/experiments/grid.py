@@ -23,7 +23,7 @@ class Place:
     """One cell of the grid.
 
     Attributes:
-        method: ``"memit"``, ``"emmet"`` or ``"rome"``.
+        method: One of `fastmemit.editors.METHODS`.
         batch_size: Records edited together.
         batches: How many such batches, each on the unedited weights.
         multiplier: d_m; None is the full precompute.

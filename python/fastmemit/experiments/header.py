@@ -12,9 +12,11 @@ from typing import Any
 import torch
 
 from fastcov.bench.machine import machine
+from fastcov.parsing import parse_json
 from fastcov.store import atomic_file
 from fastmemit.data import Corpus
 from fastmemit.editor import Editor
+from fastmemit.editors import EditConfig
 from fastmemit.errors import BadData
 from fastmemit.experiments.schema import Sweep
 
@@ -71,8 +73,9 @@ def check_header(folder: Path, header: Sweep) -> None:
     path = folder / HEADER
     if path.is_file():
         try:
-            stored = json.loads(path.read_text(encoding="utf-8"))
+            stored = parse_json(path.read_bytes())
             before = dict(stored["methods"])
+            known = {method: with_defaults(settings) for method, settings in before.items()}
         except (ValueError, KeyError, TypeError) as error:
             raise BadData(
                 f"{str(path)!r} is not the header of a sweep ({error}); name another folder."
@@ -87,7 +90,7 @@ def check_header(folder: Path, header: Sweep) -> None:
                     "give the same."
                 )
         for method, settings in wanted["methods"].items():
-            if before.get(method, settings) != settings:
+            if known.get(method, settings) != settings:
                 raise BadData(
                     f"{str(folder)!r} holds a sweep with other settings of {method}; name another "
                     "folder, or give the same."
@@ -97,6 +100,13 @@ def check_header(folder: Path, header: Sweep) -> None:
             return
     with atomic_file(path) as file:
         file.write((json.dumps(wanted, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def with_defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that were written down, with those that there were none of at that time."""
+    fields = dataclasses.fields(EditConfig)
+    known = {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}
+    return {**known, **settings}
 
 
 def file_identity(path: str | Path) -> dict[str, str]:

@@ -53,6 +53,11 @@ class Table:
         return found if any(over for over, _ in found) else []
 
 
+def method_title(method: str) -> str:
+    """A method's name as it is written in titles."""
+    return "AlphaEdit" if method == "alphaedit" else method.upper()
+
+
 def slug(text: str) -> str:
     """`text` as a name for files and anchors: ``MEMIT, ridge=0.1`` becomes ``memit-ridge-0.1``."""
     return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-.")

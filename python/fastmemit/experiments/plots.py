@@ -9,7 +9,7 @@ from fastmemit.experiments.comparison import Group, Measured, Size
 from fastmemit.experiments.drawing import Drawing, Line, Panel, check_matplotlib, render
 from fastmemit.experiments.folders import multiplier_text
 from fastmemit.experiments.intervals import Estimate
-from fastmemit.experiments.layout import slug, unique
+from fastmemit.experiments.layout import method_title, slug, unique
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def _studies(groups: Sequence[Group]) -> list[Drawing]:
             chosen = [group for group in mine if size in group.cells]
             lines, title = (
                 _variant_lines(chosen, size),
-                f"{method.upper()}, {size}: settings compared",
+                f"{method_title(method)}, {size}: settings compared",
             )
             panels = _study_panels(lines)
             if len(chosen) > 1 or len(panels) == 2:

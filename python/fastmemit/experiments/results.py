@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from fastcov.parsing import parse_json
 from fastcov.store import atomic_file
 from fastmemit.errors import BadData
 
@@ -22,16 +23,18 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a file of lines; what a killed process left of the last one is left out.
 
     Raises:
-        BadData: Another line is not a JSON object with a key.
+        BadData: Another line is not a JSON object with a key, or this is no file.
         OSError: The file cannot be read.
     """
+    if not path.is_file():
+        raise BadData(f"{str(path)!r} is not a file; put the results there that a sweep wrote.")
     lines = path.read_bytes().split(b"\n")
     found = []
     for number, line in enumerate(lines, 1):
         if not line:
             continue
         try:
-            value = json.loads(line)
+            value = parse_json(line)
             if not isinstance(value, dict) or not isinstance(value.get("key"), str):
                 raise ValueError("it has no key")
         except ValueError as error:
@@ -70,6 +73,39 @@ def read_results(folder: Path, name: str = RESULTS) -> dict[str, dict[str, Any]]
             found.setdefault(key, value)
             where.setdefault(key, path)
     return found
+
+
+def read_unedited(
+    path: Path, fingerprint: str, cases: Sequence[int]
+) -> dict[int, dict[str, Any]] | None:
+    """The unedited model's scores that a sweep kept, by case.
+
+    Args:
+        path: The file, ``unedited.json``.
+        fingerprint: Of the model.
+        cases: The records, in their order.
+
+    Returns:
+        The scores; None where there is no such file, or it is of another model or other records.
+
+    Raises:
+        BadData: The file is not what was written.
+    """
+    if not path.is_file():
+        return None
+    try:
+        stored = parse_json(path.read_bytes())
+        if (stored["fingerprint"], stored["cases"]) != (fingerprint, list(cases)):
+            return None
+        found = {value["case_id"]: dict(value) for value in stored["scores"]}
+        if list(found) != list(cases):
+            raise ValueError("its scores are not those of its cases")
+        return found
+    except (ValueError, TypeError, KeyError) as error:
+        raise BadData(
+            f"{str(path)!r} is not what was written ({error}); delete it, and the unedited "
+            "scores are taken again."
+        ) from error
 
 
 class ResultsFile:

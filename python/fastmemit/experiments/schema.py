@@ -33,7 +33,7 @@ class Perplexity(TypedDict):
 class CellPlace(TypedDict):
     """Where a cell stands in the grid: all that tells it from the others of its sweep."""
 
-    method: str  # "memit", "emmet" or "rome"
+    method: str  # one of fastmemit.editors.METHODS
     batch_size: int
     batches: int  # edited one after the other, each on the unedited weights
     multiplier: float | None  # d_m; None: the full precompute
@@ -51,7 +51,7 @@ class Cell(CellPlace):
     before: ScoreTable  # the unedited model, on the same records
     records: list[CellRecord]
     perplexity: Perplexity | None  # None where it was not asked for
-    jitter: dict[str, float]  # layer -> what the factorisation had to add, relative to the diagonal
+    jitter: dict[str, float]  # layer -> what its factor had to add, relative to the diagonal
 
 
 class Timing(TypedDict):

@@ -15,7 +15,7 @@ from typing import Any, TypedDict
 from fastcov.errors import NonFiniteKeys, NonFiniteMatrix
 from fastmemit.data import Record
 from fastmemit.editor import Editor
-from fastmemit.editors import EditConfig, PreservedKeys, ReadCache
+from fastmemit.editors import PRESERVING, EditConfig, PreservedKeys, ReadCache
 from fastmemit.errors import BadConfig, BadData, FastmemitError, WrongModel
 from fastmemit.evaluation.counterfact import score_records
 from fastmemit.evaluation.schema import ScoreTable
@@ -62,7 +62,7 @@ def run_sequential(
     Args:
         editor: The editor of an unedited model, with its statistics precomputed.
         batches: Records to be edited together, in the order in which they are written.
-        method: ``"rome"``, ``"emmet"`` or ``"memit"``.
+        method: One of `fastmemit.editors.METHODS`.
         settings: What replaces the preset's settings.
         preserve: Whether each batch preserves the keys of the earlier ones too,
             ``A = w C + ridge I + sum K_p K_p^T``.
@@ -138,7 +138,7 @@ class _Run:
             self._editor.edit(
                 requests,
                 self._config.method,
-                preserved=self._preserved,
+                preserved=self._earlier(),
                 reads=self._reads,
                 **self._settings,
             )
@@ -149,6 +149,12 @@ class _Run:
                 raise  # not the work of earlier edits
             log.warning("A batch was not written: %s", broken)
             self._failed += 1
+
+    def _earlier(self) -> PreservedKeys | None:
+        """What the next batch preserves: without a word, some methods take all earlier keys."""
+        if self._preserved is None and self._config.method in PRESERVING:
+            return PreservedKeys()
+        return self._preserved
 
     def step(
         self,

@@ -18,6 +18,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from fastcov.parsing import parse_json
 from fastcov.store import atomic_file
 from fastmemit.data import Corpus, Record
 from fastmemit.editor import Editor
@@ -26,7 +27,7 @@ from fastmemit.errors import BadData, WrongModel
 from fastmemit.evaluation.counterfact import count_questions, score_records
 from fastmemit.evaluation.perplexity import PerplexityText, perplexity
 from fastmemit.experiments.grid import multiplier_name
-from fastmemit.experiments.header import hardware, make_header
+from fastmemit.experiments.header import hardware, make_header, with_defaults
 from fastmemit.experiments.results import ResultsFile, line_of, locked, read_lines
 from fastmemit.experiments.sequential import run_sequential
 from fastmemit.experiments.statistics import FULL_KEYS, precompute_multipliers
@@ -43,7 +44,7 @@ class Plan:
 
     Attributes:
         batches: Records to be edited together, in the order in which they are written.
-        method: ``"rome"``, ``"emmet"`` or ``"memit"``.
+        method: One of `fastmemit.editors.METHODS`.
         settings: What replaces the preset's settings.
         multipliers: In ascending order; None, which comes last, is the full precompute.
         preserve: With the keys of earlier edits among the preserved ones, without, or both.
@@ -255,7 +256,9 @@ def _check_header(path: Path, header: Mapping[str, Any]) -> None:
             file.write((json.dumps(wanted, indent=1, ensure_ascii=False) + "\n").encode())
         return
     try:
-        stored = dict(json.loads(path.read_text(encoding="utf-8")))
+        stored = dict(parse_json(path.read_bytes()))
+        methods = dict(stored.get("methods", {}))
+        stored["methods"] = {name: with_defaults(values) for name, values in methods.items()}
     except (ValueError, TypeError) as error:
         raise BadData(
             f"{str(path)!r} is not the header of sequences ({error}); name another folder."

@@ -17,7 +17,7 @@ from fastcov.store import atomic_file
 from fastmemit.data import Record, batches
 from fastmemit.editor import Editor
 from fastmemit.editors import EditConfig
-from fastmemit.errors import BadData, WrongModel
+from fastmemit.errors import WrongModel
 from fastmemit.evaluation.counterfact import count_questions, score_records
 from fastmemit.evaluation.perplexity import perplexity
 from fastmemit.experiments.cell import SweepInputs, SweepRun, run_cell
@@ -29,6 +29,7 @@ from fastmemit.experiments.results import (
     ResultsFile,
     locked,
     read_results,
+    read_unedited,
     write_in_order,
 )
 from fastmemit.experiments.schema import Cell
@@ -149,22 +150,16 @@ def _unedited(
 ) -> dict[int, dict[str, Any]]:
     """The unedited model's scores, from the folder where they are there."""
     path = folder / "unedited.json"
-    wanted = {"fingerprint": editor.fingerprint, "cases": [record.case_id for record in records]}
-    if path.is_file():
-        try:
-            stored = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise BadData(
-                f"{str(path)!r} is not what was written ({error}); delete it, and the unedited "
-                "scores are taken again."
-            ) from error
-        if {name: stored.get(name) for name in wanted} == wanted:
-            return {value["case_id"]: value for value in stored["scores"]}
+    cases = [record.case_id for record in records]
+    stored = read_unedited(path, editor.fingerprint, cases)
+    if stored is not None:
+        return stored
     with bar("unedited scores", count_questions(records), progress) as advance:
         scored = score_records(editor.adapter, editor.tokenizer, records, progress=advance)
     scores = [score.as_dict() for score in scored]
+    content = {"fingerprint": editor.fingerprint, "cases": cases, "scores": scores}
     with atomic_file(path) as file:
-        file.write((json.dumps({**wanted, "scores": scores}) + "\n").encode())
+        file.write((json.dumps(content) + "\n").encode())
     return {score["case_id"]: score for score in scores}
 
 

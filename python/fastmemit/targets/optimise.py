@@ -22,7 +22,7 @@ from torch import Tensor
 from fastmemit.errors import FastmemitError
 from fastmemit.models import ModelAdapter, check_lengths
 from fastmemit.request import EditRequest
-from fastmemit.targets.rows import RequestRows, request_rows
+from fastmemit.targets.rows import RequestRows, like_lengths, request_rows
 from fastmemit.targets.suffix import SuffixForward
 
 log = logging.getLogger(__name__)
@@ -44,6 +44,9 @@ class TargetSettings:
         clamp: ``||delta||`` is held at most at ``clamp * ||v0||``.
         kl_factor: Factor of the KL term.
         early_stop: A request is finished once its loss is below this.
+        stop: ``"loss"``: as `early_stop` says; ``"most-probable"``: a request is finished once
+            every token of its target is the most probable one at its place, in every context
+            (ENCORE, arXiv 2502.01636), and `early_stop` says nothing.
     """
 
     layer: int
@@ -54,6 +57,7 @@ class TargetSettings:
     clamp: float = 1.0
     kl_factor: float = 0.0625
     early_stop: float = 0.05
+    stop: Literal["loss", "most-probable"] = "loss"
 
 
 @dataclass(frozen=True)
@@ -108,7 +112,7 @@ def optimise(
     check_lengths(adapter.model, [row.ids for request in rows for row in request.rows])
     targets: dict[int, Target] = {}
     with _frozen(adapter.model):
-        for group in _groups(rows, batch_tokens):
+        for group in like_lengths(rows, batch_tokens):
             log.debug("targets: a group of %d requests", len(group))
             members = [rows[index] for index in group]
             names = [requests[index].text for index in group]
@@ -116,22 +120,6 @@ def optimise(
             for index, target in zip(group, run.optimise(progress), strict=True):
                 targets[index] = target
     return [targets[index] for index in range(len(rows))]
-
-
-def _groups(rows: Sequence[RequestRows], batch_tokens: int) -> Iterator[list[int]]:
-    """Requests of like lengths, as many as fit: padding to the longest then costs little."""
-    group: list[int] = []
-    prefix = suffix = count = 0
-    for index in sorted(range(len(rows)), key=lambda i: (rows[i].suffix, rows[i].prefix)):
-        wide = max(prefix, rows[index].prefix) + max(suffix, rows[index].suffix)
-        if group and (count + len(rows[index].rows)) * wide > batch_tokens:
-            yield group
-            group, prefix, suffix, count = [], 0, 0, 0
-        group.append(index)
-        prefix, suffix = max(prefix, rows[index].prefix), max(suffix, rows[index].suffix)
-        count += len(rows[index].rows)
-    if group:
-        yield group
 
 
 @contextmanager
@@ -176,6 +164,7 @@ class _Group:
             offset += len(member.rows)
         self._start = starts[firsts].clone()  # (R, d)
         self._active = list(range(len(members)))
+        self._told: Tensor | None = None
         self._index()
 
     def _index(self) -> None:
@@ -213,6 +202,8 @@ class _Group:
         logits = self._forward.logits(hidden + moved, *self._reads)
         log_p = torch.log_softmax(logits.to(self._device, torch.float32), dim=-1)
         count = len(self._tokens)
+        if settings.stop == "most-probable":
+            self._told = log_p[:count].detach().argmax(-1) == self._tokens
         nll = -log_p[:count].gather(1, self._tokens[:, None])[:, 0] * self._weights
         loss = torch.zeros(len(delta), device=self._device).index_add(0, self._owners, nll)
         log_q = log_p[count:]
@@ -238,7 +229,8 @@ class _Group:
                 values = losses.tolist()
                 self._record(values, history, step)
                 last = step == settings.steps
-                going = [i for i, v in enumerate(values) if not (last or v < settings.early_stop)]
+                finished = self._finished(values)
+                going = [i for i, end in enumerate(finished) if not (last or end)]
                 for owner, number in enumerate(self._active):
                     if owner not in going:
                         done[number] = (start[owner] + delta[owner]).detach().cpu()
@@ -266,6 +258,15 @@ class _Group:
             Target(done[number], starts[number], tuple(history[number]))
             for number in range(len(self._members))
         ]
+
+    def _finished(self, values: list[float]) -> list[bool]:
+        """Whether each running request may stop where it is now, before the next step."""
+        if self._told is None:
+            return [value < self._settings.early_stop for value in values]
+        # What greedy decoding would say is what counts: of two equal logits the first.
+        missed = torch.zeros(len(values), dtype=torch.int64, device=self._device)
+        missed.index_add_(0, self._owners, (~self._told).long())
+        return [count == 0 for count in missed.tolist()]
 
     def _record(self, values: list[float], history: list[list[float]], step: int) -> None:
         for number, value in zip(self._active, values, strict=True):

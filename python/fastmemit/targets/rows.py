@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,6 +82,22 @@ def request_rows(tokenizer: Any, request: EditRequest, contexts: Sequence[str]) 
         if row.ids[: row.subject + 1] == kl.ids:
             return RequestRows(tuple(rows), index)
     return RequestRows((*rows, kl), len(rows))
+
+
+def like_lengths(rows: Sequence[RequestRows], batch_tokens: int) -> Iterator[list[int]]:
+    """Requests of like lengths, as many as fit: padding to the longest then costs little."""
+    group: list[int] = []
+    prefix = suffix = count = 0
+    for index in sorted(range(len(rows)), key=lambda i: (rows[i].suffix, rows[i].prefix)):
+        wide = max(prefix, rows[index].prefix) + max(suffix, rows[index].suffix)
+        if group and (count + len(rows[index].rows)) * wide > batch_tokens:
+            yield group
+            group, prefix, suffix, count = [], 0, 0, 0
+        group.append(index)
+        prefix, suffix = max(prefix, rows[index].prefix), max(suffix, rows[index].suffix)
+        count += len(rows[index].rows)
+    if group:
+        yield group
 
 
 def _target_row(tokenizer: Any, request: EditRequest, prefix: str) -> Row:

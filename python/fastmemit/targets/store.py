@@ -21,8 +21,9 @@ from fastmemit.targets.optimise import Target, TargetSettings, optimise
 
 log = logging.getLogger(__name__)
 
-# Part of every key: raise it when the computation changes, so that no stale vector is served.
-RECIPE = 1
+# Part of every key: raise it when the computation or the file changes, so that nothing stale is
+# served. The seal is over names and shapes too since 2.
+RECIPE = 2
 
 
 class TargetStore:
@@ -57,7 +58,7 @@ class TargetStore:
             "model": model,
             "request": [request.prompt, request.subject, request.target],
             "contexts": list(contexts),
-            "settings": dataclasses.asdict(settings),
+            "settings": _what_matters(settings),
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -77,10 +78,10 @@ class TargetStore:
         except (SafetensorError, OSError) as error:
             log.warning("the stored target %s is unreadable (%s) and is made again", path, error)
             return None
-        target = Target(parts["vector"], parts["start"], tuple(parts["losses"].tolist()))
-        if seal != _seal(parts):
+        if not _fit(parts) or seal != _seal(parts):
             log.warning("the stored target %s has changed on the disk and is made again", path)
             return None
+        target = Target(parts["vector"], parts["start"], tuple(parts["losses"].tolist()))
         self._remember(key, target)
         return target
 
@@ -158,8 +159,30 @@ def stored_or_optimised(
     return [found[key] for key in keys]
 
 
+def _what_matters(settings: TargetSettings) -> dict[str, Any]:
+    """The settings of a key: the stopping rule by what only that rule reads.
+
+    The rule of the loss goes unnamed, as it did when there was no other: what was stored then is
+    found.
+    """
+    values = dataclasses.asdict(settings)
+    values.pop("stop" if settings.stop == "loss" else "early_stop")
+    return values
+
+
+def _fit(parts: dict[str, Any]) -> bool:
+    """Whether these are a vector, its start, both float32 (d,), and losses, float64 (steps,)."""
+    dtypes = [str(parts[name].dtype) for name in ("vector", "start", "losses")]
+    return (
+        dtypes == ["torch.float32", "torch.float32", "torch.float64"]
+        and all(part.dim() == 1 for part in parts.values())
+        and parts["vector"].shape == parts["start"].shape
+    )
+
+
 def _seal(parts: dict[str, Any]) -> str:
     digest = hashlib.sha256()
     for name in sorted(parts):
+        digest.update(f"{name}{tuple(parts[name].shape)}".encode())
         digest.update(parts[name].contiguous().numpy().tobytes())
     return digest.hexdigest()

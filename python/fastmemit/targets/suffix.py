@@ -166,7 +166,8 @@ class SuffixForward:
         self._hidden = self._hidden[index.to(self._hidden.device), :suffix]
         self.subject_hidden = self.subject_hidden[index.to(self.subject_hidden.device)]
         if self.subject_projection is not None:
-            self.subject_projection = self.subject_projection[select]
+            here = index.to(self.subject_projection.device)
+            self.subject_projection = self.subject_projection[here]
         self._kept = [(k[index.to(k.device)], v[index.to(v.device)]) for k, v in self._kept]
 
 

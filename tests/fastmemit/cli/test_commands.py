@@ -21,7 +21,8 @@ from tiny_commands import EDIT, Place, run
 def test_every_verb_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
     assert VERBS.keys() == {
         "precompute", "edit", "apply", "evaluate", "sweep", "sequential", "report", "locate",
-        "downstream", "demo",
+        "downstream", "demo", "plan", "compose", "export-adapter", "import-adapter", "push", "pull",
+        "export-stats", "import-stats",
     }  # fmt: skip
     for verb in VERBS:
         with pytest.raises(SystemExit) as left:
@@ -30,7 +31,8 @@ def test_every_verb_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
         assert left.value.code == 0
         assert "examples:\n" in out and f"fastmemit {verb}" in out.partition("examples:")[2]
         for option in ("--model", "--seed", "--device", "--dtype"):
-            assert (option in out) == (verb != "report")
+            runs = verb not in ("report", "plan", "compose", "push", "export-adapter")
+            assert runs == (option in out) or (verb, option) == ("export-adapter", "--model")
         assert all(len(line) <= 100 for line in out.splitlines())
 
 
@@ -137,6 +139,23 @@ def test_one_fact_from_options(place: Place, capsys: pytest.CaptureFixture[str])
               saved)  # fmt: skip
     assert "1 facts written by rome into layers 1 of" in out
     assert Delta.load(saved).provenance["settings"]["steps"] == 2
+
+
+@pytest.mark.parametrize("method", ["pmet", "encore", "alphaedit"])
+def test_relatives_of_memit_from_options(
+    place: Place, capsys: pytest.CaptureFixture[str], method: str
+) -> None:
+    own = ("--method", method, "--set", "null_relative=0.5")
+    saved = place.edit(capsys, f"{method}.st", *own)
+    settings = Delta.load(saved).provenance["settings"]
+    assert settings["method"] == method and settings["null_relative"] == 0.5
+    assert (settings["spread"], settings["stop"]) == {
+        "pmet": ("sqrt", "loss"), "encore": ("linear", "most-probable"),
+        "alphaedit": ("linear", "loss"),
+    }[method]  # fmt: skip
+    out = run(capsys, "evaluate", *place.model, *EDIT, *own, "--data", place.records,
+              "--batch-size", "2", "--batches", "1")  # fmt: skip
+    assert f", {method}, 2 records in 1 batches" in out
 
 
 def test_a_former_file_is_replaced_and_several_edits_are_applied(

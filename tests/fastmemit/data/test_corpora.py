@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
-from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -165,82 +162,6 @@ def test_a_file_that_changes_under_us(tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(BadCorpus, match="has changed since it was opened"):
         list(corpus.documents())
-
-
-class Stream:
-    """What `datasets` gives for a stream: shuffled by seed, rows as dicts."""
-
-    column_names = ("id", "text")
-
-    def __init__(self, rows: list, breaks_after: int | None = None) -> None:
-        self.rows, self.breaks_after = rows, breaks_after
-
-    def shuffle(self, seed: int, buffer_size: int) -> Iterator[dict]:
-        assert buffer_size >= 1000
-        for index, row in enumerate(self.rows[seed:] + self.rows[:seed]):
-            if index == self.breaks_after:
-                raise OSError("Connection lost\nand more")
-            yield row
-
-
-def use_hub(monkeypatch: pytest.MonkeyPatch, stream: Stream, revision: str = "abc") -> list:
-    asked = []
-
-    def load_dataset_builder(name: str, config: str | None) -> SimpleNamespace:
-        asked.append((name, config))
-        return SimpleNamespace(hash=revision, as_streaming_dataset=lambda split: stream)
-
-    fake = SimpleNamespace(load_dataset_builder=load_dataset_builder)
-    monkeypatch.setitem(sys.modules, "datasets", fake)
-    return asked
-
-
-ROWS = [{"id": 0, "text": "One"}, {"id": 1, "text": " "}, {"id": 2, "text": "Three"}]
-
-
-def test_hub_streams_with_a_seeded_shuffle(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = use_hub(monkeypatch, Stream(ROWS))
-    corpus = load_corpus("wikipedia")
-    assert asked == [("wikimedia/wikipedia", "20231101.en")]
-    assert list(corpus.documents(0)) == ["One", "Three"]
-    assert list(corpus.documents(2)) == ["Three", "One"]
-    assert corpus  # though its length is not known
-    with pytest.raises(TypeError, match="not known"):
-        len(corpus)
-    same = load_corpus("hub:wikimedia/wikipedia:20231101.en")
-    assert same.fingerprint == corpus.fingerprint
-    use_hub(monkeypatch, Stream(ROWS), revision="another")
-    assert load_corpus("wikipedia").fingerprint != corpus.fingerprint
-
-
-def test_hub_without_the_field(monkeypatch: pytest.MonkeyPatch) -> None:
-    use_hub(monkeypatch, Stream(ROWS))
-    with pytest.raises(BadCorpus, match=r"has no field 'body' \(its fields: id, text\)"):
-        load_corpus("hub:someone/texts", field="body")
-
-
-def test_hub_that_breaks_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    use_hub(monkeypatch, Stream(ROWS, breaks_after=1))
-    with pytest.raises(BadCorpus, match=r"broke off after 1 .*\(OSError: Connection lost\)"):
-        list(load_corpus("wikipedia").documents())
-
-
-def test_wikipedia_without_a_network() -> None:
-    """With the real `datasets`, which the tests keep offline."""
-    with pytest.raises(BadCorpus) as caught:
-        load_corpus("wikipedia")
-    message = str(caught.value)
-    assert message.startswith("The hub data set wikimedia/wikipedia (20231101.en) could not be")
-    assert message.endswith("pass a text file, --corpus self or --corpus builtin.")
-    assert "\n" not in message
-
-
-def test_real_datasets_on_a_local_folder(tmp_path: Path) -> None:
-    lines = "\n".join(json.dumps({"text": f"Document {i}"}) for i in range(20))
-    write(tmp_path / "train.jsonl", lines)
-    corpus = load_corpus(f"hub:{tmp_path}")
-    assert documents(corpus) == sorted(f"Document {i}" for i in range(20))
-    assert list(corpus.documents(1)) == list(corpus.documents(1)) != list(corpus.documents(2))
 
 
 def test_the_wikipedia_sample(data_dir: Path) -> None:

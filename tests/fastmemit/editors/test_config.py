@@ -1,11 +1,12 @@
 """Settings: presets by architecture and size, defaults by shape, overrides by name."""
 
+import dataclasses
 from types import SimpleNamespace
 
 import pytest
 
 from fastmemit.editors import METHODS, find_config, parse_overrides
-from fastmemit.editors.config import load_presets
+from fastmemit.editors.defaults import SINGLE, load_presets
 from fastmemit.editors.layers import parse_layers
 from fastmemit.errors import BadConfig, BadLayer
 from fastmemit.models import find_adapter
@@ -60,7 +61,9 @@ def test_every_preset_makes_valid_settings():
         for method in METHODS:
             config = find_config(adapter, method)
             assert max(config.layers) < match["n_layers"]
-            assert (config.preset == preset["name"]) == (method in preset["methods"])
+            # MEMIT's relatives take what is known of MEMIT.
+            known = {method} if method in SINGLE else {method, "memit"}
+            assert (config.preset == preset["name"]) == bool(known & preset["methods"].keys())
 
 
 @pytest.mark.parametrize(
@@ -73,6 +76,41 @@ def test_defaults_follow_the_depth(n_layers, memit, single):
     assert find_config(adapter, "emmet").layers == (single,)
     assert find_config(adapter, "rome").layers == (single,)
     assert find_config(adapter, "rome").clamp == 4
+
+
+def test_relatives_take_what_is_known_of_memit_and_keep_what_makes_them_others():
+    memit = find_config(LLAMA_2, "memit")
+    expected = {
+        "pmet": {"spread": "sqrt"},
+        "encore": {"ridge": 10.0, "stop": "most-probable"},
+        "alphaedit": {},
+    }
+    for method, own in expected.items():
+        found = find_config(LLAMA_2, method)
+        assert found == dataclasses.replace(memit, method=method, **own)
+        assert find_config(shaped("new", 32, 64, 256), method).layers == (4, 5, 6, 7, 8)
+    # As released for Llama-3-8B.
+    alphaedit = find_config(LLAMA_3, "alphaedit")
+    assert (alphaedit.layers, alphaedit.clamp, alphaedit.v_lr) == ((4, 5, 6, 7, 8), 0.75, 0.1)
+    assert (alphaedit.l2, alphaedit.null_threshold, alphaedit.null_relative) == (10.0, 0.02, None)
+
+
+def test_the_command_line_has_every_method():
+    from fastmemit.cli.options import METHOD_NAMES
+    from fastmemit.editors import PLANS, PRESERVING
+
+    assert METHOD_NAMES == METHODS == tuple(PLANS)
+    assert set(PRESERVING) < set(METHODS)
+
+
+def test_relatives_share_memits_target_vectors():
+    memit = find_config(GPT2_XL, "memit").targets()
+    assert find_config(GPT2_XL, "pmet").targets() == memit
+    assert find_config(GPT2_XL, "alphaedit").targets() == memit
+    assert find_config(GPT2_XL, "encore").targets() == dataclasses.replace(
+        memit, stop="most-probable"
+    )
+    assert find_config(GPT2_XL, "encore", {"stop": "loss"}).targets() == memit
 
 
 def test_overrides_replace_and_are_checked():
@@ -101,6 +139,11 @@ def test_overrides_replace_and_are_checked():
         ("memit", {"shrinkage": "ledoit"}, "none, ledoit-wolf, oas but is 'ledoit'"),
         ("emmet", {"lambda_e": -0.1}, "lambda_e"),
         ("memit", {"v_lr": "fast"}, "v_lr"),
+        ("pmet", {"spread": "root"}, "linear, sqrt but is 'root'"),
+        ("encore", {"stop": "never"}, "loss, most-probable but is 'never'"),
+        ("alphaedit", {"l2": -1.0}, "l2 must be a finite number 0 or above"),
+        ("alphaedit", {"null_threshold": 0.0}, "null_threshold must be a finite number above 0"),
+        ("alphaedit", {"null_relative": 0}, "null_relative must be a finite number above 0"),
     ],
 )
 def test_values_out_of_range_are_named(method, values, said):
@@ -118,6 +161,10 @@ def test_parse_overrides():
         "clamp": 0.75, "steps": 20, "layers": (4, 5, 6, 9), "weight": None,
     }  # fmt: skip
     assert parse_overrides(["keys=original"]) == {"keys": "original"}
+    assert parse_overrides(["stop=most-probable", "null_relative=0.1", "l2=0"]) == {
+        "stop": "most-probable", "null_relative": 0.1, "l2": 0.0,
+    }  # fmt: skip
+    assert parse_overrides(["null_relative=none"]) == {"null_relative": None}
     assert parse_overrides(["relative_ridge=1e-3", "shrinkage=oas"]) == {
         "relative_ridge": 1e-3, "shrinkage": "oas",
     }  # fmt: skip

@@ -186,6 +186,7 @@ def test_a_factor_is_updated_by_what_is_new_and_made_again_for_another_A(
     one, other = Applied(), Applied()
     blocks = [torch.randn(6, n).double() for n in (2, 1, 3)]
     assert preserved.factor(4, base) is base and widths == []
+    assert preserved._held == {}  # without keys the factor belongs to its cache alone
     preserved.add(one, {4: blocks[:1]})  # type: ignore[arg-type]
     preserved.factor(4, base)
     preserved.add(other, {4: blocks[1:2]})  # type: ignore[arg-type]

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from fastmemit.experiments.layout import Column, Table, latex, markdown, slug, unique
+from fastmemit.experiments.layout import Column, Table, latex, markdown, method_title, slug, unique
 
 TABLE = Table(
     "a-table",
@@ -59,3 +59,9 @@ def test_names() -> None:
     assert slug("MEMIT, relative_ridge=0.01: ../x2") == "memit-relative-ridge-0.01-..-x2"
     assert "/" not in slug("a/b\\c")
     assert unique(["a", "b", "a", "a-2", "a"]) == ["a", "b", "a-2", "a-2-2", "a-3"]
+
+
+def test_method_titles() -> None:
+    assert [method_title(m) for m in ("memit", "pmet", "alphaedit")] == [
+        "MEMIT", "PMET", "AlphaEdit",
+    ]  # fmt: skip

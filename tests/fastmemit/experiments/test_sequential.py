@@ -82,6 +82,31 @@ def test_a_run_is_edits_on_top_of_each_other_written_out(editor: Editor, preserv
         edit.undo()
 
 
+@pytest.mark.parametrize("method", ["encore", "alphaedit"])
+def test_methods_of_earlier_keys_go_without_them_where_that_is_asked_for(
+    editor: Editor, method: str
+) -> None:
+    own = {"null_relative": 0.5} if method == "alphaedit" else {}
+    settings = {"layers": (0, 1), "steps": 2, **own}
+    name, seen = editor.adapter.weight_name(0), []
+
+    def look() -> float:
+        weight = editor.model.get_parameter(name).detach()
+        seen.append((weight.clone(), editor.edits[-1].delta.provenance["preserved"]))
+        return 1.0
+
+    for preserve in (True, False):
+        steps = list(
+            run_sequential(
+                editor, BATCHES[:2], method, settings, preserve=preserve, perplexity=look
+            )
+        )
+        assert [step["preserved"] for step in steps] == ([2, 4] if preserve else [0, 0])
+    (first, _), (with_keys, named), (same, _), (without, none) = seen
+    assert torch.equal(first, same) and not torch.equal(with_keys, without)
+    assert len(named) == 1 and none == []
+
+
 def test_preserved_keys_make_another_model_from_the_second_batch_on(editor: Editor) -> None:
     seen: dict[bool, list[torch.Tensor]] = {}
     for preserve in (True, False):

@@ -159,6 +159,14 @@ def test_another_sequence_in_the_folder_is_refused(
         with pytest.raises(BadData, match=f"another {name}; name another folder"):
             run_sequences(editor, plan, inputs(folder))
     assert content(folder) == before
+    # A header from before there was a setting is that of its default.
+    path = folder / "sequential.json"
+    header = json.loads(path.read_text())
+    for name in ("spread", "stop", "l2", "null_threshold", "null_relative"):
+        del header["methods"]["memit"][name]
+    path.write_text(json.dumps(header))
+    run_sequences(editor, PLAN, inputs(folder))
+    assert content(folder) == before
     (tmp_path / "sequential.json").write_text("[1]")
     with pytest.raises(BadData, match="is not the header of sequences"):
         run_sequences(editor, PLAN, inputs(tmp_path))

@@ -243,7 +243,14 @@ def test_another_sweep_in_the_folder_is_refused(tmp_path: Path) -> None:
         run_sweep(
             editor, grid, dataclasses.replace(given, header={**given.header, "methods": moved})
         )
-    (tmp_path / "out/sweep.json").write_text("{")
+    # A header from before there was a setting is that of its default.
+    path = tmp_path / "out/sweep.json"
+    header = json.loads(path.read_text())
+    for name in ("spread", "stop", "l2", "null_threshold", "null_relative"):
+        del header["methods"]["emmet"][name]
+    path.write_text(json.dumps(header))
+    run_sweep(editor, grid, given)
+    path.write_text("{")
     with pytest.raises(BadData, match="not the header of a sweep"):
         run_sweep(editor, grid, given)
 

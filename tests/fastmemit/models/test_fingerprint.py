@@ -103,9 +103,9 @@ def test_persistent_buffers_count_and_others_do_not() -> None:
 
 
 def test_a_tied_head_is_read_once() -> None:
-    names = [name for name, _ in fingerprint_module._tensors(tiny_model("llama"))]
+    names = [name for name, _ in fingerprint_module.stored_tensors(tiny_model("llama"))]
     tied = tiny_model("llama", tie_word_embeddings=True)
-    assert [name for name, _ in fingerprint_module._tensors(tied)] == [
+    assert [name for name, _ in fingerprint_module.stored_tensors(tied)] == [
         name for name in names if name != "model.embed_tokens.weight"
     ]
     assert "lm_head.weight" in names

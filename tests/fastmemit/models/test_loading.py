@@ -13,7 +13,7 @@ import torch
 
 from fastmemit.cache import cache_dir
 from fastmemit.errors import BadConfig, DamagedFile, ModelNotFound
-from fastmemit.models import gguf, load_model, save_model
+from fastmemit.models import gguf, load_model, load_skeleton, save_model
 from tiny_models import tiny_model, tiny_tokenizer
 
 
@@ -75,6 +75,17 @@ def test_an_unknown_name_is_one_sentence(name: str) -> None:
     assert repr(name) in str(caught.value)
     assert "smollm2" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_skeleton_has_every_shape_and_no_weight(folder: Path) -> None:
+    skeleton, model = load_skeleton(str(folder)), load_model(str(folder), device="cpu")[0]
+    shapes = {name: tensor.shape for name, tensor in skeleton.named_parameters()}
+    assert shapes == {name: tensor.shape for name, tensor in model.named_parameters()}
+    assert all(tensor.is_meta for tensor in skeleton.parameters())
+    with pytest.raises(ModelNotFound, match="There is no model folder"):
+        load_skeleton("./none")
+    with pytest.raises(ModelNotFound, match="cannot be loaded"):
+        load_skeleton("nobody/none")
 
 
 @pytest.mark.parametrize("name", ["./nowhere", "/nowhere", "~/nowhere", "a/b/c", ""])

@@ -80,6 +80,61 @@ def test_each_request_stops_on_its_own():
         assert_same(target, literal(model, tokenizer, request, settings))
 
 
+PROBABLE = dataclasses.replace(
+    SETTINGS, steps=12, clamp=20.0, learning_rate=0.5, weight_decay=0.0, kl_factor=0.0,
+    stop="most-probable", early_stop=1e9,
+)  # fmt: skip
+SAID = [
+    EditRequest("{}", "Paris", "Rome"),
+    EditRequest("{}", "Ann", "Paris"),
+    EditRequest("{}", "The poet", "the"),
+    EditRequest("{}", "Ann", "the Paris"),
+    EditRequest("{}", "Ann", "of the city"),
+]
+
+
+def loud_model(architecture):
+    """A model that is easily brought to say a few words, which a random one is not."""
+    model, tokenizer = tiny_model(architecture), tiny_tokenizer("byte_bpe")
+    few = torch.full((len(model.get_output_embeddings().weight), 1), 0.2)
+    few[tokenizer(" Rome Paris of the city")["input_ids"]] = 4.0
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(few)
+    return model, tokenizer
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+@pytest.mark.parametrize("site", ["block", "projection"])
+def test_stops_where_every_token_is_the_most_probable_in_every_context(architecture, site):
+    model, tokenizer = loud_model(architecture)
+    settings = dataclasses.replace(PROBABLE, site=site)
+    targets = optimise(find_adapter(model), tokenizer, SAID, CONTEXTS, settings)
+    lengths = [len(target.losses) for target in targets]
+    # Some stop on their way, at different steps, and one never: not all of its tokens are reached.
+    assert min(lengths) > 1 and lengths[4] == settings.steps
+    assert len({n for n in lengths if n < settings.steps}) > 1
+    if architecture == "llama":  # of two tokens both count
+        assert lengths[2] < lengths[3] < settings.steps
+    for request, target in zip(SAID, targets, strict=True):
+        assert_same(target, literal(model, tokenizer, request, settings, site))
+
+
+def test_every_context_counts():
+    model, tokenizer = loud_model("llama")
+    one = optimise(find_adapter(model), tokenizer, SAID[1:2], ("",), PROBABLE)
+    three = optimise(find_adapter(model), tokenizer, SAID[1:2], CONTEXTS, PROBABLE)
+    assert len(one[0].losses) < len(three[0].losses) < PROBABLE.steps
+
+
+def test_what_is_told_already_is_not_moved():
+    model, tokenizer = loud_model("llama")
+    row = torch.tensor([tokenizer("Ann")["input_ids"]])
+    word = tokenizer.decode(model(row).logits[0, -1].argmax()).strip()
+    request = EditRequest("{}", "Ann", word)
+    (target,) = optimise(find_adapter(model), tokenizer, [request], ("",), PROBABLE)
+    assert len(target.losses) == 1 and torch.equal(target.vector, target.start)
+
+
 def test_groups_do_not_change_the_result():
     model, tokenizer = tiny_model("qwen2"), tiny_tokenizer("byte_bpe")
     adapter = find_adapter(model)

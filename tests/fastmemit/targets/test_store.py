@@ -32,11 +32,29 @@ def test_every_field_is_part_of_the_key(tmp_path):
         {"request": dataclasses.replace(REQUEST, subject="Lyon")},
     ]
     others = {"layer": 2, "site": "projection", "steps": 9, "learning_rate": 1.0, "clamp": 9.0}
-    others |= {"weight_decay": 9.0, "kl_factor": 9.0, "early_stop": 9.0}
+    others |= {"weight_decay": 9.0, "kl_factor": 9.0, "early_stop": 9.0, "stop": "most-probable"}
     assert set(others) == {f.name for f in dataclasses.fields(TargetSettings)}
     changes += [{"settings": dataclasses.replace(SETTINGS, **{n: v})} for n, v in others.items()]
     keys = {key(store), *(key(store, **change) for change in changes)}
     assert len(keys) == 1 + len(changes)
+
+
+def test_keys_are_those_of_stores_from_before_there_was_another_stopping_rule(tmp_path):
+    store = TargetStore(tmp_path)
+    assert key(store) == "80de2e8f4ee578d0f10875ad05cc84058ac67aeca9968a3738a6c60e58db6f15"
+    other = TargetSettings(layer=5, site="projection", early_stop=0.1)
+    assert key(store, contexts=("", "a. "), settings=other) == (
+        "b6dfbd1ec5966ced3b0edf2e87f4ffeabdd9ba91ca8063fcd680bdacf879e530"
+    )
+
+
+def test_the_limit_of_the_loss_is_no_part_of_the_key_where_nobody_reads_it(tmp_path):
+    store = TargetStore(tmp_path)
+    probable = [
+        dataclasses.replace(SETTINGS, stop="most-probable", early_stop=limit)
+        for limit in (0.1, 9.0)
+    ]
+    assert len({key(store, settings=settings) for settings in probable}) == 1
 
 
 def test_the_true_answer_and_a_leading_space_do_not_matter(tmp_path):

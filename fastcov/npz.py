@@ -1,0 +1,253 @@
+"""Moments as other editing codebases keep them: one ``.npz`` file of NumPy arrays for each module.
+
+ROME, MEMIT and what grew from them store the sum of ``k k^T`` as a full symmetric matrix
+``mom2.mom2``, the number of keys as ``mom2.count``, and as ``sample_size`` the number of documents
+that was asked for, without which their loaders collect again. A file may hold more; what it holds
+more is never looked at.
+
+The reader takes files from strangers: nothing is unpickled, and the declared sizes and the arrays'
+headers are compared with what a moment of that width needs before any memory is taken for it.
+"""
+
+from __future__ import annotations
+
+import lzma
+import os
+import tokenize
+import zipfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastcov.errors import StoreDamaged, StoreMissing, WrongWidth
+from fastcov.moments import SecondMoment
+from fastcov.store import atomic_file
+from fastcov.sums import check_finite, not_a_sum
+
+SUM, COUNT, SAMPLE_SIZE = "mom2.mom2", "mom2.count", "sample_size"
+
+#: The widest keys that a file may claim where nobody knows the width; Llama-3.1-405B has 53,248.
+MAX_WIDTH = 1 << 16
+
+_HEADER = 1 << 12  # bytes; an array's header has some 120
+_OTHER = 1 << 26  # bytes of arrays that are not looked at
+_EXPANSION = 64  # keys are noise to a compressor: it saves less than half of their sum
+# What NumPy writes. Of the others Python takes a whole chunk at once, however far it expands.
+_PACKED = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+_UNREADABLE = (
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    EOFError,
+    tokenize.TokenError,  # from NumPy, which looks for Python 2 in a header that is not Python
+    NotImplementedError,  # a compression that Python does not know
+    RuntimeError,  # an encrypted member
+    ValueError,
+    OverflowError,
+)
+
+
+@dataclass(frozen=True)
+class NpzMoment:
+    """What an ``.npz`` file holds.
+
+    Attributes:
+        moment: The sum and the count; the sum of fourth powers is not known.
+        sample_size: How many documents were asked for, None in a file that does not say.
+    """
+
+    moment: SecondMoment
+    sample_size: int | None
+
+
+def save_npz(
+    path: str | os.PathLike[str],
+    moment: SecondMoment,
+    *,
+    sample_size: int,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Write a moment so that the loaders of other codebases take it as their own.
+
+    The file has ``mom2.count`` and ``sample_size`` (int64) and ``mom2.mom2``, the full symmetric
+    sum; equal moments give equal files. It is either the old one or the whole new one.
+
+    Args:
+        path: Where to; missing folders are made.
+        moment: What to write.
+        sample_size: What the loader is configured with (``mom2_n_samples``); with another number it
+            collects again. It says nothing of the keys.
+        dtype: Of the sum in the file, float32 or float64.
+
+    Raises:
+        ValueError: Another dtype, a sample size below 1, or a moment of no key.
+        NonFiniteMatrix: The sum holds NaN or infinity, or is too large for `dtype`.
+        OSError: The file cannot be written; nothing is left of the attempt.
+    """
+    import numpy as np
+
+    if dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"A sum is written as float32 or float64 but not as {dtype}.")
+    if isinstance(sample_size, bool) or not isinstance(sample_size, int) or sample_size < 1:
+        raise ValueError(f"sample_size must be a whole number above 0 but is {sample_size!r}.")
+    if moment.count < 1:
+        raise ValueError(f"The moment for {os.fspath(path)!r} has seen no key; update it first.")
+    total = moment.sum.cpu().to(dtype)  # (d, d), both triangles
+    check_finite(total, f"The sum for {os.fspath(path)!r}")
+    arrays = {
+        COUNT: np.asarray(moment.count, dtype=np.int64),
+        SUM: total.numpy(),
+        SAMPLE_SIZE: np.asarray(sample_size, dtype=np.int64),
+    }
+    with atomic_file(path) as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type]
+
+
+def load_npz(path: str | os.PathLike[str], *, width: int | None = None) -> NpzMoment:
+    """Read a moment that another codebase wrote.
+
+    Args:
+        path: The file.
+        width: The width that the keys must have; None takes any up to `MAX_WIDTH`.
+
+    Returns:
+        The moment, on the CPU and in the dtype of the file.
+
+    Raises:
+        StoreMissing: There is no such file.
+        WrongWidth: The keys are of another width.
+        NonFiniteMatrix: The sum holds NaN or infinity.
+        StoreDamaged: It is no such file, is cut short, is larger than a moment of this width, needs
+            to be unpickled, or holds what no sum of ``k k^T`` can be.
+    """
+    if not Path(path).is_file():
+        raise StoreMissing(f"There is no file {os.fspath(path)!r}; check its path.")
+    widest = MAX_WIDTH if width is None else width
+    if os.path.getsize(path) > 8 * widest**2 + _OTHER:  # before its list of contents is read
+        raise _damaged(path, f"is larger than any moment of width {widest}")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = _members(path, archive)
+            for name in (COUNT, SUM):
+                if name not in members:
+                    raise _damaged(path, f"has no {name} (it holds {_listed(members)})")
+            _check_sum(path, archive, members, width)
+            count = _scalar(path, archive, members[COUNT], COUNT)
+            asked = members.get(SAMPLE_SIZE)
+            sample_size = None if asked is None else _scalar(path, archive, asked, SAMPLE_SIZE)
+            if count < 1:
+                raise _damaged(path, f"counts {count} keys")
+            total = _read(archive, members[SUM])
+    except _UNREADABLE as error:
+        if isinstance(error, WrongWidth):
+            raise
+        raise _damaged(path, f"is not a readable .npz file ({error})") from error
+    native = total.astype(total.dtype.newbyteorder("="), order="C", copy=False)
+    matrix = torch.from_numpy(native)
+    named = f"The sum in {os.fspath(path)!r}"
+    check_finite(matrix, named)
+    if (wrong := not_a_sum(matrix)) is not None:
+        raise _damaged(path, f"holds no sum of k k^T, for {wrong}")
+    return NpzMoment(SecondMoment.from_lower(matrix, count), sample_size)
+
+
+def _members(path: str | os.PathLike[str], archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
+    """The archive's arrays by name."""
+    found: dict[str, zipfile.ZipInfo] = {}
+    for info in archive.infolist():
+        name = info.filename.removesuffix(".npy")
+        if name in found:
+            raise _damaged(path, f"holds {name!r:.40} twice")
+        if info.compress_type not in _PACKED:
+            raise _damaged(path, f"packs {name!r:.40} in a way that NumPy does not")
+        found[name] = info
+    return found
+
+
+def _check_sum(
+    path: str | os.PathLike[str],
+    archive: zipfile.ZipFile,
+    members: dict[str, zipfile.ZipInfo],
+    width: int | None,
+) -> None:
+    """Compare what the sum's header and the archive declare with what the width needs."""
+    info = members[SUM]
+    shape, dtype, header = _header(path, archive, info)
+    if dtype.kind != "f" or dtype.itemsize not in (4, 8):
+        raise _damaged(path, f"holds a sum of {dtype}, not of float32 or float64")
+    if len(shape) != 2 or shape[0] != shape[1] or shape[0] < 1:
+        raise _damaged(path, f"holds a sum of shape {shape}, not a square")
+    if width is not None and shape[0] != width:
+        raise WrongWidth(
+            f"The file {os.fspath(path)!r} is of keys of width {shape[0]} but those of this module "
+            f"have {width}; take the file of this model and layer."
+        )
+    if shape[0] > MAX_WIDTH:
+        raise WrongWidth(
+            f"The file {os.fspath(path)!r} claims keys of width {shape[0]}, beyond {MAX_WIDTH}; "
+            "say which width is right if it is."
+        )
+    needed = header + shape[0] * shape[1] * dtype.itemsize
+    if info.file_size != needed:
+        raise _damaged(
+            path, f"has {info.file_size} bytes for a sum of shape {shape}, which takes {needed}"
+        )
+    _check_expansion(path, info)
+
+
+def _check_expansion(path: str | os.PathLike[str], info: zipfile.ZipInfo) -> None:
+    if info.file_size > _EXPANSION * info.compress_size + (1 << 24):
+        raise _damaged(path, f"expands {info.compress_size} bytes to {info.file_size}")
+
+
+def _scalar(
+    path: str | os.PathLike[str], archive: zipfile.ZipFile, info: zipfile.ZipInfo, name: str
+) -> int:
+    """A whole number that is an array of one entry."""
+    shape, dtype, header = _header(path, archive, info)
+    if shape not in ((), (1,)) or dtype.kind not in "iuf":
+        raise _damaged(path, f"has a {name} that is {dtype} of shape {shape}, not a whole number")
+    if info.file_size != header + dtype.itemsize:
+        raise _damaged(path, f"has a {name} of {info.file_size} bytes")
+    value = float(_read(archive, info).reshape(()))
+    if not value.is_integer():
+        raise _damaged(path, f"has a {name} of {value:g}, which is not a whole number")
+    return int(value)
+
+
+def _header(
+    path: str | os.PathLike[str], archive: zipfile.ZipFile, info: zipfile.ZipInfo
+) -> tuple[tuple[int, ...], Any, int]:
+    """Shape and dtype of an array, and how many bytes come before its numbers."""
+    from numpy.lib import format as npy
+
+    with archive.open(info) as stream:
+        version = npy.read_magic(stream)
+        if version not in ((1, 0), (2, 0)):
+            raise _damaged(path, f"holds an array of version {version}")
+        read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+        shape, _, dtype = read(stream, max_header_size=_HEADER)
+        if dtype.hasobject:
+            raise _damaged(path, f"holds Python objects as {info.filename.removesuffix('.npy')}")
+        return shape, dtype, stream.tell()
+
+
+def _read(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Any:
+    """An array, from a member whose header was checked."""
+    from numpy.lib import format as npy
+
+    with archive.open(info) as stream:
+        return npy.read_array(stream, allow_pickle=False, max_header_size=_HEADER)
+
+
+def _listed(members: dict[str, Any]) -> str:
+    return ", ".join(f"{name:.40}" for name in sorted(members)[:8]) or "nothing"
+
+
+def _damaged(path: str | os.PathLike[str], what: str) -> StoreDamaged:
+    return StoreDamaged(
+        f"The file {os.fspath(path)!r} {what}; get it again, or precompute the moment here."
+    )

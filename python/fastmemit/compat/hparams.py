@@ -1,0 +1,286 @@
+"""Hyper-parameters of the ROME family and of EasyEdit as our settings."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastmemit.data.reading import check_file, decode, parse_json
+from fastmemit.editors import METHODS, EditConfig
+from fastmemit.errors import BadConfig
+from fastmemit.models import ModelAdapter
+
+log = logging.getLogger(__name__)
+
+MAX_BYTES = 1 << 16  # a file of hyper-parameters has one or two thousand
+_DEEPEST = 8
+
+_OURS = {
+    "v_num_grad_steps": "steps",
+    "v_lr": "v_lr",
+    "v_weight_decay": "weight_decay",
+    "clamp_norm_factor": "clamp",
+    "kl_factor": "kl_factor",
+    "mom2_update_weight": "weight",
+    "update_norm_lambda": "ridge",
+    "emmet_lambda": "lambda_e",
+}
+# What is done here in one way only.
+_FIXED: dict[str, tuple[Any, str]] = {
+    "fact_token": ("subject_last", "edits enter at the subject's last token"),
+    "layer_selection": ("all", "all layers are edited, none at random"),
+    "mom2_adjustment": (True, "every method uses C, which takes seconds to collect"),
+    "context_template_length_params": ([[5, 10], [10, 10]], "these are the contexts' lengths"),
+    "bias_update": (False, "biases are not edited"),
+    "prob_cutoff": (0, "target vectors stop at their loss alone"),
+    "norm_control": (0, "norms of updates are not bounded"),
+}
+# Found by the model's structure, done elsewhere, or of no meaning here.
+_PASSED = {
+    "alg_name", "attn_module_tmp", "batch_size", "calculate_objective_value", "device", "dynamic",
+    "dynamic_multiplier", "fp16", "layer_module_tmp", "layers", "lm_head_module", "ln_f_module",
+    "max_length", "mlp_module_tmp", "model_class", "model_name", "model_parallel", "mom2_dataset",
+    "mom2_dtype", "mom2_n_samples", "rewrite_module_tmp", "stats_dir", "tokenizer_class",
+    "tokenizer_name", "v_loss_layer",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Hparams:
+    """What hyper-parameters of another codebase say.
+
+    Attributes:
+        config: The settings.
+        module: The edited projection with ``{}`` for the layer; None where it is not named.
+        loss_layer: The block whose output the loss reads, which must be the last.
+        dataset: What C is to be collected on.
+        multiplier: d_m, where they say it (``dynamic`` with ``dynamic_multiplier``).
+    """
+
+    config: EditConfig
+    module: str | None = None
+    loss_layer: int | None = None
+    dataset: str = "wikipedia"
+    multiplier: float | None = None
+
+    def check(self, adapter: ModelAdapter) -> None:
+        """Refuse a model that these are not for.
+
+        Raises:
+            BadConfig: The loss is read from another block than the last, or another module is
+                edited.
+            BadLayer: The model does not have one of the layers.
+        """
+        for layer in self.config.layers:
+            adapter.check_layer(layer)
+        last = adapter.n_layers - 1
+        if self.loss_layer not in (None, last):
+            raise BadConfig(
+                f"v_loss_layer is {self.loss_layer} but the last block of this model is {last}, "
+                "and the loss is read from the model's own output; set it to that if the settings "
+                "are for this model."
+            )
+        if self.module not in (None, adapter.template):
+            raise BadConfig(
+                f"rewrite_module_tmp is {self.module!r} but {adapter.template!r} is edited here; "
+                "name one of them."
+            )
+
+    def overrides(self) -> dict[str, Any]:
+        """The settings by name, as `fastmemit.Editor.edit` takes them."""
+        values = {f.name: getattr(self.config, f.name) for f in dataclasses.fields(self.config)}
+        return {k: v for k, v in values.items() if k not in ("method", "preset")}
+
+
+def read_hparams(hparams: Any, method: str | None = None, name: str = "hparams") -> Hparams:
+    """Read hyper-parameters as other codebases hold them.
+
+    Names that are not known are left out, with one line in the log.
+
+    Args:
+        hparams: An object with attributes, a mapping, an `EditConfig`, or `Hparams`.
+        method: ``"rome"``, ``"emmet"`` or ``"memit"``; None tells it from the fields.
+        name: What to call them in messages and in the settings' ``preset``.
+
+    Raises:
+        BadConfig: A value out of range, one that cannot be honoured, no layers, or the method is
+            another one.
+    """
+    if isinstance(hparams, EditConfig):
+        hparams = Hparams(hparams)
+    if isinstance(hparams, Hparams):
+        if method not in (None, hparams.config.method):
+            raise BadConfig(f"The settings are for {hparams.config.method} but not for {method}.")
+        return hparams
+    fields = fields_of(hparams)
+    chosen = _method(fields, method, name)
+    for field, (value, why) in _FIXED.items():
+        if field in fields and fields[field] is not None and _plain(fields[field]) != value:
+            raise BadConfig(
+                f"{field} of {name} is {_shown(fields[field])}, which cannot be honoured, for "
+                f"{why}; set it to {json.dumps(value)}."
+            )
+    if fields.get("layers") in (None, [], ()):
+        raise BadConfig(f"{name} has no layers; add them, such as [4, 5, 6, 7, 8].")
+    values: dict[str, Any] = {"layers": _whole_numbers(fields["layers"], name)}
+    for theirs, ours in _OURS.items():
+        if fields.get(theirs) is None or (ours == "lambda_e" and chosen != "emmet"):
+            continue
+        number = _number(fields[theirs], theirs, name)
+        values[ours] = int(number) if ours == "steps" and number.is_integer() else number
+    unknown = sorted(fields.keys() - _OURS.keys() - _FIXED.keys() - _PASSED)
+    if unknown:
+        log.warning("%s: not used here: %s", name, ", ".join(f"{field:.40}" for field in unknown))
+    loss = fields.get("v_loss_layer")
+    return Hparams(
+        EditConfig(method=chosen, **values, preset=name),  # type: ignore[arg-type]
+        module=_text(fields, "rewrite_module_tmp", name),
+        loss_layer=None if loss is None else int(_number(loss, "v_loss_layer", name)),
+        dataset=_text(fields, "mom2_dataset", name) or "wikipedia",
+        multiplier=multiplier_of(fields),
+    )
+
+
+def open_hparams(path: str | os.PathLike[str], method: str | None = None) -> Hparams:
+    """Read a file of hyper-parameters: JSON (ROME, MEMIT, EMMET) or YAML (EasyEdit).
+
+    Args:
+        path: A .json, .yaml or .yml file.
+        method: Which method they are for; None takes ``alg_name``, else the folder's name
+            (``hparams/MEMIT/gpt2-xl.json``), else what the fields tell.
+
+    Raises:
+        BadConfig: The file is not there, too large, or not an object of names and values, or for
+            what `read_hparams` says.
+    """
+    path = Path(path)
+    check_file(path, BadConfig)
+    size = path.stat().st_size
+    if size > MAX_BYTES:
+        raise BadConfig(f"{path} has {size} bytes, which is no file of hyper-parameters.")
+    text = decode(path.read_bytes(), path, 0, BadConfig)
+    yaml = path.suffix.lower() in (".yaml", ".yml")
+    values = _parse_yaml(text, path) if yaml else parse_json(text, str(path), BadConfig)
+    if not isinstance(values, Mapping) or not all(isinstance(key, str) for key in values):
+        raise BadConfig(f"{path} holds no names with values; give a file of hyper-parameters.")
+    folder = path.resolve().parent.name.lower()
+    if method is None and values.get("alg_name") is None and folder in METHODS:
+        method = folder
+    return read_hparams(values, method, path.name)
+
+
+def load_hparams(path: str | os.PathLike[str], method: str | None = None) -> EditConfig:
+    """The settings in a file of hyper-parameters; see `open_hparams`."""
+    return open_hparams(path, method).config
+
+
+def fields_of(hparams: Any) -> dict[str, Any]:
+    """Names and values of hyper-parameters, whatever holds them.
+
+    Raises:
+        BadConfig: Nothing that could be hyper-parameters.
+    """
+    if isinstance(hparams, EditConfig):
+        return {"layers": list(hparams.layers)}
+    if isinstance(hparams, Hparams):
+        return {**fields_of(hparams.config), "mom2_dataset": hparams.dataset}
+    if isinstance(hparams, Mapping):
+        return dict(hparams)
+    names = [name for name in dir(hparams) if not name.startswith("_")]
+    values = {name: getattr(hparams, name, None) for name in names}
+    found = {name: value for name, value in values.items() if not callable(value)}
+    if isinstance(hparams, str | bytes | int | float | list | tuple) or not found:
+        raise BadConfig(
+            f"hparams must be an object with fields, a mapping or an EditConfig but is "
+            f"{type(hparams).__name__}; read a file with fastmemit.compat.load_hparams."
+        )
+    return found
+
+
+def multiplier_of(fields: Mapping[str, Any]) -> float | None:
+    """d_m where hyper-parameters have it, as those of the paper's own code."""
+    if not fields.get("dynamic") or fields.get("dynamic_multiplier") is None:
+        return None
+    return _number(fields["dynamic_multiplier"], "dynamic_multiplier", "hparams")
+
+
+def _method(fields: Mapping[str, Any], method: str | None, name: str) -> str:
+    named = fields.get("alg_name")
+    if named is not None and str(named).lower() not in METHODS:
+        raise BadConfig(
+            f"{name} is for {_shown(named)}, but the methods here are {', '.join(METHODS)}."
+        )
+    if named is not None and method not in (None, str(named).lower()):
+        raise BadConfig(f"{name} is for {named} (alg_name) but not for {method}.")
+    if method is not None or named is not None:
+        return method or str(named).lower()
+    if fields.get("emmet_lambda") is not None:
+        return "emmet"
+    return "rome" if fields.get("mom2_update_weight") is None else "memit"
+
+
+def _parse_yaml(text: str, path: Path) -> Any:
+    import yaml
+
+    depth = 0
+    try:
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            # An alias may stand for a list of aliases, and so on: a small text of a large value.
+            if isinstance(event, yaml.AliasEvent):
+                raise BadConfig(f"{path} uses YAML aliases, which are not read; write values out.")
+            depth += isinstance(event, yaml.CollectionStartEvent)
+            depth -= isinstance(event, yaml.CollectionEndEvent)
+            if depth > _DEEPEST:
+                raise BadConfig(f"{path} is nested too deep for hyper-parameters.")
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        if isinstance(error, BadConfig):
+            raise
+        said = " ".join(str(error).split())
+        raise BadConfig(f"{path} is not YAML ({said:.160}); correct it.") from error
+
+
+def _number(value: Any, field: str, name: str) -> float:
+    """A number; YAML reads ``5e-1`` as text."""
+    try:
+        if not isinstance(value, bool | int | float | str) or isinstance(value, bool):
+            raise ValueError
+        number = float(value)
+        if not math.isfinite(number):
+            raise ValueError
+        return number
+    except (ValueError, OverflowError) as error:
+        raise BadConfig(
+            f"{field} of {name} must be a finite number but is {_shown(value)}."
+        ) from error
+
+
+def _whole_numbers(values: Any, name: str) -> tuple[int, ...]:
+    listed = values if isinstance(values, list | tuple) else [values]
+    for value in listed:
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise BadConfig(f"layers of {name} must be whole numbers but are {_shown(values)}.")
+    return tuple(listed)
+
+
+def _text(fields: Mapping[str, Any], field: str, name: str) -> str | None:
+    value = fields.get(field)
+    if value is not None and not isinstance(value, str):
+        raise BadConfig(f"{field} of {name} must be text but is {_shown(value)}.")
+    return value
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists, as JSON has them."""
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _shown(value: Any) -> str:
+    return f"{value!r:.60}"

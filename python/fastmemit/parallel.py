@@ -1,0 +1,211 @@
+"""Several processes started by torchrun that collect statistics together.
+
+    torchrun --nproc-per-node 8 -m fastmemit precompute --model NAME --corpus articles.jsonl
+
+Each has the whole model on a device of its own and runs its share of the batches; the first one
+writes the files. See `fastcov.parallel` for the division.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from datetime import timedelta
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fastcov
+from fastcov import FailedElsewhere, Processes
+from fastcov.processes import TIMEOUT
+from fastmemit.errors import BadConfig
+
+_ENTERED = count()
+_CURRENT: ContextVar[Processes | None] = ContextVar("fastmemit_processes", default=None)
+
+
+def current() -> Processes | None:
+    """The processes of the `together` that this code runs in; None where there is one process."""
+    return _CURRENT.get()
+
+
+@contextmanager
+def together(*, timeout: float = TIMEOUT) -> Iterator[Processes | None]:
+    """Divide what is collected inside the block between the processes that torchrun started.
+
+    All of them must enter the block and make the same calls in it. An error in one ends the block
+    in all: there it is raised, in the others `fastcov.FailedElsewhere`. Where torchrun started
+    nothing, or one process, the block changes nothing.
+
+    Args:
+        timeout: How many seconds a process may give no sign of life, which is a batch or a file.
+
+    Yields:
+        The processes, or None.
+
+    Raises:
+        FailedElsewhere: Another process failed.
+        ProcessLost: Another process does not answer.
+    """
+    if not started():
+        yield None
+        return
+    import torch.distributed as dist
+    from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+    from torch.distributed.rendezvous import rendezvous
+
+    wait = timedelta(seconds=timeout)
+    store, rank, size = next(rendezvous("env://", timeout=wait))
+    prefix = f"fastmemit/{next(_ENTERED)}"  # what an earlier block has said is not for this one
+    processes = Processes(PrefixStore(prefix, store), rank, size, timeout=timeout)
+    with processes.guarded(), ExitStack() as stack:
+        gpus = torch.cuda.is_available()
+        if gpus and (own := own_gpus()):
+            torch.cuda.set_device(own[0])
+        if not dist.is_initialized():
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if gpus and dist.is_nccl_available() else "gloo",
+                store=PrefixStore(f"{prefix}/sums", store),
+                rank=rank,
+                world_size=size,
+                timeout=wait,
+            )
+            stack.callback(dist.destroy_process_group)
+        stack.callback(_CURRENT.reset, _CURRENT.set(processes))
+        yield processes
+        processes.leave()
+
+
+@contextmanager
+def for_verb(verb: str, divided: Sequence[str]) -> Iterator[None]:
+    """What the command line runs a verb in.
+
+    Args:
+        verb: Which one.
+        divided: The verbs that can be divided between processes.
+
+    Raises:
+        BadConfig: torchrun started several processes for one that cannot.
+        FailedElsewhere: The same, in all processes but the first.
+    """
+    if not started():
+        yield
+        return
+    if os.environ["RANK"] != "0":
+        logging.getLogger().setLevel(logging.ERROR)  # what there is to warn of, the first one says
+    if verb not in divided:
+        if os.environ["RANK"] != "0":
+            raise FailedElsewhere(f"{verb} cannot be divided", rank=0)
+        raise BadConfig(
+            f"fastmemit {verb} runs in one process but torchrun started "
+            f"{os.environ['WORLD_SIZE']}; only {', '.join(divided)} is divided, so run {verb} "
+            "without torchrun."
+        )
+    with together():
+        yield
+
+
+def started() -> bool:
+    """Whether this is one of several processes that torchrun started."""
+    world = os.environ.get("WORLD_SIZE", "1")
+    return world.isdecimal() and int(world) > 1 and "RANK" in os.environ
+
+
+def local_device(device: str | None) -> str | None:
+    """The first GPU of this process where several share a machine, if a GPU was asked for or none.
+
+    Args:
+        device: As `fastmemit.models.load_model` takes it.
+
+    Raises:
+        BadConfig: There are more processes on this machine than GPUs.
+    """
+    own = own_gpus() if device in (None, "cuda") else None
+    return device if own is None else f"cuda:{own[0]}"
+
+
+def own_gpus() -> list[int] | None:
+    """The GPUs of this process: an equal share of the machine's; None where it may take all.
+
+    Raises:
+        BadConfig: There are more processes on this machine than GPUs.
+    """
+    if not started() or not torch.cuda.is_available():
+        return None
+    rank, here = (int(os.environ.get(f"LOCAL_{name}", "0")) for name in ("RANK", "WORLD_SIZE"))
+    gpus = torch.cuda.device_count()
+    share = gpus // max(here, rank + 1)
+    if share == 0:
+        raise BadConfig(
+            f"There are more processes on this machine than its {gpus} GPUs; start torchrun with "
+            f"--nproc-per-node {gpus}, or pass --device cpu."
+        )
+    return list(range(rank * share, (rank + 1) * share))
+
+
+def agreed(
+    processes: Processes | None, identity: Mapping[str, Any], missing: Sequence[str]
+) -> list[str]:
+    """The modules that have to be collected, because some process does not find their files.
+
+    Args:
+        processes: Those that collect; None for this one alone.
+        identity: What is collected, which must be the same for all.
+        missing: The modules whose files this process does not find, in the order of `identity`.
+
+    Raises:
+        BadConfig: The processes are about to collect different things.
+        FailedElsewhere: Another process failed.
+    """
+    if processes is None:
+        return list(missing)
+    said = processes.gather("what is missing", [dict(identity), list(missing)])
+    ours = said[processes.rank][0]  # as JSON gives it back
+    for rank, (theirs, _) in enumerate(said):
+        for field in ours:
+            if theirs.get(field) != ours[field]:
+                raise BadConfig(
+                    f"Process {rank} has another {field} ({theirs.get(field)!r:.80}) than process "
+                    f"{processes.rank} ({ours[field]!r:.80}); give all of them the same model, "
+                    "corpus and options."
+                )
+    anywhere = {name for _, names in said for name in names}
+    return [name for name in ours["modules"] if name in anywhere]
+
+
+def save_once(
+    processes: Processes | None,
+    path: Path,
+    moment: fastcov.SecondMoment,
+    provenance: Mapping[str, Any],
+) -> None:
+    """Let the first process write a moment; where the others do not see it, they write their own.
+
+    So each machine has it, whether they share a disk or not.
+
+    Args:
+        processes: Those that hold the moment; None for this one alone.
+        path: The file.
+        moment: The total.
+        provenance: What it belongs to.
+
+    Raises:
+        FailedElsewhere: Another process failed.
+        OSError: The file cannot be written.
+    """
+    if processes is None or processes.first:
+        fastcov.save_moment(path, moment, provenance)
+    if processes is not None:
+        processes.gather(path.name)
+        if not path.is_file():
+            fastcov.save_moment(path, moment, provenance)
+
+
+def recorded(processes: Processes | None) -> dict[str, str]:
+    """What a file says about them, beside versions: it decides on last bits and on nothing else."""
+    return {} if processes is None else {"processes": str(processes.size)}

@@ -1,0 +1,63 @@
+"""`fastmemit plan` prints what `fastmemit.capacity` counts."""
+
+from __future__ import annotations
+
+import pytest
+
+from fastmemit.cli import main
+from tiny_commands import Place, refused, run
+
+
+def columns(out: str) -> dict[str, list[str]]:
+    rows = (line for line in out.splitlines()[1:] if not line.startswith(("rates", "what runs d")))
+    return {line[:24].strip(): line[24:].split("  ") for line in rows}
+
+
+def test_seventy_billion_over_eight(capsys: pytest.CaptureFixture[str]) -> None:
+    out = run(capsys, "plan", "--shape", "llama-3-70b", "--layers", "4-8", "--processes", "8")
+    assert out.startswith("llama-3-70b: 70.55 billion weights, 80 layers, d 8192, d_k 28672;")
+    cells = {name: [cell.strip() for cell in row if cell.strip()] for name, row in
+             columns(out).items()}  # fmt: skip
+    assert cells["keys of each layer"] == ["286,720", "44,000,000"]
+    assert cells["the whole model"] == ["141.10 GB"] * 2
+    assert cells["the sums"] == ["16.44 GB"] * 2
+    assert cells["to disk, each layer"] == ["1.64 GB"] * 2
+    assert cells["a factor in float64"] == ["6.58 GB"] * 2
+    assert "rates: published: " in out and "assumed: " in out and "does not fit" not in out
+
+
+def test_several_multipliers_and_given_rates(capsys: pytest.CaptureFixture[str]) -> None:
+    out = run(capsys, "plan", "--shape", "gpt-j-6b", "--layers", "3-8", "--multiplier", "2,10",
+              "--flops", "1e12", "--share", "1")  # fmt: skip
+    assert columns(out)["keys of each layer"][-1].strip() == "44,000,000"
+    assert "32,768" in out and "163,840" in out
+    assert out.endswith("rates given on the command line replace those\n")
+
+
+def test_all_layers_of_a_large_model_do_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
+    out = run(capsys, "plan", "--shape", "llama-3-70b", "--layers", "0-79")
+    assert "what runs does not fit into the 80.00 GB of one device" in out
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--shape", "gpt-5", "There is no shape 'gpt-5'"),
+        ("--layers", "20-40", "not among the 28 of this model"),
+        ("--multiplier", "ten", "'ten' is no list of numbers; write 10, or 2,10."),
+        ("--multiplier", "0", "multiplier"),
+        ("--share", "0", "--share must be above 0 but is 0"),
+        ("--flops", "inf", "--flops must be above 0 but is inf"),
+        ("--processes", "0", "must be a whole number above 0"),
+    ],
+)
+def test_what_makes_no_sense(
+    capsys: pytest.CaptureFixture[str], place: Place, option: str, value: str, message: str
+) -> None:
+    given = {"--shape": "gpt-j-6b", "--layers": "3-8", option: value}
+    assert message in refused(capsys, place, "plan", *(x for pair in given.items() for x in pair))
+
+
+def test_it_loads_no_model() -> None:
+    with pytest.raises(SystemExit):
+        main(["plan", "--model", "gpt2-xl"])

@@ -1,0 +1,52 @@
+"""A sweep by the relatives of MEMIT: which vectors they share, and what each cell holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastmemit.data import Record
+from fastmemit.evaluation import evaluate
+from fastmemit.experiments.cell import SweepInputs
+from fastmemit.experiments.grid import Grid, parse_methods
+from fastmemit.experiments.header import make_header
+from fastmemit.experiments.sweep import run_sweep
+from fastmemit.request import EditRequest
+from fastmemit.targets import store
+from tiny_editors import record, tiny_corpus, tiny_editor
+
+RECORDS: list[Record] = [
+    record(10 + n, EditRequest("{} is in", name, "Rome", "Paris"))
+    for n, name in enumerate(("Eiffel Tower", "Italy", "the poet"))
+]
+SETTINGS: dict[str, Any] = {"steps": 3, "layers": (0, 1), "null_relative": 0.5}
+
+
+def test_each_cell_is_an_evaluation_of_its_own_and_vectors_are_shared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    methods = parse_methods("memit,pmet,encore,alphaedit")
+    grid = Grid(methods=methods, batches={2: 1}, multipliers=(4.0,), variants=(SETTINGS,))
+    editor = tiny_editor(tmp_path / "cache", layers=None)
+    made: list[str] = []
+    real = store.optimise
+
+    def spy(adapter: Any, tokenizer: Any, requests: Any, contexts: Any, settings: Any, **kw: Any):
+        made.append(settings.stop)
+        return real(adapter, tokenizer, requests, contexts, settings, **kw)
+
+    monkeypatch.setattr(store, "optimise", spy)
+    header = make_header(editor, {"name": "tiny"}, tiny_corpus(40), methods)
+    cells = run_sweep(editor, grid, SweepInputs(RECORDS, tiny_corpus(40), tmp_path / "out", header))
+    assert made == ["loss", "most-probable"]
+    assert [cell["key"].partition("/")[0] for cell in cells] == list(methods)
+    known = {item.case_id: item for item in RECORDS}
+    for cell in cells:
+        assert set(cell["jitter"]) == (set() if cell["method"] == "alphaedit" else {"0", "1"})
+        batch = [known[row["case_id"]] for row in cell["records"]]
+        wanted = evaluate(editor, [batch], cell["method"], SETTINGS)
+        for name, score in cell["scores"].items():
+            assert score == pytest.approx(wanted["after"][name])
+    assert made == ["loss", "most-probable"] and editor.edits == ()

@@ -1,0 +1,86 @@
+"""A folder of moments from a stranger: sound and of one thing, or refused; no name is a path."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastcov
+from fastmemit.errors import DamagedFile
+from fastmemit.sharing.moment_files import keep_statistics, open_statistics
+
+
+def moment(folder: Path, file: str, **about: object) -> None:
+    """A sound moment with any provenance."""
+    provenance = {
+        "model": "a" * 64, "tokenizer": "b" * 64, "module": "m.0", "seed": 0, "multiplier": 2.0,
+        "budget": 4, "corpus": {"name": "c", "fingerprint": "d"}, "context": 8, **about,
+    }  # fmt: skip
+    held = fastcov.SecondMoment(2).update(torch.eye(2))
+    fastcov.save_moment(folder / file, held, provenance)
+
+
+def test_a_sound_folder(tmp_path: Path) -> None:
+    moment(tmp_path / "from", "m.0.safetensors", versions={"torch": "1"})
+    moment(tmp_path / "from", "m.1.safetensors", module="m.1", budget=6, keys=6)
+    found = open_statistics(tmp_path / "from")
+    assert sorted(found.paths) == ["m.0", "m.1"] and found.keys == 6
+    kept = keep_statistics(found, tmp_path / "to")
+    assert {p.name for p in kept.paths.values()} == {"m.0.safetensors", "m.1.safetensors"}
+    for module, path in kept.paths.items():
+        assert path.parent.parent == tmp_path / "to" / ("a" * 16)
+        assert path.read_bytes() == found.paths[module].read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("file", "about", "words"),
+    [
+        ("x.safetensors", {"module": "../../x"}, "does not say its module"),
+        ("x.safetensors", {"module": "/etc/x"}, "does not say its module"),
+        ("m..0.safetensors", {"module": "m..0"}, "does not say its module"),
+        ("m.1.safetensors", {}, "is of the module 'm.0'"),
+        ("m.0.safetensors", {"model": "../../../../x" + "a" * 51}, "does not say its model"),
+        ("m.0.safetensors", {"model": None}, "does not say its model"),
+        ("m.0.safetensors", {"tokenizer": 3}, "does not say its tokenizer"),
+        ("m.0.safetensors", {"seed": "../x"}, "does not say its seed"),
+        ("m.0.safetensors", {"multiplier": "../x"}, "does not say its multiplier"),
+        ("m.0.safetensors", {"multiplier": 0}, "does not say its multiplier"),
+        ("m.0.safetensors", {"corpus": "text"}, "does not say its corpus"),
+        ("m.0.safetensors", {"budget": None}, "does not say its budget"),
+    ],
+)
+def test_what_is_not_said_or_is_no_name_is_refused(
+    file: str, about: dict[str, object], words: str, tmp_path: Path
+) -> None:
+    moment(tmp_path, file, **about)
+    with pytest.raises(DamagedFile, match=words):
+        open_statistics(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../../../x/..", "/etc/passwd", "a\\b", "..", ""])
+def test_a_corpus_name_is_no_path(name: str, tmp_path: Path) -> None:
+    moment(tmp_path / "from", "m.0.safetensors", corpus={"name": name, "fingerprint": "d"})
+    kept = keep_statistics(open_statistics(tmp_path / "from"), tmp_path / "to")
+    (path,) = kept.paths.values()
+    assert path.resolve().parent.parent == (tmp_path / "to" / ("a" * 16)).resolve()
+
+
+@pytest.mark.parametrize(
+    "about", [{"seed": 3}, {"model": "c" * 64}, {"corpus": {"name": "c", "fingerprint": "e"}}]
+)
+def test_files_belong_together(about: dict[str, object], tmp_path: Path) -> None:
+    moment(tmp_path, "m.0.safetensors")
+    moment(tmp_path, "m.1.safetensors", module="m.1", **about)
+    with pytest.raises(DamagedFile, match=r"is of something else than m\.0\.safetensors"):
+        open_statistics(tmp_path)
+
+
+def test_no_folder_and_no_moment(tmp_path: Path) -> None:
+    for folder in (tmp_path, tmp_path / "none"):
+        with pytest.raises(FileNotFoundError, match="There is no moment in"):
+            open_statistics(folder)
+    (tmp_path / "m.0.safetensors").write_bytes(b"nothing")
+    with pytest.raises(fastcov.StoreDamaged):
+        open_statistics(tmp_path)

@@ -1,0 +1,86 @@
+"""The scripts of examples/ run as a user runs them, on a tiny model."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastmemit.errors import BadConfig
+from tiny_commands import make_place, save_model
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    at = tmp_path_factory.mktemp("examples")
+    return make_place(at, save_model(at / "model"))
+
+
+@pytest.fixture
+def example(
+    place: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., str]:
+    """Run a script in the place's folder; what it printed."""
+
+    def run(name: str, *words: Any) -> str:
+        options = ["--model", place.model[1], "--corpus", place.corpus, *words]
+        monkeypatch.setattr(sys, "argv", [name, *map(str, options)])
+        monkeypatch.chdir(place.at)
+        capsys.readouterr()
+        runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_a_first_edit(place: Any, example: Any) -> None:
+    said = example("first_edit.py", "--save", "one.safetensors")
+    assert "before:" in said and "undone" in said and "applied again" in said
+    assert (place.at / "one.safetensors").is_file()
+
+
+def test_many_edits_go_on_where_they_were_killed(place: Any, example: Any) -> None:
+    words = ("--facts", place.records, "--count", 4, "--batch-size", 2, "--out", "many")
+    whole = example("thousand_edits.py", *words)
+    files = sorted((place.at / "many").iterdir())
+    assert [path.name for path in files] == ["batch-0000.safetensors", "batch-0001.safetensors"]
+    kept = files[0].read_bytes()
+    files[1].unlink()  # as if it had been killed before the second batch
+    again = example("thousand_edits.py", *words)
+    assert "batch 1 of 2: read from" in again and "batch 2 of 2: 2 facts written" in again
+    assert files[0].read_bytes() == kept
+    assert whole.splitlines()[-2] == again.splitlines()[-2]  # the unedited scores
+
+
+def test_statistics_for_another_codebase(place: Any, example: Any) -> None:
+    words = ("--multiplier", 4, "--layout", "easyedit", "--model-name", "me/tiny")
+    said = example("stats_for_another_codebase.py", *words)
+    folder = place.at / "data" / "stats" / "tiny" / "wikipedia_stats"
+    found = sorted(path.name for path in folder.iterdir())
+    assert found[0] == "model.layers.0.mlp.down_proj_float32_mom2_100000.npz"
+    assert said.count("256 keys of width 64") == len(found)
+    with pytest.raises(BadConfig, match="may be the work of days"):
+        example("stats_for_another_codebase.py", *words)
+    example("stats_for_another_codebase.py", *words, "--overwrite")
+
+
+def test_an_edit_as_an_adapter(place: Any, example: Any) -> None:
+    pytest.importorskip("peft")
+    said = example("serve_as_adapter.py", "--method", "rome", "--out", "adapter").splitlines()
+    on, off = (next(x for x in said if x.startswith(word)) for word in ("on: ", "off: "))
+    assert float(on.rpartition("= ")[2]) > float(off.rpartition("= ")[2])
+    assert said[-1] == "read back, it is the same edit"
+    files = sorted(path.name for path in (place.at / "adapter").iterdir())
+    assert files == ["adapter_config.json", "adapter_model.safetensors"]
+
+
+def test_the_page_names_every_script() -> None:
+    page = (ROOT / "examples" / "README.md").read_text(encoding="utf-8")
+    scripts = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
+    assert scripts and all(f"[{name}]({name})" in page for name in scripts)
