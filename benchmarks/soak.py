@@ -4,10 +4,10 @@
     python benchmarks/soak.py kills --cycles 100 --json benchmarks/results/soak-kills.json
 
 `edits` applies and undoes one edit after the other, of all methods, of batches of every size, on
-every way there is: applied at once, planned and then applied, saved, loaded and applied. After each
-undo every weight must have the bits that it had. Memory is read after each: what the process has,
-and what Python's objects take (tracemalloc). A line through the second half says how much an edit
-leaves behind, with the standard error of its slope.
+every way there is: applied at once, planned and then applied, saved, loaded and applied. No fact
+comes twice. After each undo every weight must have the bits that it had. Memory is read after each:
+what the process has, and what Python's objects take (tracemalloc). A line through the second half
+says how much an edit leaves behind, with the standard error of its slope.
 
 `kills` is in soak_kills.py. Both leave with 1 where anything was lost.
 """
@@ -15,6 +15,8 @@ leaves behind, with the standard error of its slope.
 from __future__ import annotations
 
 import argparse
+import ctypes
+import dataclasses
 import gc
 import json
 import math
@@ -25,7 +27,9 @@ import sys
 import tempfile
 import time
 import tracemalloc
-from collections.abc import Callable, Sequence
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +60,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     result = {"mode": args.mode, **result, "seconds": round(time.perf_counter() - begun, 1)}
     _say(json.dumps({k: v for k, v in result.items() if k != "samples"}, indent=1))
     if args.json:
-        args.json.write_text(json.dumps({**result, **_here()}, indent=1) + "\n", encoding="utf-8")
+        from fastcov.store import atomic_file
+
+        with atomic_file(args.json) as file:
+            file.write((json.dumps({**result, **_here()}, indent=1) + "\n").encode())
     return 0 if result["sound"] else 1
 
 
@@ -83,16 +90,18 @@ def soak_edits(
     draw = random.Random(seed)
     with tempfile.TemporaryDirectory(prefix="soak-") as name:
         editor, settings = _editor(model, Path(name), facts)
-        requests = _requests(facts)
+        requests = _requests(facts, draw)
         before = {name: _bits(tensor) for name, tensor in editor.model.state_dict().items()}
         broken: list[int] = []
         counts: dict[str, int] = {}
-        rss, traced = [], []
+        # Of a fixed size: a list that grows would be measured as well.
+        rss, traced = array("q", bytes(8 * edits)), array("q", bytes(8 * edits))
+        gc.freeze()  # what is there already needs no look after each edit
         tracemalloc.start()
         try:
             for number in range(edits):
                 method, way = METHODS[number % 3], WAYS[number // 3 % 4]
-                some = draw.sample(requests, draw.randint(1, _LARGEST[method]))
+                some = list(islice(requests, draw.randint(1, _LARGEST[method])))
                 _come_and_go(editor, some, method, way, Path(name) / "edit", settings[method])
                 counts[f"{method}, {way}"] = counts.get(f"{method}, {way}", 0) + 1
                 now = {name: _bits(tensor) for name, tensor in editor.model.state_dict().items()}
@@ -100,12 +109,13 @@ def soak_edits(
                     broken.append(number)
                 del now
                 gc.collect()
-                rss.append(_resident())
-                traced.append(tracemalloc.get_traced_memory()[0])
+                rss[number] = _resident()
+                traced[number] = tracemalloc.get_traced_memory()[0]
                 if (number + 1) % 50 == 0:
                     say(f"{number + 1} edits, {rss[-1] / 2**20:.1f} MiB")
         finally:
             tracemalloc.stop()
+            gc.unfreeze()
     return {
         "model": model,
         "edits": edits,
@@ -116,7 +126,7 @@ def soak_edits(
         "python_bytes_per_edit": slope(traced[edits // 2 :]),
         "sound": not broken,
         "seed": seed,
-        "samples": {"resident": rss, "python": traced},
+        "samples": {"resident": list(rss), "python": list(traced)},
     }
 
 
@@ -176,11 +186,17 @@ def _editor(model: str, folder: Path, facts: str | None) -> tuple[Any, dict[str,
     return editor, {method: {"steps": 5} for method in METHODS}
 
 
-def _requests(facts: str | None) -> list[Any]:
+def _requests(facts: str | None, draw: random.Random) -> Iterator[Any]:
+    """Facts without end, in rounds; from the second on their subjects have a number."""
     from fastmemit.data import builtin_facts, load_records
 
     records = load_records(facts) if facts else builtin_facts()
-    return [record.request for record in records]
+    known = [record.request for record in records]
+    for number in count(1):
+        draw.shuffle(known)
+        for fact in known:
+            subject = fact.subject if number == 1 else f"{fact.subject} {number}"
+            yield dataclasses.replace(fact, subject=subject)
 
 
 def _bits(tensor: Any) -> str:
@@ -190,7 +206,10 @@ def _bits(tensor: Any) -> str:
 
 
 def _resident() -> int:
-    """Bytes of memory that the process has now."""
+    """Bytes of memory that the process has now, without what malloc keeps of what was freed."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:  # of glibc alone
+        trim(0)
     try:
         import psutil
     except ImportError:
@@ -201,8 +220,6 @@ def _resident() -> int:
 
 def _here() -> dict[str, Any]:
     """The machine and the versions."""
-    import dataclasses
-
     import torch
     import transformers
 
@@ -230,7 +247,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     edits.add_argument("--facts", help="CounterFact records (default: those of the package)")
     kills = modes.add_parser("kills", help="precomputes that are killed")
     kills.add_argument("--cycles", type=int, default=100)
-    kills.add_argument("--checkpoint-seconds", type=float, default=0.05)
+    kills.add_argument("--checkpoint-seconds", type=float, nargs="+", default=[0, 0.05, 0.4])
     kills.add_argument("--multiplier", type=float, default=300)
     for mode in (edits, kills):
         mode.add_argument("--seed", type=int, default=0)

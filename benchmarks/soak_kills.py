@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import multiprocessing
+import os
 import random
 import shutil
 import signal
+import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,6 +37,9 @@ _PRELOAD = [
     "transformers.models.llama.modeling_llama",
 ]
 _PATIENCE = 300.0  # seconds that a process may take
+_FILE = 10  # how many batches the writing of a final file counts for, when a moment is drawn
+_PAIRS = 3  # how often two run at once
+_LATER = 0.01  # up to so many seconds after the moment drawn
 
 
 @dataclass
@@ -63,13 +69,21 @@ class Kills:
 
 
 def soak_kills(
-    cycles: int, *, seconds: float, multiplier: float, seed: int, say: Callable[[str], None]
+    cycles: int,
+    *,
+    seconds: Sequence[float],
+    multiplier: float,
+    seed: int,
+    say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Kill and resume, cycle by cycle; each is killed once or more, and then runs to its end.
 
+    A moment is drawn among the batches and the files of a whole pass, so that a machine that is
+    slower now than it was before does not change where the kills fall.
+
     Args:
         cycles: How many.
-        seconds: Between two checkpoints.
+        seconds: Between two checkpoints; the cycles take turns.
         multiplier: How long a pass is.
         seed: Of the moments.
         say: Called with a line now and then.
@@ -81,31 +95,41 @@ def soak_kills(
     # A clean server forks the processes, so that each costs no import; it has started no thread.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)
+    # The server is to import what this process does, before it is told its search path.
+    os.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
     with tempfile.TemporaryDirectory(prefix="soak-") as name:
         at = Path(name)
-        start = Starter(context, seconds, multiplier)
+        start = Starter(context, multiplier)
         start(at / "warm").join(_PATIENCE)
         begun = time.perf_counter()
         start(at / "whole").join(_PATIENCE)
-        took = time.perf_counter() - begun
+        took, steps = time.perf_counter() - begun, start.steps.value
         wanted = _contents(at / "whole")
         if not wanted:
             raise SystemExit("The unbroken precompute left no file.")
         say(f"an unbroken precompute takes {took:.2f} s")
+        batches = [_two_at_once(start, at / f"two-{number}", wanted) for number in range(_PAIRS)]
         for cycle in range(cycles):
-            folder, attempt = at / f"cycle-{cycle}", 0
+            folder, killed = at / f"cycle-{cycle}", 0
+            start.seconds = seconds[cycle % len(seconds)]
             while True:
                 process = start(folder)
-                process.join(draw.uniform(0, took if attempt else 0.9 * took))
+                moment = draw.randrange(steps)
+                while process.exitcode is None and start.steps.value < moment:
+                    process.join(0.001)
+                process.join(draw.uniform(0, _LATER))
                 process.kill()  # SIGKILL: nothing in it can notice
                 process.join(_PATIENCE)
-                attempt += 1
-                if process.exitcode == 0:
+                if process.exitcode == 0 and killed:
                     break
-                if process.exitcode != -signal.SIGKILL:
+                if process.exitcode == 0:  # too late: the cycle would have no kill
+                    shutil.rmtree(folder)
+                elif process.exitcode == -signal.SIGKILL:
+                    killed += 1
+                    kills.phases[PHASES[start.phase.value]] += 1
+                    _inspect(folder, kills)
+                else:
                     raise SystemExit(f"A precompute failed with exit code {process.exitcode}.")
-                kills.phases[PHASES[start.phase.value]] += 1
-                _inspect(folder, kills)
             found = _contents(folder)
             kills.leftovers += [f"{cycle}: {path}" for path in sorted(found.keys() - wanted.keys())]
             if any(found.get(path) != data for path, data in wanted.items()):
@@ -119,15 +143,27 @@ def soak_kills(
         "killed_while": {phase: kills.phases[phase] for phase in PHASES},
         "kills_that_left_a_checkpoint": kills.kept,
         "temporary_files_left_by_kills": kills.temporary,
+        "batches_of_two_at_once": batches,
         "torn_files": kills.torn,
         "files_left_after_a_cycle": kills.leftovers,
         "cycles_with_other_bits": kills.different,
-        "sound": kills.sound,
+        "sound": kills.sound and all(min(pair) == 0 for pair in batches),
         "seconds_unbroken": round(took, 3),
-        "checkpoint_seconds": seconds,
+        "checkpoint_seconds": list(seconds),
         "multiplier": multiplier,
         "seed": seed,
     }
+
+
+def _two_at_once(start: Starter, folder: Path, wanted: dict[Path, bytes]) -> list[int]:
+    """Two precomputes of the same; how much each of them did. One of them has nothing to do."""
+    other = Starter(start._context, start._multiplier)
+    processes = [start(folder), other(folder)]
+    for process in processes:
+        process.join(_PATIENCE)
+    if [process.exitcode for process in processes] != [0, 0] or _contents(folder) != wanted:
+        raise SystemExit("Two precomputes at once did not make what one makes.")
+    return [start.steps.value, other.steps.value]
 
 
 class Starter:
@@ -135,22 +171,26 @@ class Starter:
 
     Attributes:
         phase: What the last one is or was doing, an index of `PHASES`.
+        seconds: Between two checkpoints.
+        steps: How many batches and files it has done, files counted as `_FILE`.
     """
 
-    def __init__(self, context: Any, seconds: float, multiplier: float) -> None:
-        self._context, self._seconds, self._multiplier = context, seconds, multiplier
+    def __init__(self, context: Any, multiplier: float) -> None:
+        self._context, self._multiplier = context, multiplier
+        self.seconds = math.inf
         self.phase = context.Value("i", STARTING, lock=False)
+        self.steps = context.Value("i", 0, lock=False)
 
     def __call__(self, folder: Path) -> Any:
         """Start one that keeps its files in this folder."""
-        self.phase.value = STARTING
-        arguments = (folder, self._seconds, self._multiplier, self.phase)
+        self.phase.value, self.steps.value = STARTING, 0
+        arguments = (folder, self.seconds, self._multiplier, self.phase, self.steps)
         process = self._context.Process(target=_precompute, args=arguments)
         process.start()
         return process
 
 
-def _precompute(folder: Path, seconds: float, multiplier: float, phase: Any) -> None:
+def _precompute(folder: Path, seconds: float, multiplier: float, phase: Any, steps: Any) -> None:
     """One precompute of a tiny model, in a process of its own."""
     import torch
 
@@ -176,10 +216,14 @@ def _precompute(folder: Path, seconds: float, multiplier: float, phase: Any) -> 
     def saving(*args: Any) -> None:
         phase.value = SAVING
         save(*args)
+        steps.value += _FILE
 
     def removing(self: Any) -> None:
         phase.value = TIDYING
         remove(self)
+
+    def batch(keys: int) -> None:
+        steps.value += 1
 
     checkpoint.atomic_file, fastcov.save_moment = told, saving  # type: ignore[assignment]
     checkpoint.Checkpoint.remove = removing  # type: ignore[method-assign]
@@ -187,7 +231,7 @@ def _precompute(folder: Path, seconds: float, multiplier: float, phase: Any) -> 
     phase.value = BETWEEN if list(folder.rglob("*.checkpoint")) else BEFORE
     precompute(
         find_adapter(tiny_model("llama")), tiny_tokenizer(), tiny_corpus(1500), folder, identity,
-        layers=(0, 1), multiplier=multiplier, checkpoint_seconds=seconds,
+        layers=(0, 1), multiplier=multiplier, checkpoint_seconds=seconds, progress=batch,
     )  # fmt: skip
     phase.value = FINISHED
 

@@ -7,7 +7,6 @@ Times are seconds, rates GFLOP/s of useful operations, both of one call.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -132,9 +131,10 @@ def save(run: Run, path: Path) -> None:
         "device": run.machine.gpu or run.machine.cpu,
         "kernels": run.kernels(),
     }
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    from fastcov.store import atomic_file  # torch, which those who only read need not load
+
+    with atomic_file(path) as file:
+        file.write((json.dumps(content, indent=1) + "\n").encode())
 
 
 def load(path: Path) -> Run:

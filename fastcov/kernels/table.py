@@ -88,7 +88,10 @@ def main(arguments: list[str]) -> int:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         print(f"error: {arguments[0]} cannot be adopted: {error}", file=sys.stderr)
         return 2
-    path.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+    from fastcov.store import atomic_file  # which imports the operator, and so this file
+
+    with atomic_file(path) as file:
+        file.write((json.dumps(table, indent=1) + "\n").encode())
     print(f"{path.name} now holds {', '.join(table['devices'])}.")
     return 0
 

@@ -16,11 +16,12 @@ from fastcov.throughput import Throughput
 from fastmemit import parallel
 from fastmemit.data.corpora import Corpus
 from fastmemit.data.feed import corpus_batches, tokens_per_batch
-from fastmemit.locks import alone
+from fastmemit.locks import alone, lock_of
 from fastmemit.models import ModelAdapter
 
 log = logging.getLogger(__name__)
 
+_TEMPORARY = ".*.tmp"
 _CHECKPOINTS = ".collecting-*.checkpoint"  # no .safetensors: nobody takes one for a moment
 
 
@@ -178,32 +179,41 @@ def alone_or_first(processes: fastcov.Processes | None, home: Path, what: str) -
         OSError: The lock's file cannot be made.
     """
     if processes is None or processes.first:
-        with alone(home.with_name(f".{home.name}.lock"), what) as ours:
+        with alone(lock_of(home), what) as ours:
             yield ours
     else:
         yield False
 
 
-def sweep_up(home: Path, exists: Callable[[str], bool] | None = None) -> None:
+def sweep_up(home: Path, *, useless_too: bool = False) -> None:
     """Remove what killed processes left in a folder of statistics; nobody else may write there.
 
     Args:
         home: The folder.
-        exists: Whether a module's file is there. Checkpoints all of whose modules are there are
-            removed too, and damaged ones; None leaves checkpoints alone.
+        useless_too: Remove checkpoints as well that are damaged or all of whose modules are there.
     """
-    for path in home.glob(".*.tmp"):
+    for path in home.glob(_TEMPORARY):
         with suppress(OSError):
             path.unlink()
-    if exists is None:
-        return
-    for path in home.glob(_CHECKPOINTS):
+    for path in home.glob(_CHECKPOINTS) if useless_too else ():
         try:
-            needed = not all(map(exists, read_checkpoint(path)[1]))
+            modules = read_checkpoint(path)[1]
         except (fastcov.StoreDamaged, OSError):
-            needed = False
-        if not needed:
+            modules = {}
+        if all((home / f"{name}.safetensors").is_file() for name in modules):
             path.unlink(missing_ok=True)
+
+
+def tidy(home: Path) -> None:
+    """Remove what was left by a process that was killed when all was written but for that.
+
+    It is left where another process works in the folder, or where the folder cannot be written.
+    """
+    left = (lock_of(home), *home.glob(_TEMPORARY), *home.glob(_CHECKPOINTS))
+    if any(path.exists() for path in left):
+        with suppress(OSError), alone(lock_of(home), "", wait=False) as ours:
+            if ours:
+                sweep_up(home, useless_too=True)
 
 
 @contextmanager

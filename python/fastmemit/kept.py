@@ -12,7 +12,7 @@ from typing import Any
 
 import fastcov
 from fastcov.store import atomic_file
-from fastmemit.locks import alone
+from fastmemit.locks import alone, lock_of
 
 
 def is_there(path: Path, shared: dict[str, Any], module: str) -> bool:
@@ -120,7 +120,7 @@ def copied(paths: dict[str, Path], folder: Path, home: str | None = None) -> dic
     }
     missing = {name: path for name, path in found.items() if not path.is_file()}
     for place in {path.parent for path in missing.values()}:
-        with alone(place.with_name(f".{place.name}.lock"), "writing the same statistics"):
+        with alone(lock_of(place), "writing the same statistics"):
             for name, path in missing.items():
                 with atomic_file(path) as file, open(paths[name], "rb") as source:
                     shutil.copyfileobj(source, file)

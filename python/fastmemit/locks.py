@@ -24,8 +24,13 @@ _POLL = 0.2
 _HELD = {errno.EAGAIN, errno.EACCES, errno.EWOULDBLOCK}
 
 
+def lock_of(home: Path) -> Path:
+    """The lock of a folder of statistics, beside it."""
+    return home.with_name(f".{home.name}.lock")
+
+
 @contextmanager
-def alone(path: Path, what: str) -> Iterator[bool]:
+def alone(path: Path, what: str, *, wait: bool = True) -> Iterator[bool]:
     """Wait until no other process is inside with the same path, and keep the others out.
 
     The system frees the lock of a process that ends, however it ends. On a file system without
@@ -37,6 +42,7 @@ def alone(path: Path, what: str) -> Iterator[bool]:
         path: The lock's file, which only a killed process leaves behind, empty and without harm;
             its folder is made.
         what: What the other process is doing, for the message of one that waits.
+        wait: Whether to wait for it; without, a lock that another process has is none.
 
     Yields:
         Whether there is a lock.
@@ -56,6 +62,9 @@ def alone(path: Path, what: str) -> Iterator[bool]:
             return
         if release is not None:
             break
+        if not wait:
+            yield False
+            return
         if not told and time.monotonic() - begun >= _PATIENCE:
             log.warning("another process is %s; waiting for it (%s)", what, path)
             told = True

@@ -17,7 +17,7 @@ from torch import Tensor
 import fastcov
 from fastcov.throughput import Throughput
 from fastmemit import parallel
-from fastmemit.collecting import Text, alone_or_first, checkpoint_of, collected, sweep_up
+from fastmemit.collecting import Text, alone_or_first, checkpoint_of, collected, sweep_up, tidy
 from fastmemit.data.corpora import Corpus
 from fastmemit.errors import BadConfig
 from fastmemit.kept import common, compare, essence, home_of, is_there, there
@@ -170,6 +170,7 @@ def precompute(
     processes = parallel.current()
     if processes is None and all(is_there(path, shared, name) for name, path in paths.items()):
         throughput = None  # nothing is collected
+        tidy(home)
     else:
         with alone_or_first(processes, home, "collecting the same statistics") as ours:
             if ours:
@@ -214,7 +215,7 @@ def precompute(
                 parallel.save_once(processes, paths[name], moment, {**own, "versions": made})
             checkpoint.remove()
             if ours:
-                sweep_up(home, lambda name: (home / f"{name}.safetensors").is_file())
+                sweep_up(home, useless_too=True)
             throughput = throughput if missing else None
     provenance = common([fastcov.read_provenance(path) for path in paths.values()])
     return Statistics(paths, provenance, throughput)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import errno
 import logging
 import math
+import os
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +17,7 @@ import pytest
 import fastcov
 from fastmemit import statistics
 from fastmemit.data import Corpus, corpus_from_texts, feed
+from fastmemit.locks import alone, lock_of
 from fastmemit.models import find_adapter
 from fastmemit.statistics import Statistics, find, precompute
 from tiny_editors import texts, tiny_corpus
@@ -200,12 +205,79 @@ def test_temporary_files_of_the_killed_are_removed(tmp_path: Path) -> None:
     assert not list(home.glob("*.tmp"))
 
 
+@pytest.mark.parametrize("refused", [False, True])
+def test_killed_when_all_was_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: bool
+) -> None:
+    def killed(self: fastcov.Checkpoint) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fastcov.Checkpoint, "remove", killed)
+        run(tmp_path)
+    (home,) = (path.parent for path in tmp_path.rglob("*.checkpoint"))
+    lock_of(home).touch()
+    (home / ".collecting-0.checkpoint.123-abcd.tmp").write_bytes(b"half")
+    assert len(files(tmp_path)) == 5
+    if refused:  # what is there serves, in a folder that cannot be written too
+
+        def refuse(path: Any, *args: Any) -> int:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "open", refuse)
+            assert run(tmp_path)[1] == 0
+        assert len(files(tmp_path)) == 5
+    assert run(tmp_path)[1] == 0
+    assert [path.suffix for path in files(tmp_path)] == [".safetensors"] * 2
+
+
+def test_it_does_not_wait_for_others_where_all_is_there(tmp_path: Path) -> None:
+    run(tmp_path)
+    home = files(tmp_path)[0].parent
+    (home / ".half.tmp").touch()  # of the other one
+    with alone(lock_of(home), "collecting other layers"):
+        assert run(tmp_path)[1] == 0
+        assert (home / ".half.tmp").exists()
+
+
+@pytest.mark.parametrize("locks_there", [True, False])
+def test_two_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, locks_there: bool, caplog: Capture
+) -> None:
+    """Locks tell two threads from each other as they do two processes."""
+    if not locks_there:
+
+        def refuse(*_: Any) -> None:
+            raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+        monkeypatch.setattr(pytest.importorskip("fcntl"), "flock", refuse)
+    counts, gate = [0, 0], threading.Barrier(2)
+    # Made one after the other: they draw from one generator, and a tokenizer is not for two.
+    made = [(find_adapter(tiny_model("llama")), copy.deepcopy(TOKENIZER)) for _ in counts]
+
+    def collect(number: int) -> None:
+        def counted(keys: int) -> None:
+            counts[number] += 1
+
+        gate.wait()
+        precompute(*made[number], tiny_corpus(), tmp_path / "two", IDENTITY, layers=(0, 1),
+                   multiplier=6, checkpoint_seconds=0, progress=counted)  # fmt: skip
+
+    threads = [threading.Thread(target=collect, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    _, number = run(tmp_path / "one")
+    assert sorted(counts) == ([0, number] if locks_there else [number, number])
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")
+    assert ("without locks" in caplog.text) is not locks_there
+
+
 def test_it_says_what_is_wrong_with_a_place_before_it_collects(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import errno
-    import os
-
     def refuse(path: Any, *args: Any, **more: Any) -> Any:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
 

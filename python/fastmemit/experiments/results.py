@@ -6,7 +6,7 @@ import json
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -132,12 +132,20 @@ class ResultsFile:
         """Add a line, and see that it is on the disk.
 
         Raises:
-            OSError: It cannot be written; the lines before stay.
+            OSError: It cannot be written; the lines before stay, and no part of this one.
         """
-        with open(self.path, "ab") as file:
-            file.write(line_of(value))
-            file.flush()
-            os.fsync(file.fileno())
+        line = line_of(value)
+        with open(self.path, "ab", buffering=0) as file:  # closing has nothing left to write
+            before = file.seek(0, os.SEEK_END)
+            try:
+                left = memoryview(line)
+                while left:
+                    left = left[file.write(left) :]
+                os.fsync(file.fileno())
+            except BaseException:
+                with suppress(OSError):
+                    file.truncate(before)
+                raise
 
 
 def line_of(value: Mapping[str, Any]) -> bytes:

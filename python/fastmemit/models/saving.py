@@ -44,8 +44,9 @@ def save_model(model: Any, tokenizer: Any, folder: str | os.PathLike[str]) -> Pa
                 tokenizer.save_pretrained(partial)
             # The safetensors library makes files that only their owner may read; models are shared.
             mode = (partial / "config.json").stat().st_mode
-            for file in partial.iterdir():
-                file.chmod(mode)
+            for file in partial.rglob("*"):
+                if file.is_file():
+                    file.chmod(mode)
     except BaseException as error:
         if type(error).__name__ == "SafetensorError":
             raise _disk_error(error, target) from error
@@ -75,12 +76,24 @@ def new_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
     partial.mkdir()
     try:
         yield partial
+        for file in partial.rglob("*"):
+            if file.is_file():
+                _to_disk(file)
         if target.is_dir() and os.name == "nt":
             target.rmdir()  # only POSIX renames over an empty folder
         os.replace(partial, target)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def _to_disk(file: Path) -> None:
+    """See that a file is on the disk, so that no power cut leaves an empty one under its name."""
+    opened = os.open(file, os.O_RDWR)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
 
 
 def _disk_error(error: BaseException, folder: Path) -> OSError:

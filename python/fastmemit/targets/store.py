@@ -31,10 +31,11 @@ class TargetStore:
 
     Args:
         folder: Where; None keeps vectors in memory only.
+        held: How many of those that are in the folder are held in memory as well: the last ones.
     """
 
-    def __init__(self, folder: Path | None) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path | None, held: int = 256) -> None:
+        self._folder, self._held = folder, held
         self._memory: dict[str, Target] = {}
 
     def key(
@@ -81,7 +82,7 @@ class TargetStore:
             log.warning("the stored target %s has changed on the disk and is made again", path)
             return None
         target = Target(parts["vector"], parts["start"], tuple(parts["losses"].tolist()))
-        self._memory[key] = target
+        self._remember(key, target)
         return target
 
     def put(self, key: str, target: Target) -> None:
@@ -90,7 +91,7 @@ class TargetStore:
         Raises:
             OSError: The file cannot be written; the target is in memory all the same.
         """
-        self._memory[key] = target
+        self._remember(key, target)
         if self._folder is None:
             return
         import torch
@@ -103,6 +104,13 @@ class TargetStore:
         }
         with atomic_file(self._path(key)) as file:
             file.write(save(parts, {"sha256": _seal(parts)}))
+
+    def _remember(self, key: str, target: Target) -> None:
+        """Hold a target; thousands of edits in one process must not hold all of theirs."""
+        self._memory.pop(key, None)
+        self._memory[key] = target
+        while self._folder is not None and len(self._memory) > self._held:
+            del self._memory[next(iter(self._memory))]  # the first that came
 
     def _path(self, key: str) -> Path:
         assert self._folder is not None

@@ -1,6 +1,7 @@
 """The store of targets serves a vector for exactly what it was made for."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
@@ -107,3 +108,21 @@ def test_only_missing_targets_are_computed(tmp_path, monkeypatch):
     assert torch.equal(second[0].vector, first[1].vector)
     assert torch.equal(second[2].vector, first[0].vector)
     assert sum(done) == 3 * SETTINGS.steps
+
+
+def test_memory_does_not_grow_with_the_folder(tmp_path: Path) -> None:
+    def target(number: int) -> Target:
+        return Target(torch.full((4,), float(number)), torch.zeros(4), (1.0,))
+
+    store = TargetStore(tmp_path, held=3)
+    for number in range(10):
+        store.put(f"{number:064}", target(number))
+    assert len(store._memory) == 3
+    for number in (0, 9, 5):  # those that are not held come from their files
+        found = store.get(f"{number:064}")
+        assert found is not None and torch.equal(found.vector, target(number).vector)
+    assert len(store._memory) == 3
+    alone = TargetStore(None, held=3)  # there is no file that could serve
+    for number in range(10):
+        alone.put(f"{number:064}", target(number))
+    assert len(alone._memory) == 10
