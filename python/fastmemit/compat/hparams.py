@@ -17,7 +17,7 @@ from fastmemit.editors import EditConfig
 from fastmemit.errors import BadConfig
 from fastmemit.models import ModelAdapter
 
-#: Whose files are read; those of PMET and AlphaEdit have more in them than our methods of these names.
+#: Whose files are read; those of PMET and AlphaEdit say more than our methods can honour.
 METHODS = ("rome", "emmet", "memit")
 
 log = logging.getLogger(__name__)
