@@ -11,6 +11,7 @@ The adapter goes into tower-adapter/, which must not exist; --out names another 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +28,8 @@ def main() -> None:
     parser.add_argument("--method", default="memit")
     parser.add_argument("--out", default="tower-adapter", help="the adapter's folder")
     args = parser.parse_args()
+    if Path(args.out).exists():
+        parser.error(f"{args.out} exists already; name another folder by --out")
     from peft import PeftModel
 
     editor = Editor.from_pretrained(args.model, progress=True)

@@ -13,6 +13,7 @@ weights, but the later ones do not preserve their keys.
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
 from pathlib import Path
 
 from fastmemit import Editor
@@ -46,12 +47,15 @@ def main() -> None:
     editor.contexts(args.method)  # the unedited model writes them, so before a file is applied
     preserved = PreservedKeys()
     for number, batch in enumerate(chosen):
+        requests = [record.request for record in batch]
         path = args.out / f"batch-{number:04}.safetensors"
         if path.exists():
-            editor.load(path).apply()
+            edit = editor.load(path)
+            if edit.delta.requests != [asdict(request) for request in requests]:
+                raise SystemExit(f"{path} holds other facts than this run's; name another --out.")
+            edit.apply()
             print(f"batch {number + 1} of {len(chosen)}: read from {path}")
             continue
-        requests = [record.request for record in batch]
         edit = editor.edit(requests, args.method, preserved=preserved)
         edit.save(path)
         print(f"batch {number + 1} of {len(chosen)}: {len(batch)} facts written, kept in {path}")
@@ -59,7 +63,7 @@ def main() -> None:
     edited = score_records(editor.adapter, editor.tokenizer, facts)
     for name, scores in (("before", unedited), ("after", edited)):
         shown = summarise(scores).as_dict()
-        line = "  ".join(f"{k.upper()} {shown[k]:.1f}" for k in ("es", "ps", "ns", "s") if shown[k])
+        line = "  ".join(f"{k.upper()} {shown[k]:.1f}" for k in ("es", "ps", "ns", "s") if shown[k] is not None)
         print(f"{name}: {line}")
 
 

@@ -36,6 +36,8 @@ class Edit:
         Raises:
             BadUndo: It is in them already.
             WrongModel: The model lacks a weight, or has it in another shape.
+            QuantisedWeight: A weight is not stored in floating point.
+            OffloadedWeight: A weight is not in memory.
         """
         self._stack.push(self)
         return self
@@ -58,10 +60,9 @@ class Edit:
         self.delta.save(path)
 
     def __repr__(self) -> str:
-        requests = self.delta.provenance.get("requests", [])
         method = self.delta.provenance.get("method", "unknown method")
         state = "applied" if self.applied else "not applied"
-        return f"<Edit: {len(requests)} facts by {method}, {state}>"
+        return f"<Edit: {len(self.delta.requests)} facts by {method!s:.20}, {state}>"
 
 
 @dataclass

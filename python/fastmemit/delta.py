@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from fastcov.parsing import parse_json
 from fastcov.store import atomic_file
-from fastmemit.errors import DamagedFile, WrongModel
+from fastmemit.errors import DamagedFile, OffloadedWeight, QuantisedWeight, WrongModel
 
 FORMAT = "fastmemit-delta"
 VERSION = 1
@@ -44,6 +44,12 @@ class Delta:
     def model(self) -> str | None:
         """The fingerprint of the model that the delta was made for, if it is on record."""
         return self.provenance.get("model")
+
+    @property
+    def requests(self) -> list[Any]:
+        """The facts on record as they were read; none where the record holds no list of them."""
+        found = self.provenance.get("requests")
+        return found if isinstance(found, list) else []
 
     def digest(self) -> str:
         """SHA-256 (hex) over names, shapes and bytes of all factors."""
@@ -126,14 +132,38 @@ class Delta:
                     "apply it to the model that it was made for."
                 )
 
+    def check_stored(self, model: nn.Module) -> None:
+        """Refuse quantised weights; one that the model lacks is left to `check`.
+
+        Raises:
+            QuantisedWeight: One is packed, of whole numbers, or of fewer than 16 bits.
+        """
+        for name, weight in model.named_parameters(remove_duplicate=False):
+            plain = type(weight) is nn.Parameter and weight.is_floating_point()
+            if name in self.factors and not (plain and weight.element_size() >= 2):
+                raise QuantisedWeight(
+                    f"The edit changes {name}, which is stored as {weight.dtype} "
+                    f"({type(weight).__name__}); load the model in floating point."
+                )
+
     def add_to(self, model: nn.Module) -> None:
         """Add the change to the model's weights, all or none.
 
         Raises:
-            WrongModel: A weight is missing or of another shape; nothing is changed then.
+            WrongModel: A weight is missing or of another shape; nothing is changed then, nor by
+                the next two.
+            QuantisedWeight: A weight is not stored in floating point.
+            OffloadedWeight: A weight is not in memory.
         """
+        self.check_stored(model)
         self.check(model)
         weights = dict(model.named_parameters(remove_duplicate=False))
+        for name in self.factors:
+            if weights[name].is_meta:
+                raise OffloadedWeight(
+                    f"The edit changes {name}, which is not in memory (device meta); load the "
+                    "model without offloading it."
+                )
         with restored_on_error([weights[name] for name in self.factors]):
             for name, (left, right) in self.factors.items():
                 add_low_rank(weights[name], left, right)

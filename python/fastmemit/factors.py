@@ -24,6 +24,16 @@ _Key = tuple[int, float, float, float, str]
 _SpaceKey = tuple[int, float, float | None]
 
 
+def settled(adapter: ModelAdapter, used: Statistics, config: EditConfig) -> EditConfig:
+    """The settings with the relative ridge that they come to, one for all layers.
+
+    Layers of unlike widths may have unlike multipliers where the corpus ended early: the widest one
+    has fewest keys for its width and decides.
+    """
+    widest = max(adapter.d_k(layer) for layer in config.layers)
+    return config.settled(used.multiplier_of(widest))
+
+
 class FactorCache:
     """Factors of ``A = w C + ridge I`` and null spaces of C, by all that they are made with.
 
@@ -54,7 +64,7 @@ class FactorCache:
             fastcov.StoreDamaged: The second moment's file is not what was written.
         """
         weight = float(adapter.d_k(layer)) if config.weight is None else config.weight
-        relative = config.settled(used.multiplier_of(adapter.d_k(layer))).relative_ridge or 0.0
+        relative = settled(adapter, used, config).relative_ridge or 0.0
         key = (layer, weight, config.ridge, relative, config.shrinkage)
         found = self._held.get(key)
         if not isinstance(found, CholeskyFactor):

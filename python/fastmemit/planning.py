@@ -10,6 +10,7 @@ from fastmemit.applied import Edit, EditStack
 from fastmemit.delta import Delta
 from fastmemit.editors import PLANS, PRESERVING, EditConfig, PreservedKeys, ReadCache
 from fastmemit.editors.base import EditKeys
+from fastmemit.factors import settled
 from fastmemit.request import EditRequest, check_batch
 from fastmemit.sources import Sources
 from fastmemit.statistics import versions
@@ -61,12 +62,11 @@ def plan_edit(
         stack.check(edit)
     work = sources.workspace(config, preserved, reads)
     used = sources.statistics_for(config.layers)
-    came_to = config.settled(used.multiplier_of(work.adapter.d_k(config.layers[0])))
     factors = work.plan(PLANS[config.method], batch)
     provenance = {
         **sources.identity(),
         "method": config.method,
-        "settings": dataclasses.asdict(came_to),
+        "settings": dataclasses.asdict(settled(work.adapter, used, config)),
         "requests": [dataclasses.asdict(request) for request in batch],
         "statistics": dict(used.provenance),
         "contexts": list(sources.contexts(config.method)),

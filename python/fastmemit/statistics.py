@@ -68,7 +68,8 @@ class Statistics:
 
     def multiplier_of(self, d_k: int) -> float:
         """How many keys there are, as a multiple of a width."""
-        return min(float(self.provenance["multiplier"]), self.keys / d_k)
+        wanted = fastcov.budget(float(self.provenance["multiplier"]), d_k)
+        return min(wanted, self.keys) / d_k
 
     @property
     def exhausted(self) -> bool:

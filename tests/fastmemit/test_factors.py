@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -9,8 +11,9 @@ import torch
 import fastcov
 from fastcov.errors import QuarticUnknown
 from fastmemit import factors
-from fastmemit.editors import find_config
-from fastmemit.factors import FactorCache
+from fastmemit.editors import EditConfig, find_config
+from fastmemit.factors import FactorCache, settled
+from fastmemit.statistics import Statistics
 from reference import closed_form as literal
 from reference import shrinkage as literal_shrinkage
 from tiny_editors import FACTS, tiny_corpus, tiny_editor
@@ -137,3 +140,12 @@ def test_few_keys_get_a_ridge(tmp_path, multiplier, ridge):
     assert not torch.equal(factor(editor).L, factor(editor, relative_ridge=0.1 - ridge).L)
     edit = editor.plan(FACTS[:2], "memit", layers=(0, 1), steps=2)
     assert edit.provenance["settings"]["relative_ridge"] == ridge
+
+
+@pytest.mark.parametrize(("layers", "ridge"), [((0,), 0.0), ((1,), 0.1), ((0, 1), 0.1)])
+def test_layers_of_unlike_widths_come_to_one_ridge(layers, ridge):
+    """A corpus of 300 keys ended before four widths of 128, but not before four of 64."""
+    adapter = SimpleNamespace(d_k={0: 64, 1: 128}.__getitem__)
+    used = Statistics({}, {"multiplier": 4.0, "budget": 512, "keys": 300})
+    config = EditConfig(method="memit", layers=layers)
+    assert settled(adapter, used, config).relative_ridge == ridge

@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> None:
     for edit in edits:
         edit.apply()
     after = editor.generate(args.prompt, args.tokens) if args.prompt else []
-    facts = sum(len(edit.delta.provenance.get("requests", [])) for edit in edits)
+    facts = sum(len(edit.delta.requests) for edit in edits)
     print(f"{len(edits)} edits with {facts} facts applied to {editor.name}")
     for prompt, old, new in zip(args.prompt, before, after, strict=True):
         print(f"\n{prompt}\n  before: {_line(old)}\n  after:  {_line(new)}")

@@ -67,10 +67,8 @@ def run(args: argparse.Namespace) -> None:
         whole = compressed(whole, rank=args.rank)
     whole.save(args.save)
     for part in found:
-        about = part.provenance
-        facts = about.get("requests")
-        count = len(facts) if isinstance(facts, list) else 0
-        print(f"  {part.digest():.12}  {count} facts by {about.get('method', 'unknown')!s:.20}")
+        method = part.provenance.get("method", "unknown")
+        print(f"  {part.digest():.12}  {len(part.requests)} facts by {method!s:.20}")
     for name, done in (whole.provenance.get("compression") or {}).items():
         print(
             f"  {name}: rank {done['from']} -> {done['to']}, "

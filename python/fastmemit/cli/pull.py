@@ -40,8 +40,7 @@ def run(args: argparse.Namespace) -> None:
         if editor is not None:
             delta.check(editor.model)
         delta.save(args.save)
-        facts = len(delta.provenance.get("requests") or [])
-        print(f"edit with {facts} facts of {args.repo} saved to {args.save}")
+        print(f"edit with {len(delta.requests)} facts of {args.repo} saved to {args.save}")
         return
     tokenizer = tokenizer_fingerprint(editor.tokenizer) if editor is not None else None
     found = pull_statistics(

@@ -22,7 +22,8 @@ PRESERVING = ("encore", "alphaedit")
 KEYS = ("consistent", "mean", "original")
 SPREADS = ("linear", "sqrt")
 #: With fewer keys than this many widths the smallest eigenvalues of C are noise, worst at 1. A
-#: ridge of this share of the diagonal's mean is above that noise, and cost no score at any budget.
+#: ridge of this share of the diagonal's mean is above that noise; where it is not needed it moved S
+#: by less than the interval of S (docs/below-minimum.md).
 SMALL_BUDGET = 3.0
 SMALL_BUDGET_RIDGE = 0.1
 STOPS = ("loss", "most-probable")
@@ -39,8 +40,8 @@ class EditConfig:
             key width d_k (see docs/second-moment.md).
         ridge: Added to the diagonal of ``w C``.
         relative_ridge: Added to it as well, as a multiple of the diagonal's mean. None takes
-            `SMALL_BUDGET_RIDGE` where C has fewer keys than `SMALL_BUDGET` times the width and
-            neither `ridge` nor `shrinkage` is set, else 0 (docs/below-minimum.md).
+            `SMALL_BUDGET_RIDGE` where C has fewer keys than `SMALL_BUDGET` times the width,
+            `ridge` is 0 and nothing is shrunk, else 0 (docs/below-minimum.md).
         shrinkage: How C is moved towards a multiple of the identity before: ``"none"``,
             ``"ledoit-wolf"`` or ``"oas"`` (see `fastcov.shrinkage`).
         lambda_e: EMMET only, batches above 1: how far the equality constraint is relaxed.
@@ -105,15 +106,17 @@ class EditConfig:
         )
 
     def settled(self, multiplier: float) -> EditConfig:
-        """The settings with the relative ridge that they come to.
+        """The settings with the relative ridge that they come to: 0 for AlphaEdit, which has no A.
 
         Args:
-            multiplier: How many keys C has, as a multiple of their width.
+            multiplier: How many keys C has, as a multiple of their width; of the layer that has
+                fewest (`fastmemit.factors.settled`).
         """
         if self.relative_ridge is not None:
             return self
-        small = multiplier < SMALL_BUDGET and not self.ridge and self.shrinkage == "none"
-        return dataclasses.replace(self, relative_ridge=SMALL_BUDGET_RIDGE if small else 0.0)
+        bare = self.method != "alphaedit" and not self.ridge and self.shrinkage == "none"
+        few = multiplier < SMALL_BUDGET
+        return dataclasses.replace(self, relative_ridge=SMALL_BUDGET_RIDGE if bare and few else 0.0)
 
     def replaced(self, overrides: Mapping[str, Any]) -> EditConfig:
         """The settings with some values replaced.

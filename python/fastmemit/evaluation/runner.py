@@ -14,6 +14,7 @@ from fastmemit.errors import WrongModel
 from fastmemit.evaluation.measures import Measured, Measures, table
 from fastmemit.evaluation.references import References
 from fastmemit.evaluation.schema import RecordResult, Result
+from fastmemit.factors import settled
 from fastmemit.progress import bar
 from fastmemit.statistics import versions
 
@@ -55,7 +56,6 @@ def evaluate(
     measures = Measures.of(metrics, references)
     config = editor.config(method, **(overrides or {}))
     statistics = editor.statistics_for(config.layers)
-    came_to = config.settled(statistics.multiplier_of(editor.adapter.d_k(config.layers[0])))
     records = [record for batch in batches for record in batch]
     measures.check(records)
     seconds: dict[str, float] = {}
@@ -85,7 +85,7 @@ def evaluate(
             for record, number, b, a in zip(records, numbers, before, after, strict=True)
         ],
         settings={
-            **dataclasses.asdict(came_to),
+            **dataclasses.asdict(settled(editor.adapter, statistics, config)),
             "batches": [len(batch) for batch in batches],
             "metrics": list(metrics),
             "seed": editor.seed,

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastcov.parsing import parse_json
 from fastmemit.delta import Delta
-from fastmemit.errors import BadAdapter, DamagedFile, QuantisedWeight
+from fastmemit.errors import BadAdapter, DamagedFile
 from fastmemit.models import fingerprint
 from fastmemit.models.structure import linear_shape
 from fastmemit.sharing.adapter_out import CONFIG, OURS, PREFIX, WEIGHTS, is_transposed
@@ -69,14 +70,8 @@ def load_adapter(folder: str | os.PathLike[str], model: nn.Module) -> Delta:
         left, right = (a.T, b) if is_transposed(part) else (b, a.T)
         factors[f"{module}.weight"] = (left.contiguous(), right.contiguous())
     delta = _as_written(folder, factors, ours) if ours else Delta(factors, {})
+    delta.check_stored(model)  # before the shapes: a packed weight has another
     delta.check(model)
-    for name in factors:
-        weight = model.get_parameter(name)
-        if not weight.is_floating_point() or weight.element_size() < 2:
-            raise QuantisedWeight(
-                f"The adapter {os.fspath(folder)!r} changes {name}, which is stored as "
-                f"{weight.dtype}; load the model in floating point."
-            )
     if ours:
         return delta
     about = {k: config.get(k) for k in ("r", "lora_alpha", "use_rslora", "target_modules")}
@@ -104,19 +99,19 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, An
     try:
         if (folder / CONFIG).stat().st_size > _CONFIG_BYTES:
             raise ValueError("it is too large")
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        config = parse_json((folder / CONFIG).read_bytes())
         if not isinstance(config, dict):
             raise ValueError("it is no object")
     except ValueError as error:
-        raise _damaged(folder, f"has a {CONFIG} that cannot be read ({error})") from error
+        raise _damaged(folder, f"has an {CONFIG} that cannot be read ({error})") from error
     try:
         with safe_open(str(folder / WEIGHTS), framework="pt") as file:
             text = (file.metadata() or {}).get(OURS)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
-        raise _damaged(folder, f"has a {WEIGHTS} that cannot be read ({error})") from error
+        raise _damaged(folder, f"has an {WEIGHTS} that cannot be read ({error})") from error
     try:
-        ours = {} if text is None else json.loads(text)
+        ours = {} if text is None else parse_json(text)
     except ValueError as error:
         raise _damaged(folder, "has metadata that cannot be read") from error
     return config, tensors, ours if isinstance(ours, dict) else {}
@@ -181,8 +176,8 @@ def _scaling(
         if fits:
             alpha = value
             break
-    sound = isinstance(alpha, int | float) and math.isfinite(alpha) and rank > 0
-    if not sound:
+    # A whole number in JSON has no largest; compared, it need not become a float.
+    if type(alpha) not in (int, float) or not abs(alpha) <= sys.float_info.max or rank < 1:
         raise _damaged(folder, f"has an alpha of {alpha!r:.40} for a rank of {rank}")
     return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
 

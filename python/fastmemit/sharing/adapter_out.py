@@ -80,12 +80,13 @@ def save_adapter(
         "ranks": {name: ranks[module] for module, name in modules.items()},
         "provenance": delta.provenance,
     }
+    on_record = delta.provenance.get("model_name")
     own = {} if pad else {f"^{re.escape(m)}": max(1, r) for m, r in ranks.items() if r != most}
     config = _config(
         modules,
         rank=most,
         patterns=own,
-        base_model=base_model or delta.provenance.get("model_name"),
+        base_model=base_model or (on_record if isinstance(on_record, str) else None),
         transposed=any(is_transposed(net.get_submodule(module)) for module in modules),
     )
     with new_folder(folder) as partial:

@@ -8,6 +8,7 @@ from typing import Any
 
 import fastcov
 from fastmemit.delta import Delta
+from fastmemit.editors import METHODS
 from fastmemit.errors import BadConfig
 from fastmemit.request import EditRequest
 from fastmemit.sharing.composition import parts
@@ -103,7 +104,7 @@ def statistics_card(
         _header(license, base, ["knowledge-editing", "model-editing", "covariance"]),
         f"# {repo.rpartition('/')[2]}",
         f"Second moments of the keys of {plain(base or about.get('model_name') or 'a model')}, "
-        "which ROME, EMMET and MEMIT need: collected once, for every later edit.",
+        "which ROME, EMMET, MEMIT and their relatives need: collected once, for every later edit.",
         "## What they are of",
         table(
             ("what", "value"),
@@ -113,9 +114,10 @@ def statistics_card(
                 ("tokenizer fingerprint", about.get("tokenizer", "")),
                 ("corpus", corpus.get("name", "")),
                 ("corpus fingerprint", corpus.get("fingerprint", "")),
-                ("multiplier (keys per width)", _number(about.get("multiplier"))),
-                ("documents cut at", about.get("context", "")),
-                ("seed", about.get("seed", "")),
+                ("multiplier (keys per width)", _shown(about.get("multiplier"))),
+                ("documents cut at", about.get("context", "unknown")),
+                ("first positions", "counted" if about.get("bos", True) else "left out"),
+                ("seed", "unknown" if about.get("seed") is None else about["seed"]),
                 ("versions", _versions(made)),
             ],
         ),
@@ -152,7 +154,7 @@ def _base(asked: str | None, on_record: Any) -> str | None:
 
 
 def _tag(method: str) -> list[str]:
-    return [method] if method in ("rome", "emmet", "memit", "lora") else []
+    return [method] if method in (*METHODS, "lora") else []
 
 
 def _facts(facts: list[EditRequest]) -> str:
@@ -192,12 +194,12 @@ def _how(delta: Delta) -> list[tuple[str, object]]:
     ]
     settings = about.get("settings")
     if isinstance(settings, Mapping):
-        rows += [(f"setting {k}", _number(v)) for k, v in settings.items() if k != "method"]
+        rows += [(f"setting {k}", _shown(v)) for k, v in settings.items() if k != "method"]
     statistics = about.get("statistics")
     if isinstance(statistics, Mapping):
         corpus = statistics.get("corpus")
         rows.append(("corpus", corpus.get("name", "") if isinstance(corpus, Mapping) else ""))
-        rows.append(("multiplier", _number(statistics.get("multiplier"))))
+        rows.append(("multiplier", _shown(statistics.get("multiplier"))))
         rows.append(("keys per layer", statistics.get("keys", statistics.get("budget", ""))))
     if about.get("on_top_of"):
         rows.append(("computed on top of", about["on_top_of"]))
@@ -205,8 +207,10 @@ def _how(delta: Delta) -> list[tuple[str, object]]:
     return rows
 
 
-def _number(value: object) -> object:
-    return f"{value:g}" if isinstance(value, float) else value
+def _shown(value: object) -> object:
+    if isinstance(value, list | tuple):  # a tuple comes back from a file as a list
+        return ", ".join(map(str, value))
+    return "not set" if value is None else f"{value:g}" if isinstance(value, float) else value
 
 
 def _versions(about: Mapping[str, Any]) -> str:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from fastmemit.statistics import Statistics
 _MODULE = re.compile(r"\w+(\.\w+)*", re.ASCII)
 _FINGERPRINT = re.compile(r"[0-9a-f]{64}")
 #: What the moments of one model need not share.
-_OWN = ("module", "budget", "keys", "versions")
+_OWN = ("module", "budget", "keys", "source", "versions")
 
 
 def open_statistics(folder: str | os.PathLike[str]) -> Statistics:
@@ -77,6 +77,7 @@ def _shared(provenance: Mapping[str, Any]) -> dict[str, Any]:
 def _check(file: Path, provenance: Mapping[str, Any]) -> None:
     """Refuse a file whose provenance could not have been written by `precompute`."""
     module, corpus = provenance.get("module"), provenance.get("corpus")
+    keys, smaller = provenance.get("keys", 0), provenance.get("snapshots", [])
     sound: Sequence[tuple[str, bool]] = (
         ("model", _is_text(provenance.get("model"), _FINGERPRINT)),
         ("tokenizer", _is_text(provenance.get("tokenizer"), _FINGERPRINT)),
@@ -84,7 +85,9 @@ def _check(file: Path, provenance: Mapping[str, Any]) -> None:
         ("corpus", isinstance(corpus, Mapping) and _is_text(corpus.get("name"), None)),
         ("multiplier", _is_number(provenance.get("multiplier"))),
         ("budget", type(provenance.get("budget")) is int),
-        ("seed", type(provenance.get("seed")) is int),
+        ("keys", type(keys) is int),
+        ("seed", type(provenance.get("seed", "")) in (int, type(None))),  # None of imported ones
+        ("snapshots", isinstance(smaller, list) and all(map(_is_number, smaller))),
     )
     for field, fine in sound:
         if not fine:
@@ -98,7 +101,10 @@ def _is_text(value: object, pattern: re.Pattern[str] | None) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    return type(value) in (int, float) and math.isfinite(value) and value > 0  # type: ignore[arg-type, operator]
+    """Whether it is a finite number above 0, as a float too."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return 0 < value <= sys.float_info.max  # a whole number in JSON has no largest
 
 
 def _damaged(file: Path, what: str) -> DamagedFile:

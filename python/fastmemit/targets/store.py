@@ -160,13 +160,10 @@ def stored_or_optimised(
 
 
 def _what_matters(settings: TargetSettings) -> dict[str, Any]:
-    """The settings of a key: the stopping rule by what only that rule reads.
-
-    The rule of the loss goes unnamed, as it did when there was no other: what was stored then is
-    found.
-    """
+    """The settings of a key: all, but for the limit of the loss where nothing reads it."""
     values = dataclasses.asdict(settings)
-    values.pop("stop" if settings.stop == "loss" else "early_stop")
+    if settings.stop != "loss":
+        del values["early_stop"]
     return values
 
 

@@ -202,8 +202,10 @@ def test_parse_layers_refuses(text):
         ({"relative_ridge": 0.01}, 10.0, 0.01),
         ({"ridge": 1.0}, 1.0, 0.0),
         ({"shrinkage": "oas"}, 1.0, 0.0),
+        ({"method": "rome"}, 1.0, 0.1),
+        ({"method": "alphaedit"}, 1.0, 0.0),
     ],
 )
 def test_few_keys_get_a_ridge_where_nothing_else_is_added(chosen, multiplier, wanted):
-    config = EditConfig(method="memit", layers=(1,), **chosen)
+    config = EditConfig(**{"method": "memit", "layers": (1,), **chosen})
     assert config.settled(multiplier).relative_ridge == wanted

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -32,16 +31,6 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Editor:
     for method in SETTINGS:
         editor.contexts(method)
     return editor
-
-
-@pytest.fixture
-def editor(shared: Editor) -> Iterator[Editor]:
-    before = {name: tensor.clone() for name, tensor in shared.model.state_dict().items()}
-    yield shared
-    for edit in reversed(shared.edits):
-        edit.undo()
-    now = shared.model.state_dict()
-    assert all(torch.equal(now[name], tensor) for name, tensor in before.items())
 
 
 def literal_A(editor: Editor, layer: int, blocks: Any) -> Any:

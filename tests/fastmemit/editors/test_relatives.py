@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -35,16 +34,6 @@ def shared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     for method in METHODS:
         editor.contexts(method)
     return editor
-
-
-@pytest.fixture
-def editor(shared: Editor) -> Iterator[Editor]:
-    before = {name: tensor.clone() for name, tensor in shared.model.state_dict().items()}
-    yield shared
-    for edit in reversed(shared.edits):
-        edit.undo()
-    now = shared.model.state_dict()
-    assert all(torch.equal(now[name], tensor) for name, tensor in before.items())
 
 
 def moment(editor: Editor, layer: int) -> Any:

@@ -110,6 +110,7 @@ def test_settings_say_what_was_done(editor: Editor, result: Result) -> None:
     settings = result["settings"]
     assert settings["method"] == "memit" and tuple(settings["layers"]) == (0, 1)
     assert settings["steps"] == 20 and settings["batches"] == [2, 1]
+    assert settings["relative_ridge"] == 0.0  # what it came to with four widths
     assert settings["model"] == "tiny" and settings["fingerprint"] == editor.fingerprint
     assert (settings["dtype"], settings["device"], settings["seed"]) == ("float32", "cpu", 0)
     assert settings["statistics"]["multiplier"] == 4.0

@@ -1,0 +1,58 @@
+"""Folders that were recorded before are those of the present settings."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from fastmemit.editors import find_config
+from fastmemit.errors import BadData
+from fastmemit.experiments.header import AS_PUBLISHED, check_header, with_defaults
+from fastmemit.models import ModelAdapter
+
+RESULTS = Path(__file__).parents[3] / "docs" / "results"
+SMOLLM2 = cast(
+    ModelAdapter,
+    SimpleNamespace(
+        model=SimpleNamespace(config=SimpleNamespace(model_type="llama")),
+        n_layers=30,
+        d=576,
+        d_k=lambda layer: 1536,
+        check_layer=lambda layer: None,
+    ),
+)
+
+
+def recorded(path: str) -> dict[str, Any]:
+    return cast(dict[str, Any], json.loads((RESULTS / path).read_text(encoding="utf-8")))
+
+
+def as_published(method: str, **settings: Any) -> dict[str, Any]:
+    config = find_config(SMOLLM2, method, {**AS_PUBLISHED, **settings})
+    return cast(dict[str, Any], json.loads(json.dumps(dataclasses.asdict(config))))
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["smollm2/sweep.json", "smollm2-orders/sweep.json", "smollm2-sequential/sequential.json"],
+)
+def test_recorded_settings_are_those_of_today(path: str) -> None:
+    for method, settings in recorded(path)["methods"].items():
+        assert with_defaults(settings) == as_published(method)
+
+
+def test_a_recorded_sweep_goes_on_and_another_ridge_is_refused(tmp_path: Path) -> None:
+    header = recorded("smollm2/sweep.json")
+    (tmp_path / "sweep.json").write_text(json.dumps(header))
+    methods = {method: as_published(method) for method in ("memit", "rome")}
+    check_header(tmp_path, cast(Any, {**header, "methods": methods}))
+    stored = json.loads((tmp_path / "sweep.json").read_text())
+    assert stored["methods"] == {"emmet": header["methods"]["emmet"], **methods}
+    methods = {"memit": as_published("memit", relative_ridge=None)}
+    with pytest.raises(BadData, match="other settings of memit"):
+        check_header(tmp_path, cast(Any, {**header, "methods": methods}))
