@@ -1,11 +1,13 @@
-"""Files of other codebases: moments as ``.npz``, and hyper-parameters as JSON and YAML."""
+"""Files of other codebases: moments as ``.npz``, hyper-parameters, and adapters of PEFT."""
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import random
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,11 @@ from benchmarks.fuzz_readers import Reader
 from fastcov import SecondMoment
 from fastcov.npz import load_npz, save_npz
 from fastmemit.compat import load_hparams
+from fastmemit.delta import Delta
+from fastmemit.models import fingerprint
+from fastmemit.sharing import load_adapter, save_adapter
+from fastmemit.sharing.adapter_out import CONFIG, WEIGHTS
+from tiny_models import D_K, D, tiny_model
 
 _SUM = "mom2.mom2.npy"
 _SHAPES = (
@@ -48,6 +55,11 @@ def foreign_readers() -> list[Reader]:
         Reader("npz", "npz", _npz, lambda path: load_npz(path).moment, True, damage=_damaged_npz),
         Reader("hparams-json", "json", _hparams_json, load_hparams),
         Reader("hparams-yaml", "yaml", _hparams_yaml, load_hparams, damage=_damaged_yaml),
+        # Of ours a digest is on record; of others only that they can be read.
+        Reader("adapter-config", "json", _adapter(CONFIG), _read_ours, True),
+        Reader("adapter-weights", "safetensors", _adapter(WEIGHTS), _read_ours, True),
+        Reader("lora-config", "json", _adapter(CONFIG, ours=False), _read_lora),
+        Reader("lora-weights", "safetensors", _adapter(WEIGHTS, ours=False), _read_lora),
     ]
 
 
@@ -198,3 +210,38 @@ def _damaged_yaml(draw: random.Random, data: bytes) -> tuple[str, bytes]:
     elif kind == "document":
         lines.insert(place, draw.choice(("---", "...", "--- 5", "%YAML 9.9")))
     return f"yaml: {kind}", ("\n".join(lines) + "\n").encode("utf-8")
+
+
+_MODULE = "model.layers.1.mlp.down_proj"
+
+
+@functools.cache
+def _model() -> Any:
+    return tiny_model("llama")
+
+
+def _adapter(name: str, *, ours: bool = True) -> Callable[[Path], Path]:
+    """An adapter's folder, of which one file is damaged; without what is on record of ours."""
+
+    def make(folder: Path) -> Path:
+        from safetensors.torch import load, save
+
+        draw = torch.Generator().manual_seed(0)
+        pair = torch.randn(D, 2, generator=draw), torch.randn(D_K, 2, generator=draw)
+        about = {"model": fingerprint(_model()), "method": "memit", "requests": []}
+        home = save_adapter(Delta({f"{_MODULE}.weight": pair}, about), _model(), folder / "adapter")
+        if not ours:
+            tensors = load((home / WEIGHTS).read_bytes())
+            (home / WEIGHTS).write_bytes(save(tensors, {"format": "pt"}))
+        return home / name
+
+    return make
+
+
+def _read_ours(path: Path) -> Any:
+    """The change alone: without the record of it, which may be cut out, it is somebody else's."""
+    return load_adapter(path.parent, _model()).factors
+
+
+def _read_lora(path: Path) -> Delta:
+    return load_adapter(path.parent, _model())

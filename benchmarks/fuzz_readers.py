@@ -84,7 +84,9 @@ def described(value: Any) -> Any:
 
 def readers() -> dict[str, Reader]:
     """All readers by their names."""
-    from benchmarks.fuzz_foreign import foreign_readers  # whose entries are of this file's type
+    # Their entries are of this file's type.
+    from benchmarks.fuzz_foreign import foreign_readers
+    from benchmarks.fuzz_resumed import resumed_readers
 
     found = [
         Reader("moment", "safetensors", _moment, fastcov.load_moment, True, _seal_moment),
@@ -110,7 +112,7 @@ def readers() -> dict[str, Reader]:
         Reader("unedited", "json", _written("unedited.json", samples.UNEDITED), _read_unedited),
         Reader("bench-run", "json", _run, bench.load),
     ]
-    return {reader.name: reader for reader in [*found, *foreign_readers()]}
+    return {reader.name: reader for reader in [*found, *foreign_readers(), *resumed_readers()]}
 
 
 # -- safetensors ----------------------------------------------------------------------------------

@@ -63,8 +63,8 @@ def main() -> None:
     edited = score_records(editor.adapter, editor.tokenizer, facts)
     for name, scores in (("before", unedited), ("after", edited)):
         shown = summarise(scores).as_dict()
-        line = "  ".join(f"{k.upper()} {shown[k]:.1f}" for k in ("es", "ps", "ns", "s") if shown[k] is not None)
-        print(f"{name}: {line}")
+        found = {k.upper(): shown[k] for k in ("es", "ps", "ns", "s") if shown[k] is not None}
+        print(f"{name}: {'  '.join(f'{k} {value:.1f}' for k, value in found.items())}")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ to a GPU while it works.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
@@ -209,3 +210,30 @@ def sent(tensor: Tensor, device: torch.device) -> Tensor:
 
 def _on_cpu(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu"
+
+
+def chained(before: bytes, batch: Mapping[str, Any]) -> bytes:
+    """A digest of all tensors of a batch and of the batches before it.
+
+    Batches are made on the CPU, so nothing is waited for; those of other code may be elsewhere.
+
+    Args:
+        before: That of the batches before, empty for the first one.
+        batch: As `bucket` makes them.
+
+    Returns:
+        32 bytes.
+    """
+    digest = hashlib.blake2b(before, digest_size=32)
+    for name in sorted(batch):
+        value = batch[name]
+        if isinstance(value, Tensor):
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            digest.update(raw_bytes(value))
+    return digest.digest()
+
+
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor, in C order on the CPU."""
+    flat: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return memoryview(flat)

@@ -10,7 +10,6 @@ batches are then read again and not run.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -20,9 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
-from fastcov.checkpoint_file import Taken, raw_bytes, read_checkpoint, write_checkpoint
+from fastcov.batches import chained
+from fastcov.checkpoint_file import Taken, read_checkpoint, write_checkpoint
 from fastcov.errors import StaleCheckpoint, StoreDamaged
 from fastcov.store import atomic_file
 
@@ -35,7 +34,6 @@ logger = logging.getLogger(__name__)
 SECONDS = 300.0
 SHARE = 0.005
 
-_DIGEST = 32  # bytes
 Batches = Iterable[Mapping[str, Any]]
 
 
@@ -140,7 +138,7 @@ class Checkpoint:
         """The batches, counted and digested as they are handed on."""
         for batch in batches:
             self._batches += 1
-            self._stream = _chained(self._stream, batch)
+            self._stream = chained(self._stream, batch)
             yield batch
 
     def _found(self, tally: Tally) -> tuple[dict[str, Any], dict[str, Taken]] | None:
@@ -174,17 +172,6 @@ class Checkpoint:
                 _machine(),
             )
         return state, taken
-
-
-def _chained(before: bytes, batch: Mapping[str, Any]) -> bytes:
-    """A digest of a batch and of all before it."""
-    digest = hashlib.blake2b(before, digest_size=_DIGEST)
-    for name in sorted(batch):
-        value = batch[name]
-        if isinstance(value, Tensor):
-            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-            digest.update(raw_bytes(value))
-    return digest.digest()
 
 
 def _machine() -> dict[str, Any]:

@@ -13,13 +13,16 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
+from fastcov.batches import raw_bytes
 from fastcov.errors import StoreDamaged
 from fastcov.moments import SecondMoment
+from fastcov.parsing import parse_json
 from fastcov.store import packed, unpacked
 
 FORMAT = "fastcov-checkpoint"
@@ -33,7 +36,14 @@ _NAMES = {
     torch.float16: "F16",
     torch.bfloat16: "BF16",
 }
-_STATE = {"identity", "sums", "machine", "batches", "stream", "modules"}
+_STATE = {
+    "identity": dict,
+    "sums": dict,
+    "machine": dict,
+    "batches": int,
+    "stream": str,
+    "modules": dict,
+}
 
 
 @dataclass(frozen=True)
@@ -70,6 +80,8 @@ def read_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[
     """
     from safetensors import SafetensorError, safe_open
 
+    if not os.path.isfile(path):  # to open a pipe is to wait for somebody to write into it
+        raise _damaged(path, "is not a file")
     size = os.path.getsize(path)
     with open(path, "rb") as file:
         digest = hashlib.sha256()
@@ -83,32 +95,49 @@ def read_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[
         with safe_open(os.fspath(path), framework="pt") as file:
             metadata = file.metadata() or {}
             if (metadata.get("format"), metadata.get("version")) != (FORMAT, str(VERSION)):
-                raise _damaged(path, f"has version {metadata.get('version')!r}")
-            state = json.loads(metadata["state"])
-            if not isinstance(state, dict) or not state.keys() >= _STATE:
+                raise _damaged(path, f"has version {metadata.get('version')!r:.40}")
+            state = parse_json(metadata["state"])
+            if not isinstance(state, dict) or not all(
+                isinstance(state.get(name), kind) for name, kind in _STATE.items()
+            ):
                 raise _damaged(path, "lacks a part of its state")
             modules = state.pop("modules")
-            known = set(file.keys())
-            taken = {}
-            for number, (name, module) in enumerate(modules.items()):
-                parts = {
-                    part: file.get_tensor(f"{number}:{part}")
-                    for part in ("sum", "quartic", "waiting")
-                    if f"{number}:{part}" in known
-                }
-                lower = unpacked(parts["sum"], module["d"])
-                moment = SecondMoment.from_lower(lower, module["count"], parts.get("quartic"))
-                taken[name] = Taken(
-                    moment,
-                    module["limit"],
-                    module["found"],
-                    parts.get("waiting"),
-                    module["waiting_since"],
-                    torch.device(module["device"]),
-                )
+            taken = {
+                name: _read(file, number, module)
+                for number, (name, module) in enumerate(modules.items())
+            }
     except (SafetensorError, KeyError, ValueError, TypeError) as error:
-        raise _damaged(path, f"is no checkpoint ({error})") from error
+        raise _damaged(path, f"is no checkpoint ({error!s:.120})") from error
     return state, taken
+
+
+def _read(file: Any, number: int, module: Mapping[str, Any]) -> Taken:
+    """One module's share; its sum is compared with its width before memory is taken for it.
+
+    Raises:
+        ValueError, TypeError, KeyError: It is not what `write_checkpoint` writes.
+    """
+    names = set(file.keys())
+    for name in ("d", "count", "found", "waiting_since"):
+        if type(module[name]) is not int:
+            raise ValueError(f"{name} of module {number} is no number")
+    triangle, d = file.get_tensor(f"{number}:sum"), module["d"]
+    if d < 1 or tuple(triangle.shape) != (d * (d + 1) // 2,):
+        raise ValueError(f"module {number} has a sum of another width")
+    quartic, waiting = (
+        file.get_tensor(f"{number}:{name}") if f"{number}:{name}" in names else None
+        for name in ("quartic", "waiting")
+    )
+    if quartic is not None and quartic.dim() != 0:
+        raise ValueError(f"module {number} has a quartic sum of another shape")
+    if waiting is not None and (waiting.dim() != 2 or waiting.shape[1] != d):
+        raise ValueError(f"module {number} has waiting keys of another width")
+    try:
+        device = torch.device(module["device"])
+    except RuntimeError as error:
+        raise ValueError(f"module {number} is on no device") from error
+    moment = SecondMoment.from_lower(unpacked(triangle, d), module["count"], quartic)
+    return Taken(moment, module["limit"], module["found"], waiting, module["waiting_since"], device)
 
 
 def write_checkpoint(file: BinaryIO, state: Mapping[str, Any], taken: Mapping[str, Taken]) -> None:
@@ -149,7 +178,7 @@ def write_checkpoint(file: BinaryIO, state: Mapping[str, Any], taken: Mapping[st
         }
         lower = moment.lower
         triangle = [moment.d * (moment.d + 1) // 2]
-        add_tensor(f"{number}:sum", lower, triangle, lambda lower=lower: packed(lower))  # type: ignore[misc]
+        add_tensor(f"{number}:sum", lower, triangle, partial(packed, lower))
         for part, tensor in (("quartic", moment.quartic), ("waiting", module.waiting)):
             if tensor is not None:
                 add_tensor(f"{number}:{part}", tensor, list(tensor.shape), tensor.detach)
@@ -173,12 +202,6 @@ def write_checkpoint(file: BinaryIO, state: Mapping[str, Any], taken: Mapping[st
     for fetch in parts:
         write(raw_bytes(fetch()))
     file.write(digest.digest())
-
-
-def raw_bytes(tensor: Tensor) -> memoryview:
-    """The bytes of a tensor, in C order on the CPU."""
-    flat: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return memoryview(flat)
 
 
 def _damaged(path: str | os.PathLike[str], what: str) -> StoreDamaged:

@@ -213,8 +213,9 @@ def _only_pads_right(mask: Tensor | None) -> bool:
 
 def _input_device(model: nn.Module) -> torch.device:
     """Where the input embeddings are, or where a hook of accelerate will bring their input."""
+    whole: Any = model  # of transformers, or of any other kind
     try:
-        first: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
+        first: nn.Module = whole.get_input_embeddings()
     except (AttributeError, NotImplementedError):
         first = model
     device: torch.device = next(

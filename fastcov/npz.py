@@ -97,13 +97,13 @@ def save_npz(
         raise ValueError(f"The moment for {os.fspath(path)!r} has seen no key; update it first.")
     total = moment.sum.cpu().to(dtype)  # (d, d), both triangles
     check_finite(total, f"The sum for {os.fspath(path)!r}")
-    arrays = {
+    arrays: dict[str, Any] = {
         COUNT: np.asarray(moment.count, dtype=np.int64),
         SUM: total.numpy(),
         SAMPLE_SIZE: np.asarray(sample_size, dtype=np.int64),
     }
     with atomic_file(path) as file:
-        np.savez(file, **arrays)  # type: ignore[arg-type]
+        np.savez(file, **arrays)
 
 
 def load_npz(path: str | os.PathLike[str], *, width: int | None = None) -> NpzMoment:

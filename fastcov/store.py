@@ -187,7 +187,7 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[tuple[Any, dict[str, str]]
                 raise _damaged(path, f"holds {sorted(file.keys())!s:.80} and not a sum")
             yield file, metadata
     except SafetensorError as error:
-        raise _damaged(path, f"is not a readable safetensors file ({error})") from error
+        raise _damaged(path, f"is not a readable safetensors file ({error!s:.120})") from error
 
 
 def _check(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> None:

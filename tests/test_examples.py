@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import runpy
 import sys
 from collections.abc import Callable
@@ -56,6 +57,9 @@ def test_many_edits_go_on_where_they_were_killed(place: Any, example: Any) -> No
     assert "batch 1 of 2: read from" in again and "batch 2 of 2: 2 facts written" in again
     assert files[0].read_bytes() == kept
     assert whole.splitlines()[-2] == again.splitlines()[-2]  # the unedited scores
+    assert re.fullmatch(r"after: ES [\d.]+  PS [\d.]+  NS [\d.]+  S [\d.]+", whole.splitlines()[-1])
+    with pytest.raises(SystemExit, match=r"batch-0000\.safetensors holds other facts"):
+        example("thousand_edits.py", *words[:4], "--batch-size", 3, "--out", "many")
 
 
 def test_statistics_for_another_codebase(place: Any, example: Any) -> None:
@@ -76,6 +80,8 @@ def test_an_edit_as_an_adapter(place: Any, example: Any) -> None:
     on, off = (next(x for x in said if x.startswith(word)) for word in ("on: ", "off: "))
     assert float(on.rpartition("= ")[2]) > float(off.rpartition("= ")[2])
     assert said[-1] == "read back, it is the same edit"
+    with pytest.raises(SystemExit):  # said before any work
+        example("serve_as_adapter.py", "--method", "rome", "--out", "adapter")
     files = sorted(path.name for path in (place.at / "adapter").iterdir())
     assert files == ["adapter_config.json", "adapter_model.safetensors"]
 

@@ -26,11 +26,19 @@ class Contexts:
         tokenizer: Its tokenizer.
         seed: Of the sampling.
         edited: Whether the model is edited now: then it cannot write them any more.
+        written: Those that were written before, by kind; new ones join them. None: none were.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, seed: int, edited: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        seed: int,
+        edited: Callable[[], bool],
+        written: dict[Kind, tuple[str, ...]] | None = None,
+    ) -> None:
         self._model, self._tokenizer, self._seed, self._edited = model, tokenizer, seed, edited
-        self._written: dict[Kind, tuple[str, ...]] = {}
+        self._written = {} if written is None else written
 
     def of(self, method: str) -> tuple[str, ...]:
         """The texts of a method; see `fastmemit.Editor.contexts`.
@@ -38,7 +46,7 @@ class Contexts:
         Raises:
             WrongModel: They were never written and the model is edited now.
         """
-        kind = _kind(method)
+        kind: Kind = "start" if method == "rome" else "words"
         if kind not in self._written:
             if self._edited():
                 raise WrongModel(
@@ -47,14 +55,6 @@ class Contexts:
                 )
             self._written[kind] = generate_contexts(self._model, self._tokenizer, kind, self._seed)
         return self._written[kind]
-
-    def adopt(self, method: str, contexts: tuple[str, ...]) -> None:
-        """Take texts that were written before, for a method and those that share them."""
-        self._written[_kind(method)] = contexts
-
-
-def _kind(method: str) -> Kind:
-    return "start" if method == "rome" else "words"
 
 
 def generate_contexts(model: Any, tokenizer: Any, kind: Kind, seed: int = 0) -> tuple[str, ...]:

@@ -119,7 +119,8 @@ def copied(paths: dict[str, Path], folder: Path, home: str | None = None) -> dic
         for name, path in paths.items()
     }
     missing = {name: path for name, path in found.items() if not path.is_file()}
-    for place in {path.parent for path in missing.values()}:
+    if missing:
+        place = next(iter(missing.values())).parent
         with alone(lock_of(place), "writing the same statistics"):
             for name, path in missing.items():
                 with atomic_file(path) as file, open(paths[name], "rb") as source:

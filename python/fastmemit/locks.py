@@ -5,15 +5,14 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-try:
+if sys.platform != "win32":
     import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +84,7 @@ def _taken(path: Path) -> Callable[[], None] | None:
     Unlike filelock, which keeps its file for ever and retries whatever flock says, this removes
     the file and tells a lock that is held from a file system without locks.
     """
-    if fcntl is None:
+    if sys.platform == "win32":
         return _taken_on_windows(path)
     file = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o666)
     try:

@@ -36,6 +36,7 @@ class Sources:
         batch_tokens: Bound on the padded tokens of target vectors optimised together; None takes
             few on a CPU, where little padding is worth more than large products, else many.
         progress: Show a bar for each long step.
+        contexts: Where contexts come from; None has the unedited model write them.
 
     Attributes:
         checkpoint_seconds: Between two checkpoints of a precompute, see `fastcov.Checkpoint`.
@@ -52,6 +53,7 @@ class Sources:
         seed: int,
         batch_tokens: int | None,
         progress: bool,
+        contexts: Contexts | None = None,
     ) -> None:
         self._adapter, self._tokenizer, self._stack = adapter, tokenizer, stack
         self._folder, self._name, self.seed = folder, name, seed
@@ -60,7 +62,9 @@ class Sources:
         self.checkpoint_seconds: float | None = None
         self._tokenizer_is = tokenizer_fingerprint(tokenizer)
         self._targets = TargetStore(folder / "targets")
-        self._contexts = Contexts(adapter.model, tokenizer, seed, lambda: bool(stack.edits))
+        self._contexts = contexts or Contexts(
+            adapter.model, tokenizer, seed, lambda: bool(stack.edits)
+        )
         self._factors = FactorCache()
         self._statistics: Statistics | None = None
         #: The keys of the edits that are in the weights, for methods to which they belong.
@@ -221,10 +225,6 @@ class Sources:
     def contexts(self, method: str) -> tuple[str, ...]:
         """The texts put before prompts; see `Editor.contexts`."""
         return self._contexts.of(method)
-
-    def adopt_contexts(self, method: str, contexts: tuple[str, ...]) -> None:
-        """Take texts that were written before, for a method and those that share them."""
-        self._contexts.adopt(method, contexts)
 
     def targets(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import logging
 import math
@@ -13,7 +14,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from fastcov import Checkpoint, NonFiniteKeys, StaleCheckpoint
+from fastcov import Checkpoint, NonFiniteKeys, StaleCheckpoint, StoreDamaged
 from fastcov import checkpoint as checkpoint_module
 from fastcov.checkpoint_file import read_checkpoint
 from fastcov.tally import Tally
@@ -60,8 +61,6 @@ def test_a_damaged_file_is_reported_and_not_used(tmp_path, caplog):
 
 
 def test_a_sealed_file_of_another_kind(tmp_path, caplog):
-    import hashlib
-
     path = tmp_path / "c"
     run(path, kill_after=3)
     data = path.read_bytes()
@@ -69,6 +68,41 @@ def test_a_sealed_file_of_another_kind(tmp_path, caplog):
     path.write_bytes(body + hashlib.sha256(body).digest())
     assert run(path)[0] == run(None)[0]
     assert "has version '2'" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("state", "[" * 5000),
+        ("state", "[]"),
+        ("batches", "3"),
+        ("modules", []),
+        ("d", 10**6),  # a square of 4 TB
+        ("d", -9),
+        ("count", None),
+        ("device", "nowhere"),
+    ],
+)
+def test_a_forged_state_is_refused_before_it_is_used(tmp_path, name, value):
+    path = tmp_path / "c"
+    run(path, kill_after=3)
+    data = path.read_bytes()
+    size = struct.unpack("<Q", data[:8])[0]
+    header = json.loads(data[8 : 8 + size])
+    state = json.loads(header["__metadata__"]["state"])
+    module = next(iter(state["modules"].values()))
+    (module if name in module else state)[name] = value
+    header["__metadata__"]["state"] = value if name == "state" else json.dumps(state)
+    raw = json.dumps(header).encode()
+    body = struct.pack("<Q", len(raw)) + raw + data[8 + size : -32]
+    path.write_bytes(body + hashlib.sha256(body).digest())
+    with pytest.raises(StoreDamaged, match="may be deleted"):
+        read_checkpoint(path)
+
+
+def test_what_is_no_file_is_refused(tmp_path):
+    with pytest.raises(StoreDamaged, match="is not a file"):
+        read_checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize(

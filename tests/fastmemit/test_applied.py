@@ -276,3 +276,6 @@ def test_an_edit_says_what_it_is(editor: Editor) -> None:
     assert repr(edit) == "<Edit: 2 facts by memit, not applied>"
     edit.apply()
     assert repr(edit) == "<Edit: 2 facts by memit, applied>"
+    for no_list in (3, None, "abc", {"a": 1}):
+        forged = Edit(Delta({}, {"method": ["x" * 99], "requests": no_list}), editor._stack)
+        assert repr(forged).startswith("<Edit: 0 facts by ['xxx") and len(repr(forged)) < 60

@@ -15,7 +15,7 @@ from torch import nn
 
 from fastmemit import delta as delta_module
 from fastmemit.delta import Delta, add_low_rank, restored_on_error
-from fastmemit.errors import DamagedFile, WrongModel
+from fastmemit.errors import DamagedFile, OffloadedWeight, QuantisedWeight, WrongModel
 
 PROVENANCE = {"model": "f" * 64, "method": "memit", "requests": [{"subject": "Łódź 🙂"}], "n": 0.1}
 
@@ -262,6 +262,16 @@ def test_a_model_that_does_not_fit_stays_as_it_was(factors: dict, message: str) 
     with pytest.raises(WrongModel, match=message):
         Delta({**good, **factors}).add_to(model)
     assert same(model, before)
+
+
+@pytest.mark.parametrize("how", [torch.int8, torch.float8_e4m3fn, "meta"])
+def test_weights_without_their_numbers_are_refused(how: Any) -> None:
+    before = weights(model := Two())["a.weight"]
+    model.b.weight = nn.Parameter(torch.zeros(2, 4).to(how), requires_grad=False)
+    error = OffloadedWeight if how == "meta" else QuantisedWeight
+    with pytest.raises(error, match="which is"):
+        made().add_to(model)
+    assert torch.equal(model.a.weight, before)
 
 
 def test_an_error_half_way_takes_everything_back(monkeypatch: pytest.MonkeyPatch) -> None:

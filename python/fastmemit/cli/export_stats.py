@@ -67,6 +67,7 @@ def run(args: argparse.Namespace) -> None:
     from fastmemit.editors.layers import parse_layers
     from fastmemit.interop import export_null_space, export_statistics
     from fastmemit.interop.exporting import check_new
+    from fastmemit.interop.importing import layers_by_name
     from fastmemit.progress import bar
 
     layers = None if args.layers is None else parse_layers(args.layers)
@@ -99,15 +100,17 @@ def run(args: argparse.Namespace) -> None:
             progress=decomposed,
         )
     print(f"projectors onto the null spaces in {null_space}")
+    layer_of = layers_by_name(editor.adapter)
     for name, rank in ranks.items():
-        print(f"  {name}: {rank} of {found.moment(name).d} directions")
+        print(f"  {name}: {rank} of {editor.adapter.d_k(layer_of[name])} directions")
 
 
 def _null_space(args: argparse.Namespace) -> Path | None:
     """Where AlphaEdit's projectors go, if they are to be written.
 
     Raises:
-        BadConfig: Options that contradict each other, or a threshold that is not above 0.
+        BadConfig: Options that contradict each other, a threshold that is not above 0, or a folder
+            for a file.
     """
     given = [args.threshold, args.relative_threshold]
     if None not in given:
@@ -124,6 +127,8 @@ def _null_space(args: argparse.Namespace) -> Path | None:
             )
         return None
     if args.null_space is not None:
+        if args.null_space.is_dir():
+            raise BadConfig(f"{str(args.null_space)!r} is a folder; name a file (--null-space).")
         return Path(args.null_space)
     folder: Path = args.stats_dir
     inside = folder.absolute().parts[-2:] == ("data", "stats")

@@ -80,9 +80,10 @@ def add_method(verb: argparse.ArgumentParser) -> None:
 
 
 def chosen_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """The settings that ``--hparams`` and ``--set`` give, by name; sets ``args.method`` too.
+    """The settings that ``--hparams`` and ``--set`` give, by name.
 
-    To be called before `make_editor`, which checks that the file is for the model.
+    Sets ``args.method`` too, and the module and the multiplier where the file alone names them. To
+    be called before `make_editor`, which checks that the file is for the model.
 
     Raises:
         BadConfig: A file or a setting that makes no sense, or a file for another method.
@@ -98,6 +99,8 @@ def chosen_settings(args: argparse.Namespace) -> dict[str, Any]:
     args.opened = open_hparams(args.hparams, args.method)
     args.method = args.opened.config.method
     args.module = args.module or args.opened.module
+    if getattr(args, "multiplier", DEFAULT_MULTIPLIER) is None:
+        args.multiplier = args.opened.multiplier
     return {**args.opened.overrides(), **values}
 
 

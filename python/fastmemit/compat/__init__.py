@@ -15,7 +15,8 @@ from fastmemit.compat.applying import (
     apply_rome_to_model,
 )
 from fastmemit.compat.covariance import LayerMoment, LayerStats, get_cov, get_inv_cov, layer_stats
-from fastmemit.compat.hparams import Hparams, load_hparams, open_hparams, read_hparams
+from fastmemit.compat.files import load_hparams, open_hparams
+from fastmemit.compat.hparams import Hparams, read_hparams
 from fastmemit.compat.live import forget
 from fastmemit.compat.settings import Settings, configure
 

@@ -41,8 +41,8 @@ def apply_memit_to_model(
         tok: Its tokenizer.
         requests: The facts, in the spelling of MEMIT, EasyEdit or FastEdit (see
             `fastmemit.EditRequest.from_dict`), or `EditRequest`.
-        hparams: Hyper-parameters of the ROME family, or an `EditConfig`; see
-            `fastmemit.compat.read_hparams`.
+        hparams: Hyper-parameters of the ROME family, or an `EditConfig`, whose defaults are then
+            ours, the ridge for few keys among them; see `fastmemit.compat.read_hparams`.
         copy: Edit a copy instead; the model stays as it is.
         return_orig_weights: Return what the edited weights were before.
         cache_template: Not used: target vectors are kept in the cache, by what they depend on.
@@ -119,12 +119,11 @@ def _apply(
     found = live(model, tokenizer, theirs.module)
     theirs.check(found.adapter)
     found.cover(theirs.config.layers, theirs.dataset, theirs.multiplier)
-    found.contexts(method)
-    if copy:  # with all that is remembered
+    if copy:  # with all that is remembered, so that both go on with the same contexts
+        found.sources.contexts(method)
         model = copying.deepcopy(model)
         found = live(model, tokenizer, theirs.module)
         found.cover(theirs.config.layers, theirs.dataset, theirs.multiplier)
-        found.contexts(method)
     found.stack.look()
     delta, _ = plan_edit(found.sources, found.stack, batch, theirs.config)
     weights = dict(model.named_parameters(remove_duplicate=False)) if wanted else {}

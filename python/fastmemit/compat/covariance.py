@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 import fastcov
-from fastmemit.compat.hparams import fields_of, multiplier_of
+from fastmemit.compat.hparams import fields_of, multiplier_of, whole_numbers
 from fastmemit.compat.live import Live, forget, live
 from fastmemit.compat.settings import current
 from fastmemit.editors import find_config
@@ -51,7 +51,7 @@ def get_cov(
         mom2_dtype: Not used: sums are float32, of products in float32 or wider.
         inv: Return the inverse of C.
         force_recompute: Take the model as it is now for unedited, and forget what it was.
-        hparams: The caller's, of which ``layers`` is read.
+        hparams: The caller's, of which ``layers`` and ``dynamic_multiplier`` are read.
 
     Returns:
         C or its inverse, float32 (d_k, d_k), on the device of the layer's weight; the caller's own.
@@ -59,7 +59,7 @@ def get_cov(
     Raises:
         WrongModel: The layer was not collected while the model was unedited.
         BadCorpus: There is no text to collect on; ``configure(corpus=FILE)`` names one.
-        BadConfig: The name has no layer's number.
+        BadConfig: The name has no layer's number, or hparams have layers that are no numbers.
         UnknownArchitecture: The model has no such module.
         fastcov.NotPositiveDefinite: There is no inverse.
     """
@@ -201,7 +201,7 @@ def _together(found: Live, layer: int, fields: dict[str, Any], alone: bool) -> l
     """The layers to collect with one; see `get_cov`."""
     named = fields.get("layers") or current().layers
     if named:
-        return sorted({*map(int, named), layer})
+        return sorted({*whole_numbers(named, "hparams"), layer})
     if alone:
         return [layer]
     usual = find_config(found.adapter, "memit")

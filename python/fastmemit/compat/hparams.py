@@ -6,24 +6,19 @@ import dataclasses
 import json
 import logging
 import math
-import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from fastmemit.data.reading import check_file, decode, parse_json
 from fastmemit.editors import EditConfig
+from fastmemit.editors.config import Method
 from fastmemit.errors import BadConfig
 from fastmemit.models import ModelAdapter
 
 #: Whose files are read; those of PMET and AlphaEdit say more than our methods can honour.
-METHODS = ("rome", "emmet", "memit")
+METHODS: tuple[Method, ...] = ("rome", "emmet", "memit")
 
 log = logging.getLogger(__name__)
-
-MAX_BYTES = 1 << 16  # a file of hyper-parameters has one or two thousand
-_DEEPEST = 8
 
 _OURS = {
     "v_num_grad_steps": "steps",
@@ -133,7 +128,7 @@ def read_hparams(hparams: Any, method: str | None = None, name: str = "hparams")
     if fields.get("layers") in (None, [], ()):
         raise BadConfig(f"{name} has no layers; add them, such as [4, 5, 6, 7, 8].")
     # As theirs: nothing is added to few keys that the file does not name.
-    layers = _whole_numbers(fields["layers"], name)
+    layers = whole_numbers(fields["layers"], name)
     values: dict[str, Any] = {"layers": layers, "relative_ridge": 0.0}
     for theirs, ours in _OURS.items():
         if fields.get(theirs) is None or (ours == "lambda_e" and chosen != "emmet"):
@@ -145,45 +140,12 @@ def read_hparams(hparams: Any, method: str | None = None, name: str = "hparams")
         log.warning("%s: not used here: %s", name, ", ".join(f"{field:.40}" for field in unknown))
     loss = fields.get("v_loss_layer")
     return Hparams(
-        EditConfig(method=chosen, **values, preset=name),  # type: ignore[arg-type]
+        EditConfig(method=chosen, **values, preset=name),
         module=_text(fields, "rewrite_module_tmp", name),
         loss_layer=None if loss is None else int(_number(loss, "v_loss_layer", name)),
         dataset=_text(fields, "mom2_dataset", name) or "wikipedia",
         multiplier=multiplier_of(fields),
     )
-
-
-def open_hparams(path: str | os.PathLike[str], method: str | None = None) -> Hparams:
-    """Read a file of hyper-parameters: JSON (ROME, MEMIT, EMMET) or YAML (EasyEdit).
-
-    Args:
-        path: A .json, .yaml or .yml file.
-        method: Which method they are for; None takes ``alg_name``, else the folder's name
-            (``hparams/MEMIT/gpt2-xl.json``), else what the fields tell.
-
-    Raises:
-        BadConfig: The file is not there, too large, or not an object of names and values, or for
-            what `read_hparams` says.
-    """
-    path = Path(path)
-    check_file(path, BadConfig)
-    size = path.stat().st_size
-    if size > MAX_BYTES:
-        raise BadConfig(f"{path} has {size} bytes, which is no file of hyper-parameters.")
-    text = decode(path.read_bytes(), path, 0, BadConfig)
-    yaml = path.suffix.lower() in (".yaml", ".yml")
-    values = _parse_yaml(text, path) if yaml else parse_json(text, str(path), BadConfig)
-    if not isinstance(values, Mapping) or not all(isinstance(key, str) for key in values):
-        raise BadConfig(f"{path} holds no names with values; give a file of hyper-parameters.")
-    folder = path.resolve().parent.name.lower()
-    if method is None and values.get("alg_name") is None and folder in METHODS:
-        method = folder
-    return read_hparams(values, method, path.name)
-
-
-def load_hparams(path: str | os.PathLike[str], method: str | None = None) -> EditConfig:
-    """The settings in a file of hyper-parameters; see `open_hparams`."""
-    return open_hparams(path, method).config
 
 
 def fields_of(hparams: Any) -> dict[str, Any]:
@@ -195,15 +157,20 @@ def fields_of(hparams: Any) -> dict[str, Any]:
     if isinstance(hparams, EditConfig):
         return {"layers": list(hparams.layers)}
     if isinstance(hparams, Hparams):
-        return {**fields_of(hparams.config), "mom2_dataset": hparams.dataset}
-    if isinstance(hparams, Mapping):
+        return {
+            **fields_of(hparams.config),
+            "mom2_dataset": hparams.dataset,
+            "dynamic": True,
+            "dynamic_multiplier": hparams.multiplier,
+        }
+    if has_names(hparams):
         return dict(hparams)
     names = [name for name in dir(hparams) if not name.startswith("_")]
     values = {name: getattr(hparams, name, None) for name in names}
     found = {name: value for name, value in values.items() if not callable(value)}
-    if isinstance(hparams, str | bytes | int | float | list | tuple) or not found:
+    if isinstance(hparams, str | bytes | int | float | list | tuple | Mapping) or not found:
         raise BadConfig(
-            f"hparams must be an object with fields, a mapping or an EditConfig but is "
+            f"hparams must be an object with fields, a mapping of names or an EditConfig but is "
             f"{type(hparams).__name__}; read a file with fastmemit.compat.load_hparams."
         )
     return found
@@ -216,40 +183,21 @@ def multiplier_of(fields: Mapping[str, Any]) -> float | None:
     return _number(fields["dynamic_multiplier"], "dynamic_multiplier", "hparams")
 
 
-def _method(fields: Mapping[str, Any], method: str | None, name: str) -> str:
+def _method(fields: Mapping[str, Any], method: str | None, name: str) -> Method:
     named = fields.get("alg_name")
-    if named is not None and str(named).lower() not in METHODS:
-        raise BadConfig(
-            f"{name} is for {_shown(named)}, but the methods here are {', '.join(METHODS)}."
-        )
-    if named is not None and method not in (None, str(named).lower()):
-        raise BadConfig(f"{name} is for {named} (alg_name) but not for {method}.")
-    if method is not None or named is not None:
-        return method or str(named).lower()
-    if fields.get("emmet_lambda") is not None:
+    chosen = method if named is None else str(named).lower()
+    if chosen is None and fields.get("emmet_lambda") is not None:
         return "emmet"
-    return "rome" if fields.get("mom2_update_weight") is None else "memit"
-
-
-def _parse_yaml(text: str, path: Path) -> Any:
-    import yaml
-
-    depth = 0
-    try:
-        for event in yaml.parse(text, Loader=yaml.SafeLoader):
-            # An alias may stand for a list of aliases, and so on: a small text of a large value.
-            if isinstance(event, yaml.AliasEvent):
-                raise BadConfig(f"{path} uses YAML aliases, which are not read; write values out.")
-            depth += isinstance(event, yaml.CollectionStartEvent)
-            depth -= isinstance(event, yaml.CollectionEndEvent)
-            if depth > _DEEPEST:
-                raise BadConfig(f"{path} is nested too deep for hyper-parameters.")
-        return yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        if isinstance(error, BadConfig):
-            raise
-        said = " ".join(str(error).split())
-        raise BadConfig(f"{path} is not YAML ({said:.160}); correct it.") from error
+    if chosen is None:
+        return "rome" if fields.get("mom2_update_weight") is None else "memit"
+    if chosen not in METHODS:
+        raise BadConfig(
+            f"{name} is for {_shown(named or method)}, but hyper-parameters are read for "
+            f"{', '.join(METHODS)} alone; set those of other methods one by one (--set)."
+        )
+    if method not in (None, chosen):
+        raise BadConfig(f"{name} is for {named} (alg_name) but not for {method}.")
+    return chosen
 
 
 def _number(value: Any, field: str, name: str) -> float:
@@ -267,8 +215,14 @@ def _number(value: Any, field: str, name: str) -> float:
         ) from error
 
 
-def _whole_numbers(values: Any, name: str) -> tuple[int, ...]:
-    listed = values if isinstance(values, list | tuple) else [values]
+def whole_numbers(values: Any, name: str) -> tuple[int, ...]:
+    """Layers, or the one layer, that somebody names.
+
+    Raises:
+        BadConfig: One is no whole number.
+    """
+    alone = isinstance(values, str | bytes) or not isinstance(values, Sequence)
+    listed = [values] if alone else values
     for value in listed:
         if isinstance(value, bool) or not isinstance(value, int):
             raise BadConfig(f"layers of {name} must be whole numbers but are {_shown(values)}.")
@@ -280,6 +234,11 @@ def _text(fields: Mapping[str, Any], field: str, name: str) -> str | None:
     if value is not None and not isinstance(value, str):
         raise BadConfig(f"{field} of {name} must be text but is {_shown(value)}.")
     return value
+
+
+def has_names(values: Any) -> bool:
+    """Whether these are names with values."""
+    return isinstance(values, Mapping) and all(isinstance(key, str) for key in values)
 
 
 def _plain(value: Any) -> Any:

@@ -8,6 +8,8 @@ moment is read off the weights.
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,13 +23,15 @@ from fastmemit.auto import AUTO, precompute_auto
 from fastmemit.cache import cache_dir
 from fastmemit.compat.settings import MULTIPLIER, Settings, current
 from fastmemit.compat.stack import LiveStack
-from fastmemit.contexts import Kind, generate_contexts
+from fastmemit.contexts import Contexts, Kind
 from fastmemit.data.self_written import open_corpus
 from fastmemit.errors import BadCorpus, BadLayer, WrongModel
 from fastmemit.kept import there
 from fastmemit.models import ModelAdapter, find_adapter
 from fastmemit.sources import Sources
 from fastmemit.statistics import Statistics
+
+log = logging.getLogger(__name__)
 
 CAPACITY = 8 << 30  # bytes of matrices held
 
@@ -46,16 +50,18 @@ class Live:
 
     def __init__(self) -> None:
         self.baseline: str | None = None
-        self._contexts: dict[Kind, tuple[str, ...]] = {}
+        self._written: dict[Kind, tuple[str, ...]] = {}  # contexts
         self._statistics: Statistics | None = None
         self._matrices: dict[tuple[str, bool], Tensor] = {}
-        self._opened_with: tuple[Any, ...] = ()
+        # Which model object, its tokenizer and the settings, at the last call.
+        self._opened_with: tuple[int | None, Any, Settings] = (None, None, Settings())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Live:
         copy = Live()
         copy.baseline, copy._statistics = self.baseline, self._statistics
-        copy._contexts, copy._matrices = dict(self._contexts), dict(self._matrices)
-        copy._opened_with = self._opened_with
+        copy._written, copy._matrices = dict(self._written), dict(self._matrices)
+        # Of no object yet: the original's number may be the copy's when the original is gone.
+        copy._opened_with = (None, *self._opened_with[1:])
         return copy
 
     def __reduce__(self) -> Any:
@@ -64,11 +70,14 @@ class Live:
     def open(self, model: nn.Module, tokenizer: Any, module: str | None) -> None:
         """Get ready for a call; what was remembered stays where it still holds."""
         settings = current()
-        key = (id(model), id(tokenizer), settings)
-        if self._opened_with[:3] == key and module in (None, self.adapter.template):
+        at, before, last = self._opened_with
+        same = before is tokenizer
+        if same and (at, last) == (id(model), settings) and module in (None, self.adapter.template):
             return
-        if self._opened_with and self._opened_with[1:3] != key[1:]:
-            self._statistics, self._contexts = None, {}
+        if not same or last.seed != settings.seed:
+            self._written = {}
+        if not same or _collecting(last) != _collecting(settings):
+            self._statistics = None
             self._matrices.clear()
         self.settings: Settings = settings
         self.tokenizer = tokenizer
@@ -86,21 +95,10 @@ class Live:
             seed=settings.seed,
             batch_tokens=None,
             progress=settings.progress,
+            # As in the other codebases: of the model at the first call that needs them.
+            contexts=Contexts(model, tokenizer, settings.seed, lambda: False, self._written),
         )
-        # The tokenizer is held, so that no other one gets its id.
-        self._opened_with = (*key, tokenizer)
-
-    def contexts(self, method: str) -> None:
-        """See that the sources have the contexts of a method, the first ones ever written.
-
-        As in the other codebases these are the model's at the first call that needs them.
-        """
-        kind: Kind = "start" if method == "rome" else "words"
-        if kind not in self._contexts:
-            self._contexts[kind] = generate_contexts(
-                self.adapter.model, self.tokenizer, kind, self.settings.seed
-            )
-        self.sources.adopt_contexts(method, self._contexts[kind])
+        self._opened_with = (id(model), tokenizer, settings)
 
     def has(self, layer: int) -> bool:
         """Whether the model has this layer's projection."""
@@ -154,7 +152,9 @@ class Live:
                 "layers with fastmemit.compat.configure(layers=[...]), or pass hparams, before the "
                 "first edit."
             )
-        if found is None:
+        if found is not None:
+            log.info("C of %s is a kept one: %s", self.name, found.describe())
+        else:
             found = self._collected(wanted, dataset, multiplier)
         self.sources.use(found)
         self._statistics = found
@@ -271,6 +271,11 @@ def forget(model: nn.Module) -> None:
     To be called after other weights were loaded into the same object.
     """
     model.__dict__.pop(_PLACE, None)
+
+
+def _collecting(settings: Settings) -> Settings:
+    """The settings that decide on what statistics are of."""
+    return dataclasses.replace(settings, layers=None, progress=False)
 
 
 def _nothing() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fastmemit.auto import AUTO
+from fastmemit.compat.hparams import whole_numbers
 from fastmemit.data import Corpus
 from fastmemit.errors import BadConfig
 
@@ -70,13 +71,15 @@ def configure(
         The settings that hold now.
 
     Raises:
-        BadConfig: The multiplier is neither a number nor ``"auto"``.
+        BadConfig: The multiplier is neither a number nor ``"auto"``, or a layer no whole number.
     """
     global _chosen
-    named = {name: value for name, value in locals().items() if value is not _UNSET}
+    given = {name: value for name, value in locals().items() if value is not _UNSET}
+    default = Settings()
+    named = {n: getattr(default, n) if value is None else value for n, value in given.items()}
     if named.get("layers") is not None:
-        named["layers"] = tuple(named["layers"])
-    if isinstance(named.get("multiplier"), str):
+        named["layers"] = whole_numbers(named["layers"], "configure")
+    if named.get("multiplier") is not None:
         named["multiplier"] = _multiplier(named["multiplier"], "multiplier")
     _chosen = dataclasses.replace(_chosen, **named)
     return _chosen
@@ -95,10 +98,10 @@ def current() -> Settings:
     return found
 
 
-def _multiplier(text: str, name: str) -> Any:
-    if text == AUTO:
+def _multiplier(value: Any, name: str) -> Any:
+    if value == AUTO:
         return AUTO
     try:
-        return float(text)
-    except ValueError as error:
-        raise BadConfig(f"{name} must be a number or 'auto' but is {text!r}.") from error
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise BadConfig(f"{name} must be a number or 'auto' but is {value!r}.") from error

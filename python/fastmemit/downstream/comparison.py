@@ -133,9 +133,8 @@ def _text(editor: Editor, text: PerplexityText) -> dict[str, Any]:
 
 
 def _edit(edit: Edit) -> dict[str, Any]:
-    provenance = edit.delta.provenance
     return {
         "digest": edit.delta.digest(),
-        "method": provenance.get("method"),
-        "facts": len(provenance.get("requests", [])),
+        "method": edit.delta.provenance.get("method"),
+        "facts": len(edit.delta.requests),
     }

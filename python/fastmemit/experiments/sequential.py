@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, TypedDict
 
@@ -16,7 +17,7 @@ from fastcov.errors import NonFiniteKeys, NonFiniteMatrix
 from fastmemit.data import Record
 from fastmemit.editor import Editor
 from fastmemit.editors import PRESERVING, EditConfig, PreservedKeys, ReadCache
-from fastmemit.errors import BadConfig, BadData, FastmemitError, WrongModel
+from fastmemit.errors import BadConfig, BadData, DamagedFile, FastmemitError, WrongModel
 from fastmemit.evaluation.counterfact import score_records
 from fastmemit.evaluation.schema import ScoreTable
 from fastmemit.experiments.cell import scored_or_failed, table_of
@@ -39,6 +40,44 @@ class Step(TypedDict):
     before: ScoreTable  # of the unedited model on the same records
     by_batch: list[ScoreTable]  # `scores` of each batch alone, the oldest first
     perplexity: float | None  # of the model as it is now; None where it was not asked for
+
+
+def check_step(place: str, line: Mapping[str, Any]) -> None:
+    """Refuse what is no line of a file of steps: a `Step`, its multiplier and whether it preserves.
+
+    Args:
+        place: The line, for the message.
+        line: A JSON object.
+
+    Raises:
+        DamagedFile: A field is missing or is something else.
+    """
+    kinds: dict[str, Callable[[Any], bool]] = {
+        **dict.fromkeys(("edits", "facts", "failed"), lambda found: type(found) is int),
+        **dict.fromkeys(("scores", "before"), _is_table),
+        **dict.fromkeys(("multiplier", "perplexity"), _is_number),
+        "preserve": lambda found: isinstance(found, bool),
+        "by_batch": lambda found: bool(
+            isinstance(found, list) and found and all(map(_is_table, found))
+        ),
+    }
+    for name, fits in kinds.items():
+        if name not in line or not fits(line[name]):
+            said = f"has {name} = {line[name]!r:.80}" if name in line else f"lacks {name}"
+            raise DamagedFile(
+                f"{place} {said}; delete the lines of its run, which is then run again."
+            )
+
+
+def _is_table(found: Any) -> bool:
+    names = ("es", "ps", "ns", "s")
+    return isinstance(found, dict) and all(n in found and _is_number(found[n]) for n in names)
+
+
+def _is_number(found: Any) -> bool:
+    """A number or None; a whole number in JSON has no largest, and these become floats."""
+    whole = type(found) is int and abs(found) <= sys.float_info.max
+    return found is None or type(found) is float or whole
 
 
 def run_sequential(

@@ -29,7 +29,7 @@ from fastmemit.evaluation.perplexity import PerplexityText, perplexity
 from fastmemit.experiments.grid import multiplier_name
 from fastmemit.experiments.header import AS_PUBLISHED, hardware, make_header, with_defaults
 from fastmemit.experiments.results import ResultsFile, line_of, locked, read_lines
-from fastmemit.experiments.sequential import run_sequential
+from fastmemit.experiments.sequential import check_step, run_sequential
 from fastmemit.experiments.statistics import FULL_KEYS, precompute_multipliers
 from fastmemit.metrics.score import RecordScore
 from fastmemit.progress import bar
@@ -113,8 +113,9 @@ def run_sequences(
 
     Raises:
         WrongModel: The model is edited already.
-        BadData: The folder holds sequences of something else, or a damaged line; or another process
-            is writing there.
+        BadData: The folder holds sequences of something else, or a line that is not JSON; or
+            another process is writing there.
+        DamagedFile: A line is not what a run writes.
         FastcovError, FastmemitError: What can go wrong with statistics, targets and edits.
     """
     if editor.edits:
@@ -212,8 +213,9 @@ def _finished(path: Path, batches: int) -> dict[str, list[dict[str, Any]]]:
         return {}
     found: dict[str, list[dict[str, Any]]] = {}
     for line in read_lines(path):
+        check_step(f"The step {line['key']!r:.80} of {str(path)!r}", line)
         found.setdefault(line["key"].rpartition("/")[0], []).append(line)
-    return {key: lines for key, lines in found.items() if lines[-1].get("edits") == batches}
+    return {key: lines for key, lines in found.items() if lines[-1]["edits"] == batches}
 
 
 def _write(path: Path, plan: Plan, finished: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:

@@ -14,6 +14,7 @@ from fastmemit.editor import Editor
 from fastmemit.errors import BadConfig
 from fastmemit.interop.layouts import StatsPlace, module_of
 from fastmemit.interop.likeness import check_likeness
+from fastmemit.models import ModelAdapter
 from fastmemit.statistics import Statistics, versions
 
 IMPORTED = "imported:"
@@ -50,7 +51,9 @@ def import_statistics(
         OSError: A file cannot be written; those that were written are whole.
     """
     named = _named(editor, files)
-    read = {name: load_npz(path, width=_width(editor, name)) for name, path in named.items()}
+    adapter = editor.adapter
+    layers = layers_by_name(adapter)
+    read = {n: load_npz(path, width=adapter.d_k(layers[n])) for n, path in named.items()}
     digests = {name: _sha256(path) for name, path in named.items()}
     _check_apart(named, digests)
     multiplier = _multiplier(named, read)
@@ -100,11 +103,10 @@ def files_of(
         fastcov.StoreMissing: There is none for a layer, or none at all; the message says what is.
         BadLayer: A layer that the model does not have.
     """
-    adapter = editor.adapter
-    asked = range(adapter.n_layers) if layers is None else layers
-    names = [f"{adapter.template.replace('{}', str(i))}" for i in asked]
-    if layers is not None:
-        names = [adapter.projection_name(layer) for layer in layers]
+    if layers is None:
+        names = list(layers_by_name(editor.adapter))
+    else:
+        names = [editor.adapter.projection_name(layer) for layer in layers]
     paths = {name: place.path(name) for name in names}
     there = {name: path for name, path in paths.items() if path.is_file()}
     if there and (layers is None or there == paths):
@@ -129,7 +131,7 @@ def _what_is_there(place: StatsPlace) -> str:
 def _named(editor: Editor, files: Mapping[str, Path] | Sequence[Path]) -> dict[str, Path]:
     """The files by module, which this model must have."""
     adapter = editor.adapter
-    mine = {adapter.template.replace("{}", str(i)): i for i in range(adapter.n_layers)}
+    mine = layers_by_name(adapter)
     if isinstance(files, Mapping):
         named = {name: Path(path) for name, path in files.items()}
     else:
@@ -158,13 +160,9 @@ def _named(editor: Editor, files: Mapping[str, Path] | Sequence[Path]) -> dict[s
     return dict(sorted(named.items(), key=lambda item: mine[item[0]]))
 
 
-def _width(editor: Editor, name: str) -> int:
-    adapter = editor.adapter
-    return next(
-        adapter.d_k(i)
-        for i in range(adapter.n_layers)
-        if adapter.template.replace("{}", str(i)) == name
-    )
+def layers_by_name(adapter: ModelAdapter) -> dict[str, int]:
+    """The names that the blocks' projections have or would have -> layer."""
+    return {adapter.template.replace("{}", str(i)): i for i in range(adapter.n_layers)}
 
 
 def _check_apart(named: Mapping[str, Path], digests: Mapping[str, str]) -> None:

@@ -44,13 +44,13 @@ class Likeness:
     times: float
 
 
-def likeness(second_moment: Tensor, mean_squares: Tensor) -> Likeness:
-    """Compare the diagonal of C (d_k, d_k) with mean squares of keys (d_k,).
+def likeness(diagonal: Tensor, mean_squares: Tensor) -> Likeness:
+    """Compare the diagonal of C (d_k,) with mean squares of keys (d_k,).
 
     Coordinates that are zero in either are left out: a little text cannot tell a dead neuron from
     a rare one.
     """
-    theirs, mine = second_moment.diagonal().double().cpu(), mean_squares.double().cpu()
+    theirs, mine = diagonal.double().cpu(), mean_squares.double().cpu()
     alive = (theirs > 0) & (mine > 0)
     if int(alive.sum()) < 2:
         return Likeness(0.0, 0.0)
@@ -78,7 +78,7 @@ def check_likeness(editor: Editor, moments: Mapping[str, SecondMoment]) -> dict[
     own = mean_squares(editor, list(moments))
     found = {}
     for name, moment in moments.items():
-        found[name] = alike = likeness(moment.lower / moment.count, own[name])
+        found[name] = alike = likeness(moment.lower.diagonal() / moment.count, own[name])
         if alike.correlation < LEAST_CORRELATION:
             raise WrongModel(
                 f"The statistics for {name} are not of this model's keys: the mean squares of the "

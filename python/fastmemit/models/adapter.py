@@ -202,9 +202,9 @@ class ModelAdapter:
         return input_device(self.model)
 
 
-def input_device(model: nn.Module) -> torch.device:
+def input_device(model: Any) -> torch.device:
     """Where a model's token ids go: the device of its input embeddings."""
-    embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
+    embeddings = model.get_input_embeddings()
     device: torch.device = embeddings.weight.device
     # Weights offloaded by accelerate are on "meta" until their module runs.
     hook: Any = getattr(embeddings, "_hf_hook", None)

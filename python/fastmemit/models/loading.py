@@ -57,7 +57,8 @@ def load_model(
         ModelNotFound: Nothing of this name can be loaded, or it needs a package or code that is not
             there.
         DamagedFile: The model's files cannot be read.
-        BadConfig: `device` or `dtype` makes no sense here.
+        BadConfig: `device`, `dtype`, `device_map` or `load_in` makes no sense here, or needs a
+            package that is not there.
     """
     settings: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if device_map is None:
@@ -103,7 +104,8 @@ def load_skeleton(name: str, *, trust_remote_code: bool = False) -> Any:
         trust_remote_code: Run Python code that comes with the model.
 
     Raises:
-        ModelNotFound: Nothing of this name can be loaded, or it needs code that is not there.
+        ModelNotFound: Nothing of this name can be loaded, its configuration describes no model, or
+            it needs code that is not there.
     """
     source = str(_source(name))
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -112,7 +114,7 @@ def load_skeleton(name: str, *, trust_remote_code: bool = False) -> Any:
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # a config may say anything, and its model checks little of it
         if isinstance(error, OSError) and error.errno is not None:
             raise
         raise ModelNotFound(_why_not(name, error)) from error

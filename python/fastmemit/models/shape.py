@@ -6,10 +6,9 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from fastmemit.errors import BadConfig
+from fastmemit.errors import BadConfig, ModelNotFound
 from fastmemit.models.adapter import find_adapter
+from fastmemit.models.loading import load_skeleton
 from fastmemit.models.structure import text_config
 
 
@@ -89,17 +88,13 @@ def shape_of(name: str) -> Shape:
             f"There is no shape {name!r}; choose {', '.join(SHAPES)}, or name a folder with a "
             "model's config.json."
         )
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     try:
-        config = AutoConfig.from_pretrained(name)
-        with torch.device("meta"):  # structure without weights
-            model = AutoModelForCausalLM.from_config(config)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+        model = load_skeleton(name)
+    except ModelNotFound as error:
+        said = str(error.__cause__).strip().splitlines() or [type(error.__cause__).__name__]
         raise BadConfig(
-            f"The config.json of {name!r} describes no model that can be built "
-            f"({str(error).strip().splitlines()[0]:.120}); choose {', '.join(SHAPES)}, or name "
-            "another folder."
+            f"The config.json of {name!r} describes no model that can be built ({said[0]:.120}); "
+            f"choose {', '.join(SHAPES)}, or name another folder."
         ) from error
     adapter, text = find_adapter(model), text_config(model)
     heads = int(text.num_attention_heads)

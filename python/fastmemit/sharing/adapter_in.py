@@ -109,7 +109,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, An
             text = (file.metadata() or {}).get(OURS)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
-        raise _damaged(folder, f"has an {WEIGHTS} that cannot be read ({error})") from error
+        raise _damaged(folder, f"has an {WEIGHTS} that cannot be read ({error!s:.120})") from error
     try:
         ours = {} if text is None else parse_json(text)
     except ValueError as error:

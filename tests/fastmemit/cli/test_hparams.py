@@ -27,7 +27,7 @@ def file(place: Place, folder: str, **changed: Any) -> Path:
 
 
 def command(place: Place, hparams: Path, *more: Any) -> list[Any]:
-    return ["edit", *place.model, "--hparams", hparams, *more, "--multiplier", "4", "--corpus",
+    return ["edit", *place.model, "--hparams", hparams, "--multiplier", "4", *more, "--corpus",
             place.corpus, "--requests", place.requests, "--save", place.at / "e.st"]  # fmt: skip
 
 
@@ -42,6 +42,23 @@ def test_all_settings_come_from_the_file(place: Place, capsys: Capture) -> None:
     out = run(capsys, *command(place, both, "--method", "memit"))
     assert "written by memit into layers 0, 1" in out
     assert Delta.load(place.at / "e.st").provenance["settings"]["weight"] == 9
+
+
+def test_few_keys_get_no_ridge_but_by_set(place: Place, capsys: Capture) -> None:
+    for more, ridge in ([], 0.0), (["relative_ridge=0.05"], 0.05), (["relative_ridge=none"], 0.1):
+        chosen = [word for value in more for word in ("--set", value)]
+        run(capsys, *command(place, file(place, "ROME"), *chosen, "--multiplier", "2"))
+        assert Delta.load(place.at / "e.st").provenance["settings"]["relative_ridge"] == ridge
+
+
+def test_the_files_multiplier_holds_where_none_is_named(place: Place, capsys: Capture) -> None:
+    path = file(place, "ROME", dynamic=True, dynamic_multiplier=3)
+    words = command(place, path)
+    at = words.index("--multiplier")
+    for many, left in (4, words), (3, words[:at] + words[at + 2 :]):
+        run(capsys, *left)
+        provenance = Delta.load(place.at / "e.st").provenance
+        assert provenance["statistics"]["multiplier"] == many
 
 
 def test_the_other_verbs_take_it_too(place: Place, capsys: Capture) -> None:
@@ -60,6 +77,7 @@ def test_the_other_verbs_take_it_too(place: Place, capsys: Capture) -> None:
         ({"v_loss_layer": 47}, [], "v_loss_layer is 47 but the last block of this model is 2"),
         ({"layers": [5]}, [], "Layer 5 is out of range"),
         ({"rewrite_module_tmp": "transformer.h.{}.mlp.c_proj"}, [], "leads to no linear map"),
+        ({}, ["--method", "pmet"], "tiny.json is for 'pmet', but hyper-parameters are read for"),
         ({"alg_name": "ROME"}, ["--method", "memit"], "is for ROME (alg_name) but not for memit"),
     ],
 )

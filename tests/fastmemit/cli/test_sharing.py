@@ -78,6 +78,18 @@ def test_an_adapter_there_and_back(
     assert "has no adapter_config.json" in said
 
 
+def test_an_edit_whose_facts_are_no_list_counts_none(
+    place: Place, edits: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = Delta.load(edits[0])
+    Delta(found.factors, {**found.provenance, "requests": 3}).save(place.at / "forged.st")
+    out = run(capsys, "apply", *place.model, "--edit", place.at / "forged.st", "--edit", edits[1])
+    assert "2 edits with 1 facts applied" in out
+    said = refused(capsys, place, "compose", "--edit", place.at / "forged.st", "--save",
+                   place.at / "x")  # fmt: skip
+    assert "requests are no list but 3" in said
+
+
 def test_own_ranks_and_a_name(
     place: Place, edits: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -10,7 +10,10 @@ import pytest
 import torch
 
 import their_loader
+from fastmemit.cli import parser
+from fastmemit.cli.stats_place import LAYOUT_NAMES
 from fastmemit.delta import Delta
+from fastmemit.interop import LAYOUTS, SAMPLE_SIZE
 from tiny_commands import EDIT, Place, refused, run
 
 Capture = pytest.CaptureFixture[str]
@@ -21,6 +24,12 @@ def kept(place: Place, capsys: Capture) -> Place:
     run(capsys, "precompute", *place.model, "--corpus", place.corpus, "--multiplier", "4",
         "--layers", "0-1")  # fmt: skip
     return place
+
+
+def test_the_options_name_what_there_is() -> None:
+    assert LAYOUT_NAMES == LAYOUTS
+    words = ["export-stats", "--model", "m", "--layout", "rome"]
+    assert parser().parse_args(words).sample_size == SAMPLE_SIZE
 
 
 def test_out_and_in_again(kept: Place, capsys: Capture) -> None:
@@ -103,6 +112,7 @@ def test_they_are_collected_where_a_corpus_is_named(place: Place, capsys: Captur
         (["--layout", "alphaedit", "--threshold", "nan"], "above 0 but is nan"),
         (["--layout", "alphaedit", "--threshold", "1", "--relative-threshold", "1"], "either"),
         (["--layout", "alphaedit", "--null-space", "x", "--no-null-space"], "make no sense"),
+        (["--layout", "rome", "--null-space", "."], "'.' is a folder; name a file (--null-space)"),
         (["--layout", "pmet"], "invalid choice: 'pmet'"),
         (["--layout", "rome", "--dataset", "a/x"], "no plain name"),
         ([], "required: --layout"),

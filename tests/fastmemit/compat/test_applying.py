@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 import torch
 
+import fastcov
 from fastmemit import compat
 from fastmemit.compat import live
 from fastmemit.editors import EditConfig
+from fastmemit.editors.config import SMALL_BUDGET_RIDGE
 from fastmemit.errors import BadConfig, BadLayer, BadRequest, DuplicateRequest
 from tiny_editors import FACTS, tiny_editor
 from tiny_models import tiny_model, tiny_tokenizer
@@ -150,6 +152,36 @@ def test_settings_of_ours_are_taken_as_they_are(model: Any, tok: Any) -> None:
     assert not equal(state(model), state(other))
     with pytest.raises(BadConfig, match="are for rome but not for memit"):
         APPLY["memit"](model, tok, MEMIT_STYLE, config)
+
+
+@pytest.mark.parametrize("hold", [lambda h: h, vars, compat.read_hparams, EditConfig])
+def test_few_keys_get_a_ridge_only_where_the_settings_are_ours(
+    hold: Any, model: Any, tok: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, made = [], fastcov.regularised
+
+    def regularised(*args: Any, **named: Any) -> torch.Tensor:
+        asked.append(named["relative_ridge"])
+        return made(*args, **named)
+
+    monkeypatch.setattr(fastcov, "regularised", regularised)
+    compat.configure(multiplier=1)
+    ours = hold is EditConfig
+    theirs = EditConfig("memit", **settings("memit")) if ours else hold(hparams("memit"))
+    APPLY["memit"](model, tok, MEMIT_STYLE, theirs)
+    assert asked == [SMALL_BUDGET_RIDGE if ours else 0.0] * 2
+
+
+def test_settings_that_say_nothing_of_contexts_leave_them(
+    model: Any, tok: Any, tmp_path: Path
+) -> None:
+    APPLY["memit"](model, tok, MEMIT_STYLE[:1], hparams("memit"))
+    compat.configure(layers=[0, 1, 2], multiplier=4.0, allow_fewer=True)
+    APPLY["memit"](model, tok, MEMIT_STYLE[1:], hparams("memit"))
+    editor = tiny_editor(tmp_path / "own")
+    for fact in FACTS[:2]:
+        editor.edit([fact], "memit", **settings("memit"))
+    assert equal(state(model), state(editor.model))  # with the unedited model's contexts
 
 
 def test_an_edit_upon_an_edit_is_on_the_unedited_statistics(

@@ -15,6 +15,7 @@ import torch
 
 import fastcov
 from fastmemit import compat
+from fastmemit.compat import live
 from fastmemit.errors import BadConfig, BadCorpus, BadLayer, UnknownArchitecture, WrongModel
 from tiny_editors import tiny_corpus, tiny_editor
 from tiny_models import tiny_model, tiny_tokenizer
@@ -195,35 +196,37 @@ def test_a_model_that_is_gone_is_gone(model: Any, tok: Any) -> None:
     assert there() is None
 
 
-def test_other_settings_give_other_statistics(model: Any, tok: Any) -> None:
-    four = compat.layer_stats(model, tok, NAME.format(1), "", "wikipedia", ["mom2"]).mom2
-    compat.configure(multiplier=2)
-    two = compat.layer_stats(model, tok, NAME.format(1), "", "wikipedia", ["mom2"]).mom2
-    assert (four.count, two.count) == (256, 128)
-    compat.configure(multiplier="auto", corpus=tiny_corpus(400), allow_fewer=True)
-    auto = compat.layer_stats(model, tok, NAME.format(1), "", "wikipedia", ["mom2"]).mom2
-    assert auto.count > 128
+def test_what_our_own_reading_of_hparams_says_holds(model: Any, tok: Any) -> None:
     compat.configure(multiplier=None)
-    dynamic = SimpleNamespace(layers=[1], dynamic=True, dynamic_multiplier=3)
-    three = compat.layer_stats(
-        model, tok, NAME.format(1), "", "wikipedia", ["mom2"], hparams=dynamic
-    ).mom2
-    assert three.count == 192
+    theirs = {"layers": [0, 2], "dynamic": True, "dynamic_multiplier": 3}
+    read = compat.read_hparams(theirs, "memit")
+    for hparams in (theirs, read):
+        mine = tiny_model("llama")
+        stats = compat.layer_stats(
+            mine, tok, NAME.format(0), "", "wikipedia", ["mom2"], hparams=hparams
+        )
+        assert stats.mom2.count == 192
+        write(mine, 0)
+        get_cov(mine, tok, 2)  # collected with the first
 
 
-def test_the_environment_is_asked_where_nothing_is_configured(
-    model: Any, tok: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "corpus.txt"
-    path.write_text("\n\n".join(tiny_corpus().documents(0)))
-    compat.configure(corpus=None, multiplier=None)
-    monkeypatch.setenv("FASTMEMIT_CORPUS", str(path))
-    monkeypatch.setenv("FASTMEMIT_MULTIPLIER", "3")
-    stats = compat.layer_stats(model, tok, NAME.format(1), "", "wikipedia", ["mom2"])
-    assert stats.mom2.count == 192
-    monkeypatch.setenv("FASTMEMIT_MULTIPLIER", "ten")
-    with pytest.raises(BadConfig, match="FASTMEMIT_MULTIPLIER must be a number or 'auto' but is"):
-        get_cov(model, tok, 1)
+def test_one_layer_need_not_be_a_list_and_words_are_refused(model: Any, tok: Any) -> None:
+    get_cov(model, tok, 1, hparams={"layers": 2})
+    write(model, 1)
+    get_cov(model, tok, 2)
+    for layers in (["4"], "4-8", [0.7], [True]):
+        with pytest.raises(BadConfig, match="layers of hparams must be whole numbers"):
+            get_cov(tiny_model("llama"), tok, 1, hparams={"layers": layers})
+        with pytest.raises(BadConfig, match="layers of configure must be whole numbers"):
+            compat.configure(layers=layers)  # type: ignore[arg-type]
+
+
+def test_a_copy_of_a_copy_does_not_take_itself_for_the_original(model: Any, tok: Any) -> None:
+    before = get_cov(model, tok, 1)
+    twin = copy.deepcopy(copy.deepcopy(model))
+    held = twin.__dict__[live._PLACE]
+    assert held._opened_with[0] is None  # an object's number may be had again
+    assert torch.equal(get_cov(twin, tok, 1), before)
 
 
 def test_without_a_corpus_kept_statistics_are_taken_else_it_says_what_to_do(
@@ -270,8 +273,6 @@ def test_names_that_lead_nowhere(
 
 
 def test_few_matrices_are_held(model: Any, tok: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastmemit.compat import live
-
     monkeypatch.setattr(live, "CAPACITY", 2 * 64 * 64 * 4)
     expected = [get_cov(model, tok, layer) for layer in (0, 1, 2)]
     held = live.live(model, tok, None)._matrices

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fastmemit.editor import Editor
-from fastmemit.errors import BadData, WrongModel
+from fastmemit.errors import BadData, DamagedFile, WrongModel
 from fastmemit.evaluation.perplexity import read_text
 from fastmemit.experiments import sequential_runs
 from fastmemit.experiments.results import ResultsFile
-from fastmemit.experiments.sequential import Step
+from fastmemit.experiments.sequential import Step, check_step
 from fastmemit.experiments.sequential_runs import Inputs, Plan, run_sequences
 from fastmemit.request import EditRequest
 from tiny_editors import FACTS, record, texts, tiny_corpus, tiny_editor
@@ -179,3 +180,40 @@ def test_an_edited_model_is_refused(editor: Editor, tmp_path: Path) -> None:
         run_sequences(editor, PLAN, inputs(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
     edit.undo()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("edits", "2"),
+        ("failed", None),
+        ("preserve", 1),
+        ("multiplier", "x2"),
+        ("scores", {"es": 90.0}),
+        ("before", []),
+        ("by_batch", []),
+        ("by_batch", [{"es": 1.0, "ps": 1.0, "ns": 1.0, "s": "1"}]),
+        ("perplexity", 10**400),
+        ("facts", ...),  # not there
+    ],
+)
+def test_a_line_that_no_run_writes_is_refused(
+    unbroken: tuple[Path, list[dict[str, Any]]], name: str, value: Any
+) -> None:
+    good = unbroken[1][0]
+    check_step("A line", good)
+    bad = {k: v for k, v in good.items() if k != name} | ({} if value is ... else {name: value})
+    with pytest.raises(DamagedFile, match=rf"^A line .*{name}.*; delete the lines of its run"):
+        check_step("A line", bad)
+
+
+def test_a_damaged_line_ends_a_run_before_any_work(
+    editor: Editor, unbroken: tuple[Path, list[dict[str, Any]]], tmp_path: Path
+) -> None:
+    folder = tmp_path / "out"
+    shutil.copytree(unbroken[0], folder)
+    spoilt = content(folder).replace(b'"failed":0', b'"failed":"0"', 1)
+    (folder / "sequential.jsonl").write_bytes(spoilt)
+    with pytest.raises(DamagedFile, match=r"memit/b2x3/x2.*has failed = '0'"):
+        run_sequences(editor, PLAN, inputs(folder))
+    assert content(folder) == spoilt

@@ -15,13 +15,13 @@ from tiny_models import ARCHITECTURES
 
 def test_a_likeness_by_hand() -> None:
     mine = torch.tensor([1.0, 2.0, 4.0, 0.0, 8.0])
-    C = torch.diag(torch.tensor([3.0, 6.0, 12.0, 5.0, 0.0]))  # the last two are left out
-    alike = likeness.likeness(C, mine)
+    theirs = torch.tensor([3.0, 6.0, 12.0, 5.0, 0.0])  # the last two are left out
+    alike = likeness.likeness(theirs, mine)
     assert alike.correlation == pytest.approx(1) and alike.times == pytest.approx(3)
-    turned = likeness.likeness(torch.diag(torch.tensor([4.0, 2.0, 1.0])), mine[:3])
+    turned = likeness.likeness(torch.tensor([4.0, 2.0, 1.0]), mine[:3])
     assert turned.correlation == pytest.approx(-1) and turned.times == pytest.approx(1)
-    assert likeness.likeness(torch.eye(3), torch.tensor([0.0, 0.0, 1.0])) == Likeness(0, 0)
-    assert likeness.likeness(torch.eye(2), torch.tensor([1.0, 2.0])).correlation == 0
+    assert likeness.likeness(torch.ones(3), torch.tensor([0.0, 0.0, 1.0])) == Likeness(0, 0)
+    assert likeness.likeness(torch.ones(2), torch.tensor([1.0, 2.0])).correlation == 0
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt", "gpt_neox"])

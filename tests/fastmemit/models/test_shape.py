@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from fastmemit.errors import BadConfig
-from fastmemit.models import find_adapter
+from fastmemit.errors import BadConfig, ModelNotFound
+from fastmemit.models import find_adapter, load_skeleton
 from fastmemit.models.shape import SHAPES, Shape, shape_of
 from tiny_models import ARCHITECTURES, tiny_model
 
@@ -48,10 +50,25 @@ def test_a_shape_that_is_not_there(name: str) -> None:
         shape_of(name)
 
 
-def test_a_config_that_describes_nothing(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"hidden_size": 4}')
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"model_type": None},
+        {"model_type": []},
+        {"hidden_size": "x"},
+        {"hidden_size": 10**30},
+        {"num_attention_heads": 0},
+        {"vocab_size": -1},
+        {"hidden_act": "nope"},
+    ],
+)
+def test_a_config_that_describes_nothing(odd: dict[str, Any], tmp_path: Path) -> None:
+    config = {**tiny_model("llama").config.to_dict(), **odd}
+    (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(BadConfig, match="describes no model that can be built"):
         shape_of(str(tmp_path))
+    with pytest.raises(ModelNotFound, match="cannot be loaded"):
+        load_skeleton(str(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["gpt2-xl", "gpt-j-6b", "llama-2-7b", "llama-3-8b", "smollm2"])

@@ -160,6 +160,9 @@ def test_what_is_no_plain_lora_is_refused(
         ({}, {A.replace("1", "2"): torch.ones(2, 64)}, "do not fit each other"),
         ({"lora_alpha": "much"}, {}, "alpha of 'much'"),
         ({"lora_alpha": None}, {}, "alpha of None"),
+        ({"lora_alpha": True}, {}, "alpha of True"),
+        ({"lora_alpha": float("nan")}, {}, "alpha of nan"),
+        ({"lora_alpha": 10**400}, {}, "alpha of 1000"),
         ({"alpha_pattern": {"down_proj": [1]}}, {}, r"alpha of \[1\]"),
         ({"alpha_pattern": ["down_proj"]}, {}, "alpha_pattern"),
     ],
@@ -182,6 +185,10 @@ def test_another_model_is_refused(tmp_path: Path) -> None:
     part = model.model.layers[1].mlp.down_proj
     part.weight = torch.nn.Parameter(part.weight.data.to(torch.int8), requires_grad=False)
     with pytest.raises(QuantisedWeight, match=r"stored as torch\.int8"):
+        load_adapter(folder, model)
+    packed = torch.zeros(1024, 1, dtype=torch.uint8)  # two numbers to a byte
+    part.weight = torch.nn.Parameter(packed, requires_grad=False)
+    with pytest.raises(QuantisedWeight, match=r"stored as torch\.uint8"):
         load_adapter(folder, model)
 
 
@@ -214,7 +221,15 @@ def _huge(folder: Path) -> None:
     (folder / CONFIG).write_text(" " * (1 << 20) + "{}")
 
 
-@pytest.mark.parametrize("harm", [_truncated, _no_json, _a_list, _huge])
+def _deep(folder: Path) -> None:
+    (folder / CONFIG).write_text("[" * 200_000)
+
+
+def _deep_metadata(folder: Path) -> None:
+    save_file(load_file(folder / WEIGHTS), folder / WEIGHTS, {"fastmemit": "[" * 200_000})
+
+
+@pytest.mark.parametrize("harm", [_truncated, _no_json, _a_list, _huge, _deep, _deep_metadata])
 def test_damaged_files_are_refused(harm: Callable[[Path], None], tmp_path: Path) -> None:
     folder = by_hand(tmp_path / "adapter")
     harm(folder)

@@ -156,11 +156,13 @@ def test_the_config_says_which_model(tmp_path: Path) -> None:
     model = tiny_model("llama")
     save_adapter(random_delta(model, {0: 1}), model, tmp_path / "a")
     save_adapter(random_delta(model, {0: 1}), model, tmp_path / "b", base_model="me/tiny")
+    forged = Delta(random_delta(model, {0: 1}).factors, {"model_name": {"a": 1}})
+    save_adapter(forged, model, tmp_path / "c")
     names = [
         json.loads((tmp_path / f / "adapter_config.json").read_text())["base_model_name_or_path"]
-        for f in ("a", "b")
+        for f in ("a", "b", "c")
     ]
-    assert names == ["tiny", "me/tiny"]
+    assert names == ["tiny", "me/tiny", None]
     assert sorted(os.listdir(tmp_path / "a")) == [
         "adapter_config.json",
         "adapter_model.safetensors",

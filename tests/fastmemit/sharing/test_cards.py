@@ -65,11 +65,22 @@ def test_a_real_edit_shows_facts_weights_settings_and_versions(tmp_path: Path) -
     assert ["The capital of France is", "Berlin", "Paris"] in found
     assert ["model.layers.1.mlp.down_proj.weight", "32 x 64", "3"] in found
     shown = {row[0]: row[1] for row in found if len(row) == 2}
-    assert shown["setting layers"] == "(0, 1)" and shown["setting steps"] == "3"
+    assert shown["setting layers"] == "0, 1" and shown["setting steps"] == "3"
     assert shown["model fingerprint"] == editor.fingerprint
     assert shown["corpus"] == "tiny0" and shown["multiplier"] == "4"
     assert shown["digest"] == made.digest() and "torch" in shown["versions"]
     assert 'Editor.from_pretrained("me/tiny")' in card and 'pull_edit("me/edit"' in card
+
+
+@pytest.mark.parametrize("method", ["rome", "emmet", "memit", "pmet", "encore", "alphaedit"])
+def test_every_method_is_a_tag_and_a_setting_that_is_not_set_is_said_so(method: str) -> None:
+    settings = {"layers": (0, 1), "relative_ridge": None, "ridge": 10.0}
+    card = edit_card(delta(method=method, settings=settings), "me/edit")
+    assert method in ModelCard(card).data.tags
+    shown = {row[0]: row[1] for row in rows(card) if len(row) == 2}
+    assert shown["setting relative_ridge"] == "not set" and shown["setting ridge"] == "10"
+    read = delta(method=method, settings={**settings, "layers": [0, 1]})  # as from a file
+    assert edit_card(read, "me/edit") == card
 
 
 def test_facts_with_markdown_stay_facts() -> None:
@@ -116,3 +127,13 @@ def test_statistics_say_what_they_are_of(tmp_path: Path) -> None:
     assert shown["corpus"] == "tiny0" and shown["model fingerprint"] == editor.fingerprint
     assert shown["multiplier (keys per width)"] == "4"
     assert re.search(r"transformers \d", shown["versions"])
+    assert shown["first positions"] == "counted" and shown["seed"] == "0"
+
+
+def test_statistics_say_what_nobody_knows_and_what_was_left_out(tmp_path: Path) -> None:
+    found = tiny_editor(tmp_path).statistics_for([0])
+    about = {k: v for k, v in found.provenance.items() if k != "context"}
+    other = dataclasses.replace(found, provenance={**about, "seed": None, "bos": False})
+    shown = {row[0]: row[1] for row in rows(statistics_card(other, "me/m")) if len(row) == 2}
+    assert shown["seed"] == shown["documents cut at"] == "unknown"
+    assert shown["first positions"] == "left out"

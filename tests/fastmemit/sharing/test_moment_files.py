@@ -45,6 +45,10 @@ def test_a_sound_folder(tmp_path: Path) -> None:
         ("m.0.safetensors", {"model": None}, "does not say its model"),
         ("m.0.safetensors", {"tokenizer": 3}, "does not say its tokenizer"),
         ("m.0.safetensors", {"seed": "../x"}, "does not say its seed"),
+        ("m.0.safetensors", {"keys": "../x"}, "does not say its keys"),
+        ("m.0.safetensors", {"snapshots": 3}, "does not say its snapshots"),
+        ("m.0.safetensors", {"snapshots": [1.0, "x"]}, "does not say its snapshots"),
+        ("m.0.safetensors", {"multiplier": 10**400}, "does not say its multiplier"),
         ("m.0.safetensors", {"multiplier": "../x"}, "does not say its multiplier"),
         ("m.0.safetensors", {"multiplier": 0}, "does not say its multiplier"),
         ("m.0.safetensors", {"corpus": "text"}, "does not say its corpus"),
@@ -57,6 +61,20 @@ def test_what_is_not_said_or_is_no_name_is_refused(
     moment(tmp_path, file, **about)
     with pytest.raises(DamagedFile, match=words):
         open_statistics(tmp_path)
+
+
+def test_imported_statistics_and_those_of_other_settings_travel(tmp_path: Path) -> None:
+    """Of imported ones nobody knows the seed, and each file has a source of its own."""
+    for number, about in enumerate(({"seed": None}, {"bos": False, "snapshots": [0.5, 1.0]})):
+        folder, to = tmp_path / f"from{number}", tmp_path / "to"
+        for name in ("m.0", "m.1"):
+            own = {"source": {"file": f"{name}.npz"}} if number == 0 else {}
+            moment(folder, f"{name}.safetensors", module=name, keys=4, **about, **own)
+        kept = keep_statistics(open_statistics(folder), to)
+        assert sorted(kept.paths) == ["m.0", "m.1"] and len(set(kept.paths.values())) == 2
+        assert all(kept.provenance[field] == value for field, value in about.items())
+        assert kept.describe().startswith("corpus c, multiplier 2, 4 keys")
+    assert len(list((to / ("a" * 16)).iterdir())) == 2  # two statistics, two folders
 
 
 @pytest.mark.parametrize("name", ["../../../x/..", "/etc/passwd", "a\\b", "..", ""])
