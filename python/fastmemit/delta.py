@@ -104,7 +104,7 @@ class Delta:
                 _check_format(path, metadata)
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except SafetensorError as error:
-            raise _damaged(path, f"is not a readable safetensors file ({error})") from error
+            raise _damaged(path, f"is not a readable safetensors file ({error!s:.120})") from error
         factors = _pairs(path, tensors)
         try:
             provenance = parse_json(metadata["provenance"])
