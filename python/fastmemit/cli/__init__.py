@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -101,6 +102,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = parser().parse_args(argv)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    if getattr(args, "quiet", False):
+        # The reader of GGUF files in transformers draws with tqdm itself, which looks here when it
+        # is imported.
+        os.environ.setdefault("TQDM_DISABLE", "1")
     # Heavy imports happen here, so that --help answers at once.
     from fastcov import FailedElsewhere, FastcovError
     from fastmemit.errors import FastmemitError

@@ -30,6 +30,7 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Collect, and say where the files are; of several processes, the first one does."""
     from fastmemit import parallel
+    from fastmemit.data import load_corpus
     from fastmemit.editors.layers import parse_layers
 
     processes = parallel.current()
@@ -38,10 +39,12 @@ def run(args: argparse.Namespace) -> None:
         if args.device_map is None:
             args.device = parallel.local_device(args.device)
     layers = None if args.layers is None else parse_layers(args.layers)
+    # Before the model is loaded, which can take minutes: is the corpus there?
+    corpus = args.corpus if args.corpus == "self" else load_corpus(args.corpus, field=args.field)
     editor = make_editor(args)
     begun = time.perf_counter()
     found = editor.precompute(
-        args.corpus,
+        corpus,
         multiplier=DEFAULT_MULTIPLIER if args.multiplier is None else args.multiplier,
         layers=layers,
         allow_fewer=args.allow_fewer,

@@ -60,11 +60,11 @@ def write_report(
         BadConfig: matplotlib is not installed, or `out` is a file.
         OSError: A file cannot be written.
     """
-    check_matplotlib()
     found = collect(folders)
     target = folders[0] / "report" if out is None else out
     if target.exists() and not target.is_dir():
         raise BadConfig(f"{str(target)!r} is a file; name a folder with --out.")
+    check_matplotlib()
     model = found.sweeps[0]["model"]
     groups = group_cells(found.cells, resamples=resamples)
     drawn = pictures(groups, model)

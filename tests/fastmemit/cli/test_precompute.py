@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+from fastmemit.cli import main
 from tiny_commands import Place, run
 
 
@@ -29,3 +30,11 @@ def test_quiet_measures_nothing(
     out = run(capsys, "precompute", *place.model, "--corpus", place.corpus, "--multiplier", "4",
               "--layers", "0-1")  # fmt: skip
     assert "second moments of 2 layers" in out and "tokens/s" not in out
+
+
+def test_a_corpus_that_is_not_there_is_said_before_the_model_is_loaded(
+    place: Place, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fastmemit.cli.precompute.make_editor", None)  # to call it would raise
+    assert main(["precompute", *place.model, "--corpus", str(place.at / "no.jsonl")]) == 2
+    assert "There is no file" in capsys.readouterr().err
