@@ -18,8 +18,15 @@ bool has_avx512f() {
 }
 bool has_avx512_bf16() { return has_avx512f() && __builtin_cpu_supports("avx512bf16"); }
 #endif
+#if defined(FASTCOV_AMX)
+// Its packing is in vectors of avx512f, and so is what it leaves to that variant.
+bool has_amx_bf16() { return has_avx512f() && amx_bf16::supported(); }
+#endif
 
 constexpr Variant kVariants[] = {
+#if defined(FASTCOV_AMX)
+    {"amx_bf16", has_amx_bf16, amx_bf16::run, amx_bf16::peak},
+#endif
 #if defined(FASTCOV_X86)
     {"avx512_bf16", has_avx512_bf16, avx512_bf16::run, avx512_bf16::peak},
     {"avx512f", has_avx512f, avx512f::run, avx512f::peak},

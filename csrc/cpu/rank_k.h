@@ -30,7 +30,7 @@ struct Variant {
   bool (*supported)();
   void (*run)(const Problem&);
   // The rate of independent multiply-adds on registers alone, in GFLOP/s, over so many threads;
-  // `dtype` kFloat32 or kFloat64, or kBFloat16 for the variant that multiplies pairs of bf16.
+  // `dtype` kFloat32 or kFloat64, or kBFloat16 for the variants that multiply pairs of bf16.
   double (*peak)(Dtype dtype, int threads, double seconds);
 };
 
@@ -55,5 +55,10 @@ namespace avx512_bf16 {
 void run(const Problem&);
 double peak(Dtype, int, double);
 }  // namespace avx512_bf16
+namespace amx_bf16 {
+bool supported();
+void run(const Problem&);
+double peak(Dtype, int, double);
+}  // namespace amx_bf16
 
 }  // namespace fastcov::cpu
