@@ -24,6 +24,7 @@ namespace {
 
 constexpr int kPanel = 64;                                   // columns of a panel
 constexpr std::int64_t kWorkspace = std::int64_t{96} << 20;  // bytes of packed panels, at most
+constexpr std::int64_t kFewest = 256;                        // rows, whatever they take
 constexpr std::int64_t kBlock = 6;                           // panels a side of a block
 
 // What pack.h is to make: pairs of bf16 words, or floats.

@@ -112,13 +112,13 @@ template <int kParts>
 struct TileStrips {
   std::uint32_t* left;
   std::uint32_t* right;
-  std::int64_t length;  // steps of a strip
+  std::int64_t steps;  // of a strip
 
-  void write(int step, const Words* parts) const {
+  void write(std::int64_t step, const Words* parts) const {
     for (int part = 0; part < kParts; ++part) {
       for (int t = 0; t < kPanel / kTileWidth; ++t) {
         const std::int64_t strip = t / 2;
-        const std::int64_t tile = ((strip * kParts + part) * length + step) * 2 + t % 2;
+        const std::int64_t tile = ((strip * kParts + part) * steps + step) * 2 + t % 2;
         const std::uint32_t* const from = parts[part].lines[0] + t * kTileWidth;
         for (int r = 0; r < kTileWidth; ++r) {
           __builtin_memcpy(right + tile * kTileWords + r * kTileWidth, from + r * kPanel, kTileRow);
@@ -141,22 +141,23 @@ inline void prefetch_rows(const Problem& p, std::int64_t row, std::int64_t colum
   }
 }
 
-// The columns from `column` on of `rows` rows from the offset `row` on; the largest magnitude.
+// The columns from `column` on of all rows. Returns the bits of the largest magnitude, for keys of
+// several parts.
 template <int kParts>
-std::int32_t pack_tiles(const Problem& p, std::int64_t row, int rows, std::int64_t column,
-                        const TileStrips<kParts>& to) {
+std::int32_t pack_tiles(const Problem& p, std::int64_t column, const TileStrips<kParts>& to) {
   Words parts[kParts];
   std::int32_t largest[kPanel] = {};
-  for (int k = 0; k < rows; k += kTileStep) {
-    const int count = rows - k < kTileStep ? rows - k : kTileStep;
-    prefetch_rows(p, row + k + kTileStep, column);
+  for (std::int64_t k = 0; k < p.rows; k += kTileStep) {
+    const int count = p.rows - k < kTileStep ? static_cast<int>(p.rows - k) : kTileStep;
+    prefetch_rows(p, k + kTileStep, column);
     if constexpr (kParts == 1) {
-      pack<PairKeys>(p, row + k, count, column, Lines<std::uint32_t>{parts[0].lines});
+      pack<PairKeys>(p, k, count, column, Lines<std::uint32_t>{parts[0].lines});
       const int filled = (count + 1) / 2;
-      __builtin_memset(parts[0].lines[filled], 0, (kTileWidth - filled) * sizeof(parts[0].lines[0]));
+      __builtin_memset(parts[0].lines[filled], 0,
+                       (kTileWidth - filled) * sizeof(parts[0].lines[0]));
     } else {
       float lines[kTileStep][kPanel];
-      pack<FloatKeys>(p, row + k, count, column, Lines<float>{lines});
+      pack<FloatKeys>(p, k, count, column, Lines<float>{lines});
       __builtin_memset(lines[count], 0, (kTileStep - count) * sizeof(lines[0]));
       for (int pair = 0; pair < kTileWidth; ++pair) {
         split_rows<kParts>(lines[2 * pair], lines[2 * pair + 1], pair, parts, largest);

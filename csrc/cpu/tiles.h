@@ -7,15 +7,15 @@
 //
 // Included once, inside its namespace and with its instruction set.
 
-constexpr int kTileWidth = 16;                         // numbers, or words, in a row of a tile
-constexpr int kTileWords = kTileWidth * kTileWidth;    // of a tile: 1024 bytes
-constexpr std::int64_t kTileRow = 4 * kTileWidth;      // bytes
-constexpr int kTileStep = 2 * kTileWidth;              // rows of keys in one product
+constexpr int kTileWidth = 16;                       // numbers, or words, in a row of a tile
+constexpr int kTileWords = kTileWidth * kTileWidth;  // of a tile: 1024 bytes
+constexpr std::int64_t kTileRow = 4 * kTileWidth;    // bytes
+constexpr int kTileStep = 2 * kTileWidth;            // rows of keys in one product
 constexpr double kTileFlops = 2.0 * kTileWords * kTileStep;
 
 #ifdef __AMX_BF16__
-// The registers belong to a thread between `Tiles` and its end. Not the intrinsics: GCC's are macros
-// that take no template argument for the number of a register.
+// The registers belong to a thread between `Tiles` and its end. Not the intrinsics: GCC's are
+// macros that take no template argument for the number of a register.
 class Tiles {
  public:
   Tiles() {
