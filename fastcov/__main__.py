@@ -37,8 +37,10 @@ def main() -> int:
     if torch.cuda.is_available():
         devices += [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     print("\nkernels, best first")
+    over = ops.passed_over()
     for name, reason in ops.kernels().items():
-        print(f"  {name:<12} {'runs' if reason is None else f'no: {reason}'}")
+        runs = f"by name only: {over[name]}" if name in over else "runs"
+        print(f"  {name:<12} {runs if reason is None else f'no: {reason}'}")
     print("\nchosen")
     for device in devices:
         what = torch.cuda.get_device_name(device) if device != "cpu" else _threads()

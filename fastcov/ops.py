@@ -37,6 +37,7 @@ class Kernel:
         rank: Of the kernels that can run, the one of the highest rank is taken; one below 0 only by
             name.
         checked: Whether it must pass a check on the device before it is chosen.
+        passed_over: Why the kernel is not chosen on this machine though it can run, or None.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Kernel:
     refuses: Callable[[Tensor, Tensor], str | None]
     rank: int = 0
     checked: bool = False
+    passed_over: Callable[[], str | None] = lambda: None
 
 
 _KERNELS: dict[str, Kernel] = {}
@@ -67,6 +69,12 @@ def chosen(C: Tensor, X: Tensor) -> str:
         KernelUnavailable: None takes them.
     """
     return _chosen(C, X.reshape(-1, X.shape[-1])[:1]).name
+
+
+def passed_over() -> dict[str, str]:
+    """Kernels that can run here and are chosen only by name, with the reason."""
+    reasons = {kernel.name: kernel.passed_over() for kernel in _ranked()}
+    return {name: reason for name, reason in reasons.items() if reason is not None}
 
 
 def _ranked() -> list[Kernel]:
@@ -173,6 +181,8 @@ def _chosen(C: Tensor, X: Tensor) -> Kernel:
             continue
         if kernel.name == "triton" and triton.interpreting():
             continue  # it could, and would take hours
+        if kernel.passed_over() is not None:
+            continue
         if kernel.checked and selfcheck.failure(
             kernel.name, kernel.run, C.device, X.dtype, C.shape[0]
         ):
@@ -217,9 +227,18 @@ _LIBRARY.define(
 )
 _LIBRARY.impl("rank_k_update", _run, "CompositeExplicitAutograd")
 torch.library.register_fake("fastcov::rank_k_update", _fake, lib=_LIBRARY)
-for _rank, _variant in ((40, "avx512_bf16"), (30, "avx512f"), (20, "avx2"), (-1, "portable")):
+for _rank, _variant in zip((50, 40, 30, 20, -1), cpu.VARIANTS, strict=True):
     _cpu = cpu.CpuKernel(_variant)
-    register(Kernel(_variant, _cpu.rank_k_update, _cpu.missing, _cpu.refuses, _rank))
+    register(
+        Kernel(
+            _variant,
+            _cpu.rank_k_update,
+            _cpu.missing,
+            _cpu.refuses,
+            _rank,
+            passed_over=_cpu.passed_over,
+        )
+    )
 for _rank, _module in ((12, triton), (8, panels), (4, cuda), (0, reference)):
     register(
         Kernel(

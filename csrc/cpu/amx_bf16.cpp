@@ -35,6 +35,7 @@ struct FloatKeys {
   static constexpr int kStep = 1;
 };
 
+// What is not for tiles.
 void plain_run(const Problem& p) {
 #ifdef __AMX_BF16__
   avx512f::run(p);
@@ -62,8 +63,6 @@ bool supported() {
            syscall(SYS_arch_prctl, kAsk, kTileData) == 0;
   }();
   return granted;
-#elif defined(FASTCOV_EMULATE_AMX)
-  return true;
 #else
   return false;
 #endif

@@ -13,7 +13,9 @@ import torch
 from fastcov import ops
 
 # Kernels of the native extension, by what their FMA loop multiplies.
-FMA_KERNELS = ("avx512_bf16", "avx512f", "avx2")
+FMA_KERNELS = ("amx_bf16", "avx512_bf16", "avx512f", "avx2")
+# How many products of bfloat16 one of such keys takes in amx_bf16.
+_PRODUCTS = {torch.bfloat16: 1, torch.float16: 4}
 _LOOPS = 3
 _TAKES_AT_LEAST = 0.2  # seconds for which a product is repeated
 
@@ -38,7 +40,9 @@ def fma_probe(kernel: str, threads: int, keys: torch.dtype) -> Probe | None:
         kernel: Its name.
         threads: How many at once.
         keys: Their dtype. What is multiplied is float64 for float64 keys, pairs of bfloat16 in the
-            kernel made of those, and float32 otherwise.
+            kernel made of those, and float32 otherwise. The tiles of AMX multiply bfloat16; their
+            rate is divided by the products that such keys take, so that it is a limit for useful
+            operations too.
     """
     if kernel not in FMA_KERNELS or ops.kernels().get(kernel, "unknown") is not None:
         return None
@@ -51,8 +55,12 @@ def fma_probe(kernel: str, threads: int, keys: torch.dtype) -> Probe | None:
     kind = keys if keys == torch.float64 else torch.float32
     if kernel == "avx512_bf16":
         kind = torch.bfloat16
+    name = f"FMA loop {kernel} {str(kind).removeprefix('torch.')}"
+    if kernel == "amx_bf16":
+        kind = keys
+        name = f"tile loop {kernel} / {_PRODUCTS.get(keys, 6)}"
     return Probe(
-        f"FMA loop {kernel} {str(kind).removeprefix('torch.')}",
+        name,
         # The best of several, as for a product: what else runs on the machine only slows it down.
         lambda: max(float(native.fma_peak(kernel, threads, kind)) for _ in range(_LOOPS)),
     )

@@ -18,26 +18,56 @@ OWN = {
     "avx2": AVX512[:3],
     "avx512f": AVX512,
     "avx512_bf16": [*AVX512, "-mavx512bf16"],
+    "amx_bf16": [*AVX512, "-mamx-tile", "-mamx-bf16"],
 }
+
+
+def built(folder, flags, defined=()):
+    """The program, with each variant compiled by its flags."""
+    if platform.machine() != "x86_64" or not shutil.which("g++"):
+        pytest.skip("no g++ for x86-64")
+    objects = []
+    for name in ("dispatch", "workspace", *flags):
+        objects.append(str(folder / f"{name}.o"))
+        source = f"csrc/cpu/{name}.cpp"
+        command = ["g++", *FLAGS, "-DFASTCOV_X86", *defined, *flags.get(name, []), "-c", source]
+        subprocess.run([*command, "-o", objects[-1]], cwd=ROOT, check=True)
+    program = folder / "check_cpu"
+    command = ["g++", *FLAGS, "tests/native/check_cpu.cpp", *objects, "-o", str(program)]
+    subprocess.run(command, cwd=ROOT, check=True)
+    return program
+
+
+def knows(*flags):
+    command = ["g++", *flags, "-x", "c++", "-fsyntax-only", "/dev/null"]
+    return not shutil.which("g++") or subprocess.run(command, capture_output=True).returncode == 0
 
 
 @pytest.mark.slow
 def test_every_variant_that_can_run_is_right(tmp_path):
-    if platform.machine() != "x86_64" or not shutil.which("g++"):
-        pytest.skip("no g++ for x86-64")
-    objects = []
-    for name in ("dispatch", "workspace", *OWN):
-        objects.append(str(tmp_path / f"{name}.o"))
-        source = f"csrc/cpu/{name}.cpp"
-        command = ["g++", *FLAGS, "-DFASTCOV_X86", *OWN.get(name, []), "-c", source]
-        subprocess.run([*command, "-o", objects[-1]], cwd=ROOT, check=True)
-    program = tmp_path / "check_cpu"
-    command = ["g++", *FLAGS, "tests/native/check_cpu.cpp", *objects, "-o", str(program)]
-    subprocess.run(command, cwd=ROOT, check=True)
-    done = subprocess.run(
-        [program, "avx2", "avx512f", "avx512_bf16"], capture_output=True, text=True, check=False
+    flags, names, defined = (
+        dict(OWN),
+        [name for name in OWN if name != "portable"],
+        ["-DFASTCOV_AMX"],
     )
+    if not knows(*OWN["amx_bf16"]):
+        defined = []
+        names.remove("amx_bf16")
+        del flags["amx_bf16"]
+    program = built(tmp_path, flags, defined)
+    done = subprocess.run([program, *names], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
     lines = done.stdout.splitlines()
-    assert [line.split()[0] for line in lines] == ["avx512_bf16", "avx512f", "avx2"]
+    assert [line.split()[0] for line in lines] == names[::-1]
     assert all(line.endswith((": right", "cannot run here")) for line in lines)
+
+
+@pytest.mark.slow
+def test_tiles_of_amx_are_right_on_any_processor(tmp_path):
+    # Compiled without the instructions, the registers are arrays, and what they do is done as AMX
+    # does it; all else is the same source.
+    flags = OWN | {"amx_bf16": []}
+    program = built(tmp_path, flags, ["-DFASTCOV_AMX", "-DFASTCOV_EMULATE_AMX"])
+    done = subprocess.run([program, "amx_bf16"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.startswith("amx_bf16") and done.stdout.endswith(": right\n")

@@ -33,7 +33,9 @@ def test_the_loop_of_a_kernel_is_asked_for_by_its_name(monkeypatch):
         return 120.0 + len(asked) % 3
 
     monkeypatch.setattr(
-        ops, "kernels", lambda: {"avx2": None, "avx512_bf16": None, "avx512f": "no"}
+        ops,
+        "kernels",
+        lambda: {"avx2": None, "amx_bf16": None, "avx512_bf16": None, "avx512f": "no"},
     )
     monkeypatch.setitem(
         sys.modules, "fastcov.kernels.cpu", types.SimpleNamespace(fma_peak=fma_peak)
@@ -42,10 +44,14 @@ def test_the_loop_of_a_kernel_is_asked_for_by_its_name(monkeypatch):
     assert (probe.name, probe.measure()) == ("FMA loop avx2 float32", 122.0)
     fma_probe("avx2", 1, torch.float64).measure()
     fma_probe("avx512_bf16", 1, torch.bfloat16).measure()
+    tiles = fma_probe("amx_bf16", 1, torch.float16)
+    assert (tiles.name, tiles.measure()) == ("tile loop amx_bf16 / 4", 122.0)
+    assert fma_probe("amx_bf16", 1, torch.float32).name == "tile loop amx_bf16 / 6"
     assert asked[::3] == [
         ("avx2", 2, torch.float32),
         ("avx2", 1, torch.float64),
         ("avx512_bf16", 1, torch.bfloat16),
+        ("amx_bf16", 1, torch.float16),
     ]
     assert fma_probe("avx512f", 2, torch.float32) is None  # it cannot run
     assert fma_probe("reference", 2, torch.float32) is None  # it has none
