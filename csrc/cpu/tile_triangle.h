@@ -6,9 +6,8 @@
 // size of the sum are made as with keys of one part.
 //
 // Rows of keys are taken in chunks so long that C, which is read and written with each, costs
-// little, and so short that the left strips of a block stay in the second cache while all right
-// strips pass by. A register block runs through a whole chunk; the next chunk is added to C in
-// float32.
+// little, and so short that the right strips of a block stay in the second cache while its left
+// strips pass by. A register block runs through a whole chunk and is added to C in float32.
 //
 // Included once, inside its namespace and with its instruction set.
 
@@ -167,8 +166,7 @@ struct TileTriangle {
     }
   }
 
-  // C[i0 .. i0 + kStrip, j0 .. j0 + kStrip] += alpha * what the registers have. At once and not
-  // between the next products: loads of tiles wait for stores that are under way.
+  // C[i0 .. i0 + kStrip, j0 .. j0 + kStrip] += alpha * what the registers have
   static void add_to(const Problem& p, Tiles& tiles, std::int64_t i0, std::int64_t j0) {
     alignas(64) float sum[kStrip][kStrip];
     tiles.store<0>(&sum[0][0], sizeof(sum[0]));

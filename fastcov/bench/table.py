@@ -15,7 +15,8 @@ p20, p50, p80: milliseconds of one call, over interleaved rounds in which all ta
 GFLOP/s: useful operations at p50; for a triangle n d (d+1).
 x addmm, x base: how many times as fast as the case's baseline, which is marked =.
 x lib: how many times as fast as the fastest library row.
-% peak: of the peak named above the table; in collect it is the share of the limit.
+% peak: of the peak named above the table; in collect it is the share of the limit. A tile loop / 6
+    is the rate of bfloat16 products over the six that a product of such keys takes.
 error: relative, against float64. diag bias: mean relative error of the diagonal.
 memory: peak beyond the input, in matrices.
 ~: the result of a library is beyond the gate that ours has to pass; it is timed all the same."""

@@ -22,8 +22,8 @@ _CODES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 
 #: Names of the variants, the fastest first. ``portable`` is slow, and there for tests alone.
 VARIANTS = ("amx_bf16", "avx512_bf16", "avx512f", "avx2", "portable")
 
-# Pairs of bfloat16 are taken only where they are multiplied this much faster than float32. AMD's
-# processors do them at twice the rate, Intel's of 2023 and 2024 at half of it: nothing lies near.
+# Pairs of bfloat16 are taken only where they are multiplied this much faster than float32. Zen 5
+# was measured at twice the rate, a Xeon with AMX at half of it: nothing lies near.
 _PAIRS_PAY = 1.2
 _RATE_SECONDS = 3e-4
 
@@ -122,7 +122,7 @@ def fma_peak(
 
 
 def workspace_bytes() -> int:
-    """What is kept between updates for packed keys, at most 96 MB or one slice of 256 rows."""
+    """What is kept between updates for packed keys, at most 96 MB or 256 rows."""
     module = native.native()
     return 0 if module is None else int(module.cpu_workspace())
 
