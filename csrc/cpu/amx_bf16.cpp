@@ -22,10 +22,12 @@
 namespace fastcov::cpu::amx_bf16 {
 namespace {
 
-constexpr int kPanel = 64;                                   // columns of a panel
-constexpr std::int64_t kWorkspace = std::int64_t{96} << 20;  // bytes of packed panels, at most
-constexpr std::int64_t kFewest = 256;                        // rows, whatever they take
-constexpr std::int64_t kBlock = 6;                           // panels a side of a block
+constexpr int kPanel = 64;  // columns of a panel
+// Bytes of packed panels, but for the rounding to whole slices; fewer than the other variants take,
+// since what is packed anew into the same place is read from the caches.
+constexpr std::int64_t kWorkspace = std::int64_t{32} << 20;
+constexpr std::int64_t kFewest = 256;  // rows, whatever they take
+constexpr std::int64_t kBlock = 6;     // panels a side of a block
 
 // What pack.h is to make: pairs of bf16 words, or floats.
 struct PairKeys {

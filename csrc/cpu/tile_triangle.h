@@ -5,9 +5,10 @@
 // parts are summed first and those of the first parts after them, so that as many roundings to the
 // size of the sum are made as with keys of one part.
 //
-// Rows of keys are taken in chunks so long that C, which is read and written with each, costs
-// little, and so short that the right strips of a block stay in the second cache while its left
-// strips pass by. A register block runs through a whole chunk and is added to C in float32.
+// Rows of keys are taken in chunks that are packed together; a chunk has slices so long that C
+// costs little, and so short that the right strips of a block stay in the second cache while its
+// left strips pass by. A register block runs through a slice and is added to C in float32; a block
+// of C stays in the caches while all slices of a chunk are added.
 //
 // Included once, inside its namespace and with its instruction set.
 
@@ -15,7 +16,8 @@ template <int kParts>
 struct TileTriangle {
   static constexpr int kStrip = 2 * kTileWidth;  // columns of a strip, rows and columns of a block
   static constexpr int kStrips = kPanel / kStrip;
-  static constexpr std::int64_t kRows = 1536 / kParts;  // of a chunk, at most
+  static constexpr std::int64_t kSlice = 1536 / kParts;  // rows, at most
+  static constexpr std::int64_t kRows = 4096;            // of a chunk, at most
   static constexpr int kProducts = kParts == 1 ? 1 : kParts == 2 ? 4 : 6;
 
   static std::int64_t least(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
@@ -28,8 +30,7 @@ struct TileTriangle {
     // Not more than kWorkspace bytes of panels, but kFewest rows; all chunks about as long.
     const std::int64_t fit = kWorkspace / (panels * kPanel * kParts * 4);
     const std::int64_t most = least(kRows, fit < kFewest ? kFewest : fit);
-    const std::int64_t chunks = parts(p.rows, most);
-    const std::int64_t chunk = parts(parts(p.rows, chunks), kTileStep) * kTileStep;
+    const std::int64_t chunk = parts(p.rows, parts(p.rows, most));
     Problem some = p;
     for (std::int64_t row = 0; row < p.rows; row += chunk) {
       some.offsets = p.offsets + row;
@@ -40,8 +41,10 @@ struct TileTriangle {
 
   // One chunk; false, and nothing done, where its keys do not split.
   static bool add(const Problem& p) {
-    const std::int64_t panels = parts(p.d, kPanel), steps = parts(p.rows, kTileStep);
-    const std::int64_t words = panels * kStrips * strip_words(steps);
+    const std::int64_t panels = parts(p.d, kPanel), slices = parts(p.rows, kSlice);
+    const std::int64_t steps = parts(parts(p.rows, slices), kTileStep);  // of a slice
+    const std::int64_t panel_words = kStrips * strip_words(steps);
+    const std::int64_t words = slices * panels * panel_words;
     Workspace workspace(static_cast<std::size_t>(2 * words * 4));
     std::uint32_t* const left = static_cast<std::uint32_t*>(workspace.data());
     std::uint32_t* const right = left + words;
@@ -57,10 +60,10 @@ struct TileTriangle {
 #ifdef _OPENMP
 #pragma omp for schedule(dynamic, 1) reduction(max : largest)
 #endif
-      for (std::int64_t panel = 0; panel < panels; ++panel) {
-        const std::int64_t begin = panel * kStrips * strip_words(steps);
-        const TileStrips<kParts> to{left + begin, right + begin, steps};
-        const std::int32_t found = pack_tiles<kParts>(p, panel * kPanel, to);
+      for (std::int64_t piece = 0; piece < slices * panels; ++piece) {
+        const TileStrips<kParts> to{left + piece * panel_words, right + piece * panel_words, steps};
+        const Problem part = rows_of(p, piece / panels, steps);
+        const std::int32_t found = pack_tiles<kParts>(part, piece % panels * kPanel, to);
         largest = largest > found ? largest : found;
       }
       if (splits(largest)) {  // the same for every thread
@@ -73,7 +76,12 @@ struct TileTriangle {
           const std::int64_t index = pairs - 1 - pair;
           std::int64_t i = 0;
           while ((i + 1) * (i + 2) / 2 <= index) ++i;
-          block(p, left, right, tiles, steps, side * kStrips, i, index - i * (i + 1) / 2);
+          for (std::int64_t slice = 0; slice < slices; ++slice) {
+            const std::int64_t begin = slice * panels * panel_words;
+            block(p, left + begin, right + begin, tiles, steps,
+                  parts(rows_of(p, slice, steps).rows, kTileStep), side * kStrips, i,
+                  index - i * (i + 1) / 2);
+          }
         }
       }
     }
@@ -82,17 +90,27 @@ struct TileTriangle {
 
   static std::int64_t strip_words(std::int64_t steps) { return kParts * steps * 2 * kTileWords; }
 
+  // The problem of one slice; with none of its rows where the ones before it have them all.
+  static Problem rows_of(const Problem& p, std::int64_t slice, std::int64_t steps) {
+    const std::int64_t begin = least(slice * steps * kTileStep, p.rows);
+    Problem part = p;
+    part.offsets = p.offsets + begin;
+    part.rows = least(steps * kTileStep, p.rows - begin);
+    return part;
+  }
+
   // The strips [i side, (i + 1) side) by [j side, (j + 1) side)
   static void block(const Problem& p, const std::uint32_t* a, const std::uint32_t* b, Tiles& tiles,
-                    std::int64_t steps, std::int64_t side, std::int64_t i, std::int64_t j) {
-    const std::int64_t strips = parts(p.d, kStrip), size = strip_words(steps);
+                    std::int64_t length, std::int64_t steps, std::int64_t side, std::int64_t i,
+                    std::int64_t j) {
+    const std::int64_t strips = parts(p.d, kStrip), size = strip_words(length);
     const std::int64_t i_end = least((i + 1) * side, strips);
     const std::int64_t j_end = least((j + 1) * side, strips);
     // Along rows of C, which memory likes best.
     for (std::int64_t s = i * side; s < i_end; ++s) {
       for (std::int64_t t = j * side; t < j_end && t <= s; ++t) {
         prefetch(p, s * kStrip, t * kStrip);
-        multiply(tiles, a + s * size, b + t * size, steps);
+        multiply(tiles, a + s * size, b + t * size, length, steps);
         add_to(p, tiles, s * kStrip, t * kStrip);
       }
     }
@@ -120,11 +138,11 @@ struct TileTriangle {
   }
 
   static void multiply(Tiles& tiles, const std::uint32_t* a, const std::uint32_t* b,
-                       std::int64_t steps) {
+                       std::int64_t length, std::int64_t steps) {
     zero(tiles);
     constexpr std::int64_t kNext = 2 * kTileWords;
     if constexpr (kParts > 1) {  // only one factor changes from a product to the next
-      const std::int64_t next = steps * kNext;  // to the next part
+      const std::int64_t next = length * kNext;  // to the next part
       const std::uint32_t *x = a, *y = b;
       for (std::int64_t step = 0; step < steps; ++step, x += kNext, y += kNext) {
         left(tiles, x);
