@@ -80,8 +80,8 @@ def test_a_key_that_was_edited_before_keeps_its_digits():
     _, S = factor.solve_and_gram(tensor(K))
     # By Woodbury K^T (A + K K^T)^-1 K = (I + G^-1)^-1 with G = K^T A^-1 K = 1e9 K^T K.
     exact = np.linalg.inv(np.eye(6) + np.linalg.inv(K.T @ K) * 1e-9)
-    # What a triangular solve may lose, thousands of times less than a difference of grams would: the
-    # factor's condition number is the square root of that of A + K K^T.
+    # What a triangular solve may lose: the factor's condition number is the square root of that of
+    # A + K K^T. A difference of grams would lose thousands of times as much.
     condition = 1 + np.linalg.eigvalsh(K.T @ K).max() * 1e9
     assert np.abs(S.numpy() - exact).max() <= D_K * np.finfo(float).eps * np.sqrt(condition)
     plain = factorize(tensor(A))
