@@ -39,8 +39,10 @@ def run(args: argparse.Namespace) -> None:
         if args.device_map is None:
             args.device = parallel.local_device(args.device)
     layers = None if args.layers is None else parse_layers(args.layers)
-    # Before the model is loaded, which can take minutes: is the corpus there?
-    corpus = args.corpus if args.corpus == "self" else load_corpus(args.corpus, field=args.field)
+    corpus = args.corpus
+    if corpus not in ("self", "wikipedia") and not corpus.startswith("hub:"):
+        # A file: is it there, and a corpus? The model takes minutes to load, and is not needed.
+        corpus = load_corpus(corpus, field=args.field)
     editor = make_editor(args)
     begun = time.perf_counter()
     found = editor.precompute(
