@@ -46,6 +46,7 @@ void plain_run(const Problem& p) {
 #endif
 }
 
+#include "blocks.h"
 #include "pack.h"
 #include "tiles.h"
 // After both.

@@ -20,11 +20,6 @@ struct TileTriangle {
   static constexpr std::int64_t kRows = 4096;            // of a chunk, at most
   static constexpr int kProducts = kParts == 1 ? 1 : kParts == 2 ? 4 : 6;
 
-  static std::int64_t least(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
-  static std::int64_t parts(std::int64_t whole, std::int64_t part) {
-    return (whole + part - 1) / part;
-  }
-
   static void run(const Problem& p) {
     const std::int64_t panels = parts(p.d, kPanel);
     // Not more than kWorkspace bytes of panels, but kFewest rows; all chunks about as long.
@@ -48,10 +43,7 @@ struct TileTriangle {
     Workspace workspace(static_cast<std::size_t>(2 * words * 4));
     std::uint32_t* const left = static_cast<std::uint32_t*>(workspace.data());
     std::uint32_t* const right = left + words;
-    // Blocks small enough that every thread gets several.
-    std::int64_t side = kBlock;
-    while (side > 1 && parts(panels, side) * (parts(panels, side) + 1) / 2 < 8 * p.threads) --side;
-    const std::int64_t blocks = parts(panels, side), pairs = blocks * (blocks + 1) / 2;
+    const Blocks blocks(panels, kBlock, p.threads);
     std::int32_t largest = 0;
 #ifdef _OPENMP
 #pragma omp parallel num_threads(p.threads)
@@ -71,16 +63,13 @@ struct TileTriangle {
 #ifdef _OPENMP
 #pragma omp for schedule(dynamic, 1)
 #endif
-        for (std::int64_t pair = 0; pair < pairs; ++pair) {
-          // From the last row of blocks on, where the rows are longest.
-          const std::int64_t index = pairs - 1 - pair;
-          std::int64_t i = 0;
-          while ((i + 1) * (i + 2) / 2 <= index) ++i;
+        for (std::int64_t number = 0; number < blocks.count; ++number) {
+          std::int64_t i, j;
+          blocks.place(number, &i, &j);
           for (std::int64_t slice = 0; slice < slices; ++slice) {
             const std::int64_t begin = slice * panels * panel_words;
             block(p, left + begin, right + begin, tiles, steps,
-                  parts(rows_of(p, slice, steps).rows, kTileStep), side * kStrips, i,
-                  index - i * (i + 1) / 2);
+                  parts(rows_of(p, slice, steps).rows, kTileStep), blocks.side * kStrips, i, j);
           }
         }
       }

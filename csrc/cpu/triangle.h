@@ -18,11 +18,6 @@ struct Triangle {
   static_assert(kPanel % kRows == 0 && kPanel % kColumns == 0, "tiles fill panels");
   using To = Strips<Arithmetic, kRows, kColumns>;
 
-  static std::int64_t least(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
-  static std::int64_t parts(std::int64_t whole, std::int64_t part) {
-    return (whole + part - 1) / part;
-  }
-
   static void run(const Problem& p) {
     const std::int64_t panels = parts(p.d, kPanel);
     // Steps of a slice: fewer where there are not so many rows.
@@ -37,11 +32,7 @@ struct Triangle {
     Workspace workspace(slices * slice_bytes);
     Packed* const left = static_cast<Packed*>(workspace.data());
     Packed* const right = left + slices * panels * piece_size;
-    // Blocks small enough that every thread gets several.
-    std::int64_t side = kBlock;
-    while (side > 1 && parts(panels, side) * (parts(panels, side) + 1) / 2 < 8 * p.threads) --side;
-    const std::int64_t blocks = parts(panels, side);
-    const std::int64_t pairs = blocks * (blocks + 1) / 2;
+    const Blocks blocks(panels, kBlock, p.threads);
 #ifdef _OPENMP
 #pragma omp parallel num_threads(p.threads)
 #endif
@@ -60,12 +51,10 @@ struct Triangle {
 #ifdef _OPENMP
 #pragma omp for schedule(dynamic, 1)
 #endif
-      for (std::int64_t pair = 0; pair < pairs; ++pair) {
-        // From the last row of blocks on, where the rows are longest.
-        const std::int64_t index = pairs - 1 - pair;
-        std::int64_t i = 0;
-        while ((i + 1) * (i + 2) / 2 <= index) ++i;
-        block(p, left, right, panels, length, rows, side, i, index - i * (i + 1) / 2);
+      for (std::int64_t number = 0; number < blocks.count; ++number) {
+        std::int64_t i, j;
+        blocks.place(number, &i, &j);
+        block(p, left, right, panels, length, rows, blocks.side, i, j);
       }
     }
   }

@@ -30,6 +30,7 @@ constexpr std::int64_t kWorkspace = std::int64_t{96} << 20;  // bytes of packed 
 constexpr std::int64_t kBlock = 8;                           // panels a side of a block
 
 #include "arithmetic.h"
+#include "blocks.h"
 #include "pack.h"
 #include "triangle.h"
 

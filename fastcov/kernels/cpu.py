@@ -136,7 +136,8 @@ def release_workspace() -> None:
 
 def best_variant() -> str | None:
     """The fastest variant that can run here, None where the native module is missing."""
-    return next((name for name in VARIANTS if _missing(name) is None), None)
+    can = (name for name in VARIANTS if _missing(name) is None)
+    return next((name for name in can if CpuKernel(name).passed_over() is None), None)
 
 
 @functools.cache

@@ -30,7 +30,7 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Collect, and say where the files are; of several processes, the first one does."""
     from fastmemit import parallel
-    from fastmemit.data import load_corpus
+    from fastmemit.data.corpora import is_at_hand, load_corpus
     from fastmemit.editors.layers import parse_layers
 
     processes = parallel.current()
@@ -40,8 +40,7 @@ def run(args: argparse.Namespace) -> None:
             args.device = parallel.local_device(args.device)
     layers = None if args.layers is None else parse_layers(args.layers)
     corpus = args.corpus
-    if corpus not in ("self", "wikipedia") and not corpus.startswith("hub:"):
-        # A file: is it there, and a corpus? The model takes minutes to load, and is not needed.
+    if is_at_hand(corpus):  # the model takes minutes to load, and is not needed to look
         corpus = load_corpus(corpus, field=args.field)
     editor = make_editor(args)
     begun = time.perf_counter()

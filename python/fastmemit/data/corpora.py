@@ -100,9 +100,18 @@ def load_corpus(spec: str | Path, *, field: str = "text") -> Corpus:
             "The corpus 'self' is written by a model, so it cannot be opened without one; "
             "pass corpus='self' to Editor.precompute, or --corpus self."
         )
-    if name == "wikipedia" or name.startswith(hub.PREFIX):
+    if _on_hub(name):
         return _from_hub(name, WIKIPEDIA_HUB if name == "wikipedia" else name, field)
     return _from_file(name, Path(spec), field)
+
+
+def is_at_hand(spec: str | Path) -> bool:
+    """Whether a corpus of this name needs neither a model nor the hub: a file, or ``"builtin"``."""
+    return str(spec) != "self" and not _on_hub(str(spec))
+
+
+def _on_hub(name: str) -> bool:
+    return name == "wikipedia" or name.startswith(hub.PREFIX)
 
 
 def corpus_from_texts(name: str, texts: Iterable[str]) -> Corpus:

@@ -218,7 +218,7 @@ def test_a_variant_that_cannot_run_says_why():
 
 
 def test_a_peak_is_asked_of_the_best_variant_in_its_codes(monkeypatch):
-    assert cpu.best_variant() == HERE[0]
+    assert cpu.best_variant() == next(name for name in HERE if name not in ops.passed_over())
     assert cpu.fma_peak(HERE[0], threads=2, seconds=0.01) > 0  # the real one gives a rate
     calls = []
 
