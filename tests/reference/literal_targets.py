@@ -84,7 +84,7 @@ def literal_target(model, tokenizer, block, request, contexts, settings, module=
         log_q = log_p[-1, kl_lookup]
         if kl_start is None:
             kl_start = log_q.detach().clone()
-        kl = torch.sum(kl_start.exp() * (kl_start - log_q))
+        kl = torch.sum(log_q.exp() * (log_q - kl_start))
         decay = settings.weight_decay * (delta.norm() / start.norm() ** 2)
         loss = nll + settings.kl_factor * kl + decay
         losses.append(loss.item())

@@ -4,7 +4,7 @@ All requests of a batch run together, each with its own loss, optimiser state, n
 so that every one follows the path it would follow alone (ROME, equation 4; MEMIT, equation 16):
 
     loss = mean over prompts of [-(1/|target|) sum log p(target token)]
-         + kl_factor * KL(p0 || p) at the KL prompt's subject
+         + kl_factor * KL(p || p0) at the KL prompt's subject, p0 unedited
          + weight_decay * ||delta|| / ||v0||^2
 """
 
@@ -208,7 +208,7 @@ class _Group:
         loss = torch.zeros(len(delta), device=self._device).index_add(0, self._owners, nll)
         log_q = log_p[count:]
         log_p0 = log_q.detach() if log_p0 is None else log_p0
-        kl = (log_p0.exp() * (log_p0 - log_q)).sum(-1)
+        kl = (log_q.exp() * (log_q - log_p0)).sum(-1)
         decay = torch.linalg.vector_norm(delta, dim=1) / start.square().sum(1)
         return loss + settings.kl_factor * kl + settings.weight_decay * decay, log_q.detach()
 
