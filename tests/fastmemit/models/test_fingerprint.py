@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import sys
 
 import pytest
@@ -19,26 +20,101 @@ from tiny_tokenizers import FAST, SENTENCES, tiny_tokenizer
 fingerprint_module = sys.modules["fastmemit.models.fingerprint"]
 
 
-def test_the_checksum_is_two_sums_of_64_bit_words() -> None:
-    # Words 1, 2 and -1: sum 2, and by their places 1*1 + 2*2 - 3*1 = 2.
+def by_hand(data: bytes, words_in_a_block: int) -> str:
+    """The digest of a tensor's bytes, in Python's whole numbers."""
+    data += bytes(-len(data) % 8)
+    words = [int.from_bytes(data[i : i + 8], "little") for i in range(0, len(data), 8)]
+    sums = b""
+    for start in range(0, max(len(words), 1), words_in_a_block):
+        mixed = plain = 0
+        for place, word in enumerate(words[start : start + words_in_a_block], 1):
+            key = place * 0x9E3779B97F4A7C15 % 2**64  # SplitMix64
+            key = (key ^ key >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+            key = (key ^ key >> 27) * 0x94D049BB133111EB % 2**64
+            y = word ^ key ^ key >> 31
+            signed = y - (y >> 63 << 64)
+            mixed, plain = mixed + signed * (signed >> 32), plain + signed
+        sums += (mixed % 2**64).to_bytes(8, "little") + (plain % 2**64).to_bytes(8, "little")
+    return hashlib.blake2b(sums, digest_size=16).hexdigest()
+
+
+def test_the_checksum_is_what_its_docstring_says() -> None:
     tensor = torch.tensor([1, 2, -1], dtype=torch.int64)
-    assert checksum(tensor) == f"int64[3]:{2:016x}{2:016x}"
-    # Two int32 in a word, the second one above the first: 5 + 7 * 2^32.
-    word = 5 + (7 << 32)
-    assert (
-        checksum(torch.tensor([[5], [7]], dtype=torch.int32))
-        == f"int32[2x1]:{word:016x}{word:016x}"
-    )
-    # An unfinished word is filled with zeros; -1 in int16 is 0xffff.
-    assert checksum(torch.tensor([-1], dtype=torch.int16)) == f"int16[1]:{0xFFFF:016x}{0xFFFF:016x}"
-    assert checksum(torch.zeros(0)) == f"float32[0]:{0:032x}"
+    assert checksum(tensor) == f"int64[3]:{by_hand(tensor.numpy().tobytes(), 1 << 17)}"
+    # An unfinished word is filled up with zeros, and the shape tells it from a finished one.
+    short = torch.tensor([[5], [7], [-1]], dtype=torch.int32)
+    assert checksum(short) == f"int32[3x1]:{by_hand(short.numpy().tobytes(), 1 << 17)}"
+    assert checksum(torch.zeros(0)) == f"float32[0]:{by_hand(b'', 1 << 17)}"
 
 
-def test_the_checksum_of_many_pieces_is_that_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    tensor = torch.randn(61)
-    whole = checksum(tensor)
+def test_it_does_not_depend_on_threads_or_on_the_path_of_accelerators(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(fingerprint_module, "_WORDS", 4)
-    assert checksum(tensor) == whole
+    monkeypatch.setattr(fingerprint_module, "_TOGETHER", 2)
+    fingerprint_module._keys.cache_clear()
+    threads = torch.get_num_threads()
+    try:
+        for size in (1, 8, 9, 61, 64):
+            tensor = torch.randn(size, generator=torch.Generator().manual_seed(size))
+            wanted = f"float32[{size}]:{by_hand(tensor.numpy().tobytes(), 4)}"
+            for number in (1, 2, 3):
+                torch.set_num_threads(number)
+                assert checksum(tensor) == wanted
+            words = fingerprint_module._words(tensor)
+            with fingerprint_module._Summing() as summing:
+                assert torch.equal(summing(words), summing.on_accelerator(words))
+    finally:
+        torch.set_num_threads(threads)
+        fingerprint_module._keys.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int8],
+)
+def test_signs_and_places_count_in_every_dtype(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randint(1, 100, (32, 64), generator=generator).float()
+    variants = [base, -base]
+    for step in (1, 2, 4, 8, 16, 32):  # every, every second... column, row, or element negated
+        for start in {0, 1, step - 1}:
+            column, row, element = base.clone(), base.clone(), base.clone()
+            column[:, start::step] *= -1
+            row[start::step] *= -1
+            element.view(-1)[start::step] *= -1
+            variants += [column, row, element]
+    for column in range(64):
+        single = base.clone()
+        single[:, column] *= -1
+        variants.append(single)
+    for one, other in ((0, 1), (0, 2), (5, 37), (62, 63)):
+        columns, rows, elements = base.clone(), base.clone(), base.clone()
+        columns[:, [one, other]] = base[:, [other, one]]
+        rows[[one // 2, other // 2]] = base[[other // 2, one // 2]]
+        elements[7, [one, other]] = base[7, [other, one]]
+        variants += [columns, rows, elements]
+    variants += [
+        base.flip(0),
+        base.flip(1),
+        base.roll(1, 0),
+        base.roll(2, 1),
+        base[:, torch.randperm(64)],
+    ]
+    distinct = {variant.numpy().tobytes(): variant for variant in variants}
+    assert len(distinct) > 100
+    assert len({checksum(variant.to(dtype)) for variant in distinct.values()}) == len(distinct)
+
+
+def test_complements_and_equal_changes_of_two_words_count() -> None:
+    base = torch.zeros(16, dtype=torch.int64)
+    variants = [base]
+    for value in (-1, 1, -(2**63), 2**63 - 1, 2**31, 2**32, -(2**32)):
+        for places in ((0,), (0, 1), (3, 11), tuple(range(16)), tuple(range(0, 16, 2))):
+            other = base.clone()
+            other[list(places)] = value
+            variants.append(other)
+    assert len({checksum(variant) for variant in variants}) == len(variants)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
