@@ -11,7 +11,6 @@ batches are then read again and not run.
 from __future__ import annotations
 
 import json
-import logging
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -23,12 +22,13 @@ import torch
 from fastcov.batches import chained
 from fastcov.checkpoint_file import Taken, read_checkpoint, write_checkpoint
 from fastcov.errors import StaleCheckpoint, StoreDamaged
+from fastcov.printable import printable_logger
 from fastcov.store import atomic_file
 
 if TYPE_CHECKING:
     from fastcov.tally import Tally
 
-logger = logging.getLogger(__name__)
+logger = printable_logger(__name__)
 
 #: Seconds between two writes, and the share of the time that they may take beyond it.
 SECONDS = 300.0

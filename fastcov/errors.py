@@ -7,9 +7,17 @@ processes.
 
 from __future__ import annotations
 
+from fastcov.printable import printable
+
 
 class FastcovError(Exception):
-    """Base class of every error that fastcov raises on purpose."""
+    """Base class of every error that fastcov raises on purpose.
+
+    Its message may quote a file; control characters in it are spelled out.
+    """
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(printable(message))
 
 
 class NotPositiveDefinite(FastcovError):

@@ -13,6 +13,7 @@ from fastcov.bench.machine import new_run, program
 from fastcov.bench.schema import BadInput, Row, Run, save
 from fastcov.bench.settings import Settings, parse
 from fastcov.bench.table import LEGEND, heading, table
+from fastcov.printable import printable
 
 SUITES: dict[str, Callable[[Settings], Iterator[list[Row]]]] = {
     "rank_k": rank_k.run,
@@ -35,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings = parse(given)
         run = measured(settings, given)
     except BadInput as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(printable(f"error: {error}"), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("error: interrupted; cases that were finished are printed above.", file=sys.stderr)
@@ -63,5 +64,6 @@ def measured(settings: Settings, arguments: Sequence[str]) -> Run:
     if settings.json is not None:
         print(f"Written to {settings.json}.")
     if settings.compare is not None:
-        print("\n" + "\n".join(comparison(run, settings.compare)))
+        for line in ("", *comparison(run, settings.compare)):
+            print(printable(line))
     return run

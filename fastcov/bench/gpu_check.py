@@ -24,6 +24,7 @@ import torch
 from fastcov.bench.goals import ROWS, TESTS, WIDTHS, goals, summary
 from fastcov.bench.machine import new_run
 from fastcov.bench.schema import BadInput, Run, Step, load, save
+from fastcov.printable import printable
 
 ROOT = Path(__file__).resolve().parents[2]
 BUDGET = 520.0  # seconds in all: below nine minutes
@@ -203,7 +204,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             check(run, tasks(Path(folder)), target, execute, budget=given.budget)
         except (BadInput, OSError) as error:
-            print(f"error: {error}", file=sys.stderr)
+            print(printable(f"error: {error}"), file=sys.stderr)
             return 2
     print(summary(run.goals))
     print(f"Written to {target}.")

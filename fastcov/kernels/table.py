@@ -18,6 +18,9 @@ from typing import Any
 
 import torch
 
+from fastcov.parsing import parse_json
+from fastcov.printable import printable
+
 _NAME = "measured.json"
 
 
@@ -45,7 +48,7 @@ def _order(name: str, dtype: str, d: int) -> tuple[str, ...]:
 @functools.cache
 def _table() -> dict[str, list[dict[str, Any]]]:
     text = (files("fastcov.kernels") / _NAME).read_text(encoding="utf-8")
-    devices: dict[str, list[dict[str, Any]]] = json.loads(text)["devices"]
+    devices: dict[str, list[dict[str, Any]]] = parse_json(text)["devices"]
     return devices
 
 
@@ -83,10 +86,11 @@ def main(arguments: list[str]) -> int:
         return 2
     path = Path(__file__).with_name(_NAME)
     try:
-        results = json.loads(Path(arguments[0]).read_text(encoding="utf-8"))
-        table = adopt(results, json.loads(path.read_text(encoding="utf-8")))
+        results = parse_json(Path(arguments[0]).read_bytes())
+        table = adopt(results, parse_json(path.read_bytes()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        print(f"error: {arguments[0]} cannot be adopted: {error}", file=sys.stderr)
+        said = printable(f"error: {arguments[0]} cannot be adopted: {error}")
+        print(said, file=sys.stderr)
         return 2
     from fastcov.store import atomic_file  # which imports the operator, and so this file
 

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 
 class FastmemitError(Exception):
-    """Base of every error that fastmemit raises on purpose."""
+    """Base of every error that fastmemit raises on purpose.
+
+    Its message may quote a file; control characters in it are spelled out.
+    """
+
+    def __init__(self, message: str = "") -> None:
+        from fastcov.printable import printable  # loads torch, which --help need not wait for
+
+        super().__init__(printable(message))
 
 
 class BadRequest(FastmemitError, ValueError):

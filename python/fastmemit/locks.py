@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import sys
 import time
@@ -14,7 +13,9 @@ from pathlib import Path
 if sys.platform != "win32":
     import fcntl
 
-log = logging.getLogger(__name__)
+from fastcov.printable import printable_logger
+
+log = printable_logger(__name__)
 
 # After so many seconds a process says what it waits for.
 _PATIENCE = 5.0

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 
 from tqdm.auto import tqdm
 
+from fastcov.printable import printable
+
 
 class Bar:
     """A bar to count on: called with how many were done since the last call."""
@@ -20,7 +22,7 @@ class Bar:
 
     def note(self, text: str) -> None:
         """Show some words behind the numbers, from the next time the bar is drawn."""
-        self._shape.set_postfix_str(text, refresh=False)
+        self._shape.set_postfix_str(printable(text), refresh=False)
 
 
 @contextmanager
@@ -36,5 +38,6 @@ def bar(what: str, total: int, shown: bool) -> Iterator[Bar]:
         The bar; call it with how many were done since the last call.
     """
     disable = None if shown else True  # None: tqdm looks for a terminal itself
+    what = printable(what)
     with tqdm(total=total, desc=what, leave=False, dynamic_ncols=True, disable=disable) as shape:
         yield Bar(shape)

@@ -256,3 +256,157 @@ def test_an_interrupt_while_writing_leaves_nothing(tmp_path):
         file.write(b"half")
         raise KeyboardInterrupt
     assert list(tmp_path.iterdir()) == []
+
+
+# -- what lies under the name ---------------------------------------------------------------------
+
+
+def written(path, data=b"new"):
+    with store.atomic_file(path) as file:
+        file.write(data)
+
+
+def test_through_a_link_the_file_behind_it_is_written(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "edit").write_bytes(b"old")
+    (tmp_path / "latest").symlink_to("real/edit")
+    (tmp_path / "twice").symlink_to("latest")
+    written(tmp_path / "twice")
+    assert (tmp_path / "twice").is_symlink() and (tmp_path / "latest").is_symlink()
+    assert (tmp_path / "real" / "edit").read_bytes() == b"new"
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["edit", "latest", "real", "twice"]
+
+
+def test_a_link_to_nowhere_gets_its_file_and_a_loop_is_refused(tmp_path):
+    (tmp_path / "link").symlink_to("made/later")
+    written(tmp_path / "link")
+    assert (tmp_path / "made" / "later").read_bytes() == b"new" and (tmp_path / "link").is_symlink()
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(OSError) as refused:
+        written(tmp_path / "loop")
+    assert refused.value.errno == errno.ELOOP and (tmp_path / "loop").is_symlink()
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o660, 0o644, 0o400, 0o755])
+def test_a_file_that_is_replaced_hands_on_its_mode(tmp_path, mode):
+    path = tmp_path / "private"
+    path.write_bytes(b"old")
+    path.chmod(mode)
+    with store.atomic_file(path) as file:
+        (beside,) = (p for p in tmp_path.iterdir() if p != path)
+        assert stat.S_IMODE(beside.stat().st_mode) == mode  # before anything is in it
+        file.write(b"new")
+    assert stat.S_IMODE(path.stat().st_mode) == mode and path.read_bytes() == b"new"
+
+
+def test_a_new_file_has_the_mode_of_the_umask(tmp_path):
+    before = os.umask(0o027)
+    try:
+        written(tmp_path / "new")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "new").stat().st_mode) == 0o640
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
+def test_a_file_that_is_replaced_keeps_its_owner_and_group(tmp_path):
+    path = tmp_path / "theirs"
+    path.write_bytes(b"old")
+    os.chown(path, 1234, 4321)
+    path.chmod(0o640)
+    written(path)
+    found = path.stat()
+    assert (found.st_uid, found.st_gid, stat.S_IMODE(found.st_mode)) == (1234, 4321, 0o640)
+
+
+def test_where_the_group_cannot_be_kept_another_gets_no_more_than_anybody(tmp_path, monkeypatch):
+    path = tmp_path / "shared"
+    path.write_bytes(b"old")
+    path.chmod(0o664)
+
+    def refuse(*_):
+        raise PermissionError(errno.EPERM, "no")
+
+    monkeypatch.setattr(os, "fchown", refuse)
+    written(path)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o644
+
+
+def test_a_pipe_is_written_into_and_stays(tmp_path):
+    import threading
+
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    found = []
+    reader = threading.Thread(target=lambda: found.append(path.read_bytes()))
+    reader.start()
+    written(path, b"x" * 200_000)
+    reader.join(10)
+    assert found == [b"x" * 200_000] and stat.S_ISFIFO(path.stat().st_mode)
+
+
+def test_a_pipe_that_nobody_reads_is_no_reason_to_wait_for_ever(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(store, "_READER_SECONDS", 0.1)
+    os.mkfifo(tmp_path / "pipe")
+    written(tmp_path / "pipe")
+    assert "nobody reads the pipe" in caplog.text
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+
+
+def test_a_device_is_written_into_and_stays(tmp_path):
+    try:
+        os.mknod(tmp_path / "null", stat.S_IFCHR | 0o666, os.makedev(1, 3))
+        with open(tmp_path / "null", "wb"):
+            pass
+    except PermissionError:
+        pytest.skip("no device can be made and opened here")
+    written(tmp_path / "null")
+    assert stat.S_ISCHR((tmp_path / "null").stat().st_mode)
+
+
+@pytest.mark.parametrize(
+    ("name", "piped"), [("/dev/stdout", True), ("/dev/stdout", False), ("OUT", False)]
+)
+def test_what_goes_to_the_output_comes_in_order_with_what_is_printed(tmp_path, name, piped):
+    """Also where the output is a file, which must not be replaced under the printer's hands."""
+    import subprocess
+    import sys
+
+    out = tmp_path / "out"
+    lines = (
+        "import sys; from fastcov.store import atomic_file",
+        "print('before')",
+        "with atomic_file(sys.argv[1]) as file: file.write(b'inside\\n')",
+        "print('after')",
+    )
+    with open(out, "wb") as file:
+        done = subprocess.run(
+            [sys.executable, "-c", "\n".join(lines), str(out) if name == "OUT" else name],
+            stdout=subprocess.PIPE if piped else file, check=True,
+        )  # fmt: skip
+    assert (done.stdout or out.read_bytes()) == b"before\ninside\nafter\n"
+
+
+@pytest.mark.parametrize("name", ["e" * 255, "\u65e5" * 83 + "a.json", "e" * 226])
+def test_a_name_may_be_as_long_as_the_system_takes(tmp_path, name):
+    written(tmp_path / name)
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+    written(tmp_path / name, b"again")
+    assert (tmp_path / name).read_bytes() == b"again"
+
+
+def test_a_folder_is_refused_before_anything_is_written(tmp_path):
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(IsADirectoryError):
+        written(tmp_path / "folder")
+    assert [p.name for p in tmp_path.rglob("*")] == ["folder"]
+
+
+def test_a_descriptor_of_the_shell_is_written_into(tmp_path):
+    """``3>file`` and ``/dev/fd/3``: the shell's file goes on behind what was written."""
+    descriptor = os.open(tmp_path / "out", os.O_WRONLY | os.O_CREAT)
+    os.write(descriptor, b"before ")
+    written(f"/dev/fd/{descriptor}")
+    os.write(descriptor, b" after")
+    os.close(descriptor)
+    assert (tmp_path / "out").read_bytes() == b"before new after"

@@ -30,6 +30,7 @@ from fastmemit.cli import (
     sequential,
     sweep,
 )
+from fastmemit.cli.terminal import printable_output, show_traceback
 
 DESCRIPTION = "Edit the facts of a language model: ROME, EMMET, MEMIT and its relatives in seconds."
 EPILOG = """examples:
@@ -68,6 +69,7 @@ class _Parser(argparse.ArgumentParser):
     """A parser that says in one line what is wrong, as every other error is said."""
 
     def error(self, message: str) -> NoReturn:
+        message = " ".join(message.split())  # one line, whatever it quotes
         self.exit(2, f"fastmemit: error: {message}; see {self.prog} --help.\n")
 
 
@@ -100,6 +102,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         0; 2 for an error that the caller can mend, said in one sentence on stderr; 130 if the run
         was interrupted.
     """
+    back = printable_output()
+    if argv is None:  # the process' own: what it writes at its end is printable too
+        sys.excepthook = show_traceback
+        return _run(argv)
+    try:
+        return _run(argv)
+    finally:
+        back()
+
+
+def _run(argv: Sequence[str] | None) -> int:
     args = parser().parse_args(argv)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     if getattr(args, "quiet", False):

@@ -41,13 +41,14 @@ def run(args: argparse.Namespace) -> None:
     before = editor.generate(args.prompt, args.tokens) if args.prompt else []
     for edit in edits:
         edit.apply()
+    if args.save_model is not None:  # before anything that may fail
+        editor.save_model(args.save_model)
     after = editor.generate(args.prompt, args.tokens) if args.prompt else []
     facts = sum(len(edit.delta.requests) for edit in edits)
     print(f"{len(edits)} edits with {facts} facts applied to {editor.name}")
     for prompt, old, new in zip(args.prompt, before, after, strict=True):
         print(f"\n{prompt}\n  before: {_line(old)}\n  after:  {_line(new)}")
     if args.save_model is not None:
-        editor.save_model(args.save_model)
         print(f"edited model saved to {args.save_model}")
 
 

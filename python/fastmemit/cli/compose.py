@@ -49,6 +49,7 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Compose, say what is in it, save."""
+    from fastcov.printable import printable
     from fastmemit.delta import Delta
     from fastmemit.sharing import compose, compressed, parts, remove
 
@@ -68,10 +69,11 @@ def run(args: argparse.Namespace) -> None:
     whole.save(args.save)
     for part in found:
         method = part.provenance.get("method", "unknown")
-        print(f"  {part.digest():.12}  {len(part.requests)} facts by {method!s:.20}")
+        facts = f"{len(part.requests)} facts by {printable(str(method)):.20}"
+        print(f"  {part.digest():.12}  {facts}")
     for name, done in (whole.provenance.get("compression") or {}).items():
         print(
-            f"  {name}: rank {done['from']} -> {done['to']}, "
+            f"  {printable(name)}: rank {done['from']} -> {done['to']}, "
             f"relative error {done['relative_error']:.1e}"
         )
     print(f"{len(found)} edits on {len(whole.factors)} weights saved to {args.save}")

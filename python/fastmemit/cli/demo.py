@@ -70,6 +70,7 @@ def run(args: argparse.Namespace) -> None:
     said = editor.generate(prompts)
     clock.say(f"scored the unedited model on {len(facts)} facts")
     edit = editor.edit([fact.request for fact in facts], args.method, **overrides)
+    edit.save(args.save)  # before anything that may fail
     clock.say(f"edited all of them at once by {args.method}")
     after = score("edited scores")
     says = editor.generate(prompts)
@@ -81,7 +82,6 @@ def run(args: argparse.Namespace) -> None:
         print(f"\n{prompt}   [{fact.request.target_true} -> {fact.request.target.strip()}]")
         print(f"  before: {' '.join(old.split())}\n  after:  {' '.join(new.split())}")
     print()
-    edit.save(args.save)
     clock.say(f"saved the edit as {args.save} ({args.save.stat().st_size / 1e6:.1f} MB)")
     edit.undo()
     now = editor.model.state_dict()

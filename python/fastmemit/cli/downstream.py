@@ -98,6 +98,9 @@ def run(args: argparse.Namespace) -> None:
         batch_size=args.batch_size,
         progress=bars,
     )
+    if args.json is not None:  # before it is shown, which may fail
+        with atomic_file(args.json) as file:
+            file.write((json.dumps(found, indent=1) + "\n").encode())
     facts = sum(edit["facts"] for edit in found["edits"])
     print(f"{editor.name}, {len(edits)} edits with {facts} facts")
     if found["text"] is not None:
@@ -108,8 +111,6 @@ def run(args: argparse.Namespace) -> None:
         )
     print(_table(found))
     if args.json is not None:
-        with atomic_file(args.json) as file:
-            file.write((json.dumps(found, indent=1) + "\n").encode())
         print(f"written to {args.json}")
 
 

@@ -46,6 +46,7 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Edit, show what changed, save."""
+    from fastcov.printable import printable
     from fastmemit.evaluation.nll import answer_nlls
 
     requests = _requests(args)
@@ -62,6 +63,11 @@ def run(args: argparse.Namespace) -> None:
     questions = [(request.text, request.target) for request in requests]
     before = answer_nlls(editor.adapter, editor.tokenizer, questions)
     edit = editor.edit(requests, args.method, **overrides)
+    # Before anything is asked or shown, which may fail, and the edit would be gone.
+    if args.save is not None:
+        edit.save(args.save)
+    if args.save_model is not None:
+        editor.save_model(args.save_model)
     after = answer_nlls(editor.adapter, editor.tokenizer, questions)
     layers = ", ".join(map(str, config.layers))
     print(
@@ -69,12 +75,10 @@ def run(args: argparse.Namespace) -> None:
         "the new answer's negative log-likelihood per token, before -> after:"
     )
     for (prompt, answer), old, new in zip(questions, before, after, strict=True):
-        print(f"  {old:7.3f} -> {new:7.3f}  {prompt}{answer}")
+        print(f"  {old:7.3f} -> {new:7.3f}  {printable(prompt + answer)}")
     if args.save is not None:
-        edit.save(args.save)
         print(f"edit saved to {args.save}")
     if args.save_model is not None:
-        editor.save_model(args.save_model)
         print(f"edited model saved to {args.save_model}")
 
 

@@ -99,14 +99,15 @@ def run(args: argparse.Namespace) -> None:
         references=references,
         progress=not args.quiet,
     )
+    if args.json is not None:  # before it is shown, which may fail
+        with atomic_file(args.json) as file:
+            file.write((json.dumps(result, indent=1) + "\n").encode())
     count = sum(map(len, chosen))
     print(f"{editor.name}, {args.method}, {count} records in {len(chosen)} batches")
     columns = ZSRE_COLUMNS if zsre else [name for m in args.metrics for name in COLUMNS[m]]
     print(score_table({"before": result["before"], "after": result["after"]}, columns))
     print(" ".join(f"{name} {value:.1f} s" for name, value in result["seconds"].items()))
     if args.json is not None:
-        with atomic_file(args.json) as file:
-            file.write((json.dumps(result, indent=1) + "\n").encode())
         print(f"written to {args.json}")
 
 

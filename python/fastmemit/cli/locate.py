@@ -135,10 +135,11 @@ def run(args: argparse.Namespace) -> None:
         hardware=hardware,
         command=_command(args, editor, settings),
     )
-    print("\n".join(_report(result, editor)))
-    if args.json is not None:
+    if args.json is not None:  # before it is shown, which may fail
         with atomic_file(args.json) as file:
             file.write((json.dumps(result, indent=1) + "\n").encode())
+    print("\n".join(_report(result, editor)))
+    if args.json is not None:
         print(f"written to {args.json}")
     if args.figure is not None:
         draw(result, args.figure)

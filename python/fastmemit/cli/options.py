@@ -212,9 +212,13 @@ def check_writable(*paths: Path | None) -> None:
     for path in paths:
         if path is None:
             continue
-        folder = path.parent
         if path.is_dir():
             raise BadConfig(f"{str(path)!r} is a folder; name a file.")
+        if path.exists() and not path.is_file():  # a device or a pipe, which is written into
+            if not os.access(path, os.W_OK):
+                raise BadConfig(f"{str(path)!r} cannot be written; name a file.")
+            continue
+        folder = Path(os.path.realpath(path)).parent  # of the file that a link leads to
         if not folder.is_dir():
             raise BadConfig(f"The folder {str(folder)!r} does not exist; make it, or name another.")
         if not os.access(folder, os.W_OK):

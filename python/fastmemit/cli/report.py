@@ -28,11 +28,12 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Write the report, print a short table and what was written."""
+    from fastcov.printable import printable
     from fastmemit.experiments.report import write_report
     from fastmemit.experiments.tables import summary
 
     report = write_report(args.folders, args.out)
-    print(report.model)
+    print(printable(report.model))
     print(summary(report.groups))
     for path in report.files:
         print(f"written to {path}")

@@ -61,9 +61,26 @@ def _parse_yaml(text: str, path: Path) -> Any:
             depth -= isinstance(event, yaml.CollectionEndEvent)
             if depth > _DEEPEST:
                 raise BadConfig(f"{path} is nested too deep for hyper-parameters.")
+        _refuse_twice(yaml.compose(text, Loader=yaml.SafeLoader), path)
         return yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         if isinstance(error, BadConfig):
             raise
         said = " ".join(str(error).split())
         raise BadConfig(f"{path} is not YAML ({said:.160}); correct it.") from error
+
+
+def _refuse_twice(node: Any, path: Path) -> None:
+    """Refuse a name that is there twice in one place, of which YAML takes the last."""
+    import yaml
+
+    if isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            _refuse_twice(item, path)
+    elif isinstance(node, yaml.MappingNode):
+        names = [name.value for name, _ in node.value if isinstance(name, yaml.ScalarNode)]
+        for place, name in enumerate(names):
+            if name in names[:place]:
+                raise BadConfig(f"{path} has {name!r:.80} twice in one place; keep one of the two.")
+        for _, value in node.value:
+            _refuse_twice(value, path)

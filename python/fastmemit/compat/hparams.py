@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fastcov.printable import printable_logger
 from fastmemit.editors import EditConfig
 from fastmemit.editors.config import Method
 from fastmemit.errors import BadConfig
@@ -18,7 +18,7 @@ from fastmemit.models import ModelAdapter
 #: Whose files are read; those of PMET and AlphaEdit say more than our methods can honour.
 METHODS: tuple[Method, ...] = ("rome", "emmet", "memit")
 
-log = logging.getLogger(__name__)
+log = printable_logger(__name__)
 
 _OURS = {
     "v_num_grad_steps": "steps",

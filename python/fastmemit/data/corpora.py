@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import random
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -12,12 +11,13 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from fastcov.printable import printable_logger
 from fastmemit.data import hub
 from fastmemit.data.reading import check_file, is_clean_text, is_json_list, read_values
 from fastmemit.data.textfiles import index_json_lines, index_paragraphs, text_of
 from fastmemit.errors import BadCorpus
 
-logger = logging.getLogger(__name__)
+logger = printable_logger(__name__)
 
 #: English Wikipedia as the hub has it today; the older ``wikipedia`` data set is gone.
 WIKIPEDIA_HUB = "hub:wikimedia/wikipedia:20231101.en"

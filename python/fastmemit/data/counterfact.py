@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,12 +9,13 @@ from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
+from fastcov.printable import printable_logger
 from fastmemit.data import hub
 from fastmemit.data.reading import Value, is_clean_text, read_values
 from fastmemit.errors import BadData, BadRequest
 from fastmemit.request import EditRequest
 
-logger = logging.getLogger(__name__)
+logger = printable_logger(__name__)
 
 #: All 21,919 cases with the full ROME schema, in the splits train and test.
 COUNTERFACT_HUB = "hub:azhx/counterfact"

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastcov.printable import printable_logger
 from fastmemit.data.counterfact import Record
 from fastmemit.data.reading import is_clean_text, read_values
 from fastmemit.errors import BadData, BadRequest
 from fastmemit.request import EditRequest
 
-logger = logging.getLogger(__name__)
+logger = printable_logger(__name__)
 
 #: How a zsRE file is named where another file could stand too.
 PREFIX = "zsre:"

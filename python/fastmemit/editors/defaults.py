@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from importlib import resources
 from typing import Any
 
+from fastcov.parsing import parse_json
 from fastmemit.models import ModelAdapter
 
 #: Methods that edit one layer; all others are relatives of MEMIT.
@@ -71,4 +71,4 @@ def load_presets() -> list[dict[str, Any]]:
     """All presets that the package ships: ``name``, ``match``, ``source`` and ``methods``."""
     folder = resources.files("fastmemit.editors") / "presets"
     files = sorted((f for f in folder.iterdir() if f.name.endswith(".json")), key=lambda f: f.name)
-    return [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    return [parse_json(file.read_bytes()) for file in files]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import logging
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from fastcov.parsing import parse_json
+from fastcov.printable import printable_logger
 from fastcov.store import atomic_file
 from fastmemit.errors import BadData
 
-log = logging.getLogger(__name__)
+log = printable_logger(__name__)
 
 RESULTS, TIMINGS = "results.jsonl", "timings.jsonl"
+_UNBOUNDED = "inf"
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -37,6 +39,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
             value = parse_json(line)
             if not isinstance(value, dict) or not isinstance(value.get("key"), str):
                 raise ValueError("it has no key")
+            value = _with_perplexity(value, _UNBOUNDED, math.inf)
         except ValueError as error:
             if number == len(lines):  # no end of line behind it: it was never finished
                 log.warning("%s ends in the middle of a line, which is left out", path)
@@ -149,8 +152,26 @@ class ResultsFile:
 
 
 def line_of(value: Mapping[str, Any]) -> bytes:
-    """One line of a results file."""
-    return (json.dumps(value, ensure_ascii=False, separators=(",", ":")) + "\n").encode()
+    """One line of a results file.
+
+    A perplexity without bound, for which JSON has no number, is the text "inf" there.
+
+    Raises:
+        ValueError: Another number is not finite, which no reader takes.
+    """
+    value = _with_perplexity(value, math.inf, _UNBOUNDED)
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return (text + "\n").encode()
+
+
+def _with_perplexity(value: Mapping[str, Any], one: Any, other: Any) -> dict[str, Any]:
+    """A line with `other` for `one` in its perplexity, a number (sequences) or several (sweeps)."""
+    found = value.get("perplexity")
+    if isinstance(found, Mapping):
+        found = {name: other if part == one else part for name, part in found.items()}
+    elif found == one:
+        found = other
+    return {**value, "perplexity": found} if "perplexity" in value else dict(value)
 
 
 def write_in_order(folder: Path, name: str, keys: Sequence[str]) -> None:

@@ -9,17 +9,17 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from fastcov.printable import printable_logger
 from fastcov.store import atomic_file
 from fastmemit.models import ModelAdapter
 from fastmemit.request import EditRequest
 from fastmemit.targets.optimise import Target, TargetSettings, optimise
 
-log = logging.getLogger(__name__)
+log = printable_logger(__name__)
 
 # Part of every key: raise it when the computation or the file changes, so that nothing stale is
 # served. The seal is over names and shapes too since 2; the KL term is KL(p || p0) since 3.
