@@ -101,3 +101,22 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "no.json"):
         with pytest.raises(BadConfig, match=r"is a folder|does not exist"):
             load_hparams(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("a.json", '{"v_lr": 0.5, "v_lr": 0.1}', "'v_lr' is there twice"),
+        ("a.json", '{"v_lr": NaN}', "NaN is no number"),
+        ("a.yaml", "v_lr: 0.5\nlayers: [3]\nv_lr: 0.1\n", "'v_lr' twice in one place"),
+        ("a.yaml", "layers: [3]\nmore: [{a: 1, b: 2, a: 3}]\n", "'a' twice in one place"),
+        ("a.yml", YAML + "v_lr: .nan\n", "'v_lr' twice"),
+    ],
+)
+def test_a_name_that_is_there_twice_has_no_one_value(
+    tmp_path: Path, name: str, text: str, said: str
+) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(BadConfig, match=r"twice|NaN") as found:
+        load_hparams(tmp_path / name)
+    assert said in str(found.value)

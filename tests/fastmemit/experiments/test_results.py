@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from pathlib import Path
 
 import pytest
@@ -76,3 +77,22 @@ def test_two_processes_do_not_write_one_file(tmp_path: Path) -> None:
             pass
     with locked(path):
         pass
+
+
+def test_a_perplexity_without_bound_comes_back_and_another_number_is_not_written(tmp_path):
+    lines = [
+        {"key": "a", "perplexity": math.inf},
+        {"key": "b", "perplexity": {"before": 1.5, "after": math.inf}},
+        {"key": "c", "perplexity": None},
+        {"key": "d"},
+    ]
+    path = tmp_path / "results.jsonl"
+    path.write_bytes(b"".join(map(line_of, lines)))
+    assert '{"before":1.5,"after":"inf"}' in path.read_text()  # JSON has no number for it
+    assert read_lines(path) == lines
+    for value in ({"x": math.nan}, {"perplexity": math.nan}, {"x": [math.inf]}):
+        with pytest.raises(ValueError, match="JSON compliant"):
+            line_of(value)
+    path.write_text('{"key": "a", "perplexity": Infinity}\n')
+    with pytest.raises(BadData, match="Infinity is no number"):
+        read_lines(path)
