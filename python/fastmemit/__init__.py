@@ -10,17 +10,44 @@ from fastmemit.request import EditRequest
 if TYPE_CHECKING:
     from fastmemit.delta import Delta
     from fastmemit.editor import Edit, Editor
-    from fastmemit.editors import EditConfig
+    from fastmemit.editors import (
+        AlphaEditConfig,
+        EditConfig,
+        EmmetConfig,
+        EncoreConfig,
+        MemitConfig,
+        PmetConfig,
+        RomeConfig,
+    )
 
 __version__ = "0.1.0"
 
-__all__ = ["Delta", "Edit", "EditConfig", "EditRequest", "Editor", "FastmemitError"]
+__all__ = [
+    "AlphaEditConfig",
+    "Delta",
+    "Edit",
+    "EditConfig",
+    "EditRequest",
+    "Editor",
+    "EmmetConfig",
+    "EncoreConfig",
+    "FastmemitError",
+    "MemitConfig",
+    "PmetConfig",
+    "RomeConfig",
+]
 
 _HOMES = {
     "Delta": "fastmemit.delta",
     "Edit": "fastmemit.editor",
-    "EditConfig": "fastmemit.editors",
     "Editor": "fastmemit.editor",
+    "AlphaEditConfig": "fastmemit.editors",
+    "EditConfig": "fastmemit.editors",
+    "EmmetConfig": "fastmemit.editors",
+    "EncoreConfig": "fastmemit.editors",
+    "MemitConfig": "fastmemit.editors",
+    "PmetConfig": "fastmemit.editors",
+    "RomeConfig": "fastmemit.editors",
 }
 
 

@@ -118,11 +118,17 @@ class Editor:
         """The edits that are in the weights now, oldest first."""
         return self._stack.edits
 
-    def config(self, method: str = "memit", **overrides: Any) -> EditConfig:
+    def config(self, method: str | EditConfig = "memit", **overrides: Any) -> EditConfig:
         """The settings that `edit` would use: the model's preset with your overrides.
 
+        Args:
+            method: One of `METHODS`; or settings such as `MemitConfig`, which are taken as they are
+                in the place of a preset.
+            overrides: Settings of the method by name.
+
         Raises:
-            BadConfig: An unknown method or setting, or a value out of range.
+            BadConfig: An unknown method, a setting that is not the method's, a value out of range,
+                or one that would change nothing.
             BadLayer: A layer that the model does not have.
         """
         return find_config(self.adapter, method, overrides)
@@ -133,6 +139,7 @@ class Editor:
         *,
         multiplier: float | Literal["auto"] = 10.0,
         layers: Sequence[int] | None = None,
+        method: str | EditConfig | None = None,
         allow_fewer: bool = False,
         max_length: int | None = None,
         field: str = "text",
@@ -144,7 +151,8 @@ class Editor:
                 writes), a text or JSON file, ``"hub:NAME[:CONFIG][@SPLIT]"``, or a `Corpus`.
             multiplier: d_m: each layer gets ``round(d_m * d_k)`` keys. ``"auto"`` collects until
                 an edit's solution is near its limit, at most 10 (see `fastcov.stopping`).
-            layers: Which layers; None takes those of all methods' settings.
+            layers: Which layers; None takes those of the method.
+            method: Whose layers, where `layers` is None: see `config`. None: all methods'.
             allow_fewer: Take a corpus that ends early for what it has.
             max_length: Cut documents at so many tokens; None takes the model's context (at most
                 2048).  More, shorter documents make keys more independent.
@@ -157,10 +165,14 @@ class Editor:
             WrongModel: The model is edited; statistics belong to the unedited one.
             fastcov.FastcovError: See `fastmemit.statistics.precompute`.
             BadCorpus: The corpus cannot be read.
-            BadConfig: The multiplier is neither a number nor ``"auto"``.
+            BadConfig: The multiplier is neither a number nor ``"auto"``, or there are both layers
+                and a method.
         """
+        if layers is not None and method is not None:
+            raise BadConfig(f"There are layers ({list(layers)}) and a method; leave out one.")
         if layers is None:
-            layers = sorted({i for m in METHODS for i in self.config(m).layers})
+            methods = METHODS if method is None else (method,)
+            layers = sorted({i for m in methods for i in self.config(m).layers})
         most = LIMIT if isinstance(multiplier, str) else multiplier
         if isinstance(multiplier, str) and multiplier != AUTO:
             raise BadConfig(f"The multiplier {multiplier!r} is no number; give one, or 'auto'.")
@@ -206,7 +218,7 @@ class Editor:
     def plan(
         self,
         requests: Sequence[EditRequest],
-        method: str = "memit",
+        method: str | EditConfig = "memit",
         *,
         preserved: PreservedKeys | None = None,
         reads: ReadCache | None = None,
@@ -216,14 +228,16 @@ class Editor:
 
         Args:
             requests: The facts, written together.
-            method: One of `METHODS`.
+            method: One of `METHODS`; or settings such as `MemitConfig`, which are taken as they are
+                in the place of the model's preset.
             preserved: Keys of earlier edits that this one shall preserve too. None stands for none;
                 for ENCORE and AlphaEdit, to which they belong, for those of all edits that are in
                 the weights now, and an empty object for none.
             reads: Where to keep what the unedited model shows, for further plans of these facts.
-            overrides: Settings that replace the preset's, see `EditConfig`.
+            overrides: Settings of the method that replace the preset's, see `EditConfig`.
 
         Raises:
+            BadConfig: See `config`.
             BadRequest: A request that cannot be carried out, or two that contradict each other.
             WrongModel: The preserved keys are of another editor's edits.
             fastcov.StoreMissing: No statistics of the edited layers were precomputed.
@@ -234,7 +248,7 @@ class Editor:
     def edit(
         self,
         requests: Sequence[EditRequest],
-        method: str = "memit",
+        method: str | EditConfig = "memit",
         *,
         preserved: PreservedKeys | None = None,
         reads: ReadCache | None = None,

@@ -10,7 +10,7 @@ import torch
 import fastcov
 from fastcov import CholeskyFactor, NullSpace
 from fastcov.shrinkage import SHRINKAGES
-from fastmemit.editors.config import EditConfig
+from fastmemit.editors.config import AlphaEditConfig, Config, CovarianceConfig
 from fastmemit.models import ModelAdapter
 from fastmemit.statistics import Statistics
 
@@ -24,14 +24,14 @@ _Key = tuple[int, float, float, float, str]
 _SpaceKey = tuple[int, float, float | None]
 
 
-def settled(adapter: ModelAdapter, used: Statistics, config: EditConfig) -> EditConfig:
+def resolved(adapter: ModelAdapter, used: Statistics, config: Config) -> Config:
     """The settings with the relative ridge that they come to, one for all layers.
 
     Layers of unlike widths may have unlike multipliers where the corpus ended early: the widest one
     has fewest keys for its width and decides.
     """
     widest = max(adapter.d_k(layer) for layer in config.layers)
-    return config.settled(used.multiplier_of(widest))
+    return config.resolved(used.multiplier_of(widest))
 
 
 class FactorCache:
@@ -52,7 +52,7 @@ class FactorCache:
         self._held.clear()
 
     def get(
-        self, adapter: ModelAdapter, used: Statistics, config: EditConfig, layer: int
+        self, adapter: ModelAdapter, used: Statistics, config: CovarianceConfig, layer: int
     ) -> CholeskyFactor:
         """The factor of a layer's ``A = w C + ridge I`` in float64, on the weight's device.
 
@@ -64,7 +64,7 @@ class FactorCache:
             fastcov.StoreDamaged: The second moment's file is not what was written.
         """
         weight = float(adapter.d_k(layer)) if config.weight is None else config.weight
-        relative = settled(adapter, used, config).relative_ridge or 0.0
+        relative = resolved(adapter, used, config).relative_ridge or 0.0
         key = (layer, weight, config.ridge, relative, config.shrinkage)
         found = self._held.get(key)
         if not isinstance(found, CholeskyFactor):
@@ -90,7 +90,7 @@ class FactorCache:
         return found
 
     def null_space(
-        self, adapter: ModelAdapter, used: Statistics, config: EditConfig, layer: int
+        self, adapter: ModelAdapter, used: Statistics, config: AlphaEditConfig, layer: int
     ) -> NullSpace:
         """The null space of a layer's C in float64, on the weight's device, for AlphaEdit.
 

@@ -10,7 +10,7 @@ from fastmemit.applied import Edit, EditStack
 from fastmemit.delta import Delta
 from fastmemit.editors import PLANS, PRESERVING, EditConfig, PreservedKeys, ReadCache
 from fastmemit.editors.base import EditKeys
-from fastmemit.factors import settled
+from fastmemit.factors import resolved
 from fastmemit.request import EditRequest, check_batch
 from fastmemit.sources import Sources
 from fastmemit.statistics import versions
@@ -66,7 +66,7 @@ def plan_edit(
     provenance = {
         **sources.identity(),
         "method": config.method,
-        "settings": dataclasses.asdict(settled(work.adapter, used, config)),
+        "settings": resolved(work.adapter, used, config).as_dict(),
         "requests": [dataclasses.asdict(request) for request in batch],
         "statistics": dict(used.provenance),
         "contexts": list(sources.contexts(config.method)),

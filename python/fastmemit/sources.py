@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import fastcov
 from fastcov.throughput import Throughput
@@ -12,7 +12,14 @@ from fastmemit import statistics
 from fastmemit.applied import EditStack
 from fastmemit.contexts import Contexts
 from fastmemit.data.corpora import Corpus
-from fastmemit.editors import EditConfig, PreservedKeys, ReadCache, Workspace
+from fastmemit.editors import (
+    AlphaEditConfig,
+    CovarianceConfig,
+    EditConfig,
+    PreservedKeys,
+    ReadCache,
+    Workspace,
+)
 from fastmemit.errors import BadConfig, WrongModel
 from fastmemit.factors import FactorCache
 from fastmemit.kept import common, copied, stored
@@ -257,18 +264,19 @@ class Sources:
                 progress=progress,
             )
 
-    def factor(self, config: EditConfig, layer: int) -> fastcov.CholeskyFactor:
+    def factor(self, config: CovarianceConfig, layer: int) -> fastcov.CholeskyFactor:
         """The factor of a layer's ``A``, made where it is not held."""
         return self._factors.get(self._adapter, self.statistics_for(config.layers), config, layer)
 
     def prepare(self, config: EditConfig) -> dict[int, float]:
         """Make what the layers' solves need; layer -> the jitter of its factor, if there is one."""
-        if config.method == "alphaedit":
+        if isinstance(config, AlphaEditConfig):
             used = self.statistics_for(config.layers)
             for layer in config.layers:
                 self._factors.null_space(self._adapter, used, config, layer)
             return {}
-        return {layer: self.factor(config, layer).jitter for layer in config.layers}
+        solved = cast(CovarianceConfig, config)
+        return {layer: self.factor(solved, layer).jitter for layer in config.layers}
 
     def workspace(
         self,
@@ -285,13 +293,14 @@ class Sources:
         for layer in config.layers:
             self._adapter.weight(layer)
         used = self.statistics_for(config.layers)
+        made_of: Any = config  # a method asks for what its own settings are of
         return Workspace(
             self._adapter,
             self._tokenizer,
             config,
             self.contexts(config.method),
-            factor=lambda layer: self._factors.get(self._adapter, used, config, layer),
-            null_space=lambda layer: self._factors.null_space(self._adapter, used, config, layer),
+            factor=lambda layer: self._factors.get(self._adapter, used, made_of, layer),
+            null_space=lambda layer: self._factors.null_space(self._adapter, used, made_of, layer),
             targets=lambda requests, keep: self.targets(requests, config, keep=keep),
             preserved=preserved,
             reads=None if self._stack.edits else reads,

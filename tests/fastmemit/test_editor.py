@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from fastmemit import Edit, Editor
+from fastmemit import Edit, Editor, MemitConfig, RomeConfig
 from fastmemit.errors import BadConfig, BadLayer, BadRequest, DamagedFile, DuplicateRequest
+from fastmemit.evaluation import evaluate
 from fastmemit.request import EditRequest
 from fastmemit.sampling import continue_texts
 from fastmemit.statistics import versions
-from tiny_editors import FACTS, QUICK, tiny_corpus, tiny_editor
+from tiny_editors import FACTS, QUICK, record, tiny_corpus, tiny_editor
 from tiny_models import tiny_model, tiny_tokenizer
 
 ONE = {**QUICK, "layers": (1,)}
@@ -222,3 +223,48 @@ def test_the_default_layers_are_those_of_all_methods(editor: Editor, tmp_path: P
     found = fresh.precompute(tiny_corpus(), multiplier=1)
     wanted = {layer for m in ("rome", "emmet", "memit") for layer in fresh.config(m).layers}
     assert list(found.paths) == [fresh.adapter.projection_name(layer) for layer in sorted(wanted)]
+
+
+def test_settings_of_ones_own_take_the_place_of_a_methods_name(
+    editor: Editor, tmp_path: Path
+) -> None:
+    own = MemitConfig(layers=(0, 1), clamp=0.75, steps=2)
+    named = editor.plan(FACTS[:2], "memit", layers=(0, 1), clamp=0.75, steps=2)
+    assert editor.plan(FACTS[:2], own).digest() == named.digest()
+    assert editor.plan(FACTS[:2], own).provenance["settings"] == named.provenance["settings"]
+    with editor.applied(editor.edit(FACTS[:2], own, steps=3)) as edit:
+        settings = edit.delta.provenance["settings"]
+        assert edit.delta.provenance["method"] == "memit" and settings["steps"] == 3
+        assert settings.keys() == MemitConfig.settings().keys() | {"method", "preset"}
+    rome = RomeConfig(layers=1, steps=2, keys="original")
+    assert editor.plan(FACTS[:1], rome).provenance["settings"]["keys"] == "original"
+    assert editor.config(own) == own and editor.config(own, clamp=2).clamp == 2
+    result = evaluate(editor, [[record(0, FACTS[0])]], own)
+    assert result["settings"]["method"] == "memit" and result["settings"]["clamp"] == 0.75
+    fresh = tiny_editor(tmp_path, layers=None)
+    found = fresh.precompute(tiny_corpus(), multiplier=1, method=MemitConfig(layers=(2,)))
+    assert list(found.paths) == [fresh.adapter.projection_name(2)]
+    with pytest.raises(BadConfig, match=r"layers \(\[1\]\) and a method; leave out one"):
+        fresh.precompute(tiny_corpus(), multiplier=1, layers=[1], method="memit")
+
+
+@pytest.mark.parametrize(
+    ("method", "values", "said"),
+    [
+        ("memit", {"lambda_e": 0.7, "l2": 3, "keys": "original"}, "lambda_e is a setting of emmet"),
+        ("rome", {"spread": "sqrt"}, "spread is a setting of memit, pmet, encore and alphaedit"),
+        ("alphaedit", {"weight": 5}, "weight is a setting of rome, emmet, memit, pmet and encore"),
+    ],
+)
+def test_settings_that_do_nothing_are_refused(
+    editor: Editor, method: str, values: dict[str, Any], said: str
+) -> None:
+    for refuse in (
+        lambda: editor.config(method, **values),
+        lambda: editor.plan(FACTS[:1], method, **values),
+        lambda: editor.edit(FACTS[:1], method, **values),
+        lambda: evaluate(editor, [[record(0, FACTS[0])]], method, values),
+    ):
+        with pytest.raises(BadConfig, match=f"^{said}; {method} has layers, clamp"):
+            refuse()
+    assert editor.edits == ()

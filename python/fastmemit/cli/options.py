@@ -71,12 +71,32 @@ def add_method(verb: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--set",
-        action="append",
+        action=_Setting,
         default=[],
         dest="overrides",
         metavar="NAME=VALUE",
-        help="override a setting of the preset, such as clamp=0.75 or layers=4-8",
+        help="override a setting of the preset, such as clamp=0.75 or layers=4-8; --set help lists "
+        "the method's settings with their defaults",
     )
+
+
+class _Setting(argparse.Action):
+    """Collects settings; ``--set help`` lists what there is to set instead, and ends."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        """Add a setting to those before it."""
+        if values == "help":
+            from fastmemit.editors.config import describe
+
+            print(describe(getattr(namespace, "method", None)))
+            parser.exit()
+        setattr(namespace, self.dest, [*getattr(namespace, self.dest), values])
 
 
 def chosen_settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -90,10 +110,9 @@ def chosen_settings(args: argparse.Namespace) -> dict[str, Any]:
     """
     from fastmemit.editors import parse_overrides
 
-    values = parse_overrides(args.overrides)
     if args.hparams is None:
         args.method = args.method or "memit"
-        return values
+        return parse_overrides(args.overrides, args.method)
     from fastmemit.compat import open_hparams
 
     args.opened = open_hparams(args.hparams, args.method)
@@ -101,7 +120,7 @@ def chosen_settings(args: argparse.Namespace) -> dict[str, Any]:
     args.module = args.module or args.opened.module
     if getattr(args, "multiplier", DEFAULT_MULTIPLIER) is None:
         args.multiplier = args.opened.multiplier
-    return {**args.opened.overrides(), **values}
+    return {**args.opened.overrides(), **parse_overrides(args.overrides, args.method)}
 
 
 def add_corpus(verb: argparse.ArgumentParser, default: str | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,11 +102,12 @@ def run(args: argparse.Namespace) -> None:
     from fastmemit.experiments.statistics import FULL_KEYS
     from fastmemit.experiments.sweep import run_sweep
 
+    methods = grids.parse_methods(args.methods)
     grid = grids.Grid(
-        methods=grids.parse_methods(args.methods),
+        methods=methods,
         batches=grids.parse_batches(args.batch_sizes, args.batches),
         multipliers=grids.parse_multipliers(args.multipliers),
-        variants=_variants(args.vary, args.only_varied),
+        variants=_variants(args.vary, args.only_varied, methods),
         bos={"with": (True,), "without": (False,), "both": (True, False)}[args.bos],
         seeds=grids.parse_seeds(args.seeds),
         snapshots=grids.parse_multipliers(args.snapshots) if args.snapshots else (),
@@ -157,10 +159,18 @@ def run(args: argparse.Namespace) -> None:
         print(f"shard {number} of {of} is done: {len(cells)} of {len(grid.places())} cells so far")
 
 
-def _variants(vary: list[str], only: bool) -> tuple[dict[str, Any], ...]:
+def _variants(vary: list[str], only: bool, methods: Sequence[str]) -> tuple[dict[str, Any], ...]:
     from fastmemit.editors import parse_overrides
 
-    varied = [parse_overrides(_settings(text)) for text in vary]
+    try:
+        varied = [parse_overrides(_settings(text), methods) for text in vary]
+    except BadConfig as error:
+        if len(methods) == 1:
+            raise
+        raise BadConfig(
+            f"{error} A setting that not all of {', '.join(methods)} have is varied with --methods "
+            "for those that have it, into the same --out."
+        ) from error
     if only and not varied:
         raise BadConfig("--only-varied leaves no cell; give --vary, such as relative_ridge=1e-3.")
     found: list[dict[str, Any]] = [] if only else [{}]

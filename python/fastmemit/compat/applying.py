@@ -41,7 +41,7 @@ def apply_memit_to_model(
         tok: Its tokenizer.
         requests: The facts, in the spelling of MEMIT, EasyEdit or FastEdit (see
             `fastmemit.EditRequest.from_dict`), or `EditRequest`.
-        hparams: Hyper-parameters of the ROME family, or an `EditConfig`, whose defaults are then
+        hparams: Hyper-parameters of the ROME family, or a `MemitConfig`, whose defaults are then
             ours, the ridge for few keys among them; see `fastmemit.compat.read_hparams`.
         copy: Edit a copy instead; the model stays as it is.
         return_orig_weights: Return what the edited weights were before.
@@ -92,7 +92,7 @@ def apply_rome_to_model(
 ) -> tuple[nn.Module, dict[str, Tensor]]:
     """Write facts into a model by ROME, one after the other; see `apply_memit_to_model`.
 
-    One key is used everywhere, as in r-ROME; an `EditConfig` with ``keys="original"`` does as ROME
+    One key is used everywhere, as in r-ROME; a `RomeConfig` with ``keys="original"`` does as ROME
     was first released.
     """
     wanted = return_orig_weights or keep_original_weight

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -10,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastcov.printable import printable_logger
-from fastmemit.editors import EditConfig
+from fastmemit.editors import CONFIGS, EditConfig
 from fastmemit.editors.config import Method
 from fastmemit.errors import BadConfig
 from fastmemit.models import ModelAdapter
@@ -93,8 +92,7 @@ class Hparams:
 
     def overrides(self) -> dict[str, Any]:
         """The settings by name, as `fastmemit.Editor.edit` takes them."""
-        values = {f.name: getattr(self.config, f.name) for f in dataclasses.fields(self.config)}
-        return {k: v for k, v in values.items() if k not in ("method", "preset")}
+        return {name: getattr(self.config, name) for name in self.config.settings()}
 
 
 def read_hparams(hparams: Any, method: str | None = None, name: str = "hparams") -> Hparams:
@@ -103,7 +101,7 @@ def read_hparams(hparams: Any, method: str | None = None, name: str = "hparams")
     Names that are not known are left out, with one line in the log.
 
     Args:
-        hparams: An object with attributes, a mapping, an `EditConfig`, or `Hparams`.
+        hparams: An object with attributes, a mapping, settings such as `MemitConfig`, or `Hparams`.
         method: ``"rome"``, ``"emmet"`` or ``"memit"``; None tells it from the fields.
         name: What to call them in messages and in the settings' ``preset``.
 
@@ -127,9 +125,10 @@ def read_hparams(hparams: Any, method: str | None = None, name: str = "hparams")
             )
     if fields.get("layers") in (None, [], ()):
         raise BadConfig(f"{name} has no layers; add them, such as [4, 5, 6, 7, 8].")
-    # As theirs: nothing is added to few keys that the file does not name.
+    # As theirs: nothing is added to few keys, or relaxed, that the file does not name.
     layers = whole_numbers(fields["layers"], name)
     values: dict[str, Any] = {"layers": layers, "relative_ridge": 0.0}
+    values |= {"lambda_e": 0.0} if chosen == "emmet" else {}
     for theirs, ours in _OURS.items():
         if fields.get(theirs) is None or (ours == "lambda_e" and chosen != "emmet"):
             continue
@@ -140,7 +139,7 @@ def read_hparams(hparams: Any, method: str | None = None, name: str = "hparams")
         log.warning("%s: not used here: %s", name, ", ".join(f"{field:.40}" for field in unknown))
     loss = fields.get("v_loss_layer")
     return Hparams(
-        EditConfig(method=chosen, **values, preset=name),
+        CONFIGS[chosen](**values, preset=name),
         module=_text(fields, "rewrite_module_tmp", name),
         loss_layer=None if loss is None else int(_number(loss, "v_loss_layer", name)),
         dataset=_text(fields, "mom2_dataset", name) or "wikipedia",

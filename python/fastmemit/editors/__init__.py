@@ -7,9 +7,17 @@ from collections.abc import Callable
 from fastmemit.editors import alphaedit, emmet, encore, memit, pmet, rome
 from fastmemit.editors.base import Factors, Workspace
 from fastmemit.editors.config import (
+    CONFIGS,
     METHODS,
     PRESERVING,
+    AlphaEditConfig,
+    CovarianceConfig,
     EditConfig,
+    EmmetConfig,
+    EncoreConfig,
+    MemitConfig,
+    PmetConfig,
+    RomeConfig,
     find_config,
     parse_overrides,
 )
@@ -27,13 +35,21 @@ PLANS: dict[str, Callable[[Workspace, list[EditRequest]], None]] = {
 }
 
 __all__ = [
+    "CONFIGS",
     "METHODS",
     "PLANS",
     "PRESERVING",
+    "AlphaEditConfig",
+    "CovarianceConfig",
     "EditConfig",
+    "EmmetConfig",
+    "EncoreConfig",
     "Factors",
+    "MemitConfig",
+    "PmetConfig",
     "PreservedKeys",
     "ReadCache",
+    "RomeConfig",
     "Workspace",
     "find_config",
     "parse_overrides",

@@ -8,17 +8,18 @@ from torch import Tensor
 import fastcov
 from fastcov import LowRank
 from fastmemit.editors.base import Workspace
+from fastmemit.editors.config import AlphaEditConfig
 from fastmemit.editors.layerwise import write_layers
 from fastmemit.errors import BadConfig, BadRequest
 from fastmemit.request import EditRequest
 
 
-def write(work: Workspace, requests: list[EditRequest]) -> None:
+def write(work: Workspace[AlphaEditConfig], requests: list[EditRequest]) -> None:
     """Write a batch into ``config.layers`` (arXiv 2410.02355).
 
     ``Delta^T = (P (K K^T + K_p K_p^T) + l2 I)^-1 P K R^T``. P projects onto the directions in which
     C is below ``null_threshold`` (or ``null_relative``); the keys K_p of earlier edits are
-    preserved without being asked for. The settings that A is made with say nothing here.
+    preserved without being asked for. There is no A.
 
     Raises:
         BadConfig: C of a layer has no null space, or l2 is 0 and the keys depend on one another.
@@ -32,7 +33,11 @@ def write(work: Workspace, requests: list[EditRequest]) -> None:
 
 
 def _solve(
-    work: Workspace, requests: list[EditRequest], layer: int, K: Tensor, R: Tensor
+    work: Workspace[AlphaEditConfig],
+    requests: list[EditRequest],
+    layer: int,
+    K: Tensor,
+    R: Tensor,
 ) -> LowRank:
     space, config = work.null_space(layer), work.config
     if space.rank == 0:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Generic
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from torch import Tensor
 from fastcov import CholeskyFactor, LowRank, NullSpace
 from fastmemit.activations import read_at_subject
 from fastmemit.delta import add_low_rank, restore
-from fastmemit.editors.config import EditConfig
+from fastmemit.editors.config import Config
 from fastmemit.editors.preserved import PreservedKeys
 from fastmemit.editors.subjects import ContextReading, ReadCache, Reading, Subjects
 from fastmemit.models import ModelAdapter
@@ -31,7 +31,7 @@ EditKeys = dict[int, list[Tensor]]  # layer -> keys (d_k, B), float64, block by 
 
 
 @dataclass
-class Workspace:
+class Workspace(Generic[Config]):
     """What a method works with while it plans one batch.
 
     Attributes:
@@ -52,7 +52,7 @@ class Workspace:
 
     adapter: ModelAdapter
     tokenizer: Any
-    config: EditConfig
+    config: Config
     contexts: tuple[str, ...]
     factor: Callable[[int], CholeskyFactor]
     null_space: Callable[[int], NullSpace]

@@ -1,41 +1,209 @@
-"""The settings of an edit: one dataclass, presets by architecture and size, overrides by name."""
+"""The settings of an edit: one class a method, presets by model, changes by name."""
 
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import inspect
 import math
-from collections.abc import Iterable, Mapping
+import re
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, TypeVar, get_args
 
-from fastcov.shrinkage import SHRINKAGES
-from fastmemit.editors.defaults import SINGLE, defaults
+from fastmemit.editors.defaults import defaults
 from fastmemit.editors.layers import parse_layers
 from fastmemit.errors import BadConfig
 from fastmemit.models import ModelAdapter
 from fastmemit.targets import TargetSettings
 
 Method = Literal["rome", "emmet", "memit", "pmet", "encore", "alphaedit"]
+Keys = Literal["consistent", "mean", "original"]
+Shrinkage = Literal["none", "ledoit-wolf", "oas"]
+Spread = Literal["linear", "sqrt"]
+Stop = Literal["loss", "most-probable"]
+
 METHODS: tuple[Method, ...] = get_args(Method)
 #: Those to which the keys of earlier edits belong: they are preserved without being asked for.
 PRESERVING = ("encore", "alphaedit")
-KEYS = ("consistent", "mean", "original")
-SPREADS = ("linear", "sqrt")
 #: With fewer keys than this many widths the smallest eigenvalues of C are noise, worst at 1. A
 #: ridge of this share of the diagonal's mean is above that noise; where it is not needed it moved S
 #: by less than the interval of S (docs/below-minimum.md).
 SMALL_BUDGET = 3.0
 SMALL_BUDGET_RIDGE = 0.1
-STOPS = ("loss", "most-probable")
+
+# What values a setting takes, by its name: words, numbers above 0; all others are 0 or above.
+_WORDS: dict[str, tuple[str, ...]] = {
+    "keys": get_args(Keys),
+    "shrinkage": get_args(Shrinkage),
+    "spread": get_args(Spread),
+    "stop": get_args(Stop),
+}
+_ABOVE_ZERO = {"clamp", "v_lr", "null_threshold", "weight", "null_relative"}
+
+Config = TypeVar("Config", bound="EditConfig")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class EditConfig:
-    """Everything that an edit depends on but the model, the requests and the statistics.
+    """What the settings of all methods share: the layers, and how target vectors are optimised.
+
+    Each method has a class of its own, which has its settings and no others: `RomeConfig`,
+    `EmmetConfig`, `MemitConfig`, `PmetConfig`, `EncoreConfig`, `AlphaEditConfig`. An object that
+    you make yourself is taken as it is; `fastmemit.Editor.config` begins with the model's preset.
 
     Attributes:
-        method: One of `METHODS`.
+        method: The method's name, one of `METHODS`.
         layers: The edited layers, ascending; one for ROME and EMMET.
+        clamp: ``||delta|| <= clamp * ||v0||`` for target vectors.
+        steps: Loss evaluations for a target vector at most.
+        v_lr: Adam's learning rate for target vectors.
+        weight_decay: Factor of ``||delta|| / ||v0||^2``.
+        kl_factor: Factor of the KL term.
+        early_stop: A target is finished once its loss is below this; of ``stop="loss"`` alone.
+        stop: ``"loss"``, or ``"most-probable"``: a target is finished once its every token is the
+            most probable one in every context.
+        preset: The name of the preset that the values come from; not a setting.
+
+    Raises:
+        BadConfig: A value out of range, or one that nothing would read.
+    """
+
+    method: ClassVar[Method]
+    single_layer: ClassVar[bool] = False
+
+    layers: tuple[int, ...]
+    clamp: float = 1.0
+    steps: int = 25
+    v_lr: float = 0.5
+    weight_decay: float = 0.5
+    kl_factor: float = 0.0625
+    early_stop: float = 0.05
+    stop: Stop = "loss"
+    preset: str = "default"
+
+    def __post_init__(self) -> None:
+        if not hasattr(self, "method"):
+            raise TypeError(
+                f"{type(self).__name__} belongs to no method; use MemitConfig or alike."
+            )
+        object.__setattr__(self, "layers", _layers(self.layers))
+        self._check()
+        for name, why in self._unread(vars(self)).items():
+            value, default = getattr(self, name), self.settings()[name]
+            if value != default:
+                raise BadConfig(
+                    f"{name}={value!r} would change nothing, for {why}; leave {name} at "
+                    f"{default!r}."
+                )
+
+    @classmethod
+    def settings(cls) -> dict[str, Any]:
+        """The names of the method's settings with their defaults; layers have None.
+
+        The layers' default is the model's.
+        """
+        return {
+            f.name: None if f.default is dataclasses.MISSING else f.default
+            for f in dataclasses.fields(cls)
+            if f.name != "preset"
+        }
+
+    @classmethod
+    def check_name(cls, name: str) -> None:
+        """Refuse what is not a setting of this method.
+
+        Raises:
+            BadConfig: It belongs to another method, which is named, or to none.
+        """
+        own = list(cls.settings())
+        if name in own:
+            return
+        has = f"{cls.method} has {', '.join(own)}"
+        owners = [method for method, other in CONFIGS.items() if name in other.settings()]
+        if owners:
+            raise BadConfig(f"{name} is a setting of {_listed(owners)}; {has}.")
+        every = [n for other in CONFIGS.values() for n in other.settings()]
+        near = (
+            *difflib.get_close_matches(name, own, 1),
+            *difflib.get_close_matches(name, every, 1),
+        )
+        meant = f"did you mean {near[0]!r}? " if near else ""
+        raise BadConfig(f"There is no setting {name!r}; {meant}{has}.")
+
+    def replaced(self: Config, changes: Mapping[str, Any]) -> Config:
+        """The settings with some values replaced.
+
+        Raises:
+            BadConfig: A name that is not a setting of the method, or a value out of range.
+        """
+        for name in changes:
+            self.check_name(name)
+        values = {**vars(self), **changes}
+        values["layers"] = _layers(values["layers"])
+        # What a preset has for a setting that the changes put out of use is nobody's wish.
+        idle = [name for name in self._unread(values) if name not in changes]
+        return type(self)(**{**values, **{name: self.settings()[name] for name in idle}})
+
+    def as_dict(self) -> dict[str, Any]:
+        """The method and its settings by name, as provenance has them."""
+        return {"method": self.method, **vars(self)}
+
+    def targets(self) -> TargetSettings:
+        """The part of the settings that target vectors depend on."""
+        return TargetSettings(
+            layer=self.layers[-1],
+            steps=self.steps,
+            learning_rate=self.v_lr,
+            weight_decay=self.weight_decay,
+            clamp=self.clamp,
+            kl_factor=self.kl_factor,
+            early_stop=self.early_stop,
+            stop=self.stop,
+        )
+
+    def resolved(self: Config, multiplier: float) -> Config:
+        """The settings with what depends on the statistics put in.
+
+        Args:
+            multiplier: How many keys C has, as a multiple of their width; of the layer that has
+                fewest (`fastmemit.factors.resolved`).
+        """
+        return self
+
+    @classmethod
+    def _unread(cls, values: Mapping[str, Any]) -> dict[str, str]:
+        """The settings that can never matter beside the others, each with the reason."""
+        if values["stop"] != "loss":
+            return {"early_stop": f"a target is finished as stop={values['stop']!r} says"}
+        return {}
+
+    def _check(self) -> None:
+        if self.single_layer and len(self.layers) != 1:
+            raise BadConfig(
+                f"{self.method} edits one layer but layers are {list(self.layers)}; set layers=N."
+            )
+        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
+            raise BadConfig(f"steps must be a whole number above 0 but is {self.steps!r}.")
+        for name, kind in _kinds(type(self)).items():
+            value = getattr(self, name)
+            if name in _WORDS:
+                if value not in _WORDS[name]:
+                    known = ", ".join(_WORDS[name])
+                    raise BadConfig(f"{name} must be one of {known} but is {value!r}.")
+            elif name in ("layers", "steps") or (value is None and kind == "float | None"):
+                continue
+            elif not _is_number(value) or value < 0 or (name in _ABOVE_ZERO and value == 0):
+                bound = "above 0" if name in _ABOVE_ZERO else "0 or above"
+                raise BadConfig(f"{name} must be a finite number {bound} but is {value!r}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CovarianceConfig(EditConfig):
+    """What the methods share that solve with ``A = w C + ridge I``: all but AlphaEdit.
+
+    Attributes:
         weight: w, how many tokens' worth the preserved keys weigh against one edit; None takes the
             key width d_k (see docs/second-moment.md).
         ridge: Added to the diagonal of ``w C``.
@@ -44,183 +212,272 @@ class EditConfig:
             `ridge` is 0 and nothing is shrunk, else 0 (docs/below-minimum.md).
         shrinkage: How C is moved towards a multiple of the identity before: ``"none"``,
             ``"ledoit-wolf"`` or ``"oas"`` (see `fastcov.shrinkage`).
-        lambda_e: EMMET only, batches above 1: how far the equality constraint is relaxed.
-        spread: Of methods with several layers: ``"linear"``: each layer takes ``1 / (layers left)``
-            of what is missing (MEMIT); ``"sqrt"``: ``1 / sqrt(layers left)`` (PMET).
-        l2: AlphaEdit only: how much the size of the change counts.
-        null_threshold: AlphaEdit only: eigenvalues of C below it count as zero.
-        null_relative: AlphaEdit only, instead of `null_threshold` where it is not None: a multiple
-            of the mean of C's diagonal.
-        clamp: ``||delta|| <= clamp * ||v0||`` for target vectors.
-        steps: Loss evaluations for a target vector at most.
-        v_lr: Adam's learning rate for target vectors.
-        weight_decay: Factor of ``||delta|| / ||v0||^2``.
-        kl_factor: Factor of the KL term.
-        early_stop: A target is finished once its loss is below this.
-        stop: ``"loss"``, or ``"most-probable"``: a target is finished once its every token is the
-            most probable one in every context, and `early_stop` says nothing.
-        keys: ROME only.  ``"consistent"``: one key everywhere, half the bare prompt's and half the
-            mean of the other contexts', as in EMMET; ``"mean"``: one key everywhere, the mean over
-            all contexts (r-ROME); ``"original"``: as first released, with the bare prompt's key in
-            the denominator.
-        preset: The name of the preset that the values come from.
     """
 
-    method: Method
-    layers: tuple[int, ...]
     weight: float | None = None
     ridge: float = 0.0
     relative_ridge: float | None = None
-    shrinkage: str = "none"
-    lambda_e: float = 0.0
-    spread: str = "linear"
-    l2: float = 10.0
-    null_threshold: float = 0.02
-    null_relative: float | None = None
-    clamp: float = 1.0
-    steps: int = 25
-    v_lr: float = 0.5
-    weight_decay: float = 0.5
-    kl_factor: float = 0.0625
-    early_stop: float = 0.05
-    stop: str = "loss"
-    keys: str = "consistent"
-    preset: str = "default"
+    shrinkage: Shrinkage = "none"
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "layers", tuple(self.layers))
-        _check(self)
-
-    def targets(self) -> TargetSettings:
-        """The part of the settings that target vectors depend on."""
-        return TargetSettings(
-            layer=self.layers[-1],
-            site="projection" if self.method == "rome" else "block",
-            steps=self.steps,
-            learning_rate=self.v_lr,
-            weight_decay=self.weight_decay,
-            clamp=self.clamp,
-            kl_factor=self.kl_factor,
-            early_stop=self.early_stop,
-            stop="most-probable" if self.stop == "most-probable" else "loss",
-        )
-
-    def settled(self, multiplier: float) -> EditConfig:
-        """The settings with the relative ridge that they come to: 0 for AlphaEdit, which has no A.
-
-        Args:
-            multiplier: How many keys C has, as a multiple of their width; of the layer that has
-                fewest (`fastmemit.factors.settled`).
-        """
+    def resolved(self: Config, multiplier: float) -> Config:
+        """The settings with the relative ridge that they come to; see `EditConfig.resolved`."""
+        assert isinstance(self, CovarianceConfig)
         if self.relative_ridge is not None:
             return self
-        bare = self.method != "alphaedit" and not self.ridge and self.shrinkage == "none"
+        bare = not self.ridge and self.shrinkage == "none"
         few = multiplier < SMALL_BUDGET
         return dataclasses.replace(self, relative_ridge=SMALL_BUDGET_RIDGE if bare and few else 0.0)
 
-    def replaced(self, overrides: Mapping[str, Any]) -> EditConfig:
-        """The settings with some values replaced.
 
-        Raises:
-            BadConfig: An unknown name, or a value out of range.
-        """
-        fixed = {"method", "preset"}
-        names = [f.name for f in dataclasses.fields(self) if f.name not in fixed]
-        for name in overrides:
-            if name not in names:
-                raise BadConfig(f"There is no setting {name!r}; choose from {', '.join(names)}.")
-        return dataclasses.replace(self, **overrides)
+@dataclass(frozen=True, kw_only=True)
+class RomeConfig(CovarianceConfig):
+    """Settings of ROME.
+
+    Its target is the projection's own output, which is short against the stream that it joins: so
+    the clamp is 4.
+
+    Attributes:
+        keys: ``"consistent"``: one key everywhere, half the bare prompt's and half the mean of the
+            other contexts', as in EMMET; ``"mean"``: one key everywhere, the mean over all contexts
+            (r-ROME); ``"original"``: as first released, with the bare prompt's key in the
+            denominator.
+    """
+
+    method: ClassVar[Method] = "rome"
+    single_layer: ClassVar[bool] = True
+
+    clamp: float = 4.0
+    keys: Keys = "consistent"
+
+    def targets(self) -> TargetSettings:
+        """As in `EditConfig.targets`, at the projection's output."""
+        return dataclasses.replace(super().targets(), site="projection")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmmetConfig(CovarianceConfig):
+    """Settings of EMMET.
+
+    Attributes:
+        lambda_e: How far the equality constraint is relaxed, in batches above 1.
+    """
+
+    method: ClassVar[Method] = "emmet"
+    single_layer: ClassVar[bool] = True
+
+    lambda_e: float = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemitConfig(CovarianceConfig):
+    """Settings of MEMIT.
+
+    Attributes:
+        spread: ``"linear"``: each layer takes ``1 / (layers left)`` of what is missing (MEMIT);
+            ``"sqrt"``: ``1 / sqrt(layers left)`` (PMET).
+    """
+
+    method: ClassVar[Method] = "memit"
+
+    spread: Spread = "linear"
+
+    @classmethod
+    def _unread(cls, values: Mapping[str, Any]) -> dict[str, str]:
+        return {**super()._unread(values), **_one_layer(values)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PmetConfig(MemitConfig):
+    """Settings of PMET's spread: those of MEMIT, with the square root of the layers left."""
+
+    method: ClassVar[Method] = "pmet"
+
+    spread: Spread = "sqrt"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoreConfig(MemitConfig):
+    """Settings of ENCORE: those of MEMIT with a ridge and a stopping rule of its own.
+
+    Attributes:
+        ridge: The weight of the change's squared norm. No published number is known here for any
+            model: 10 is AlphaEdit's weight of the same penalty.
+    """
+
+    method: ClassVar[Method] = "encore"
+
+    ridge: float = 10.0
+    stop: Stop = "most-probable"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlphaEditConfig(EditConfig):
+    """Settings of AlphaEdit, which has no A: it edits in the null space of C.
+
+    Attributes:
+        spread: ``"linear"`` or ``"sqrt"``, as in `MemitConfig`.
+        l2: How much the size of the change counts.
+        null_threshold: Eigenvalues of C below it count as zero.
+        null_relative: Instead of `null_threshold` where it is not None: a multiple of the mean of
+            C's diagonal.
+    """
+
+    method: ClassVar[Method] = "alphaedit"
+
+    spread: Spread = "linear"
+    l2: float = 10.0
+    null_threshold: float = 0.02
+    null_relative: float | None = None
+
+    @classmethod
+    def _unread(cls, values: Mapping[str, Any]) -> dict[str, str]:
+        idle = {**super()._unread(values), **_one_layer(values)}
+        if values["null_relative"] is not None:
+            idle["null_threshold"] = "null_relative is used instead"
+        return idle
+
+
+CONFIGS: dict[str, type[EditConfig]] = {
+    cls.method: cls
+    for cls in (RomeConfig, EmmetConfig, MemitConfig, PmetConfig, EncoreConfig, AlphaEditConfig)
+}
+
+
+def config_class(method: str) -> type[EditConfig]:
+    """The class of a method's settings.
+
+    Raises:
+        BadConfig: There is no such method.
+    """
+    if not isinstance(method, str) or method not in CONFIGS:
+        near = difflib.get_close_matches(method, METHODS, 1) if isinstance(method, str) else ()
+        meant = f"did you mean {near[0]!r}? Choose" if near else "choose"
+        raise BadConfig(f"There is no method {method!r}; {meant} from {', '.join(METHODS)}.")
+    return CONFIGS[method]
 
 
 def find_config(
-    adapter: ModelAdapter, method: str, overrides: Mapping[str, Any] | None = None
+    adapter: ModelAdapter, method: str | EditConfig, changes: Mapping[str, Any] | None = None
 ) -> EditConfig:
     """The settings for a model: its preset if there is one, else defaults made from its shape.
 
     Args:
         adapter: The model.
-        method: One of `METHODS`.
-        overrides: Values by name that replace the preset's.
+        method: One of `METHODS`, or settings, which are taken as they are.
+        changes: Values by name that replace the preset's, or those of the settings.
 
     Raises:
-        BadConfig: An unknown method or setting, or a value out of range.
+        BadConfig: An unknown method, a setting that is not the method's, or a value out of range.
         BadLayer: A layer that the model does not have.
     """
-    if method not in METHODS:
-        raise BadConfig(f"There is no method {method!r}; choose from {', '.join(METHODS)}.")
-    values = defaults(adapter, method)
-    config = EditConfig(method=method, **values).replaced(overrides or {})
+    if isinstance(method, EditConfig):
+        config = method
+    else:
+        cls = config_class(method)
+        config = cls(**defaults(adapter, cls))
+    config = config.replaced(changes or {})
     for layer in config.layers:
         adapter.check_layer(layer)
     return config
 
 
-def parse_overrides(pairs: Iterable[str]) -> dict[str, Any]:
+def parse_overrides(pairs: Iterable[str], methods: str | Sequence[str]) -> dict[str, Any]:
     """``["clamp=0.75", "layers=4,5,6"]`` as values for `find_config`.
 
     ``layers`` takes numbers and ranges (``4-8`` or ``4,6,8``); ``weight=none`` takes the default.
 
+    Args:
+        pairs: As people write them.
+        methods: The method, or several, all of which must have each of the settings.
+
     Raises:
-        BadConfig: No ``=``, an unknown name, or a value that is not of the setting's kind.
+        BadConfig: No ``=``, a name that is not a setting of a method, or a value that is not of the
+            setting's kind.
     """
-    kinds = {f.name: str(f.type) for f in dataclasses.fields(EditConfig)}
+    classes = [config_class(m) for m in ([methods] if isinstance(methods, str) else methods)]
     values: dict[str, Any] = {}
     for pair in pairs:
         name, equals, text = pair.partition("=")
         name, text = name.strip(), text.strip()
-        if not equals or name not in kinds or name in ("method", "preset"):
-            known = ", ".join(n for n in kinds if n not in ("method", "preset"))
+        if not equals or not name:
+            known = ", ".join(classes[0].settings())
             raise BadConfig(f"{pair!r} is not name=value with one of the settings {known}.")
-        if name == "layers":
-            values[name] = parse_layers(text)
-            continue
-        try:
-            values[name] = _parse(kinds[name], text)
-        except ValueError as error:
-            raise BadConfig(
-                f"The value {text!r} of {name} is not {_KINDS[kinds[name]]}; correct it."
-            ) from error
+        for cls in classes:
+            cls.check_name(name)
+        values[name] = _parse(name, _kinds(classes[0])[name], text)
     return values
 
 
-_KINDS = {
-    "float": "a number",
-    "float | None": "a number or 'none'",
-    "int": "a whole number",
-    "str": "a word",
-}
-
-
-def _parse(kind: str, text: str) -> Any:
+def _parse(name: str, kind: str, text: str) -> Any:
+    if name == "layers":
+        return parse_layers(text)
+    if name in _WORDS:
+        return text
     if kind == "float | None" and text.lower() == "none":
         return None
-    return {"int": int, "str": str}.get(kind, float)(text)
+    try:
+        return int(text) if kind == "int" else float(text)
+    except ValueError as error:
+        wanted = {"int": "a whole number", "float": "a number"}.get(kind, "a number or 'none'")
+        raise BadConfig(f"The value {text!r} of {name} is not {wanted}; correct it.") from error
 
 
-def _check(config: EditConfig) -> None:
-    layers = config.layers
+def _kinds(cls: type[EditConfig]) -> dict[str, str]:
+    """The types of a class's settings, as they are written above."""
+    return {f.name: str(f.type) for f in dataclasses.fields(cls) if f.name != "preset"}
+
+
+def _layers(value: Any) -> tuple[int, ...]:
+    """Layers, or the one layer, as a tuple."""
+    listed = (value,) if isinstance(value, int | str) or not isinstance(value, Iterable) else value
+    layers = tuple(listed)
     if not layers or any(not isinstance(i, int) or isinstance(i, bool) for i in layers):
-        raise BadConfig(f"layers must be whole numbers, at least one, but are {layers!r}.")
+        raise BadConfig(f"layers must be whole numbers, at least one, but are {value!r}.")
     if list(layers) != sorted(set(layers)):
         raise BadConfig(f"layers must be ascending and distinct but are {list(layers)}.")
-    if config.method in SINGLE and len(layers) != 1:
-        raise BadConfig(
-            f"{config.method} edits one layer but layers are {list(layers)}; set layers=N."
-        )
-    if isinstance(config.steps, bool) or not isinstance(config.steps, int) or config.steps < 1:
-        raise BadConfig(f"steps must be a whole number above 0 but is {config.steps!r}.")
-    words = {"keys": KEYS, "shrinkage": tuple(SHRINKAGES), "spread": SPREADS, "stop": STOPS}
-    for name, known in words.items():
-        value = getattr(config, name)
-        if value not in known:
-            raise BadConfig(f"{name} must be one of {', '.join(known)} but is {value!r}.")
-    positive = ["clamp", "v_lr", "null_threshold"]
-    positive += [n for n in ("weight", "null_relative") if getattr(config, n) is not None]
-    other = ["ridge", "lambda_e", "l2", "weight_decay", "kl_factor", "early_stop"]
-    other += ["relative_ridge"] if config.relative_ridge is not None else []
-    for name in (*positive, *other):
-        value = getattr(config, name)
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not math.isfinite(value) or value < 0 or (name in positive and value == 0):
-            bound = "above 0" if name in positive else "0 or above"
-            raise BadConfig(f"{name} must be a finite number {bound} but is {value!r}.")
+    return layers
+
+
+def _one_layer(values: Mapping[str, Any]) -> dict[str, str]:
+    one = len(values["layers"]) == 1
+    return {"spread": "one layer takes all that is missing"} if one else {}
+
+
+def _is_number(value: Any) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and math.isfinite(value)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def describe(method: str | None = None) -> str:
+    """The settings of a method, or of all, with what they are by default and what they mean.
+
+    Raises:
+        BadConfig: There is no such method.
+    """
+    classes = list(CONFIGS.values()) if method is None else [config_class(method)]
+    lines = ["Defaults for a model without a preset; a preset has its own."]
+    for cls in classes:
+        meanings = _meanings(cls)
+        lines += ["", f"{cls.method}:"]
+        for name, default in cls.settings().items():
+            shown = "by depth" if name == "layers" else "none" if default is None else default
+            line = f"  {f'{name} ({shown})':24} {meanings.get(name, '')}"
+            lines.append(textwrap.fill(line, 100, subsequent_indent=" " * 27))
+    return "\n".join(lines)
+
+
+def _meanings(cls: type[EditConfig]) -> dict[str, str]:
+    """The first sentence that the docstrings have for each setting, the nearest class's."""
+    found: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        text = inspect.cleandoc(base.__doc__ or "") if issubclass(base, EditConfig) else ""
+        section = text.partition("Attributes:\n")[2].partition("\n\n")[0]
+        for entry in re.split(r"\n    (?=\w+: )", "\n" + section)[1:]:
+            name, _, meaning = " ".join(entry.split()).partition(": ")
+            meaning = re.split(r"\. |\.$", meaning)[0].replace("`", "")
+            found[name] = meaning
+    return found

@@ -3,55 +3,60 @@
 from __future__ import annotations
 
 from importlib import resources
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastcov.parsing import parse_json
+from fastmemit.errors import BadConfig
 from fastmemit.models import ModelAdapter
 
-#: Methods that edit one layer; all others are relatives of MEMIT.
-SINGLE = ("rome", "emmet")
-#: What makes a relative of MEMIT one, whatever a preset says of MEMIT.
-OWN: dict[str, dict[str, Any]] = {
-    "pmet": {"spread": "sqrt"},
-    # No published number of the ridge is known here for any model: AlphaEdit's weight of the same
-    # penalty, the squared norm of the change.
-    "encore": {"ridge": 10.0, "stop": "most-probable"},
-}
+if TYPE_CHECKING:
+    from fastmemit.editors.config import EditConfig
 
 
-def defaults(adapter: ModelAdapter, method: str) -> dict[str, Any]:
-    """The settings of a method by name, without overrides.
+def defaults(adapter: ModelAdapter, cls: type[EditConfig]) -> dict[str, Any]:
+    """The settings by name that a method has for a model, without those that its class has.
 
-    What a preset has for MEMIT holds for its relatives too, but for what makes them others; what it
-    has for a method itself comes before all.
+    What a preset has for MEMIT holds for its relatives too, but for what makes them others: where
+    the class's default is not MEMIT's. What it has for a method itself comes before all.
+
+    Raises:
+        BadConfig: A preset has a setting that its method does not have.
     """
-    values = _by_depth(adapter, method)
+    values = _by_depth(adapter, cls)
     preset = _preset(adapter, values["layers"][0])
     if preset is None:
-        return {**values, **OWN.get(method, {})}
-    exact = preset["methods"].get(method, {})
-    shared = {} if method in SINGLE else preset["methods"].get("memit", {})
-    if exact or shared:
-        values["preset"] = preset["name"]
-    return {**values, **shared, **OWN.get(method, {}), **exact}
+        return values
+    exact = preset["methods"].get(cls.method, {})
+    shared = {} if cls.single_layer else preset["methods"].get("memit", {})
+    if not exact and not shared:
+        return values
+    try:
+        for name in exact:
+            cls.check_name(name)
+    except BadConfig as error:
+        raise BadConfig(f"The preset {preset['name']!r}: {error}") from error
+    inherited = {name: value for name, value in shared.items() if _is_memits(cls, name)}
+    return {**values, **inherited, **exact, "preset": preset["name"]}
 
 
-def _by_depth(adapter: ModelAdapter, method: str) -> dict[str, Any]:
+def _is_memits(cls: type[EditConfig], name: str) -> bool:
+    """Whether a relative of MEMIT has the setting with the same default."""
+    from fastmemit.editors.config import MemitConfig
+
+    own = cls.settings()
+    return name in own and own[name] == MemitConfig.settings()[name]
+
+
+def _by_depth(adapter: ModelAdapter, cls: type[EditConfig]) -> dict[str, Any]:
     """Settings for a model that nobody has tuned.
 
     The published choices of layers for models of 28 to 32 blocks begin at an eighth of the depth;
     single-layer methods take the second of these.
     """
     first = min(round(adapter.n_layers / 8), adapter.n_layers - 1)
-    if method not in SINGLE:
-        return {"layers": tuple(range(first, min(first + 5, adapter.n_layers)))}
-    values: dict[str, Any] = {"layers": (min(first + 1, adapter.n_layers - 1),)}
-    if method == "emmet":
-        values["lambda_e"] = 0.1
-    else:
-        # ROME's target is the projection's own output, which is short against the stream it joins.
-        values["clamp"] = 4.0
-    return values
+    if cls.single_layer:
+        return {"layers": (min(first + 1, adapter.n_layers - 1),)}
+    return {"layers": tuple(range(first, min(first + 5, adapter.n_layers)))}
 
 
 def _preset(adapter: ModelAdapter, layer: int) -> dict[str, Any] | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,11 +9,12 @@ from typing import Any
 
 from fastmemit.data import Record
 from fastmemit.editor import Editor
+from fastmemit.editors import EditConfig
 from fastmemit.errors import WrongModel
 from fastmemit.evaluation.measures import Measured, Measures, table
 from fastmemit.evaluation.references import References
 from fastmemit.evaluation.schema import RecordResult, Result
-from fastmemit.factors import settled
+from fastmemit.factors import resolved
 from fastmemit.progress import bar
 from fastmemit.statistics import versions
 
@@ -22,7 +22,7 @@ from fastmemit.statistics import versions
 def evaluate(
     editor: Editor,
     batches: Sequence[Sequence[Record]],
-    method: str,
+    method: str | EditConfig,
     overrides: Mapping[str, Any] | None = None,
     *,
     metrics: Sequence[str] = ("score",),
@@ -37,7 +37,7 @@ def evaluate(
     Args:
         editor: The editor of an unedited model, with its statistics precomputed.
         batches: Records to be edited together, batch by batch; CounterFact's or zsRE's.
-        method: One of `fastmemit.editors.METHODS`.
+        method: One of `fastmemit.editors.METHODS`, or settings, see `Editor.plan`.
         overrides: Settings that replace the preset's.
         metrics: ``"attributes"`` asks the attribute prompts too, ``"generation"`` continues the
             openings; the rest of `METRICS` is read from the same answers and always there.
@@ -85,7 +85,7 @@ def evaluate(
             for record, number, b, a in zip(records, numbers, before, after, strict=True)
         ],
         settings={
-            **dataclasses.asdict(settled(editor.adapter, statistics, config)),
+            **resolved(editor.adapter, statistics, config).as_dict(),
             "batches": [len(batch) for batch in batches],
             "metrics": list(metrics),
             "seed": editor.seed,

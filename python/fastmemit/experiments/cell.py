@@ -20,7 +20,7 @@ from fastmemit.evaluation.counterfact import score_records
 from fastmemit.evaluation.perplexity import PerplexityText, perplexity
 from fastmemit.evaluation.schema import ScoreTable
 from fastmemit.experiments.grid import Place
-from fastmemit.experiments.header import AS_PUBLISHED, hardware
+from fastmemit.experiments.header import as_published, hardware
 from fastmemit.experiments.schema import Cell, CellRecord, Perplexity, Sweep, Timing
 from fastmemit.experiments.statistics import FULL_KEYS
 from fastmemit.metrics.score import NllPair, RecordScore, score_record, summarise
@@ -102,7 +102,7 @@ def run_cell(
     Raises:
         FastcovError, FastmemitError: What can go wrong with an edit; the weights are unedited.
     """
-    editor, settings = run.editor, {**AS_PUBLISHED, **dict(place.settings)}
+    editor, settings = run.editor, as_published(place.method, dict(place.settings))
     config = editor.config(place.method, **settings)
     run.seconds = {}
     records: list[CellRecord] = []

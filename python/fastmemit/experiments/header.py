@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -16,14 +15,13 @@ from fastcov.parsing import parse_json
 from fastcov.store import atomic_file
 from fastmemit.data import Corpus
 from fastmemit.editor import Editor
-from fastmemit.editors import EditConfig
+from fastmemit.editors import CONFIGS
+from fastmemit.editors.config import config_class
 from fastmemit.errors import BadData
 from fastmemit.experiments.schema import Sweep
 
 FORMAT = 1
 HEADER = "sweep.json"
-#: Experiments repeat the method as published, which takes few keys as they are.
-AS_PUBLISHED: Mapping[str, Any] = {"relative_ridge": 0.0}
 
 
 def make_header(
@@ -60,9 +58,15 @@ def make_header(
         full_keys=full_keys,
         perplexity=None if perplexity is None else dict(perplexity),
         methods={
-            method: dataclasses.asdict(editor.config(method, **AS_PUBLISHED)) for method in methods
+            method: editor.config(method, **as_published(method)).as_dict() for method in methods
         },
     )
+
+
+def as_published(method: str, settings: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Settings by name for an experiment, which takes few keys as they are, as the papers do."""
+    solves = "relative_ridge" in config_class(method).settings()
+    return {**({"relative_ridge": 0.0} if solves else {}), **(settings or {})}
 
 
 def check_header(folder: Path, header: Sweep) -> None:
@@ -108,10 +112,17 @@ def check_header(folder: Path, header: Sweep) -> None:
 
 
 def with_defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings that were written down, with those that there were none of at that time."""
-    fields = dataclasses.fields(EditConfig)
-    known = {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}
-    return {**known, **AS_PUBLISHED, **settings}
+    """Settings that were written down, with those that there were none of at that time.
+
+    And without those of other methods, which were written down too once, and changed nothing.
+
+    Raises:
+        KeyError: There is no such method.
+    """
+    method = settings["method"]
+    own = {**CONFIGS[method].settings(), **as_published(method)}
+    known = {name: settings.get(name, value) for name, value in own.items()}
+    return {"method": method, **known, "preset": settings["preset"]}
 
 
 def file_identity(path: str | Path) -> dict[str, str]:

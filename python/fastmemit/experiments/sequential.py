@@ -21,7 +21,7 @@ from fastmemit.errors import BadConfig, BadData, DamagedFile, FastmemitError, Wr
 from fastmemit.evaluation.counterfact import score_records
 from fastmemit.evaluation.schema import ScoreTable
 from fastmemit.experiments.cell import scored_or_failed, table_of
-from fastmemit.experiments.header import AS_PUBLISHED
+from fastmemit.experiments.header import as_published
 from fastmemit.metrics.score import RecordScore
 from fastmemit.request import check_batch
 from fastmemit.targets.rows import request_rows
@@ -128,7 +128,7 @@ def run_sequential(
         raise BadConfig(f"Scores are taken after every {score_every} batches; give 1 or more.")
     if not batches or not all(batches):
         raise BadData("A sequence needs batches with at least one record each; give some.")
-    settings = {**AS_PUBLISHED, **(settings or {})}
+    settings = as_published(method, settings)
     config = editor.config(method, **settings)
     editor.statistics_for(config.layers)
     contexts = editor.contexts(method)  # written by the unedited model

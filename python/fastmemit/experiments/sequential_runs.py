@@ -8,7 +8,6 @@ that were finished stay.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -27,7 +26,7 @@ from fastmemit.errors import BadData, WrongModel
 from fastmemit.evaluation.counterfact import count_questions, score_records
 from fastmemit.evaluation.perplexity import PerplexityText, perplexity
 from fastmemit.experiments.grid import multiplier_name
-from fastmemit.experiments.header import AS_PUBLISHED, hardware, make_header, with_defaults
+from fastmemit.experiments.header import as_published, hardware, make_header, with_defaults
 from fastmemit.experiments.results import ResultsFile, line_of, locked, read_lines
 from fastmemit.experiments.sequential import check_step, run_sequential
 from fastmemit.experiments.statistics import FULL_KEYS, precompute_multipliers
@@ -241,7 +240,7 @@ def _header(editor: Editor, plan: Plan, inputs: Inputs) -> dict[str, Any]:
         if text is None
         else {"name": text.name, "sha256": text.sha256, "tokens": len(text.ids)},
     )
-    config = dataclasses.asdict(editor.config(plan.method, **{**AS_PUBLISHED, **plan.settings}))
+    config = editor.config(plan.method, **as_published(plan.method, plan.settings)).as_dict()
     own = {
         "methods": {plan.method: config},
         "batches": [[record.case_id for record in batch] for batch in plan.batches],
@@ -261,7 +260,7 @@ def _check_header(path: Path, header: Mapping[str, Any]) -> None:
         stored = dict(parse_json(path.read_bytes()))
         methods = dict(stored.get("methods", {}))
         stored["methods"] = {name: with_defaults(values) for name, values in methods.items()}
-    except (ValueError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise BadData(
             f"{str(path)!r} is not the header of sequences ({error}); name another folder."
         ) from error

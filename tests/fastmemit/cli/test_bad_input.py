@@ -127,7 +127,11 @@ def test_a_layer_out_of_range(place: Place, capsys: Capture, layers: str) -> Non
     ("setting", "parts"),
     [
         ("clamp", ["'clamp' is not name=value"]),
-        ("nonsense=1", ["'nonsense=1' is not name=value", "clamp"]),
+        ("nonsense=1", ["There is no setting 'nonsense'; memit has layers, clamp, steps"]),
+        ("clmap=1", ["There is no setting 'clmap'; did you mean 'clamp'? memit has layers"]),
+        ("lambda_e=1", ["lambda_e is a setting of emmet; memit has layers, clamp"]),
+        ("keys=original", ["keys is a setting of rome; memit has layers, clamp"]),
+        ("l2=3", ["l2 is a setting of alphaedit; memit has layers, clamp"]),
         ("clamp=much", ["'much' of clamp is not a number"]),
         ("clamp=0", ["clamp must be a finite number above 0 but is 0.0"]),
         ("clamp=nan", ["clamp must be a finite number above 0 but is nan"]),
@@ -136,7 +140,7 @@ def test_a_layer_out_of_range(place: Place, capsys: Capture, layers: str) -> Non
         ("layers=a-b", ["layers 'a-b'", "4-8"]),
         ("layers=8-4", ["'8-4'", "empty"]),
         ("layers=1,0", ["ascending"]),
-        ("method=rome", ["'method=rome' is not name=value"]),
+        ("method=rome", ["There is no setting 'method'; memit has"]),
     ],
 )
 def test_settings(place: Place, capsys: Capture, setting: str, parts: list[str]) -> None:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from fastmemit import __version__
 from fastmemit.cli import VERBS, main
 from fastmemit.delta import Delta
+from fastmemit.editors import CONFIGS
 from tiny_commands import EDIT, Place, run
 
 
@@ -145,10 +146,12 @@ def test_one_fact_from_options(place: Place, capsys: pytest.CaptureFixture[str])
 def test_relatives_of_memit_from_options(
     place: Place, capsys: pytest.CaptureFixture[str], method: str
 ) -> None:
-    own = ("--method", method, "--set", "null_relative=0.5")
+    set_to = "null_relative=0.5" if method == "alphaedit" else "ridge=0.5"
+    own = ("--method", method, "--set", set_to)
     saved = place.edit(capsys, f"{method}.st", *own)
     settings = Delta.load(saved).provenance["settings"]
-    assert settings["method"] == method and settings["null_relative"] == 0.5
+    assert settings["method"] == method and settings[set_to.partition("=")[0]] == 0.5
+    assert settings.keys() == CONFIGS[method].settings().keys() | {"method", "preset"}
     assert (settings["spread"], settings["stop"]) == {
         "pmet": ("sqrt", "loss"), "encore": ("linear", "most-probable"),
         "alphaedit": ("linear", "loss"),
@@ -156,6 +159,19 @@ def test_relatives_of_memit_from_options(
     out = run(capsys, "evaluate", *place.model, *EDIT, *own, "--data", place.records,
               "--batch-size", "2", "--batches", "1")  # fmt: skip
     assert f", {method}, 2 records in 1 batches" in out
+
+
+def test_the_settings_of_a_method_are_listed_without_a_model(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for line, inside, outside in (
+        (["--method", "emmet", "--set", "help"], "lambda_e (0.1)", "null_threshold"),
+        (["--set", "help"], "null_threshold (0.02)", "nonsense"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main(["edit", *line])
+        out = capsys.readouterr().out
+        assert ended.value.code == 0 and inside in out and outside not in out
 
 
 def test_a_former_file_is_replaced_and_several_edits_are_applied(

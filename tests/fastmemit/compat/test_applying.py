@@ -14,7 +14,7 @@ import torch
 import fastcov
 from fastmemit import compat
 from fastmemit.compat import live
-from fastmemit.editors import EditConfig
+from fastmemit.editors import MemitConfig, RomeConfig
 from fastmemit.editors.config import SMALL_BUDGET_RIDGE
 from fastmemit.errors import BadConfig, BadLayer, BadRequest, DuplicateRequest
 from tiny_editors import FACTS, tiny_editor
@@ -145,7 +145,7 @@ def test_one_request_need_not_be_a_list(tok: Any) -> None:
 
 
 def test_settings_of_ours_are_taken_as_they_are(model: Any, tok: Any) -> None:
-    config = EditConfig("rome", keys="original", **settings("rome"))
+    config = RomeConfig(keys="original", **settings("rome"))
     APPLY["rome"](model, tok, MEMIT_STYLE[:1], config)
     other = tiny_model("llama")
     APPLY["rome"](other, tok, MEMIT_STYLE[:1], dataclasses.replace(config, keys="mean"))
@@ -154,7 +154,7 @@ def test_settings_of_ours_are_taken_as_they_are(model: Any, tok: Any) -> None:
         APPLY["memit"](model, tok, MEMIT_STYLE, config)
 
 
-@pytest.mark.parametrize("hold", [lambda h: h, vars, compat.read_hparams, EditConfig])
+@pytest.mark.parametrize("hold", [lambda h: h, vars, compat.read_hparams, MemitConfig])
 def test_few_keys_get_a_ridge_only_where_the_settings_are_ours(
     hold: Any, model: Any, tok: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -166,8 +166,8 @@ def test_few_keys_get_a_ridge_only_where_the_settings_are_ours(
 
     monkeypatch.setattr(fastcov, "regularised", regularised)
     compat.configure(multiplier=1)
-    ours = hold is EditConfig
-    theirs = EditConfig("memit", **settings("memit")) if ours else hold(hparams("memit"))
+    ours = hold is MemitConfig
+    theirs = MemitConfig(**settings("memit")) if ours else hold(hparams("memit"))
     APPLY["memit"](model, tok, MEMIT_STYLE, theirs)
     assert asked == [SMALL_BUDGET_RIDGE if ours else 0.0] * 2
 

@@ -5,8 +5,22 @@ from types import SimpleNamespace
 
 import pytest
 
-from fastmemit.editors import METHODS, EditConfig, find_config, parse_overrides
-from fastmemit.editors.defaults import SINGLE, load_presets
+from fastcov.shrinkage import SHRINKAGES
+from fastmemit.editors import (
+    CONFIGS,
+    METHODS,
+    AlphaEditConfig,
+    EditConfig,
+    EmmetConfig,
+    EncoreConfig,
+    MemitConfig,
+    PmetConfig,
+    RomeConfig,
+    find_config,
+    parse_overrides,
+)
+from fastmemit.editors.config import describe
+from fastmemit.editors.defaults import load_presets
 from fastmemit.editors.layers import parse_layers
 from fastmemit.errors import BadConfig, BadLayer
 from fastmemit.models import find_adapter
@@ -62,7 +76,7 @@ def test_every_preset_makes_valid_settings():
             config = find_config(adapter, method)
             assert max(config.layers) < match["n_layers"]
             # MEMIT's relatives take what is known of MEMIT.
-            known = {method} if method in SINGLE else {method, "memit"}
+            known = {method} if method in ("rome", "emmet") else {method, "memit"}
             assert (config.preset == preset["name"]) == bool(known & preset["methods"].keys())
 
 
@@ -79,15 +93,16 @@ def test_defaults_follow_the_depth(n_layers, memit, single):
 
 
 def test_relatives_take_what_is_known_of_memit_and_keep_what_makes_them_others():
-    memit = find_config(LLAMA_2, "memit")
+    shared = {"layers": (4, 5, 6, 7, 8), "clamp": 4, "weight_decay": 0.001, "preset": "llama-2-7b"}
+    of_a = {"weight": 15000.0, "ridge": 0.01}
     expected = {
-        "pmet": {"spread": "sqrt"},
-        "encore": {"ridge": 10.0, "stop": "most-probable"},
-        "alphaedit": {},
+        "memit": MemitConfig(**shared, **of_a),
+        "pmet": PmetConfig(**shared, **of_a, spread="sqrt"),
+        "encore": EncoreConfig(**shared, weight=15000.0, ridge=10.0, stop="most-probable"),
+        "alphaedit": AlphaEditConfig(**shared),
     }
-    for method, own in expected.items():
-        found = find_config(LLAMA_2, method)
-        assert found == dataclasses.replace(memit, method=method, **own)
+    for method, wanted in expected.items():
+        assert find_config(LLAMA_2, method) == wanted
         assert find_config(shaped("new", 32, 64, 256), method).layers == (4, 5, 6, 7, 8)
     # As released for Llama-3-8B.
     alphaedit = find_config(LLAMA_3, "alphaedit")
@@ -152,20 +167,24 @@ def test_values_out_of_range_are_named(method, values, said):
 
 
 def test_an_unknown_method_lists_the_known():
-    with pytest.raises(BadConfig, match="rome, emmet, memit"):
+    with pytest.raises(BadConfig, match=r"did you mean 'memit'.* from rome, emmet, memit"):
         find_config(GPT2_XL, "memitt")
+    for wrong in ("x", 3, None, MemitConfig):
+        with pytest.raises(BadConfig, match="choose from rome"):
+            find_config(GPT2_XL, wrong)
 
 
 def test_parse_overrides():
-    assert parse_overrides(["clamp=0.75", " steps = 20 ", "layers=4-6,9", "weight=none"]) == {
+    pairs = ["clamp=0.75", " steps = 20 ", "layers=4-6,9", "weight=none"]
+    assert parse_overrides(pairs, "memit") == {
         "clamp": 0.75, "steps": 20, "layers": (4, 5, 6, 9), "weight": None,
     }  # fmt: skip
-    assert parse_overrides(["keys=original"]) == {"keys": "original"}
-    assert parse_overrides(["stop=most-probable", "null_relative=0.1", "l2=0"]) == {
+    assert parse_overrides(["keys=original"], "rome") == {"keys": "original"}
+    assert parse_overrides(["stop=most-probable", "null_relative=0.1", "l2=0"], "alphaedit") == {
         "stop": "most-probable", "null_relative": 0.1, "l2": 0.0,
     }  # fmt: skip
-    assert parse_overrides(["null_relative=none"]) == {"null_relative": None}
-    assert parse_overrides(["relative_ridge=1e-3", "shrinkage=oas"]) == {
+    assert parse_overrides(["null_relative=none"], "alphaedit") == {"null_relative": None}
+    assert parse_overrides(["relative_ridge=1e-3", "shrinkage=oas"], "emmet") == {
         "relative_ridge": 1e-3, "shrinkage": "oas",
     }  # fmt: skip
 
@@ -178,11 +197,29 @@ def test_targets_do_not_depend_on_how_the_second_moment_is_regularised():
 
 
 @pytest.mark.parametrize(
-    "pair", ["clamp", "=3", "clmap=1", "clamp=wide", "steps=2.5", "layers=4-", "method=rome"]
+    ("pair", "said"),
+    [
+        ("clamp", "'clamp' is not name=value"),
+        ("=3", "'=3' is not name=value"),
+        ("clmap=1", "no setting 'clmap'; did you mean 'clamp'"),
+        ("clamp=wide", "'wide' of clamp is not a number;"),
+        ("weight=much", "'much' of weight is not a number or 'none'"),
+        ("steps=2.5", "'2.5' of steps is not a whole number"),
+        ("layers=4-", "'4-'"),
+        ("method=rome", "no setting 'method'"),
+        ("preset=mine", "no setting 'preset'"),
+        ("l2=3", "l2 is a setting of alphaedit; memit has layers"),
+    ],
 )
-def test_parse_overrides_names_what_it_refuses(pair):
-    with pytest.raises(BadConfig, match=pair.partition("=")[2] or pair):
-        parse_overrides([pair])
+def test_parse_overrides_names_what_it_refuses(pair, said):
+    with pytest.raises(BadConfig, match=said):
+        parse_overrides([pair], "memit")
+
+
+def test_settings_for_several_methods_must_be_those_of_each():
+    assert parse_overrides(["ridge=1"], ("memit", "rome")) == {"ridge": 1.0}
+    with pytest.raises(BadConfig, match=r"^lambda_e is a setting of emmet; memit has"):
+        parse_overrides(["lambda_e=1"], ("emmet", "memit"))
 
 
 @pytest.mark.parametrize("text", ["", "a", "5-4", "1,,2", "4-8-9"])
@@ -203,9 +240,172 @@ def test_parse_layers_refuses(text):
         ({"ridge": 1.0}, 1.0, 0.0),
         ({"shrinkage": "oas"}, 1.0, 0.0),
         ({"method": "rome"}, 1.0, 0.1),
-        ({"method": "alphaedit"}, 1.0, 0.0),
     ],
 )
 def test_few_keys_get_a_ridge_where_nothing_else_is_added(chosen, multiplier, wanted):
-    config = EditConfig(**{"method": "memit", "layers": (1,), **chosen})
-    assert config.settled(multiplier).relative_ridge == wanted
+    method = {"method": "memit", **chosen}["method"]
+    config = CONFIGS[method](layers=(1,), **{k: v for k, v in chosen.items() if k != "method"})
+    assert config.resolved(multiplier).relative_ridge == wanted
+
+
+def test_alphaedit_has_no_a_and_gets_no_ridge():
+    config = AlphaEditConfig(layers=(1, 2))
+    assert config.resolved(0.5) == config and "relative_ridge" not in config.as_dict()
+
+
+# -- one class a method ----------------------------------------------------------------------------
+
+TARGETS = {
+    "layers", "clamp", "steps", "v_lr", "weight_decay", "kl_factor", "early_stop", "stop",
+}  # fmt: skip
+OF_A = {"weight", "ridge", "relative_ridge", "shrinkage"}
+OWN = {
+    RomeConfig: OF_A | {"keys"},
+    EmmetConfig: OF_A | {"lambda_e"},
+    MemitConfig: OF_A | {"spread"},
+    PmetConfig: OF_A | {"spread"},
+    EncoreConfig: OF_A | {"spread"},
+    AlphaEditConfig: {"spread", "l2", "null_threshold", "null_relative"},
+}
+VALUES = {
+    "lambda_e": 0.7, "spread": "sqrt", "l2": 3, "null_threshold": 0.5, "null_relative": 0.9,
+    "weight": 5, "ridge": 0.7, "relative_ridge": 0.3, "shrinkage": "oas", "keys": "original",
+}  # fmt: skip
+
+
+def test_each_class_has_the_settings_of_its_method():
+    assert [cls.method for cls in OWN] == list(METHODS) == list(CONFIGS)
+    for cls, own in OWN.items():
+        assert set(cls.settings()) == TARGETS | own
+        made = cls(layers=(3,))
+        assert set(made.as_dict()) == TARGETS | own | {"method", "preset"}
+        assert made.as_dict()["method"] == cls.method
+        assert find_config(shaped("new", 32, 64, 256), made) == made
+    with pytest.raises(TypeError, match="use MemitConfig"):
+        EditConfig(layers=(3,))
+    assert VALUES.keys() == set.union(*OWN.values())
+    assert tuple(SHRINKAGES) == ("none", "ledoit-wolf", "oas")
+
+
+@pytest.mark.parametrize("name", VALUES)
+@pytest.mark.parametrize("cls", OWN)
+def test_a_setting_of_another_method_names_its_owner(cls, name):
+    many = shaped("new", 32, 64, 256)
+    if name in OWN[cls]:
+        assert getattr(find_config(many, cls.method, {name: VALUES[name]}), name) == VALUES[name]
+        return
+    owners = [other.method for other, own in OWN.items() if name in own]
+    listed = owners[0] if len(owners) == 1 else f"{', '.join(owners[:-1])} and {owners[-1]}"
+    said = f"^{name} is a setting of {listed}; {cls.method} has layers, .*{min(OWN[cls])}"
+    with pytest.raises(BadConfig, match=said):
+        find_config(many, cls.method, {"clamp": 2.0, name: VALUES[name]})
+    with pytest.raises(BadConfig, match=said):
+        find_config(many, cls(layers=(3,)), {name: VALUES[name]})
+    with pytest.raises(TypeError, match=name):
+        cls(layers=(3,), **{name: VALUES[name]})
+
+
+@pytest.mark.parametrize(
+    ("method", "name", "meant"),
+    [
+        ("memit", "clmap", "clamp"),
+        ("rome", "key", "keys"),
+        ("emmet", "lambda", "lambda_e"),
+        ("alphaedit", "null_treshold", "null_threshold"),
+        ("memit", "null_treshold", "null_threshold"),
+        ("memit", "v_learning_rate", None),
+    ],
+)
+def test_a_mistyped_setting_is_told_which_was_meant(method, name, meant):
+    with pytest.raises(BadConfig, match=f"^There is no setting '{name}'; ") as caught:
+        find_config(GPT2_XL, method, {name: 1.0})
+    assert (f"did you mean '{meant}'?" in str(caught.value)) == (meant is not None)
+
+
+@pytest.mark.parametrize(
+    ("method", "values", "said"),
+    [
+        (
+            "memit",
+            {"stop": "most-probable", "early_stop": 0.1},
+            "early_stop=0.1 would change nothi",
+        ),
+        ("encore", {"early_stop": 0.1}, "early_stop=0.1 would change nothing"),
+        (
+            "memit",
+            {"layers": (3,), "spread": "sqrt"},
+            r"spread='sqrt' would .* one layer takes all .* at 'linear'",
+        ),
+        ("alphaedit", {"layers": 3, "spread": "sqrt"}, "spread='sqrt' would change nothing"),
+        (
+            "alphaedit",
+            {"null_relative": 0.5, "null_threshold": 1.0},
+            r"null_threshold=1.0 would .* null_relative is used inst",
+        ),
+    ],
+)
+def test_what_nothing_would_read_is_refused(method, values, said):
+    name = said.split()[0].partition("=")[0]
+    with pytest.raises(BadConfig, match=said):
+        find_config(GPT2_XL, method, values)
+    with pytest.raises(BadConfig, match=said):
+        CONFIGS[method](**{"layers": (3, 4), **values})
+    # The default is nobody's wish.
+    default = CONFIGS[method].settings()[name]
+    assert getattr(find_config(GPT2_XL, method, {**values, name: default}), name) == default
+
+
+def test_what_a_preset_has_gives_way_where_a_change_puts_it_out_of_use():
+    config = AlphaEditConfig(layers=(3, 4), null_threshold=0.5, spread="sqrt")
+    changed = config.replaced({"null_relative": 0.1, "layers": (3,)})
+    assert changed == AlphaEditConfig(layers=(3,), null_relative=0.1)
+    assert MemitConfig(layers=(3,), early_stop=0.2).replaced({"stop": "most-probable"}) == (
+        MemitConfig(layers=(3,), stop="most-probable")
+    )
+
+
+def test_one_layer_may_be_a_number_and_a_range_is_layers():
+    assert RomeConfig(layers=5).layers == (5,)
+    assert MemitConfig(layers=range(4, 7)).layers == (4, 5, 6)
+    for wrong in ("4-8", 4.0, None, [True], ["4"], {}):
+        with pytest.raises(BadConfig, match="layers must be whole numbers"):
+            MemitConfig(layers=wrong)
+
+
+def test_settings_of_ones_own_are_not_mixed_with_the_presets():
+    own = MemitConfig(layers=(3, 4, 5), clamp=0.75)
+    assert find_config(LLAMA_2, own) is not None and find_config(LLAMA_2, own) == own
+    assert find_config(LLAMA_2, own).weight is None
+    assert find_config(LLAMA_2, own, {"weight": 3}) == dataclasses.replace(own, weight=3)
+    with pytest.raises(BadLayer, match="9"):
+        find_config(find_adapter(tiny_model("llama")), MemitConfig(layers=(0, 9)))
+
+
+def test_a_preset_with_a_setting_of_another_method_is_refused(monkeypatch):
+    wrong = {**load_presets()[0], "methods": {"memit": {"l2": 3}}}
+    monkeypatch.setattr("fastmemit.editors.defaults.load_presets", lambda: [wrong])
+    match = wrong["match"]
+    adapter = shaped(match["model_type"], match["n_layers"], match["d"], match["d_k"])
+    with pytest.raises(BadConfig, match=f"preset '{wrong['name']}': l2 is a setting of alphaedit"):
+        find_config(adapter, "memit")
+
+
+def test_presets_have_only_settings_of_their_methods():
+    for preset in load_presets():
+        for method, values in preset["methods"].items():
+            assert values.keys() <= CONFIGS[method].settings().keys()
+
+
+def test_settings_are_described_with_their_defaults():
+    lines = describe("emmet").splitlines()
+    assert "  lambda_e (0.1)           How far the equality constraint is relaxed, in batches" in (
+        "\n".join(lines)
+    )
+    assert "  layers (by depth)        The edited layers, ascending" in describe("memit")
+    for cls in OWN:
+        text = describe(cls.method)
+        for name, default in cls.settings().items():
+            shown = "by depth" if name == "layers" else "none" if default is None else default
+            (line,) = [x for x in text.splitlines() if x.startswith(f"  {name} (")]
+            assert line.startswith(f"  {name} ({shown}) ") and len(line.split()) > 4
+    assert all(f"\n{method}:\n" in describe() for method in METHODS)

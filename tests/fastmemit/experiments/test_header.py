@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +11,8 @@ import pytest
 
 from fastmemit.editors import find_config
 from fastmemit.errors import BadData
-from fastmemit.experiments.header import AS_PUBLISHED, check_header, with_defaults
+from fastmemit.experiments import header
+from fastmemit.experiments.header import check_header, with_defaults
 from fastmemit.models import ModelAdapter
 
 RESULTS = Path(__file__).parents[3] / "docs" / "results"
@@ -33,8 +33,8 @@ def recorded(path: str) -> dict[str, Any]:
 
 
 def as_published(method: str, **settings: Any) -> dict[str, Any]:
-    config = find_config(SMOLLM2, method, {**AS_PUBLISHED, **settings})
-    return cast(dict[str, Any], json.loads(json.dumps(dataclasses.asdict(config))))
+    config = find_config(SMOLLM2, method, header.as_published(method, settings))
+    return cast(dict[str, Any], json.loads(json.dumps(config.as_dict())))
 
 
 @pytest.mark.parametrize(
@@ -44,6 +44,13 @@ def as_published(method: str, **settings: Any) -> dict[str, Any]:
 def test_recorded_settings_are_those_of_today(path: str) -> None:
     for method, settings in recorded(path)["methods"].items():
         assert with_defaults(settings) == as_published(method)
+
+
+def test_settings_of_other_methods_that_were_recorded_changed_nothing() -> None:
+    settings = recorded("smollm2/sweep.json")["methods"]["emmet"]
+    assert settings["keys"] == "consistent" and "keys" not in with_defaults(settings)
+    assert with_defaults({**settings, "keys": "mean"}) == with_defaults(settings)
+    assert with_defaults({**settings, "ridge": 2.0}) != with_defaults(settings)
 
 
 def test_a_recorded_sweep_goes_on_and_another_ridge_is_refused(tmp_path: Path) -> None:

@@ -160,11 +160,13 @@ def test_another_sequence_in_the_folder_is_refused(
         with pytest.raises(BadData, match=f"another {name}; name another folder"):
             run_sequences(editor, plan, inputs(folder))
     assert content(folder) == before
-    # A header from before there was a setting is that of its default.
+    # A header from before there was a setting is that of its default, and one from when all methods
+    # had all settings is that of the method's own.
     path = folder / "sequential.json"
     header = json.loads(path.read_text())
-    for name in ("spread", "stop", "l2", "null_threshold", "null_relative"):
+    for name in ("spread", "stop"):
         del header["methods"]["memit"][name]
+    header["methods"]["memit"] |= {"lambda_e": 0.0, "keys": "consistent", "l2": 10.0}
     path.write_text(json.dumps(header))
     run_sequences(editor, PLAN, inputs(folder))
     assert content(folder) == before

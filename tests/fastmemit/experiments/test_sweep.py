@@ -243,11 +243,12 @@ def test_another_sweep_in_the_folder_is_refused(tmp_path: Path) -> None:
         run_sweep(
             editor, grid, dataclasses.replace(given, header={**given.header, "methods": moved})
         )
-    # A header from before there was a setting is that of its default.
+    # A header from before there was a setting is that of its default, and one from when all methods
+    # had all settings is that of the method's own.
     path = tmp_path / "out/sweep.json"
     header = json.loads(path.read_text())
-    for name in ("spread", "stop", "l2", "null_threshold", "null_relative"):
-        del header["methods"]["emmet"][name]
+    del header["methods"]["emmet"]["stop"]
+    header["methods"]["emmet"] |= {"spread": "linear", "keys": "consistent", "l2": 10.0}
     path.write_text(json.dumps(header))
     run_sweep(editor, grid, given)
     path.write_text("{")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fastmemit.data import Record
+from fastmemit.errors import BadConfig
 from fastmemit.evaluation import evaluate
 from fastmemit.experiments.cell import SweepInputs
 from fastmemit.experiments.grid import Grid, parse_methods
@@ -21,7 +23,8 @@ RECORDS: list[Record] = [
     record(10 + n, EditRequest("{} is in", name, "Rome", "Paris"))
     for n, name in enumerate(("Eiffel Tower", "Italy", "the poet"))
 ]
-SETTINGS: dict[str, Any] = {"steps": 3, "layers": (0, 1), "null_relative": 0.5}
+SETTINGS: dict[str, Any] = {"steps": 3, "layers": (0, 1)}
+OF_ALPHAEDIT = {**SETTINGS, "null_relative": 0.5}
 
 
 def test_each_cell_is_an_evaluation_of_its_own_and_vectors_are_shared(
@@ -39,14 +42,21 @@ def test_each_cell_is_an_evaluation_of_its_own_and_vectors_are_shared(
 
     monkeypatch.setattr(store, "optimise", spy)
     header = make_header(editor, {"name": "tiny"}, tiny_corpus(40), methods)
-    cells = run_sweep(editor, grid, SweepInputs(RECORDS, tiny_corpus(40), tmp_path / "out", header))
+    given = SweepInputs(RECORDS, tiny_corpus(40), tmp_path / "out", header)
+    with pytest.raises(BadConfig, match="null_relative is a setting of alphaedit; memit has"):
+        run_sweep(editor, dataclasses.replace(grid, variants=(OF_ALPHAEDIT,)), given)
+    # Settings that not all methods have are varied apart, into the same folder.
+    shared = dataclasses.replace(grid, methods=methods[:3])
+    cells = run_sweep(editor, shared, given)
+    own = dataclasses.replace(grid, methods=methods[3:], variants=(OF_ALPHAEDIT,))
+    cells += run_sweep(editor, own, given)
     assert made == ["loss", "most-probable"]
     assert [cell["key"].partition("/")[0] for cell in cells] == list(methods)
     known = {item.case_id: item for item in RECORDS}
     for cell in cells:
         assert set(cell["jitter"]) == (set() if cell["method"] == "alphaedit" else {"0", "1"})
         batch = [known[row["case_id"]] for row in cell["records"]]
-        wanted = evaluate(editor, [batch], cell["method"], SETTINGS)
+        wanted = evaluate(editor, [batch], cell["method"], cell["settings"])
         for name, score in cell["scores"].items():
             assert score == pytest.approx(wanted["after"][name])
     assert made == ["loss", "most-probable"] and editor.edits == ()
