@@ -23,19 +23,13 @@ from fastcov.batches import raw_bytes
 from fastcov.errors import StoreDamaged
 from fastcov.moments import SecondMoment
 from fastcov.parsing import parse_json
-from fastcov.store import packed, unpacked
+from fastcov.store import DTYPE_NAMES, packed, unpacked
 
 FORMAT = "fastcov-checkpoint"
 VERSION = 1
 
 _DIGEST = 32  # bytes
 _PIECE = 16 << 20
-_NAMES = {
-    torch.float32: "F32",
-    torch.float64: "F64",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-}
 _STATE = {
     "identity": dict,
     "sums": dict,
@@ -163,7 +157,7 @@ def write_checkpoint(file: BinaryIO, state: Mapping[str, Any], taken: Mapping[st
 
     def add_tensor(name: str, like: Tensor, shape: list[int], fetch: Callable[[], Tensor]) -> None:
         numbers = int(torch.Size(shape).numel())
-        add(name, _NAMES[like.dtype], shape, numbers * like.element_size())
+        add(name, DTYPE_NAMES[like.dtype], shape, numbers * like.element_size())
         parts.append(fetch)
 
     for number, (name, module) in enumerate(taken.items()):

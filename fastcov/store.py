@@ -27,6 +27,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from fastcov.batches import raw_bytes
 from fastcov.errors import StoreDamaged, StoreMismatch, StoreMissing
 from fastcov.moments import SecondMoment
 from fastcov.parsing import parse_json
@@ -36,6 +37,13 @@ logger = printable_logger(__name__)
 
 FORMAT = 1
 _DTYPES = {"F32": torch.float32, "F64": torch.float64}
+#: What a safetensors file calls each dtype that is written.
+DTYPE_NAMES = {
+    torch.float32: "F32",
+    torch.float64: "F64",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+}
 _WRITE_BYTES = 64 << 20
 _ABSENT = object()
 
@@ -55,27 +63,52 @@ def save_moment(
         OSError: The file cannot be written; nothing is left of the attempt.
     """
     triangle = packed(moment.lower)  # (d (d + 1) / 2,)
-    data = _bytes(triangle)
-    dtype = next(name for name, known in _DTYPES.items() if known == triangle.dtype)
     metadata = {
         "format": str(FORMAT),
         "d": str(moment.d),
         "count": str(moment.count),
-        "dtype": dtype,
-        "sha256": hashlib.sha256(data).hexdigest(),
+        "dtype": DTYPE_NAMES[triangle.dtype],
+        "sha256": hashlib.sha256(raw_bytes(triangle)).hexdigest(),
         "provenance": _json(provenance),
     }
     # Optional, so that the format stays the same: a reader that does not know it loads the rest.
     if moment.quartic is not None and math.isfinite(quartic := float(moment.quartic)):
         metadata["quartic"] = repr(quartic)  # the shortest text of these very bits
     metadata["check"] = _digest(metadata)
-    # The header is written here and not by the safetensors library, which writes its metadata in no
-    # fixed order and reports a full disk as an error of its own: equal moments give equal files.
-    entry = {"dtype": dtype, "shape": [triangle.numel()], "data_offsets": [0, len(data)]}
-    header = json.dumps({"__metadata__": metadata, "sum": entry}).encode()
-    header += b" " * (-len(header) % 8)
     with atomic_file(path) as file:
-        file.write(len(header).to_bytes(8, "little") + header)
+        write_safetensors(file, {"sum": triangle}, metadata)
+
+
+def write_safetensors(
+    file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+) -> None:
+    """Write a safetensors file whose bytes depend on its content alone.
+
+    The library writes metadata in no fixed order, and reports a full disk as an error of its own.
+
+    Args:
+        file: Open for writing.
+        tensors: In the order in which they are written.
+        metadata: In its order.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    offset = 0
+    for name, tensor in tensors.items():
+        size = tensor.numel() * tensor.element_size()
+        header[name] = {
+            "dtype": DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, offset + size],
+        }
+        offset += size
+    head = json.dumps(header).encode()
+    head += b" " * (-len(head) % 8)
+    file.write(len(head).to_bytes(8, "little") + head)
+    for tensor in tensors.values():
+        data = raw_bytes(tensor)
         for start in range(0, len(data), _WRITE_BYTES):
             file.write(data[start : start + _WRITE_BYTES])
 
@@ -108,7 +141,7 @@ def load_moment(
         raise _damaged(path, f"holds a sum of shape {tuple(triangle.shape)} for a width of {d}")
     if triangle.dtype != _DTYPES.get(metadata.get("dtype", "")):
         raise _damaged(path, f"holds a sum of {triangle.dtype} and says {_said(metadata, 'dtype')}")
-    found = hashlib.sha256(_bytes(triangle)).hexdigest()
+    found = hashlib.sha256(raw_bytes(triangle)).hexdigest()
     if found != metadata.get("sha256"):
         raise _damaged(path, "holds a sum whose bytes have changed")
     lower = unpacked(triangle, d)
@@ -298,11 +331,6 @@ def _check(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> None:
         )
     if not sound:
         raise _damaged(path, "has a header that is not what was written")
-
-
-def _bytes(packed: Tensor) -> memoryview:
-    numbers: Any = packed.numpy()
-    return memoryview(numbers).cast("B")
 
 
 def _quartic(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> float | None:

@@ -19,8 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from fastcov.parsing import parse_json
-from fastcov.store import atomic_file
-from fastmemit.errors import DamagedFile, OffloadedWeight, QuantisedWeight, WrongModel
+from fastcov.store import atomic_file, write_safetensors
+from fastmemit.errors import (
+    DamagedFile,
+    NonFiniteEdit,
+    OffloadedWeight,
+    QuantisedWeight,
+    WrongModel,
+)
 
 FORMAT = "fastmemit-delta"
 VERSION = 1
@@ -63,14 +69,16 @@ class Delta:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the delta as safetensors; a file of this name is replaced only by a whole one.
 
+        The same delta gives the same bytes.
+
         Raises:
             OSError: The file cannot be written; nothing is left of the attempt.
-            ValueError: The provenance is nested deeper than any reader goes.
+            NonFiniteEdit: A factor holds NaN or infinity.
+            ValueError: The provenance is nested deeper than any reader goes, or has NaN.
         """
-        from safetensors.torch import save
-
         tensors = {}
-        for name, (left, right) in self.factors.items():
+        for name, (left, right) in sorted(self.factors.items()):
+            _check_finite(name, left, right)
             tensors[f"{name}:left"], tensors[f"{name}:right"] = left, right
         provenance = json.dumps(self.provenance, sort_keys=True)
         parse_json(provenance)  # what `load` would refuse is not written
@@ -80,9 +88,8 @@ class Delta:
             "provenance": provenance,
             "sha256": _seal(self.digest(), provenance),
         }
-        data = save({name: t.contiguous() for name, t in tensors.items()}, metadata)
         with atomic_file(path) as file:
-            file.write(data)
+            write_safetensors(file, tensors, metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Delta:
@@ -113,13 +120,21 @@ class Delta:
         delta = cls(factors, provenance if isinstance(provenance, dict) else {})
         if metadata.get("sha256") != _seal(delta.digest(), metadata["provenance"]):
             raise _damaged(path, "holds other bytes than were written")
+        for name, pair in factors.items():
+            if not all(bool(torch.isfinite(factor).all()) for factor in pair):
+                raise _damaged(path, f"holds NaN or infinity in its factors of {name:.80}")
         return delta
 
     def check(self, model: nn.Module) -> None:
-        """Refuse a model that lacks one of the weights or has it in another shape.
+        """Refuse what could not be added to a model's weights; nothing is changed.
+
+        Weights that are not in memory or not in floating point are compared by their shape alone.
 
         Raises:
-            WrongModel: The message names the weight and both shapes.
+            WrongModel: The model lacks a weight or has it in another shape; the message names the
+                weight and both shapes.
+            NonFiniteEdit: A factor holds NaN or infinity, or the weight would with the change: the
+                product of the factors, or its sum with the weight, is too large for its dtype.
         """
         weights = dict(model.named_parameters(remove_duplicate=False))
         for name, (left, right) in self.factors.items():
@@ -131,6 +146,9 @@ class Delta:
                     f"The edit changes {name} of shape {shape} but this model {has}; "
                     "apply it to the model that it was made for."
                 )
+        for name, (left, right) in self.factors.items():
+            _check_finite(name, left, right)
+            _check_sum(name, weights[name], left, right)
 
     def check_stored(self, model: nn.Module) -> None:
         """Refuse quantised weights; one that the model lacks is left to `check`.
@@ -151,7 +169,8 @@ class Delta:
 
         Raises:
             WrongModel: A weight is missing or of another shape; nothing is changed then, nor by
-                the next two.
+                the next three.
+            NonFiniteEdit: A weight would hold NaN or infinity.
             QuantisedWeight: A weight is not stored in floating point.
             OffloadedWeight: A weight is not in memory.
         """
@@ -181,8 +200,46 @@ def add_low_rank(weight: Tensor, left: Tensor, right: Tensor) -> None:
         left: (rows, B) float32.
         right: (columns, B) float32.
     """
+    weight.copy_(_sum(weight, left, right))
+
+
+def _sum(weight: Tensor, left: Tensor, right: Tensor) -> Tensor:
     gain = left.to(weight.device) @ right.to(weight.device).T
-    weight.copy_(weight.float().add_(gain) if weight.dtype != torch.float32 else weight + gain)
+    return weight.float().add_(gain) if weight.dtype != torch.float32 else weight + gain
+
+
+def _check_finite(name: str, left: Tensor, right: Tensor) -> None:
+    if not bool(torch.isfinite(left).all() and torch.isfinite(right).all()):
+        raise NonFiniteEdit(
+            f"The edit holds NaN or infinity in its factors of {name}; get or make it again."
+        )
+
+
+@torch.no_grad()
+def _check_sum(name: str, weight: Tensor, left: Tensor, right: Tensor) -> None:
+    """Refuse a change after which a weight would hold NaN or infinity.
+
+    No number of the product is beyond the longest row of one factor times that of the other
+    (Cauchy and Schwarz); only where that does not show that all is well is the sum made.
+    """
+    plain = weight.is_floating_point() and weight.element_size() >= 2
+    if weight.is_meta or not plain or not weight.numel():
+        return
+    largest = torch.finfo(weight.dtype).max
+    bound = left.double().norm(dim=1).max() * right.double().norm(dim=1).max()
+    low, high = torch.aminmax(weight)
+    if float(torch.maximum(-low, high)) + float(bound) < 0.99 * largest:  # NaN is not
+        return
+    if not bool(torch.isfinite(weight).all()):
+        raise NonFiniteEdit(
+            f"The model's own {name} holds NaN or infinity before the edit; load the model again."
+        )
+    if not bool(torch.isfinite(_sum(weight, left, right).to(weight.dtype)).all()):
+        raise NonFiniteEdit(
+            f"With the edit {name} would hold numbers beyond {largest:.3g}, the largest of "
+            f"{str(weight.dtype).removeprefix('torch.')}; load the model in bfloat16 or float32, "
+            "or make a smaller edit."
+        )
 
 
 @contextlib.contextmanager

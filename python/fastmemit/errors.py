@@ -71,6 +71,10 @@ class WrongModel(FastmemitError):
     """An edit or a statistic that was made for another model."""
 
 
+class NonFiniteEdit(FastmemitError, ValueError):
+    """An edit with NaN or infinity, or one after which a weight would hold them."""
+
+
 class BadUndo(FastmemitError):
     """An undo that would not restore the weights as they were."""
 

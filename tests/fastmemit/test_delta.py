@@ -15,7 +15,13 @@ from torch import nn
 
 from fastmemit import delta as delta_module
 from fastmemit.delta import Delta, add_low_rank, restored_on_error
-from fastmemit.errors import DamagedFile, OffloadedWeight, QuantisedWeight, WrongModel
+from fastmemit.errors import (
+    DamagedFile,
+    NonFiniteEdit,
+    OffloadedWeight,
+    QuantisedWeight,
+    WrongModel,
+)
 
 PROVENANCE = {"model": "f" * 64, "method": "memit", "requests": [{"subject": "Łódź 🙂"}], "n": 0.1}
 
@@ -297,3 +303,128 @@ def test_restored_on_error_keeps_what_went_well() -> None:
     with restored_on_error([weight]):
         weight += 1
     assert weight.tolist() == [1, 1, 1]
+
+
+# -- numbers that no weight can hold --------------------------------------------------------------
+
+
+def one(left: list[float], right: list[float]) -> Delta:
+    """A change of `Two.b`, of rank 1."""
+    return Delta({"b.weight": (torch.tensor(left)[:, None], torch.tensor(right)[:, None])}, {})
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("side", [0, 1])
+def test_an_edit_with_nan_or_infinity_is_refused_at_every_door(
+    value: float, side: int, tmp_path: Path, saved: Path
+) -> None:
+    delta = made()
+    delta.factors["a.weight"][side][2, 1] = value
+    model = Two()
+    before = weights(model)
+    for refuse in (delta.check, delta.add_to):
+        with pytest.raises(NonFiniteEdit, match=r"NaN or infinity in its factors of a\.weight"):
+            refuse(model)
+    assert same(model, before)
+    with pytest.raises(NonFiniteEdit):
+        delta.save(saved)
+    made_again = Delta.load(saved)  # what was there is whole
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(delta_module, "_check_finite", lambda *_: None)
+        delta.save(tmp_path / "strange.safetensors")  # as a stranger's program would write it
+    with pytest.raises(DamagedFile, match=r"NaN or infinity in its factors of a\.weight"):
+        Delta.load(tmp_path / "strange.safetensors")
+    made_again.check(model)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "start", "left", "right", "fits"),
+    [
+        # float16 holds up to 65504, and rounds what is below 65520 to that.
+        (torch.float16, 0.0, 300.0, 300.0, False),  # 90000
+        (torch.float16, 0.0, 256.0, 255.0, True),  # 65280
+        (torch.float16, 60000.0, 80.0, 80.0, False),  # the product fits, 66400 does not
+        (torch.float16, 60000.0, 50.0, 100.0, True),  # 65000
+        (torch.float16, -60000.0, 80.0, 80.0, True),  # -53600; the bound alone does not show it
+        (torch.float16, 65504.0, 1.0, 15.0, True),  # 65519
+        (torch.float16, 65504.0, 1.0, 16.0, False),  # 65520 is rounded up
+        (torch.float32, 0.0, 1e20, 1e20, False),
+        (torch.float32, 0.0, 1e19, 1e19, True),
+        (torch.float32, 3e38, 1e19, 9e18, False),  # 3.9e38 > 3.4e38
+        (torch.bfloat16, 3e38, 1e19, 9e18, False),
+        (torch.bfloat16, 0.0, 1e19, 1e19, True),
+    ],
+)
+def test_a_sum_beyond_the_dtype_is_refused_before_a_weight_is_touched(
+    dtype: torch.dtype, start: float, left: float, right: float, fits: bool
+) -> None:
+    model = Two(dtype)
+    with torch.no_grad():
+        model.b.weight.fill_(start)
+    before = weights(model)
+    delta = one([0.0, left], [0.0, 0.0, 0.0, right])
+    if fits:
+        delta.add_to(model)
+        assert float(model.b.weight[1, 3]) == pytest.approx(start + left * right, rel=1e-2)
+        return
+    for refuse in (delta.check, delta.add_to):
+        with pytest.raises(NonFiniteEdit, match=r"With the edit b\.weight would hold numbers"):
+            refuse(model)
+    assert same(model, before)
+
+
+def test_all_or_none_where_the_second_weight_would_overflow() -> None:
+    model = Two(torch.float16)
+    before = weights(model)
+    factors = {"a.weight": (torch.ones(3, 1), torch.ones(5, 1)),
+               "b.weight": (torch.full((2, 1), 500.0), torch.full((4, 1), 500.0))}  # fmt: skip
+    with pytest.raises(NonFiniteEdit):
+        Delta(factors, {}).add_to(model)
+    assert same(model, before)
+
+
+def test_a_model_that_has_nan_itself_is_told_so() -> None:
+    model = Two()
+    with torch.no_grad():
+        model.b.weight[0, 0] = float("nan")
+    with pytest.raises(NonFiniteEdit, match=r"The model's own b\.weight holds NaN"):
+        one([1.0, 1.0], [1.0] * 4).add_to(model)
+
+
+def test_the_same_delta_gives_the_same_bytes(tmp_path: Path) -> None:
+    import subprocess
+    import sys
+
+    torch.manual_seed(0)
+    delta = made()
+    about = {"b": [1, {"y": 2, "x": 1}], "a": "Łódź"}
+    turned = Delta(dict(reversed(delta.factors.items())), dict(reversed(about.items())))
+    Delta(delta.factors, about).save(tmp_path / "one")
+    turned.save(tmp_path / "two")
+    Delta.load(tmp_path / "one").save(tmp_path / "three")
+    # The library's own order of metadata differs from process to process.
+    script = (
+        "import sys; from fastmemit.delta import Delta; Delta.load(sys.argv[1]).save(sys.argv[2])"
+    )
+    subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "one"), str(tmp_path / "four")], check=True
+    )
+    files = {(tmp_path / name).read_bytes() for name in ("one", "two", "three", "four")}
+    assert len(files) == 1
+    data = files.pop()
+    size = int.from_bytes(data[:8], "little")
+    assert size % 8 == 0
+    header = json.loads(data[8 : 8 + size])
+    assert list(header) == ["__metadata__", "a.weight:left", "a.weight:right", "b.weight:left",
+                            "b.weight:right"]  # fmt: skip
+    assert list(header["__metadata__"]) == ["format", "version", "provenance", "sha256"]
+
+
+def test_an_edit_of_rank_zero_is_written_and_read(tmp_path: Path) -> None:
+    nothing = Delta({"b.weight": (torch.zeros(2, 0), torch.zeros(4, 0))}, {})
+    nothing.save(tmp_path / "nothing")
+    assert Delta.load(tmp_path / "nothing").digest() == nothing.digest()
+    model = Two()
+    before = weights(model)
+    nothing.add_to(model)
+    assert same(model, before)

@@ -19,6 +19,7 @@ from fastmemit.errors import BadAdapter, DamagedFile
 from fastmemit.models import fingerprint
 from fastmemit.models.structure import linear_shape
 from fastmemit.sharing.adapter_out import CONFIG, OURS, PREFIX, WEIGHTS, is_transposed
+from fastmemit.sharing.patterns import BadPattern, Patterns
 
 _NAME = re.compile(re.escape(PREFIX) + r"(.+)\.lora_([AB])\.weight")
 _CONFIG_BYTES = 1 << 20
@@ -64,9 +65,10 @@ def load_adapter(folder: str | os.PathLike[str], model: nn.Module) -> Delta:
     config, tensors, ours = _read(Path(folder))
     _check_config(folder, config)
     factors = {}
+    alphas = _Alphas(folder, config)
     for module, (a, b) in _pairs(folder, tensors).items():
         part = _linear(folder, model, module)
-        b = b if (s := _scaling(folder, config, module, a.shape[0])) == 1 else b * s
+        b = b if (s := alphas.scaling(module, a.shape[0])) == 1 else b * s
         left, right = (a.T, b) if is_transposed(part) else (b, a.T)
         factors[f"{module}.weight"] = (left.contiguous(), right.contiguous())
     delta = _as_written(folder, factors, ours) if ours else Delta(factors, {})
@@ -156,30 +158,31 @@ def _pairs(
     return {module: (pair["A"], pair["B"]) for module, pair in sorted(found.items())}
 
 
-def _scaling(
-    folder: str | os.PathLike[str], config: Mapping[str, Any], module: str, rank: int
-) -> float:
-    """The factor before B A: alpha / r, or alpha / sqrt(r) in rank-stabilised LoRA."""
-    alpha = config.get("lora_alpha", 8)
-    patterns = config.get("alpha_pattern") or {}
-    if not isinstance(patterns, dict):
-        raise _damaged(folder, f"has an alpha_pattern of {patterns!r:.40}")
-    for pattern, value in patterns.items():
-        # A stranger's pattern: nested repetitions could run for ever.
-        simple = not re.search(r"\)[*+?{]", pattern) and len(re.findall(r"[*+{]", pattern)) <= 3
+class _Alphas:
+    """The factors before B A: alpha / r, or alpha / sqrt(r) in rank-stabilised LoRA."""
+
+    def __init__(self, folder: str | os.PathLike[str], config: Mapping[str, Any]) -> None:
+        self._folder = folder
+        self._config = config
+        found = config.get("alpha_pattern") or {}
+        if not isinstance(found, dict):
+            raise _damaged(folder, f"has an alpha_pattern of {found!r:.40}")
+        self._values = list(found.values())
         try:
-            fits = simple and re.match(rf"(.*\.)?({pattern})$", module)  # PEFT's rule
-        except re.error:
-            simple = False
-        if not simple:
-            raise _bad(folder, f"has a pattern {pattern!r:.60} that is not safe to search with")
-        if fits:
-            alpha = value
-            break
-    # A whole number in JSON has no largest; compared, it need not become a float.
-    if type(alpha) not in (int, float) or not abs(alpha) <= sys.float_info.max or rank < 1:
-        raise _damaged(folder, f"has an alpha of {alpha!r:.40} for a rank of {rank}")
-    return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+            self._patterns = Patterns(list(found))
+        except BadPattern as error:
+            raise _bad(
+                folder, f"has {error}, which is more than names and simple patterns of them"
+            ) from error
+
+    def scaling(self, module: str, rank: int) -> float:
+        """The factor of one module."""
+        number = self._patterns.first(module)
+        alpha = self._config.get("lora_alpha", 8) if number is None else self._values[number]
+        # A whole number in JSON has no largest; compared, it need not become a float.
+        if type(alpha) not in (int, float) or not abs(alpha) <= sys.float_info.max or rank < 1:
+            raise _damaged(self._folder, f"has an alpha of {alpha!r:.40} for a rank of {rank}")
+        return alpha / math.sqrt(rank) if self._config.get("use_rslora") else alpha / rank
 
 
 def _linear(folder: str | os.PathLike[str], model: nn.Module, module: str) -> nn.Module:

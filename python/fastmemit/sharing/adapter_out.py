@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastcov.store import write_safetensors
 from fastmemit.delta import Delta
 from fastmemit.errors import BadAdapter
 from fastmemit.models import ModelAdapter, new_folder
@@ -60,8 +61,6 @@ def save_adapter(
         FileExistsError: `folder` holds something already.
         OSError: The disk refused; nothing is left of the attempt.
     """
-    from safetensors.torch import save
-
     net = model.model if isinstance(model, ModelAdapter) else model
     delta.check(net)
     if not delta.factors:
@@ -91,7 +90,8 @@ def save_adapter(
     )
     with new_folder(folder) as partial:
         metadata = {"format": "pt", OURS: json.dumps(ours, sort_keys=True)}
-        (partial / WEIGHTS).write_bytes(save(tensors, metadata))
+        with open(partial / WEIGHTS, "wb") as file:
+            write_safetensors(file, tensors, metadata)
         (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return Path(folder)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fastcov.printable import printable_logger
-from fastcov.store import atomic_file
+from fastcov.store import atomic_file, write_safetensors
 from fastmemit.models import ModelAdapter
 from fastmemit.request import EditRequest
 from fastmemit.targets.optimise import Target, TargetSettings, optimise
@@ -95,7 +95,6 @@ class TargetStore:
         if self._folder is None:
             return
         import torch
-        from safetensors.torch import save
 
         parts = {
             "vector": target.vector.contiguous(),
@@ -103,7 +102,7 @@ class TargetStore:
             "losses": torch.tensor(target.losses, dtype=torch.float64),
         }
         with atomic_file(self._path(key)) as file:
-            file.write(save(parts, {"sha256": _seal(parts)}))
+            write_safetensors(file, parts, {"sha256": _seal(parts)})
 
     def _remember(self, key: str, target: Target) -> None:
         """Hold a target; thousands of edits in one process must not hold all of theirs."""
