@@ -26,6 +26,7 @@ from fastmemit.sampling import continue_texts
 from fastmemit.sources import Sources
 from fastmemit.statistics import Statistics
 from fastmemit.targets import Target
+from fastmemit.targets.forward import check_targets
 
 __all__ = ["Edit", "Editor"]
 
@@ -64,8 +65,9 @@ class Editor:
         progress: bool = False,
         name: str | None = None,
     ) -> None:
-        self.model, self.tokenizer, self.seed = model, tokenizer, seed
         self.adapter = find_adapter(model, module)
+        self.model = model = self.adapter.model  # without what is wrapped around it
+        self.tokenizer, self.seed = tokenizer, seed
         path = name or str(getattr(model.config, "_name_or_path", "") or "model")
         # The name goes into files that people share; folders are nobody else's business.
         self.name = Path(path).resolve().name if Path(path).is_dir() else path
@@ -163,6 +165,7 @@ class Editor:
 
         Raises:
             WrongModel: The model is edited; statistics belong to the unedited one.
+            UnknownArchitecture: Edits of these layers could not be computed with them.
             fastcov.FastcovError: See `fastmemit.statistics.precompute`.
             BadCorpus: The corpus cannot be read.
             BadConfig: The multiplier is neither a number nor ``"auto"``, or there are both layers
@@ -177,6 +180,7 @@ class Editor:
         if isinstance(multiplier, str) and multiplier != AUTO:
             raise BadConfig(f"The multiplier {multiplier!r} is no number; give one, or 'auto'.")
         self.sources.largest_budget(layers, most)  # refuses before a corpus is looked for
+        check_targets(self.adapter, layers)
         text = open_corpus(corpus, self.model, self.tokenizer, self.fingerprint, field)
         collect = precompute_auto if multiplier == AUTO else Sources.precompute
         return collect(self.sources, text, list(layers), most, allow_fewer, max_length)

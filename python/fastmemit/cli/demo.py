@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> None:
     clock = _Clock()
     editor = make_editor(args)
     clock.say(f"loaded {editor.name}: {editor.adapter.n_layers} blocks, keys of width "
-              f"{editor.adapter.d_k(0)}")  # fmt: skip
+              f"{editor.adapter.d_k(editor.adapter.layers[0])}")  # fmt: skip
     weights = {name: tensor.clone() for name, tensor in editor.model.state_dict().items()}
     config = editor.config(args.method, **overrides)
     found = editor.precompute(args.corpus, multiplier=args.multiplier, layers=config.layers)

@@ -6,7 +6,7 @@ from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 from fastcov.parsing import parse_json
-from fastmemit.errors import BadConfig
+from fastmemit.errors import BadConfig, BadLayer
 from fastmemit.models import ModelAdapter
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ def defaults(adapter: ModelAdapter, cls: type[EditConfig]) -> dict[str, Any]:
         BadConfig: A preset has a setting that its method does not have.
     """
     values = _by_depth(adapter, cls)
-    preset = _preset(adapter, values["layers"][0])
+    preset = _preset(adapter)
     if preset is None:
         return values
     exact = preset["methods"].get(cls.method, {})
@@ -47,24 +47,45 @@ def _is_memits(cls: type[EditConfig], name: str) -> bool:
     return name in own and own[name] == MemitConfig.settings()[name]
 
 
+def candidates(adapter: ModelAdapter) -> list[int]:
+    """The layers that a default may choose from, ascending: those that can be edited.
+
+    Raises:
+        BadLayer: There is none.
+    """
+    found = adapter.layers
+    if not found:
+        raise BadLayer(
+            f"No block of {type(adapter.model).__name__} has a projection of its own to edit; name "
+            "another one (--module)."
+        )
+    return found
+
+
 def _by_depth(adapter: ModelAdapter, cls: type[EditConfig]) -> dict[str, Any]:
     """Settings for a model that nobody has tuned.
 
     The published choices of layers for models of 28 to 32 blocks begin at an eighth of the depth;
-    single-layer methods take the second of these.
+    single-layer methods take the second of these.  Where not every block can be edited, the nearest
+    layers above serve, and below where there are none.
     """
-    first = min(round(adapter.n_layers / 8), adapter.n_layers - 1)
+    first = round(adapter.n_layers / 8)
+    found = candidates(adapter)
+    above = [layer for layer in found if layer >= first]
+    below = [layer for layer in found if layer < first]
     if cls.single_layer:
-        return {"layers": (min(first + 1, adapter.n_layers - 1),)}
-    return {"layers": tuple(range(first, min(first + 5, adapter.n_layers)))}
+        return {"layers": tuple(above[1:2] or above[:1] or below[-1:])}
+    return {"layers": tuple(above[:5] or below[-5:])}
 
 
-def _preset(adapter: ModelAdapter, layer: int) -> dict[str, Any] | None:
+def _preset(adapter: ModelAdapter) -> dict[str, Any] | None:
+    if len(adapter.layers) < adapter.n_layers:
+        return None  # the published layers are those of models whose blocks are all alike
     shape = {
         "model_type": getattr(adapter.model.config, "model_type", None),
         "n_layers": adapter.n_layers,
         "d": adapter.d,
-        "d_k": adapter.d_k(layer),
+        "d_k": adapter.d_k(adapter.layers[0]),
     }
     for preset in load_presets():
         if preset["match"] == shape:

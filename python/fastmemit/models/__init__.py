@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from fastmemit.models.adapter import ModelAdapter, find_adapter, input_device
+from fastmemit.models.adapter import ModelAdapter, find_adapter
 from fastmemit.models.context import check_lengths
 from fastmemit.models.fingerprint import checksum, fingerprint, tokenizer_fingerprint
 from fastmemit.models.loading import load_model, load_skeleton
-from fastmemit.models.outputs import hidden_of, with_hidden
+from fastmemit.models.outputs import hidden_of, token_states, with_hidden
+from fastmemit.models.running import agrees, input_device, probe_ids, run_model
 from fastmemit.models.saving import new_folder, save_model
 
 __all__ = [
     "ModelAdapter",
+    "agrees",
     "check_lengths",
     "checksum",
     "find_adapter",
@@ -20,7 +22,10 @@ __all__ = [
     "load_model",
     "load_skeleton",
     "new_folder",
+    "probe_ids",
+    "run_model",
     "save_model",
+    "token_states",
     "tokenizer_fingerprint",
     "with_hidden",
 ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -10,16 +12,16 @@ from torch import nn
 from fastmemit.errors import BadLayer, OffloadedWeight, QuantisedWeight, UnknownArchitecture
 from fastmemit.models.context import context_limit
 from fastmemit.models.post_norm import find_post_norm, through_post_norm
+from fastmemit.models.running import Padding, input_device, is_causal, padding, run_model
 from fastmemit.models.structure import (
-    EXAMPLE,
-    find_blocks,
-    find_projection,
+    find_template,
+    linear_maps,
     linear_shape,
     text_config,
+    unwrapped,
 )
 
 CONTEXT_LIMIT = 2048
-_INNER_FIELDS = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")
 
 
 class ModelAdapter:
@@ -34,6 +36,7 @@ class ModelAdapter:
         n_layers: Number of decoder blocks.
         d: The hidden size, which is the output of every edited projection.
         template: `module`.
+        measured: What was found out by running the model once, by what it is about.
     """
 
     def __init__(self, model: nn.Module, module: str) -> None:
@@ -44,6 +47,7 @@ class ModelAdapter:
         assert isinstance(blocks, nn.ModuleList)
         self._blocks = blocks
         self._inside = after.lstrip(".")
+        self.measured: dict[Hashable, Any] = {}
         self.n_layers = len(blocks)
         shapes = (self._shape(layer) for layer in range(self.n_layers))
         self.d = next(shape[1] for shape in shapes if shape is not None)
@@ -54,13 +58,54 @@ class ModelAdapter:
         except AttributeError:
             return None
 
+    @property
+    def layers(self) -> list[int]:
+        """The layers that can be edited: those whose block has a projection of its own."""
+        return [
+            layer
+            for layer in range(self.n_layers)
+            if self._shape(layer) is not None and len(self._sharing(layer)) == 1
+        ]
+
+    def _sharing(self, layer: int) -> list[int]:
+        """The layers whose projection is, or has the weight of, this layer's; itself among them."""
+        identities = self._identities
+        return [i for i in range(self.n_layers) if identities[i] & identities[layer]]
+
+    @cached_property
+    def _identities(self) -> list[set[int]]:
+        """Per layer what its projection is made of: the module and its weight."""
+        found: list[set[int]] = []
+        for layer in range(self.n_layers):
+            shape = self._shape(layer)
+            module = None if shape is None else self._blocks[layer].get_submodule(self._inside)
+            parts = (module, module._parameters.get("weight") if module is not None else None)
+            found.append({id(part) for part in parts if part is not None})
+        return found
+
     def check_layer(self, layer: int) -> None:
         """Refuse a layer that cannot be edited.
 
         Raises:
-            BadLayer: `layer` is no integer in ``[0, n_layers)``, or that block has no projection of
-                this name.
+            BadLayer: `layer` is no integer in ``[0, n_layers)``, that block has no projection of
+                this name, or another block has the same one.
         """
+        self._check_number(layer)
+        if self._shape(layer) is None:
+            raise BadLayer(
+                f"Layer {layer} has no linear map {self._inside!r}; the layers that have one are "
+                f"{', '.join(map(str, self.layers))}."
+            )
+        sharing = self._sharing(layer)
+        if len(sharing) > 1:
+            free = ", ".join(map(str, self.layers)) or "none"
+            raise BadLayer(
+                f"The layers {', '.join(map(str, sharing))} share one {self._inside!r}, so that an "
+                f"edit of layer {layer} would change all of them; the layers with one of their own "
+                f"are {free}."
+            )
+
+    def _check_number(self, layer: int) -> None:
         if isinstance(layer, bool) or not isinstance(layer, int):
             raise BadLayer(f"A layer must be an integer, not {layer!r}.")
         if not 0 <= layer < self.n_layers:
@@ -68,21 +113,16 @@ class ModelAdapter:
                 f"Layer {layer} is out of range: {type(self.model).__name__} has the layers 0 to "
                 f"{self.n_layers - 1}."
             )
-        if self._shape(layer) is None:
-            good = [i for i in range(self.n_layers) if self._shape(i) is not None]
-            raise BadLayer(
-                f"Layer {layer} has no linear map {self._inside!r}; the layers that have one are "
-                f"{', '.join(map(str, good))}."
-            )
 
     def block(self, layer: int) -> nn.Module:
-        """The decoder block of a layer."""
-        self.check_layer(layer)
+        """The decoder block of a layer, whether it can be edited or not."""
+        self._check_number(layer)
         return self._blocks[layer]
 
     def projection(self, layer: int) -> nn.Module:
         """The edited projection of a layer: keys (..., d_k) in, (..., d) out."""
-        return self.block(layer).get_submodule(self._inside)
+        self.check_layer(layer)
+        return self._blocks[layer].get_submodule(self._inside)
 
     def projection_name(self, layer: int) -> str:
         """The projection's full module name, such as ``model.layers.4.mlp.down_proj``."""
@@ -121,6 +161,11 @@ class ModelAdapter:
             raise OffloadedWeight(
                 f"The weight of {name} is not in memory (device meta); load the model without "
                 "offloading the layers to edit."
+            )
+        if stored is None and isinstance(getattr(module, "base_layer", None), nn.Module):
+            raise QuantisedWeight(
+                f"{name} ({type(module).__name__}) adds an adapter to its weight, so an edit of "
+                "the weight alone is not what the model uses; call merge_and_unload() first."
             )
         if stored is None:
             what = "no plain weight of its own"
@@ -201,50 +246,61 @@ class ModelAdapter:
         """Where token ids go: the device of the input embeddings."""
         return input_device(self.model)
 
+    def run(self, **inputs: Any) -> Any:
+        """The model's output; see `fastmemit.models.running.run_model`."""
+        return run_model(self.model, **inputs)
 
-def input_device(model: Any) -> torch.device:
-    """Where a model's token ids go: the device of its input embeddings."""
-    embeddings = model.get_input_embeddings()
-    device: torch.device = embeddings.weight.device
-    # Weights offloaded by accelerate are on "meta" until their module runs.
-    hook: Any = getattr(embeddings, "_hf_hook", None)
-    if device.type == "meta" and getattr(hook, "execution_device", None) is not None:
-        return torch.device(hook.execution_device)
-    return device
+    @cached_property
+    def is_causal(self) -> bool:
+        """Whether no token's output depends on later tokens, as measured on the model."""
+        return is_causal(self.model)
+
+    @cached_property
+    def right_padding(self) -> Padding:
+        """What rows padded on the right need; see `fastmemit.models.running.padding`."""
+        return padding(self.model, "right")
+
+    def check_causal(self) -> None:
+        """Refuse a model that cannot be scored or edited as one that predicts the next token.
+
+        Raises:
+            UnknownArchitecture: A later token changes what the model says at an earlier one.
+        """
+        if self.is_causal:
+            return
+        config = text_config(self.model)
+        fix = "use a model that predicts the next token"
+        if getattr(config, "use_bidirectional_attention", False):
+            fix = "load it with use_bidirectional_attention=False in its config"
+        elif getattr(config, "is_decoder", True) is False:
+            fix = "load it with is_decoder=True in its config"
+        raise UnknownArchitecture(
+            f"{type(self.model).__name__} is not causal: a later token changes what it says at an "
+            f"earlier one, so it can be neither edited nor scored token by token; {fix}."
+        )
 
 
 def find_adapter(model: nn.Module, module: str | None = None) -> ModelAdapter:
     """The adapter of a model, found by the model's structure.
 
     Args:
-        model: A causal language model.
+        model: A causal language model; what torch.compile, PEFT or a parallel wrapper puts around
+            one is taken off, so that weights have the names that the model itself gives them.
         module: The projection to edit with ``{}`` for the layer, where its structure leaves doubt.
 
     Raises:
         UnknownArchitecture: The blocks or the projection cannot be told; the message lists what was
             found.  Or `module` names nothing that can be edited.
     """
+    model = unwrapped(model)
     if module is not None:
         return ModelAdapter(model, _checked(model, module))
-    config = text_config(model)
-    blocks = find_blocks(model)
-    stated = (getattr(config, field, None) for field in _INNER_FIELDS)
-    inner = next((value for value in stated if isinstance(value, int)), None)
-    parts = model.get_submodule(blocks).children()
-    found = {find_projection(block, config.hidden_size, inner) for block in parts}
-    if len(found) > 1:
-        raise UnknownArchitecture(
-            f"The blocks of {type(model).__name__} differ: their projections are "
-            f"{', '.join(sorted(found))}; {EXAMPLE}."
-        )
-    return ModelAdapter(model, f"{blocks}.{{}}.{found.pop()}")
+    return ModelAdapter(model, find_template(model))
 
 
 def _checked(model: nn.Module, module: str) -> str:
     """`module`, if it names a linear map in at least one block."""
-    linear = [name for name, part in model.named_modules() if linear_shape(part) is not None]
-    first = sorted({_numbered(name) for name in linear if _numbered(name)})
-    exist = f"this model has {', '.join(first[:12])}" if first else "this model has none"
+    exist = linear_maps(model)
     if module.count("{}") != 1:
         raise UnknownArchitecture(
             f"The module {module!r} must contain exactly one {{}} for the layer; {exist}."
@@ -254,17 +310,9 @@ def _checked(model: nn.Module, module: str) -> str:
         blocks: nn.Module | None = model.get_submodule(prefix) if rest else None
     except AttributeError:
         blocks = None
+    linear = {name for name, part in model.named_modules() if linear_shape(part) is not None}
     if isinstance(blocks, nn.ModuleList) and any(
         module.replace("{}", str(layer)) in linear for layer in range(len(blocks))
     ):
         return module
     raise UnknownArchitecture(f"The module {module!r} leads to no linear map; {exist}.")
-
-
-def _numbered(name: str) -> str:
-    """A module name with its first number replaced by {}: the form in which users name it."""
-    parts = name.split(".")
-    for index, part in enumerate(parts[:-1]):
-        if part.isdigit():
-            return ".".join([*parts[:index], "{}", *parts[index + 1 :]])
-    return ""

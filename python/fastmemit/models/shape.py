@@ -98,7 +98,7 @@ def shape_of(name: str) -> Shape:
         ) from error
     adapter, text = find_adapter(model), text_config(model)
     heads = int(text.num_attention_heads)
-    d, d_k = adapter.d, adapter.d_k(0)
+    d, d_k = adapter.d, adapter.d_k(adapter.layers[0])
     head = int(getattr(text, "head_dim", None) or text.hidden_size // heads)
     kv_heads = int(getattr(text, "num_key_value_heads", None) or heads)
     shape = Shape(adapter.n_layers, d, d_k, heads, kv_heads, head, text.vocab_size, False, False)

@@ -1,19 +1,53 @@
 """Where a decoder keeps its blocks and the projection to edit, read from its structure.
 
 Nothing here looks at a model's name: the blocks are a list as long as the config says, and the
-edited projection is the linear map of a block that leads back to the hidden size from outside the
-attention.  Where this leaves no or several answers the user names the module.
+edited projection is the linear map of a block that leads back to the hidden size from outside what
+mixes tokens (attention, a convolution or recurrence).  Where this leaves no or several answers the
+user names the module.
 """
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import Any
 
 from torch import nn
 
 from fastmemit.errors import UnknownArchitecture
 
-EXAMPLE = 'name the one to edit, for example --module "model.layers.{}.mlp.down_proj"'
+_INNER_FIELDS = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")
+
+
+def unwrapped(model: Any) -> Any:
+    """The model itself inside what others put around it.
+
+    That is what torch.compile, PEFT, and the data-parallel modules of torch make of a model.
+
+    Raises:
+        UnknownArchitecture: A part of the model is compiled, which no hook can be put into.
+    """
+    while True:
+        if hasattr(model, "_orig_mod"):  # torch.compile
+            model = model._orig_mod
+        elif callable(getattr(model, "get_base_model", None)):  # PEFT
+            if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+                raise UnknownArchitecture(
+                    f"{type(model).__name__} learns a prompt in front of each text, which an edit "
+                    "of the model behind it would not see; give the base model."
+                )
+            model = model.get_base_model()
+        elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        else:
+            break
+    if isinstance(model, nn.Module):
+        for name, module in model.named_modules():
+            if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
+                raise UnknownArchitecture(
+                    f"{name or type(model).__name__} was compiled in place, so nothing inside it "
+                    "can be read or replaced; give the model before its parts are compiled, or "
+                    "torch.compile(model) of the whole."
+                )
+    return model
 
 
 def text_config(model: nn.Module) -> Any:
@@ -47,6 +81,35 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
     return None
 
 
+def find_template(model: nn.Module) -> str:
+    """The edited projection's name with ``{}`` for the layer: ``model.layers.{}.mlp.down_proj``.
+
+    Not every block needs to have it: the blocks of a hybrid or of a mixture of experts differ.
+
+    Raises:
+        UnknownArchitecture: It is not clear which one it is; the message lists what was found.
+    """
+    config = text_config(model)
+    path = find_blocks(model)
+    stated = (getattr(config, field, None) for field in _INNER_FIELDS)
+    inner = next((value for value in stated if isinstance(value, int)), None)
+    found: dict[str, None] = {}
+    refused: UnknownArchitecture | None = None
+    for block in model.get_submodule(path).children():
+        try:
+            found[find_projection(block, config.hidden_size, inner, path)] = None
+        except UnknownArchitecture as error:
+            refused = refused or error
+    if len(found) == 1:
+        return f"{path}.{{}}.{next(iter(found))}"
+    if refused is not None and not found:
+        raise refused
+    raise UnknownArchitecture(
+        f"The blocks of {type(model).__name__} differ: their projections are {', '.join(found)}; "
+        f"{_advice(path, next(iter(found)))}."
+    )
+
+
 def find_blocks(model: nn.Module) -> str:
     """The name of the list that holds the decoder's blocks, such as ``model.layers``.
 
@@ -56,18 +119,18 @@ def find_blocks(model: nn.Module) -> str:
     config = text_config(model)
     depth = getattr(config, "num_hidden_layers", None)
     width = getattr(config, "hidden_size", None)
+    advice = f"name the projection to edit with {{}} for the layer (--module); {linear_maps(model)}"
     if not isinstance(depth, int) or not isinstance(width, int):
         raise UnknownArchitecture(
             f"The config of {type(model).__name__} has no num_hidden_layers or no hidden_size; "
-            f"{EXAMPLE}."
+            f"{advice}."
         )
     names = [
         name
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList)
         and len(module) == depth
-        and len({type(block) for block in module}) == 1
-        and any((linear_shape(part) or (0, 0))[1] == width for part in module[0].modules())
+        and any((linear_shape(part) or (0, 0))[1] == width for part in module.modules())
     ]
     if len(names) > 1:  # a vision or audio tower can be as deep as the text decoder
         decoder = getattr(model, "get_decoder", lambda: None)()
@@ -80,61 +143,111 @@ def find_blocks(model: nn.Module) -> str:
         found = ", ".join(names) if names else "none"
         raise UnknownArchitecture(
             f"The {depth} blocks of {type(model).__name__} cannot be told apart "
-            f"(lists of that length: {found}); {EXAMPLE}."
+            f"(lists of that length: {found}); {advice}."
         )
     return names[0]
 
 
-def find_projection(block: nn.Module, width: int, inner: int | None) -> str:
+def find_projection(block: nn.Module, width: int, inner: int | None, path: str) -> str:
     """The name, inside `block`, of the projection that writes the MLP's result.
 
     Args:
         block: One decoder block.
         width: The hidden size d: the projection's output.
         inner: The MLP's width as the config states it, to choose between candidates; or None.
+        path: The name of the list that holds the block, for what an error advises.
 
     Raises:
-        UnknownArchitecture: No module answers to this, or several do (a mixture of experts).
+        UnknownArchitecture: No module answers to this, or several do.
     """
     shapes = {
         name: shape
         for name, module in block.named_modules()
-        if (shape := linear_shape(module)) is not None and not _in_attention(block, name)
+        if (shape := linear_shape(module)) is not None
     }
-    names = [name for name, shape in shapes.items() if shape[1] == width]
-    stacked = [
+    # A map inside another one is a part of it: the weights of an adapter, what it was put around.
+    shapes = {n: s for n, s in shapes.items() if not any(n.startswith(f"{o}.") for o in shapes)}
+    outside = [n for n in shapes if shapes[n][1] == width and not _mixes_tokens(block, n)]
+    experts = [
         name
         for name, parameter in block.named_parameters()
-        if parameter.ndim == 3 and not _in_attention(block, name)
+        if parameter.ndim == 3 and not _mixes_tokens(block, name)
     ]
-    if stacked:
-        _refuse(block, names, f"it keeps experts stacked in {', '.join(stacked)}")
-    fitting = [name for name in names if shapes[name][0] == inner]
-    names = fitting or names
+    kind = type(block).__name__
+    # What is left of it without the experts that stand in a list, one module each.
+    single = [name for name in outside if not _in_list(block, name)]
+    listed = [name for name in outside if name not in single]
+    if experts or len(listed) > 1:
+        parts = experts or listed
+        some = ", ".join([*parts[:4], *(["..."] if len(parts) > 4 else [])])
+        what = f"{kind} has several projections side by side, as experts are ({some})"
+        if single:
+            raise UnknownArchitecture(
+                f"{what}, each for a part of the tokens; {_advice(path, single[-1])}."
+            )
+        raise UnknownArchitecture(
+            f"{what} and none that every token goes through, so its MLP cannot be edited; choose a "
+            "model with dense layers."
+        )
+    fitting = [name for name in outside if shapes[name][0] == inner]
+    names = fitting or outside
     if not names:
-        _refuse(block, [], f"no linear map outside its attention has {width} outputs")
-    parents = {name.rpartition(".")[0] for name in names}
-    listed = isinstance(block.get_submodule(min(parents)), nn.ModuleList)  # experts, or stages
-    if len(parents) > 1 or (listed and len(names) > 1):
-        _refuse(block, names, f"{len(names)} modules of it could be the one")
+        inside = [name for name in shapes if shapes[name][1] == width]
+        advice = f"; {_advice(path, inside[-1])}" if inside else ""
+        raise UnknownArchitecture(
+            f"{kind} has no MLP: no linear map with {width} outputs stands outside what mixes its "
+            f"tokens (found {', '.join(shapes) or 'no linear map at all'}){advice}."
+        )
+    if len({name.rpartition(".")[0] for name in names}) > 1:
+        raise UnknownArchitecture(
+            f"The projection to edit in {kind} is not clear, for {len(names)} modules of it could "
+            f"be the one (found {', '.join(names[:8])}); {_advice(path, names[-1])}."
+        )
     return names[-1]  # an MLP as wide as the model itself: the last map is the one that writes
 
 
-def _in_attention(block: nn.Module, name: str) -> bool:
-    """Whether `name` lies inside an attention module of `block`."""
+def _mixes_tokens(block: nn.Module, name: str) -> bool:
+    """Whether `name` lies inside a part of `block` that lets tokens see each other.
+
+    Attention shows in its name; a state-space or recurrent mixer in the convolution over tokens
+    that all of them begin with.
+    """
     module = block
     for part in name.split(".")[:-1]:
         module = getattr(module, part)
         words = f"{part} {type(module).__name__}".lower()
         if "attn" in words or "attention" in words:
             return True
+        convolutions = (child for child in module.children() if isinstance(child, nn.Conv1d))
+        if any(convolution.kernel_size[0] > 1 for convolution in convolutions):
+            return True
     return False
 
 
-def _refuse(block: nn.Module, names: list[str], why: str) -> NoReturn:
-    found = names or [n for n, module in block.named_modules() if linear_shape(module) is not None]
-    shown = ", ".join(found[:8]) + (f" and {len(found) - 8} more" if len(found) > 8 else "")
-    raise UnknownArchitecture(
-        f"The projection to edit in {type(block).__name__} is not clear, for {why} "
-        f"(found {shown or 'no linear map at all'}); {EXAMPLE}."
+def _in_list(block: nn.Module, name: str) -> bool:
+    """Whether `name` lies inside a list of modules of `block`, as experts or stages do."""
+    parts = name.split(".")
+    return any(
+        isinstance(block.get_submodule(".".join(parts[:end])), nn.ModuleList)
+        for end in range(1, len(parts))
     )
+
+
+def _advice(path: str, projection: str) -> str:
+    return f'name the one to edit, for example --module "{path}.{{}}.{projection}"'
+
+
+def linear_maps(model: nn.Module) -> str:
+    """The model's linear maps as a user would name them, a few of them."""
+    names = (name for name, part in model.named_modules() if linear_shape(part) is not None)
+    found = sorted({form for name in names if (form := _numbered(name))})
+    return f"this model has {', '.join(found[:12])}" if found else "this model has no linear map"
+
+
+def _numbered(name: str) -> str:
+    """A module name with its first number replaced by {}: the form in which users name it."""
+    parts = name.split(".")
+    for index, part in enumerate(parts[:-1]):
+        if part.isdigit():
+            return ".".join([*parts[:index], "{}", *parts[index + 1 :]])
+    return ""

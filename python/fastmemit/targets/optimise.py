@@ -22,8 +22,8 @@ from torch import Tensor
 from fastmemit.errors import FastmemitError
 from fastmemit.models import ModelAdapter, check_lengths
 from fastmemit.request import EditRequest
+from fastmemit.targets.forward import forward_for
 from fastmemit.targets.rows import RequestRows, like_lengths, request_rows
-from fastmemit.targets.suffix import SuffixForward
 
 log = logging.getLogger(__name__)
 
@@ -103,11 +103,13 @@ def optimise(
 
     Raises:
         BadLayer: The layer does not exist.
+        UnknownArchitecture: The model is not causal, or a change cannot enter at this layer.
         BadRequest: A request's subject and target cannot be told apart in tokens, or it is longer
             than the model's context.
         FastmemitError: A loss became non-finite.
     """
     adapter.check_layer(settings.layer)
+    adapter.check_causal()
     rows = [request_rows(tokenizer, request, contexts) for request in requests]
     check_lengths(adapter.model, [row.ids for request in rows for row in request.rows])
     targets: dict[int, Target] = {}
@@ -150,19 +152,13 @@ class _Group:
     ) -> None:
         self._members, self._settings, self._names = members, settings, names
         flat = [row for member in members for row in member.rows]
-        at_projection = settings.site == "projection"
-        self._norm = adapter.post_norm(settings.layer) if at_projection else None
-        self._forward = SuffixForward(
-            adapter, settings.layer, flat, capture_projection=at_projection
-        )
-        self._device = self._forward.subject_hidden.device
-        starts = self._forward.subject_projection if at_projection else None
-        starts = self._forward.subject_hidden if starts is None else starts
+        self._forward = forward_for(adapter, settings.layer, flat, settings.site)
+        self._device = self._forward.start.device
         firsts, offset = [], 0
         for member in members:
             firsts.append(offset)  # rows[0] is the bare prompt
             offset += len(member.rows)
-        self._start = starts[firsts].clone()  # (R, d)
+        self._start = self._forward.start[firsts].clone()  # (R, d)
         self._active = list(range(len(members)))
         self._told: Tensor | None = None
         self._index()
@@ -192,14 +188,8 @@ class _Group:
     def _losses(self, delta: Tensor, start: Tensor, log_p0: Tensor | None) -> tuple[Tensor, Tensor]:
         """Loss per running request (R,), and the KL prompts' log-probabilities (R, vocabulary)."""
         settings = self._settings
-        hidden = self._forward.subject_hidden  # (N, d)
-        moved = delta[self._row_owner]  # (N, d)
-        if self._norm is not None:
-            assert self._forward.subject_projection is not None
-            out = self._forward.subject_projection
-            dtype = next(self._norm.parameters()).dtype
-            moved = self._norm((out + moved).to(dtype)).float() - self._norm(out.to(dtype)).float()
-        logits = self._forward.logits(hidden + moved, *self._reads)
+        value = self._forward.start + delta[self._row_owner]  # (N, d)
+        logits = self._forward.logits(value, *self._reads)
         log_p = torch.log_softmax(logits.to(self._device, torch.float32), dim=-1)
         count = len(self._tokens)
         if settings.stop == "most-probable":

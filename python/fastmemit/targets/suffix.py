@@ -1,18 +1,20 @@
 """Run only what a target's change can reach: blocks above the edited one, tokens from the subject.
 
-The change enters at the output of one block, at the subject's last token.  Blocks up to that one
-and tokens before that one never see it, so both run once: the hidden states that leave the edited
-block and the attention keys and values of the earlier tokens are kept, and each step of the
-optimisation feeds them to the model's own code.  No architecture is written twice: the blocks up to
-the edited one are replaced by pass-throughs for the time of a step, and the kept keys and values
+The change enters at the output of one block, or of the edited projection in it, at the subject's
+last token.  Blocks below and tokens before never see it, so both run once: the hidden states that
+leave the last of these blocks and the attention keys and values of the earlier tokens are kept, and
+each step of the optimisation feeds them to the model's own code.  No architecture is written twice:
+the blocks below are replaced by pass-throughs for the time of a step, and the kept keys and values
 are given to the model as a cache that hands them out and never grows.
+
+Not every model allows this; `fastmemit.targets.forward` finds out which one does.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +22,10 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from fastmemit.logits import head_reads
-from fastmemit.models import ModelAdapter, hidden_of
+from fastmemit.models import ModelAdapter, hidden_of, token_states, with_hidden
 from fastmemit.targets.rows import Row
+
+Site = Literal["block", "projection"]
 
 
 class PrefixLayer(DynamicLayer):  # type: ignore[misc]
@@ -42,116 +46,125 @@ class PrefixLayer(DynamicLayer):  # type: ignore[misc]
 
 
 class SuffixForward:
-    """The model above block `layer` on the tokens from each row's subject on.
+    """The model from where a change enters, on the tokens from each row's subject on.
 
     Args:
         adapter: The model.
-        layer: The block at whose output the change enters.
+        layer: The edited block.
         rows: N rows; their subjects are aligned in column P, prefixes to the left of it (padded on
             the left), suffixes of up to S tokens from it on (padded on the right).
-        capture_projection: Also keep the edited projection's output at the subject (for ROME).
+        site: Where the change enters: at the block's output or at its projection's.
 
     Attributes:
-        subject_hidden: (N, d) what leaves block `layer` at the subject, float32.
-        subject_projection: (N, d) what leaves its projection there, float32, or None.
+        start: (N, d) what is put out there at the subject, unchanged, float32.
     """
 
     def __init__(
-        self,
-        adapter: ModelAdapter,
-        layer: int,
-        rows: Sequence[Row],
-        *,
-        capture_projection: bool = False,
+        self, adapter: ModelAdapter, layer: int, rows: Sequence[Row], site: Site = "block"
     ) -> None:
-        self._adapter, self._layer = adapter, layer
+        self._adapter, self._site = adapter, site
+        self._module = module_at(adapter, layer, site)
+        self._name = type(self._module).__name__
+        self._passed = layer + 1 if site == "block" else layer  # blocks that do not run
         self._lengths = torch.tensor([len(row.ids) - row.subject for row in rows])
         self._prefix = max(row.subject for row in rows)
         ids, mask = align(rows, self._prefix, int(self._lengths.max()))
         self._ids, self._mask = ids.to(adapter.device), mask.to(adapter.device)
         self._positions = (self._mask.cumsum(1) - 1).clamp(min=0)
-        self.subject_projection: Tensor | None = None
-        self._run_once(capture_projection)
+        self._run_once()
 
     @torch.no_grad()
-    def _run_once(self, capture_projection: bool) -> None:
+    def _run_once(self) -> None:
         kept: dict[str, Any] = {}
-        adapter, layer = self._adapter, self._layer
+        adapter, column = self._adapter, self._prefix
         with ExitStack() as hooks:
-            hooks.callback(_on_output(adapter.block(layer), kept, "block").remove)
-            if capture_projection:
-                hooks.callback(_on_output(adapter.projection(layer), kept, "projection").remove)
+            hooks.callback(_on_output(self._module, kept, "site").remove)
+            if self._passed:
+                below = adapter.block(self._passed - 1)
+                hooks.callback(_on_output(below, kept, "block").remove)
             # No logits are needed here: one position through the output head instead of all.
             hooks.enter_context(head_reads(adapter, [0], [0]))
             cache = DynamicCache()
-            adapter.model(
+            adapter.run(
                 input_ids=self._ids,
                 attention_mask=self._mask,
                 position_ids=self._positions,
                 past_key_values=cache,
                 use_cache=True,
             )
-        column = self._prefix
-        self._returns_tuple = isinstance(kept["block"], tuple)
-        # A copy, so that the prefix's columns are freed.
-        self._hidden = hidden_of(kept["block"])[:, column:].clone()
-        self.subject_hidden = self._hidden[:, 0].float()
-        if capture_projection:
-            # Some blocks flatten their tokens before the projection: (N * L, d).
-            out = hidden_of(kept["projection"]).reshape(*self._ids.shape, -1)
-            self.subject_projection = out[:, column].float()
+        n = len(self._lengths)
+        # Copies, so that the prefix's columns are freed.
+        self.start = token_states(kept["site"], n, adapter.d, self._name)[:, column].float().clone()
+        self._hidden: Tensor | None = None
+        if self._passed:
+            self._returns_tuple = isinstance(kept["block"], tuple)
+            states = token_states(kept["block"], n, adapter.d, self._name)
+            self._hidden = states[:, column:].clone()
         self._kept = [
             (entry.keys[:, :, :column].clone(), entry.values[:, :, :column].clone())
-            for entry in cache.layers[layer + 1 :]
+            for entry in cache.layers[self._passed :]
         ]
 
     def _cache(self) -> Cache:
         # The model asks the first layer how long the past is; the passed-through layers answer with
         # a tensor of that length that has no memory behind it.
         n = len(self._lengths)
-        empty = self._hidden.new_zeros(()).expand(n, 1, self._prefix, 1)
-        below = [PrefixLayer(empty, empty) for _ in range(self._layer + 1)]
+        like = self.start if self._hidden is None else self._hidden
+        empty = like.new_zeros(()).expand(n, 1, self._prefix, 1)
+        below = [PrefixLayer(empty, empty) for _ in range(self._passed)]
         return Cache(layers=below + [PrefixLayer(k, v) for k, v in self._kept])
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """Replace the blocks up to the edited one by pass-throughs until the block ends."""
+        """Replace the blocks that do not run by pass-throughs until the block ends."""
         with ExitStack() as stack:
-            for index in range(self._layer + 1):
-                inject = index == self._layer
-                stack.enter_context(forward_as(self._adapter.block(index), self._passing(inject)))
+            for index in range(self._passed):
+                last = index == self._passed - 1
+                stack.enter_context(forward_as(self._adapter.block(index), self._passing(last)))
+            if self._site == "projection":
+                stack.callback(self._module.register_forward_hook(self._put).remove)
             yield
 
     def _passing(self, inject: bool) -> Any:
         def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-            out = self._injected if inject else hidden_states
+            out = self._entering if inject else hidden_states
             return (out,) if self._returns_tuple else out
 
         return forward
 
-    def logits(self, subject_hidden: Tensor, rows: list[int], columns: list[int]) -> Tensor:
-        """Logits with the edited block's output at the subjects replaced.
+    def _put(self, _module: nn.Module, _args: Any, out: Any) -> Any:
+        """The projection's output with that of the subjects replaced."""
+        states = token_states(out, len(self._lengths), self._adapter.d, self._name)
+        changed = torch.cat([self._value.to(states)[:, None], states[:, 1:]], dim=1)
+        return with_hidden(out, changed.reshape(hidden_of(out).shape))
+
+    def logits(self, value: Tensor, rows: Sequence[int], columns: Sequence[int]) -> Tensor:
+        """Logits with what is put out at the subjects replaced.
 
         Args:
-            subject_hidden: (N, d) the new hidden states at the rows' subjects; carries gradients.
+            value: (N, d) what is put out at the rows' subjects instead; carries gradients.
             rows: M row numbers to read.
             columns: M columns to read, counted from the row's subject.
 
         Returns:
             (M, vocabulary) logits, as the model's own code gives them.
         """
-        changed = subject_hidden.to(self._hidden)[:, None]  # (N, 1, d)
-        self._injected = torch.cat([changed, self._hidden[:, 1:]], dim=1)
+        self._value, self._entering = value, self._hidden
+        if self._site == "block":
+            assert self._hidden is not None
+            changed = value.to(self._hidden)[:, None]  # (N, 1, d)
+            self._entering = torch.cat([changed, self._hidden[:, 1:]], dim=1)
         with head_reads(self._adapter, rows, columns):
-            out = self._adapter.model(
+            out = self._adapter.run(
                 input_ids=self._ids[:, self._prefix :],
                 attention_mask=self._mask,
                 position_ids=self._positions[:, self._prefix :],
                 past_key_values=self._cache(),
                 use_cache=True,
             )
-        del self._injected
-        return out.logits[0]
+        del self._value, self._entering
+        logits: Tensor = out.logits[0]
+        return logits
 
     def keep(self, rows: list[int]) -> None:
         """Drop all rows but these (numbers in the present order), and columns nobody needs then."""
@@ -163,12 +176,15 @@ class SuffixForward:
         self._ids = self._ids[select, :width]
         self._mask = self._mask[select, :width]
         self._positions = self._positions[select, :width]
-        self._hidden = self._hidden[index.to(self._hidden.device), :suffix]
-        self.subject_hidden = self.subject_hidden[index.to(self.subject_hidden.device)]
-        if self.subject_projection is not None:
-            here = index.to(self.subject_projection.device)
-            self.subject_projection = self.subject_projection[here]
+        if self._hidden is not None:
+            self._hidden = self._hidden[index.to(self._hidden.device), :suffix]
+        self.start = self.start[index.to(self.start.device)]
         self._kept = [(k[index.to(k.device)], v[index.to(v.device)]) for k, v in self._kept]
+
+
+def module_at(adapter: ModelAdapter, layer: int, site: Site) -> nn.Module:
+    """The module at whose output a change enters."""
+    return adapter.block(layer) if site == "block" else adapter.projection(layer)
 
 
 def align(rows: Sequence[Row], prefix: int, suffix: int) -> tuple[Tensor, Tensor]:

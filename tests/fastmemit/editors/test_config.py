@@ -32,6 +32,7 @@ def shaped(model_type, n_layers, d, d_k):
     return SimpleNamespace(
         model=SimpleNamespace(config=SimpleNamespace(model_type=model_type)),
         n_layers=n_layers,
+        layers=list(range(n_layers)),
         d=d,
         d_k=lambda _layer: d_k,
         check_layer=lambda _layer: None,
@@ -409,3 +410,30 @@ def test_settings_are_described_with_their_defaults():
             (line,) = [x for x in text.splitlines() if x.startswith(f"  {name} (")]
             assert line.startswith(f"  {name} ({shown}) ") and len(line.split()) > 4
     assert all(f"\n{method}:\n" in describe() for method in METHODS)
+
+
+@pytest.mark.parametrize(
+    ("layers", "memit", "single"),
+    [
+        ([0, 2, 4, 6, 8, 10, 12, 14], (2, 4, 6, 8, 10), 4),
+        ([1, 5], (5,), 5),
+        ([0, 1], (0, 1), 1),  # nothing above an eighth of the depth
+        ([15], (15,), 15),
+    ],
+)
+def test_defaults_are_among_the_layers_that_can_be_edited(layers, memit, single):
+    adapter = shaped("new", 16, 64, 256)
+    adapter.layers = layers
+    assert find_config(adapter, "memit").layers == memit
+    assert find_config(adapter, "emmet").layers == find_config(adapter, "rome").layers == (single,)
+
+
+def test_no_default_without_a_layer_and_no_preset_for_blocks_that_differ():
+    adapter = shaped("new", 16, 64, 256)
+    adapter.layers = []
+    with pytest.raises(BadLayer, match="No block of SimpleNamespace"):
+        find_config(adapter, "memit")
+    adapter = shaped("gpt2", 48, 1600, 6400)
+    adapter.layers = list(range(0, 48, 2))
+    config = find_config(adapter, "memit")
+    assert config.layers == (6, 8, 10, 12, 14) and config.preset is None

@@ -10,7 +10,7 @@ import torch
 import transformers
 from torch import nn
 
-from fastmemit.errors import BadLayer, UnknownArchitecture
+from fastmemit.errors import BadLayer, QuantisedWeight, UnknownArchitecture
 from fastmemit.models import find_adapter
 from tiny_models import D_K, LAYERS, VOCAB_SIZE, D, tiny_model
 
@@ -30,9 +30,109 @@ def build(config: str, **fields: Any) -> Any:
     return transformers.AutoModelForCausalLM.from_config(settings).eval()
 
 
-def test_a_mixture_of_experts_is_refused() -> None:
+def test_a_mixture_of_experts_is_refused_without_advice_that_fails() -> None:
     model = build("MixtralConfig", num_local_experts=2)
-    with pytest.raises(UnknownArchitecture, match=r"MixtralDecoderLayer.*experts.*--module"):
+    with pytest.raises(
+        UnknownArchitecture, match=r"MixtralDecoderLayer.*mlp\.experts\.down_proj"
+    ) as e:
+        find_adapter(model)
+    assert "--module" not in str(e.value) and "q_proj" not in str(e.value)
+
+
+def test_experts_in_a_list_are_refused_as_well() -> None:
+    def experts() -> nn.ModuleList:
+        return nn.ModuleList([Block(down=nn.Linear(6, 4)) for _ in range(2)])
+
+    blocks = [Block(mlp=Block(experts=experts())) for _ in range(3)]
+    with pytest.raises(UnknownArchitecture, match=r"mlp\.experts\.0\.down") as e:
+        find_adapter(Foreign(*blocks, num_hidden_layers=3, hidden_size=4))
+    assert "--module" not in str(e.value)
+
+
+def test_mamba_is_told_apart_from_experts_and_its_own_map_is_the_example() -> None:
+    model = build("MambaConfig", state_size=4, expand=2, time_step_rank=2)
+    example = 'MambaBlock has no MLP.*--module "backbone.layers.{}.mixer.out_proj"'
+    with pytest.raises(UnknownArchitecture, match=example) as e:
+        find_adapter(model)
+    assert "expert" not in str(e.value)
+    assert find_adapter(model, "backbone.layers.{}.mixer.out_proj").layers == list(range(LAYERS))
+
+
+@pytest.mark.parametrize("dense", [(0,), (1,), (0, 2)])
+def test_blocks_without_the_projection_do_not_hide_those_that_have_it(dense: Any) -> None:
+    model = build(
+        "Qwen2MoeConfig", moe_intermediate_size=16, shared_expert_intermediate_size=48,
+        num_experts=2, num_experts_per_tok=1, mlp_only_layers=list(dense),
+    )  # fmt: skip
+    adapter = find_adapter(model)
+    assert adapter.template == "model.layers.{}.mlp.down_proj"
+    assert adapter.layers == list(dense)
+    assert [adapter.block(layer) for layer in range(LAYERS)] == list(model.model.layers)
+
+
+def test_blocks_of_several_classes_are_one_list() -> None:
+    model = build(
+        "JambaConfig", num_experts=1, attn_layer_period=2, attn_layer_offset=1, mamba_d_state=4,
+        mamba_dt_rank=2, use_mamba_kernels=False, intermediate_size=2 * D,
+    )  # fmt: skip
+    assert len({type(block) for block in model.model.layers}) == 2
+    # The mixer's own way out is as wide as the MLP's, and is not taken for it.
+    adapter = find_adapter(model)
+    assert adapter.template == "model.layers.{}.feed_forward.down_proj"
+    assert adapter.layers == list(range(LAYERS))
+
+
+def test_blocks_that_share_a_projection_are_refused() -> None:
+    model = tiny_model("llama")
+    model.model.layers[1].mlp = model.model.layers[0].mlp
+    adapter = find_adapter(model)
+    assert adapter.layers == [2]
+    with pytest.raises(BadLayer, match=r"layers 0, 1 share one 'mlp.down_proj'.*own are 2\."):
+        adapter.weight(1)
+
+
+def test_blocks_that_share_a_weight_alone_are_refused() -> None:
+    model = tiny_model("llama")
+    model.model.layers[2].mlp.down_proj.weight = model.model.layers[0].mlp.down_proj.weight
+    with pytest.raises(BadLayer, match=r"layers 0, 2 share"):
+        find_adapter(model).projection(0)
+
+
+@pytest.mark.parametrize(
+    "wrapped", [lambda m: torch.compile(m, backend="eager"), nn.DataParallel], ids=["compile", "dp"]
+)
+def test_a_wrapper_is_taken_off(wrapped: Any) -> None:
+    model = tiny_model("llama")
+    adapter = find_adapter(wrapped(model))
+    assert adapter.model is model
+    assert adapter.weight_name(0) == "model.layers.0.mlp.down_proj.weight"
+
+
+def test_a_model_with_an_adapter_in_it_has_its_own_names() -> None:
+    peft = pytest.importorskip("peft")
+    model = tiny_model("llama")
+    settings = {"r": 2, "task_type": "CAUSAL_LM"}
+    on_attention = peft.LoraConfig(target_modules=["q_proj"], **settings)
+    adapter = find_adapter(peft.get_peft_model(model, on_attention))
+    assert adapter.weight_name(0) == "model.layers.0.mlp.down_proj.weight"
+    assert adapter.weight(0).data_ptr() == model.model.layers[0].mlp.down_proj.weight.data_ptr()
+    on_edited = peft.LoraConfig(target_modules=["down_proj"], **settings)
+    adapter = find_adapter(peft.get_peft_model(tiny_model("llama"), on_edited))
+    with pytest.raises(QuantisedWeight, match=r"adapter.*merge_and_unload"):
+        adapter.weight(0)
+    prompt = peft.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
+    with pytest.raises(UnknownArchitecture, match="give the base model"):
+        find_adapter(peft.get_peft_model(tiny_model("llama"), prompt))
+
+
+def test_a_model_compiled_in_parts_is_refused() -> None:
+    model = tiny_model("llama")
+    model.model.layers[1] = torch.compile(model.model.layers[1], backend="eager")
+    with pytest.raises(UnknownArchitecture, match=r"model\.layers\.1 was compiled in place"):
+        find_adapter(model)
+    model = tiny_model("llama")
+    model.model.layers[2].compile(backend="eager")
+    with pytest.raises(UnknownArchitecture, match=r"model\.layers\.2 was compiled in place"):
         find_adapter(model)
 
 
@@ -151,7 +251,9 @@ def test_lists_inside_the_blocks_are_not_the_blocks() -> None:
     blocks = [Block(experts=nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])) for _ in range(2)]
     foreign = Foreign(*(Block(mlp=block) for block in blocks), num_hidden_layers=2, hidden_size=4)
     assert find_adapter(foreign, "stack.{}.mlp.experts.1").d_k(0) == 4
-    with pytest.raises(UnknownArchitecture, match=r"2 modules.*mlp\.experts\.0, mlp\.experts\.1"):
+    with pytest.raises(
+        UnknownArchitecture, match=r"side by side.*mlp\.experts\.0, mlp\.experts\.1"
+    ):
         find_adapter(foreign)
 
 
@@ -160,7 +262,7 @@ def test_no_candidate_no_list_and_no_config_are_refused() -> None:
     with pytest.raises(UnknownArchitecture, match="lists of that length: none"):
         find_adapter(narrow)
     attention = Foreign(Block(attn=Block(o=nn.Linear(4, 4))), num_hidden_layers=1, hidden_size=4)
-    with pytest.raises(UnknownArchitecture, match=r"outside its attention.*found attn\.o"):
+    with pytest.raises(UnknownArchitecture, match=r'no MLP.*found attn\.o.*"stack\.{}\.attn\.o"'):
         find_adapter(attention)
     with pytest.raises(UnknownArchitecture, match="no num_hidden_layers"):
         find_adapter(Foreign(Block(a=nn.Linear(4, 4)), hidden_size=4))

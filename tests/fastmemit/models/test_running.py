@@ -1,0 +1,134 @@
+"""What a model is, is measured: whether later tokens matter, and what padding does to a row."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from fastmemit.errors import UnknownArchitecture
+from fastmemit.models import find_adapter
+from fastmemit.models.running import agrees, difference, is_causal, padding, run_model, tolerance
+from tiny_models import ARCHITECTURES, D_K, LAYERS, VOCAB_SIZE, D, tiny_model
+
+IDS = torch.arange(4, 11)[None]
+
+
+def bert(**fields: Any) -> Any:
+    config = transformers.BertConfig(
+        vocab_size=VOCAB_SIZE, hidden_size=D, num_hidden_layers=LAYERS, num_attention_heads=4,
+        intermediate_size=D_K, **fields,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return transformers.BertLMHeadModel(config).eval()
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_usual_models_are_causal_and_right_padding_needs_no_mask(architecture: str) -> None:
+    adapter = find_adapter(tiny_model(architecture))
+    assert adapter.is_causal
+    assert adapter.right_padding == "unmasked"
+    assert padding(adapter.model, "left") != "none"
+    adapter.check_causal()
+
+
+def test_a_config_that_says_nothing_of_attention_is_not_believed() -> None:
+    model = bert()
+    adapter = find_adapter(model, "bert.encoder.layer.{}.output.dense")
+    assert not hasattr(model.config, "use_bidirectional_attention")
+    assert not adapter.is_causal
+    assert adapter.right_padding == "masked"
+    with pytest.raises(
+        UnknownArchitecture, match=r"BertLMHeadModel is not causal.*is_decoder=True"
+    ):
+        adapter.check_causal()
+    assert is_causal(bert(is_decoder=True))
+
+
+def test_a_bidirectional_gemma_is_refused_with_the_field_to_change() -> None:
+    adapter = find_adapter(tiny_model("gemma3", use_bidirectional_attention=True))
+    with pytest.raises(UnknownArchitecture, match="use_bidirectional_attention=False"):
+        adapter.check_causal()
+    model = tiny_model("llama")
+    model.config.use_bidirectional_attention = True  # llama does not look at it
+    find_adapter(model).check_causal()
+
+
+class OneAhead(nn.Module):
+    """A model whose every token sees the next one, and no later ones."""
+
+    def __init__(self, words: int = 40) -> None:
+        super().__init__()
+        self.embeddings = nn.Embedding(words, 8)
+        self.head = nn.Linear(8, words)
+        self.config = None
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embeddings
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: Any = None) -> torch.Tensor:
+        hidden = self.embeddings(input_ids)
+        return self.head(hidden + 0.1 * hidden.roll(-1, 1))
+
+
+def test_one_token_of_foresight_is_seen_and_unknown_inputs_are_left_out() -> None:
+    assert not is_causal(OneAhead())
+
+
+class Summing(OneAhead):
+    """A causal model that adds up padding on its left, whatever the mask says."""
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: Any = None) -> torch.Tensor:
+        return self.head(self.embeddings(input_ids).cumsum(1))
+
+
+def test_padding_that_no_mask_helps_against() -> None:
+    assert is_causal(Summing())
+    assert padding(Summing(), "left") == "none"
+    assert padding(Summing(), "right") == "unmasked"
+
+
+def test_the_measures_leave_the_mode_and_no_gradient() -> None:
+    model = tiny_model("llama", attention_dropout=0.5).train()
+    model.model.layers[1].eval()
+    assert is_causal(model) and padding(model, "right") == "unmasked"
+    assert model.training and not model.model.layers[1].training
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_difference_is_a_share_of_the_rows_own_length() -> None:
+    want = torch.tensor([[1.0, -1.0, 5.0, -5.0], [100.0, 104.0, 100.0, 96.0]])
+    assert difference(want, want) == 0
+    got = want.clone()
+    got[1, 0] += 2.0  # the row's length around its mean is sqrt(16 + 16)
+    assert difference(got, want) == pytest.approx(2 / 32**0.5)
+    got[0, 1] = float("nan")
+    assert difference(got, want) == float("inf")
+    want[0, 1] = want[1, 0] = float("nan")  # a broken word is not judged
+    assert difference(got, want) == 0
+    assert difference(torch.zeros(1, 3), torch.zeros(1, 3)) == 0
+    assert difference(torch.ones(1, 3), torch.zeros(1, 3)) == float("inf")
+
+
+def test_tolerance_follows_the_dtype_and_bfloat16_is_no_disagreement() -> None:
+    model = tiny_model("llama")
+    assert tolerance(model) == 1e-3
+    exact = model(IDS).logits[0]
+    half = model.bfloat16()
+    assert tolerance(half) == pytest.approx(12 * 2**-7)
+    rounded = half(IDS).logits[0].float()
+    assert 1e-3 < difference(rounded, exact) < tolerance(half)
+    assert agrees(half, rounded, exact) and not agrees(half, rounded[1:], exact)
+    assert find_adapter(half).right_padding == "unmasked" and find_adapter(half).is_causal
+
+
+def test_names_that_a_forward_does_not_know_are_left_out() -> None:
+    model = tiny_model("gpt2")
+    want = model(input_ids=IDS).logits
+    got = run_model(model, input_ids=IDS, position_ids=torch.arange(7)[None], use_cache=False)
+    assert torch.equal(got.logits, want)
+    with pytest.raises(TypeError):
+        run_model(OneAhead(), input_ids=IDS, something_else=1)
