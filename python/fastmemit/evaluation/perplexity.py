@@ -6,6 +6,7 @@ without a mask, which leaves a model its fastest attention.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -18,13 +19,24 @@ from torch import Tensor, nn
 
 from fastcov.mode import evaluation_mode
 from fastmemit.errors import FastmemitError, UnknownArchitecture
+from fastmemit.evaluation.schema import Perplexity
 from fastmemit.evaluation.windows import PerplexityText, Window, read_text
 from fastmemit.logits import head_reads
 from fastmemit.models import ModelAdapter, hidden_of, with_hidden
 from fastmemit.models.context import context_limit
 from fastmemit.targets.suffix import forward_as
 
-__all__ = ["PerplexityResult", "PerplexityText", "count_tokens", "perplexity", "read_text"]
+__all__ = [
+    "PerplexityResult",
+    "PerplexityText",
+    "before_and_after",
+    "count_tokens",
+    "edited_nll",
+    "perplexity",
+    "read_text",
+]
+
+log = logging.getLogger(__name__)
 
 # Of one block of logits in float32; their log-sum-exp needs as much again. Larger is not faster.
 _LOGIT_BYTES = 1 << 26
@@ -49,10 +61,7 @@ class PerplexityResult:
     @property
     def perplexity(self) -> float:
         """``exp(nll)``; infinite where that is too large for a float."""
-        try:
-            return math.exp(self.nll)
-        except OverflowError:
-            return math.inf
+        return _exp(self.nll)
 
 
 def perplexity(
@@ -95,6 +104,41 @@ def perplexity(
     return PerplexityResult(
         total / tokens, tokens, len(windows), max(len(window.ids) for window in windows)
     )
+
+
+def edited_nll(adapter: ModelAdapter, text: PerplexityText) -> float:
+    """The cost of a text's tokens on an edited model, in nats; infinite where edits broke it.
+
+    A model whose output is not finite is a result of an experiment and not the end of it. For a
+    text that the unedited model has been measured on, nothing else can be wrong.
+    """
+    try:
+        return perplexity(adapter, text).nll
+    except FastmemitError as broken:
+        log.warning("%s It counts as infinite.", broken)
+        return math.inf
+
+
+def before_and_after(unedited: PerplexityResult, costs: Sequence[float]) -> Perplexity:
+    """The perplexity of the unedited model, and after the edits of each of some batches.
+
+    Args:
+        unedited: Of the unedited model.
+        costs: `edited_nll` after each of the batches, at least one.
+    """
+    return Perplexity(
+        before=unedited.perplexity,
+        after=_exp(math.fsum(costs) / len(costs)),
+        batches=len(costs),
+        tokens=unedited.tokens,
+    )
+
+
+def _exp(nll: float) -> float:
+    try:
+        return math.exp(nll)
+    except OverflowError:
+        return math.inf
 
 
 def count_tokens(adapter: ModelAdapter, text: PerplexityText) -> int:

@@ -15,6 +15,9 @@ class ScoreTable(_AttributeScore):
     ps: float | None  # the paraphrases give it
     ns: float | None  # the neighbourhood prompts keep the true answer
     s: float | None  # harmonic mean of the three
+    ea: float | None  # exact match: the wanted answer is what greedy decoding gives
+    pa: float | None
+    na: float | None
 
 
 class FullScoreTable(ScoreTable):
@@ -23,9 +26,15 @@ class FullScoreTable(ScoreTable):
     em: float | None  # magnitudes: p(new) - p(true), at the rewrite prompt
     pm: float | None  # at the paraphrases
     nm: float | None  # p(true) - p(new), at the neighbourhood prompts
-    ea: float | None  # exact match: the wanted answer is what greedy decoding gives
-    pa: float | None
-    na: float | None
+
+
+class Perplexity(TypedDict):
+    """Perplexity on running text, of the unedited model and after the edits."""
+
+    before: float
+    after: float  # the geometric mean over the batches it was measured after
+    batches: int  # how many those were
+    tokens: int  # predicted tokens
 
 
 class GenerationTable(TypedDict):
@@ -62,6 +71,7 @@ class Result(TypedDict):
     before: dict[str, float | None]
     after: dict[str, float | None]
     records: list[RecordResult]
+    perplexity: Perplexity | None  # None where it was not asked for
     settings: dict[str, Any]  # the method's, the batches', the model's and the statistics'
     seconds: dict[str, float]  # wall time per stage
     versions: dict[str, str]

@@ -10,20 +10,26 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from fastmemit.data import Corpus, Record
 from fastmemit.editor import Editor
 from fastmemit.editors.subjects import ReadCache
 from fastmemit.errors import BadData
 from fastmemit.evaluation.counterfact import score_records
-from fastmemit.evaluation.perplexity import PerplexityText, perplexity
+from fastmemit.evaluation.perplexity import (
+    PerplexityResult,
+    PerplexityText,
+    before_and_after,
+    edited_nll,
+)
 from fastmemit.evaluation.schema import ScoreTable
+from fastmemit.experiments.folders import score_means
 from fastmemit.experiments.grid import Place
 from fastmemit.experiments.header import as_published, hardware
-from fastmemit.experiments.schema import Cell, CellRecord, Perplexity, Sweep, Timing
+from fastmemit.experiments.schema import Cell, CellRecord, Sweep, Timing
 from fastmemit.experiments.statistics import FULL_KEYS
-from fastmemit.metrics.score import NllPair, RecordScore, score_record, summarise
+from fastmemit.metrics.score import Exact, NllPair, RecordScore
 from fastmemit.statistics import Statistics, versions
 
 log = logging.getLogger(__name__)
@@ -63,8 +69,7 @@ class SweepRun:
         inputs: See `SweepInputs`.
         dealt: Batch size -> batches.
         before: case_id -> the unedited model's score, as a file has it.
-        unedited: The unedited model's perplexity.
-        predicted: Tokens that it is the mean over.
+        unedited: The unedited model's perplexity; None where none is measured.
         reads: What edits read from the unedited weights, the same at every multiplier.
         seconds: Of the present cell, by stage.
     """
@@ -73,8 +78,7 @@ class SweepRun:
     inputs: SweepInputs
     dealt: dict[int, list[list[Record]]]
     before: dict[int, dict[str, Any]]
-    unedited: float = math.nan
-    predicted: int = 0
+    unedited: PerplexityResult | None = None
     reads: ReadCache = field(default_factory=ReadCache)
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -106,7 +110,6 @@ def run_cell(
     config = editor.config(place.method, **settings)
     run.seconds = {}
     records: list[CellRecord] = []
-    after: list[RecordScore] = []
     costs: list[float] = []
     with run.stage("factor"):
         jitter = {str(layer): value for layer, value in editor.sources.prepare(config).items()}
@@ -119,30 +122,28 @@ def run_cell(
                 scores = scored_or_failed(editor, batch)
             if run.inputs.text is not None and number < run.inputs.perplexity_batches:
                 with run.stage("perplexity"):
-                    costs.append(perplexity(editor.adapter, run.inputs.text).nll)
+                    costs.append(edited_nll(editor.adapter, run.inputs.text))
         finally:
             with run.stage("undo"):
                 edit.undo()
-        after += scores
         records += [
             CellRecord(
                 case_id=record.case_id,
                 batch=number,
                 before=_shares(run.before[record.case_id]),
-                after=_shares(score.as_dict()),
+                after=score.shares(),
             )
             for record, score in zip(batch, scores, strict=True)
         ]
         advance(len(batch))
-    before = [_read(run.before[record["case_id"]]) for record in records]
     cell = Cell(
         key=place.key,
         **place.as_dict(),
         keys=used.keys,
-        scores=table_of(after),
-        before=table_of(before),
+        scores=table_of([record["after"] for record in records]),
+        before=table_of([record["before"] for record in records]),
         records=records,
-        perplexity=_perplexity(run, costs),
+        perplexity=before_and_after(run.unedited, costs) if run.unedited and costs else None,
         jitter=jitter,
     )
     timing = Timing(
@@ -168,35 +169,23 @@ def scored_or_failed(editor: Editor, batch: Sequence[Record]) -> list[RecordScor
                 ps=0.0 if record.paraphrases else None,
                 ns=0.0 if record.neighbourhood else None,
                 rewrite=NllPair(math.inf, math.inf),
+                exact=Exact(
+                    False,
+                    (False,) * len(record.paraphrases),
+                    (False,) * len(record.neighbourhood),
+                ),
             )
             for record in batch
         ]
 
 
-def _perplexity(run: SweepRun, costs: Sequence[float]) -> Perplexity | None:
-    if not costs:
-        return None
-    mean = math.fsum(costs) / len(costs)
-    after = math.exp(mean) if mean < 700 else math.inf
-    return Perplexity(before=run.unedited, after=after, batches=len(costs), tokens=run.predicted)
-
-
-def table_of(scores: Sequence[RecordScore]) -> ScoreTable:
+def table_of(shares: Sequence[Mapping[str, float | None]]) -> ScoreTable:
     """The means over records, in percent."""
-    found = summarise(scores)
-    return ScoreTable(es=found.es, ps=found.ps, ns=found.ns, s=found.s)
+    means = {
+        name: None if mean is None else 100 * mean for name, mean in score_means(shares).items()
+    }
+    return cast(ScoreTable, means)
 
 
 def _shares(score: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in score.items() if name not in ("case_id", "nll")}
-
-
-def _read(score: Mapping[str, Any]) -> RecordScore:
-    """A score as it was before it was written to a file, where a cost without bound is None."""
-
-    def pair(costs: Sequence[float | None]) -> list[float]:
-        return [math.inf if cost is None else cost for cost in costs]
-
-    nll = score["nll"]
-    lists = ([pair(costs) for costs in nll[name]] for name in ("paraphrases", "neighbourhood"))
-    return score_record(score["case_id"], pair(nll["rewrite"]), *lists)

@@ -8,23 +8,31 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from fastmemit.errors import BadData
 from fastmemit.experiments.folders import settings_name
 from fastmemit.experiments.intervals import (
+    PERPLEXITY,
     RESAMPLES,
+    SHARES,
     Estimate,
-    ratio_interval,
+    Kept,
+    difference_intervals,
+    kept_share,
     score_intervals,
 )
 from fastmemit.experiments.layout import method_title
 from fastmemit.experiments.schema import Cell, Perplexity
 
-#: Quality counts as kept from this share of the full precompute's on, as in the paper's figures.
+#: Quality counts as kept from this share of the full precompute's on, as in the paper's figures,
+#: in each of ES, PS, NS, EA, PA, NA and perplexity.
 KEPT = 0.95
+#: A cell is not worse than another where each score's interval of the difference ends above this
+#: many points below zero. One of 64 facts is 1.6 points of EA.
+MARGIN = 2.0
 
 
 class Size(NamedTuple):
@@ -38,21 +46,53 @@ class Size(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Against:
+    """A cell compared with another one, paired by case.
+
+    Attributes:
+        other: The name of the other cell.
+        kept: The smallest share of the other's scores and perplexity.
+        differences: Each score minus the other's, in points; None where one of them lacks it.
+        perplexity: Perplexity after the edits divided by the other's; None where it was not
+            measured. One text has no interval.
+    """
+
+    other: str
+    kept: Kept | None
+    differences: Mapping[str, Estimate | None]
+    perplexity: float | None
+
+    @property
+    def verdict(self) -> str:
+        """Which scores are worse by more than the margin, and for which that is open."""
+        found = {name: d for name in SHARES if (d := self.differences.get(name)) is not None}
+        worse = [name.upper() for name, d in found.items() if d.high < -MARGIN]
+        unsure = [name.upper() for name, d in found.items() if d.low < -MARGIN <= d.high]
+        if self.perplexity is not None and not self.perplexity * KEPT <= 1:
+            worse.append(PERPLEXITY)
+        parts = [f"worse: {', '.join(worse)}"] if worse else []
+        parts += [f"open: {', '.join(unsure)}"] if unsure else []
+        return "; ".join(parts) or ("not worse" if found else "-")
+
+
+@dataclass(frozen=True)
 class Measured:
     """A cell with intervals.
 
     Attributes:
         cell: As it was stored.
-        after: ES, PS, NS and S after the edits, in percent; None where there is no such score.
+        after: Every score after the edits, in percent; None where there is no such score.
         before: The same of the unedited model.
-        ratio: S divided by the S of the full precompute, paired by case; None for the full
-            precompute itself and where there is none.
+        full: Against the full precompute; None for the full precompute itself and where it was not
+            run.
+        plain: Against the same cell with the settings of the preset; None where there is none.
     """
 
     cell: Cell
     after: dict[str, Estimate | None]
     before: dict[str, Estimate | None]
-    ratio: Estimate | None
+    full: Against | None = None
+    plain: Against | None = None
 
     @property
     def size(self) -> Size:
@@ -121,7 +161,7 @@ def group_cells(cells: Sequence[Cell], *, resamples: int = RESAMPLES) -> list[Gr
     Raises:
         BadData: Two cells stand in the same place under different names.
     """
-    full = {_place(cell): cell for cell in cells if cell["multiplier"] is None}
+    known = {(_place(cell), cell["multiplier"]): cell for cell in cells}
     groups: dict[tuple[str, str, bool, int], Group] = {}
     for cell in cells:
         identity = (
@@ -140,25 +180,47 @@ def group_cells(cells: Sequence[Cell], *, resamples: int = RESAMPLES) -> list[Gr
                 f"The cells {row[multiplier].cell['key']!r} and {cell['key']!r} have the same "
                 "method, settings, batches and multiplier; remove one of them."
             )
-        other = None if multiplier is None else full.get(_place(cell))
-        ratio = other and ratio_interval(cell["records"], other["records"], resamples=resamples)
+        full = None if multiplier is None else known.get((_place(cell), None))
+        bare = cast(Cell, {**cell, "settings": {}})
+        plain = known.get((_place(bare), multiplier)) if cell["settings"] else None
         row[multiplier] = Measured(
             cell,
             score_intervals(cell["records"], resamples=resamples),
             score_intervals(cell["records"], when="before", resamples=resamples),
-            ratio or None,
+            None if full is None else against(cell, full, resamples=resamples),
+            None if plain is None else against(cell, plain, resamples=resamples),
         )
     return list(groups.values())
 
 
+def against(cell: Cell, other: Cell, *, resamples: int = RESAMPLES) -> Against:
+    """Compare a cell with another one, on the cases that both have.
+
+    Args:
+        cell: The cell that is asked about.
+        other: The one that it shall not be worse than.
+        resamples: Draws behind every interval.
+    """
+    costs = [each["perplexity"] for each in (cell, other)]
+    pair = None
+    if costs[0] is not None and costs[1] is not None:
+        pair = costs[0]["after"], costs[1]["after"]
+    return Against(
+        other["key"],
+        kept_share(cell["records"], other["records"], pair, resamples=resamples),
+        difference_intervals(cell["records"], other["records"], resamples=resamples),
+        None if pair is None else pair[0] / pair[1],
+    )
+
+
 def further_means(cell: Cell) -> dict[str, float]:
-    """Means over records of what was measured besides ES, PS and NS, as ``before NAME``.
+    """Means over records of what was measured besides `SHARES`, as ``before NAME``.
 
     A value that is missing, or no number, in every record has no mean.
     """
     means: dict[str, float] = {}
     for when in ("before", "after"):
-        names = {name for record in cell["records"] for name in record[when]} - {"es", "ps", "ns"}
+        names = {name for record in cell["records"] for name in record[when]} - {*SHARES}
         for name in sorted(names):
             found = [record[when].get(name) for record in cell["records"]]
             numbers = [value for value in found if isinstance(value, (int, float))]

@@ -1,6 +1,7 @@
 """How one figure is drawn: panels of lines over multipliers, the full precompute at infinity.
 
-Dashed lines stand at 95 % of what the full precompute reaches, 95 % intervals are bars. Colours are
+Dashed lines stand at 95 % of what the full precompute reaches, and at its perplexity over that
+share; 95 % intervals are bars. Colours are
 those of Okabe and Ito, which readers with any colour vision can tell apart; markers differ as well.
 The same cells give the same bytes: no date is written, identifiers are salted with a constant, and
 the font comes with matplotlib.
@@ -84,7 +85,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Drawing:
-    """A figure before it is drawn: 1, 2 or 4 panels with the same lines.
+    """A figure before it is drawn: panels with the same lines.
 
     Attributes:
         name: For a file; not yet unique.
@@ -153,9 +154,11 @@ def _draw(drawing: Drawing, model: str) -> Figure:
     figure = Figure(figsize=size, layout="constrained")
     figure.suptitle(f"{model}: {drawing.title}", fontsize=11)
     axis = _Multipliers(drawing.lines)
-    grid = figure.subplots(rows, columns, squeeze=False)  # as many panels as places: 1, 2 or 4
-    for panel, axes in zip(drawing.panels, grid.flat, strict=True):
+    grid = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for panel, axes in zip(drawing.panels, grid, strict=False):
         _draw_panel(axes, panel, drawing.lines, axis)
+    for axes in grid[len(drawing.panels) :]:
+        axes.set_axis_off()
     handles = [
         Line2D([], [], color=_colour(line), marker=_marker(line), ls=_dash(line), label=line.label)
         for line in drawing.lines
@@ -229,9 +232,10 @@ def _draw_panel(axes: Axes, panel: Panel, lines: Sequence[Line], multipliers: _M
         _draw_line(axes, line, points, bars=not multipliers.logarithmic)
         heights += [end for _, found in points for end in (found.low, found.high)]
         full = panel.read(line.cells[None]) if None in line.cells else None
-        if line.kept and full is not None and not panel.perplexity:
-            axes.axhline(KEPT * full.value, color=_colour(line), ls=(0, (5, 3)), lw=0.7)
-            heights.append(KEPT * full.value)
+        if line.kept and full is not None and math.isfinite(full.value):
+            kept = full.value / KEPT if panel.perplexity else KEPT * full.value
+            axes.axhline(kept, color=_colour(line), ls=(0, (5, 3)), lw=0.7)
+            heights.append(kept)
     axes.set_title(panel.name)
     multipliers.label(axes)
     if panel.perplexity:

@@ -13,10 +13,10 @@ from typing import Any, cast
 from fastcov.parsing import parse_json
 from fastmemit.errors import BadData, DamagedFile, WrongModel
 from fastmemit.experiments.results import RESULTS, TIMINGS, read_results
+from fastmemit.experiments.intervals import HARMONIC, SCORES, SHARES
 from fastmemit.experiments.schema import Cell, Sweep, Timing
 from fastmemit.metrics.score import harmonic_mean
 
-METRICS = ("es", "ps", "ns")
 
 # What a report reads of sweep.json.
 _READ = {"format": int, "model": str, "fingerprint": str, "methods": dict}
@@ -188,6 +188,8 @@ def _cell(place: str, value: dict[str, Any]) -> Cell:
         seen.add(record["case_id"])
     for when, scores in (("before", value["before"]), ("after", value["scores"])):
         for name, mean in score_means([record[when] for record in value["records"]]).items():
+            if name not in scores and name in ("ea", "pa", "na"):
+                continue  # the tables of earlier versions lack what the records have
             said = scores.get(name)
             right = None if mean is None else 100 * mean
             same = said is right if said is None or right is None else _equal(said, right)
@@ -199,9 +201,12 @@ def _cell(place: str, value: dict[str, Any]) -> Cell:
     _check_numbers(place, "jitter", value.get("jitter", {}))
     if value["perplexity"] is not None:
         number = (int, float)
-        _check_fields(
-            f"{place}, perplexity,", value["perplexity"], dict(before=number, after=number)
-        )
+        here = f"{place}, perplexity,"
+        _check_fields(here, value["perplexity"], dict(before=number, after=number))
+        for name in ("before", "after"):
+            found = value["perplexity"][name]
+            if not (0 < found <= sys.float_info.max or found == math.inf):
+                raise DamagedFile(f"{here} has {name} = {found!r:.80}; {_MEND}.")
     return cast(Cell, value)
 
 
@@ -215,7 +220,7 @@ def _check_record(place: str, record: Any) -> None:
     fields = {"case_id": (int,), "before": (dict,), "after": (dict,)}
     _check_fields(here, record if isinstance(record, dict) else {}, fields)
     for when in ("before", "after"):
-        for name in METRICS:
+        for name in SHARES:
             share = record[when].get(name)
             number = isinstance(share, (int, float)) and not isinstance(share, bool)
             if share is not None and not (number and 0 <= share <= 1):
@@ -247,11 +252,10 @@ def _check_fields(
 
 
 def score_means(shares: Sequence[Mapping[str, float | None]]) -> dict[str, float | None]:
-    """ES, PS, NS and S of records, as shares: means over those that have one, and their S."""
+    """All of `SCORES` of records, as shares: means over those that have one, and their S."""
     means: dict[str, float | None] = {}
-    for name in METRICS:
+    for name in SHARES:
         found = [share for record in shares if (share := record.get(name)) is not None]
         means[name] = math.fsum(found) / len(found) if found else None
-    parts = [mean for mean in means.values() if mean is not None]
-    means["s"] = harmonic_mean(parts) if len(parts) == len(METRICS) else None
-    return means
+    means["s"] = harmonic_mean([means[name] for name in HARMONIC["s"]])
+    return {name: means[name] for name in SCORES}

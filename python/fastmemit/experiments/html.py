@@ -30,6 +30,7 @@ def page(
     found: Collected,
     pictures: Sequence[Picture],
     comparisons: Sequence[Table],
+    differences: Sequence[Table],
     paper: Sequence[Table],
     cells: Table,
 ) -> str:
@@ -39,6 +40,7 @@ def page(
         found: What the report is about: its sweeps, and their timings.
         pictures: The figures.
         comparisons: Tables of full against fast.
+        differences: Tables of paired differences.
         paper: The paper's tables that belong to them.
         cells: The table of every cell.
     """
@@ -62,6 +64,7 @@ def page(
             for picture in pictures
         ],
         comparisons=comparisons,
+        differences=differences,
         paper=paper,
         all=cells,
         runs=runs(found),

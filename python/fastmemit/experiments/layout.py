@@ -9,6 +9,10 @@ from itertools import groupby
 from typing import NamedTuple
 
 
+#: A table of more columns does not fit the width of a page.
+_NARROW = 9
+
+
 class Column(NamedTuple):
     """The head of a column.
 
@@ -83,8 +87,11 @@ def markdown(tables: Sequence[Table]) -> str:
 
 
 def latex(tables: Sequence[Table]) -> str:
-    r"""The tables as floats that need ``\usepackage{booktabs}``."""
-    return "% Needs \\usepackage{booktabs}.\n\n" + "\n".join(_latex(table) for table in tables)
+    r"""The tables as floats that need ``booktabs``, and ``graphicx`` where they are wide."""
+    needed = r"% Needs \usepackage{booktabs}"
+    if any(len(table.columns) > _NARROW for table in tables):
+        needed += r" and \usepackage{graphicx}"
+    return f"{needed}.\n\n" + "\n".join(_latex(table) for table in tables)
 
 
 def _markdown(table: Table) -> str:
@@ -121,12 +128,15 @@ def _latex(table: Table) -> str:
         upper = [" & ".join(parts) + r" \\", "".join(rules)]
     body = [" & ".join(_latex_text(value) for value in row) + r" \\" for row in table.rows]
     note = [rf"\par\smallskip {{\footnotesize {_latex_text(table.note)}}}"] if table.note else []
+    # A table that is wider than a page is made as narrow as the text.
+    shrunk = (r"\resizebox{\textwidth}{!}{%", "}") if len(table.columns) > _NARROW else None
     return "\n".join(
         [
             r"\begin{table}",
             r"\centering",
             rf"\caption{{{_latex_text(table.title)}}}",
             rf"\label{{tab:{table.name}}}",
+            *([shrunk[0]] if shrunk else []),
             rf"\begin{{tabular}}{{{''.join('l' if c.text else 'r' for c in table.columns)}}}",
             r"\toprule",
             *upper,
@@ -134,7 +144,7 @@ def _latex(table: Table) -> str:
             r"\midrule",
             *body,
             r"\bottomrule",
-            r"\end{tabular}",
+            r"\end{tabular}" + (shrunk[1] if shrunk else ""),
             *note,
             r"\end{table}",
             "",

@@ -1,4 +1,8 @@
-"""Which figures a report has: scores and perplexity against the multiplier, as the paper's are."""
+"""Which figures a report has: scores and perplexity against the multiplier, as the paper's are.
+
+A score and what it misses stand side by side: ES, PS and NS ask which of two answers is more
+probable, EA, PA and NA what the model says; S is beside perplexity.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,9 @@ from fastmemit.experiments.drawing import Drawing, Line, Panel, check_matplotlib
 from fastmemit.experiments.folders import multiplier_text
 from fastmemit.experiments.intervals import Estimate
 from fastmemit.experiments.layout import method_title, slug, unique
+
+
+_PANELS = ("es", "ea", "ps", "pa", "ns", "na", "s")  # two columns
 
 
 @dataclass(frozen=True)
@@ -34,10 +41,10 @@ class Picture:
 def pictures(groups: Sequence[Group], model: str) -> list[Picture]:
     """Every figure of a report.
 
-    For each method, with the settings of its preset: ES, PS, NS and S, a line for each size. For
-    each method with several groups, or with perplexity: S and perplexity, a line for each group
-    (one figure a size), or for each size where there is one group. A figure without a line, because
-    every multiplier is alone, is left out.
+    For each method, with the settings of its preset, a line for each size; for each size of a
+    method with several groups, a line for each group. Every figure has all scores and perplexity,
+    as far as a cell has them. A figure without a line, because every multiplier is alone, is left
+    out.
 
     Args:
         groups: As ``comparison.group_cells`` gives them.
@@ -57,39 +64,30 @@ def pictures(groups: Sequence[Group], model: str) -> list[Picture]:
 
 
 def _scores(group: Group) -> Drawing:
-    panels = tuple(Panel(name.upper(), _score(name)) for name in ("es", "ps", "ns", "s"))
-    return Drawing(slug(group.title), group.title, panels, _size_lines(group))
+    lines = _size_lines(group)
+    return Drawing(slug(group.title), group.title, _panels(lines), lines)
 
 
 def _studies(groups: Sequence[Group]) -> list[Drawing]:
     found = []
     for method in dict.fromkeys(group.method for group in groups):
         mine = [group for group in groups if group.method == method]
-        if len(mine) == 1:
-            lines, title = _size_lines(mine[0]), f"{mine[0].title}: score and perplexity"
-            panels = _study_panels(lines)
-            if len(panels) == 2:
-                name = slug(f"{mine[0].title} perplexity")
-                found.append(Drawing(name, title, panels, lines))
-            continue
         for size in sorted({size for group in mine for size in group.cells}):
             chosen = [group for group in mine if size in group.cells]
-            lines, title = (
-                _variant_lines(chosen, size),
-                f"{method_title(method)}, {size}: settings compared",
-            )
-            panels = _study_panels(lines)
-            if len(chosen) > 1 or len(panels) == 2:
+            if len(chosen) > 1:
+                lines = _variant_lines(chosen, size)
+                title = f"{method_title(method)}, {size}: settings compared"
                 name = slug(f"{method} {size} settings")
-                found.append(Drawing(name, title, panels, lines))
+                found.append(Drawing(name, title, _panels(lines), lines))
     return found
 
 
-def _study_panels(lines: Sequence[Line]) -> tuple[Panel, ...]:
-    panels = (Panel("S", _score("s")),)
-    if any(cell.perplexity for line in lines for cell in line.cells.values()):
-        return (*panels, Panel("perplexity", _perplexity, perplexity=True))
-    return panels
+def _panels(lines: Sequence[Line]) -> tuple[Panel, ...]:
+    """From left to right, then down; without what no cell has."""
+    wanted = [Panel(name.upper(), _score(name)) for name in _PANELS]
+    wanted.append(Panel("perplexity", _perplexity, perplexity=True))
+    cells = [cell for line in lines for cell in line.cells.values()]
+    return tuple(panel for panel in wanted if any(panel.read(cell) for cell in cells))
 
 
 def _size_lines(group: Group) -> tuple[Line, ...]:
@@ -123,18 +121,22 @@ def _plain(groups: Sequence[Group]) -> list[Group]:
 
 
 def _alt(drawing: Drawing) -> str:
-    """The figure in words: its panels, and the numbers of the last score."""
-    panel = next(panel for panel in reversed(drawing.panels) if not panel.perplexity)
-    parts = []
-    for line in drawing.lines:
-        values = [
-            f"{found.value:.1f} at {multiplier_text(multiplier)}"
-            for multiplier, cell in line.cells.items()
-            if (found := panel.read(cell)) is not None
-        ]
-        parts.append(f"{line.label}: {', '.join(values) or 'none'}")
+    """The figure in words: its panels, and the numbers of S, EA and perplexity."""
     names = ", ".join(each.name for each in drawing.panels)
-    return f"{names} against the multiplier. {panel.name} of {'; '.join(parts)}."
+    sentences = [f"{names} against the multiplier."]
+    for panel in drawing.panels:
+        if panel.name not in ("S", "EA") and not panel.perplexity:
+            continue
+        parts = []
+        for line in drawing.lines:
+            values = [
+                f"{found.value:.1f} at {multiplier_text(multiplier)}"
+                for multiplier, cell in line.cells.items()
+                if (found := panel.read(cell)) is not None
+            ]
+            parts.append(f"{line.label}: {', '.join(values) or 'none'}")
+        sentences.append(f"{panel.name} of {'; '.join(parts)}.")
+    return " ".join(sentences)
 
 
 def _score(name: str) -> Callable[[Measured], Estimate | None]:

@@ -20,6 +20,7 @@ from fastmemit.experiments.tables import (
     cells_table,
     comparison_csv,
     comparison_tables,
+    difference_tables,
     paper_tables,
 )
 
@@ -68,10 +69,11 @@ def write_report(
     model = found.sweeps[0]["model"]
     groups = group_cells(found.cells, resamples=resamples)
     drawn = pictures(groups, model)
-    comparisons, paper, cells = comparison_tables(groups), paper_tables(groups), cells_table(groups)
-    tables = [*comparisons, *paper, cells]
+    comparisons, differences = comparison_tables(groups), difference_tables(groups)
+    paper, cells = paper_tables(groups), cells_table(groups)
+    tables = [*comparisons, *differences, *paper, cells]
     texts = {
-        "report.html": page(found, drawn, comparisons, paper, cells),
+        "report.html": page(found, drawn, comparisons, differences, paper, cells),
         "tables.md": f"# {' '.join(model.split())}\n\n{markdown(tables)}",
         "tables.tex": latex(tables),
         "tables.csv": comparison_csv(groups, model),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any, TypedDict
 
-from fastmemit.evaluation.schema import ScoreTable
+from fastmemit.evaluation.schema import Perplexity, ScoreTable
 
 
 class CellRecord(TypedDict):
@@ -17,17 +17,8 @@ class CellRecord(TypedDict):
 
     case_id: int
     batch: int  # which edited batch it was in, counted from 0
-    before: dict[str, float | None]  # es, ps, ns of the unedited model, and further metrics
+    before: dict[str, float | None]  # es, ps, ns, ea, pa, na of the unedited model, and others
     after: dict[str, float | None]  # the same of the edited one
-
-
-class Perplexity(TypedDict):
-    """Perplexity on running text, of the unedited model and after the edits."""
-
-    before: float
-    after: float  # the geometric mean over the batches it was measured after
-    batches: int  # how many those were
-    tokens: int  # predicted tokens
 
 
 class CellPlace(TypedDict):

@@ -132,8 +132,7 @@ def _prepared(
     records = _distinct(dealt.values())
     run = SweepRun(editor, inputs, dealt, _unedited(editor, inputs.folder, records, progress))
     if inputs.text is not None:
-        unedited = perplexity(editor.adapter, inputs.text)
-        run.unedited, run.predicted = unedited.perplexity, unedited.tokens
+        run.unedited = perplexity(editor.adapter, inputs.text)
     for settings in dict.fromkeys(_config(editor, place).targets() for place in todo):
         # The batch sizes of the whole grid: ROME, for one, edits no batches but those of one.
         using = [place for place in grid.places() if _config(editor, place).targets() == settings]

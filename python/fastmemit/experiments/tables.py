@@ -1,7 +1,9 @@
 """The report's tables: each multiplier in the paper's shape, the paper's own, and every cell.
 
 The paper's shape is one table for each method and multiplier, one row for each batch size, and for
-ES, PS, NS and S a column for the full precompute ("full") and one for few keys ("fast").
+each score a column for the full precompute ("full") and one for few keys ("fast"). The paper has
+ES, PS, NS and S. A model that is broken keeps half of these, so EA, PA, NA and perplexity stand
+beside them everywhere.
 """
 
 from __future__ import annotations
@@ -9,21 +11,35 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from fastmemit.experiments.comparison import Group, Measured, further_means
+from fastmemit.experiments.comparison import (
+    KEPT,
+    MARGIN,
+    Against,
+    Group,
+    Measured,
+    further_means,
+)
 from fastmemit.experiments.folders import multiplier_text
-from fastmemit.experiments.intervals import SCORES, Estimate
+from fastmemit.experiments.intervals import PERPLEXITY, SCORES, Estimate
 from fastmemit.experiments.layout import Column, Table, slug, unique
 from fastmemit.experiments.paper import NAMES, PaperRow, paper_rows, rows_for
 from fastmemit.experiments.schema import Perplexity
 
+_PAPER = ("es", "ps", "ns", "s")
+_PRINTED = tuple(Column(side, score.upper()) for score in _PAPER for side in ("full", "fast"))
 _COMPARED = tuple(Column(side, score.upper()) for score in SCORES for side in ("full", "fast"))
-_RATIO = Column("fast / full", "S")
 _PERPLEXITY = tuple(Column(name, "perplexity") for name in ("before", "full", "fast"))
+_LEAST = "least share of full"
 _PLACE = ("method", "settings", "bos", "seed", "multiplier", "batch_size", "batches")
 _PPL = ("ppl_before", "ppl_full", "ppl_fast")
+_DIFFERENCES = tuple(f"{score}_minus_full" for score in SCORES)
+_LEAST_NOTE = (
+    "Least share of full: the smallest of ES, PS, NS, EA, PA and NA over the full precompute's, and "
+    f"of its perplexity over this one; {KEPT:g} of it is what counts as kept."
+)
 
 
 def comparison_tables(groups: Sequence[Group]) -> list[Table]:
@@ -59,37 +75,83 @@ def paper_tables(groups: Sequence[Group]) -> list[Table]:
 
 
 def cells_table(groups: Sequence[Group]) -> Table:
-    """Every cell with the 95 % intervals of its scores."""
+    """Every cell with the 95 % intervals of its scores, under the unedited model."""
     cells = _cells(groups)
     columns = [Column("cell", text=True), Column("keys"), Column("records")]
     columns += [Column(name.upper()) for name in SCORES]
-    columns += [Column("S before"), Column("S fast / full")]
     measured = any(cell.perplexity for cell in cells)
-    columns += [Column("perplexity before"), Column("perplexity after")] if measured else []
-    rows = []
+    columns += [Column("perplexity")] if measured else []
+    columns += [Column(_LEAST)]
+    rows: dict[tuple[str, ...], None] = {}
+    for cell in cells:
+        row = ["unedited", "-", str(len(cell.cell["records"]))]
+        row += [_interval(cell.before[name]) for name in SCORES]
+        row += [_ppl(cell, "before")] if measured else []
+        rows[(*row, "-")] = None  # once for each set of records
     for cell in cells:
         row = [cell.cell["key"], f"{cell.cell['keys']:,}", str(len(cell.cell["records"]))]
         row += [_interval(cell.after[name]) for name in SCORES]
-        row += [_interval(cell.before["s"]), _interval(cell.ratio, 3)]
-        row += [_ppl(cell, "before"), _ppl(cell, "after")] if measured else []
-        rows.append(tuple(row))
+        row += [_ppl(cell, "after")] if measured else []
+        rows[(*row, _least(cell.full))] = None
+    note = "In brackets the 95 % bootstrap interval over records. keys: preserved keys a layer. "
+    title = "Every cell, with intervals"
+    return Table("cells", title, tuple(columns), tuple(rows), note + _LEAST_NOTE)
+
+
+def difference_tables(groups: Sequence[Group]) -> list[Table]:
+    """Cells minus the full precompute, and settings minus those of the preset, paired by case."""
+    cells = _cells(groups)
+    parts = [
+        ("against-full", "Against the full precompute, paired", [(c, c.full) for c in cells]),
+        ("against-preset", "Against the settings of the preset", [(c, c.plain) for c in cells]),
+    ]
+    return [
+        _differences(name, title, [(cell, other) for cell, other in pairs if other is not None])
+        for name, title, pairs in parts
+        if any(other is not None for _, other in pairs)
+    ]
+
+
+def _differences(name: str, title: str, pairs: Sequence[tuple[Measured, Against]]) -> Table:
+    measured = any(other.perplexity is not None for _, other in pairs)
+    columns = [Column("cell", text=True), Column("minus", text=True)]
+    columns += [Column(score.upper()) for score in SCORES]
+    columns += [Column("perplexity, times")] if measured else []
+    columns += [Column("verdict", text=True)]
+    rows = []
+    for cell, other in pairs:
+        row = [cell.cell["key"], other.other]
+        row += [_interval(other.differences[score], 1, "+") for score in SCORES]
+        if measured:
+            row.append("-" if other.perplexity is None else f"{other.perplexity:,.2f}")
+        rows.append((*row, other.verdict))
     note = (
-        "In brackets the 95 % bootstrap interval over records. keys: preserved keys a layer. "
-        "S fast / full: paired by record."
+        "Differences in points, with the 95 % bootstrap interval over the records that both cells "
+        f"have. Not worse: no interval ends lower than {MARGIN:g} points below zero, and perplexity "
+        f"is at most {1 / KEPT:.2f} times the other's. Worse: an interval lies lower than that as a "
+        "whole. Open: it reaches to both sides. S is not judged, its parts are."
     )
-    return Table("cells", "Every cell, with intervals", tuple(columns), tuple(rows), note)
+    return Table(name, title, tuple(columns), tuple(rows), note)
 
 
 def summary(groups: Sequence[Group]) -> str:
-    """S of every cell for a terminal: a line for each group and size, a column a multiplier."""
+    """Cells for a terminal: S, EA and the least share of full, a line for each group and size."""
     order = sorted({m for group in groups for m in group.multipliers})
     multipliers: list[float | None] = [*order]
     multipliers += [None] if any(group.has_full for group in groups) else []
-    lines = [["S at multiplier", *(multiplier_text(m) for m in multipliers)]]
-    for group in groups:
-        for size, row in sorted(group.cells.items()):
-            scores = [_value(row[m].after["s"]) if m in row else "" for m in multipliers]
-            lines.append([f"{group.title}, {size}", *scores])
+    shown: list[tuple[str, Callable[[Measured], str]]] = [
+        ("S", lambda cell: _value(cell.after["s"])),
+        ("EA", lambda cell: _value(cell.after["ea"])),
+    ]
+    if any(cell.full for cell in _cells(groups)):
+        shown.append((f"{_LEAST}, %", lambda cell: _percent(cell.full)))
+    lines = []
+    for name, text in shown:
+        lines.append([f"{name}, at multiplier", *(multiplier_text(m) for m in multipliers)])
+        for group in groups:
+            for size, row in sorted(group.cells.items()):
+                values = [text(row[m]) if m in row else "" for m in multipliers]
+                lines.append([f"{group.title}, {size}", *values])
     width = max(len(line[0]) for line in lines)
     return "\n".join(
         (f"{line[0]:<{width}}" + "".join(f"{text:>8}" for text in line[1:])).rstrip()
@@ -115,12 +177,11 @@ def comparison_csv(groups: Sequence[Group], model: str) -> str:
                 {"source": f"paper, table {row.table}", "model": row.model, "method": row.method}
                 | {"multiplier": multiplier_text(row.multiplier), "batch_size": row.batch_size}
                 | {name: row.value(name) for name in NAMES}
-                | {"s_ratio": row.value("s_fast") / row.value("s_full"), "note": _marks(row)}
+                | {"note": _marks(row)}
             )
-    return _csv(
-        ("source", "model", *_PLACE, *NAMES, *_names("s_ratio"), *_PPL, "note"),
-        rows,
-    )
+    values = [f"{score}_{side}" for score in SCORES for side in ("full", "fast")]
+    names = ["source", "model", *_PLACE, *values, *_names("kept"), "kept_by", *_PPL, "note"]
+    return _csv(names, rows)
 
 
 def cells_csv(groups: Sequence[Group]) -> str:
@@ -138,7 +199,10 @@ def cells_csv(groups: Sequence[Group]) -> str:
             row |= _ends(name, measured.after[name]) | _ends(
                 f"{name}_before", measured.before[name]
             )
-        row |= _ends("s_ratio", measured.ratio)
+        row |= _kept(measured.full)
+        if measured.full:
+            for score, column in zip(SCORES, _DIFFERENCES, strict=True):
+                row |= _ends(column, measured.full.differences[score])
         perplexity = measured.perplexity
         if perplexity:
             row |= {"ppl_before": perplexity["before"], "ppl_after": perplexity["after"]}
@@ -146,9 +210,10 @@ def cells_csv(groups: Sequence[Group]) -> str:
         means = further_means(cell)
         further |= dict.fromkeys(means)
         rows.append(row | means)
-    scores = [*SCORES, *(f"{score}_before" for score in SCORES), "s_ratio"]
+    scores = [*SCORES, *(f"{score}_before" for score in SCORES), "kept", *_DIFFERENCES]
     ends = [name for score in scores for name in _names(score)]
-    names = ["key", *_PLACE, "keys", "records", *ends, "ppl_before", "ppl_after", "jitter"]
+    names = ["key", *_PLACE, "keys", "records", *ends, "kept_by", "ppl_before", "ppl_after"]
+    names += ["jitter"]
     return _csv([*names, *further], rows)
 
 
@@ -160,15 +225,14 @@ def _comparison(name: str, title: str, rows: Sequence[tuple[str, Measured]], gro
         row = [label]
         for score in SCORES:
             row += [_value(full.after[score] if full else None), _value(fast.after[score])]
-        row.append(_interval(fast.ratio, 3))
         if ppl:
             row += [_ppl(fast, "before"), _ppl(full, "after"), _ppl(fast, "after")]
-        body.append((*row, f"{fast.cell['keys']:,}"))
-    note = "Scores in percent; keys: preserved keys a layer."
+        body.append((*row, _least(fast.full), f"{fast.cell['keys']:,}"))
+    note = f"Scores in percent; keys: preserved keys a layer. {_LEAST_NOTE}"
     if not group.has_full:
         note += " The full precompute has not been run."
     first = Column("multiplier" if len(group.cells) == 1 else "batches", text=True)
-    columns = (first, *_COMPARED, _RATIO, *(_PERPLEXITY if ppl else ()), Column("keys"))
+    columns = (first, *_COMPARED, *(_PERPLEXITY if ppl else ()), Column(_LEAST), Column("keys"))
     return Table(name, title, columns, tuple(body), note)
 
 
@@ -191,7 +255,8 @@ def _paper(method: str, multiplier: float, rows: Sequence[PaperRow]) -> Table:
         note += " * misprinted there, corrected from its other columns and tables."
     for doubt in dict.fromkeys(row.note for row in rows if row.note):
         note += f" {doubt}."
-    heads = (Column("model", text=True), Column("table"), Column("batch size"), *_COMPARED, _RATIO)
+    heads = (Column("model", text=True), Column("table"), Column("batch size"), *_PRINTED)
+    heads += (Column("fast / full", "S"),)
     title = f"The paper's {method.upper()}: multiplier {multiplier:g}"
     return Table(slug(f"paper {method} x{multiplier:g}"), title, heads, body, note)
 
@@ -218,7 +283,7 @@ def _flat(group: Group, fast: Measured) -> dict[str, Any]:
         for side, cell in (("full", full), ("fast", fast)):
             found = cell.after[score] if cell else None
             row[f"{score}_{side}"] = found.value if found else None
-    row |= _ends("s_ratio", fast.ratio)
+    row |= _kept(fast.full)
     if fast.perplexity:
         row |= {"ppl_before": fast.perplexity["before"], "ppl_fast": fast.perplexity["after"]}
     if full and full.perplexity:
@@ -253,10 +318,30 @@ def _value(found: Estimate | None) -> str:
     return "-" if found is None else f"{found.value:.2f}"
 
 
-def _interval(found: Estimate | None, digits: int = 2) -> str:
+def _interval(found: Estimate | None, digits: int = 2, sign: str = "") -> str:
     if found is None:
         return "-"
-    return f"{found.value:.{digits}f} [{found.low:.{digits}f}, {found.high:.{digits}f}]"
+    numbers = (f"{end + 0.0:{sign}.{digits}f}" for end in (found.value, found.low, found.high))
+    return "{} [{}, {}]".format(*numbers)
+
+
+def _least(found: Against | None) -> str:
+    """``0.62 (EA) [0.55, 0.69]``: which score it is, and the interval."""
+    if found is None or found.kept is None:
+        return "-"
+    share, by = found.kept.share, found.kept.by
+    name = by if by == PERPLEXITY else by.upper()
+    return f"{share.value:.3f} ({name}) [{share.low:.3f}, {share.high:.3f}]"
+
+
+def _percent(found: Against | None) -> str:
+    return "" if found is None or found.kept is None else f"{100 * found.kept.share.value:.1f}"
+
+
+def _kept(found: Against | None) -> dict[str, Any]:
+    if found is None or found.kept is None:
+        return {}
+    return {**_ends("kept", found.kept.share), "kept_by": found.kept.by}
 
 
 def _ppl(measured: Measured | None, when: str) -> str:
