@@ -11,7 +11,11 @@ from typing import Any
 import numpy as np
 
 from fastmemit.experiments.folders import score_means
+from fastmemit.experiments.intervals import SHARES
 from fastmemit.experiments.schema import Cell
+
+#: How many prompts of each kind a record has.
+PROMPTS = np.array([1, 2, 10])
 
 #: What tells one variant of the settings from another, and how much it spares of the collapse.
 VARIANTS: tuple[tuple[dict[str, Any], float], ...] = (
@@ -56,11 +60,13 @@ def cell(
         chances = np.array([0.99, 0.95, 0.77]) - loss * np.array([0.5, 0.5, 0.27])
         after = generator.binomial([1, 2, 10], chances) / [1, 2, 10]
         before = np.random.default_rng(case).binomial([1, 2, 10], [0.1, 0.1, 0.8]) / [1, 2, 10]
+        exact = generator.binomial([1, 2, 10], [0.95 - 0.9 * loss, 0.6 - 0.6 * loss, 0.1]) / PROMPTS
+        known = np.random.default_rng(case).binomial([1, 2, 10], [0.0, 0.01, 0.1]) / PROMPTS
         records.append({
             "case_id": 100 + case,
             "batch": case // batch_size,
-            "before": dict(zip(("es", "ps", "ns"), map(float, before), strict=True)),
-            "after": dict(zip(("es", "ps", "ns"), map(float, after), strict=True)),
+            "before": dict(zip(SHARES, map(float, (*before, *known)), strict=True)),
+            "after": dict(zip(SHARES, map(float, (*after, *exact)), strict=True)),
         })  # fmt: skip
     return made(method, multiplier, size, records, settings, bos, seed, perplexity * (1 + loss))
 
@@ -104,9 +110,14 @@ def percent(shares: Iterable[Mapping[str, Any]]) -> dict[str, float | None]:
     return {name: None if mean is None else 100 * mean for name, mean in means.items()}
 
 
-def record(case: int, es: float, ps: float | None = 1.0, ns: float | None = 1.0) -> dict[str, Any]:
-    """A record with these shares after the edit; before it, all are 0.5 where they exist."""
-    after = {"es": es, "ps": ps, "ns": ns}
+def record(
+    case: int, es: float, ps: float | None = 1.0, ns: float | None = 1.0, **exact: float | None
+) -> dict[str, Any]:
+    """A record with these shares after the edit; before it, all are 0.5 where they exist.
+
+    Without `exact` (ea, pa, na) it is one of the time before exact matches were recorded.
+    """
+    after = {"es": es, "ps": ps, "ns": ns, **exact}
     before = {name: None if share is None else 0.5 for name, share in after.items()}
     return {"case_id": case, "batch": 0, "before": before, "after": after}
 

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
+import shlex
+import shutil
+import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fastmemit.cli.options import (
     add_method,
@@ -14,10 +19,14 @@ from fastmemit.cli.options import (
     chosen_settings,
     make_editor,
 )
-from fastmemit.cli.table import score_table
+from fastmemit.cli.table import MEANING, interval_table
 from fastmemit.errors import FastmemitError
 
 if TYPE_CHECKING:
+    from fastmemit.data import Record
+    from fastmemit.evaluation.perplexity import PerplexityText
+    from fastmemit.evaluation.schema import Perplexity
+    from fastmemit.experiments.intervals import Estimate
     from fastmemit.metrics.score import RecordScore
 
 HELP = "Edit two dozen facts of SmolLM2-135M, score, save and undo; no network is needed."
@@ -26,6 +35,7 @@ EPILOG = """examples:
   fastmemit demo --method emmet --corpus self
 """
 SHOWN = 4
+PROSE = 1024  # tokens that perplexity is measured on
 
 
 def add_arguments(verb: argparse.ArgumentParser) -> None:
@@ -45,7 +55,7 @@ def run(args: argparse.Namespace) -> None:
 
     from fastmemit.data import builtin_facts
     from fastmemit.evaluation.counterfact import count_questions, score_records
-    from fastmemit.metrics.score import summarise
+    from fastmemit.evaluation.perplexity import before_and_after, edited_nll, perplexity
     from fastmemit.progress import bar
 
     check_writable(args.save)
@@ -61,23 +71,30 @@ def run(args: argparse.Namespace) -> None:
 
     facts = builtin_facts()
     prompts = [fact.generations[0] for fact in facts[:SHOWN] if fact.generations]
+    text = _prose(editor.tokenizer)
 
     def score(what: str) -> list[RecordScore]:
         with bar(what, count_questions(facts), not args.quiet) as advance:
             return score_records(editor.adapter, editor.tokenizer, facts, progress=advance)
 
     before = score("unedited scores")
+    spoke = perplexity(editor.adapter, text)
     said = editor.generate(prompts)
     clock.say(f"scored the unedited model on {len(facts)} facts")
     edit = editor.edit([fact.request for fact in facts], args.method, **overrides)
     edit.save(args.save)  # before anything that may fail
     clock.say(f"edited all of them at once by {args.method}")
     after = score("edited scores")
+    cost = before_and_after(spoke, [edited_nll(editor.adapter, text)])
     says = editor.generate(prompts)
+    missed = [fact for fact, found in zip(facts, after, strict=True) if not found.ea]
+    instead = editor.generate([fact.request.text for fact in missed], new_tokens=6)
     clock.say("scored the edited model")
 
-    print()
-    print(score_table({"before": summarise(before).as_dict(), "after": summarise(after).as_dict()}))
+    print(f"\n{verdict(facts, missed, instead)}\n")
+    print(interval_table(_columns(before, after, cost)))
+    print(MEANING)
+    print(f"Perplexity is that of {len(text.ids):,} tokens of the built-in prose: lower is better.")
     for fact, prompt, old, new in zip(facts, prompts, said, says, strict=False):
         print(f"\n{prompt}   [{fact.request.target_true} -> {fact.request.target.strip()}]")
         print(f"  before: {' '.join(old.split())}\n  after:  {' '.join(new.split())}")
@@ -89,6 +106,75 @@ def run(args: argparse.Namespace) -> None:
     if changed:
         raise FastmemitError(f"The undo left {len(changed)} weights changed, {changed[0]} first.")
     clock.say(f"undone: all {len(weights)} tensors are bit for bit the original")
+    print(_next_steps(args))
+
+
+def verdict(facts: Sequence[Record], missed: Sequence[Record], instead: Sequence[str]) -> str:
+    """How many facts are what the model says now, and what it says in place of the others.
+
+    Args:
+        facts: All that were written.
+        missed: Those of them that the model does not say, as they were written.
+        instead: What it says after the prompt of each of these.
+    """
+    line = f"{len(facts) - len(missed)} of {len(facts)} facts are now what the model says"
+    if not missed:
+        return f"{line}."
+    parts = [
+        f"{fact.request.text}{fact.request.target} (says: {' '.join(words.split())})"
+        for fact, words in zip(missed, instead, strict=True)
+    ]
+    return f"{line}; not: {'; '.join(parts)}."
+
+
+def _prose(tokenizer: Any) -> PerplexityText:
+    """The end of the built-in prose, as running text."""
+    from fastmemit.data import load_corpus
+    from fastmemit.evaluation.perplexity import PerplexityText
+    from fastmemit.tokens import encode
+
+    corpus = load_corpus("builtin")
+    prose = "\n\n".join(corpus.documents())
+    ids = tokenizer(prose, add_special_tokens=False, verbose=False)["input_ids"]
+    lead = encode(tokenizer, "").ids
+    return PerplexityText("builtin", corpus.fingerprint, tuple(ids[-PROSE:]), lead, context=256)
+
+
+def _columns(
+    before: Sequence[RecordScore], after: Sequence[RecordScore], cost: Perplexity
+) -> dict[str, dict[str, Estimate | float | None]]:
+    """Before, after and the change of every score, for `interval_table`."""
+    from fastmemit.experiments.intervals import difference_intervals, score_intervals
+
+    records = [
+        {"case_id": old.case_id, "before": old.shares(), "after": new.shares()}
+        for old, new in zip(before, after, strict=True)
+    ]
+    columns: dict[str, dict[str, Estimate | float | None]] = {
+        "before": {**score_intervals(records, when="before")},
+        "after": {**score_intervals(records)},
+        "change": {**difference_intervals(records, records, whens=("after", "before"))},
+    }
+    columns["before"]["perplexity"], columns["after"]["perplexity"] = cost["before"], cost["after"]
+    columns["change"]["perplexity"] = cost["after"] - cost["before"]
+    return columns
+
+
+def _next_steps(args: argparse.Namespace) -> str:
+    """Commands that can be typed as they stand, with the edit that lies there now."""
+    command = "fastmemit"
+    if shutil.which(command) is None:  # as after `make demo`, whose environment is not active
+        command = f"{os.path.relpath(sys.executable)} -m fastmemit"
+    place = f" --model {shlex.quote(args.model)}"
+    if args.cache is not None:
+        place += f" --cache {shlex.quote(str(args.cache))}"
+    return f"""
+Next, with the edit in {args.save}, and with a fact of your own:
+  {command} apply{place} --edit {shlex.quote(str(args.save))} \\
+      --prompt "If you want to see the Eiffel Tower, travel to"
+  {command} edit{place} --corpus builtin --save mine.safetensors \\
+      --prompt "{{}} was written by" --subject "Moby-Dick" --target "Jane Austen"
+"""
 
 
 class _Clock:

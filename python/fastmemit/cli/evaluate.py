@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from fastmemit.cli.options import (
+    above_zero,
     add_corpus,
     add_method,
     add_model,
@@ -15,8 +18,12 @@ from fastmemit.cli.options import (
     ensure_statistics,
     make_editor,
 )
-from fastmemit.cli.table import SCORES, score_table
-from fastmemit.errors import BadConfig
+from fastmemit.cli.table import MEANING, SCORES, interval_table
+from fastmemit.errors import BadConfig, BadData
+
+if TYPE_CHECKING:
+    from fastmemit.evaluation import Result
+    from fastmemit.experiments.intervals import Estimate
 
 HELP = "Edit and score CounterFact or zsRE records in batches, each on the unedited model."
 EPILOG = """examples:
@@ -26,8 +33,10 @@ EPILOG = """examples:
   fastmemit evaluate --model gpt2-xl --data zsre:zsre_mend_eval.json
   fastmemit evaluate --model smollm2 --data counterfact.json --metrics score,magnitude,generation \\
       --references texts.jsonl
+  fastmemit evaluate --model smollm2 --data counterfact.json --perplexity text.txt
 """
-# The columns of each metric, CounterFact's; zsRE has its accuracies.
+# What each metric shows, CounterFact's; zsRE has its accuracies. No score stands without the exact
+# matches: a coin has an S of 50.
 COLUMNS = {
     "score": SCORES,
     "magnitude": ("em", "pm", "nm"),
@@ -36,6 +45,10 @@ COLUMNS = {
     "generation": ("ge", "rs"),
 }
 ZSRE_COLUMNS = ("ea", "pa", "na", "a")
+ZSRE_MEANING = """\
+EA, PA, NA: the share of the answer's tokens that the model says, for the question, in other words,
+and for an unrelated one. A: their harmonic mean. In percent; in brackets the 95 % interval over
+records, paired in "change"."""
 
 
 def add_arguments(verb: argparse.ArgumentParser) -> None:
@@ -51,8 +64,25 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
         type=_metrics,
         default=("score",),
         metavar="NAME,...",
-        help=f"columns of the table, of {', '.join(COLUMNS)}; the last two take time of their own "
-        "(default: score; zsRE shows its accuracies)",
+        help=f"rows of the table, of {', '.join(COLUMNS)}; the last two take time of their own "
+        "(default: score, which has the accuracies beside it; zsRE shows its own)",
+    )
+    verb.add_argument(
+        "--perplexity", type=Path, metavar="FILE", help="text to measure it on, before and after"
+    )
+    verb.add_argument(
+        "--perplexity-tokens",
+        type=above_zero,
+        default=4096,
+        metavar="N",
+        help="of that text, from its beginning (default %(default)s)",
+    )
+    verb.add_argument(
+        "--perplexity-batches",
+        type=above_zero,
+        default=1,
+        metavar="N",
+        help="after how many of the batches, at most (default %(default)s)",
     )
     verb.add_argument(
         "--references",
@@ -73,9 +103,12 @@ def run(args: argparse.Namespace) -> None:
     """Evaluate, print the table, write the file."""
     from fastcov.store import atomic_file
     from fastmemit.data import batches, load_records
+    from fastmemit.data.reading import check_file
     from fastmemit.data.zsre import is_zsre, load_zsre
     from fastmemit.evaluation import evaluate, load_references
     from fastmemit.evaluation.measures import Measures
+    from fastmemit.evaluation.perplexity import read_text
+    from fastmemit.experiments.results import unbounded_as_text
 
     check_writable(args.json)
     overrides = chosen_settings(args)
@@ -88,7 +121,12 @@ def run(args: argparse.Namespace) -> None:
     records = load(args.data, skip_malformed=args.skip_malformed)
     chosen = batches(records, args.batch_size, args.batches, seed=args.seed)
     measures.check([record for batch in chosen for record in batch])
+    if args.perplexity is not None:
+        check_file(args.perplexity, BadData)
     editor = make_editor(args)
+    text = None
+    if args.perplexity is not None:
+        text = read_text(args.perplexity, editor.tokenizer, tokens=args.perplexity_tokens)
     ensure_statistics(editor, editor.config(args.method, **overrides).layers, args)
     result = evaluate(
         editor,
@@ -97,18 +135,51 @@ def run(args: argparse.Namespace) -> None:
         overrides,
         metrics=args.metrics,
         references=references,
+        text=text,
+        perplexity_batches=args.perplexity_batches,
         progress=not args.quiet,
     )
     if args.json is not None:  # before it is shown, which may fail
         with atomic_file(args.json) as file:
-            file.write((json.dumps(result, indent=1) + "\n").encode())
+            text = json.dumps(unbounded_as_text(result), indent=1, allow_nan=False)
+            file.write(f"{text}\n".encode())
     count = sum(map(len, chosen))
     print(f"{editor.name}, {args.method}, {count} records in {len(chosen)} batches")
-    columns = ZSRE_COLUMNS if zsre else [name for m in args.metrics for name in COLUMNS[m]]
-    print(score_table({"before": result["before"], "after": result["after"]}, columns))
+    names = ZSRE_COLUMNS if zsre else [name for m in args.metrics for name in COLUMNS[m]]
+    print(interval_table(measured_columns(result, list(dict.fromkeys(names)))))
+    print(MEANING if not zsre else ZSRE_MEANING)
     print(" ".join(f"{name} {value:.1f} s" for name, value in result["seconds"].items()))
     if args.json is not None:
         print(f"written to {args.json}")
+
+
+def measured_columns(
+    result: Result, names: Sequence[str]
+) -> dict[str, dict[str, Estimate | float | None]]:
+    """What is shown of a result: before, after and the paired change of every score."""
+    from fastmemit.experiments.intervals import (
+        HARMONIC,
+        SHARES,
+        difference_intervals,
+        score_intervals,
+    )
+
+    records: Any = result["records"]
+    sure = [name for name in names if name in SHARES or name in HARMONIC]
+    before: dict[str, Any] = {name: result["before"][name] for name in names}
+    after: dict[str, Any] = {name: result["after"][name] for name in names}
+    change: dict[str, Any] = {
+        name: None if before[name] is None or after[name] is None else after[name] - before[name]
+        for name in names
+    }
+    before |= score_intervals(records, when="before", names=sure)
+    after |= score_intervals(records, names=sure)
+    change |= difference_intervals(records, records, whens=("after", "before"), names=sure)
+    if result["perplexity"] is not None:
+        found = result["perplexity"]
+        before["perplexity"], after["perplexity"] = found["before"], found["after"]
+        change["perplexity"] = found["after"] - found["before"]
+    return {"before": before, "after": after, "change": change}
 
 
 def _metrics(text: str) -> tuple[str, ...]:

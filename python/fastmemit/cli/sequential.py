@@ -81,7 +81,7 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Run what is left, write table and figure, print the last step of each sequence."""
     from fastcov.store import atomic_file
-    from fastmemit.cli.table import score_table
+    from fastmemit.cli.table import SCORES, score_table
     from fastmemit.data import batches, load_corpus, load_records
     from fastmemit.evaluation.perplexity import read_text
     from fastmemit.experiments.drawing import check_matplotlib
@@ -128,6 +128,11 @@ def run(args: argparse.Namespace) -> None:
     last = [line for line in lines if line["edits"] == len(chosen)]
     facts = sum(map(len, chosen))
     print(f"{editor.name}, {args.method}, {facts} facts in {len(chosen)} batches, all of them kept")
-    rows = {line["key"].rpartition("/")[0]: line["scores"] for line in last}
-    print(score_table({"unedited": last[0]["before"], **rows}))
-    print(f"{len(rows)} sequences in {args.out}: sequential.jsonl, .md, .svg, .png")
+    rows = {
+        line["key"].rpartition("/")[0]: {**line["scores"], "perplexity": line["perplexity"]}
+        for line in last
+    }
+    print(score_table({"unedited": last[0]["before"], **rows}, (*SCORES, "perplexity")))
+    print(
+        f"{len(rows)} sequences in {args.out}: sequential.jsonl, .md (with intervals), .svg, .png"
+    )

@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastmemit.cli.options import above_zero, add_model, make_editor
 from fastmemit.errors import BadConfig
+
+if TYPE_CHECKING:
+    from fastmemit.experiments.schema import Cell
 
 HELP = "Score edits for every multiplier, method and batch size; goes on where it was killed."
 EPILOG = """examples:
@@ -93,7 +96,7 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Run what is left of the sweep, and print a line a cell."""
-    from fastmemit.cli.table import score_table
+    from fastmemit.cli.table import SCORES, score_table
     from fastmemit.data import load_corpus, load_records
     from fastmemit.evaluation.perplexity import read_text
     from fastmemit.experiments import grid as grids
@@ -151,12 +154,20 @@ def run(args: argparse.Namespace) -> None:
         perplexity_batches=args.perplexity_batches,
     )
     cells = run_sweep(editor, grid, inputs, shard=shard, progress=not args.quiet)
-    print(score_table({cell["key"]: cell["scores"] for cell in cells}))
+    print(score_table({cell["key"]: _row(cell) for cell in cells}, (*SCORES, "perplexity")))
     number, of = shard
     if of == 1:
         print(f"{len(cells)} cells in {args.out}; fastmemit report {args.out} draws them")
     else:
         print(f"shard {number} of {of} is done: {len(cells)} of {len(grid.places())} cells so far")
+
+
+def _row(cell: Cell) -> dict[str, Any]:
+    from fastmemit.experiments.cell import table_of
+
+    found = cell["perplexity"]
+    scores = table_of([record["after"] for record in cell["records"]])
+    return {**scores, "perplexity": None if found is None else found["after"]}
 
 
 def _variants(vary: list[str], only: bool, methods: Sequence[str]) -> tuple[dict[str, Any], ...]:

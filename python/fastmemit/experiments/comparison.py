@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, cast
 
 from fastmemit.errors import BadData
+from fastmemit.evaluation.schema import Perplexity
 from fastmemit.experiments.folders import settings_name
 from fastmemit.experiments.intervals import (
     PERPLEXITY,
@@ -25,7 +26,7 @@ from fastmemit.experiments.intervals import (
     score_intervals,
 )
 from fastmemit.experiments.layout import method_title
-from fastmemit.experiments.schema import Cell, Perplexity
+from fastmemit.experiments.schema import Cell
 
 #: Quality counts as kept from this share of the full precompute's on, as in the paper's figures,
 #: in each of ES, PS, NS, EA, PA, NA and perplexity.

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import NamedTuple
 
-
 #: A table of more columns does not fit the width of a page.
 _NARROW = 9
 

@@ -15,7 +15,6 @@ from fastmemit.experiments.folders import multiplier_text
 from fastmemit.experiments.intervals import Estimate
 from fastmemit.experiments.layout import method_title, slug, unique
 
-
 _PANELS = ("es", "ea", "ps", "pa", "ns", "na", "s")  # two columns
 
 

@@ -159,9 +159,14 @@ def line_of(value: Mapping[str, Any]) -> bytes:
     Raises:
         ValueError: Another number is not finite, which no reader takes.
     """
-    value = _with_perplexity(value, math.inf, _UNBOUNDED)
+    value = unbounded_as_text(value)
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     return (text + "\n").encode()
+
+
+def unbounded_as_text(value: Mapping[str, Any]) -> dict[str, Any]:
+    """A result with the text "inf" for a perplexity without bound, as files have it."""
+    return _with_perplexity(value, math.inf, _UNBOUNDED)
 
 
 def _with_perplexity(value: Mapping[str, Any], one: Any, other: Any) -> dict[str, Any]:

@@ -22,11 +22,21 @@ from fastmemit.evaluation.counterfact import score_records
 from fastmemit.evaluation.schema import ScoreTable
 from fastmemit.experiments.cell import scored_or_failed, table_of
 from fastmemit.experiments.header import as_published
+from fastmemit.experiments.intervals import SCORES, SHARES
 from fastmemit.metrics.score import RecordScore
 from fastmemit.request import check_batch
 from fastmemit.targets.rows import request_rows
 
 log = logging.getLogger(__name__)
+
+
+class StepRecord(TypedDict):
+    """One fact of a step; shares in [0, 1], None where the record has no such prompts."""
+
+    case_id: int
+    batch: int  # counted from 0
+    before: dict[str, float | None]  # es, ps, ns, ea, pa, na of the unedited model
+    after: dict[str, float | None]  # of the model as it is now
 
 
 class Step(TypedDict):
@@ -40,6 +50,7 @@ class Step(TypedDict):
     before: ScoreTable  # of the unedited model on the same records
     by_batch: list[ScoreTable]  # `scores` of each batch alone, the oldest first
     perplexity: float | None  # of the model as it is now; None where it was not asked for
+    records: list[StepRecord]  # of all facts so far; earlier versions wrote none
 
 
 def check_step(place: str, line: Mapping[str, Any]) -> None:
@@ -61,6 +72,8 @@ def check_step(place: str, line: Mapping[str, Any]) -> None:
             isinstance(found, list) and found and all(map(_is_table, found))
         ),
     }
+    if "records" in line:
+        kinds["records"] = lambda found: isinstance(found, list) and all(map(_is_record, found))
     for name, fits in kinds.items():
         if name not in line or not fits(line[name]):
             said = f"has {name} = {line[name]!r:.80}" if name in line else f"lacks {name}"
@@ -70,8 +83,23 @@ def check_step(place: str, line: Mapping[str, Any]) -> None:
 
 
 def _is_table(found: Any) -> bool:
-    names = ("es", "ps", "ns", "s")
-    return isinstance(found, dict) and all(n in found and _is_number(found[n]) for n in names)
+    if not isinstance(found, dict):
+        return False
+    # Lines of earlier versions have no exact matches.
+    names = ("es", "ps", "ns", "s", *(name for name in SCORES if name in found))
+    return all(name in found and _is_number(found[name]) for name in names)
+
+
+def _is_record(found: Any) -> bool:
+    return (
+        isinstance(found, dict)
+        and type(found.get("case_id")) is int
+        and all(
+            isinstance(shares := found.get(when), dict)
+            and all(name in shares and _is_number(shares[name]) for name in SHARES)
+            for when in ("before", "after")
+        )
+    )
 
 
 def _is_number(found: Any) -> bool:
@@ -204,21 +232,38 @@ class _Run:
     ) -> Step:
         """Score all that was written."""
         records = [record for batch in batches for record in batch]
-        scores = scored_or_failed(self._editor, records)
-        parts, start = [], 0
-        for batch in batches:
-            parts.append(table_of(scores[start : start + len(batch)]))
-            start += len(batch)
+        numbers = [number for number, batch in enumerate(batches) for _ in batch]
+        scored = [
+            StepRecord(
+                case_id=record.case_id,
+                batch=number,
+                before=_shares(unedited[record.case_id]),
+                after=_shares(score),
+            )
+            for record, number, score in zip(
+                records, numbers, scored_or_failed(self._editor, records), strict=True
+            )
+        ]
+        parts = [
+            table_of([record["after"] for record in scored if record["batch"] == number])
+            for number in range(len(batches))
+        ]
         return Step(
             edits=len(batches),
             facts=len(records),
             failed=self._failed,
             preserved=0 if self._preserved is None else len(self._preserved),
-            scores=table_of(scores),
-            before=table_of([unedited[record.case_id] for record in records]),
+            scores=table_of([record["after"] for record in scored]),
+            before=table_of([record["before"] for record in scored]),
             by_batch=parts,
             perplexity=None if perplexity is None else _measured(perplexity),
+            records=scored,
         )
+
+
+def _shares(score: RecordScore) -> dict[str, float | None]:
+    shares = score.shares()
+    return {name: shares[name] for name in SHARES}
 
 
 def _measured(perplexity: Callable[[], float]) -> float:

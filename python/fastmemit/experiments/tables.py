@@ -14,6 +14,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from fastmemit.evaluation.schema import Perplexity
 from fastmemit.experiments.comparison import (
     KEPT,
     MARGIN,
@@ -26,7 +27,6 @@ from fastmemit.experiments.folders import multiplier_text
 from fastmemit.experiments.intervals import PERPLEXITY, SCORES, Estimate
 from fastmemit.experiments.layout import Column, Table, slug, unique
 from fastmemit.experiments.paper import NAMES, PaperRow, paper_rows, rows_for
-from fastmemit.experiments.schema import Perplexity
 
 _PAPER = ("es", "ps", "ns", "s")
 _PRINTED = tuple(Column(side, score.upper()) for score in _PAPER for side in ("full", "fast"))
@@ -37,8 +37,8 @@ _PLACE = ("method", "settings", "bos", "seed", "multiplier", "batch_size", "batc
 _PPL = ("ppl_before", "ppl_full", "ppl_fast")
 _DIFFERENCES = tuple(f"{score}_minus_full" for score in SCORES)
 _LEAST_NOTE = (
-    "Least share of full: the smallest of ES, PS, NS, EA, PA and NA over the full precompute's, and "
-    f"of its perplexity over this one; {KEPT:g} of it is what counts as kept."
+    "Least share of full: the smallest of ES, PS, NS, EA, PA and NA over the full precompute's, "
+    f"and of its perplexity over this one; {KEPT:g} counts as kept."
 )
 
 
@@ -87,12 +87,12 @@ def cells_table(groups: Sequence[Group]) -> Table:
         row = ["unedited", "-", str(len(cell.cell["records"]))]
         row += [_interval(cell.before[name]) for name in SCORES]
         row += [_ppl(cell, "before")] if measured else []
-        rows[(*row, "-")] = None  # once for each set of records
+        rows[tuple([*row, "-"])] = None  # once for each set of records
     for cell in cells:
         row = [cell.cell["key"], f"{cell.cell['keys']:,}", str(len(cell.cell["records"]))]
         row += [_interval(cell.after[name]) for name in SCORES]
         row += [_ppl(cell, "after")] if measured else []
-        rows[(*row, _least(cell.full))] = None
+        rows[tuple([*row, _least(cell.full)])] = None
     note = "In brackets the 95 % bootstrap interval over records. keys: preserved keys a layer. "
     title = "Every cell, with intervals"
     return Table("cells", title, tuple(columns), tuple(rows), note + _LEAST_NOTE)
@@ -127,9 +127,9 @@ def _differences(name: str, title: str, pairs: Sequence[tuple[Measured, Against]
         rows.append((*row, other.verdict))
     note = (
         "Differences in points, with the 95 % bootstrap interval over the records that both cells "
-        f"have. Not worse: no interval ends lower than {MARGIN:g} points below zero, and perplexity "
-        f"is at most {1 / KEPT:.2f} times the other's. Worse: an interval lies lower than that as a "
-        "whole. Open: it reaches to both sides. S is not judged, its parts are."
+        f"have. Not worse: no interval ends lower than {MARGIN:g} points below zero, and "
+        f"perplexity is at most {1 / KEPT:.2f} times the other's. Worse: an interval lies lower "
+        "than that as a whole. Open: it reaches to both sides. S is not judged, its parts are."
     )
     return Table(name, title, tuple(columns), tuple(rows), note)
 
@@ -321,7 +321,8 @@ def _value(found: Estimate | None) -> str:
 def _interval(found: Estimate | None, digits: int = 2, sign: str = "") -> str:
     if found is None:
         return "-"
-    numbers = (f"{end + 0.0:{sign}.{digits}f}" for end in (found.value, found.low, found.high))
+    ends = (found.value, found.low, found.high)
+    numbers = (f"{round(end, digits) + 0.0:{sign}.{digits}f}" for end in ends)  # no -0.0
     return "{} [{}, {}]".format(*numbers)
 
 

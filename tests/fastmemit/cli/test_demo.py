@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+import shlex
 
 import pytest
 
 from fastmemit import data
 from fastmemit.cli import main
+from fastmemit.cli.demo import verdict
 from fastmemit.delta import Delta
 from tiny_commands import Place, refused, run
 
@@ -27,10 +29,43 @@ def demo(place: Place, *more: str) -> list[object]:
 def test_it_edits_scores_saves_and_undoes(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
     out = run(capsys, *demo(place))
     assert "multiplier 4, 256 keys" in out
-    assert re.search(r"ES +PS +NS +S\nbefore( +[\d.]+){4}\nafter ( +[\d.]+){4}\n", out)
+    cell = r"[-+]?[\d.]+ \[[-\d.]+, [-\d.]+\]"
+    for name in ("ES", "PS", "NS", "S", "EA", "PA", "NA"):
+        assert re.search(rf"^{name} +{cell} +{cell} +{cell}$", out, re.MULTILINE), name
+    assert re.search(r"^perplexity +[\d.]+ +[\d.]+ +[-+][\d.]+$", out, re.MULTILINE)
+    assert "ES, PS, NS: the wanted answer is more probable" in out and "EA, PA, NA: the" in out
+    told = re.search(r"^(\d) of 5 facts are now what the model says", out, re.MULTILINE)
+    ea = re.search(rf"^EA +{cell} +([\d.]+)", out, re.MULTILINE)
+    assert told is not None and ea is not None
+    assert 20 * int(told[1]) == float(ea[1]), "the verdict is the exact matches, counted"
+    assert out.count(" (says: ") == 5 - int(told[1])
     assert out.count("  before: ") == out.count("  after:  ") == 4
     assert re.search(r"undone: all \d+ tensors are bit for bit the original\n", out)
     assert len(Delta.load(place.at / "demo.st").provenance["requests"]) == 5
+
+
+def test_the_verdict_names_what_did_not_take() -> None:
+    facts = data.builtin_facts()
+    assert verdict(facts, [], []) == "5 of 5 facts are now what the model says."
+    assert verdict(facts, facts[:1], [" Paris,\n the  capital"]) == (
+        "4 of 5 facts are now what the model says; not: "
+        "The Eiffel Tower is located in the city of Rome (says: Paris, the capital)."
+    )
+
+
+def test_it_ends_with_commands_that_work_as_they_stand(
+    place: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = run(capsys, *demo(place))
+    told = out[out.index("Next, with the edit in") :].replace("\\\n", " ").splitlines()
+    commands = [shlex.split(line.partition("fastmemit ")[2]) for line in told if "--" in line]
+    assert [command[0] for command in commands] == ["apply", "edit"]
+    apply = run(capsys, *commands[0], *place.model[2:])
+    assert "see the Eiffel Tower" in apply
+    small = ["--multiplier", "4", "--set", "layers=0-1", "--set", "steps=1"]
+    mine = ["--save", place.at / "mine.st"]
+    run(capsys, *commands[1], *place.model[2:], *small, *mine)
+    assert len(Delta.load(place.at / "mine.st").provenance["requests"]) == 1
 
 
 def test_it_says_if_the_weights_do_not_come_back(

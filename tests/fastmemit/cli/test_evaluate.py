@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,20 @@ def arguments(place: Place, data: Any, *more: Any) -> list[Any]:
             "--data", data, "--batch-size", "1", "--batches", "2", *more]  # fmt: skip
 
 
+NUMBER = r"[-+]?[\d.]+"
+
+
 def rows(out: str) -> dict[str, list[str]]:
-    """The table: its names, and the cells of the two rows."""
+    """The table: the values before, after and of the change of each score, without intervals."""
     lines = out.splitlines()
-    at = next(i for i, line in enumerate(lines) if line.startswith("before"))
-    return {
-        "names": lines[at - 1].split(),
-        **{line.split()[0]: line.split()[1:] for line in lines[at : at + 2]},
-    }
+    at = next(i for i, line in enumerate(lines) if line.split() == ["before", "after", "change"])
+    found = {}
+    for line in lines[at + 1 :]:
+        name, *cells = re.sub(r"\[.*?\]", "", line).split()
+        if len(cells) != 3 or not all(re.fullmatch(f"{NUMBER}|-", cell) for cell in cells):
+            break
+        found[name] = cells
+    return found
 
 
 @pytest.fixture
@@ -70,15 +77,41 @@ def test_the_metrics_that_are_asked_for(place: Place, full: Path, capsys: Captur
     out = run(capsys, *arguments(place, full, "--json", result, "--metrics",
               "magnitude,score,attributes,accuracy,generation", "--references", texts))  # fmt: skip
     shown, found = rows(out), json.loads(result.read_text())
-    assert " ".join(shown["names"]) == "EM PM NM ES PS NS S AS EA PA NA GE RS"
-    for when in ("before", "after"):
-        values = [found[when][name.lower()] for name in shown["names"]]
-        assert shown[when] == [f"{value:.2f}" for value in values]
+    assert " ".join(shown) == "EM PM NM ES PS NS S EA PA NA AS GE RS"
+    for name, (before, after, change) in shown.items():
+        values = [found[when][name.lower()] for when in ("before", "after")]
+        assert [before, after] == [f"{value:.2f}" for value in values]
+        assert change == f"{values[1] - values[0]:+.2f}"
     assert found["settings"]["metrics"][0] == "magnitude"
 
 
-def test_the_default_is_the_four_scores(place: Place, full: Path, capsys: Capture) -> None:
-    assert rows(run(capsys, *arguments(place, full)))["names"] == ["ES", "PS", "NS", "S"]
+def test_no_score_is_shown_without_the_exact_matches(
+    place: Place, full: Path, capsys: Capture
+) -> None:
+    out = run(capsys, *arguments(place, full))
+    assert list(rows(out)) == ["ES", "PS", "NS", "S", "EA", "PA", "NA"]
+    assert len(re.findall(rf"{NUMBER} \[{NUMBER}, {NUMBER}\]", out)) == 7 * 3
+    assert "a coin has 50" in out
+
+
+def test_perplexity_before_and_after(place: Place, full: Path, capsys: Capture) -> None:
+    text = place.at / "prose.txt"
+    text.write_text("the poet was in the city of Rome and the piano is in Italy " * 20)
+    result = place.at / "out.json"
+    out = run(capsys, *arguments(place, full, "--json", result, "--perplexity", text,
+              "--perplexity-tokens", "60", "--perplexity-batches", "2"))  # fmt: skip
+    found = json.loads(result.read_text())
+    perplexity = found["perplexity"]
+    assert rows(out)["perplexity"] == [
+        f"{perplexity['before']:.2f}",
+        f"{perplexity['after']:.2f}",
+        f"{perplexity['after'] - perplexity['before']:+.2f}",
+    ]
+    assert perplexity["batches"] == 2 and perplexity["before"] != perplexity["after"]
+    assert found["settings"]["text"]["tokens"] == 60
+    assert "perplexity" in found["seconds"]
+    line = refused(capsys, place, *arguments(place, full, "--perplexity", place.at / "gone.txt"))
+    assert "gone.txt does not exist" in line
 
 
 @pytest.mark.parametrize("prefix", ["", "zsre:"])
@@ -86,8 +119,9 @@ def test_zsre(place: Place, zsre: Path, prefix: str, capsys: Capture) -> None:
     result = place.at / "out.json"
     out = run(capsys, *arguments(place, f"{prefix}{zsre}", "--json", result))
     shown, found = rows(out), json.loads(result.read_text())
-    assert shown["names"] == ["EA", "PA", "NA", "A"]
-    assert shown["after"] == [f"{found['after'][name]:.2f}" for name in ("ea", "pa", "na", "a")]
+    assert list(shown) == ["EA", "PA", "NA", "A"]
+    after = [cells[1] for cells in shown.values()]
+    assert after == [f"{found['after'][name]:.2f}" for name in ("ea", "pa", "na", "a")]
 
 
 def test_what_is_refused(place: Place, full: Path, zsre: Path, capsys: Capture) -> None:

@@ -14,10 +14,12 @@ def test_a_report_is_written_and_named(tmp_path: Path, capsys: pytest.CaptureFix
     folder = write(tmp_path / "sweep", cells)
     lines = run(capsys, "report", folder, "--out", tmp_path / "out").splitlines()
     assert lines[0] == "tiny-model"
-    assert lines[1].split() == ["S", "at", "multiplier", "1", "full"]
-    scores = [f"{found['scores']['s']:.2f}" for found in cells]
-    assert lines[2].split() == ["MEMIT,", "10", "batches", "of", "4", *scores]
-    written = [line.removeprefix("written to ") for line in lines[3:]]
+    assert lines[1].split() == ["S,", "at", "multiplier", "1", "full"]
+    for line, name in ((lines[2], "s"), (lines[4], "ea")):
+        scores = [f"{found['scores'][name]:.2f}" for found in cells]
+        assert line.split() == ["MEMIT,", "10", "batches", "of", "4", *scores]
+    assert lines[5].startswith("least share of full, %, at multiplier")
+    written = [line.removeprefix("written to ") for line in lines[7:]]
     assert all(Path(path).is_file() for path in written)
     assert str(tmp_path / "out" / "report.html") in written
     assert not (folder / "report").exists()

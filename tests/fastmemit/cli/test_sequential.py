@@ -31,7 +31,9 @@ def test_from_records_to_table_and_figure(place: Place, capsys: pytest.CaptureFi
     ]
     rows = [line.split() for line in said.splitlines()]
     shown = next(row for row in rows if row and row[0] == "memit/b2x2/x4/plain")
-    assert shown[1:] == [f"{lines[-1]['scores'][n]:.2f}" for n in ("es", "ps", "ns", "s")]
+    names = ("es", "ps", "ns", "s", "ea", "pa", "na")
+    values = [*(lines[-1]["scores"][name] for name in names), lines[-1]["perplexity"]]
+    assert shown[1:] == [f"{value:.2f}" for value in values]
     assert (out / "sequential.md").read_text().count("\n| x") == 8
     assert (out / "sequential.svg").is_file() and (out / "sequential.png").is_file()
     before = {path.name: path.read_bytes() for path in out.iterdir()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import sys
 import typing
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from fastmemit.editor import Editor
-from fastmemit.errors import DuplicateRequest, WrongModel
+from fastmemit.errors import DuplicateRequest, FastmemitError, WrongModel
 from fastmemit.evaluation import evaluate, measures, score_records
 from fastmemit.evaluation.schema import FullScoreTable, RecordResult, Result
 from fastmemit.metrics.score import summarise
@@ -118,6 +119,43 @@ def test_settings_say_what_was_done(editor: Editor, result: Result) -> None:
     assert result["versions"] == versions()
     assert result["seconds"].keys() == {"before", "targets", "edit", "after", "undo"}
     assert all(seconds >= 0 for seconds in result["seconds"].values())
+
+
+def test_perplexity_is_measured_before_and_after_the_first_batches(
+    editor: Editor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fastmemit.evaluation import perplexity as module
+    from fastmemit.evaluation.perplexity import PerplexityText, perplexity
+
+    text = PerplexityText("text", "0" * 64, tuple(range(20, 60)))
+    unedited = perplexity(editor.adapter, text)
+    costs = []
+    for batch in BATCHES:
+        edit = editor.edit([r.request for r in batch], "memit", **QUICK)
+        costs.append(perplexity(editor.adapter, text).nll)
+        edit.undo()
+    found = evaluate(editor, BATCHES, "memit", QUICK, text=text, perplexity_batches=2)
+    assert found["perplexity"] == {
+        "before": pytest.approx(unedited.perplexity),
+        "after": pytest.approx(math.exp(sum(costs) / 2)),
+        "batches": 2,
+        "tokens": unedited.tokens,
+    }
+    assert found["settings"]["text"] == {"name": "text", "sha256": "0" * 64, "tokens": 40}
+    one = evaluate(editor, BATCHES, "memit", QUICK, text=text)["perplexity"]
+    assert one is not None and one["batches"] == 1
+    assert one["after"] == pytest.approx(math.exp(costs[0]))
+    # A model that an edit has broken has no finite perplexity, and the evaluation goes on.
+    real = module.perplexity
+
+    def broken(adapter: Any, *args: Any, **kwargs: Any) -> Any:
+        if editor.edits:
+            raise FastmemitError("The model's logits are not finite.")
+        return real(adapter, *args, **kwargs)
+
+    monkeypatch.setattr(module, "perplexity", broken)
+    last = evaluate(editor, BATCHES, "memit", QUICK, text=text)["perplexity"]
+    assert last is not None and last["after"] == math.inf and last["before"] == one["before"]
 
 
 def test_targets_are_optimised_once_for_all_batches(

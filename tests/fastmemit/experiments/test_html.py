@@ -12,7 +12,12 @@ from fastmemit.experiments.folders import collect
 from fastmemit.experiments.html import page, runs
 from fastmemit.experiments.plots import Picture
 from fastmemit.experiments.report import write_report
-from fastmemit.experiments.tables import cells_table, comparison_tables, paper_tables
+from fastmemit.experiments.tables import (
+    cells_table,
+    comparison_tables,
+    difference_tables,
+    paper_tables,
+)
 from headless_browser import figures_seen, open_page
 from tiny_sweeps import cell, write
 
@@ -142,7 +147,7 @@ def test_the_page_can_be_read_without_seeing_it(report: Path) -> None:
     assert len(elements.all("caption")) == len(elements.all("table"))
     assert {head.get("scope") for head in elements.all("th")} == {"col", "colgroup", "row"}
     alt = elements.all("img")[0]["alt"] or ""
-    assert alt.startswith("ES, PS, NS, S against the multiplier. S of 8 batches of 1: ")
+    assert alt.startswith("ES, EA, PS, PA, NS, NA, S against the multiplier. EA of 8 batches of 1")
     assert elements.all("html") == [{"lang": "en"}]
 
 
@@ -181,9 +186,10 @@ def test_every_table_and_picture_is_on_the_page(tmp_path: Path) -> None:
     found = collect([write(tmp_path, [cell(), cell(multiplier=None)])])
     groups = group_cells(found.cells, resamples=50)
     comparisons, paper = comparison_tables(groups), paper_tables(groups)
+    differences = difference_tables(groups)
     pictures = [Picture("a", "A picture", "seen", b"<svg/>", b"")]
-    elements = Elements(page(found, pictures, comparisons, paper, cells_table(groups)))
-    for table in (*comparisons, *paper, cells_table(groups)):
+    elements = Elements(page(found, pictures, comparisons, differences, paper, cells_table(groups)))
+    for table in (*comparisons, *differences, *paper, cells_table(groups)):
         assert table.title in elements.text
         assert all(value in elements.text for row in table.rows for value in row)
     assert "A picture." in elements.text

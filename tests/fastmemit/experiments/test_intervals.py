@@ -1,12 +1,18 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 
-from fastmemit.experiments.intervals import Estimate, ratio_interval, score_intervals
-from fastmemit.metrics.score import harmonic_mean
+from fastmemit.experiments.intervals import (
+    SCORES,
+    Estimate,
+    difference_intervals,
+    kept_share,
+    score_intervals,
+)
 from tiny_sweeps import cell, record
 
 
@@ -80,43 +86,98 @@ def test_the_seed_decides_on_the_draws() -> None:
     assert score_intervals(records) != score_intervals(records, seed=1)
 
 
-def test_a_ratio_is_paired_by_case() -> None:
+def test_exact_matches_are_scored_as_the_others_and_are_no_part_of_s() -> None:
+    records = [record(i, 1.0, 1.0, 0.5, ea=i % 2, pa=0.25, na=0.0) for i in range(4)]
+    found = score_intervals(records)
+    assert list(found) == ["es", "ps", "ns", "s", "ea", "pa", "na"]
+    assert found["s"] == Estimate(75.0, 75.0, 75.0)
+    assert found["ea"] is not None and found["ea"].value == 50 and found["ea"].low == 0
+    assert found["pa"] == Estimate(25.0, 25.0, 25.0) and found["na"] == Estimate(0.0, 0.0, 0.0)
+    assert score_intervals([record(0, 1.0)])["ea"] is None, "they were not always recorded"
+
+
+def test_the_accuracies_of_zsre_have_their_own_mean() -> None:
+    records = [{"after": {"ea": 1.0, "pa": 0.5, "na": 0.25}}] * 3
+    found = score_intervals(records, names=("ea", "a"))
+    assert found == {"ea": Estimate(100.0, 100.0, 100.0), "a": Estimate(300 / 7, 300 / 7, 300 / 7)}
+
+
+def test_a_difference_is_paired_by_case() -> None:
     full = [record(i, i % 2, 1.0, 1.0) for i in range(40)]
-    same = ratio_interval(full, full[::-1])
-    assert same == Estimate(1.0, 1.0, 1.0), (
-        "the same outcome in every case is a ratio without doubt"
-    )
-    # The same means from other cases: the ratio is 1 again, and not certain.
-    other = [record(i, 1 - i % 2, 1.0, 1.0) for i in range(40)]
-    crossed = ratio_interval(other, full)
-    assert crossed is not None and crossed.value == pytest.approx(1)
-    assert crossed.low < 0.9 and crossed.high > 1.1
+    same = difference_intervals(full, full[::-1])
+    assert same["es"] == Estimate(0.0, 0.0, 0.0), "equal in every case: no difference, no doubt"
+    assert same["ea"] is None
+    # The same means from other cases: no difference either, and not certain.
+    crossed = difference_intervals([record(i, 1 - i % 2) for i in range(40)], full)["es"]
+    assert crossed is not None and crossed.value == pytest.approx(0)
+    assert crossed.low < -20 and crossed.high > 20
+    # Every case is worse by a tenth: certain, though both scores have wide intervals.
+    worse = [record(i, 1.0, 1.0, (i % 2) * 0.9) for i in range(40)]
+    better = [record(i, 1.0, 1.0, (i % 2) * 0.9 + 0.1) for i in range(40)]
+    found = difference_intervals(worse, better)["ns"]
+    assert found is not None
+    assert (found.low, found.value, found.high) == pytest.approx((-10, -10, -10))
 
 
-def test_a_ratio_is_of_the_cases_that_both_have() -> None:
+def test_a_difference_is_of_the_cases_that_both_have() -> None:
     fast = [record(i, 1.0, 1.0, 0.5) for i in range(5)]
     full = [record(i, 1.0, 1.0, 1.0 if i < 5 else 0.1) for i in range(9)]
-    found = ratio_interval(fast, full)
-    assert found is not None and found.value == pytest.approx(harmonic_mean([1, 1, 0.5]))
+    found = difference_intervals(fast, full)
+    assert found["ns"] == Estimate(-50.0, -50.0, -50.0)
+    assert found["s"] == Estimate(-25.0, -25.0, -25.0)
+    assert difference_intervals(fast, full[5:]) == dict.fromkeys(SCORES)
 
 
-def test_a_draw_whose_full_s_is_zero_has_no_ratio() -> None:
-    fast = [record(0, 1.0), record(1, 1.0)]
-    full = [record(0, 1.0), record(1, 0.0)]  # a quarter of the draws takes the second one twice
-    found = ratio_interval(fast, full)
+def test_after_minus_before() -> None:
+    records = [record(i, 1.0) for i in range(3)]
+    found = difference_intervals(records, records, whens=("after", "before"), names=("es",))
+    assert found == {"es": Estimate(50.0, 50.0, 50.0)}
+
+
+def _kept(fast: list, full: list, *more: Any) -> tuple[float, float, float, str]:
+    found = kept_share(fast, full, *more)
     assert found is not None
-    assert (found.low, found.value, found.high) == pytest.approx((1, 4 / 3, 4 / 3))
+    return found.share.low, found.share.value, found.share.high, found.by
+
+
+def test_what_is_kept_is_the_smallest_share() -> None:
+    full = [record(i, 1.0, 1.0, 0.8, ea=1.0, pa=0.5, na=0.1) for i in range(8)]
+    # S falls by 3 %, PA by 40 %.
+    fast = [record(i, 1.0, 1.0, 0.76, ea=1.0, pa=0.3, na=0.1) for i in range(8)]
+    assert _kept(fast, full) == pytest.approx((0.6, 0.6, 0.6, "pa"))
+    assert _kept(full, full) == (1.0, 1.0, 1.0, "es")
+    assert _kept(fast, full, (40.0, 20.0)) == pytest.approx((0.5, 0.5, 0.5, "perplexity"))
+    assert _kept(fast, full, (21.0, 20.0)) == pytest.approx((0.6, 0.6, 0.6, "pa"))
+    assert _kept(fast, full, (math.inf, 20.0)) == (0.0, 0.0, 0.0, "perplexity")
+
+
+def test_a_broken_model_that_has_half_of_s_has_nothing_left() -> None:
+    full = [record(i, 1.0, 1.0, 0.75, ea=1.0, pa=0.6, na=0.1) for i in range(10)]
+    coin = [record(i, i % 2, 0.5, 0.5, ea=0.0, pa=0.0, na=0.0) for i in range(10)]
+    s, s_full = score_intervals(coin)["s"], score_intervals(full)["s"]
+    assert s is not None and s_full is not None and s.value / s_full.value > 0.55
+    assert _kept(coin, full)[1] == 0.0
+
+
+def test_a_draw_takes_the_smallest_of_its_own_shares() -> None:
+    # One of ES and PS is lost in each half of the records, so a draw rarely halves both alike.
+    full = [record(i, 1.0, 1.0) for i in range(20)]
+    fast = [record(i, i % 2, 1 - i % 2) for i in range(20)]
+    low, value, high, by = _kept(fast, full)
+    assert (value, by) == (0.5, "es")
+    assert low < 0.4 and high == 0.5, "the smaller of two that add up to one is at most half"
+
+
+def test_a_score_that_the_full_precompute_has_not_is_left_out() -> None:
+    full = [record(i, 1.0, None, 0.5, ea=0.0) for i in range(4)]
+    fast = [record(i, 0.5, 1.0, 0.5, ea=1.0) for i in range(4)]
+    assert _kept(fast, full) == (0.5, 0.5, 0.5, "es")
 
 
 @pytest.mark.parametrize(
     ("fast", "full"),
-    [
-        ([record(0, 1.0)], [record(1, 1.0)]),
-        ([record(0, 1.0)], [record(0, 0.0)]),
-        ([record(0, 1.0, None)], [record(0, 1.0)]),
-        ([record(0, 1.0)], [record(0, 1.0, None)]),
-    ],
-    ids=["no common case", "a full S of zero", "no fast S", "no full S"],
+    [([record(0, 1.0)], [record(1, 1.0)]), ([record(0, 1.0)], [record(0, 0.0, 0.0, 0.0)])],
+    ids=["no common case", "nothing above zero"],
 )
-def test_there_is_no_ratio(fast: list, full: list) -> None:
-    assert ratio_interval(fast, full) is None
+def test_there_is_no_share(fast: list, full: list) -> None:
+    assert kept_share(fast, full) is None

@@ -48,6 +48,15 @@ def test_latex() -> None:
     )
 
 
+def test_a_wide_table_is_made_as_narrow_as_the_page() -> None:
+    columns = tuple(Column(f"c{index}") for index in range(10))
+    text = latex([Table("t", "t", columns, (tuple("0123456789"),))])
+    assert text.startswith("% Needs \\usepackage{booktabs} and \\usepackage{graphicx}.\n")
+    assert "\\resizebox{\\textwidth}{!}{%\n\\begin{tabular}{rrrrrrrrrr}\n" in text
+    assert "\\end{tabular}}\n\\end{table}" in text
+    assert "resizebox" not in latex([TABLE])
+
+
 def test_columns_without_an_upper_head_have_no_second_row() -> None:
     plain = Table("t", "t", (Column("a"), Column("b")), (("1", "2"),))
     assert plain.spans == []

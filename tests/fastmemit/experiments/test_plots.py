@@ -12,7 +12,7 @@ from fastmemit.experiments import plots
 from fastmemit.experiments.comparison import Group, Size, group_cells
 from fastmemit.experiments.drawing import COLOURS, Drawing, check_matplotlib
 from fastmemit.experiments.schema import Cell
-from tiny_sweeps import cell, grid, study
+from tiny_sweeps import cell, grid, made, record, study
 
 
 def groups(cells: list[Cell]) -> list[Group]:
@@ -36,11 +36,14 @@ def labels(drawing: Drawing) -> list[str]:
     return [line.label for line in drawing.lines]
 
 
-def test_each_method_has_four_panels_and_a_line_for_each_size(drawings: list[Drawing]) -> None:
+PANELS = ["ES", "EA", "PS", "PA", "NS", "NA", "S"]
+
+
+def test_each_method_has_every_score_and_a_line_for_each_size(drawings: list[Drawing]) -> None:
     found = plots.pictures(groups(grid()), "tiny")
     assert [picture.name for picture in found] == ["emmet", "memit"]
     for drawing in drawings:
-        assert [panel.name for panel in drawing.panels] == ["ES", "PS", "NS", "S"]
+        assert [panel.name for panel in drawing.panels] == PANELS
         assert labels(drawing) == ["40 batches of 1", "10 batches of 4", "5 batches of 16"]
         assert len({line.colour for line in drawing.lines}) == 3
         assert all(line.kept for line in drawing.lines)
@@ -51,7 +54,7 @@ def test_each_method_has_four_panels_and_a_line_for_each_size(drawings: list[Dra
 def test_a_panel_reads_its_own_score(drawings: list[Drawing]) -> None:
     plots.pictures(groups(grid()), "tiny")
     found = drawings[0].lines[0].cells[2.0]
-    for panel, name in zip(drawings[0].panels, ("es", "ps", "ns", "s"), strict=True):
+    for panel, name in zip(drawings[0].panels, map(str.lower, PANELS), strict=True):
         estimate = panel.read(found)
         assert estimate is not None
         assert estimate.value == pytest.approx(found.cell["scores"][name])  # type: ignore[literal-required]
@@ -67,9 +70,9 @@ def test_settings_are_compared_size_by_size(drawings: list[Drawing]) -> None:
     ], "sizes with one group have nothing to compare"
     drawing = drawings[-1]
     assert [(panel.name, panel.perplexity) for panel in drawing.panels] == [
-        ("S", False),
+        *((name, False) for name in PANELS),
         ("perplexity", True),
-    ]
+    ], "what a broken model cannot have stands beside S"
     assert [(line.label, line.colour, line.dashed, line.kept) for line in drawing.lines] == [
         ("settings of the preset", 0, False, True),
         ("without BOS", 0, True, False),
@@ -79,23 +82,29 @@ def test_settings_are_compared_size_by_size(drawings: list[Drawing]) -> None:
         ("shrinkage=oas, without BOS", 2, True, False),
     ]
     at_one = drawing.lines[0].cells[1.0]
-    perplexity = drawing.panels[1].read(at_one)
+    perplexity = drawing.panels[-1].read(at_one)
     assert perplexity is not None and at_one.perplexity is not None
     assert perplexity.value == at_one.perplexity["after"] > 60
 
 
-def test_one_group_with_perplexity_has_a_line_for_each_size(drawings: list[Drawing]) -> None:
+def test_perplexity_is_in_the_figure_of_the_scores(drawings: list[Drawing]) -> None:
     cells = [
         cell(multiplier=m, size=s, perplexity=True) for s in ((1, 4), (4, 1)) for m in (1.0, 2.0)
     ]
-    found = plots.pictures(groups(cells), "tiny")
-    assert [picture.name for picture in found] == ["memit", "memit-perplexity"]
-    assert labels(drawings[1]) == ["4 batches of 1", "1 batch of 4"]
+    assert [picture.name for picture in plots.pictures(groups(cells), "tiny")] == ["memit"]
+    assert labels(drawings[0]) == ["4 batches of 1", "1 batch of 4"]
+    assert [panel.name for panel in drawings[0].panels] == [*PANELS, "perplexity"]
+
+
+def test_what_was_not_recorded_has_no_panel(drawings: list[Drawing]) -> None:
+    old = [made("memit", m, (1, 2), [record(0, 1.0), record(1, 0.0)]) for m in (1.0, 2.0)]
+    plots.pictures(groups(old), "tiny")
+    assert [panel.name for panel in drawings[0].panels] == ["ES", "PS", "NS", "S"]
 
 
 def test_a_point_alone_is_not_drawn(drawings: list[Drawing]) -> None:
     assert plots.pictures(groups([cell()]), "tiny") == []
-    # Overrides alone, as where the whole sweep was run with them, have their four panels.
+    # Overrides alone, as where the whole sweep was run with them, have their figure.
     ridge = [cell(multiplier=m, settings={"ridge": 1}) for m in (1.0, 2.0)]
     assert [p.name for p in plots.pictures(groups(ridge), "tiny")] == ["memit-ridge-1"]
 
@@ -103,10 +112,11 @@ def test_a_point_alone_is_not_drawn(drawings: list[Drawing]) -> None:
 def test_the_numbers_are_in_the_words(drawings: list[Drawing]) -> None:
     cells = [cell(multiplier=m) for m in (2.0, None)]
     (picture,) = plots.pictures(groups(cells), "tiny")
-    low, full = (found["scores"]["s"] for found in cells)
+    s, ea = ([found["scores"][name] for found in cells] for name in ("s", "ea"))
     assert picture.alt == (
-        "ES, PS, NS, S against the multiplier. "
-        f"S of 10 batches of 4: {low:.1f} at 2, {full:.1f} at full."
+        "ES, EA, PS, PA, NS, NA, S against the multiplier. "
+        f"EA of 10 batches of 4: {ea[0]:.1f} at 2, {ea[1]:.1f} at full. "
+        f"S of 10 batches of 4: {s[0]:.1f} at 2, {s[1]:.1f} at full."
     )
 
 
@@ -121,8 +131,8 @@ def test_equal_cells_give_equal_files_that_are_what_they_say() -> None:
     assert "<dc:date>" not in text and "<text" not in text, "no date, and no font of the reader's"
     for colour in COLOURS[:2]:
         assert colour.lower() in text
-    # Four panels with a dashed line each for two sizes, and a dashed entry in the legend.
-    assert len(re.findall(r"stroke-dasharray: 3\.\d+,2\.1", text)) == 4 * 2
+    # Seven panels with a dashed line each for two sizes.
+    assert len(re.findall(r"stroke-dasharray: 3\.\d+,2\.1", text)) == 7 * 2
     other = plots.pictures(groups([cell(multiplier=m) for m in (1.0, 2.0)]), "tiny")[0]
     assert other.svg != first.svg and other.png != first.png
 

@@ -43,8 +43,8 @@ def editor(shared: Editor) -> Iterator[Editor]:
 
 
 def table(scores: list[RecordScore]) -> dict[str, Any]:
-    found = summarise(scores)
-    return {"es": found.es, "ps": found.ps, "ns": found.ns, "s": found.s}
+    found = summarise(scores).as_dict()
+    return {name: found[name] for name in ("es", "ps", "ns", "s", "ea", "pa", "na")}
 
 
 def run(editor: Editor, **more: Any) -> list[Step]:
@@ -78,6 +78,13 @@ def test_a_run_is_edits_on_top_of_each_other_written_out(editor: Editor, preserv
         assert step["scores"] == table(now)
         assert step["before"] == table(unedited[: len(so_far)])
         assert step["by_batch"][0] == table(now[:2]) and len(step["by_batch"]) == number
+        assert [
+            (row["case_id"], row["batch"], row["before"]["ns"], row["after"]["ea"])
+            for row in step["records"]
+        ] == [
+            (item.case_id, RECORDS.index(item) // 2, old.ns, new.ea)
+            for item, old, new in zip(so_far, unedited, now, strict=False)
+        ]
     for edit in reversed(edits):
         edit.undo()
 
@@ -220,7 +227,7 @@ def test_nan_scores_and_perplexities_do_not_end_it(editor: Editor) -> None:
     )
     (step,) = list(steps)
     hook.remove()
-    assert step["scores"] == {"es": 0.0, "ps": 0.0, "ns": 0.0, "s": 0.0}
+    assert set(step["scores"].values()) == {0.0}, "nothing is said exactly, either"
     assert step["before"]["ns"] is not None and step["perplexity"] == float("inf")
     assert torch.equal(before, editor.adapter.weight(0))
 

@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 
 from fastmemit.experiments.sequential_report import figure, markdown
+from tiny_sweeps import record
 
 
 def line(
     multiplier: float | None = 2.0, preserve: bool = True, edits: int = 1, **more: Any
 ) -> dict[str, Any]:
     es = 90.0 - 10 * edits * (not preserve)
-    scores = {"es": es, "ps": 80.0, "ns": 70.0, "s": 79.0 - edits}
+    scores = {"es": es, "ps": 80.0, "ns": 70.0, "s": 79.0 - edits, "ea": 50.0, "pa": 40.0}
     return {
         "multiplier": multiplier,
         "preserve": preserve,
@@ -23,7 +24,7 @@ def line(
         "failed": 0,
         "scores": scores,
         "before": {"es": 10.0, "ps": 11.0, "ns": 77.0, "s": 14.0},
-        "by_batch": [{**scores, "s": 60.5}, {**scores, "s": 99.25}][:edits],
+        "by_batch": [{**scores, "s": 60.5, "ea": 33.0}, {**scores, "s": 99.25}][:edits],
         "perplexity": None,
         **more,
     }
@@ -31,12 +32,16 @@ def line(
 
 def test_a_row_for_each_step() -> None:
     found = markdown([line(), line(edits=2), line(None, False, 2)]).splitlines()
-    assert found[0].startswith("| multiplier | edit keys | facts | ES | PS | NS | S |")
-    assert found[0].count("|") == found[1].count("|") == found[2].count("|") == 10
-    assert found[3] == ("| x2 | preserved | 32 | 90.00 | 80.00 | 70.00 | 77.00 | 60.50 | 99.25 |")
+    assert found[0].startswith("| multiplier | edit keys | facts | ES | PS | NS | S | EA | PA | NA")
+    assert found[0].count("|") == found[1].count("|") == found[2].count("|") == 15
+    assert found[3] == (
+        "| x2 | preserved | 32 | 90.00 | 80.00 | 70.00 | 77.00 | 50.00 | 40.00 | - "
+        "| 60.50 | 33.00 | 99.25 | 50.00 |"
+    )
     assert found[4].startswith("| full | not preserved | 32 | 70.00 ")
     assert found[6] == (
-        "The unedited model on the same 32 facts: S 14.00, ES 10.00, PS 11.00, NS 77.00."
+        "The unedited model on the same 32 facts: ES 10.00, PS 11.00, NS 77.00, S 14.00, EA -, "
+        "PA -, NA -."
     )
 
 
@@ -46,6 +51,15 @@ def test_perplexity_and_broken_models_are_said() -> None:
     assert "1 batches could not be written" in found
     missing = {"es": 90.0, "ps": None, "ns": None, "s": None}
     assert "| 90.00 | - | - | - |" in markdown([line(scores=missing)])
+
+
+def test_a_line_with_its_records_has_intervals() -> None:
+    records = [record(i, float(i > 0), ea=float(i > 1)) for i in range(4)]
+    row = markdown([line(records=records)]).splitlines()[2]
+    assert "| 90.00 [25.00, 100.00] | 80.00 [100.00, 100.00] |" in row
+    assert "| 50.00 [0.00, 100.00] | 40.00 | - |" in row
+    assert "In brackets the 95 % bootstrap interval" in markdown([line(records=records)])
+    assert "In brackets" not in markdown([line()])
 
 
 @pytest.mark.parametrize("measured", [False, True])

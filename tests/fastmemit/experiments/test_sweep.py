@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import random
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 
 from fastmemit.data import Record
 from fastmemit.editor import Editor
-from fastmemit.errors import BadData, WrongModel
+from fastmemit.errors import BadData, FastmemitError, WrongModel
 from fastmemit.evaluation import evaluate
 from fastmemit.evaluation.perplexity import read_text
 from fastmemit.experiments import cell as cell_module
@@ -267,8 +268,31 @@ def test_a_model_that_answers_nothing_has_failed(
 
     monkeypatch.setattr(cell_module, "score_records", broken)
     cell = run_sweep(editor, grid, inputs(editor, tmp_path / "out"))[0]
-    assert cell["scores"] == {"es": 0.0, "ps": 0.0, "ns": 0.0, "s": 0.0}
-    assert cell["before"]["ns"] is not None
+    assert cell["scores"] == dict.fromkeys(("es", "ps", "ns", "s", "ea", "pa", "na"), 0.0)
+    assert cell["before"]["ns"] is not None and cell["before"]["na"] is not None
+
+
+def test_a_model_without_a_finite_perplexity_does_not_end_a_sweep(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fastmemit.evaluation import perplexity as module
+
+    editor = tiny_editor(tmp_path / "cache", layers=None)
+    grid = dataclasses.replace(GRID, multipliers=(2.0,), variants=(SETTINGS,), batches={2: 1})
+    path = tmp_path / "text.txt"
+    path.write_text("the poet was in the city of Rome " * 20)
+    real = module.perplexity
+
+    def broken(*args: Any, **more: Any) -> Any:
+        if editor.edits:
+            raise FastmemitError("The model's logits are not finite.")
+        return real(*args, **more)
+
+    monkeypatch.setattr(module, "perplexity", broken)
+    text = read_text(path, editor.tokenizer, tokens=40)
+    for cell in run_sweep(editor, grid, inputs(editor, tmp_path / "out", text=text)):
+        assert cell["perplexity"] is not None
+        assert cell["perplexity"]["after"] == math.inf > cell["perplexity"]["before"]
 
 
 def test_an_edited_model_is_refused(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from fastmemit.experiments.tables import (
     cells_table,
     comparison_csv,
     comparison_tables,
+    difference_tables,
     paper_tables,
     summary,
 )
@@ -22,8 +23,9 @@ def _rows(text: str) -> list[dict[str, str]]:
     return list(csv.DictReader(io.StringIO(text)))
 
 
-def test_a_comparison_has_the_paper_s_shape() -> None:
-    full, fast = [record(0, 1.0), record(1, 1.0)], [record(0, 1.0), record(1, 0.0, 0.5, None)]
+def test_a_comparison_has_the_paper_s_shape_and_what_the_paper_leaves_out() -> None:
+    full = [record(0, 1.0, ea=1.0), record(1, 1.0, ea=1.0)]
+    fast = [record(0, 1.0, ea=0.0), record(1, 0.0, 0.5, None, ea=0.0)]
     groups = group_cells(
         [
             made("memit", None, (1, 2), full),
@@ -36,21 +38,49 @@ def test_a_comparison_has_the_paper_s_shape() -> None:
     assert table.title == "MEMIT: multiplier 2 against the full precompute"
     assert [column.flat for column in table.columns] == [
         "batches", "ES full", "ES fast", "PS full", "PS fast", "NS full", "NS fast", "S full",
-        "S fast", "S fast / full", "perplexity before", "perplexity full", "perplexity fast",
-        "keys",
+        "S fast", "EA full", "EA fast", "PA full", "PA fast", "NA full", "NA fast",
+        "perplexity before", "perplexity full", "perplexity fast", "least share of full", "keys",
     ]  # fmt: skip
     first, second = table.rows
-    assert first[:9] == (
+    assert first == (
         "2 batches of 1", "100.00", "50.00", "100.00", "75.00", "100.00", "100.00", "100.00",
-        "69.23",
+        "69.23", "100.00", "0.00", "-", "-", "-", "-", "-", "-", "-", "0.000 (EA) [0.000, 0.000]",
+        "3,072",
     )  # fmt: skip
-    assert first[9].startswith("0.692 [")
-    assert first[10:] == ("-", "-", "-", "3,072")
     assert second == (
-        "1 batch of 2", "-", "50.00", "-", "75.00", "-", "100.00", "-", "69.23", "-", "36.50", "-",
-        "54.75", "3,072",
+        "1 batch of 2", "-", "50.00", "-", "75.00", "-", "100.00", "-", "69.23", "-", "0.00", "-",
+        "-", "-", "-", "36.50", "-", "54.75", "-", "3,072",
     )  # fmt: skip
-    assert all(len(row) == len(table.columns) for row in table.rows)
+    assert "0.95 counts as kept" in table.note
+
+
+def test_differences_are_paired_and_judged() -> None:
+    full = [record(i, 1.0, 1.0, 0.8, ea=1.0, pa=0.5, na=0.1) for i in range(4)]
+    fast = [record(i, 1.0, 1.0, 0.7, ea=1.0, pa=0.5, na=0.1) for i in range(4)]
+    tables = difference_tables(
+        group_cells(
+            [
+                made("memit", None, (2, 2), full, worse=1.0),
+                made("memit", 2.0, (2, 2), fast, worse=1.5),
+                made("memit", 2.0, (2, 2), full, {"ridge": 0.1}),
+            ],
+            resamples=50,
+        )
+    )
+    assert [table.title for table in tables] == [
+        "Against the full precompute, paired",
+        "Against the settings of the preset",
+    ]
+    ((name, other, *values),) = tables[0].rows
+    assert (name, other) == ("memit/b2x2/x2", "memit/b2x2/full")
+    same = "+0.0 [+0.0, +0.0]"
+    assert values[:3] == [same, same, "-10.0 [-10.0, -10.0]"] and values[4:7] == [same] * 3
+    assert values[7:] == ["1.50", "worse: NS, perplexity"]
+    ((name, other, *values),) = tables[1].rows
+    assert (name, other) == ("memit/b2x2/x2+ridge=0.1", "memit/b2x2/x2")
+    assert values[2] == "+10.0 [+10.0, +10.0]" and values[-1] == "not worse"
+    assert "lower than 2 points below zero" in tables[0].note and "1.05 times" in tables[0].note
+    assert difference_tables(group_cells([cell()], resamples=20)) == []
 
 
 def test_a_group_of_one_size_is_one_table_over_multipliers() -> None:
@@ -92,17 +122,23 @@ def test_misprints_of_the_paper_are_marked() -> None:
     assert "Tables 30 and 31 print the same" in last.note
 
 
-def test_every_cell_has_its_intervals() -> None:
+def test_every_cell_has_its_intervals_and_the_unedited_model_is_there_once() -> None:
     chosen = [cell(), cell(multiplier=None), cell("rome", size=(1, 5), perplexity=True)]
     groups = group_cells(chosen)
     table = cells_table(groups)
-    assert [row[0] for row in table.rows] == [found["key"] for found in chosen]
-    assert [row[1:3] for row in table.rows] == [("3,072", "40"), ("67,000", "40"), ("3,072", "5")]
-    found = groups[0].cells[(4, 10)][2.0].after["s"]  # type: ignore[index]
-    assert found is not None and found.low < found.value < found.high
-    assert table.rows[0][6] == f"{found.value:.2f} [{found.low:.2f}, {found.high:.2f}]"
-    assert table.rows[0][8].count(".") == 3 and table.rows[1][8] == "-"
-    assert [row[9] for row in table.rows] == ["-", "-", "36.50"]
+    names = [found["key"] for found in chosen]
+    assert [row[0] for row in table.rows] == ["unedited", "unedited", *names]
+    assert [row[1:3] for row in table.rows] == [
+        ("-", "40"), ("-", "5"), ("3,072", "40"), ("67,000", "40"), ("3,072", "5"),
+    ]  # fmt: skip
+    measured = groups[0].cells[(4, 10)][2.0]  # type: ignore[index]
+    for column, name in enumerate(("es", "ps", "ns", "s", "ea", "pa", "na"), 3):
+        for row, estimates in ((table.rows[0], measured.before), (table.rows[2], measured.after)):
+            found = estimates[name]
+            assert found is not None and found.low <= found.value <= found.high
+            assert row[column] == f"{found.value:.2f} [{found.low:.2f}, {found.high:.2f}]"
+    assert [row[10] for row in table.rows] == ["-", "36.50", "-", "-", table.rows[4][10]]
+    assert table.rows[2][11].count(".") == 3 and table.rows[3][11] == "-"
     assert all(len(row) == len(table.columns) for row in table.rows)
 
 
@@ -118,7 +154,8 @@ def test_the_csv_has_measured_and_printed_rows_unrounded() -> None:
             row["method"], float(row["multiplier"]), (int(row["batch_size"]), int(row["batches"]))
         )
         assert float(row["s_fast"]) == pytest.approx(found["scores"]["s"], abs=1e-9)
-        assert float(row["s_ratio_low"]) <= float(row["s_ratio"]) <= float(row["s_ratio_high"])
+        assert float(row["ea_fast"]) == pytest.approx(found["scores"]["ea"], abs=1e-9)
+        assert float(row["kept_low"]) <= float(row["kept"]) <= 1 and row["kept_by"]
     printed = next(row for row in rows if row["source"] == "paper, table 2")
     assert {name: float(printed[name]) for name in NAMES} == paper_rows()[0].printed
     wrong = next(row for row in rows if "ps_fast printed as 91.62" in row["note"])
@@ -128,25 +165,38 @@ def test_the_csv_has_measured_and_printed_rows_unrounded() -> None:
 def test_the_csv_of_cells_has_all_that_was_measured() -> None:
     records = [record(i, 1.0) for i in range(4)]
     for found in records:
-        found["after"]["ea"] = 0.25
+        found["after"] |= {"ea": 0.25, "em": 0.125}
     groups = group_cells([made("memit", None, (2, 2), records, {"ridge": 0.1}, worse=2.0)])
     (row,) = _rows(cells_csv(groups))
     assert row["key"] == "memit/b2x2/full+ridge=0.1" and row["settings"] == '{"ridge": 0.1}'
     assert (row["multiplier"], row["records"], row["ppl_after"]) == ("full", "4", "73.0")
-    assert (row["s"], row["s_low"], row["es_before"], row["s_ratio"]) == (
-        "100.0",
-        "100.0",
-        "50.0",
-        "",
-    )
-    assert row["after ea"] == "0.25"
+    assert (row["s"], row["s_low"], row["es_before"]) == ("100.0", "100.0", "50.0")
+    assert (row["ea"], row["ea_high"], row["pa"]) == ("25.0", "25.0", "")
+    assert (row["kept"], row["ea_minus_full"]) == ("", ""), "there is nothing to compare with"
+    assert row["after em"] == "0.125"
 
 
-def test_the_summary_has_a_line_for_each_group_and_size() -> None:
+def test_the_csv_of_cells_has_the_paired_differences() -> None:
+    full, fast = [record(0, 1.0, ea=1.0)], [record(0, 1.0, 0.75, ea=0.5)]
+    groups = group_cells([made("memit", None, (1, 1), full), made("memit", 1.0, (1, 1), fast)])
+    row = _rows(cells_csv(groups))[1]
+    assert (row["ea_minus_full"], row["ea_minus_full_low"]) == ("-50.0", "-50.0")
+    assert (row["ps_minus_full"], row["na_minus_full"]) == ("-25.0", "")
+    assert (row["kept"], row["kept_by"]) == ("0.5", "ea")
+
+
+def test_the_summary_has_s_exact_matches_and_what_is_kept() -> None:
     cells = [cell("emmet", 2.0), cell("emmet", None), cell("memit", 0.5, size=(1, 4))]
-    lines = summary(group_cells(cells, resamples=20)).splitlines()
-    assert lines[0].split() == ["S", "at", "multiplier", "0.5", "2", "full"]
-    scores = [found["scores"]["s"] for found in cells]
-    assert lines[1].startswith("EMMET, 10 batches of 4")
-    assert lines[1].split()[-2:] == [f"{score:.2f}" for score in scores[:2]]
-    assert lines[2].split() == ["MEMIT,", "4", "batches", "of", "1", f"{scores[2]:.2f}"]
+    groups = group_cells(cells, resamples=20)
+    lines = summary(groups).splitlines()
+    assert lines[0].split() == ["S,", "at", "multiplier", "0.5", "2", "full"]
+    for at, name in ((0, "s"), (3, "ea")):
+        scores = [found["scores"][name] for found in cells]
+        assert lines[at + 1].startswith("EMMET, 10 batches of 4")
+        assert lines[at + 1].split()[-2:] == [f"{score:.2f}" for score in scores[:2]]
+        assert lines[at + 2].split() == ["MEMIT,", "4", "batches", "of", "1", f"{scores[2]:.2f}"]
+    assert lines[6].startswith("least share of full, %, at multiplier")
+    against = groups[0].row(2.0)[0].full
+    assert against is not None and against.kept is not None
+    assert lines[7].split()[-1] == f"{100 * against.kept.share.value:.1f}"
+    assert "least share" not in summary(group_cells([cell()], resamples=20))
