@@ -141,8 +141,8 @@ def run(args: argparse.Namespace) -> None:
     )
     if args.json is not None:  # before it is shown, which may fail
         with atomic_file(args.json) as file:
-            text = json.dumps(unbounded_as_text(result), indent=1, allow_nan=False)
-            file.write(f"{text}\n".encode())
+            content = json.dumps(unbounded_as_text(result), indent=1, allow_nan=False)
+            file.write(f"{content}\n".encode())
     count = sum(map(len, chosen))
     print(f"{editor.name}, {args.method}, {count} records in {len(chosen)} batches")
     names = ZSRE_COLUMNS if zsre else [name for m in args.metrics for name in COLUMNS[m]]
