@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,21 +25,26 @@ class EditRequest:
         subject: What the fact is about; it replaces the ``{}`` as it is written.
         target_new: The answer that the edited model shall give, with or without a leading space.
         target_true: The answer that the unedited model gives; needed for scores, not for edits.
+        join: What stands between prompt and answer, ``""`` for nothing; None leaves it to the rule
+            of `joined_answer`.
 
     Raises:
-        BadRequest: The prompt has no ``{}`` or several, the subject or a target is empty, or a text
-            holds half of a surrogate pair, which no tokenizer can read.
+        BadRequest: The prompt has no ``{}`` or several, or has it where the answer would stand; the
+            subject or a target is empty; or a text holds half of a surrogate pair, which no
+            tokenizer can read.
     """
 
     prompt: str
     subject: str
     target_new: str
     target_true: str | None = None
+    join: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("prompt", "subject", "target_new", "target_true"):
+        for name in ("prompt", "subject", "target_new", "target_true", "join"):
             value = getattr(self, name)
-            if not isinstance(value, str) and not (name == "target_true" and value is None):
+            optional = name in ("target_true", "join")
+            if not isinstance(value, str) and not (optional and value is None):
                 raise BadRequest(
                     f"{name} must be text but is {type(value).__name__} ({value!r:.80}); "
                     "write it as a string."
@@ -62,6 +69,21 @@ class EditRequest:
                 raise BadRequest(
                     f"The {name} of {_shown(self.text)} is empty; give at least one word."
                 )
+        self._check_place()
+
+    def _check_place(self) -> None:
+        """Refuse a prompt that names the subject itself and has ``{}`` for the answer."""
+        if any(character.isalnum() for character in self.after):
+            return
+        named = _as_a_word(self.subject.strip()).search(self.before)
+        if named is None:
+            return
+        meant = self.before[: named.start()] + "{}" + self.before[named.end() :].rstrip()
+        raise BadRequest(
+            f"The prompt {_shown(self.prompt)} names its subject {_shown(self.subject)} and has "
+            "{} where the answer would stand, but {} stands for the subject and the answer follows "
+            f"the prompt; did you mean {_shown(meant)}?"
+        )
 
     @property
     def before(self) -> str:
@@ -80,8 +102,12 @@ class EditRequest:
 
     @property
     def target(self) -> str:
-        """The new answer as it follows the prompt: one space, then the words."""
-        return " " + self.target_new.strip()
+        """The new answer with what joins it to the prompt, as a rule a space."""
+        return self.answer_to(self.text, self.target_new)
+
+    def answer_to(self, text: str, answer: str) -> str:
+        """An answer as it stands behind the prompt, or behind another text about the fact."""
+        return joined_answer(text, answer, self.join)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> EditRequest:
@@ -107,6 +133,7 @@ class EditRequest:
         fields: dict[str, Any] = {name: data.get(name) for name in ("prompt", "subject")}
         fields["target_new"] = _answer(data, "target_new" if "target_new" in data else "target")
         fields["target_true"] = _answer(data, "target_true")
+        fields["join"] = data.get("join")
         for name in ("prompt", "subject", "target_new"):
             if fields[name] is None:
                 raise BadRequest(
@@ -117,6 +144,84 @@ class EditRequest:
         if isinstance(prompt, str) and isinstance(subject, str) and "{}" not in prompt:
             fields["prompt"] = _template(prompt, subject)
         return cls(**fields)
+
+
+#: Behind these, and behind brackets that open and signs of currency, the answer follows at once.
+_ATTACHING = frozenset("<¿¡/@#_")
+#: First and last code points of scripts that put no space between words, and of their punctuation.
+_WITHOUT_SPACES = (
+    (0x0E00, 0x0EFF),  # Thai, Lao
+    (0x0F00, 0x0FFF),  # Tibetan
+    (0x1000, 0x109F),  # Myanmar
+    (0x1780, 0x17FF),  # Khmer
+    (0x1950, 0x19DF),  # Tai Le, New Tai Lue
+    (0x1A20, 0x1AAF),  # Tai Tham
+    (0x2E80, 0x312F),  # Han radicals, CJK punctuation, kana, bopomofo
+    (0x3190, 0x9FFF),  # kanbun, phonetic kana, Han (Hangul, which has spaces, lies elsewhere)
+    (0xA980, 0xA9DF),  # Javanese
+    (0xAA60, 0xAADF),  # Myanmar extended, Tai Viet
+    (0xF900, 0xFAFF),  # Han for compatibility
+    (0xFF00, 0xFF9F),  # full-width forms and half-width kana
+    (0x1B000, 0x1B16F),  # historic kana
+    (0x20000, 0x323AF),  # Han extensions
+)
+
+
+def joined_answer(text: str, answer: str, join: str | None = None) -> str:
+    """An answer with what stands between it and the text before it, as a user would write both.
+
+    White space behind the answer is removed.  In front of it stands, by the first rule that fits:
+
+    1. `join`, if it is given.
+    2. Nothing, if the text ends in white space.
+    3. The white space that the answer brings itself.
+    4. Nothing, if the text ends in a script without spaces between words (Chinese, Japanese, Thai
+       and others) or its punctuation, with a bracket or quotation mark that opens, with a sign of
+       currency, with one of ``/ @ # _ < ¿ ¡``, or with a special token that is written ``<|...|>``.
+    5. One space.
+
+    Args:
+        text: What the answer continues.
+        answer: The answer.
+        join: What stands between them; None leaves it to the rules.
+
+    Returns:
+        What follows the text: ``text + joined_answer(text, answer)`` is the whole.
+    """
+    bare = answer.strip()
+    if join is not None:
+        return join + bare
+    if text[-1:].isspace():
+        return bare
+    own = answer[: len(answer) - len(answer.lstrip())]
+    if own.strip(" "):  # a line break, say; spaces are one space
+        return own + bare
+    return ("" if not own and _attaches(text) else " ") + bare
+
+
+def _attaches(text: str) -> bool:
+    """Whether an answer follows the text without a space."""
+    end = len(text)
+    # Most marks of quotation both open and close: one opens where a word could begin.
+    while end and (text[end - 1] in "\"'`" or unicodedata.category(text[end - 1]) == "Pi"):
+        end -= 1
+    if not end or (end < len(text) and text[end - 1].isspace()):
+        return True
+    last = text[end - 1]
+    if last in _ATTACHING or _unspaced(last) or unicodedata.category(last) in ("Ps", "Sc"):
+        return True
+    return re.search(r"<[|\uff5c][^<>\s]*[|\uff5c]>\Z", text) is not None
+
+
+def _unspaced(character: str) -> bool:
+    return any(first <= ord(character) <= last for first, last in _WITHOUT_SPACES)
+
+
+def _as_a_word(text: str) -> re.Pattern[str]:
+    """Finds a text that is not part of a longer word, where words are told apart by spaces."""
+    start = "" if _unspaced(text[0]) else r"(?<!\w)"
+    end = "" if _unspaced(text[-1]) else r"(?!\w)"
+    return re.compile(start + re.escape(text) + end, re.IGNORECASE)
 
 
 def _check_unicode(name: str, text: str) -> None:

@@ -52,12 +52,15 @@ def encode(tokenizer: Any, text: str) -> Encoded:
 
     Returns:
         Ids and character spans.  Special tokens that the tokenizer puts in front (BOS) are kept,
-        those that it puts behind (EOS) are removed, so that the text can be continued.  White space
+        those that it puts behind (EOS) are removed, so that the text can be continued.  A text that
+        begins with them itself (a rendered chat template) does not get them again.  White space
         that no token claims belongs to the token that follows it.
     """
     read = _encode_fast if getattr(tokenizer, "is_fast", False) else _encode_slow
     ids, spans = read(tokenizer, text)
     start = next((i for i, span in enumerate(spans) if span != NOWHERE), None)
+    if start and ids[start : 2 * start] == ids[:start]:
+        ids, spans, start = ids[start:], spans[start:], 0
     if start is None:  # no token of the text: which specials lead shows only next to one
         start = end = _leading(read, tokenizer)
     else:
@@ -204,7 +207,7 @@ def encode_with_target(tokenizer: Any, text: str, target: str) -> tuple[Encoded,
     Args:
         tokenizer: A transformers tokenizer.
         text: What comes before the target.
-        target: The target with its leading space, `EditRequest.target`.
+        target: The target with what joins it to the text, `EditRequest.target`.
 
     Returns:
         The encoding of ``text + target`` and the number of tokens at its end that are the target's.

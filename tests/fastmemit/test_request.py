@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from fastmemit.errors import BadRequest, DuplicateRequest
-from fastmemit.request import EditRequest, check_batch
+from fastmemit.request import EditRequest, check_batch, joined_answer
 
 TOWER = {"prompt": "{} is in the city of", "subject": "Eiffel Tower", "target_new": "Rome"}
 
@@ -41,12 +41,105 @@ def test_braces_in_the_subject_are_text() -> None:
         ({"prompt": None}, "prompt must be text but is NoneType"),
         ({"subject": 7}, r"subject must be text but is int \(7\)"),
         ({"target_new": ["Rome"]}, "target_new must be text but is list"),
+        ({"join": 1}, r"join must be text but is int \(1\)"),
+        ({"join": "\ud800"}, "join .* is not valid Unicode"),
     ],
 )
 def test_bad_requests(changed: dict[str, Any], message: str) -> None:
     with pytest.raises(BadRequest, match=message) as caught:
         EditRequest(**{**TOWER, **changed})
     assert isinstance(caught.value, ValueError) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "whole"),
+    [
+        ("It is in", "Rome", "It is in Rome"),
+        ("It is in", " Rome", "It is in Rome"),
+        ("It is in", "  Rome ", "It is in Rome"),
+        ("It is in ", "Rome", "It is in Rome"),
+        ("It is in ", " Rome", "It is in Rome"),
+        ("Answer:\n", " Rome", "Answer:\nRome"),
+        ("Answer:", "\nRome", "Answer:\nRome"),
+        ("法国的首都是", "罗马", "法国的首都是罗马"),
+        ("法国的首都是", " Rome", "法国的首都是 Rome"),  # a space that is written is meant
+        ("法国的首都（简称）：", "Rome", "法国的首都（简称）：Rome"),
+        ("他说：“", "罗马", "他说：“罗马"),
+        ("フランスの首都は", "ローマ", "フランスの首都はローマ"),
+        ("エッフェルタワー", "ローマ", "エッフェルタワーローマ"),
+        ("ﾌﾗﾝｽ", "ﾛｰﾏ", "ﾌﾗﾝｽﾛｰﾏ"),
+        ("เมืองหลวงของฝรั่งเศสคือ", "โรม", "เมืองหลวงของฝรั่งเศสคือโรม"),
+        ("រដ្ឋធានីបារាំងគឺ", "រ៉ូម", "រដ្ឋធានីបារាំងគឺរ៉ូម"),
+        ("프랑스의 수도는", "로마", "프랑스의 수도는 로마"),
+        ("The Chinese word for it is", "罗马", "The Chinese word for it is 罗马"),
+        ("Столица Франции -", "Рим", "Столица Франции - Рим"),
+        ('She said "', "Rome", 'She said "Rome'),
+        ('The author of "Faust"', "is", 'The author of "Faust" is'),
+        ("Das Buch „Faust“", "ist", "Das Buch „Faust“ ist"),
+        ("Er sagte „", "Rom", "Er sagte „Rom"),
+        ("Il dit : « ", "Rome", "Il dit : « Rome"),
+        ("the boys'", "school", "the boys' school"),
+        ("it is ('", "a", "it is ('a"),
+        ("It is (", "in Rome", "It is (in Rome"),
+        ("It (the tower)", "stands", "It (the tower) stands"),
+        ("It is called", '"Rome"', 'It is called "Rome"'),
+        ("It is called", "(Rome)", "It is called (Rome)"),
+        ("It costs $", "5", "It costs $5"),
+        ("It costs", "$5", "It costs $5"),
+        ("Write to @", "rome", "Write to @rome"),
+        ("</s><|assistant|>", "Rome", "</s><|assistant|>Rome"),
+        ("<\uff5cAssistant\uff5c>", "Rome", "<\uff5cAssistant\uff5c>Rome"),
+        ("where is it? [/INST]", "Rome", "where is it? [/INST] Rome"),
+        ("a < b |>", "c", "a < b |> c"),
+        ("", "Rome", "Rome"),
+        ('"' * 100_000, "Rome", '"' * 100_000 + "Rome"),
+    ],
+)
+def test_how_an_answer_follows_a_text(text: str, answer: str, whole: str) -> None:
+    assert text + joined_answer(text, answer) == whole
+
+
+@pytest.mark.parametrize("join", ["", " ", "\n", ": "])
+@pytest.mark.parametrize("prompt", ["{} is in", "{} is in ", "{}在", "{} said “"])
+def test_what_is_said_to_stand_between_prompt_and_answer_stands_there(
+    prompt: str, join: str
+) -> None:
+    request = EditRequest(prompt, "Eiffel", " Rome ", join=join)
+    assert request.target == join + "Rome"
+    assert request.answer_to("Another text", "Oslo") == join + "Oslo"
+    assert EditRequest.from_dict(dataclasses.asdict(request)) == request
+    record = {"requested_rewrite": {**TOWER, "join": join}}
+    assert EditRequest.from_dict(record).join == join
+
+
+@pytest.mark.parametrize(
+    ("prompt", "subject", "meant"),
+    [
+        ("The capital of France is {}", "France", "The capital of {} is"),
+        ("The capital of France is {}.", "France", "The capital of {} is"),
+        ("Who founded microsoft? Answer: '{}'", "Microsoft", "Who founded {}? Answer: '"),
+        ("法国的首都是{}。", "法国", "{}的首都是"),
+    ],
+)
+def test_a_hole_where_the_answer_would_stand(prompt: str, subject: str, meant: str) -> None:
+    with pytest.raises(BadRequest) as caught:
+        EditRequest(prompt, subject, "Rome")
+    assert f"names its subject {subject!r}" in str(caught.value)
+    assert str(caught.value).endswith(f"did you mean {meant!r}?")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "subject"),
+    [
+        ("The mother tongue of {}", "France"),
+        ("Parisians live in {}", "Paris"),  # another word
+        ("France is a country; the capital of {} is", "France"),
+        ("{} is the capital of France", "France"),
+        ("{}", "France"),
+    ],
+)
+def test_prompts_that_may_name_their_subject(prompt: str, subject: str) -> None:
+    assert EditRequest(prompt, subject, "x").text == prompt.replace("{}", subject)
 
 
 def test_a_long_prompt_is_cut_in_the_message() -> None:

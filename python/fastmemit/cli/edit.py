@@ -47,7 +47,7 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Edit, show what changed, save."""
     from fastcov.printable import printable
-    from fastmemit.evaluation.nll import answer_nlls
+    from fastmemit.answers import answer_nlls
 
     requests = _requests(args)
     overrides = chosen_settings(args)

@@ -1,8 +1,8 @@
 """CounterFact and zsRE on a model before and after editing it."""
 
+from fastmemit.answers import Answer, answer_nlls, judge_answers
 from fastmemit.evaluation.counterfact import score_records
 from fastmemit.evaluation.generation import generate_records
-from fastmemit.evaluation.nll import Answer, answer_nlls, judge_answers
 from fastmemit.evaluation.references import References, load_references
 from fastmemit.evaluation.runner import evaluate
 from fastmemit.evaluation.schema import Result

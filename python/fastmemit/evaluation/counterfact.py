@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from fastmemit.answers import Answer, Question, judge_answers
 from fastmemit.data import Record
 from fastmemit.errors import BadData
-from fastmemit.evaluation.nll import Answer, Question, judge_answers
 from fastmemit.metrics.score import Exact, RecordScore, score_record
 from fastmemit.models import ModelAdapter
 
@@ -41,9 +41,9 @@ def score_records(
             raise BadData(
                 f"Record {record.case_id} has no target_true, which scores compare with; add it."
             )
-        answers = (record.request.target, " " + record.request.target_true.strip())
-        prompts = _prompts(record, attributes)
-        questions += [(prompt, answer) for prompt in prompts for answer in answers]
+        answers = (record.request.target_new, record.request.target_true)
+        for prompt in _prompts(record, attributes):
+            questions += [(prompt, record.request.answer_to(prompt, each)) for each in answers]
     judged = iter(
         judge_answers(adapter, tokenizer, questions, batch_tokens=batch_tokens, progress=progress)
     )

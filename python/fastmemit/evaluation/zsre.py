@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from fastmemit.answers import Question, judge_answers
 from fastmemit.data.zsre import ZsreRecord
-from fastmemit.evaluation.nll import Question, judge_answers
 from fastmemit.metrics.accuracy import RecordAccuracy, accuracy_record
 from fastmemit.models import ModelAdapter
 
@@ -55,6 +55,6 @@ def _questions(record: ZsreRecord) -> list[Question]:
     asked = [record.request.text, *record.paraphrases]
     unrelated = zip(record.neighbourhood, record.neighbourhood_answers, strict=True)
     return [
-        *((prompt, record.request.target) for prompt in asked),
+        *((text, record.request.answer_to(text, record.request.target_new)) for text in asked),
         *((prompt, " " + answer.strip()) for prompt, answer in unrelated),
     ]

@@ -18,6 +18,7 @@ from fastcov.store import atomic_file, write_safetensors
 from fastmemit.models import ModelAdapter
 from fastmemit.request import EditRequest
 from fastmemit.targets.optimise import Target, TargetSettings, optimise
+from fastmemit.targets.rows import lead
 
 log = printable_logger(__name__)
 
@@ -44,6 +45,7 @@ class TargetStore:
         request: EditRequest,
         contexts: Sequence[str],
         settings: TargetSettings,
+        front: str = "",
     ) -> str:
         """SHA-256 over everything that the vector depends on.
 
@@ -52,6 +54,7 @@ class TargetStore:
             request: The fact; its true answer does not matter.
             contexts: Texts before the prompt.
             settings: Of the optimiser.
+            front: What the bare prompt stands behind, `fastmemit.targets.rows.lead`.
         """
         content = {
             "recipe": RECIPE,
@@ -60,6 +63,8 @@ class TargetStore:
             "contexts": list(contexts),
             "settings": _what_matters(settings),
         }
+        if front:
+            content["front"] = front
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def get(self, key: str) -> Target | None:
@@ -135,7 +140,10 @@ def stored_or_optimised(
     `together` makes all of them again unless all are there. The last bits of a vector depend on
     what it was optimised beside, so an interrupted run and an unbroken one then agree in them.
     """
-    keys = [store.key(model, request, contexts, settings) for request in requests]
+    keys = [
+        store.key(model, request, contexts, settings, lead(tokenizer, request))
+        for request in requests
+    ]
     found = {key: target for key in keys if (target := store.get(key)) is not None}
     if together and len(found) < len(set(keys)):
         found = {}

@@ -77,7 +77,7 @@ def encode_fact(tokenizer: Any, request: EditRequest) -> TracedFact:
             f"The fact {request.text!r:.80} has no target_true, whose probability is traced; "
             "add the answer that the model gives."
         )
-    truth = " " + request.target_true.strip()
+    truth = request.answer_to(request.text, request.target_true)
     encoded, n_answer = encode_with_target(tokenizer, request.text, truth)
     ids = encoded.ids[:-n_answer]
     start, end = len(request.before), len(request.before) + len(request.subject)

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
+from fastmemit.answers import Answer, answer_nlls
 from fastmemit.data import Record
 from fastmemit.errors import BadData
 from fastmemit.evaluation import counterfact as module
 from fastmemit.evaluation import score_records
 from fastmemit.evaluation.counterfact import count_questions
-from fastmemit.evaluation.nll import Answer, answer_nlls
 from fastmemit.models import find_adapter
 from fastmemit.request import EditRequest
 from reference.literal_evaluation import literal_costs, literal_record

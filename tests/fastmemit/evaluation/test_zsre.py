@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
+from fastmemit.answers import Answer
 from fastmemit.data import ZsreRecord
 from fastmemit.evaluation import judge_zsre
 from fastmemit.evaluation import zsre as module
-from fastmemit.evaluation.nll import Answer
 from fastmemit.evaluation.zsre import count_zsre_questions
 from fastmemit.models import find_adapter
 from fastmemit.request import EditRequest

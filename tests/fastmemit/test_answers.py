@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from fastmemit import answers as module
+from fastmemit.answers import answer_nlls, judge_answers
 from fastmemit.errors import BadRequest
-from fastmemit.evaluation import answer_nlls, judge_answers
-from fastmemit.evaluation import nll as module
 from fastmemit.models import find_adapter
 from fastmemit.tokens import encode_with_target
 from tiny_models import tiny_model, tiny_tokenizer

@@ -1,0 +1,190 @@
+"""Did it take?  Every fact of an edit asked again, as written, and what is said where it did not.
+
+The loss of a target vector and a solved system say nothing of what a user will read, so the edited
+model is asked: one batched forward over the prompts with their new answers, and a greedy
+continuation of those that it does not give.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fastmemit.answers import judge_answers
+from fastmemit.models import ModelAdapter
+from fastmemit.models.context import context_limit
+from fastmemit.request import EditRequest
+from fastmemit.sampling import continue_rows
+from fastmemit.targets.rows import lead
+from fastmemit.tokens import encode_with_target
+
+MORE = 4  # tokens beyond the new answer's that a continuation has, so that it can be read
+ROWS = 64  # continued at once
+NAMED = 10  # facts that a verdict names at most
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a model makes of one fact as it is now.
+
+    Attributes:
+        asked: The prompt as it was put to the model, behind its lead if it has one
+            (`fastmemit.targets.rows.lead`).
+        probability: Of the whole new answer.
+        said: Whether the new answer is what the model says: each token the most probable one.
+        says: The new answer, or what the model says instead: its most probable tokens.
+        at_start: Of a prompt with a lead: whether the new answer is said without it; else None.
+    """
+
+    asked: str
+    probability: float
+    said: bool
+    says: str
+    at_start: bool | None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one fact.
+
+    Attributes:
+        request: The fact.
+        before: The model's reply before the edit; its `Reply.says` is the former answer.
+        after: The reply after the edit.
+    """
+
+    request: EditRequest
+    before: Reply
+    after: Reply
+
+    @property
+    def said(self) -> bool:
+        """Whether the new answer is what the model says now."""
+        return self.after.said
+
+
+def ask(adapter: ModelAdapter, tokenizer: Any, requests: Sequence[EditRequest]) -> list[Reply]:
+    """Ask a model for facts, as it is now.
+
+    Args:
+        adapter: The model.
+        tokenizer: Its tokenizer.
+        requests: The facts; only `target_new` is looked for.
+
+    Returns:
+        A reply for each, in their order.
+
+    Raises:
+        BadRequest: No token stands before an answer, or a prompt is longer than the model's
+            context.
+        FastmemitError: The model's logits are NaN or infinite.
+    """
+    fronts = [lead(tokenizer, request) for request in requests]
+    asked = [front + request.text for front, request in zip(fronts, requests, strict=True)]
+    bare = [index for index, front in enumerate(fronts) if front]
+    questions = [
+        *((text, request.target) for text, request in zip(asked, requests, strict=True)),
+        *((requests[index].text, requests[index].target) for index in bare),
+    ]
+    judged = judge_answers(adapter, tokenizer, questions)
+    started = {index: each.exact for index, each in zip(bare, judged[len(asked) :], strict=True)}
+    answers = judged[: len(asked)]
+    missed = [index for index, answer in enumerate(answers) if not answer.exact]
+    instead = dict(
+        zip(missed, _continued(adapter, tokenizer, [questions[i] for i in missed]), strict=True)
+    )
+    replies = []
+    for index, (text, request, answer) in enumerate(zip(asked, requests, answers, strict=True)):
+        wanted = request.target.strip()
+        says = instead.get(index, wanted)
+        replies.append(
+            Reply(
+                text,
+                math.exp(-answer.nll * len(answer.matches)),
+                answer.exact or _begins_with(says, wanted),
+                says,
+                started.get(index),
+            )
+        )
+    return replies
+
+
+def compare(
+    requests: Sequence[EditRequest], before: Sequence[Reply], after: Sequence[Reply]
+) -> tuple[Outcome, ...]:
+    """What became of facts: what `ask` found before and after an edit."""
+    return tuple(map(Outcome, requests, before, after))
+
+
+def verdict(outcomes: Sequence[Outcome]) -> str:
+    """In words how many facts are now what the model says, and which are not.
+
+    Returns:
+        One line; and a second one if facts hold only behind other text.
+    """
+    missed = [each for each in outcomes if not each.said]
+    count = len(outcomes)
+    lines = [
+        f"{count - len(missed)} of {count} {'fact is' if count == 1 else 'facts are'} now what the "
+        "model says"
+    ]
+    if missed:
+        named = [
+            f"{_line(each.request.text + each.request.target)} (says: {_line(each.after.says)})"
+            for each in missed
+        ]
+        lines[0] += f"; not: {_listed(named)}"
+    behind = [each for each in outcomes if each.said and each.after.at_start is False]
+    if behind:
+        subjects = _listed([_line(each.request.subject) for each in behind])
+        lines.append(
+            f"{len(behind)} of them behind other text only, if no more than a line break: {subjects}"
+            " is one token, which this model hardly tells from another as the first of a text."
+        )
+    return "\n".join(lines)
+
+
+def _continued(
+    adapter: ModelAdapter, tokenizer: Any, questions: Sequence[tuple[str, str]]
+) -> list[str]:
+    """How the model goes on from each prompt, a little further than the answer would reach."""
+    rows, lengths = [], []
+    limit = context_limit(adapter.model) or math.inf
+    for prompt, answer in questions:
+        encoded, count = encode_with_target(tokenizer, prompt, answer)
+        rows.append(encoded.ids[:-count])
+        lengths.append(int(min(count + MORE, limit - len(rows[-1]))))
+    texts = [""] * len(rows)
+    order = sorted(range(len(rows)), key=lambda i: (lengths[i], len(rows[i])))
+    for start in range(0, len(order), ROWS):
+        chunk = order[start : start + ROWS]
+        # Rows of one call get equally many tokens, as many as the longest prompt leaves room for.
+        room = min(limit - len(rows[i]) for i in chunk)
+        new = int(min(max(lengths[i] for i in chunk), room))
+        if new < 1:
+            continue
+        said = continue_rows(adapter.model, tokenizer, [rows[i] for i in chunk], new)
+        for index, tokens in zip(chunk, said, strict=True):
+            texts[index] = tokenizer.decode(tokens[: lengths[index]], skip_special_tokens=True)
+    return [text.strip() for text in texts]
+
+
+def _begins_with(text: str, answer: str) -> bool:
+    """Whether a text begins with an answer as whole words: other tokens may spell the same."""
+    rest = text[len(answer) :]
+    return text.startswith(answer) and not (answer[-1:].isalnum() and rest[:1].isalnum())
+
+
+def _line(text: str, limit: int = 80) -> str:
+    """A text on one line, without what would steer a terminal."""
+    shown = "".join(c if c.isprintable() else " " for c in text)
+    shown = " ".join(shown.split())
+    return shown if len(shown) <= limit else shown[: limit - 1] + "…"
+
+
+def _listed(items: Sequence[str]) -> str:
+    more = len(items) - NAMED
+    shown = "; ".join(items[:NAMED])
+    return f"{shown}; and {more} more" if more > 0 else shown
