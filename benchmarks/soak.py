@@ -156,11 +156,11 @@ def _come_and_go(
         edit.undo()
         edit.apply().undo()
     elif way == "block":
-        edit = editor.edit(requests, method, **settings)
+        edit = editor.edit(requests, method, verify=False, **settings)
         with editor.applied(edit):
             pass
     else:
-        edit = editor.edit(requests, method, **settings)
+        edit = editor.edit(requests, method, verify=False, **settings)
         if way == "file":
             edit.save(path)
         edit.undo()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fastmemit.delta import Delta, restore
 from fastmemit.errors import BadUndo, WrongModel
 from fastmemit.models import checksum, fingerprint
+from fastmemit.outcomes import Outcome
 
 
 class Edit:
@@ -19,10 +20,13 @@ class Edit:
 
     Attributes:
         delta: What it adds to the weights.
+        outcomes: What became of each fact when the edit was made, in their order; empty where the
+            model was not asked, as for an edit from a file.
     """
 
     def __init__(self, delta: Delta, stack: EditStack) -> None:
         self.delta = delta
+        self.outcomes: tuple[Outcome, ...] = ()
         self._stack = stack
 
     @property
@@ -62,7 +66,8 @@ class Edit:
     def __repr__(self) -> str:
         method = self.delta.provenance.get("method", "unknown method")
         state = "applied" if self.applied else "not applied"
-        return f"<Edit: {len(self.delta.requests)} facts by {method!s:.20}, {state}>"
+        said = f", {sum(o.said for o in self.outcomes)} of them said" if self.outcomes else ""
+        return f"<Edit: {len(self.delta.requests)} facts by {method!s:.20}{said}, {state}>"
 
 
 @dataclass

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 
+from fastcov.printable import printable_logger
 from fastcov.stopping import LIMIT
 from fastmemit.applied import Edit, EditStack
 from fastmemit.auto import AUTO, precompute_auto
@@ -20,6 +21,7 @@ from fastmemit.delta import Delta
 from fastmemit.editors import METHODS, EditConfig, PreservedKeys, ReadCache, find_config
 from fastmemit.errors import BadConfig, WrongModel
 from fastmemit.models import find_adapter, load_model, save_model
+from fastmemit.outcomes import Reply, verdict
 from fastmemit.planning import apply_edit, plan_edit
 from fastmemit.request import EditRequest
 from fastmemit.sampling import continue_texts
@@ -29,6 +31,8 @@ from fastmemit.targets import Target
 from fastmemit.targets.forward import check_targets
 
 __all__ = ["Edit", "Editor"]
+
+log = printable_logger(__name__)
 
 
 class Editor:
@@ -256,14 +260,50 @@ class Editor:
         *,
         preserved: PreservedKeys | None = None,
         reads: ReadCache | None = None,
+        verify: bool = True,
+        strict: bool = False,
         **overrides: Any,
     ) -> Edit:
         """Compute an edit and apply it; its keys join the preserved ones.
 
-        Args and errors are those of `plan`; on any of them the weights are as they were.
+        Args:
+            requests: The facts, written together.
+            method: See `plan`, also for preserved, reads and overrides.
+            preserved: See `plan`.
+            reads: See `plan`.
+            verify: Ask each fact before and after, as it is written: the answers are in
+                `Edit.outcomes`, and one that is not what the model says is named in a warning.
+                False for loops that score the model themselves.
+            strict: Take the edit back if the model does not say all of its facts.
+            overrides: See `plan`.
+
+        Raises:
+            MissedFacts: `strict`, and a fact is not what the model says.
+            FastmemitError: See `plan`; on any error the weights are as they were.
         """
         config = self.config(method, **overrides)
-        return apply_edit(self.sources, self._stack, requests, config, preserved, reads)
+        edit = apply_edit(
+            self.sources,
+            self._stack,
+            requests,
+            config,
+            preserved,
+            reads,
+            verify=verify,
+            strict=strict,
+        )
+        if not all(outcome.said for outcome in edit.outcomes):
+            log.warning("%s", verdict(edit.outcomes))
+        return edit
+
+    def ask(self, requests: Sequence[EditRequest]) -> list[Reply]:
+        """What the model, as it is now, makes of facts, and what it says instead; see `Reply`.
+
+        Raises:
+            BadRequest: No token stands before an answer, or a prompt is longer than the model's
+                context.
+        """
+        return self.sources.ask(requests)
 
     def load(self, path: str | os.PathLike[str], *, force: bool = False) -> Edit:
         """Read an edit from a file; it is not applied.

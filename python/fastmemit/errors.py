@@ -27,6 +27,10 @@ class ConflictingEdits(BadRequest):
     """Two saved edits that shall be put together write the same fact."""
 
 
+class MissedFacts(FastmemitError):
+    """An edit after which the model does not say all of its facts, though that was asked for."""
+
+
 class BadAdapter(FastmemitError, ValueError):
     """An adapter that is no change of plain weights, or an edit that no adapter can hold."""
 

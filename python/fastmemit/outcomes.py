@@ -8,10 +8,12 @@ continuation of those that it does not give.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fastcov.printable import printable
 from fastmemit.answers import judge_answers
 from fastmemit.models import ModelAdapter
 from fastmemit.models.context import context_limit
@@ -63,6 +65,13 @@ class Outcome:
     def said(self) -> bool:
         """Whether the new answer is what the model says now."""
         return self.after.said
+
+    def described(self) -> str:
+        """One line: the new answer's probability before and after, the fact, the former answer."""
+        return (
+            f"{self.before.probability:7.2%} -> {self.after.probability:7.2%}  "
+            f"{_line(self.request.text + self.request.target)} (before: {_line(self.before.says)})"
+        )
 
 
 def ask(adapter: ModelAdapter, tokenizer: Any, requests: Sequence[EditRequest]) -> list[Reply]:
@@ -140,8 +149,8 @@ def verdict(outcomes: Sequence[Outcome]) -> str:
     if behind:
         subjects = _listed([_line(each.request.subject) for each in behind])
         lines.append(
-            f"{len(behind)} of them behind other text only, if no more than a line break: {subjects}"
-            " is one token, which this model hardly tells from another as the first of a text."
+            f"{len(behind)} of these behind other text (a line break will do) but not at the very "
+            f"start of one, where one token is hardly told from another: {subjects}"
         )
     return "\n".join(lines)
 
@@ -150,25 +159,21 @@ def _continued(
     adapter: ModelAdapter, tokenizer: Any, questions: Sequence[tuple[str, str]]
 ) -> list[str]:
     """How the model goes on from each prompt, a little further than the answer would reach."""
-    rows, lengths = [], []
-    limit = context_limit(adapter.model) or math.inf
-    for prompt, answer in questions:
+    limit = context_limit(adapter.model) or sys.maxsize
+    alike: dict[int, list[tuple[tuple[int, ...], int]]] = {}  # by the number of new tokens
+    for index, (prompt, answer) in enumerate(questions):
         encoded, count = encode_with_target(tokenizer, prompt, answer)
-        rows.append(encoded.ids[:-count])
-        lengths.append(int(min(count + MORE, limit - len(rows[-1]))))
-    texts = [""] * len(rows)
-    order = sorted(range(len(rows)), key=lambda i: (lengths[i], len(rows[i])))
-    for start in range(0, len(order), ROWS):
-        chunk = order[start : start + ROWS]
-        # Rows of one call get equally many tokens, as many as the longest prompt leaves room for.
-        room = min(limit - len(rows[i]) for i in chunk)
-        new = int(min(max(lengths[i] for i in chunk), room))
-        if new < 1:
-            continue
-        said = continue_rows(adapter.model, tokenizer, [rows[i] for i in chunk], new)
-        for index, tokens in zip(chunk, said, strict=True):
-            texts[index] = tokenizer.decode(tokens[: lengths[index]], skip_special_tokens=True)
-    return [text.strip() for text in texts]
+        ids = encoded.ids[:-count]
+        alike.setdefault(min(count + MORE, limit - len(ids)), []).append((ids, index))
+    texts = [""] * len(questions)
+    for new, rows in alike.items():
+        rows.sort(key=lambda row: len(row[0]))
+        for start in range(0, len(rows) if new > 0 else 0, ROWS):
+            chunk = rows[start : start + ROWS]
+            said = continue_rows(adapter.model, tokenizer, [ids for ids, _ in chunk], new)
+            for (_, index), tokens in zip(chunk, said, strict=True):
+                texts[index] = tokenizer.decode(tokens, skip_special_tokens=True).strip()
+    return texts
 
 
 def _begins_with(text: str, answer: str) -> bool:
@@ -179,8 +184,7 @@ def _begins_with(text: str, answer: str) -> bool:
 
 def _line(text: str, limit: int = 80) -> str:
     """A text on one line, without what would steer a terminal."""
-    shown = "".join(c if c.isprintable() else " " for c in text)
-    shown = " ".join(shown.split())
+    shown = printable(" ".join(text.split())) or "nothing but white space"
     return shown if len(shown) <= limit else shown[: limit - 1] + "…"
 
 

@@ -10,7 +10,9 @@ from fastmemit.applied import Edit, EditStack
 from fastmemit.delta import Delta
 from fastmemit.editors import PLANS, PRESERVING, EditConfig, PreservedKeys, ReadCache
 from fastmemit.editors.base import EditKeys
+from fastmemit.errors import MissedFacts
 from fastmemit.factors import resolved
+from fastmemit.outcomes import compare, verdict
 from fastmemit.request import EditRequest, check_batch
 from fastmemit.sources import Sources
 from fastmemit.statistics import versions
@@ -86,13 +88,32 @@ def apply_edit(
     config: EditConfig,
     preserved: PreservedKeys | None = None,
     reads: ReadCache | None = None,
+    *,
+    verify: bool = False,
+    strict: bool = False,
 ) -> Edit:
     """Compute an edit and apply it; its keys join the preserved ones.
 
     Args and errors are those of `plan_edit`; on any of them the weights are as they were.
+    `verify` asks the facts before and after (`Edit.outcomes`); `strict` does, too, and takes the
+    edit back where the model does not say one of them.
+
+    Raises:
+        MissedFacts: That was so.
     """
-    delta, keys = plan_edit(sources, stack, requests, config, preserved, reads)
+    batch = check_batch(requests)
+    delta, keys = plan_edit(sources, stack, batch, config, preserved, reads)
+    before = sources.ask(batch) if verify or strict else []
     edit = Edit(delta, stack).apply()
+    if before:
+        try:
+            edit.outcomes = compare(batch, before, sources.ask(batch))
+            if strict and not all(outcome.said for outcome in edit.outcomes):
+                said = verdict(edit.outcomes).replace("\n", "; ")
+                raise MissedFacts(f"{said}; the model is left unedited.")
+        except BaseException:
+            edit.undo()
+            raise
     if preserved is not None:
         preserved.add(edit, keys)
     # In the computer's memory: most edits are never followed by one that asks for their keys.

@@ -24,6 +24,7 @@ from fastmemit.errors import BadConfig, WrongModel
 from fastmemit.factors import FactorCache
 from fastmemit.kept import common, copied, stored
 from fastmemit.models import ModelAdapter, tokenizer_fingerprint
+from fastmemit.outcomes import Reply, ask
 from fastmemit.progress import bar
 from fastmemit.request import EditRequest
 from fastmemit.statistics import Statistics
@@ -263,6 +264,10 @@ class Sources:
                 together=together,
                 progress=progress,
             )
+
+    def ask(self, requests: Sequence[EditRequest]) -> list[Reply]:
+        """What the model, as it is now, makes of facts; see `fastmemit.outcomes.ask`."""
+        return ask(self._adapter, self._tokenizer, requests)
 
     def factor(self, config: CovarianceConfig, layer: int) -> fastcov.CholeskyFactor:
         """The factor of a layer's ``A``, made where it is not held."""

@@ -85,6 +85,7 @@ def test_the_provenance_says_what_the_edit_is(editor: Editor) -> None:
             "subject": "Eiffel Tower",
             "target_new": "Rome",
             "target_true": "Paris",
+            "join": None,
         }
     ]
     assert provenance["statistics"]["multiplier"] == 4.0 and provenance["seed"] == 0

@@ -179,6 +179,20 @@ def test_special_tokens_written_in_the_text_are_text() -> None:
         assert encoded.spans[0] == NOWHERE and encoded.spans[-1] == (3, 7)
 
 
+@pytest.mark.parametrize("kind", ["bpe_bos", "metaspace", "adds_eos", "slow_bytes"])
+def test_a_text_that_brings_its_bos_does_not_get_another(kind: str) -> None:
+    tokenizer = tiny_tokenizer(kind)
+    plain, rendered = encode(tokenizer, "Paris is"), encode(tokenizer, "<s>Paris is")
+    if kind == "metaspace":  # it puts no space before what follows a special token
+        assert rendered.ids[:1] == (1,) and 1 not in rendered.ids[1:]
+    else:
+        assert rendered.ids == plain.ids
+    assert rendered.spans[0] == (0, 3)
+    assert subject_end(rendered, 3, 8) == subject_end(plain, 0, 5)
+    assert encode(tokenizer, "<s>").ids == (1,)
+    assert encode(tokenizer, "<s><s>Paris").ids.count(1) == 2  # two are written, two are meant
+
+
 def test_settings_left_on_the_tokenizer_do_not_matter() -> None:
     tokenizer = tiny_tokenizer("bpe_bos")
     before = encode(tokenizer, TEXTS[0])

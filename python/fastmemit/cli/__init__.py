@@ -99,8 +99,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb.
 
     Returns:
-        0; 2 for an error that the caller can mend, said in one sentence on stderr; 130 if the run
-        was interrupted.
+        0; 1 if `--strict` was given and a fact did not take; 2 for an error that the caller can
+        mend, said in one sentence on stderr; 130 if the run was interrupted.
     """
     back = printable_output()
     if argv is None:  # the process' own: what it writes at its end is printable too
@@ -121,7 +121,7 @@ def _run(argv: Sequence[str] | None) -> int:
         os.environ.setdefault("TQDM_DISABLE", "1")
     # Heavy imports happen here, so that --help answers at once.
     from fastcov import FailedElsewhere, FastcovError
-    from fastmemit.errors import FastmemitError
+    from fastmemit.errors import FastmemitError, MissedFacts
     from fastmemit.parallel import for_verb
 
     try:
@@ -129,6 +129,8 @@ def _run(argv: Sequence[str] | None) -> int:
             VERBS[args.verb].run(args)
     except FailedElsewhere:  # the process that failed says it
         return 2
+    except MissedFacts as error:
+        return _fail(str(error), code=1)
     except (FastcovError, FastmemitError) as error:
         return _fail(str(error))
     except OSError as error:
@@ -166,8 +168,8 @@ _OPTIONS = {
 }
 
 
-def _fail(sentence: str) -> int:
+def _fail(sentence: str, code: int = 2) -> int:
     for python, option in _OPTIONS.items():
         sentence = sentence.replace(python, option)
     print(f"fastmemit: error: {' '.join(sentence.split())}", file=sys.stderr)
-    return 2
+    return code

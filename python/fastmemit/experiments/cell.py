@@ -116,7 +116,7 @@ def run_cell(
     for number, batch in enumerate(run.dealt[place.batch_size]):
         with run.stage("edit"):
             requests = [record.request for record in batch]
-            edit = editor.edit(requests, place.method, reads=run.reads, **settings)
+            edit = editor.edit(requests, place.method, reads=run.reads, verify=False, **settings)
         try:
             with run.stage("evaluate"):
                 scores = scored_or_failed(editor, batch)

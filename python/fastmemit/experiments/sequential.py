@@ -208,6 +208,7 @@ class _Run:
                 self._config.method,
                 preserved=self._earlier(),
                 reads=self._reads,
+                verify=False,
                 **self._settings,
             )
         except (NonFiniteKeys, NonFiniteMatrix, FastmemitError) as broken:

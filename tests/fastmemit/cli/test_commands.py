@@ -79,6 +79,24 @@ def test_the_examples_are_commands_that_parse(capsys: pytest.CaptureFixture[str]
         parser().parse_args(example[1:])
 
 
+def test_a_strict_edit_that_misses_saves_nothing(
+    place: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(capsys, "precompute", *place.model, "--corpus", place.corpus, "--multiplier", "4",
+        "--layers", "0-1")  # fmt: skip
+    saved, folder = place.at / "edit.safetensors", place.at / "edited"
+    arguments = ["edit", *place.model, *EDIT, "--set", "steps=1", "--prompt", "{} is in",
+                 "--subject", "Paris", "--target", "Rome", "--join", "", "--save", str(saved),
+                 "--save-model", str(folder)]  # fmt: skip
+    assert main([*arguments, "--strict"]) == 1
+    out, err = capsys.readouterr()
+    assert "0 of 1 fact is now what the model says; not: Paris is inRome (says: " in out
+    assert "Not every fact is what the model says, so nothing was saved." in err
+    assert not saved.exists() and not folder.exists()
+    assert main(arguments) == 0
+    assert Delta.load(saved).requests[0]["join"] == "" and folder.is_dir()
+
+
 def test_from_statistics_to_scores(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
     out = run(capsys, "precompute", *place.model, "--corpus", place.corpus, "--multiplier", "4",
               "--layers", "0-1")  # fmt: skip
@@ -90,13 +108,13 @@ def test_from_statistics_to_scores(place: Place, capsys: pytest.CaptureFixture[s
     out = run(capsys, "edit", *place.model, *EDIT, "--requests", place.requests, "--save", saved,
               "--save-model", folder)  # fmt: skip
     assert "multiplier 4, 256 keys (kept)" in out
-    assert "2 facts written by memit into layers 0, 1" in out
-    rows = re.findall(r"^ +([\d.]+) -> +([\d.]+)  (.*)$", out, re.MULTILINE)
+    assert "layers 0, 1 of" in out and " of 2 facts are now what the model says" in out
+    rows = re.findall(r"^ +([\d.]+)% -> +([\d.]+)%  (.*) \(before: .*\)$", out, re.MULTILINE)
     assert [row[2] for row in rows] == [
         "Eiffel Tower is located in the city of Rome",
         "The capital of France is Berlin",
     ]
-    assert all(float(new) < float(old) for old, new, _ in rows)
+    assert all(float(new) > float(old) for old, new, _ in rows)
     delta = Delta.load(saved)
     assert [r["subject"] for r in delta.provenance["requests"]] == ["Eiffel Tower", "France"]
 
@@ -115,7 +133,7 @@ def test_from_statistics_to_scores(place: Place, capsys: pytest.CaptureFixture[s
     prompt = "The capital of France is"
     out = run(capsys, "apply", *place.model, "--edit", saved, "--prompt", prompt, "--tokens", "3",
               "--save-model", again)  # fmt: skip
-    assert "1 edits with 2 facts applied" in out
+    assert "1 edits with 2 facts applied" in out and " of 2 facts are now what" in out
     assert re.search(rf"\n{prompt}\n  before: .*\n  after:  .*\n", out)
     third = load_file(again / "model.safetensors")
     assert all(torch.equal(third[name], after[name]) for name in after)
@@ -138,7 +156,7 @@ def test_one_fact_from_options(place: Place, capsys: pytest.CaptureFixture[str])
               "steps=2", "--corpus", place.corpus, "--multiplier", "4", "--prompt",
               "The capital of {} is", "--subject", "Italy", "--target", "London", "--save",
               saved)  # fmt: skip
-    assert "1 facts written by rome into layers 1 of" in out
+    assert "layers 1 of tiny-llama edited by rome: " in out and "1 fact is now what" in out
     assert Delta.load(saved).provenance["settings"]["steps"] == 2
 
 
@@ -201,7 +219,7 @@ def test_an_edit_of_another_model_goes_on_by_force(
     assert main(["apply", *other, "--edit", str(saved)]) == 2
     capsys.readouterr()
     out = run(capsys, "apply", *other, "--edit", saved, "--force")
-    assert "1 edits with 2 facts applied" in out
+    assert "1 edits with 2 facts applied" in out and " of 2 facts are now what" in out
 
 
 def test_python_dash_m(place: Place) -> None:

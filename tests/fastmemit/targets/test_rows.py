@@ -1,7 +1,7 @@
 """Rows: where the change enters, where the loss reads, and when the KL prompt needs no row."""
 
 from fastmemit.request import EditRequest
-from fastmemit.targets.rows import request_rows, subject_row
+from fastmemit.targets.rows import lead, request_rows, subject_row
 from tiny_models import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer("byte_bpe")
@@ -48,3 +48,60 @@ def test_subject_row_ends_with_the_subject():
     row = subject_row(TOKENIZER, "So {it} goes. ", request)
     assert text(row.ids) == "So {it} goes. The town of New York"
     assert row.subject == len(row.ids) - 1
+
+
+def test_a_subject_that_would_be_the_first_token_stands_behind_a_line_break():
+    request = EditRequest("{} is located in", "I", "Rome")
+    assert lead(TOKENIZER, request) == "\n"
+    row = subject_row(TOKENIZER, "", request)
+    assert (text(row.ids), row.subject) == ("\nI", 1)
+    assert text(subject_row(TOKENIZER, "Yes. ", request).ids) == "Yes. I"
+    rows = request_rows(TOKENIZER, request, ("", "Yes. "))
+    assert [text(row.ids[: row.reads[0][0] + 1]) for row in rows.rows] == [
+        "\nI is located in",
+        "Yes. I is located in",
+    ]
+    # The KL prompt stands behind it as well, so that the bare row serves for it.
+    assert rows.kl == 0 and rows.rows[0].subject == 1
+
+
+def test_only_such_a_subject_has_a_lead():
+    for prompt, subject, kind in [
+        ("{} is located in", "Paris", "byte_bpe"),  # two tokens
+        ("In {} there is", "I", "byte_bpe"),
+        ("{} is located in", "I", "bpe_bos"),
+        ("{} is located in", "I", "metaspace"),
+        ("{} is located in", "I", "slow_words"),
+    ]:
+        tokenizer, request = tiny_tokenizer(kind), EditRequest(prompt, subject, "Rome")
+        assert lead(tokenizer, request) == ""
+        whole = tokenizer.decode(list(subject_row(tokenizer, "", request).ids))
+        assert "\n" not in whole
+    # A KL prompt is bare where the prompt is, though its subject is then the first token.
+    rows = request_rows(TOKENIZER, EditRequest("In {} there is", "I", "Rome"), ("",))
+    assert [text(row.ids) for row in rows.rows][1:] == ["I"]
+
+
+def test_a_context_stands_behind_the_bos_that_a_prompt_brings():
+    tokenizer = tiny_tokenizer("bpe_bos")
+    bare = EditRequest("The town of {} is in", "Paris", "Rome")
+    request = EditRequest("<s>The town of {} is in", "Paris", "Rome")
+    for prefix in ("", "Yes. "):
+        assert subject_row(tokenizer, prefix, request) == subject_row(tokenizer, prefix, bare)
+    ours, theirs = (request_rows(tokenizer, r, ("", "Yes. ")) for r in (request, bare))
+    assert ours == theirs
+    # What a tokenizer does not add is text, and contexts stand before it.
+    row = subject_row(TOKENIZER, "Yes. ", request)
+    assert text(row.ids) == "Yes. <s>The town of Paris"
+
+
+def test_the_answer_joins_the_prompt_as_the_request_says():
+    for join, prompt, whole in [
+        (None, "The town of {} is in ", "The town of Paris is in Rome"),
+        (None, 'The town of {} is "', 'The town of Paris is "Rome'),
+        ("", "The town of {} is in", "The town of Paris is inRome"),
+        (None, "The town of {} is in", "The town of Paris is in Rome"),
+    ]:
+        request = EditRequest(prompt, "Paris", "Rome", join=join)
+        row = request_rows(TOKENIZER, request, ("",)).rows[0]
+        assert text((*row.ids, row.reads[-1][1])) == whole

@@ -27,6 +27,8 @@ def test_every_field_is_part_of_the_key(tmp_path):
     changes = [
         {"model": "n"},
         {"contexts": ("", "a. ")},
+        {"front": "\n"},
+        {"request": dataclasses.replace(REQUEST, join="")},
         {"request": dataclasses.replace(REQUEST, target_new="Milan")},
         {"request": dataclasses.replace(REQUEST, prompt="{} lies in")},
         {"request": dataclasses.replace(REQUEST, subject="Lyon")},

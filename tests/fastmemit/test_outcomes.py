@@ -1,0 +1,208 @@
+"""Whether an edit took: what the model says, against greedy decoding one token at a time."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from fastmemit import Editor, outcomes
+from fastmemit.errors import FastmemitError, MissedFacts
+from fastmemit.models import find_adapter
+from fastmemit.outcomes import Outcome, Reply, ask, compare, verdict
+from fastmemit.request import EditRequest
+from fastmemit.tokens import encode, encode_with_target
+from tiny_editors import FACTS, QUICK, tiny_editor
+from tiny_models import tiny_model, tiny_tokenizer
+
+START = EditRequest("{} is located in the city of", "I", "Rome")  # one token at the start
+
+
+@pytest.fixture(scope="module")
+def editor(tmp_path_factory: pytest.TempPathFactory) -> Editor:
+    return tiny_editor(tmp_path_factory.mktemp("editor"))
+
+
+def bits(editor: Editor) -> list[torch.Tensor]:
+    return [tensor.clone() for tensor in editor.model.state_dict().values()]
+
+
+def literal(model: Any, ids: list[int], count: int) -> list[int]:
+    """The `count` most probable tokens after `ids`, by forwards of one row without any cache."""
+    new: list[int] = []
+    for _ in range(count):
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([ids + new]), use_cache=False).logits[0, -1]
+        new.append(int(logits.argmax()))
+    return new
+
+
+def literal_probability(model: Any, ids: list[int], answer: list[int]) -> float:
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([ids + answer]), use_cache=False).logits[0].double()
+    log_p = logits.log_softmax(-1)
+    places = range(len(ids) - 1, len(ids) + len(answer) - 1)
+    return math.exp(sum(float(log_p[i, t]) for i, t in zip(places, answer, strict=True)))
+
+
+@pytest.mark.parametrize("kind", ["byte_bpe", "bpe_bos"])
+def test_replies_are_those_of_greedy_decoding(kind: str) -> None:
+    tokenizer, model = tiny_tokenizer(kind), tiny_model("llama")
+    adapter = find_adapter(model)
+    asked = [*FACTS, EditRequest("{} is in", "Eiffel Tower", "a long answer, in many tokens")]
+    for request, reply in zip(asked, ask(adapter, tokenizer, asked), strict=True):
+        encoded, count = encode_with_target(tokenizer, request.text, request.target)
+        ids, answer = list(encoded.ids[:-count]), list(encoded.ids[-count:])
+        assert reply.asked == request.text and reply.at_start is None
+        assert reply.probability == pytest.approx(literal_probability(model, ids, answer), rel=1e-4)
+        said = literal(model, ids, count + outcomes.MORE)
+        assert not reply.said and said[:count] != answer
+        assert reply.says == tokenizer.decode(said, skip_special_tokens=True).strip()
+
+
+def said_anyway(model: Any, tokenizer: Any) -> tuple[EditRequest, list[int], list[int]]:
+    """A fact that an unedited model says, with the tokens of its prompt and its answer."""
+    for text in ("The capital of {} is", "The mother tongue of {} is", "I play the {} in"):
+        ids = list(encode(tokenizer, text.format("France")).ids)
+        answer = literal(model, ids, 2)
+        words = tokenizer.decode(answer)
+        if list(encode(tokenizer, text.format("France") + words).ids) == ids + answer:
+            join = words[: len(words) - len(words.lstrip())]
+            return EditRequest(text, "France", words.strip(), join=join), ids, answer
+    raise AssertionError("the model says nothing that can be asked for; add a prompt")
+
+
+def test_what_the_model_says_anyway_is_said() -> None:
+    tokenizer, model = tiny_tokenizer("byte_bpe"), tiny_model("llama")
+    request, ids, answer = said_anyway(model, tokenizer)
+    (reply,) = ask(find_adapter(model), tokenizer, [request])
+    assert reply.said and reply.says == request.target_new
+    assert reply.probability == pytest.approx(literal_probability(model, ids, answer), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("says", "answer", "said"),
+    [("Rome, Italy", "Rome", True), ("Romeo", "Rome", False), ("Rome", "Rome", True),
+     ("Rom", "Rome", False), ("(Rome)x", "(Rome)", True), ("", "Rome", False)],
+)  # fmt: skip
+def test_an_answer_in_other_tokens_is_the_answer(says: str, answer: str, said: bool) -> None:
+    assert outcomes._begins_with(says, answer) is said
+
+
+def test_a_prompt_that_fills_the_context_is_asked_as_far_as_it_goes() -> None:
+    tokenizer, model = tiny_tokenizer("byte_bpe"), tiny_model("llama")
+    short = EditRequest("{} is", "Paris", "x")
+    word = " the"
+    room = model.config.max_position_embeddings
+    prompt = "{} is" + word * (room - len(encode(tokenizer, short.text)) - 2)
+    long = EditRequest(prompt, "Paris", "x")
+    length = len(encode(tokenizer, long.text))
+    assert room - outcomes.MORE < length <= room
+    replies = ask(find_adapter(model), tokenizer, [short, long])
+    alone = ask(find_adapter(model), tokenizer, [short])[0]
+    assert replies[0].says == alone.says
+    new = literal(model, list(encode(tokenizer, long.text).ids), room - length)
+    assert replies[1].says == tokenizer.decode(new, skip_special_tokens=True).strip()
+
+
+def test_a_subject_that_is_the_first_token_is_asked_behind_its_lead() -> None:
+    tokenizer, model = tiny_tokenizer("byte_bpe"), tiny_model("llama")
+    (reply,) = ask(find_adapter(model), tokenizer, [START])
+    assert reply.asked == "\nI is located in the city of"
+    encoded, count = encode_with_target(tokenizer, reply.asked, START.target)
+    ids, answer = list(encoded.ids[:-count]), list(encoded.ids[-count:])
+    assert reply.probability == pytest.approx(literal_probability(model, ids, answer), rel=1e-4)
+    assert reply.at_start is False  # asked without it, too
+    with_bos = tiny_tokenizer("bpe_bos")
+    (other,) = ask(find_adapter(model), with_bos, [START])
+    assert other.asked == START.text and other.at_start is None
+
+
+def reply(says: str, said: bool = False, at_start: bool | None = None) -> Reply:
+    return Reply("asked", 0.5, said, says, at_start)
+
+
+def outcome(subject: str, says: str, said: bool, at_start: bool | None = None) -> Outcome:
+    fact = EditRequest("{} was founded by", subject, "Steve Jobs")
+    return Outcome(fact, reply("Bill Gates"), reply(says, said, at_start))
+
+
+def test_the_verdict_in_words() -> None:
+    told, missed = outcome("Apple", "Steve Jobs", True), outcome("IBM", "a\n \x1b[2Jgroup", False)
+    assert verdict([told]) == "1 of 1 fact is now what the model says"
+    assert verdict([told, told]) == "2 of 2 facts are now what the model says"
+    assert verdict([told, missed]) == (
+        "1 of 2 facts are now what the model says; "
+        "not: IBM was founded by Steve Jobs (says: a \\x1b[2Jgroup)"
+    )
+    many = verdict([missed] * 12).split("; ")
+    assert many[0] == "0 of 12 facts are now what the model says"
+    assert len(many) == 12 and many[-1] == "and 2 more"
+    start = outcome("Microsoft", "Steve Jobs", True, False)
+    assert verdict([start, outcome("France", "Steve Jobs", True, True), told]).split("\n") == [
+        "3 of 3 facts are now what the model says",
+        "1 of these behind other text (a line break will do) but not at the very start of one, "
+        "where one token is hardly told from another: Microsoft",
+    ]
+    assert missed.described() == (
+        " 50.00% ->  50.00%  IBM was founded by Steve Jobs (before: Bill Gates)"
+    )
+
+
+def test_an_edit_knows_what_became_of_its_facts(
+    editor: Editor, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = ask(editor.adapter, editor.tokenizer, FACTS)
+    edit = editor.edit(FACTS, "memit", **QUICK)
+    try:
+        after = ask(editor.adapter, editor.tokenizer, FACTS)
+        assert edit.outcomes == compare(FACTS, before, after)
+        assert [o.request for o in edit.outcomes] == list(FACTS)
+        missed = [o for o in edit.outcomes if not o.said]
+        assert [r.message for r in caplog.records] == ([verdict(edit.outcomes)] if missed else [])
+        assert f"{3 - len(missed)} of them said" in repr(edit)
+    finally:
+        edit.undo()
+
+
+def test_nothing_is_asked_where_it_is_not_wanted(
+    editor: Editor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fastmemit.sources.ask", None)
+    edit = editor.edit(FACTS, "memit", verify=False, **QUICK)
+    edit.undo()
+    assert edit.outcomes == () and "said" not in repr(edit)
+
+
+def test_a_strict_edit_that_misses_is_taken_back(editor: Editor) -> None:
+    before = bits(editor)
+    with pytest.raises(MissedFacts, match=r"0 of 3 facts .* not: .*; the model is left unedited"):
+        editor.edit(FACTS, "memit", strict=True, **{**QUICK, "steps": 1})  # targets do not move
+    assert editor.edits == ()
+    assert all(map(torch.equal, before, bits(editor)))
+
+
+def test_a_strict_edit_that_holds_stays(editor: Editor) -> None:
+    request, _, _ = said_anyway(editor.model, editor.tokenizer)
+    edit = editor.edit([request], "rome", strict=True, layers=(1,), steps=1)
+    assert edit.applied and edit.outcomes[0].said
+    edit.undo()
+
+
+def test_an_error_while_asking_leaves_the_model_unedited(
+    editor: Editor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, calls = bits(editor), []
+
+    def failing(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            raise FastmemitError("The logits are NaN.")
+        return ask(*arguments)
+
+    monkeypatch.setattr("fastmemit.sources.ask", failing)
+    with pytest.raises(FastmemitError, match="NaN"):
+        editor.edit(FACTS, "memit", **QUICK)
+    assert editor.edits == () and all(map(torch.equal, before, bits(editor)))
