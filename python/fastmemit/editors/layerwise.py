@@ -35,7 +35,7 @@ def write_layers(work: Workspace, requests: list[EditRequest], solve: Solve) -> 
         missing = missing / share(work.config.spread, len(layers) - position)
         # The last edited block may be on another device than this layer, its norm and its factor.
         missing = missing.to(read.outputs.device)
-        residual = adapter.projection_residual(layer, read.outputs, missing)
+        residual = adapter.projection_residual(layer, read.outputs, missing, subjects.bare_ids)
         work.write(layer, solve(layer, keys, residual.T), keys)
 
 

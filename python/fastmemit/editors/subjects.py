@@ -125,6 +125,12 @@ class Subjects:
         self._requests, self._contexts = tuple(requests), tuple(contexts)
         self._passes: tuple[SubjectPass, ...] = ()
 
+    @property
+    def bare_ids(self) -> list[tuple[int, ...]]:
+        """The token ids of each bare prompt up to its subject's last token."""
+        rows = [subject_row(self._tokenizer, "", request) for request in self._requests]
+        return [row.ids for row in rows]
+
     def key(self, layer: int, last: int) -> Hashable:
         """What a reading depends on beside the weights."""
         return (self._requests, self._contexts, layer, last)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+import logging
+from collections.abc import Hashable, Sequence
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import nn
 
+from fastcov.mode import evaluation_mode
 from fastmemit.errors import BadLayer, OffloadedWeight, QuantisedWeight, UnknownArchitecture
+from fastmemit.models.block_map import BlockMap, inverse
 from fastmemit.models.context import context_limit
-from fastmemit.models.post_norm import find_post_norm, through_post_norm
 from fastmemit.models.running import Padding, input_device, is_causal, padding, run_model
 from fastmemit.models.structure import (
     find_template,
@@ -21,7 +23,11 @@ from fastmemit.models.structure import (
     unwrapped,
 )
 
+log = logging.getLogger(__name__)
+
 CONTEXT_LIMIT = 2048
+#: Mean shares of a wanted change, below which a layer is refused or warned of.
+REFUSED, WARNED = 0.1, 0.5
 
 
 class ModelAdapter:
@@ -42,6 +48,7 @@ class ModelAdapter:
     def __init__(self, model: nn.Module, module: str) -> None:
         self.model = model
         self.template = module
+        self._plain: dict[int, bool] = {}
         before, _, after = module.partition("{}")
         blocks = model.get_submodule(before.rstrip("."))
         assert isinstance(blocks, nn.ModuleList)
@@ -183,40 +190,64 @@ class ModelAdapter:
             "in floating point (float32, bfloat16 or float16), without quantisation."
         )
 
-    def post_norm(self, layer: int) -> nn.Module | None:
-        """The norm between the projection and the residual stream (Gemma), if there is one."""
-        return find_post_norm(self.block(layer))
+    def adds_plainly(self, layer: int) -> bool:
+        """Whether the block adds its projection's output to its stream as it is, by measurement."""
+        if layer not in self._plain:
+            probe = torch.linspace(-3, 3, 4 * self.d, device=self.weight(layer).device).sin()
+            probe = probe.reshape(4, self.d)
+            with evaluation_mode(self.model):
+                change, _ = inverse(BlockMap(self, layer, self._any_rows(4)), probe, probe.flip(0))
+            self._plain[layer] = torch.equal(change, probe.flip(0))
+        return self._plain[layer]
+
+    def _any_rows(self, count: int) -> list[list[int]]:
+        """Rows of four arbitrary tokens."""
+        size = self.lm_head.weight.shape[0]
+        return [[(7 * n + 13 * k + 3) % size for k in range(4)] for n in range(count)]
 
     def projection_residual(
         self,
         layer: int,
         output: torch.Tensor,  # (B, d)
         residual: torch.Tensor,  # (B, d)
+        rows: Sequence[Sequence[int]] | None = None,
     ) -> torch.Tensor:  # (B, d)
         """What to add to the projection's output so that the block's output moves by `residual`.
 
         For most architectures the residual itself, because a block adds the projection's output to
-        its stream as it is.  Behind a norm see `fastmemit.models.post_norm.through_post_norm`.
+        its stream as it is; that is measured once a layer.  See `fastmemit.models.block_map` for
+        what is done where it does not.
 
         Args:
             layer: The edited layer.
             output: The projection's output now.
             residual: By how much the block's output shall move.
+            rows: The token ids up to where each output is of; None takes arbitrary ones, which is
+                right as long as what the block does behind its MLP does not depend on them.
 
         Raises:
-            UnknownArchitecture: The block normalises its sum, so that no such change exists.
+            BadLayer: The block's output cannot be moved so, not even by a tenth.
         """
-        block = self.block(layer)
-        if getattr(block, "do_layer_norm_before", True) is False:
-            raise UnknownArchitecture(
-                f"{type(block).__name__} normalises its output after the sum "
-                "(do_layer_norm_before=False), so its MLP cannot move it by a given vector; edit "
-                "this model with method rome."
+        if self.adds_plainly(layer):
+            return residual
+        rows = self._any_rows(len(output)) if rows is None else rows
+        with evaluation_mode(self.model):
+            change, share = inverse(BlockMap(self, layer, rows), output, residual)
+        reached = float(share.mean())
+        if reached < REFUSED:
+            raise BadLayer(
+                f"Layer {layer} cannot carry the change: its block's output would go {reached:.2f} "
+                f"of the way, for {type(self.block(layer)).__name__} normalises or closes what its "
+                "projection puts out; edit other layers (layers=...), or use the method rome."
             )
-        # Granite scales what a block adds to the stream.
-        residual = residual / float(getattr(block, "residual_multiplier", 1.0))
-        norm = find_post_norm(block)
-        return residual if norm is None else through_post_norm(norm, output, residual)
+        if reached < WARNED:
+            log.warning(
+                "layer %d reaches %.2f of the wanted change (mean of %d facts; the lowest %.2f), "
+                "because its block normalises what its projection puts out; later layers and other "
+                "layers may carry more",
+                *(layer, reached, len(share), float(share.min())),
+            )
+        return change
 
     @property
     def lm_head(self) -> nn.Module:

@@ -14,7 +14,6 @@ from torch import nn
 
 from fastcov import LowRank
 from fastmemit.editors import emmet, memit
-from fastmemit.models.post_norm import through_post_norm
 
 B, D, D_K = 3, 8, 16
 PLACES = ("meta", "cpu")  # of two layers, the second of which is the last edited
@@ -46,10 +45,10 @@ def test_the_last_block_is_on_another_device_than_the_layer(
     work: Any = SimpleNamespace(
         config=SimpleNamespace(layers=layers, lambda_e=0.1, spread="linear"),
         adapter=SimpleNamespace(
-            projection_residual=lambda layer, out, r: through_post_norm(norms[layer], out, r)
+            projection_residual=lambda layer, out, r, rows: norms[layer](out.float() + r) - out
         ),
         targets=lambda requests, keep: [SimpleNamespace(vector=on("cpu", D))] * B,
-        subjects=lambda requests: None,
+        subjects=lambda requests: SimpleNamespace(bare_ids=[]),
         read=lambda subjects, layer: reading[layer],
         solver=lambda layer: on(PLACES[layer], D_K, D_K),
         write=lambda layer, change, keys: written.append((layer, change, keys)),

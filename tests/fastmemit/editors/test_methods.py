@@ -8,7 +8,7 @@ from fastmemit.activations import read_at_subject
 from fastmemit.data.corpora import corpus_from_texts
 from fastmemit.editors import memit
 from fastmemit.editors.base import averaged_keys
-from fastmemit.errors import DuplicateRequest, FastmemitError, UnknownArchitecture
+from fastmemit.errors import DuplicateRequest, FastmemitError
 from fastmemit.targets.rows import subject_row
 from reference import closed_form as literal
 from tiny_models import ARCHITECTURES, tiny_model, tiny_tokenizer
@@ -64,7 +64,8 @@ def test_emmet_maps_each_key_to_its_residual_and_undo_is_bit_exact(architecture,
     out, block = bare_outputs(editor, editor.adapter.projection(1), editor.adapter.block(1))
     targets = editor.targets(REQUESTS, editor.config("emmet", **settings))
     goal = torch.stack([t.vector for t in targets]).double()
-    residual = editor.adapter.projection_residual(1, out, goal - block)  # (B, d)
+    rows = [subject_row(editor.tokenizer, "", request).ids for request in REQUESTS]
+    residual = editor.adapter.projection_residual(1, out, goal - block, rows)  # (B, d)
     old = editor.adapter.weight(1).double().clone()
     edit = editor.edit(REQUESTS, "emmet", **settings)
     moved = (editor.adapter.weight(1).double() - old) @ keys  # (d, B)
@@ -192,13 +193,20 @@ def test_duplicates_are_named_before_any_work(tmp_path):
         editor.plan(twice, "memit")
 
 
-def test_a_norm_after_the_sum_is_refused_by_memit(tmp_path):
+def test_a_norm_after_the_sum_is_carried(tmp_path):
     model = tiny_model("opt", do_layer_norm_before=False)
     editor = Editor(model, tiny_tokenizer("byte_bpe"), cache=tmp_path)
     editor.precompute(corpus_from_texts("tiny", TEXTS), multiplier=2, layers=[0, 1])
     before = snapshot(model)
-    with pytest.raises(UnknownArchitecture, match="rome"):
-        editor.edit(REQUESTS, "memit", layers=(0, 1), steps=2)
+    settings = {"layers": (1,), "steps": 4, "lambda_e": 0.0}
+    targets = editor.targets(REQUESTS, editor.config("emmet", **settings))
+    goal = torch.stack([t.vector for t in targets]).double()
+    (block,) = bare_outputs(editor, editor.adapter.block(1))
+    edit = editor.edit(REQUESTS, "emmet", **settings)
+    (after,) = bare_outputs(editor, editor.adapter.block(1))
+    wanted, moved = goal - block, after - block
+    assert float((wanted * moved).sum() / wanted.square().sum()) > 0.5
+    edit.undo()
     assert_unchanged(model, before)
 
 

@@ -56,7 +56,7 @@ def test_every_architecture_has_its_projection(name: str) -> None:
     assert adapter.max_context == 256
     assert adapter.device == torch.device("cpu")
     assert adapter.weight_is_transposed(0) == (name == "gpt2")
-    assert (adapter.post_norm(0) is not None) == name.startswith("gemma")
+    assert adapter.adds_plainly(0) != name.startswith("gemma")
 
 
 def test_the_weight_maps_keys_to_outputs(name: str) -> None:
@@ -95,19 +95,18 @@ def test_a_residual_on_the_projection_moves_the_block(name: str) -> None:
     _, output = run(model, adapter.projection(1))
     _, before = run(model, adapter.block(1))
     wanted = 0.1 * torch.randn(7, D)
-    change = adapter.projection_residual(1, output[0], wanted)  # (7, d)
+    rows = [IDS[0, : n + 1].tolist() for n in range(7)]
+    change = adapter.projection_residual(1, output[0], wanted, rows)  # (7, d)
     handle = adapter.projection(1).register_forward_hook(lambda _m, _i, out: out + change)
     _, after = run(model, adapter.block(1))
     handle.remove()
     moved = (after - before)[0]
-    if adapter.post_norm(1) is None:
+    if adapter.adds_plainly(1):
         assert_close(change, wanted, rtol=0, atol=0)
         assert_close(moved, wanted, rtol=1e-4, atol=1e-5)
-    else:  # the direction of the norm's output is the wanted one; its length is not free
-        norm = adapter.post_norm(1)
-        reached, aim = norm(output[0] + change), norm(output[0]) + wanted
-        assert_close(torch.cosine_similarity(reached, aim), torch.ones(7), rtol=0, atol=1e-5)
-        assert_close(moved, reached - norm(output[0]), rtol=1e-4, atol=1e-5)
+    else:  # a norm's output cannot take any length
+        share = (moved * wanted).sum(1) / wanted.square().sum(1)
+        assert float(share.min()) > 0.6 and float(share.mean()) > 0.85
 
 
 def test_a_block_can_be_given_other_hidden_states(name: str) -> None:
@@ -132,13 +131,6 @@ def test_a_huge_stated_context_is_not_used() -> None:
 def test_opt_with_narrow_embeddings_is_found_at_its_inner_width() -> None:
     adapter = find_adapter(tiny_model("opt", word_embed_proj_dim=16))
     assert (adapter.template, adapter.d) == ("model.decoder.layers.{}.fc2", D)
-
-
-def test_opt_that_normalises_its_sum_cannot_be_moved() -> None:
-    adapter = find_adapter(tiny_model("opt", do_layer_norm_before=False))
-    assert adapter.weight(0).shape == (D, D_K)
-    with pytest.raises(UnknownArchitecture, match=r"do_layer_norm_before=False.*method rome"):
-        adapter.projection_residual(0, torch.ones(1, D), torch.ones(1, D))
 
 
 def test_granites_residual_multiplier_is_undone() -> None:

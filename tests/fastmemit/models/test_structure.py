@@ -204,7 +204,7 @@ def test_the_text_decoder_is_told_from_a_vision_tower_of_the_same_depth() -> Non
     adapter = find_adapter(model)
     assert "vision" not in adapter.template
     assert adapter.template.endswith("layers.{}.mlp.down_proj")
-    assert adapter.post_norm(0) is not None
+    assert not adapter.adds_plainly(0)
 
 
 def test_an_encoder_decoder_is_refused() -> None:
