@@ -48,7 +48,6 @@ class ModelAdapter:
     def __init__(self, model: nn.Module, module: str) -> None:
         self.model = model
         self.template = module
-        self._plain: dict[int, bool] = {}
         before, _, after = module.partition("{}")
         blocks = model.get_submodule(before.rstrip("."))
         assert isinstance(blocks, nn.ModuleList)
@@ -192,13 +191,14 @@ class ModelAdapter:
 
     def adds_plainly(self, layer: int) -> bool:
         """Whether the block adds its projection's output to its stream as it is, by measurement."""
-        if layer not in self._plain:
+        key = ("adds plainly", layer)
+        if key not in self.measured:
             probe = torch.linspace(-3, 3, 4 * self.d, device=self.weight(layer).device).sin()
             probe = probe.reshape(4, self.d)
             with evaluation_mode(self.model):
                 change, _ = inverse(BlockMap(self, layer, self._any_rows(4)), probe, probe.flip(0))
-            self._plain[layer] = torch.equal(change, probe.flip(0))
-        return self._plain[layer]
+            self.measured[key] = torch.equal(change, probe.flip(0))
+        return bool(self.measured[key])
 
     def _any_rows(self, count: int) -> list[list[int]]:
         """Rows of four arbitrary tokens."""

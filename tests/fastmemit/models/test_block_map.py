@@ -115,7 +115,8 @@ BLOCKS = {
     ),
     "granite": lambda: transformers.GraniteConfig(**BASE, residual_multiplier=0.22),
     "qwen2_moe": lambda: transformers.Qwen2MoeConfig(
-        **BASE, num_key_value_heads=2, num_experts=4, moe_intermediate_size=16, shared_expert_intermediate_size=48,
+        **BASE, num_key_value_heads=2, num_experts=4, moe_intermediate_size=16,
+        shared_expert_intermediate_size=48,
     ),
     "olmo2": lambda: transformers.Olmo2Config(**BASE),
     "gemma3": lambda: transformers.Gemma3TextConfig(**BASE, **HEADS),
