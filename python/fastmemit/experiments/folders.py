@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from fastcov.parsing import parse_json
+from fastcov.printable import printable
 from fastmemit.errors import BadData, DamagedFile, WrongModel
 from fastmemit.experiments.intervals import HARMONIC, SCORES, SHARES
 from fastmemit.experiments.results import RESULTS, TIMINGS, read_results
@@ -38,6 +39,7 @@ _FIELDS: dict[str, tuple[type, ...]] = {
 }
 # Stored scores and those of the records may differ by rounding, not in what is printed (0.01).
 _PRINTED = 0.005
+_LARGEST = 2**53  # of whole numbers: all up to it are floats as well
 _MEND = "delete the line, and the sweep will run its cell again"
 
 
@@ -78,7 +80,7 @@ def collect(folders: Sequence[Path]) -> Collected:
     cells: dict[str, tuple[Path, Cell]] = {}
     timings: dict[str, Timing] = {}
     for folder in folders:
-        for key, value in read_results(folder, RESULTS).items():
+        for key, value in _cleaned(read_results(folder, RESULTS)).items():
             cell = _cell(f"The cell {key!r} of {str(folder)!r}", value)
             known = cells.setdefault(key, (folder, cell))
             if known[1] != cell:
@@ -86,7 +88,7 @@ def collect(folders: Sequence[Path]) -> Collected:
                     f"{str(known[0])!r} and {str(folder)!r} have different results of {key}; "
                     "report on them apart."
                 )
-        for key, value in read_results(folder, TIMINGS).items():
+        for key, value in _cleaned(read_results(folder, TIMINGS)).items():
             place = f"The timing of {key!r} in {str(folder)!r}"
             fields = {"seconds": (dict,), "hardware": (str,), "versions": (dict,)}
             _check_fields(place, value, fields)
@@ -117,6 +119,15 @@ def multiplier_text(multiplier: float | None) -> str:
     return "full" if multiplier is None else f"{multiplier:g}"
 
 
+def _cleaned(value: Any) -> Any:
+    """A value of a file with all text printable: whatever a report is written as, it is that."""
+    if isinstance(value, str):
+        return printable(value)
+    if isinstance(value, dict):
+        return {_cleaned(name): _cleaned(inner) for name, inner in value.items()}
+    return [_cleaned(inner) for inner in value] if isinstance(value, list) else value
+
+
 def _order(cell: Cell) -> tuple[Any, ...]:
     multiplier = math.inf if cell["multiplier"] is None else cell["multiplier"]
     return (
@@ -138,7 +149,7 @@ def _read_sweep(folder: Path) -> Sweep:
     if not path.is_file():
         raise BadData(f"{str(folder)!r} holds no sweep.json; name a folder that a sweep wrote.")
     try:
-        found = parse_json(path.read_bytes())
+        found = _cleaned(parse_json(path.read_bytes()))
     except ValueError as bad:
         raise DamagedFile(f"{path} is not JSON ({bad}); restore it from a copy.") from None
     found = found if isinstance(found, dict) else {}
@@ -177,6 +188,9 @@ def _cell(place: str, value: dict[str, Any]) -> Cell:
     multiplier = value["multiplier"]
     if multiplier is not None and not 0 < multiplier <= sys.float_info.max:
         raise DamagedFile(f"{place} has a multiplier of {multiplier!r:.80}; {_MEND}.")
+    if not value["method"]:
+        raise DamagedFile(f"{place} has no method; {_MEND}.")
+    _check_counts(place, value, {"batch_size": 1, "batches": 1, "keys": 1, "seed": 0})
     if not value["records"]:
         raise DamagedFile(f"{place} has no records; {_MEND}.")
     seen: set[int] = set()
@@ -185,6 +199,11 @@ def _cell(place: str, value: dict[str, Any]) -> Cell:
         if record["case_id"] in seen:
             raise DamagedFile(f"{place} has case {record['case_id']} twice; {_MEND}.")
         seen.add(record["case_id"])
+    wanted = value["batch_size"] * value["batches"]
+    if len(seen) != wanted:
+        raise DamagedFile(
+            f"{place} has {len(seen)} records, and its batches make {wanted:,}; {_MEND}."
+        )
     for when, scores in (("before", value["before"]), ("after", value["scores"])):
         for name, mean in score_means([record[when] for record in value["records"]]).items():
             if name not in scores and name in ("ea", "pa", "na"):
@@ -199,13 +218,15 @@ def _cell(place: str, value: dict[str, Any]) -> Cell:
                 )
     _check_numbers(place, "jitter", value.get("jitter", {}))
     if value["perplexity"] is not None:
-        number = (int, float)
-        here = f"{place}, perplexity,"
-        _check_fields(here, value["perplexity"], dict(before=number, after=number))
-        for name in ("before", "after"):
-            found = value["perplexity"][name]
-            if not (0 < found <= sys.float_info.max or found == math.inf):
-                raise DamagedFile(f"{here} has {name} = {found!r:.80}; {_MEND}.")
+        here, found = f"{place}, perplexity,", value["perplexity"]
+        _check_fields(here, found, dict.fromkeys(("before", "after"), (int, float)))
+        for when in ("before", "after"):
+            # The exponential of a mean cost, which is never below 0.
+            if not found[when] >= 1 or (type(found[when]) is int and found[when] > _LARGEST):
+                raise DamagedFile(
+                    f"{here} has {when} = {found[when]!r:.80}, which is not 1 or more; {_MEND}."
+                )
+        _check_counts(here, found, {"batches": 1, "tokens": 1})
     return cast(Cell, value)
 
 
@@ -236,6 +257,14 @@ def _check_numbers(place: str, name: str, values: Any) -> None:
         number = isinstance(found, (int, float)) and not isinstance(found, bool)
         if not number or not 0 <= found <= sys.float_info.max:
             raise DamagedFile(f"{place} has {found!r:.80} for {name} of {key:.40}; {_MEND}.")
+
+
+def _check_counts(place: str, value: Mapping[str, Any], least: Mapping[str, int]) -> None:
+    """Refuse fields that are no whole numbers from their least value on; absent ones are fine."""
+    for name, low in least.items():
+        found = value.get(name, low)
+        if type(found) is not int or not low <= found <= _LARGEST:
+            raise DamagedFile(f"{place} has {name} = {found!r:.80}; {_MEND}.")
 
 
 def _check_fields(

@@ -63,7 +63,7 @@ def method_title(method: str) -> str:
 
 def slug(text: str) -> str:
     """`text` as a name for files and anchors: ``MEMIT, ridge=0.1`` becomes ``memit-ridge-0.1``."""
-    return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-.")
+    return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-.") or "unnamed"
 
 
 def unique(names: Iterable[str]) -> list[str]:
@@ -94,21 +94,23 @@ def latex(tables: Sequence[Table]) -> str:
 
 
 def _markdown(table: Table) -> str:
-    lines = [f"## {_markdown_text(table.title)}", ""]
+    lines = [f"## {markdown_text(table.title)}", ""]
     lines.append(_markdown_row([column.flat for column in table.columns]))
     lines.append("| " + " | ".join("---" if c.text else "---:" for c in table.columns) + " |")
     lines += [_markdown_row(row) for row in table.rows]
-    lines += ["", _markdown_text(table.note), ""] if table.note else [""]
+    lines += ["", markdown_text(table.note), ""] if table.note else [""]
     return "\n".join(lines)
 
 
 def _markdown_row(values: Iterable[str]) -> str:
-    return "| " + " | ".join(_markdown_text(value) for value in values) + " |"
+    return "| " + " | ".join(markdown_text(value) for value in values) + " |"
 
 
-# What would end a cell, begin a tag or a link, or set text in another way. The underscores of names
-# are left: inside a word Markdown takes them as they are. So are brackets that no link follows.
-def _markdown_text(text: str) -> str:
+def markdown_text(text: str) -> str:
+    """Text for a heading, a cell or a paragraph: it stays text, on one line."""
+    # What would end a cell, begin a tag or a link, or set text in another way. The underscores of
+    # names are left: inside a word Markdown takes them as they are. So are brackets that no link
+    # follows.
     return re.sub(r"([\\|<>*`]|(?<=\])\()", r"\\\1", " ".join(text.split()))
 
 

@@ -13,7 +13,7 @@ from fastmemit.experiments.drawing import check_matplotlib
 from fastmemit.experiments.folders import collect
 from fastmemit.experiments.html import page
 from fastmemit.experiments.intervals import RESAMPLES
-from fastmemit.experiments.layout import latex, markdown
+from fastmemit.experiments.layout import latex, markdown, markdown_text
 from fastmemit.experiments.plots import pictures
 from fastmemit.experiments.tables import (
     cells_csv,
@@ -74,7 +74,7 @@ def write_report(
     tables = [*comparisons, *differences, *paper, cells]
     texts = {
         "report.html": page(found, drawn, comparisons, differences, paper, cells),
-        "tables.md": f"# {' '.join(model.split())}\n\n{markdown(tables)}",
+        "tables.md": f"# {markdown_text(model)}\n\n{markdown(tables)}",
         "tables.tex": latex(tables),
         "tables.csv": comparison_csv(groups, model),
         "cells.csv": cells_csv(groups),

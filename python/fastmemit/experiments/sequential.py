@@ -64,9 +64,13 @@ def check_step(place: str, line: Mapping[str, Any]) -> None:
         DamagedFile: A field is missing or is something else.
     """
     kinds: dict[str, Callable[[Any], bool]] = {
-        **dict.fromkeys(("edits", "facts", "failed"), lambda found: type(found) is int),
+        **dict.fromkeys(("edits", "facts", "failed"), _is_count),
         **dict.fromkeys(("scores", "before"), _is_table),
-        **dict.fromkeys(("multiplier", "perplexity"), _is_number),
+        # The exponential of a mean cost, which is never below 0.
+        "perplexity": lambda found: found is None or _is_from(found, 1.0, math.inf),
+        "multiplier": lambda found: (
+            found is None or (_is_from(found, 0.0, sys.float_info.max) and found > 0)
+        ),
         "preserve": lambda found: isinstance(found, bool),
         "by_batch": lambda found: bool(
             isinstance(found, list) and found and all(map(_is_table, found))
@@ -87,7 +91,7 @@ def _is_table(found: Any) -> bool:
         return False
     # Lines of earlier versions have no exact matches.
     names = ("es", "ps", "ns", "s", *(name for name in SCORES if name in found))
-    return all(name in found and _is_number(found[name]) for name in names)
+    return all(name in found and _is_none_or(found[name], 100.0) for name in names)
 
 
 def _is_record(found: Any) -> bool:
@@ -96,16 +100,25 @@ def _is_record(found: Any) -> bool:
         and type(found.get("case_id")) is int
         and all(
             isinstance(shares := found.get(when), dict)
-            and all(name in shares and _is_number(shares[name]) for name in SHARES)
+            and all(name in shares and _is_none_or(shares[name], 1.0) for name in SHARES)
             for when in ("before", "after")
         )
     )
 
 
-def _is_number(found: Any) -> bool:
-    """A number or None; a whole number in JSON has no largest, and these become floats."""
-    whole = type(found) is int and abs(found) <= sys.float_info.max
-    return found is None or type(found) is float or whole
+def _is_count(found: Any) -> bool:
+    return type(found) is int and 0 <= found <= 2**53
+
+
+def _is_none_or(found: Any, high: float) -> bool:
+    return found is None or _is_from(found, 0.0, high)
+
+
+def _is_from(found: Any, low: float, high: float) -> bool:
+    """Whether it is a number in a range; a whole number in JSON has no largest, a float has."""
+    if type(found) is int and abs(found) > sys.float_info.max:
+        return False
+    return type(found) in (int, float) and low <= found <= high
 
 
 def run_sequential(

@@ -34,6 +34,8 @@ _COMPARED = tuple(Column(side, score.upper()) for score in SCORES for side in ("
 _PERPLEXITY = tuple(Column(name, "perplexity") for name in ("before", "full", "fast"))
 _LEAST = "least share of full"
 _PLACE = ("method", "settings", "bos", "seed", "multiplier", "batch_size", "batches")
+#: What a spreadsheet begins a formula with, in every width; white space is dropped before it.
+_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")
 _PPL = ("ppl_before", "ppl_full", "ppl_fast")
 _DIFFERENCES = tuple(f"{score}_minus_full" for score in SCORES)
 _LEAST_NOTE = (
@@ -310,8 +312,22 @@ def _csv(names: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
     text = io.StringIO()
     writer = csv.DictWriter(text, names, restval="", lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows({name: _csv_cell(value) for name, value in row.items()} for row in rows)
     return text.getvalue()
+
+
+def _csv_cell(value: Any) -> Any:
+    """A value that a spreadsheet takes for text or a number, and never for a formula.
+
+    Text that begins as a formula gets an apostrophe before it, as a spreadsheet itself marks text.
+    """
+    if not isinstance(value, str) or not value.startswith(_FORMULA):
+        return value
+    try:
+        float(value)
+    except ValueError:
+        return f"'{value}"
+    return value
 
 
 def _value(found: Estimate | None) -> str:

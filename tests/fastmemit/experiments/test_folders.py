@@ -116,7 +116,22 @@ def _without(name: str) -> dict[str, Any]:
         (cell() | {"records": []}, "has no records"),
         (cell() | {"records": [record(3, 1.0)] * 2}, "has case 3 twice"),
         (cell() | {"records": [record(3, 1.5)]}, "has es = 1.5 after the edit of case 3"),
-        (cell() | {"records": [record(3, float("nan"))]}, "has es = nan after the edit of case 3"),
+        (cell() | {"batch_size": 0}, "has batch_size = 0"),
+        (cell() | {"batch_size": -1}, "has batch_size = -1"),
+        (cell() | {"batches": 10**18}, "has batches = 1000000000000000000"),
+        (cell() | {"batch_size": 5}, "has 40 records, and its batches make 50"),
+        (cell() | {"batch_size": 2**30, "batches": 2**30}, "make 1,152,921,504,606,846,976"),
+        (cell() | {"keys": -1}, "has keys = -1"),
+        (cell() | {"keys": 10**400}, "has keys = 1000"),
+        (cell() | {"seed": -1}, "has seed = -1"),
+        (cell() | {"seed": 10**40}, "has seed = 1000"),
+        (cell() | {"method": ""}, "has no method"),
+        (cell() | {"perplexity": {"before": 0, "after": 3.0}}, "before = 0, which is not 1"),
+        (cell() | {"perplexity": {"before": 2.0, "after": -1}}, "after = -1, which is not 1"),
+        (cell() | {"perplexity": {"before": 2.0, "after": 0.99}}, "after = 0.99, which"),
+        (cell() | {"perplexity": {"before": 10**400, "after": 2.0}}, "before = 1000"),
+        (cell() | {"perplexity": {"before": 2.0, "after": 2, "tokens": 0}}, "has tokens = 0"),
+        (cell() | {"jitter": {"3": -1}}, "has -1 for jitter of 3"),
         (cell() | {"records": [7]}, "lacks the field 'case_id'"),
         (cell() | {"perplexity": {"before": 3.0}}, "perplexity, lacks the field 'after'"),
         (
@@ -135,6 +150,18 @@ def test_a_cell_that_no_sweep_writes_is_refused(tmp_path: Path, value: Any, said
     assert "'memit/b4x10/x2'" in str(error.value)
     assert str(error.value).endswith("delete the line, and the sweep will run its cell again.")
     assert isinstance(error.value, FastmemitError)
+
+
+def test_nan_is_no_number_of_a_result(tmp_path: Path) -> None:
+    write(tmp_path, [cell() | {"records": [record(3, float("nan"))]}])
+    with pytest.raises(BadData, match="NaN is no number"):
+        collect([tmp_path])
+
+
+def test_a_perplexity_without_bound_is_read(tmp_path: Path) -> None:
+    write(tmp_path, [cell() | {"perplexity": {"before": 36.5, "after": "inf"}}])
+    found = collect([tmp_path]).cells[0]["perplexity"]
+    assert found == {"before": 36.5, "after": float("inf")}
 
 
 def test_settings_have_one_name_in_any_order() -> None:

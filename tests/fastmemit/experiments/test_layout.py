@@ -1,6 +1,17 @@
 from __future__ import annotations
 
-from fastmemit.experiments.layout import Column, Table, latex, markdown, method_title, slug, unique
+import pytest
+
+from fastmemit.experiments.layout import (
+    Column,
+    Table,
+    latex,
+    markdown,
+    markdown_text,
+    method_title,
+    slug,
+    unique,
+)
 
 TABLE = Table(
     "a-table",
@@ -74,3 +85,22 @@ def test_method_titles() -> None:
     assert [method_title(m) for m in ("memit", "pmet", "alphaedit")] == [
         "MEMIT", "PMET", "AlphaEdit",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("<script>alert(1)</script>", r"\<script\>alert(1)\</script\>"),
+        ("a\n# b", "a # b"),
+        ("[x](javascript:1)", r"[x]\(javascript:1)"),
+        ("`x` *y* |", r"\`x\` \*y\* \|"),
+        ("gpt2-xl_7", "gpt2-xl_7"),
+    ],
+)
+def test_markdown_text_stays_text(text: str, shown: str) -> None:
+    assert markdown_text(text) == shown
+
+
+@pytest.mark.parametrize("text", ["..", "", "日本", "-", "."])
+def test_a_name_of_a_file_is_never_empty(text: str) -> None:
+    assert slug(text) == "unnamed"

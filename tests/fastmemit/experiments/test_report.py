@@ -70,3 +70,25 @@ def test_more_draws_are_other_intervals(tmp_path: Path) -> None:
     assert first is not None and second is not None
     assert first.value == second.value and first != second
     assert json.loads((tmp_path / "sweep.json").read_text())["model"] == "tiny-model"
+
+
+def test_names_of_strangers_are_text_in_every_file(tmp_path: Path) -> None:
+    evil = '"><script>alert(1)</script>\x1b[2J\x07\u202egnp\ud800\x00=1+1'
+    cells = [cell("memit", d, (2, 2), settings={"shrinkage": evil}) for d in (2.0, None)]
+    folder = write(tmp_path / "sweep", cells, model=evil, dtype=evil, methods={evil: {evil: evil}})
+    timings = [json.loads(line) for line in (folder / "timings.jsonl").read_text().splitlines()]
+    for timing in timings:
+        timing["hardware"], timing["versions"], timing["seconds"] = evil, {evil: evil}, {evil: 1.0}
+    (folder / "timings.jsonl").write_text("".join(json.dumps(t) + "\n" for t in timings))
+    report = write_report([folder], resamples=20)
+    assert report.model.startswith('"><script>alert(1)</script>\\x1b[2J\\x07\\u202egnp\\ud800\\x00')
+    for path in report.files:
+        if path.suffix == ".png":
+            continue
+        text = path.read_bytes().decode("utf-8")
+        assert not set(text) & {chr(n) for n in (*range(9), *range(11, 32), *range(127, 160))}, path
+        assert "\u202e" not in text
+        if path.suffix in (".html", ".md", ".svg"):
+            assert "<script>" not in text and "<script" not in text.replace("\\<script", "")
+    heading = (folder / "report" / "tables.md").read_text().splitlines()[0]
+    assert heading.startswith('# "\\>\\<script\\>alert(1)\\</script\\>\\\\x1b[2J')

@@ -196,6 +196,14 @@ def test_an_edited_model_is_refused(editor: Editor, tmp_path: Path) -> None:
         ("by_batch", []),
         ("by_batch", [{"es": 1.0, "ps": 1.0, "ns": 1.0, "s": "1"}]),
         ("perplexity", 10**400),
+        ("perplexity", 0.5),
+        ("perplexity", -1.0),
+        ("edits", -1),
+        ("facts", 10**400),
+        ("multiplier", 0),
+        ("multiplier", -2.0),
+        ("before", {"es": 101.0, "ps": 1.0, "ns": 1.0, "s": 1.0}),
+        ("scores", {"es": -0.5, "ps": 1.0, "ns": 1.0, "s": 1.0}),
         ("facts", ...),  # not there
     ],
 )

@@ -8,6 +8,7 @@ import pytest
 from fastmemit.experiments.comparison import group_cells
 from fastmemit.experiments.paper import NAMES, paper_rows
 from fastmemit.experiments.tables import (
+    _csv_cell,
     cells_csv,
     cells_table,
     comparison_csv,
@@ -200,3 +201,39 @@ def test_the_summary_has_s_exact_matches_and_what_is_kept() -> None:
     assert against is not None and against.kept is not None
     assert lines[7].split()[-1] == f"{100 * against.kept.share.value:.1f}"
     assert "least share" not in summary(group_cells([cell()], resamples=20))
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        ('=HYPERLINK("http://x","click")', '\'=HYPERLINK("http://x","click")'),
+        ("@SUM(1+1)", "'@SUM(1+1)"),
+        ("+cmd|' /C calc'!A0", "'+cmd|' /C calc'!A0"),
+        ("-2+3", "'-2+3"),
+        ("\t=1+1", "'\t=1+1"),
+        ("\r=1+1", "'\r=1+1"),
+        ("\uff1d1+1", "'\uff1d1+1"),
+        ("a=b", "a=b"),
+        ("memit", "memit"),
+        ("", ""),
+        ("-2.5e-3", "-2.5e-3"),
+        ("+7", "+7"),
+        (-2.5, -2.5),
+        (None, None),
+    ],
+)
+def test_no_cell_begins_a_formula_and_numbers_stay_numbers(value: object, shown: object) -> None:
+    assert _csv_cell(value) == shown
+
+
+def test_every_text_of_both_csv_files_is_kept_from_being_a_formula() -> None:
+    evil = "=cmd|' /C calc'!A0"
+    cells = [cell(evil, d, (2, 2), settings={"=x": "@y"}) for d in (2.0, None)]
+    for found in cells:
+        found["key"] = f"={found['key']}"
+    groups = group_cells(cells, resamples=20)
+    for text in (comparison_csv(groups, evil), cells_csv(groups)):
+        values = [value for row in csv.reader(io.StringIO(text)) for value in row]
+        assert not [value for value in values if value.startswith(("=", "+", "@"))]
+        assert not [v for v in values if v.startswith("-") and not v[1:2].isdigit()]
+        assert f"'{evil}" in values
