@@ -29,7 +29,7 @@ from fastmemit.experiments.html import page
 from fastmemit.experiments.layout import latex, markdown
 from fastmemit.experiments.results import read_lines, read_unedited
 from fastmemit.experiments.tables import cells_csv, cells_table, comparison_tables
-from fastmemit.targets import Target, TargetStore
+from fastmemit.targets import Target, TargetKey, TargetStore
 from tiny_sweeps import SWEEP, made, record, write
 from tiny_tokenizers import SENTENCES, tiny_tokenizer
 
@@ -163,14 +163,14 @@ def _seal_delta(header: dict[str, Any], body: bytes) -> None:
     about["sha256"] = hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()
 
 
-_KEY = "ab12"
+_KEY = TargetKey('{"model": "m", "recipe": 3, "settings": {"layer": 1}}')
 
 
 def _target(folder: Path) -> Path:
     draw = torch.Generator().manual_seed(0)
     vectors = torch.randn(2, 8, generator=draw)
     TargetStore(folder).put(_KEY, Target(vectors[0], vectors[1], (3.0, 2.5, 2.25)))
-    return folder / _KEY[:2] / f"{_KEY}.safetensors"
+    return folder / _KEY.digest[:2] / f"{_KEY.digest}.safetensors"
 
 
 def _read_target(path: Path) -> Target:

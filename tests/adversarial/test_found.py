@@ -23,7 +23,7 @@ from fastmemit.errors import BadData, DamagedFile
 from fastmemit.experiments.folders import collect
 from fastmemit.experiments.header import check_header
 from fastmemit.experiments.results import read_lines, read_unedited
-from fastmemit.targets import Target, TargetStore
+from fastmemit.targets import Target, TargetKey, TargetStore
 from tiny_sweeps import SWEEP, cell, write
 
 
@@ -151,17 +151,17 @@ def test_forged_metadata_of_a_moment(tmp_path: Path, changes: dict, message: str
 
 
 def test_the_seal_of_a_target_covers_shapes_and_dtypes(tmp_path: Path, caplog) -> None:
-    target = Target(torch.randn(8), torch.randn(8), (3.0, 2.5))
+    target, key = Target(torch.randn(8), torch.randn(8), (3.0, 2.5)), TargetKey("{}")
 
     def put(header_change: Callable[[dict[str, Any]], None]) -> Target | None:
-        TargetStore(tmp_path).put("ab12", target)
+        TargetStore(tmp_path).put(key, target)
         (path,) = tmp_path.rglob("*.safetensors")
         data = path.read_bytes()
         size = int.from_bytes(data[:8], "little")
         header = json.loads(data[8 : 8 + size])
         header_change(header)
         path.write_bytes(with_header(json.dumps(header), data[8 + size :]))
-        return TargetStore(tmp_path).get("ab12")
+        return TargetStore(tmp_path).get(key)
 
     assert put(lambda header: None) is not None
     changes: list[dict[str, Any]] = [
@@ -177,8 +177,8 @@ def test_the_seal_of_a_target_covers_shapes_and_dtypes(tmp_path: Path, caplog) -
     parts = torch.cat([target.start, target.vector])
     moved = {"losses": torch.tensor([3.0], dtype=torch.float64), "start": parts[:9].clone(),
              "vector": parts[7:].clone()}  # fmt: skip
-    path.write_bytes(save(moved, {"sha256": str(seal.get("sha256"))}))
-    assert TargetStore(tmp_path).get("ab12") is None
+    path.write_bytes(save(moved, {name: str(value) for name, value in seal.items()}))
+    assert TargetStore(tmp_path).get(key) is None
     assert "has changed on the disk and is made again" in caplog.text
 
 

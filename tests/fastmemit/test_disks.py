@@ -24,7 +24,7 @@ from fastmemit.errors import DamagedFile
 from fastmemit.experiments.report import write_report
 from fastmemit.experiments.results import ResultsFile, line_of, write_in_order
 from fastmemit.models import save_model
-from fastmemit.targets import Target, TargetStore
+from fastmemit.targets import Target, TargetKey, TargetStore
 from tiny_commands import make_place, refused
 from tiny_commands import save_model as save_tiny
 from tiny_models import tiny_model
@@ -33,7 +33,7 @@ from tiny_sweeps import write as write_sweep
 
 Write = Callable[[Path, int], None]
 Capture = pytest.CaptureFixture[str]
-KEY = "ab" * 32
+KEY = TargetKey("{}")
 
 
 def _moment(folder: Path, seed: int) -> None:

@@ -10,9 +10,11 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastcov.parsing import parse_json
 from fastcov.printable import printable_logger
 from fastcov.store import atomic_file, write_safetensors
 from fastmemit.models import ModelAdapter
@@ -23,8 +25,25 @@ from fastmemit.targets.rows import lead
 log = printable_logger(__name__)
 
 # Part of every key: raise it when the computation or the file changes, so that nothing stale is
-# served. The seal is over names and shapes too since 2; the KL term is KL(p || p0) since 3.
+# served. The seal is over names and shapes too since 2; the KL term is KL(p || p0) since 3, and the
+# file says what it is of.
 RECIPE = 3
+
+
+@dataclass(frozen=True)
+class TargetKey:
+    """Everything that a target vector depends on.
+
+    Attributes:
+        content: Names and values as JSON, always written in the same way.
+    """
+
+    content: str
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the content, which the file is called by."""
+        return hashlib.sha256(self.content.encode()).hexdigest()
 
 
 class TargetStore:
@@ -37,7 +56,7 @@ class TargetStore:
 
     def __init__(self, folder: Path | None, held: int = 256) -> None:
         self._folder, self._held = folder, held
-        self._memory: dict[str, Target] = {}
+        self._memory: dict[TargetKey, Target] = {}
 
     def key(
         self,
@@ -46,8 +65,8 @@ class TargetStore:
         contexts: Sequence[str],
         settings: TargetSettings,
         front: str = "",
-    ) -> str:
-        """SHA-256 over everything that the vector depends on.
+    ) -> TargetKey:
+        """Everything that the vector depends on.
 
         Args:
             model: What identifies model and tokenizer as they are now.
@@ -65,10 +84,14 @@ class TargetStore:
         }
         if front:
             content["front"] = front
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        return TargetKey(json.dumps(content, sort_keys=True, allow_nan=False))
 
-    def get(self, key: str) -> Target | None:
-        """The stored target, or None; a damaged file is reported and counts as absent."""
+    def get(self, key: TargetKey) -> Target | None:
+        """The stored target, or None.
+
+        A file that is damaged, or of something else than its name says, is reported and counts as
+        absent.
+        """
         if key in self._memory or self._folder is None:
             return self._memory.get(key)
         path = self._path(key)
@@ -79,18 +102,22 @@ class TargetStore:
         try:
             with safe_open(str(path), framework="pt") as file:
                 parts = {name: file.get_tensor(name) for name in ("vector", "start", "losses")}
-                seal = (file.metadata() or {}).get("sha256")
+                metadata = file.metadata() or {}
         except (SafetensorError, OSError) as error:
             log.warning("the stored target %s is unreadable (%s) and is made again", path, error)
             return None
-        if not _fit(parts) or seal != _seal(parts):
+        content = metadata.get("content", "")
+        if not _fit(parts) or metadata.get("sha256") != _seal(parts, content):
             log.warning("the stored target %s has changed on the disk and is made again", path)
+            return None
+        if content != key.content:
+            log.warning("the stored target %s is %s and is made again", path, _other(content, key))
             return None
         target = Target(parts["vector"], parts["start"], tuple(parts["losses"].tolist()))
         self._remember(key, target)
         return target
 
-    def put(self, key: str, target: Target) -> None:
+    def put(self, key: TargetKey, target: Target) -> None:
         """Keep a target.
 
         Raises:
@@ -107,18 +134,36 @@ class TargetStore:
             "losses": torch.tensor(target.losses, dtype=torch.float64),
         }
         with atomic_file(self._path(key)) as file:
-            write_safetensors(file, parts, {"sha256": _seal(parts)})
+            metadata = {"content": key.content, "sha256": _seal(parts, key.content)}
+            write_safetensors(file, parts, metadata)
 
-    def _remember(self, key: str, target: Target) -> None:
+    def _remember(self, key: TargetKey, target: Target) -> None:
         """Hold a target; thousands of edits in one process must not hold all of theirs."""
         self._memory.pop(key, None)
         self._memory[key] = target
         while self._folder is not None and len(self._memory) > self._held:
             del self._memory[next(iter(self._memory))]  # the first that came
 
-    def _path(self, key: str) -> Path:
+    def _path(self, key: TargetKey) -> Path:
         assert self._folder is not None
-        return self._folder / key[:2] / f"{key}.safetensors"
+        return self._folder / key.digest[:2] / f"{key.digest}.safetensors"
+
+
+def _other(content: str, key: TargetKey) -> str:
+    """In which field the content of a file is another than that of a key, in words."""
+    expected = _flat(json.loads(key.content))
+    try:
+        found = _flat(parse_json(content))
+    except (ValueError, AttributeError, TypeError):
+        return f"of something that it does not say ({content!r:.80})"
+    for name in (*expected, *found):
+        if name not in found or name not in expected or found[name] != expected[name]:
+            wanted, said = (
+                f"{values[name]!r:.160}" if name in values else "not on record"
+                for values in (expected, found)
+            )
+            return f"of another {name} ({said}, not {wanted})"
+    return f"of something else than {key.digest:.12}"
 
 
 def stored_or_optimised(
@@ -184,8 +229,14 @@ def _fit(parts: dict[str, Any]) -> bool:
     )
 
 
-def _seal(parts: dict[str, Any]) -> str:
-    digest = hashlib.sha256()
+def _flat(content: dict[str, Any]) -> dict[str, Any]:
+    """The settings by their own names, beside the rest."""
+    rest = {name: value for name, value in content.items() if name != "settings"}
+    return {**rest, **content.get("settings", {})}
+
+
+def _seal(parts: dict[str, Any], content: str) -> str:
+    digest = hashlib.sha256(content.encode("utf-8", "surrogatepass") + b"\0")
     for name in sorted(parts):
         digest.update(f"{name}{tuple(parts[name].shape)}".encode())
         digest.update(parts[name].contiguous().numpy().tobytes())

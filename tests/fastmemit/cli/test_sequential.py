@@ -58,7 +58,7 @@ def test_bad_options_are_refused_before_anything_is_made(
     assert "must be a whole number above 0" in refused(
         capsys, place, *argv(place, out, "--score-every", "0")
     )
-    assert "'speed=1' is not name=value" in refused(
+    assert "There is no setting 'speed'; did you mean 'spread'? memit has layers" in refused(
         capsys, place, *argv(place, out, "--set", "speed=1")
     )
     assert "give a file, builtin or wikipedia" in refused(

@@ -1,14 +1,22 @@
 """The store of targets serves a vector for exactly what it was made for."""
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save
 
 from fastmemit.models import find_adapter
 from fastmemit.request import EditRequest
-from fastmemit.targets import Target, TargetSettings, TargetStore, stored_or_optimised
+from fastmemit.targets import (
+    Target,
+    TargetKey,
+    TargetSettings,
+    TargetStore,
+    stored_or_optimised,
+)
 from fastmemit.targets import store as store_module
 from tiny_models import tiny_model, tiny_tokenizer
 
@@ -65,8 +73,9 @@ def test_the_true_answer_and_a_leading_space_do_not_matter(tmp_path):
 
 
 def test_round_trip_through_the_disk_is_exact(tmp_path):
-    TargetStore(tmp_path).put("ab12", TARGET)
-    found = TargetStore(tmp_path).get("ab12")
+    made = key(TargetStore(tmp_path))
+    TargetStore(tmp_path).put(made, TARGET)
+    found = TargetStore(tmp_path).get(made)
     assert torch.equal(found.vector, TARGET.vector)
     assert torch.equal(found.start, TARGET.start)
     assert found.losses == TARGET.losses
@@ -74,13 +83,69 @@ def test_round_trip_through_the_disk_is_exact(tmp_path):
 
 @pytest.mark.parametrize("place", [0, 100, -3])
 def test_a_changed_byte_counts_as_absent_and_is_said(tmp_path, caplog, place):
-    TargetStore(tmp_path).put("ab12", TARGET)
+    made = key(TargetStore(tmp_path))
+    TargetStore(tmp_path).put(made, TARGET)
     (path,) = tmp_path.rglob("*.safetensors")
     data = bytearray(path.read_bytes())
     data[place] ^= 0x11
     path.write_bytes(bytes(data))
-    assert TargetStore(tmp_path).get("ab12") is None
+    assert TargetStore(tmp_path).get(made) is None
     assert "made again" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"model": "n"}, "of another model ('n', not 'm')"),
+        ({"contexts": ("", "a. ")}, "of another contexts (['', 'a. '], not [''])"),
+        (
+            {"request": dataclasses.replace(REQUEST, target_new="Milan")},
+            "of another request (['{} is in', 'Paris', ' Milan'], "
+            "not ['{} is in', 'Paris', ' Rome'])",
+        ),
+        ({"settings": dataclasses.replace(SETTINGS, layer=2)}, "of another layer (2, not 1)"),
+        ({"settings": dataclasses.replace(SETTINGS, clamp=9.0)}, "of another clamp (9.0, not 1.0)"),
+        (
+            {"settings": dataclasses.replace(SETTINGS, stop="most-probable")},
+            "of another early_stop (not on record, not 0.05)",
+        ),
+    ],
+)
+def test_a_sound_file_of_something_else_is_not_served(tmp_path, caplog, changed, said):
+    store = TargetStore(tmp_path)
+    mine, other = key(store), key(store, **changed)
+    store.put(mine, TARGET)
+    store.put(other, Target(torch.zeros(8), torch.zeros(8), (1.0,)))
+    mine_at, other_at = (store._path(k) for k in (mine, other))
+    shutil.copyfile(other_at, mine_at)
+    assert TargetStore(tmp_path).get(mine) is None
+    (record,) = caplog.records
+    assert record.getMessage() == f"the stored target {mine_at} is {said} and is made again"
+    assert TargetStore(tmp_path).get(other) is not None
+    store.put(mine, TARGET)  # as it is made again
+    assert torch.equal(TargetStore(tmp_path).get(mine).vector, TARGET.vector)
+
+
+@pytest.mark.parametrize("sealed_too", [False, True])
+@pytest.mark.parametrize("content", [None, "", "[]", "3", '{"model": "m"', '{"model": "m"}', "{}"])
+def test_a_file_that_does_not_say_what_it_is_of_counts_as_absent(
+    tmp_path, caplog, content, sealed_too
+):
+    store = TargetStore(tmp_path)
+    made = key(store)
+    store.put(made, TARGET)
+    path = store._path(made)
+    parts = load_file(path)
+    about = {"content": made.content, "sha256": store_module._seal(parts, made.content)}
+    path.write_bytes(save(parts, about))
+    assert TargetStore(tmp_path).get(made) is not None  # so much for this test's own writing
+    about["content"] = content
+    if sealed_too:
+        about["sha256"] = store_module._seal(parts, content or "")
+    path.write_bytes(save(parts, {k: v for k, v in about.items() if v is not None}))
+    assert TargetStore(tmp_path).get(made) is None
+    (record,) = caplog.records
+    assert str(path) in record.getMessage() and "made again" in record.getMessage()
 
 
 def test_only_missing_targets_are_computed(tmp_path, monkeypatch):
@@ -116,13 +181,13 @@ def test_memory_does_not_grow_with_the_folder(tmp_path: Path) -> None:
 
     store = TargetStore(tmp_path, held=3)
     for number in range(10):
-        store.put(f"{number:064}", target(number))
+        store.put(TargetKey(f"{number}"), target(number))
     assert len(store._memory) == 3
     for number in (0, 9, 5):  # those that are not held come from their files
-        found = store.get(f"{number:064}")
+        found = store.get(TargetKey(f"{number}"))
         assert found is not None and torch.equal(found.vector, target(number).vector)
     assert len(store._memory) == 3
     alone = TargetStore(None, held=3)  # there is no file that could serve
     for number in range(10):
-        alone.put(f"{number:064}", target(number))
+        alone.put(TargetKey(f"{number}"), target(number))
     assert len(alone._memory) == 10
