@@ -22,7 +22,7 @@ from fastmemit.editors import (
 )
 from fastmemit.errors import BadConfig, WrongModel
 from fastmemit.factors import FactorCache
-from fastmemit.kept import common, copied, stored
+from fastmemit.kept import common, copied, provenance_of, stored
 from fastmemit.models import ModelAdapter, tokenizer_fingerprint
 from fastmemit.outcomes import Reply, ask
 from fastmemit.progress import bar
@@ -172,7 +172,9 @@ class Sources:
     def keep(self, found: Statistics) -> Statistics:
         """Put statistics that lie aside where edits find them, and use them."""
         folder = self._folder / "statistics" / self._stack.fingerprint[:16]
-        kept = Statistics(copied(found.paths, folder), found.provenance, found.throughput)
+        kept = Statistics(
+            copied(found.paths, found.provenance, folder), found.provenance, found.throughput
+        )
         self.use(kept)
         return kept
 
@@ -189,7 +191,7 @@ class Sources:
         """
         folder = self._folder / "statistics" / self._stack.fingerprint[:16]
         paths = stored(folder, shared, moments)
-        found = Statistics(paths, common([fastcov.read_provenance(p) for p in paths.values()]))
+        found = Statistics(paths, common([provenance_of(path) for path in paths.values()]))
         self.use(found)
         return found
 

@@ -20,7 +20,18 @@ from fastmemit import parallel
 from fastmemit.collecting import Text, alone_or_first, checkpoint_of, collected, sweep_up, tidy
 from fastmemit.data.corpora import Corpus
 from fastmemit.errors import BadConfig
-from fastmemit.kept import common, compare, essence, home_of, is_there, there
+from fastmemit.kept import (
+    check_moment,
+    common,
+    compare,
+    essence,
+    home_of,
+    is_there,
+    provenance_of,
+    provenances_in,
+    shared_of,
+    there,
+)
 from fastmemit.models import ModelAdapter
 
 log = logging.getLogger(__name__)
@@ -46,7 +57,7 @@ class Statistics:
         Raises:
             StoreMissing: It was not precomputed for this module.
             StoreDamaged: The file is not what was written.
-            StoreMismatch: The file is of another model or module.
+            StoreMismatch: The file is of something else than it was when it was found.
         """
         return self.moment(module).second_moment
 
@@ -57,8 +68,11 @@ class Statistics:
                 f"There is no second moment of {module} among the precomputed "
                 f"({', '.join(self.paths)}); precompute its layer too."
             )
-        expect = {"model": self.provenance["model"], "module": module}
-        moment, _ = fastcov.load_moment(self.paths[module], expect)
+        path = self.paths[module]
+        stored = provenance_of(path)
+        compare(path, stored, {**shared_of(self.provenance), "module": module})
+        moment, _ = fastcov.load_moment(path, stored)
+        check_moment(path, stored, moment)
         return moment
 
     @property
@@ -169,7 +183,9 @@ def precompute(
     home = home_of(folder / identity["model"][:16], shared)
     paths = {name: home / f"{name}.safetensors" for name in modules}
     processes = parallel.current()
-    if processes is None and all(is_there(path, shared, name) for name, path in paths.items()):
+    if processes is None and all(
+        is_there(path, shared, name, budgets[name]) for name, path in paths.items()
+    ):
         throughput = None  # nothing is collected
         tidy(home)
     else:
@@ -177,7 +193,11 @@ def precompute(
             if ours:
                 sweep_up(home)
             # Whoever was waited for may have made some of them.
-            missing = [name for name, path in paths.items() if not is_there(path, shared, name)]
+            missing = [
+                name
+                for name, path in paths.items()
+                if not is_there(path, shared, name, budgets[name])
+            ]
             what = {**essence(shared), "modules": list(paths)}
             missing = parallel.agreed(processes, what, missing)
             held = {} if after is None else {name: after.moment(name) for name in missing}
@@ -218,7 +238,7 @@ def precompute(
             if ours:
                 sweep_up(home, useless_too=True)
             throughput = throughput if missing else None
-    provenance = common([fastcov.read_provenance(path) for path in paths.values()])
+    provenance = common([provenance_of(path) for path in paths.values()])
     return Statistics(paths, provenance, throughput)
 
 
@@ -239,8 +259,8 @@ def find(
         tokenizer: Only those whose text this tokenizer cut (its fingerprint), if given.
 
     Raises:
-        StoreDamaged: A file's header is not what was written.
-        StoreMismatch: A file among those of this model is of another one.
+        StoreDamaged: A file's header is not what was written, or lacks a field.
+        StoreMismatch: A file among those of this model is of something else than its place says.
     """
     wanted = {"multiplier": multiplier, "tokenizer": tokenizer}
     homes = sorted(
@@ -253,9 +273,7 @@ def find(
         paths = {name: home / f"{name}.safetensors" for name in names}
         if not paths or not all(path.is_file() for path in paths.values()):
             continue
-        stored = [fastcov.read_provenance(path) for path in paths.values()]
-        for path, provenance in zip(paths.values(), stored, strict=True):
-            compare(path, provenance, {"model": model})
+        stored = provenances_in(home, names, model)
         if all(v is None or stored[0].get(k) == v for k, v in wanted.items()):
             return Statistics(paths, common(stored))
     return None

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import os
 import re
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import fastcov
 from fastmemit.errors import DamagedFile
-from fastmemit.kept import common, copied, essence, home_of
+from fastmemit.kept import check_moment, common, compare, copied, home_of, lacking, shared_of
 from fastmemit.statistics import Statistics
 
 # Parts of letters, digits and underscores between single points: no path, no drive, no parent.
 _MODULE = re.compile(r"\w+(\.\w+)*", re.ASCII)
 _FINGERPRINT = re.compile(r"[0-9a-f]{64}")
-#: What the moments of one model need not share.
-_OWN = ("module", "budget", "keys", "source", "versions")
 
 
 def open_statistics(folder: str | os.PathLike[str]) -> Statistics:
@@ -29,7 +26,7 @@ def open_statistics(folder: str | os.PathLike[str]) -> Statistics:
 
     Raises:
         FileNotFoundError: There is no such folder, or no moment in it.
-        StoreDamaged: A file is not what was written.
+        StoreDamaged: A file is not what was written, or counts other keys than it says.
         StoreMismatch: A file is of a newer format.
         DamagedFile: The files do not belong together, or do not say what they are of.
     """
@@ -42,14 +39,20 @@ def open_statistics(folder: str | os.PathLike[str]) -> Statistics:
     stored: list[dict[str, Any]] = []
     paths = {}
     for file in files:
-        provenance = fastcov.load_moment(file)[1]
+        moment, provenance = fastcov.load_moment(file)
         _check(file, provenance)
+        check_moment(file, provenance, moment)
         stored.append(provenance)
         paths[provenance["module"]] = file
-    first = _shared(stored[0])
     for file, provenance in zip(files, stored, strict=True):
-        if essence(_shared(provenance)) != essence(first):
-            raise _damaged(file, f"is of something else than {files[0].name}")
+        try:
+            compare(file, provenance, shared_of(stored[0]))
+        except fastcov.StoreMismatch as differs:
+            raise _damaged(
+                file,
+                f"is of another {differs.field} ({differs.stored!r:.80}) than {files[0].name} "
+                f"({differs.expected!r:.80})",
+            ) from differs
     return Statistics(paths, common(stored))
 
 
@@ -66,45 +69,21 @@ def keep_statistics(found: Statistics, folder: Path) -> Statistics:
     Raises:
         OSError: A file cannot be written.
     """
-    home = home_of(folder / found.provenance["model"][:16], _shared(found.provenance))
-    return Statistics(copied(found.paths, home.parent, home.name), found.provenance)
-
-
-def _shared(provenance: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in provenance.items() if name not in _OWN}
+    home = home_of(folder / found.provenance["model"][:16], shared_of(found.provenance))
+    paths = copied(found.paths, found.provenance, home.parent, home.name)
+    return Statistics(paths, found.provenance)
 
 
 def _check(file: Path, provenance: Mapping[str, Any]) -> None:
     """Refuse a file whose provenance could not have been written by `precompute`."""
-    module, corpus = provenance.get("module"), provenance.get("corpus")
-    keys, smaller = provenance.get("keys", 0), provenance.get("snapshots", [])
-    sound: Sequence[tuple[str, bool]] = (
-        ("model", _is_text(provenance.get("model"), _FINGERPRINT)),
-        ("tokenizer", _is_text(provenance.get("tokenizer"), _FINGERPRINT)),
-        ("module", _is_text(module, _MODULE)),
-        ("corpus", isinstance(corpus, Mapping) and _is_text(corpus.get("name"), None)),
-        ("multiplier", _is_number(provenance.get("multiplier"))),
-        ("budget", type(provenance.get("budget")) is int),
-        ("keys", type(keys) is int),
-        ("seed", type(provenance.get("seed", "")) in (int, type(None))),  # None of imported ones
-        ("snapshots", isinstance(smaller, list) and all(map(_is_number, smaller))),
-    )
-    for field, fine in sound:
-        if not fine:
-            raise _damaged(file, f"does not say its {field} ({provenance.get(field)!r:.80})")
-    if module != file.stem:
-        raise _damaged(file, f"is of the module {module!r:.80}")
-
-
-def _is_text(value: object, pattern: re.Pattern[str] | None) -> bool:
-    return isinstance(value, str) and (pattern is None or pattern.fullmatch(value) is not None)
-
-
-def _is_number(value: object) -> bool:
-    """Whether it is a finite number above 0, as a float too."""
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        return False
-    return 0 < value <= sys.float_info.max  # a whole number in JSON has no largest
+    forms = {"model": _FINGERPRINT, "tokenizer": _FINGERPRINT, "module": _MODULE}
+    wrong = lacking(provenance)
+    wrong += [n for n, form in forms.items() if not form.fullmatch(str(provenance.get(n)))]
+    if wrong:
+        said = provenance.get(wrong[0])
+        raise _damaged(file, f"does not say its {wrong[0]} ({said!r:.80})")
+    if provenance["module"] != file.stem:
+        raise _damaged(file, f"is of the module {provenance['module']!r:.80}")
 
 
 def _damaged(file: Path, what: str) -> DamagedFile:

@@ -18,7 +18,8 @@ def moment(folder: Path, file: str, **about: object) -> None:
         "model": "a" * 64, "tokenizer": "b" * 64, "module": "m.0", "seed": 0, "multiplier": 2.0,
         "budget": 4, "corpus": {"name": "c", "fingerprint": "d"}, "context": 8, **about,
     }  # fmt: skip
-    held = fastcov.SecondMoment(2).update(torch.eye(2))
+    d = 3 if provenance["budget"] == 6 else 2
+    held = fastcov.SecondMoment(d).update(torch.eye(d)).update(torch.eye(d))
     fastcov.save_moment(folder / file, held, provenance)
 
 
@@ -86,12 +87,19 @@ def test_a_corpus_name_is_no_path(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "about", [{"seed": 3}, {"model": "c" * 64}, {"corpus": {"name": "c", "fingerprint": "e"}}]
+    ("about", "said"),
+    [
+        ({"seed": 3}, r"seed \(3\) than m\.0\.safetensors \(0\)"),
+        ({"model": "c" * 64}, r"model \('c+'\) than m\.0\.safetensors \('a+'\)"),
+        ({"corpus": {"name": "c", "fingerprint": "e"}}, r"corpus \('e'\) than .* \('d'\)"),
+        ({"bos": False}, r"bos \(False\) than .* \(None\)"),
+        ({"context": 9}, r"context \(9\) than .* \(8\)"),
+    ],
 )
-def test_files_belong_together(about: dict[str, object], tmp_path: Path) -> None:
+def test_files_belong_together(about: dict[str, object], said: str, tmp_path: Path) -> None:
     moment(tmp_path, "m.0.safetensors")
     moment(tmp_path, "m.1.safetensors", module="m.1", **about)
-    with pytest.raises(DamagedFile, match=r"is of something else than m\.0\.safetensors"):
+    with pytest.raises(DamagedFile, match=f"m.1.safetensors' is of another {said}"):
         open_statistics(tmp_path)
 
 
@@ -102,3 +110,21 @@ def test_no_folder_and_no_moment(tmp_path: Path) -> None:
     (tmp_path / "m.0.safetensors").write_bytes(b"nothing")
     with pytest.raises(fastcov.StoreDamaged):
         open_statistics(tmp_path)
+
+
+@pytest.mark.parametrize("about", [{"keys": 3}, {"budget": 8}, {"multiplier": 3.0}])
+def test_numbers_that_contradict_the_sum_are_refused(
+    about: dict[str, object], tmp_path: Path
+) -> None:
+    moment(tmp_path, "m.0.safetensors", **about)
+    with pytest.raises(fastcov.StoreDamaged, match="with all else that they say it must be"):
+        open_statistics(tmp_path)
+
+
+def test_what_is_there_already_is_compared(tmp_path: Path) -> None:
+    moment(tmp_path / "from", "m.0.safetensors")
+    found = open_statistics(tmp_path / "from")
+    (path,) = keep_statistics(found, tmp_path / "to").paths.values()
+    moment(path.parent, path.name, seed=7)
+    with pytest.raises(fastcov.StoreMismatch, match=r"another seed \(7, not 0\)"):
+        keep_statistics(found, tmp_path / "to")
