@@ -65,7 +65,9 @@ def _damaged_inside(draw: random.Random, data: bytes) -> tuple[str, bytes]:
 
 _SEQUENCE = {
     **SWEEP,
-    "methods": json.loads(json.dumps({"memit": with_defaults({"layers": [0, 1], "steps": 3})})),
+    "methods": json.loads(
+        json.dumps({"memit": with_defaults("memit", {"layers": [0, 1], "steps": 3})})
+    ),
     "batches": [[1, 2], [3]],
     "score_every": 1,
 }

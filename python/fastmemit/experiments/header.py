@@ -83,7 +83,7 @@ def check_header(folder: Path, header: Sweep) -> None:
         try:
             stored = parse_json(path.read_bytes())
             before = dict(stored["methods"])
-            known = {method: with_defaults(settings) for method, settings in before.items()}
+            known = {method: with_defaults(method, settings) for method, settings in before.items()}
         except (ValueError, KeyError, TypeError) as error:
             raise BadData(
                 f"{str(path)!r} is not the header of a sweep ({error}); name another folder."
@@ -98,7 +98,7 @@ def check_header(folder: Path, header: Sweep) -> None:
                     "give the same."
                 )
         for method, settings in wanted["methods"].items():
-            full = with_defaults(settings)
+            full = with_defaults(method, settings)
             if known.get(method, full) != full:
                 raise BadData(
                     f"{str(folder)!r} holds a sweep with other settings of {method}; name another "
@@ -111,7 +111,7 @@ def check_header(folder: Path, header: Sweep) -> None:
         file.write((json.dumps(wanted, indent=1, ensure_ascii=False) + "\n").encode())
 
 
-def with_defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
+def with_defaults(method: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings that were written down, with those that there were none of at that time.
 
     And without those of other methods, which were written down too once, and changed nothing.
@@ -119,10 +119,9 @@ def with_defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         KeyError: There is no such method.
     """
-    method = settings["method"]
     own = {**CONFIGS[method].settings(), **as_published(method)}
     known = {name: settings.get(name, value) for name, value in own.items()}
-    return {"method": method, **known, "preset": settings["preset"]}
+    return {"method": method, **known, "preset": settings.get("preset", "default")}
 
 
 def file_identity(path: str | Path) -> dict[str, str]:

@@ -259,7 +259,7 @@ def _check_header(path: Path, header: Mapping[str, Any]) -> None:
     try:
         stored = dict(parse_json(path.read_bytes()))
         methods = dict(stored.get("methods", {}))
-        stored["methods"] = {name: with_defaults(values) for name, values in methods.items()}
+        stored["methods"] = {name: with_defaults(name, values) for name, values in methods.items()}
     except (ValueError, KeyError, TypeError) as error:
         raise BadData(
             f"{str(path)!r} is not the header of sequences ({error}); name another folder."

@@ -43,14 +43,15 @@ def as_published(method: str, **settings: Any) -> dict[str, Any]:
 )
 def test_recorded_settings_are_those_of_today(path: str) -> None:
     for method, settings in recorded(path)["methods"].items():
-        assert with_defaults(settings) == as_published(method)
+        assert with_defaults(method, settings) == as_published(method)
 
 
 def test_settings_of_other_methods_that_were_recorded_changed_nothing() -> None:
     settings = recorded("smollm2/sweep.json")["methods"]["emmet"]
-    assert settings["keys"] == "consistent" and "keys" not in with_defaults(settings)
-    assert with_defaults({**settings, "keys": "mean"}) == with_defaults(settings)
-    assert with_defaults({**settings, "ridge": 2.0}) != with_defaults(settings)
+    assert settings["keys"] == "consistent" and "keys" not in with_defaults("emmet", settings)
+    wanted = with_defaults("emmet", settings)
+    assert with_defaults("emmet", {**settings, "keys": "mean"}) == wanted
+    assert with_defaults("emmet", {**settings, "ridge": 2.0}) != wanted
 
 
 def test_a_recorded_sweep_goes_on_and_another_ridge_is_refused(tmp_path: Path) -> None:
