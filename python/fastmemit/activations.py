@@ -2,14 +2,17 @@
 
 Rows can be run in stages: what enters a block is kept, and a later reading of modules in it or
 above it begins there.  That is right as long as nothing below that block has changed, and it gives
-the bits of a run from the first block on, because the same batches go through the same code.
+the bits of a run from the first block on, because the same batches go through the same code.  Blocks
+that take more from below than the hidden states (keys and values of a lower block, several streams)
+allow no stages: a few tokens are tried both ways, and such models run from the first block on.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +20,20 @@ import torch
 from torch import Tensor, nn
 
 from fastcov.mode import evaluation_mode
-from fastmemit.models import ModelAdapter, check_lengths, hidden_of
+from fastmemit.errors import FastmemitError, UnknownArchitecture
+from fastmemit.models import (
+    ModelAdapter,
+    agrees,
+    check_lengths,
+    hidden_of,
+    probe_ids,
+    token_states,
+)
 from fastmemit.targets.rows import Row
 from fastmemit.targets.suffix import forward_as
 from fastmemit.tokens import length_batches, pad_batch
+
+log = logging.getLogger(__name__)
 
 BATCH_TOKENS = 8192
 #: Bytes of hidden states that one pass keeps at most; batches beyond it begin at the first block.
@@ -58,13 +71,18 @@ class SubjectPass:
     entering: tuple[Entering | None, ...]
 
     @classmethod
-    def of(cls, rows: Sequence[Row], batch_tokens: int = BATCH_TOKENS) -> SubjectPass:
+    def of(
+        cls, adapter: ModelAdapter, rows: Sequence[Row], batch_tokens: int = BATCH_TOKENS
+    ) -> SubjectPass:
         """Rows that have not been run yet.
 
         Args:
+            adapter: The model; where padding changes its rows, each is a batch of its own.
             rows: N rows.
             batch_tokens: Padded tokens that a forward takes at most (one row always runs).
         """
+        if adapter.right_padding == "none":
+            batch_tokens = 1
         wanted = [row.ids[: row.subject + 1] for row in rows]
         batches = length_batches(dict.fromkeys(wanted), batch_tokens)
         place = {ids: n for n, ids in enumerate(ids for batch in batches for ids in batch)}
@@ -105,6 +123,18 @@ class SubjectPass:
         if 0 < keep < self.layer:
             raise ValueError(f"The pass begins at block {self.layer}, above block {keep}.")
         keep = 0 if keep == self.layer else keep
+        if keep and not _in_stages(adapter, keep, inputs, outputs):
+            keep = 0
+        return self._run(adapter, inputs, outputs, keep)
+
+    def _run(
+        self,
+        adapter: ModelAdapter,
+        inputs: Sequence[nn.Module],
+        outputs: Sequence[nn.Module],
+        keep: int,
+    ) -> tuple[list[Tensor], list[Tensor], SubjectPass]:
+        """`read`, where it is known whether states can be kept."""
         read: list[list[Tensor]] = [[] for _ in (*inputs, *outputs)]
         kept: list[Entering | None] = []
         room = KEPT
@@ -130,10 +160,42 @@ def read_at_subject(
     batch_tokens: int = BATCH_TOKENS,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Read activations at each row's subject, from the first block on; see `SubjectPass.read`."""
-    taken, given, _ = SubjectPass.of(rows, batch_tokens).read(
+    taken, given, _ = SubjectPass.of(adapter, rows, batch_tokens).read(
         adapter, inputs=inputs, outputs=outputs
     )
     return taken, given
+
+
+def _in_stages(
+    adapter: ModelAdapter, layer: int, inputs: Sequence[nn.Module], outputs: Sequence[nn.Module]
+) -> bool:
+    """Whether a run that begins at a block reads what a run from the first block on reads."""
+    modules = [*inputs, *outputs]
+    key = ("begun at", layer, id(modules[-1]))
+    if key not in adapter.measured:
+        ids = probe_ids(adapter.model)
+        rows = SubjectPass.of(adapter, [Row(ids, len(ids) - 1), Row(ids[:2], 1)])
+        taken, given, kept = rows._run(adapter, inputs, outputs, layer)
+        try:
+            again, more, _ = kept._run(adapter, inputs, outputs, 0)
+            why = "differ"
+            same = all(
+                agrees(adapter.model, got, want)
+                for got, want in zip([*again, *more], [*taken, *given], strict=True)
+            )
+        except (FastmemitError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # what a block makes of a run without those below it
+            why, same = f"fail ({type(error).__name__}: {str(error)[:200]})", False
+        if not same:
+            log.warning(
+                "%s: activations are read from the first block on each time, which takes longer, "
+                "because runs that begin at block %d %s.",
+                type(adapter.model).__name__, layer, why,
+            )  # fmt: skip
+        adapter.measured[key] = same
+    found: bool = adapter.measured[key]
+    return found
 
 
 @contextmanager
@@ -165,14 +227,16 @@ def _read_batch(
 ) -> tuple[list[Tensor], Entering | None]:
     check_lengths(adapter.model, ids)
     batch = pad_batch(ids, device=adapter.device)
-    shape = batch["input_ids"].shape
+    shape = (len(ids), max(map(len, ids)))
     last = torch.tensor([len(row) - 1 for row in ids])
     values: dict[int, Tensor] = {}
+    names = [type(module).__name__ for module in (*inputs, *outputs)]
     total = len(inputs) + len(outputs)
     entering: Entering | None = None
 
     def store(slot: int, tensor: Tensor) -> None:
-        tokens = tensor.reshape(*shape, -1)  # some blocks flatten their tokens before the MLP
+        # Some blocks flatten their tokens before the MLP.
+        tokens = token_states(tensor, shape, tensor.shape[-1], names[slot])
         values[slot] = tokens[torch.arange(len(last)), last].float()
         if len(values) == total:
             raise _AllRead
@@ -195,9 +259,11 @@ def _read_batch(
             hooks.callback(module.register_forward_pre_hook(on_input(slot)).remove)
         for slot, module in enumerate(outputs, start=len(inputs)):
             hooks.callback(module.register_forward_hook(on_output(slot)).remove)
-        try:
-            call: dict[str, Any] = {**batch, "use_cache": False}
-            adapter.model(**call)
-        except _AllRead:
-            pass
+        with suppress(_AllRead):
+            adapter.run(**batch, use_cache=False)
+    for slot, name in enumerate(names):
+        if slot not in values:
+            raise UnknownArchitecture(
+                f"{type(adapter.model).__name__} does not run its {name}, so nothing is read there."
+            )
     return [values[slot] for slot in range(total)], entering

@@ -91,9 +91,10 @@ def judge_answers(
         An answer for each question, in their order.
 
     Raises:
+        UnknownArchitecture: The model is not causal.
         BadRequest: An answer yields no token, or no token stands before it.
     """
-    causal = is_causal(adapter.model)
+    adapter.check_causal()
     if batch_tokens is None:
         batch_tokens = _BATCH_TOKENS.get(adapter.device.type, _BATCH_TOKENS_ELSEWHERE)
     wanted: dict[tuple[int, ...], list[_Read]] = {}
@@ -106,7 +107,7 @@ def judge_answers(
             )
         read = _Read(number, len(encoded) - 1, encoded.ids[-n_answer:])
         wanted.setdefault(encoded.ids[:-1], []).append(read)
-    host = _hosts(wanted) if causal else {ids: ids for ids in wanted}
+    host = _hosts(wanted)
     reads: dict[tuple[int, ...], list[_Read]] = {}  # what runs -> what is read from it
     for ids, found in wanted.items():
         reads.setdefault(host[ids], []).extend(found)
@@ -114,24 +115,16 @@ def judge_answers(
     training = adapter.model.training
     adapter.model.eval()
     try:
-        for chunk in length_batches(reads, batch_tokens):
+        # A row that padding changes runs alone.
+        together = batch_tokens if adapter.right_padding != "none" else 1
+        for chunk in length_batches(reads, together):
             here = [(row, read) for row, ids in enumerate(chunk) for read in reads[ids]]
-            answers.update(_run(adapter, chunk, here, masked=not causal))
+            answers.update(_run(adapter, chunk, here))
             if progress is not None:
                 progress(len(here))
     finally:
         adapter.model.train(training)
     return [answers[number] for number in range(len(questions))]
-
-
-def is_causal(model: Any) -> bool:
-    """Whether no token's output depends on later tokens.
-
-    What pads a sequence on the right is then seen by none of its tokens, so the model needs no mask
-    for it, and attention without a mask is faster.
-    """
-    config = getattr(model, "config", None)
-    return not getattr(config, "use_bidirectional_attention", False)
 
 
 def _hosts(sequences: Iterable[tuple[int, ...]]) -> dict[tuple[int, ...], tuple[int, ...]]:
@@ -149,12 +142,10 @@ def _run(
     adapter: ModelAdapter,
     chunk: list[tuple[int, ...]],
     here: list[tuple[int, _Read]],
-    *,
-    masked: bool,
 ) -> list[tuple[int, Answer]]:
     check_lengths(adapter.model, chunk)
     batch = pad_batch(chunk, device=adapter.device)
-    if not masked:
+    if adapter.right_padding == "unmasked":  # attention without a mask is faster
         del batch["attention_mask"]
     # A position is read once, however many answers are read from it: the head is a large part of a
     # small model's work, and rows of a product may differ in their last bit.
@@ -166,7 +157,7 @@ def _run(
     ]
     rows, columns = zip(*positions, strict=True)
     with head_reads(adapter, rows, columns):
-        logits: Tensor = adapter.model(**batch, use_cache=False).logits[0]  # (M, vocabulary)
+        logits: Tensor = adapter.run(**batch, use_cache=False).logits[0]  # (M, vocabulary)
     logits = logits.float()
     place = torch.tensor(places, device=logits.device)
     wanted = torch.tensor([t for _, read in here for t in read.tokens], device=logits.device)

@@ -16,6 +16,7 @@ from fastcov.throughput import Throughput
 from fastmemit import parallel
 from fastmemit.data.corpora import Corpus
 from fastmemit.data.feed import corpus_batches, tokens_per_batch
+from fastmemit.errors import UnknownArchitecture
 from fastmemit.locks import alone, lock_of
 from fastmemit.models import ModelAdapter
 
@@ -79,7 +80,14 @@ def collected(
         EmptyCorpus: It has no token.
         NonFiniteKeys: An activation is NaN or infinite.
         BadCorpus: The corpus cannot be read.
+        UnknownArchitecture: Padding changes the model's keys.
     """
+    if adapter.right_padding == "none":
+        raise UnknownArchitecture(
+            f"{type(adapter.model).__name__} gives a text other keys where it stands beside longer "
+            "ones in a batch, so its statistics cannot be collected in batches."
+        )
+    causal = adapter.is_causal and adapter.right_padding == "unmasked"
     if throughput is not None:
         throughput.measure(adapter.model, adapter.device)  # before a thread begins to read
 
@@ -107,7 +115,7 @@ def collected(
                 allow_fewer=allow_fewer,
                 progress=progress,
                 throughput=throughput,
-                causal=not getattr(adapter.model.config, "use_bidirectional_attention", False),
+                causal=causal,
                 checkpoint=checkpoint,
                 processes=parallel.current(),
             )

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from fastmemit.errors import UnknownArchitecture
 from fastmemit.models import ModelAdapter
 
 
@@ -22,10 +23,16 @@ def head_reads(
         adapter: The model.
         rows: M rows of the batch.
         columns: M positions in these rows.
+
+    Raises:
+        UnknownArchitecture: The model does not call its output head.
     """
     chosen = (list(rows), list(columns))
+    called = False
 
     def gather(_module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        nonlocal called
+        called = True
         return (args[0][chosen][None], *args[1:])
 
     handle = adapter.lm_head.register_forward_pre_hook(gather)
@@ -33,3 +40,9 @@ def head_reads(
         yield
     finally:
         handle.remove()
+    if not called:
+        raise UnknownArchitecture(
+            f"{type(adapter.model).__name__} does not call {type(adapter.lm_head).__name__}, which "
+            "it names as its output head, so its logits cannot be told from others; load it with "
+            "AutoModelForCausalLM."
+        )

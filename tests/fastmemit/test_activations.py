@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from fastmemit import activations
 from fastmemit.activations import SubjectPass, read_at_subject
+from fastmemit.errors import UnknownArchitecture
 from fastmemit.models import find_adapter
 from fastmemit.targets.rows import Row
 from tiny_models import ARCHITECTURES, LAYERS, tiny_model
@@ -49,7 +51,7 @@ def test_it_is_what_a_plain_forward_of_each_row_has():
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_begun_in_the_middle_it_gives_the_same_bits(architecture):
     adapter = find_adapter(tiny_model(architecture))
-    first = SubjectPass.of(ROWS, batch_tokens=14)
+    first = SubjectPass.of(adapter, ROWS, batch_tokens=14)
     assert len(first.batches) > 1
     modules = {layer: adapter.projection(layer) for layer in range(LAYERS)}
     _, _, kept = first.read(adapter, inputs=[modules[1]], keep=1)
@@ -74,7 +76,9 @@ def test_what_lies_below_the_kept_states_does_not_run_and_comes_back():
         adapter.block(layer).self_attn.register_forward_hook(
             lambda *_, layer=layer: calls.update([layer])
         )
-    first = SubjectPass.of(ROWS)
+    first = SubjectPass.of(adapter, ROWS)
+    first.read(adapter, inputs=[adapter.projection(1)], keep=1)  # measured once what may be kept
+    calls.clear()
     _, _, kept = first.read(adapter, inputs=[adapter.projection(1)], keep=1)
     assert calls == {0: 1, 1: 1}
     kept.read(adapter, inputs=[adapter.projection(2)])
@@ -84,9 +88,58 @@ def test_what_lies_below_the_kept_states_does_not_run_and_comes_back():
     assert calls[0] == 2
 
 
+@pytest.mark.parametrize("how", ["differ", "fail"])
+def test_a_block_that_takes_more_from_below_is_read_from_the_first_one_on(how, caplog):
+    model = tiny_model("llama")
+    adapter = find_adapter(model)
+    said = {}
+
+    def remember(_module, _args, out):
+        said["first"] = out
+
+    def borrow(_module, _args, out):
+        return out + (said.pop("first") if how == "fail" else said["first"].mean(1, keepdim=True))
+
+    model.model.layers[0].mlp.register_forward_hook(remember)
+    model.model.layers[2].mlp.register_forward_hook(borrow)
+    first = SubjectPass.of(adapter, ROWS, batch_tokens=1)
+    block = adapter.block(2)
+    with caplog.at_level(logging.WARNING):
+        _, (want,), kept = first.read(adapter, outputs=[block], keep=1)
+        assert kept.layer == 0
+        _, (again,), _ = kept.read(adapter, outputs=[block], keep=1)
+    assert torch.equal(again, want)
+    (record,) = caplog.records  # said once
+    assert f"runs that begin at block 1 {how}" in record.getMessage()
+
+
+def test_a_row_that_padding_changes_is_a_batch_of_its_own():
+    model = tiny_model("llama")
+    model.model.layers[0].mlp.register_forward_hook(lambda _m, _a, out: out + out.mean((0, 1)))
+    adapter = find_adapter(model)
+    assert adapter.right_padding == "none"
+    assert [len(batch) for batch in SubjectPass.of(adapter, ROWS).batches] == [1, 1, 1, 1]
+
+
+def test_what_does_not_run_or_sees_some_tokens_alone_cannot_be_read():
+    model = tiny_model("llama")
+    model.model.layers[0].mlp.spare = torch.nn.Linear(4, 4)
+    model.model.layers[0].mlp.some = torch.nn.Identity()
+    model.model.layers[0].mlp.register_forward_hook(
+        lambda module, _args, out: module.some(out[:, 1:]) is None or out
+    )
+    adapter = find_adapter(model, "model.layers.{}.mlp.down_proj")
+    with pytest.raises(UnknownArchitecture, match="does not run its Linear"):
+        read_at_subject(adapter, ROWS, inputs=[model.model.layers[0].mlp.spare])
+    with pytest.raises(
+        UnknownArchitecture, match=r"Identity handles a tensor of shape \(4, 6, 32\)"
+    ):
+        read_at_subject(adapter, ROWS, outputs=[model.model.layers[0].mlp.some])
+
+
 def test_states_that_do_not_fit_are_made_again(monkeypatch):
     adapter = find_adapter(tiny_model("llama"))
-    first = SubjectPass.of(ROWS, batch_tokens=7)
+    first = SubjectPass.of(adapter, ROWS, batch_tokens=7)
     _, _, whole = first.read(adapter, inputs=[adapter.projection(1)], keep=1)
     one = whole.entering[0].hidden
     assert whole.nbytes == sum(e.hidden.numel() * 4 for e in whole.entering)
@@ -101,7 +154,7 @@ def test_states_that_do_not_fit_are_made_again(monkeypatch):
 
 def test_an_error_inside_gives_the_blocks_back():
     adapter = find_adapter(tiny_model("llama"))
-    _, _, kept = SubjectPass.of(ROWS).read(adapter, inputs=[adapter.projection(1)], keep=1)
+    _, _, kept = SubjectPass.of(adapter, ROWS).read(adapter, inputs=[adapter.projection(1)], keep=1)
 
     def broken(*_):
         raise KeyboardInterrupt
@@ -120,6 +173,6 @@ def test_an_error_inside_gives_the_blocks_back():
 
 def test_a_pass_does_not_go_back():
     adapter = find_adapter(tiny_model("llama"))
-    _, _, kept = SubjectPass.of(ROWS).read(adapter, inputs=[adapter.projection(2)], keep=2)
+    _, _, kept = SubjectPass.of(adapter, ROWS).read(adapter, inputs=[adapter.projection(2)], keep=2)
     with pytest.raises(ValueError, match="begins at block 2, above block 1"):
         kept.read(adapter, inputs=[adapter.projection(2)], keep=1)

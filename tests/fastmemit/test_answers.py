@@ -10,8 +10,8 @@ import torch
 
 from fastmemit import answers as module
 from fastmemit.answers import answer_nlls, judge_answers
-from fastmemit.errors import BadRequest
-from fastmemit.models import find_adapter
+from fastmemit.errors import BadRequest, UnknownArchitecture
+from fastmemit.models import ModelAdapter, find_adapter
 from fastmemit.tokens import encode_with_target
 from tiny_models import tiny_model, tiny_tokenizer
 
@@ -55,7 +55,17 @@ class Bigrams(torch.nn.Module):
 def bigrams(table: torch.Tensor) -> Any:
     """What `judge_answers` needs to know of such a model."""
     model = Bigrams(table)
-    return SimpleNamespace(model=model, lm_head=model.head, device=torch.device("cpu"))
+    return SimpleNamespace(
+        model=model, lm_head=model.head, device=torch.device("cpu"), run=model,
+        check_causal=lambda: None, right_padding="unmasked",
+    )  # fmt: skip
+
+
+def measured(model: Any) -> ModelAdapter:
+    """An adapter that need not run its model to know what it is."""
+    adapter = find_adapter(model)
+    assert adapter.is_causal and adapter.right_padding == "unmasked"
+    return adapter
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 64, 4096])
@@ -95,6 +105,7 @@ def test_equal_sequences_run_once_and_batches_keep_to_their_bound(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    adapter = measured(model)
     shapes: list[tuple[int, int]] = []
     model.register_forward_pre_hook(
         lambda _, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
@@ -104,20 +115,21 @@ def test_equal_sequences_run_once_and_batches_keep_to_their_bound(
         a for a in (" Paris", " the", " is", " in", " of") if len(tokenizer(a).input_ids) == 1
     ]
     assert len(answers) >= 3
-    got = answer_nlls(find_adapter(model), tokenizer, [("I play", a) for a in answers] * 2)
+    got = answer_nlls(adapter, tokenizer, [("I play", a) for a in answers] * 2)
     assert len(shapes) == 1 and shapes[0][0] == 1
     assert got[: len(answers)] == got[len(answers) :] and len(set(got)) == len(answers)
     shapes.clear()
-    answer_nlls(find_adapter(model), tokenizer, QUESTIONS, batch_tokens=60)
+    answer_nlls(adapter, tokenizer, QUESTIONS, batch_tokens=60)
     assert all(rows == 1 or rows * length <= 60 for rows, length in shapes)
     assert len(shapes) > 2 and sum(rows for rows, _ in shapes) <= len(QUESTIONS)
 
 
 def test_only_the_logits_that_are_read_are_computed() -> None:
     model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    adapter = measured(model)
     seen: list[tuple[int, ...]] = []
     model.lm_head.register_forward_hook(lambda _, args, out: seen.append(tuple(out.shape)))
-    answer_nlls(find_adapter(model), tokenizer, QUESTIONS)
+    answer_nlls(adapter, tokenizer, QUESTIONS)
     asked = [encode_with_target(tokenizer, *question) for question in QUESTIONS]
     inputs = [encoded.ids[:-1] for encoded, _ in asked]
     longest = [ids for ids in inputs if all(o == ids or o[: len(ids)] != ids for o in inputs)]
@@ -131,25 +143,26 @@ def test_only_the_logits_that_are_read_are_computed() -> None:
 
 
 @pytest.fixture
-def given() -> tuple[Any, list[dict[str, Any]]]:
+def given() -> tuple[ModelAdapter, list[dict[str, Any]]]:
     """A tiny llama and what its forwards are given."""
     model, calls = tiny_model("llama"), []
+    adapter = measured(model)
     model.register_forward_pre_hook(
         lambda _, args, kwargs: calls.append(dict(kwargs)), with_kwargs=True
     )
-    return model, calls
+    return adapter, calls
 
 
 def test_a_sequence_that_begins_another_is_read_from_it(given: Any) -> None:
-    model, calls = given
+    adapter, calls = given
     tokenizer = tiny_tokenizer()
     whole = "I play the violin; you play the piano"
     words = whole.split(" ")
     parts = [(" ".join(words[:i]), " " + words[i]) for i in range(1, len(words))]
-    got = judge_answers(find_adapter(model), tokenizer, parts)
+    got = judge_answers(adapter, tokenizer, parts)
     assert [call["input_ids"].shape[0] for call in calls] == [1]
     for answer, question in zip(got, parts, strict=True):
-        cost, matches = literal(model, tokenizer, *question)
+        cost, matches = literal(adapter.model, tokenizer, *question)
         assert answer.nll == pytest.approx(cost, abs=1e-5) and answer.matches == matches
 
 
@@ -162,20 +175,25 @@ def test_hosts_are_the_longest_that_begin_so() -> None:
         assert not any(o != found and o[: len(found)] == found for o in rows)
 
 
-def test_a_causal_model_gets_no_mask_and_another_its_own(given: Any) -> None:
-    model, calls = given
-    plain = answer_nlls(find_adapter(model), tiny_tokenizer(), QUESTIONS)
+def test_rows_are_masked_or_run_alone_where_padding_needs_it(given: Any) -> None:
+    adapter, calls = given
+    plain = answer_nlls(adapter, tiny_tokenizer(), QUESTIONS)
     assert calls and not any("attention_mask" in call for call in calls)
     calls.clear()
-    model.config.use_bidirectional_attention = True  # llama itself does not look at it
-    masked = answer_nlls(find_adapter(model), tiny_tokenizer(), QUESTIONS)
-    assert masked == pytest.approx(plain, abs=1e-5)
-    padded = [call["attention_mask"] for call in calls]
-    assert any(bool((mask == 0).any()) for mask in padded)
-    # Without causality nothing may be read from a longer sequence.
-    assert sum(len(mask) for mask in padded) == len({
-        encode_with_target(tiny_tokenizer(), *question)[0].ids[:-1] for question in QUESTIONS
-    })  # fmt: skip
+    for padding in ("masked", "none"):
+        adapter.right_padding = padding  # as if it had been measured so
+        got = answer_nlls(adapter, tiny_tokenizer(), QUESTIONS)
+        assert got == pytest.approx(plain, abs=1e-5)
+        masks = [call["attention_mask"] for call in calls]
+        assert any(bool((mask == 0).any()) for mask in masks) == (padding == "masked")
+        assert padding == "masked" or all(len(mask) == 1 for mask in masks)
+        calls.clear()
+
+
+def test_a_model_that_sees_what_comes_is_not_scored() -> None:
+    model = tiny_model("gemma3", use_bidirectional_attention=True)
+    with pytest.raises(UnknownArchitecture, match="not causal"):
+        answer_nlls(find_adapter(model), tiny_tokenizer(), QUESTIONS)
 
 
 def test_which_tokens_of_an_answer_the_model_finds() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fastmemit.errors import UnknownArchitecture
 from fastmemit.logits import head_reads
 from fastmemit.models import find_adapter
 from tiny_models import ARCHITECTURES
@@ -32,3 +33,12 @@ def test_an_error_inside_takes_the_hook_off() -> None:
     with pytest.raises(IndexError), head_reads(find_adapter(model), [3], [0]):
         model(input_ids=IDS)
     assert model(input_ids=IDS).logits.shape[:2] == (3, 5)
+
+
+def test_a_head_that_the_model_does_not_call_is_refused() -> None:
+    model = ARCHITECTURES["llama"]()
+    head = torch.nn.Linear(32, 640)
+    model.get_output_embeddings = lambda: head
+    with pytest.raises(UnknownArchitecture, match="does not call Linear"):
+        with head_reads(find_adapter(model), [0], [0]):
+            model(input_ids=IDS)

@@ -167,9 +167,10 @@ class Subjects:
             [subject_row(self._tokenizer, context, request) for context in self._contexts]
             for request in self._requests
         ]
-        passes = [SubjectPass.of([row[0] for row in rows])]
+        passes = [SubjectPass.of(self._adapter, [row[0] for row in rows])]
         if len(self._contexts) > 1:
-            passes.append(SubjectPass.of([each for row in rows for each in row[1:]]))
+            others = [each for row in rows for each in row[1:]]
+            passes.append(SubjectPass.of(self._adapter, others))
         return passes
 
 

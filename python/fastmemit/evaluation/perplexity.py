@@ -22,7 +22,7 @@ from fastmemit.errors import FastmemitError, UnknownArchitecture
 from fastmemit.evaluation.schema import Perplexity
 from fastmemit.evaluation.windows import PerplexityText, Window, read_text
 from fastmemit.logits import head_reads
-from fastmemit.models import ModelAdapter, hidden_of, with_hidden
+from fastmemit.models import ModelAdapter, agrees, hidden_of, with_hidden
 from fastmemit.models.context import context_limit
 from fastmemit.targets.suffix import forward_as
 
@@ -83,9 +83,11 @@ def perplexity(
     Raises:
         BadConfig: The text's context is longer than the model takes, or its stride than a window.
         FastmemitError: The model gives NaN.
-        UnknownArchitecture: The model has no decoder to take hidden states from.
+        UnknownArchitecture: The model is not causal, has no decoder to take hidden states from, or
+            gives other logits with its head run apart.
     """
     windows = text.windows(context_limit(adapter.model))
+    adapter.check_causal()
     total, tokens = 0.0, 0
     with evaluation_mode(adapter.model), torch.no_grad():
         for batch in _batches(windows, batch_tokens):
@@ -166,8 +168,8 @@ def _run(adapter: ModelAdapter, windows: Sequence[Window]) -> float:
     kept: list[Any] = []
     with ExitStack() as hooks:
         hooks.callback(decoder.register_forward_hook(lambda _m, _a, out: kept.append(out)).remove)
-        hooks.enter_context(head_reads(adapter, [0], [0]))
-        width = adapter.model(input_ids=ids, use_cache=False).logits.shape[-1]
+        hooks.enter_context(head_reads(adapter, [0], [first - 1]))
+        whole: Tensor = adapter.run(input_ids=ids, use_cache=False).logits[0]  # (1, vocabulary)
     if not kept:
         raise UnknownArchitecture(
             f"{type(adapter.model).__name__} does not call {type(decoder).__name__}, which holds "
@@ -175,12 +177,20 @@ def _run(adapter: ModelAdapter, windows: Sequence[Window]) -> float:
         )
     hidden = hidden_of(kept[0])[:, first - 1 : -1].flatten(0, 1)  # (M, d)
     wanted = ids[:, first:].flatten()
-    rows = max(1, _LOGIT_BYTES // (4 * width))
+    rows = max(1, _LOGIT_BYTES // (4 * whole.shape[-1]))
     total = torch.zeros((), dtype=torch.float64)
+    begun = False
     for part, targets in zip(hidden.split(rows), wanted.split(rows), strict=True):
         given = with_hidden(kept[0], part[None])
         with forward_as(decoder, lambda *_a, _given=given, **_k: _given):
-            out: Tensor = adapter.model(input_ids=targets[None], use_cache=False).logits[0]
+            out: Tensor = adapter.run(input_ids=targets[None], use_cache=False).logits[0]
+        if not begun and not agrees(adapter.model, out[:1], whole):
+            raise UnknownArchitecture(
+                f"{type(adapter.model).__name__} gives other logits where its head runs apart from "
+                "its blocks, so its perplexity cannot be computed in pieces; score it with another "
+                "tool."
+            )
+        begun = True
         out = out.float()
         # logsumexp adds pairwise; the log-softmax of a CPU adds in a row and is 1e-5 nats too low
         # at 49,152 words.

@@ -32,28 +32,32 @@ def hidden_of(output: Any) -> torch.Tensor:
     return first
 
 
-def token_states(output: Any, rows: int, d: int, of: str) -> torch.Tensor:  # (rows, L, d)
+def token_states(
+    output: Any, shape: tuple[int, int], d: int, of: str
+) -> torch.Tensor:  # (rows, L, d)
     """The hidden states in a module's output, one of width `d` a token.
 
     Some blocks flatten rows and tokens before their MLP: (rows * L, d).
 
     Args:
         output: What the module put out.
-        rows: Rows of the batch.
-        d: The hidden size.
+        shape: (rows, L) of the batch.
+        d: The width.
         of: The module in words, for the error.
 
     Raises:
-        UnknownArchitecture: There are several states a token, or wider ones (Gemma 3n).
+        UnknownArchitecture: There are several states a token (Gemma 3n), or not one for every token
+            (a routed expert).
     """
     hidden = hidden_of(output)
-    flat = hidden.ndim == 2 and hidden.shape[0] % rows == 0
-    if hidden.shape[-1] != d or not (flat or (hidden.ndim == 3 and hidden.shape[0] == rows)):
+    rows, length = shape
+    if tuple(hidden.shape) not in {(rows, length, d), (rows * length, d)}:
         raise UnknownArchitecture(
-            f"{of} puts out a tensor of shape {tuple(hidden.shape)} for {rows} rows, not one state "
-            f"of width {d} a token, so no vector can be put in its place."
+            f"{of} handles a tensor of shape {tuple(hidden.shape)} for {rows} rows of {length} "
+            f"tokens, not one state of width {d} a token, so it can be neither read nor changed at "
+            "the subject."
         )
-    return hidden.reshape(rows, -1, d)
+    return hidden.reshape(rows, length, d)
 
 
 def with_hidden(output: Any, hidden: torch.Tensor) -> Any:

@@ -72,7 +72,8 @@ class FullForward:
         self.start = torch.cat(starts)
 
     def _states(self, out: Any, group: Sequence[Row]) -> Tensor:  # (n, L, d)
-        return token_states(out, len(group), self._adapter.d, type(self._module).__name__)
+        shape = (len(group), max(len(row.ids) for row in group))
+        return token_states(out, shape, self._adapter.d, type(self._module).__name__)
 
     def _run(self, group: Sequence[Row], rows: Sequence[int], columns: Sequence[int]) -> Tensor:
         batch = pad_batch([row.ids for row in group], device=self._adapter.device)

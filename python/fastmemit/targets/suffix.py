@@ -64,7 +64,6 @@ class SuffixForward:
     ) -> None:
         self._adapter, self._site = adapter, site
         self._module = module_at(adapter, layer, site)
-        self._name = type(self._module).__name__
         self._passed = layer + 1 if site == "block" else layer  # blocks that do not run
         self._lengths = torch.tensor([len(row.ids) - row.subject for row in rows])
         self._prefix = max(row.subject for row in rows)
@@ -92,18 +91,21 @@ class SuffixForward:
                 past_key_values=cache,
                 use_cache=True,
             )
-        n = len(self._lengths)
+        columns = self._ids.shape[1]
         # Copies, so that the prefix's columns are freed.
-        self.start = token_states(kept["site"], n, adapter.d, self._name)[:, column].float().clone()
+        self.start = self._states(kept["site"], columns)[:, column].float().clone()
         self._hidden: Tensor | None = None
         if self._passed:
             self._returns_tuple = isinstance(kept["block"], tuple)
-            states = token_states(kept["block"], n, adapter.d, self._name)
-            self._hidden = states[:, column:].clone()
+            self._hidden = self._states(kept["block"], columns)[:, column:].clone()
         self._kept = [
             (entry.keys[:, :, :column].clone(), entry.values[:, :, :column].clone())
             for entry in cache.layers[self._passed :]
         ]
+
+    def _states(self, out: Any, columns: int) -> Tensor:  # (N, columns, d)
+        shape = (len(self._lengths), columns)
+        return token_states(out, shape, self._adapter.d, type(self._module).__name__)
 
     def _cache(self) -> Cache:
         # The model asks the first layer how long the past is; the passed-through layers answer with
@@ -134,7 +136,7 @@ class SuffixForward:
 
     def _put(self, _module: nn.Module, _args: Any, out: Any) -> Any:
         """The projection's output with that of the subjects replaced."""
-        states = token_states(out, len(self._lengths), self._adapter.d, self._name)
+        states = self._states(out, self._ids.shape[1] - self._prefix)
         changed = torch.cat([self._value.to(states)[:, None], states[:, 1:]], dim=1)
         return with_hidden(out, changed.reshape(hidden_of(out).shape))
 

@@ -187,6 +187,6 @@ def _predictions(
     for rows in length_batches(dict.fromkeys(prompts), batch_tokens):
         batch = pad_batch(rows, device=adapter.device)
         with head_reads(adapter, range(len(rows)), [len(row) - 1 for row in rows]):
-            logits = adapter.model(**batch, use_cache=False).logits[0]
+            logits = adapter.run(**batch, use_cache=False).logits[0]
         said.update(zip(rows, logits.argmax(1).tolist(), strict=True))
     return [said[prompt] for prompt in prompts]

@@ -4,7 +4,7 @@ What is restored at one token of one layer reaches neither the tokens before it 
 below.  There the restored run is the corrupted one, so that run is done once and its states kept:
 the attention keys and values of the earlier tokens, and the hidden states that leave each block.
 Every restored run then begins at the restored layer and token, through the model's own code, as in
-`fastmemit.targets.suffix`.
+`fastmemit.targets.suffix`; a model of which such a part is not the whole is refused.
 """
 
 from __future__ import annotations
@@ -18,10 +18,13 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 
+from fastmemit.errors import FastmemitError, UnknownArchitecture
 from fastmemit.logits import head_reads
-from fastmemit.models import ModelAdapter, hidden_of
+from fastmemit.models import ModelAdapter, agrees, hidden_of, probe_ids, token_states, with_hidden
+from fastmemit.request import EditRequest
 from fastmemit.targets.rows import Row
 from fastmemit.targets.suffix import PrefixLayer, align, forward_as
+from fastmemit.tokens import pad_batch
 from fastmemit.tracing.facts import TracedFact, probability
 from fastmemit.tracing.noise import added_to_embeddings
 from fastmemit.tracing.settings import Kind
@@ -198,5 +201,80 @@ class Runs:
         """Run the model; probabilities of the answers, read at the last column."""
         rows, columns = call["input_ids"].shape
         with head_reads(self._adapter, range(rows), [columns - 1] * rows):
-            logits = self._adapter.model(**call).logits[0]
+            logits = self._adapter.run(**call).logits[0]
         return probability(logits, self._answers).cpu()
+
+
+def check_tracing(adapter: ModelAdapter) -> None:
+    """See once that runs which begin in the middle of a model are those of the whole model.
+
+    Some tokens run with noise at the first two and one clean state put back at a later one: in part
+    and beside a shorter row, and whole and alone.
+
+    Args:
+        adapter: The model, in evaluation mode.
+
+    Raises:
+        UnknownArchitecture: The model is not causal, or the two differ by more than rounding.
+    """
+    if adapter.measured.get("traced in part"):
+        return
+    adapter.check_causal()
+    ids = probe_ids(adapter.model)
+    layer, position = adapter.n_layers // 2, len(ids) // 2
+    embeddings = adapter.model.get_input_embeddings().weight.detach()
+    wave = torch.linspace(-1, 1, embeddings.shape[1]) * float(embeddings.float().std())
+    noise = wave.repeat(1, 2, 1)  # (1 sample, 2 tokens, width)
+    request = EditRequest("{}", "a", "b")  # a fact's words are not read here, its tokens are
+    spots = [
+        Spot(TracedFact(request, row, 0, 1, ids[-1]), position - len(ids) + len(row), noise)
+        for row in (ids, ids[2:])
+    ]
+    heads: list[Tensor] = []
+    handle = adapter.lm_head.register_forward_hook(lambda _m, _a, out: heads.append(out[0, 0]))
+    try:
+        _whole(adapter, ids, position, layer, noise)
+        want = heads[-1]
+        Runs(adapter, spots, ("hidden",)).restored("hidden", layer, layer)
+        why = "is off by more than rounding"
+        same = agrees(adapter.model, heads[-1][None], want[None])
+    except (FastmemitError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # what a model makes of kept states is its own affair
+        why, same = f"fails ({type(error).__name__}: {str(error)[:200]})", False
+    finally:
+        handle.remove()
+    if not same:
+        raise UnknownArchitecture(
+            f"Causal tracing runs part of a model for each state that it restores, and part of "
+            f"{type(adapter.model).__name__} {why}, so it cannot be traced; choose layers by the "
+            "scores of edits instead."
+        )
+    adapter.measured["traced in part"] = True
+
+
+def _whole(
+    adapter: ModelAdapter, ids: tuple[int, ...], position: int, layer: int, noise: Tensor
+) -> None:
+    """The restored run as it is defined: every token through every block."""
+    block = adapter.block(layer)
+    clean: list[Tensor] = []
+
+    def restore(_module: nn.Module, _args: object, out: object) -> object:
+        states = token_states(out, (1, len(ids)), adapter.d, type(block).__name__).clone()
+        if not clean:
+            clean.append(states[0, position])
+            return None
+        states[0, position] = clean[0]
+        return with_hidden(out, states.reshape(hidden_of(out).shape))
+
+    added = torch.zeros(1, len(ids), noise.shape[-1])
+    added[:, : noise.shape[1]] = noise
+    batch = pad_batch([ids], device=adapter.device)
+    handle = block.register_forward_hook(restore)
+    try:
+        for change in (torch.zeros_like(added), added):
+            with added_to_embeddings(adapter, change), head_reads(adapter, [0], [len(ids) - 1]):
+                adapter.run(**batch, use_cache=False)
+    finally:
+        handle.remove()

@@ -16,7 +16,7 @@ from fastmemit.errors import BadRequest, FastmemitError
 from fastmemit.models import ModelAdapter
 from fastmemit.tracing.facts import GROUPS, TracedFact, evaluating
 from fastmemit.tracing.noise import subject_embeddings, subject_noise
-from fastmemit.tracing.runs import Runs, Spot
+from fastmemit.tracing.runs import Runs, Spot, check_tracing
 from fastmemit.tracing.settings import Kind, TraceSettings, window_at
 
 
@@ -84,7 +84,8 @@ def trace(
     Raises:
         BadRequest: There is no fact.
         BadConfig: A window is more than the model's layers.
-        UnknownArchitecture: The model's attention cannot be told.
+        UnknownArchitecture: The model's attention cannot be told, or part of the model does not
+            stand for the whole.
         NonFiniteProbability: The model gives NaN or infinity.
     """
     if not facts:
@@ -95,6 +96,7 @@ def trace(
     clean, corrupted = np.zeros(len(facts)), np.zeros(len(facts))
     found = {kind: np.zeros((len(places), len(layers))) for kind in windows}
     with evaluating(adapter.model):
+        check_tracing(adapter)
         embedding_std, width = subject_embeddings(adapter, facts)
         std = settings.noise * embedding_std
         noise = partial(

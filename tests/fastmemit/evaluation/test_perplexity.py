@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastmemit.errors import BadConfig, FastmemitError
+from fastmemit.errors import BadConfig, FastmemitError, UnknownArchitecture
 from fastmemit.evaluation import perplexity as module
 from fastmemit.evaluation.perplexity import (
     PerplexityResult,
@@ -77,6 +77,8 @@ def test_batches_keep_to_their_bound_and_have_no_mask(
 ) -> None:
     monkeypatch.setattr(module, "_LOGIT_BYTES", 4 * VOCAB_SIZE * 17)
     model = tiny_model("llama")
+    adapter = find_adapter(model)
+    assert adapter.is_causal  # measured before what is run is counted
     inputs: list[tuple[int, ...]] = []
     heads: list[tuple[int, ...]] = []
     block = model.model.layers[0]
@@ -88,7 +90,7 @@ def test_batches_keep_to_their_bound_and_have_no_mask(
         lambda _, args, kwargs: masks.append(kwargs["attention_mask"]), with_kwargs=True
     )
     model.lm_head.register_forward_hook(lambda _, args, out: heads.append(tuple(out.shape)))
-    got = perplexity(find_adapter(model), text_of(ids, context=40), batch_tokens=batch_tokens)
+    got = perplexity(adapter, text_of(ids, context=40), batch_tokens=batch_tokens)
     assert all(rows == 1 or rows * length <= batch_tokens for rows, length in inputs)
     assert sum(rows for rows, _ in inputs) == got.windows == 6
     assert len(inputs) == {1: 6, 100: 4, 4096: 2}[batch_tokens]
@@ -170,3 +172,20 @@ def test_the_real_model_on_real_text(data_dir: Path, smollm2: tuple[Any, Any]) -
     got = perplexity(find_adapter(model), text)
     want, tokens = literal_perplexity(model, text.ids, 256)
     assert got.perplexity == pytest.approx(want, rel=1e-5) and got.tokens == tokens == 510
+
+
+def test_a_model_that_sees_what_comes_has_no_perplexity() -> None:
+    model = tiny_model("gemma3", use_bidirectional_attention=True)
+    with pytest.raises(UnknownArchitecture, match="not causal"):
+        perplexity(find_adapter(model), text_of(tuple(range(4, 64)), context=20))
+
+
+def test_a_head_that_is_not_the_same_apart_from_its_blocks_is_refused() -> None:
+    """What a model does to logits may depend on where they stand; pieces would lose that."""
+    model = tiny_model("llama")
+    model.model.register_forward_hook(
+        lambda _m, _a, out: setattr(model, "length", out.last_hidden_state.shape[1])
+    )
+    model.lm_head.register_forward_hook(lambda _m, _a, out: out.roll(model.length % 7, -1))
+    with pytest.raises(UnknownArchitecture, match="head runs apart"):
+        perplexity(find_adapter(model), text_of(tuple(range(4, 64)), context=20))

@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fastmemit.errors import UnknownArchitecture
 from fastmemit.models import find_adapter
 from fastmemit.request import EditRequest
 from fastmemit.tracing import KINDS, encode_fact, subject_noise
-from fastmemit.tracing.runs import Runs, Spot
-from tiny_models import LAYERS, tiny_model, tiny_tokenizer
+from fastmemit.tracing.runs import Runs, Spot, check_tracing
+from tiny_models import ARCHITECTURES, LAYERS, tiny_model, tiny_tokenizer
 
 REQUESTS = (
     EditRequest("{} is located in the city of", "The Eiffel Tower", "Rome", "Paris"),
@@ -38,3 +39,33 @@ def test_only_later_tokens_and_blocks_run(kind: str, first: int, last: int, begi
         found = runs.restored(kind, first, last)  # type: ignore[arg-type]
     assert found.shape == (2, 3)
     assert seen == [(layer, (6, suffix)) for layer in range(begin, LAYERS)]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_usual_models_are_traced_in_part(architecture: str) -> None:
+    adapter = find_adapter(ARCHITECTURES[architecture]())
+    with torch.no_grad():
+        check_tracing(adapter)
+    assert adapter.measured["traced in part"]
+    assert not any(m._forward_hooks or "forward" in vars(m) for m in adapter.model.modules())
+
+
+def test_a_model_of_which_a_part_is_not_the_whole_is_refused() -> None:
+    model = tiny_model("llama")
+    kept: dict[str, torch.Tensor] = {}
+    model.model.layers[0].register_forward_hook(lambda _m, _a, out: kept.update(first=out))
+    model.model.layers[2].mlp.register_forward_hook(lambda _m, _a, out: out + kept["first"][:, :1])
+    with torch.no_grad(), pytest.raises(UnknownArchitecture, match=r"part of Llama.* off by"):
+        check_tracing(find_adapter(model))
+    model = tiny_model("llama")
+    model.model.layers[0].register_forward_hook(lambda _m, _a, out: kept.update(first=out))
+    model.model.layers[2].mlp.register_forward_hook(lambda _m, _a, out: out + kept.pop("first"))
+    with torch.no_grad(), pytest.raises(UnknownArchitecture, match=r"part of Llama.* fails"):
+        check_tracing(find_adapter(model))
+    assert not any(m._forward_pre_hooks or "forward" in vars(m) for m in model.modules())
+
+
+def test_a_model_that_sees_what_comes_is_not_traced() -> None:
+    adapter = find_adapter(tiny_model("gemma3", use_bidirectional_attention=True))
+    with pytest.raises(UnknownArchitecture, match="not causal"):
+        check_tracing(adapter)
