@@ -2,9 +2,11 @@
 
 Rows can be run in stages: what enters a block is kept, and a later reading of modules in it or
 above it begins there.  That is right as long as nothing below that block has changed, and it gives
-the bits of a run from the first block on, because the same batches go through the same code.  Blocks
-that take more from below than the hidden states (keys and values of a lower block, several streams)
-allow no stages: a few tokens are tried both ways, and such models run from the first block on.
+the bits of a run from the first block on, because the same batches go through the same code.
+
+Blocks that take more from below than the hidden states (keys and values of a lower block, several
+streams) allow no stages: a few tokens are tried both ways, and such models run from the first block
+on each time.
 """
 
 from __future__ import annotations

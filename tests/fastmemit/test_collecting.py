@@ -25,6 +25,7 @@ from tiny_models import tiny_model, tiny_tokenizer
 
 IDENTITY = {"model": "a" * 64, "model_name": "tiny", "tokenizer": "b" * 64}
 ADAPTER, TOKENIZER = find_adapter(tiny_model("llama")), tiny_tokenizer()
+assert ADAPTER.is_causal and ADAPTER.right_padding == "unmasked"  # measured before runs are counted
 NAMES = [ADAPTER.projection_name(layer) for layer in (0, 1)]
 Capture = pytest.LogCaptureFixture
 

@@ -222,7 +222,8 @@ def check_tracing(adapter: ModelAdapter) -> None:
     adapter.check_causal()
     ids = probe_ids(adapter.model)
     layer, position = adapter.n_layers // 2, len(ids) // 2
-    embeddings = adapter.model.get_input_embeddings().weight.detach()
+    model: Any = adapter.model
+    embeddings = model.get_input_embeddings().weight.detach()
     wave = torch.linspace(-1, 1, embeddings.shape[1]) * float(embeddings.float().std())
     noise = wave.repeat(1, 2, 1)  # (1 sample, 2 tokens, width)
     request = EditRequest("{}", "a", "b")  # a fact's words are not read here, its tokens are

@@ -58,8 +58,8 @@ def test_a_model_of_which_a_part_is_not_the_whole_is_refused() -> None:
     with torch.no_grad(), pytest.raises(UnknownArchitecture, match=r"part of Llama.* off by"):
         check_tracing(find_adapter(model))
     model = tiny_model("llama")
-    model.model.layers[0].register_forward_hook(lambda _m, _a, out: kept.update(first=out))
-    model.model.layers[2].mlp.register_forward_hook(lambda _m, _a, out: out + kept.pop("first"))
+    model.model.layers[0].mlp.register_forward_hook(lambda _m, _a, out: kept.update(first=out))
+    model.model.layers[2].mlp.register_forward_hook(lambda _m, _a, out: out + kept["first"])
     with torch.no_grad(), pytest.raises(UnknownArchitecture, match=r"part of Llama.* fails"):
         check_tracing(find_adapter(model))
     assert not any(m._forward_pre_hooks or "forward" in vars(m) for m in model.modules())
