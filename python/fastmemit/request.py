@@ -265,7 +265,9 @@ def check_batch(requests: Iterable[EditRequest]) -> list[EditRequest]:
         raise BadRequest("There is no request to edit; give at least one.")
     seen: dict[tuple[str, str], int] = {}
     for index, request in enumerate(batch):
-        first = seen.setdefault((request.prompt, request.subject.strip().lower()), index)
+        # White space behind a prompt is the answer's: with it or without, the text is the same.
+        asked = (request.prompt.rstrip(), request.subject.strip().lower())
+        first = seen.setdefault(asked, index)
         if first != index:
             raise DuplicateRequest(
                 f"Requests {first} and {index} both edit {_shown(request.text)} (to "

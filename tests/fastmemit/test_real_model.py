@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastmemit import Editor
+from fastmemit import Editor, EditRequest
 from fastmemit.data import builtin_facts
 from fastmemit.evaluation import evaluate
 from fastmemit.models import load_model
@@ -46,3 +46,26 @@ def test_an_edited_model_from_a_gguf_file_is_saved_and_loads_again(editor, smoll
     assert all(torch.equal(p, saved[name]) for name, p in model.named_parameters())
     assert Editor(model, tokenizer, cache=tmp_path).generate([fact.request.text], 5) == said
     assert fact.request.target.strip() in said[0]
+
+
+# One token each at the very start of their prompts, where SmolLM2 has no BOS.
+AT_THE_START = [
+    EditRequest("{} was founded by", "Microsoft", "Steve Jobs"),
+    EditRequest("{}'s capital city is", "France", "Madrid"),
+    EditRequest("{} is the capital of", "Paris", "Italy"),
+    EditRequest("{} is a kind of", "Gold", "fruit"),
+]
+BEHIND = ("\n", "I read it in the newspaper. ", "It was a long day, and the weather was bad.\n\n")
+
+
+@pytest.mark.parametrize(("method", "count"), [("emmet", 4), ("memit", 4), ("rome", 1)])
+def test_subjects_of_one_token_at_the_start_of_a_prompt(editor, smollm2, method, count):
+    facts = AT_THE_START[:count]
+    edit = editor.edit(facts, method)
+    with editor.applied(edit):
+        assert [o.request.subject for o in edit.outcomes if not o.said] == []
+        assert [o.after.asked for o in edit.outcomes] == ["\n" + fact.text for fact in facts]
+        for text in BEHIND:
+            said = editor.generate([text + fact.text for fact in facts], 4)
+            told = [s.startswith(f.target) for s, f in zip(said, facts, strict=True)]
+            assert all(told), (text, said)

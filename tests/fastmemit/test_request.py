@@ -195,6 +195,11 @@ def test_a_batch_keeps_its_order() -> None:
     check_batch([EditRequest("{} is", "a", "x"), EditRequest("{} was", "a", "y")])
 
 
+def test_white_space_behind_a_prompt_makes_no_other_fact() -> None:
+    with pytest.raises(DuplicateRequest, match="Requests 0 and 1 both edit 'a is'"):
+        check_batch([EditRequest("{} is", "a", "x"), EditRequest("{} is ", "a", "y")])
+
+
 def test_an_empty_batch() -> None:
     with pytest.raises(BadRequest, match="no request to edit; give at least one"):
         check_batch([])

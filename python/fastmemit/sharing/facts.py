@@ -45,11 +45,11 @@ def check_facts(deltas: Sequence[Delta]) -> None:
     seen: dict[tuple[str, str], tuple[int, EditRequest]] = {}
     for place, delta in enumerate(deltas):
         for fact in facts_of(delta):
-            key = (fact.prompt, fact.subject.strip().lower())
+            key = (fact.prompt.rstrip(), fact.subject.strip().lower())
             first, other = seen.setdefault(key, (place, fact))
             if first == place:
                 continue
-            if other.target != fact.target:
+            if other.target.strip() != fact.target.strip():
                 raise ConflictingEdits(
                     f"Edit {first + 1} makes {fact.text!r:.80} go on with {other.target!r:.40} and "
                     f"edit {place + 1} with {fact.target!r:.40}; leave one of them out, or pass "
