@@ -73,11 +73,11 @@ class EditRequest:
 
     def _check_place(self) -> None:
         """Refuse a prompt that names the subject itself and has ``{}`` for the answer."""
-        if any(character.isalnum() for character in self.after):
-            return
         named = _as_a_word(self.subject.strip()).search(self.before)
-        if named is None:
+        if named is None or any(map(str.isalnum, self.after)):
             return
+        if not any(map(str.isalnum, self.before[named.end() :])):
+            return  # nothing is said about it before the hole
         meant = self.before[: named.start()] + "{}" + self.before[named.end() :].rstrip()
         raise BadRequest(
             f"The prompt {_shown(self.prompt)} names its subject {_shown(self.subject)} and has "

@@ -135,6 +135,7 @@ def test_a_hole_where_the_answer_would_stand(prompt: str, subject: str, meant: s
         ("Parisians live in {}", "Paris"),  # another word
         ("France is a country; the capital of {} is", "France"),
         ("{} is the capital of France", "France"),
+        ("In France, {}", "France"),
         ("{}", "France"),
     ],
 )
@@ -196,7 +197,7 @@ def test_a_batch_keeps_its_order() -> None:
 
 
 def test_white_space_behind_a_prompt_makes_no_other_fact() -> None:
-    with pytest.raises(DuplicateRequest, match="Requests 0 and 1 both edit 'a is'"):
+    with pytest.raises(DuplicateRequest, match="Requests 0 and 1 both edit 'a is '"):
         check_batch([EditRequest("{} is", "a", "x"), EditRequest("{} is ", "a", "y")])
 
 
