@@ -31,6 +31,7 @@ _PANEL = (4.6, 3.1)  # inches
 _PNG_DPI = 150
 #: Above this many multipliers, or with one below 1, the axis is logarithmic, else evenly spaced.
 _EVENLY = 6
+_DECADES = 1e3  # up to this ratio of the ends of a logarithmic axis there is room between decades
 _LABEL = 0.085  # the least distance of two labels, as a share of the axis
 _STYLE: dict[str, Any] = {
     "svg.hashsalt": "fastmemit",
@@ -275,7 +276,9 @@ def log_heights(axes: Axes) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator
 
     axes.set_yscale("log")
-    axes.yaxis.set_minor_locator(LogLocator(subs=(2.0, 5.0)))
+    low, high = axes.get_ylim()
+    roomy = high < _DECADES * low
+    axes.yaxis.set_minor_locator(LogLocator(subs=(2.0, 5.0) if roomy else ()))
     for place in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
         place(FuncFormatter(lambda value, _: f"{value:g}"))
 
