@@ -23,7 +23,6 @@ from fastmemit.cli.table import MEANING, interval_table
 from fastmemit.errors import FastmemitError
 
 if TYPE_CHECKING:
-    from fastmemit.data import Record
     from fastmemit.evaluation.perplexity import PerplexityText
     from fastmemit.evaluation.schema import Perplexity
     from fastmemit.experiments.intervals import Estimate
@@ -56,6 +55,7 @@ def run(args: argparse.Namespace) -> None:
     from fastmemit.data import builtin_facts
     from fastmemit.evaluation.counterfact import count_questions, score_records
     from fastmemit.evaluation.perplexity import before_and_after, edited_nll, perplexity
+    from fastmemit.outcomes import compare, verdict
     from fastmemit.progress import bar
 
     check_writable(args.save)
@@ -70,6 +70,7 @@ def run(args: argparse.Namespace) -> None:
     clock.say(f"second moments of layers {', '.join(map(str, config.layers))}: {found.describe()}")
 
     facts = builtin_facts()
+    requests = [fact.request for fact in facts]
     prompts = [fact.generations[0] for fact in facts[:SHOWN] if fact.generations]
     text = _prose(editor.tokenizer)
 
@@ -79,19 +80,19 @@ def run(args: argparse.Namespace) -> None:
 
     before = score("unedited scores")
     spoke = perplexity(editor.adapter, text)
+    answered = editor.ask(requests)
     said = editor.generate(prompts)
     clock.say(f"scored the unedited model on {len(facts)} facts")
-    edit = editor.edit([fact.request for fact in facts], args.method, verify=False, **overrides)
+    edit = editor.edit(requests, args.method, verify=False, **overrides)
     edit.save(args.save)  # before anything that may fail
     clock.say(f"edited all of them at once by {args.method}")
     after = score("edited scores")
     cost = before_and_after(spoke, [edited_nll(editor.adapter, text)])
     says = editor.generate(prompts)
-    missed = [fact for fact, found in zip(facts, after, strict=True) if not found.ea]
-    instead = editor.generate([fact.request.text for fact in missed], new_tokens=6)
+    outcomes = compare(requests, answered, editor.ask(requests))
     clock.say("scored the edited model")
 
-    print(f"\n{verdict(facts, missed, instead)}\n")
+    print(f"\n{verdict(outcomes)}\n")
     print(interval_table(_columns(before, after, cost)))
     print(MEANING)
     print(f"Perplexity is that of {len(text.ids):,} tokens of the built-in prose: lower is better.")
@@ -109,24 +110,6 @@ def run(args: argparse.Namespace) -> None:
     print(_next_steps(args))
 
 
-def verdict(facts: Sequence[Record], missed: Sequence[Record], instead: Sequence[str]) -> str:
-    """How many facts are what the model says now, and what it says in place of the others.
-
-    Args:
-        facts: All that were written.
-        missed: Those of them that the model does not say, as they were written.
-        instead: What it says after the prompt of each of these.
-    """
-    line = f"{len(facts) - len(missed)} of {len(facts)} facts are now what the model says"
-    if not missed:
-        return f"{line}."
-    parts = [
-        f"{fact.request.text}{fact.request.target} (says: {' '.join(words.split())})"
-        for fact, words in zip(missed, instead, strict=True)
-    ]
-    return f"{line}; not: {'; '.join(parts)}."
-
-
 def _prose(tokenizer: Any) -> PerplexityText:
     """The end of the built-in prose, as running text."""
     from fastmemit.data import load_corpus
@@ -137,7 +120,7 @@ def _prose(tokenizer: Any) -> PerplexityText:
     prose = "\n\n".join(corpus.documents())
     ids = tokenizer(prose, add_special_tokens=False, verbose=False)["input_ids"]
     lead = encode(tokenizer, "").ids
-    return PerplexityText("builtin", corpus.fingerprint, tuple(ids[-PROSE:]), lead, context=256)
+    return PerplexityText("builtin", corpus.fingerprint, tuple(ids[-PROSE:]), lead)
 
 
 def _columns(

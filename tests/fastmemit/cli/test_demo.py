@@ -9,7 +9,6 @@ import pytest
 
 from fastmemit import data
 from fastmemit.cli import main
-from fastmemit.cli.demo import verdict
 from fastmemit.delta import Delta
 from tiny_commands import Place, refused, run
 
@@ -42,15 +41,6 @@ def test_it_edits_scores_saves_and_undoes(place: Place, capsys: pytest.CaptureFi
     assert out.count("  before: ") == out.count("  after:  ") == 4
     assert re.search(r"undone: all \d+ tensors are bit for bit the original\n", out)
     assert len(Delta.load(place.at / "demo.st").provenance["requests"]) == 5
-
-
-def test_the_verdict_names_what_did_not_take() -> None:
-    facts = data.builtin_facts()
-    assert verdict(facts, [], []) == "5 of 5 facts are now what the model says."
-    assert verdict(facts, facts[:1], [" Paris,\n the  capital"]) == (
-        "4 of 5 facts are now what the model says; not: "
-        "The Eiffel Tower is located in the city of Rome (says: Paris, the capital)."
-    )
 
 
 def test_it_ends_with_commands_that_work_as_they_stand(
