@@ -29,6 +29,7 @@ from fastmemit.sources import Sources
 from fastmemit.statistics import Statistics
 from fastmemit.targets import Target
 from fastmemit.targets.forward import check_targets
+from fastmemit.tokens import text_tokenizer
 
 __all__ = ["Edit", "Editor"]
 
@@ -40,7 +41,7 @@ class Editor:
 
     Args:
         model: The model, unedited.
-        tokenizer: Its tokenizer.
+        tokenizer: Its tokenizer, or the processor that holds it.
         module: The edited projection with ``{}`` for the layer, where the model's structure leaves
             doubt.
         seed: Of the contexts that the model writes, and of the corpus's order.
@@ -55,6 +56,7 @@ class Editor:
 
     Raises:
         UnknownArchitecture: The model's edited projection cannot be told.
+        BadConfig: The tokenizer is none.
     """
 
     def __init__(
@@ -71,7 +73,8 @@ class Editor:
     ) -> None:
         self.adapter = find_adapter(model, module)
         self.model = model = self.adapter.model  # without what is wrapped around it
-        self.tokenizer, self.seed = tokenizer, seed
+        self.tokenizer = tokenizer = text_tokenizer(tokenizer)
+        self.seed = seed
         path = name or str(getattr(model.config, "_name_or_path", "") or "model")
         # The name goes into files that people share; folders are nobody else's business.
         self.name = Path(path).resolve().name if Path(path).is_dir() else path

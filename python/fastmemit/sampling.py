@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastmemit.errors import BadConfig, BadRequest, FastmemitError
 from fastmemit.models import check_lengths, input_device
+from fastmemit.models.running import padding
 from fastmemit.tokens import encode, pad_batch
 
 
@@ -41,25 +42,31 @@ def continue_rows(
     Raises:
         BadConfig: `new_tokens` is below 1.
         BadRequest: A row with its new tokens is longer than the model's context.
-        FastmemitError: The model's logits are NaN or infinite.
+        FastmemitError: The model's logits are NaN or infinite, or it has no way to write text.
     """
-    from transformers import LogitsProcessorList
+    from transformers import GenerationConfig, LogitsProcessorList
 
     if new_tokens < 1:
         raise BadConfig(f"The number of new tokens must be 1 or more but is {new_tokens}.")
     if not rows:
         return []
     check_lengths(model, rows, more=new_tokens)
-    batch = pad_batch(rows, side="left", device=input_device(model))
+    if not callable(getattr(model, "generate", None)):
+        raise FastmemitError(
+            f"{type(model).__name__} has no generate(), so it cannot write text; load it with "
+            "AutoModelForCausalLM."
+        )
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     chosen: dict[str, Any] = {"do_sample": False}
     if top_k is not None:
         chosen = {"do_sample": True, "top_k": top_k, "top_p": 1.0, "temperature": 1.0}
+    found: dict[int, list[int]] = {}
     # `generate` fills whatever it is not told from the model's own settings, which differ between
     # versions of transformers; nothing but the end-of-text is taken from them.
     own = model.generation_config
-    end = tokenizer.eos_token_id if own.eos_token_id is None else own.eos_token_id
-    model.generation_config = type(own)(eos_token_id=end)
+    stated = getattr(own, "eos_token_id", None)
+    end = tokenizer.eos_token_id if stated is None else stated
+    model.generation_config = GenerationConfig(eos_token_id=end)
     training = model.training
     model.eval()
     # The head, where tokens are drawn, need not be on the device of the embeddings.
@@ -67,22 +74,35 @@ def continue_rows(
     try:
         with torch.random.fork_rng(devices=cuda):
             torch.manual_seed(seed)
-            out = model.generate(
-                input_ids=batch["input_ids"],
-                attention_mask=batch["attention_mask"],
-                max_new_tokens=new_tokens,
-                min_new_tokens=new_tokens,
-                num_beams=1,
-                repetition_penalty=1.0,
-                pad_token_id=0 if pad is None else pad,
-                logits_processor=LogitsProcessorList([_Checked(model)]),
-                **chosen,
-            )
+            for group in _together(model, rows):
+                batch = pad_batch(
+                    [rows[number] for number in group], side="left", device=input_device(model)
+                )
+                out = model.generate(
+                    input_ids=batch["input_ids"],
+                    attention_mask=batch["attention_mask"],
+                    max_new_tokens=new_tokens,
+                    min_new_tokens=new_tokens,
+                    num_beams=1,
+                    repetition_penalty=1.0,
+                    pad_token_id=0 if pad is None else pad,
+                    logits_processor=LogitsProcessorList([_Checked(model)]),
+                    **chosen,
+                )
+                width = batch["input_ids"].shape[1]
+                found.update(zip(group, (row[width:].tolist() for row in out), strict=True))
     finally:
         model.train(training)
         model.generation_config = own
-    width = batch["input_ids"].shape[1]
-    return [row[width:].tolist() for row in out]
+    return [found[number] for number in range(len(rows))]
+
+
+def _together(model: Any, rows: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Numbers of rows that can be continued in one batch: all of them where padding allows it."""
+    lengths = {len(row) for row in rows}
+    if len(lengths) == 1 or padding(model, "left") != "none":
+        return [list(range(len(rows)))]
+    return [[n for n, row in enumerate(rows) if len(row) == length] for length in sorted(lengths)]
 
 
 class _Checked:

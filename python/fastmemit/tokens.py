@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from fastmemit.errors import BadRequest
+from fastmemit.errors import BadConfig, BadRequest
 
 NOWHERE = (-1, -1)
 
@@ -40,6 +40,22 @@ class Encoded:
     def __len__(self) -> int:
         """Number of tokens."""
         return len(self.ids)
+
+
+def text_tokenizer(tokenizer: Any) -> Any:
+    """The tokenizer of texts, also where a processor of texts and images is given.
+
+    Raises:
+        BadConfig: It is nothing that tokenises a text.
+    """
+    if not hasattr(tokenizer, "convert_ids_to_tokens"):
+        tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+    if not callable(tokenizer):
+        raise BadConfig(
+            f"{type(tokenizer).__name__} is no tokenizer of transformers; give what "
+            "AutoTokenizer.from_pretrained returns."
+        )
+    return tokenizer
 
 
 def encode(tokenizer: Any, text: str) -> Encoded:

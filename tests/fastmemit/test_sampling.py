@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastmemit.errors import BadConfig, BadRequest
+from fastmemit.errors import BadConfig, BadRequest, FastmemitError
 from fastmemit.sampling import continue_rows, continue_texts
 from tiny_models import tiny_model, tiny_tokenizer
 
@@ -111,3 +111,33 @@ def test_nothing_to_continue() -> None:
 def test_a_number_of_tokens_that_is_none(n: int) -> None:
     with pytest.raises(BadConfig, match=f"must be 1 or more but is {n}"):
         continue_rows(tiny_model("llama"), tiny_tokenizer(), ROWS, n)
+
+
+def test_rows_that_padding_changes_are_continued_by_themselves() -> None:
+    """The same words as row by row, although a batch would change them."""
+    model, tokenizer = tiny_model("gpt2"), tiny_tokenizer()
+    model.transformer.h[1].mlp.register_forward_hook(
+        lambda _m, _a, out: out + 30 * out[:, :1].detach()  # the first column, padding or not
+    )
+    rows = [(5, 6, 7, 8, 9, 10), (11, 12), (13, 14, 15), (16, 17)]
+    alone = [continue_rows(model, tokenizer, [row], 1)[0] for row in rows]
+    assert continue_rows(model, tokenizer, rows, 1) == alone
+    calls: list[int] = []
+    model.register_forward_pre_hook(
+        lambda _m, _a, kwargs: calls.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    continue_rows(model, tokenizer, rows, 1)
+    assert calls[-3:] == [2, 1, 1]  # rows of one length together
+
+
+@pytest.mark.parametrize("end", [None, [2, 5]])
+def test_odd_generation_settings(end: object) -> None:
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    want = continue_rows(model, tokenizer, [(5, 6, 7)], 6)
+    model.generation_config.eos_token_id = end
+    model.generation_config.cache_implementation = "static"
+    assert continue_rows(model, tokenizer, [(5, 6, 7)], 6) == want
+    model.generation_config = None
+    assert continue_rows(model, tokenizer, [(5, 6, 7)], 6) == want
+    with pytest.raises(FastmemitError, match="LlamaModel has no generate"):
+        continue_rows(model.model, tokenizer, [(5, 6, 7)], 6)

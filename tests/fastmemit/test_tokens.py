@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from fastmemit.errors import BadRequest
+from fastmemit.errors import BadConfig, BadRequest
 from fastmemit.request import EditRequest
 from fastmemit.tokens import (
     NOWHERE,
@@ -19,6 +20,7 @@ from fastmemit.tokens import (
     length_batches,
     pad_batch,
     subject_end,
+    text_tokenizer,
 )
 from tiny_tokenizers import BOS, EOS, FAST, PAD, UNK, tiny_tokenizer
 
@@ -290,3 +292,13 @@ def test_length_batches_put_like_lengths_together_within_the_bound():
     found = length_batches(rows, 10)
     assert [[len(row) for row in batch] for batch in found] == [[1, 2, 2], [4, 5], [9], [30]]
     assert length_batches([], 10) == []
+
+
+def test_a_processor_stands_for_its_tokenizer_and_nothing_else_does() -> None:
+    tokenizer = tiny_tokenizer()
+    assert text_tokenizer(tokenizer) is tokenizer
+    processor = SimpleNamespace(tokenizer=tokenizer, image_processor=None)
+    assert text_tokenizer(processor) is tokenizer
+    for other in (None, "gpt2", SimpleNamespace(tokenizer=None)):
+        with pytest.raises(BadConfig, match="is no tokenizer of transformers"):
+            text_tokenizer(other)

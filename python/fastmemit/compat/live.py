@@ -28,6 +28,7 @@ from fastmemit.data.self_written import open_corpus
 from fastmemit.errors import BadCorpus, BadLayer, WrongModel
 from fastmemit.kept import there
 from fastmemit.models import ModelAdapter, find_adapter
+from fastmemit.models.structure import unwrapped
 from fastmemit.sources import Sources
 from fastmemit.statistics import Statistics
 
@@ -257,6 +258,7 @@ def live(model: nn.Module, tokenizer: Any, module: str | None) -> Live:
     Raises:
         UnknownArchitecture: The model has no such projection.
     """
+    model = unwrapped(model)
     found = model.__dict__.get(_PLACE)
     if not isinstance(found, Live):
         found = Live()
@@ -270,7 +272,7 @@ def forget(model: nn.Module) -> None:
 
     To be called after other weights were loaded into the same object.
     """
-    model.__dict__.pop(_PLACE, None)
+    unwrapped(model).__dict__.pop(_PLACE, None)
 
 
 def _collecting(settings: Settings) -> Settings:

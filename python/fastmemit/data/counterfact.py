@@ -156,6 +156,8 @@ def _refuse_wrapped(source: str, values: Sequence[Value]) -> None:
     """A file with one object around the list, such as {"data": [...]}, is not a record."""
     if len(values) != 1 or not isinstance(values[0].value, Mapping):
         return
+    if values[0].place.startswith("item"):  # it is a list; what its one record lacks is said there
+        return
     fields = values[0].value
     if not {"requested_rewrite", "prompt", "subject"} & set(fields):
         raise BadData(

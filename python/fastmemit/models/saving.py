@@ -38,7 +38,7 @@ def save_model(model: Any, tokenizer: Any, folder: str | os.PathLike[str]) -> Pa
     target = Path(folder)
     try:
         with new_folder(target) as partial:
-            with _as_plain(model):
+            with _as_plain(model), _without_check(model, partial):
                 model.save_pretrained(partial)
             if tokenizer is not None:
                 tokenizer.save_pretrained(partial)
@@ -144,6 +144,24 @@ def _as_plain(model: Any) -> Iterator[None]:
     finally:
         for owner, name, value in hidden:
             setattr(owner, name, value)
+
+
+@contextlib.contextmanager
+def _without_check(model: Any, folder: Path) -> Iterator[None]:
+    """Write the model's generation settings as they are, whatever transformers thinks of them.
+
+    A temperature beside do_sample=False is only useless, but no model with it would be saved.
+    """
+    own = getattr(model, "generation_config", None)
+    if own is None:
+        yield
+        return
+    model.generation_config = type(own)()
+    try:
+        yield
+    finally:
+        model.generation_config = own
+    own.to_json_file(folder / "generation_config.json", keys_to_pop=["compile_config"])
 
 
 def _expanded(model: nn.Module, remembered: Any) -> bool:

@@ -34,6 +34,15 @@ def test_unreadable_files(content: bytes, message: str, tmp_path: Path) -> None:
         load_records(path)
 
 
+def test_what_the_one_record_of_a_list_lacks_is_said_of_it(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text('[{"example_type": "recent", "edit": {}}]')
+    with pytest.raises(BadData, match=r"request 0 \(item 0\): The request has no prompt"):
+        load_requests(path)
+    with pytest.raises(BadData, match=r"record 0 \(item 0\), field case_id"):
+        load_records(path)
+
+
 def test_missing_file_and_folder(tmp_path: Path) -> None:
     with pytest.raises(BadData, match=r"nowhere\.json does not exist"):
         load_records(tmp_path / "nowhere.json")

@@ -90,3 +90,30 @@ def test_weights_that_are_still_quantised_are_refused(method: str, tmp_path: Pat
 def test_all_files_of_a_saved_model_can_be_read_by_the_same_people(tmp_path: Path) -> None:
     folder = save_model(tiny_model("llama"), tiny_tokenizer(), tmp_path / "model")
     assert len({path.stat().st_mode for path in folder.iterdir()}) == 1
+
+
+@pytest.mark.parametrize("odd", [True, False])
+def test_generation_settings_are_saved_as_they_are(odd: bool, tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    model.generation_config.eos_token_id = [2, 5]
+    if odd:  # which transformers refuses to save
+        model.generation_config.do_sample, model.generation_config.temperature = False, 0.9
+    else:
+        model.save_pretrained(tmp_path / "plain")
+    own = model.generation_config
+    save_model(model, tiny_tokenizer(), tmp_path / "m")
+    assert model.generation_config is own
+    loaded, _ = load_model(str(tmp_path / "m"))
+    assert loaded.generation_config.eos_token_id == [2, 5]
+    if odd:
+        assert loaded.generation_config.temperature == 0.9
+    else:
+        name = "generation_config.json"
+        assert (tmp_path / "m" / name).read_text() == (tmp_path / "plain" / name).read_text()
+
+
+def test_a_model_without_generation_settings_is_saved(tmp_path: Path) -> None:
+    model = tiny_model("llama").model
+    assert getattr(model, "generation_config", None) is None
+    save_model(model, None, tmp_path / "m")
+    assert (tmp_path / "m" / "model.safetensors").is_file()
