@@ -21,6 +21,7 @@ SMOLLM2 = cast(
     SimpleNamespace(
         model=SimpleNamespace(config=SimpleNamespace(model_type="llama")),
         n_layers=30,
+        layers=list(range(30)),
         d=576,
         d_k=lambda layer: 1536,
         check_layer=lambda layer: None,
