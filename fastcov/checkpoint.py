@@ -150,18 +150,14 @@ class Checkpoint:
         except (StoreDamaged, OSError) as error:
             logger.warning("the checkpoint is not used: %s", error)
             return None
-        differs = [
-            name
-            for name in self._identity.keys() | state["identity"].keys()
-            if self._identity.get(name) != state["identity"].get(name)
-        ]
-        if state["sums"] != tally.describe():
-            differs.append("order of the sums")
-        if any(n not in taken or taken[n].limit != limit for n, limit in tally.wanted.items()):
-            differs.append("modules or budgets")
-        if differs:
-            what = ", ".join(sorted(differs))
-            logger.warning("the checkpoint %s is of another %s and is not used", self.path, what)
+        limits = {name: module.limit for name, module in taken.items() if name in tally.wanted}
+        stored = {**state["identity"], "order of the sums": state["sums"], "budget": limits}
+        order = tally.describe()
+        expected = {**self._identity, "order of the sums": order, "budget": dict(tally.wanted)}
+        if differs := _differences(stored, expected):
+            logger.warning(
+                "the checkpoint %s is of another %s and is not used", self.path, "; ".join(differs)
+            )
             return None
         if state["machine"] != _machine():
             logger.warning(
@@ -172,6 +168,20 @@ class Checkpoint:
                 _machine(),
             )
         return state, taken
+
+
+_ABSENT = object()
+
+
+def _differences(stored: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
+    """The fields that differ, each with the value in the file and the one that is expected."""
+    differs = []
+    for name in sorted(stored.keys() | expected.keys()):
+        values = stored.get(name, _ABSENT), expected.get(name, _ABSENT)
+        if values[0] != values[1]:
+            said, wanted = ("nothing" if value is _ABSENT else f"{value!r:.80}" for value in values)
+            differs.append(f"{name} ({said}, not {wanted})")
+    return differs
 
 
 def _machine() -> dict[str, Any]:

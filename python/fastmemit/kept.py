@@ -123,7 +123,7 @@ def compare(path: Path, stored: Mapping[str, Any], expected: Mapping[str, Any]) 
 
 def _mismatch(path: Path, field: str, stored: object, expected: object) -> fastcov.StoreMismatch:
     said, value = (
-        "not on record" if found is _ABSENT else f"{found!r:.80}" for found in (stored, expected)
+        "nothing" if found is _ABSENT else f"{found!r:.80}" for found in (stored, expected)
     )
     return fastcov.StoreMismatch(
         f"The statistics {str(path)!r} are of another {field} ({said}, not {value}), so the file "

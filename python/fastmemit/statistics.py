@@ -238,8 +238,10 @@ def precompute(
             if ours:
                 sweep_up(home, useless_too=True)
             throughput = throughput if missing else None
-    provenance = common([provenance_of(path) for path in paths.values()])
-    return Statistics(paths, provenance, throughput)
+    stored = [provenance_of(path) for path in paths.values()]
+    for (name, path), about in zip(paths.items(), stored, strict=True):
+        compare(path, about, {**shared, "module": name, "budget": budgets[name]})
+    return Statistics(paths, common(stored), throughput)
 
 
 def find(

@@ -108,13 +108,25 @@ def test_what_is_no_file_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("changed", "what"),
     [
-        ({"identity": {**IDENTITY, "seed": 1}}, "seed"),
-        ({"identity": {"model": "m"}}, "seed"),
-        ({"identity": {**IDENTITY, "more": None, "versions": {"torch": "9"}}}, "versions"),
-        ({"dtype": torch.float64}, "order of the sums"),
-        ({"launch_rows": 5}, "order of the sums"),
-        ({"budget": TOTAL // 2}, "modules or budgets"),
-        ({"modules": paths(1, 2)}, "modules or budgets"),
+        ({"identity": {**IDENTITY, "seed": 1}}, "of another seed (0, not 1) and is"),
+        ({"identity": {**IDENTITY, "model": "n"}}, "of another model ('m', not 'n') and is"),
+        ({"identity": {"model": "m"}}, "of another seed (0, not nothing) and is"),
+        ({"identity": {**IDENTITY, "more": None}}, "another more (nothing, not None) and is"),
+        (
+            {"identity": {**IDENTITY, "a": 1, "seed": 2}},
+            "of another a (nothing, not 1); seed (0, not 2) and is",
+        ),
+        (
+            {"dtype": torch.float64},
+            "order of the sums ({'dtype': 'torch.float32', 'launch_rows': 8192}, not "
+            "{'dtype': 'torch.float64', 'launch_rows': 8192}) and is",
+        ),
+        (
+            {"launch_rows": 5},
+            "'launch_rows': 8192}, not {'dtype': 'torch.float32', 'launch_rows': 5})",
+        ),
+        ({"budget": TOTAL // 2}, "of another budget ("),
+        ({"modules": paths(1, 2)}, "of another budget ("),
     ],
 )
 def test_what_is_of_something_else_is_not_used(tmp_path, caplog, changed, what):

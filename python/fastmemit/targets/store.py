@@ -159,7 +159,7 @@ def _other(content: str, key: TargetKey) -> str:
     for name in (*expected, *found):
         if name not in found or name not in expected or found[name] != expected[name]:
             wanted, said = (
-                f"{values[name]!r:.160}" if name in values else "not on record"
+                f"{values[name]!r:.160}" if name in values else "nothing"
                 for values in (expected, found)
             )
             return f"of another {name} ({said}, not {wanted})"

@@ -107,7 +107,7 @@ def test_a_changed_byte_counts_as_absent_and_is_said(tmp_path, caplog, place):
         ({"settings": dataclasses.replace(SETTINGS, clamp=9.0)}, "of another clamp (9.0, not 1.0)"),
         (
             {"settings": dataclasses.replace(SETTINGS, stop="most-probable")},
-            "of another early_stop (not on record, not 0.05)",
+            "of another early_stop (nothing, not 0.05)",
         ),
     ],
 )
