@@ -12,7 +12,7 @@ import fastcov
 from fastcov.npz import NpzMoment, load_npz
 from fastmemit.editor import Editor
 from fastmemit.errors import BadConfig
-from fastmemit.interop.layouts import StatsPlace, module_of
+from fastmemit.interop.layouts import StatsPlace, module_of, sample_size_of
 from fastmemit.interop.likeness import check_likeness
 from fastmemit.models import ModelAdapter
 from fastmemit.statistics import Statistics, versions
@@ -48,12 +48,15 @@ def import_statistics(
         fastcov.WrongWidth: The keys are of another width than the model's.
         fastcov.NonFiniteMatrix: A sum holds NaN or infinity.
         fastcov.StoreDamaged: A file is not what it should be.
+        fastcov.StoreMismatch: A file is of another sample size than its name says.
         OSError: A file cannot be written; those that were written are whole.
     """
     named = _named(editor, files)
     adapter = editor.adapter
     layers = layers_by_name(adapter)
     read = {n: load_npz(path, width=adapter.d_k(layers[n])) for n, path in named.items()}
+    for name, path in named.items():
+        _check_named(path, read[name])
     digests = {name: _sha256(path) for name, path in named.items()}
     _check_apart(named, digests)
     multiplier = _multiplier(named, read)
@@ -163,6 +166,23 @@ def _named(editor: Editor, files: Mapping[str, Path] | Sequence[Path]) -> dict[s
 def layers_by_name(adapter: ModelAdapter) -> dict[str, int]:
     """The names that the blocks' projections have or would have -> layer."""
     return {adapter.template.replace("{}", str(i)): i for i in range(adapter.n_layers)}
+
+
+def _check_named(path: Path, found: NpzMoment) -> None:
+    """Refuse a file that says another sample size than its name, as their loaders do.
+
+    It is all that a file of theirs says of itself beside the count.
+    """
+    named = sample_size_of(path)
+    if None not in (named, found.sample_size) and named != found.sample_size:
+        raise fastcov.StoreMismatch(
+            f"{str(path)!r} is of another sample_size ({found.sample_size}, not {named} as its "
+            "name says), so it was moved or altered; take the file of this name from where it "
+            "comes from, or name it by what it is.",
+            field="sample_size",
+            stored=found.sample_size,
+            expected=named,
+        )
 
 
 def _check_apart(named: Mapping[str, Path], digests: Mapping[str, str]) -> None:

@@ -92,3 +92,9 @@ def module_of(path: Path) -> str | None:
     """The module that a file's name says it is of, or None for another name."""
     named = _NAMED.fullmatch(path.name)
     return None if named is None else named["module"]
+
+
+def sample_size_of(path: Path) -> int | None:
+    """The sample size that a file's name says, or None for another name."""
+    named = _NAMED.fullmatch(path.name)
+    return None if named is None or len(named["size"]) > 18 else int(named["size"])

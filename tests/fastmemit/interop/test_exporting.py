@@ -63,7 +63,7 @@ def test_another_sample_size_and_data_set_are_those_of_the_settings(
 
 
 def test_float64_sums_are_rounded_once(found: Statistics, tmp_path: Path) -> None:
-    wide = fastcov.SecondMoment(64, dtype=torch.float64).update(torch.randn(99, 64).double())
+    wide = fastcov.SecondMoment(64, dtype=torch.float64).update(torch.randn(256, 64).double())
     own = {**fastcov.read_provenance(found.paths[MODULES[0]])}
     fastcov.save_moment(found.paths[MODULES[0]], wide, own)
     for precision in ("float32", "float64"):
@@ -139,8 +139,8 @@ def test_what_cannot_be_projected(found: Statistics, tmp_path: Path) -> None:
         export_null_space(found, path, threshold=-1.0)
     with pytest.raises(BadConfig, match="no layer to project"):
         export_null_space(found, path, [])
-    narrow = fastcov.SecondMoment(3).update(torch.eye(3))
-    own = fastcov.read_provenance(found.paths[MODULES[1]])
+    narrow = fastcov.SecondMoment(3).update(torch.eye(3).repeat(4, 1))
+    own = {**fastcov.read_provenance(found.paths[MODULES[1]]), "budget": 12, "keys": 12}
     fastcov.save_moment(found.paths[MODULES[1]], narrow, own)
     with pytest.raises(BadConfig, match=r"3 wide but those of .* are 64, and one tensor cannot"):
         export_null_space(found, path)

@@ -193,3 +193,19 @@ def test_files_belong_to_the_unedited_model(place: StatsPlace, editor: Editor) -
         import_statistics(editor, files_of(editor, place))
     edit.undo()
     import_statistics(editor, files_of(editor, place))
+
+
+def test_a_file_under_the_name_of_another_sample_is_refused(
+    place: StatsPlace, tmp_path: Path
+) -> None:
+    mine = fresh(tmp_path)
+    path = place.path(MODULES[1])
+    renamed = path.with_name(path.name.replace("100000", "5000"))
+    shutil.copy(path, renamed)
+    with pytest.raises(
+        fastcov.StoreMismatch,
+        match=r"_mom2_5000\.npz' is of another sample_size \(100000, not 5000",
+    ) as caught:
+        import_statistics(mine, [renamed])
+    assert (caught.value.stored, caught.value.expected) == (100000, 5000)
+    assert import_statistics(mine, {MODULES[1]: path}).keys == 256
