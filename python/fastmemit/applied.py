@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
+import logging
 import os
-from dataclasses import dataclass, field
+import threading
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import TracebackType
+from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 
-from fastmemit.delta import Delta, restore
+from fastmemit.chain import Chain
+from fastmemit.delta import Delta, add_low_rank, restore
 from fastmemit.errors import BadUndo, WrongModel
-from fastmemit.models import checksum, fingerprint
+from fastmemit.models import Watch, checksums, fingerprint
 from fastmemit.outcomes import Outcome
+
+log = logging.getLogger(__name__)
 
 
 class Edit:
@@ -72,11 +84,34 @@ class Edit:
 
 @dataclass
 class _Layer:
-    """An applied edit, the bits that it covers, and what the weights are with it on them."""
+    """An applied edit.
 
-    edit: Edit
-    before: dict[str, Tensor] = field(default_factory=dict)
-    after: dict[str, str] = field(default_factory=dict)
+    Attributes:
+        names: The weights that it changes.
+        digest: Of its delta.
+        state: What identifies the edits up to this one, in their order.
+        blocks: How many blocks of `EditStack.block` with it are open.
+    """
+
+    names: tuple[str, ...]
+    digest: str
+    state: str
+    blocks: int = 0
+
+
+@dataclass
+class _Journal:
+    """What is being written: noted down before, so that what is left of it can be put right.
+
+    Attributes:
+        bits: Weight name -> the weight, and the bits that it shall have.
+        edit: The edit that is not in the weights then; None for trial writes.
+        open: Whether whoever writes is at it, as far as one can tell.
+    """
+
+    bits: Mapping[str, tuple[Tensor, Tensor]]
+    edit: Edit | None = None
+    open: bool = True
 
 
 class EditStack:
@@ -85,36 +120,119 @@ class EditStack:
     Edits of the same weight are undone last first: a later one was computed on, and rounded onto,
     what the earlier ones left.  Edits that share no weight can be undone in any order.
 
+    What is written is noted down first. Whatever is raised in between, an interrupt or the lack of
+    memory, the weights are those without the edit, or the edit is on record; where a second
+    interrupt stopped that from being put right, the next use of the stack does it.
+
+    Threads that share a model take turns: `lock` is held while weights change.
+
     Args:
-        model: The model whose weights are edited.
+        model: The model whose weights are edited; it is not kept alive.
+
+    Attributes:
+        lock: Held by whoever reads or writes weights that must not change meanwhile.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        self._layers: list[_Layer] = []
+        self._reference = weakref.ref(model)
+        self.lock = threading.RLock()
+        self._watch = Watch()
         self._fingerprint: str | None = None
+        self._layers: dict[Edit, _Layer] = {}
+        self._chains: dict[str, Chain] = {}
+        self._journal: _Journal | None = None
+
+    @classmethod
+    def of(cls, model: nn.Module) -> EditStack:
+        """The stack of a model: the one that there is, so that editors of one model share it.
+
+        A model whose weights something else has changed since counts as another one, unedited, with
+        a stack of its own.
+        """
+        found = _stacks.get(model)
+        if found is not None:
+            changed = found.changed()
+            if not changed:
+                return found
+            if found.edits:
+                log.warning(
+                    "%s was changed while %d edits were in the weights; they count as part of the "
+                    "model now, and cannot be undone",
+                    changed[0],
+                    len(found.edits),
+                )
+        with _finding:
+            if _stacks.get(model) is found:  # of two threads the first makes it
+                _stacks[model] = cls(model)
+            return _stacks[model]
+
+    @property
+    def _model(self) -> nn.Module:
+        model = self._reference()
+        if model is None:
+            raise WrongModel("The edited model is gone; keep it while its edits are used.")
+        return model
 
     @property
     def fingerprint(self) -> str:
         """The fingerprint of the model without any edit of this stack.
 
         Raises:
-            WrongModel: It was never taken and edits are applied now.
+            WrongModel: It was never taken and edits are applied now; or something else has changed
+                the model since it was taken.
         """
-        if self._fingerprint is None:
-            if self._layers:
-                raise WrongModel("The model was edited before it was identified; undo all edits.")
-            self._fingerprint = fingerprint(self._model)
-        return self._fingerprint
+        with self.lock:
+            if self._fingerprint is None:
+                if self._layers:
+                    raise WrongModel(
+                        "The model was edited before it was identified; undo all edits."
+                    )
+                self._fingerprint = self._watch.identify(self._model)
+            changed = self.changed()
+            if changed:
+                more = f" and {len(changed) - 1} more were" if len(changed) > 1 else " was"
+                raise WrongModel(
+                    f"{changed[0]}{more} changed by something else since the model was first used "
+                    "here, so its statistics, contexts and targets are those of another model; "
+                    "make a new Editor of it."
+                )
+            return self._fingerprint
+
+    @property
+    def live_fingerprint(self) -> str:
+        """As `fingerprint`, but of an unedited model that was changed what it is now."""
+        with self.lock:
+            if self._fingerprint is not None and not self._layers and self.changed():
+                return fingerprint(self._model)
+            return self.fingerprint
+
+    def changed(self) -> list[str]:
+        """The tensors that something else has changed since the model was identified.
+
+        Between two trial writes nothing is looked at.
+        """
+        with self.lock:
+            if self._journal is not None and not self._journal.open:
+                self.settle()
+            if self._fingerprint is None or self._journal is not None:
+                return []
+            model = self._model
+            named = dict(model.named_parameters(remove_duplicate=False)) if self._chains else {}
+            edited = {
+                name: (named[name], chain.checksum)
+                for name, chain in self._chains.items()
+                if name in named
+            }
+            return self._watch.changed(model, edited)
 
     @property
     def edits(self) -> tuple[Edit, ...]:
         """The applied edits, oldest first."""
-        return tuple(layer.edit for layer in self._layers)
+        return tuple(self._layers)
 
     def holds(self, edit: Edit) -> bool:
         """Whether an edit is applied."""
-        return any(layer.edit is edit for layer in self._layers)
+        return edit in self._layers
 
     def check(self, edit: Edit) -> None:
         """Refuse an edit of another model's stack.
@@ -127,45 +245,202 @@ class EditStack:
                 f"{edit!r} belongs to another editor; save it there and load it with this one."
             )
 
+    def digests(self) -> list[str]:
+        """The digests of the applied edits' deltas, oldest first."""
+        return [layer.digest for layer in self._layers.values()]
+
     def state(self) -> str:
         """What identifies the weights as they are now: the model, then the edits on it."""
-        return "+".join([self.fingerprint, *(layer.edit.delta.digest() for layer in self._layers)])
+        last = next(reversed(self._layers.values()), None)
+        return self.fingerprint if last is None else f"{self.fingerprint}+{last.state}"
 
     def push(self, edit: Edit) -> None:
         """Apply an edit; see `Edit.apply`."""
-        if self.holds(edit):
-            raise BadUndo(f"{edit!r} is in the weights already; undo it before applying it again.")
-        _ = self.fingerprint  # taken while the weights are still the model's own
-        edit.delta.check(self._model)
-        weights = self._weights(edit)
-        layer = _Layer(edit, {name: weight.clone() for name, weight in weights.items()})
-        edit.delta.add_to(self._model)
-        layer.after = {name: checksum(weight) for name, weight in weights.items()}
-        self._layers.append(layer)
+        with self.lock:
+            self.settle()
+            if edit in self._layers:
+                raise BadUndo(
+                    f"{edit!r} is in the weights already; undo it before applying it again."
+                )
+            _ = self.fingerprint  # of weights that are still the model's own
+            weights = edit.delta.weights(self._model)
+            chains = {
+                name: self._chains.get(name) or Chain(weight) for name, weight in weights.items()
+            }
+            before = {
+                name: (weight, chains[name].covered(weight)) for name, weight in weights.items()
+            }
+            writing = Writing(self, _Journal(before, edit))
+            with writing, writing:
+                with torch.no_grad():
+                    for name, (left, right) in edit.delta.factors.items():
+                        add_low_rank(weights[name], left, right)
+                after = checksums(weights.items())
+                for name, chain in chains.items():
+                    chain.add(edit, edit.delta.factors[name], weights[name], after[name])
+                self._chains.update(chains)
+                last = next(reversed(self._layers.values()), None)
+                digest = edit.delta.digest()
+                self._layers[edit] = _Layer(tuple(weights), digest, _joined(last, digest))
+                self._journal = None  # from here on the edit is in the weights
+            self._watch.trust(weights.values())
 
     def pop(self, edit: Edit) -> None:
         """Undo an edit; see `Edit.undo`."""
-        if not self.holds(edit):
-            raise BadUndo(f"{edit!r} cannot be undone, because it is not in the weights.")
-        place = next(i for i, layer in enumerate(self._layers) if layer.edit is edit)
-        layer = self._layers[place]
-        for later in self._layers[place + 1 :]:
-            shared = sorted(layer.before.keys() & later.before.keys())
-            if shared:
+        with self.lock:
+            self.settle()
+            if edit not in self._layers:
+                raise BadUndo(f"{edit!r} cannot be undone, because it is not in the weights.")
+            names = self._layers[edit].names
+            for later, shared in self._above(edit).items():
                 raise BadUndo(
-                    f"{edit!r} cannot be undone while the later {later.edit!r} lies on it in "
-                    f"{shared[0]}; undo the later one first."
+                    f"{edit!r} cannot be undone while the later {later!r} lies on it in {shared}; "
+                    "undo the later one first."
                 )
-        weights = self._weights(edit)
-        for name, weight in weights.items():
-            if checksum(weight) != layer.after[name]:
-                raise BadUndo(
-                    f"{name} was changed by something else since {edit!r} was applied, so undoing "
-                    "it would destroy that change; load the model again to be rid of both."
-                )
-        restore(list(weights.values()), [layer.before[name] for name in weights])
-        del self._layers[place]
+            named = dict(self._model.named_parameters(remove_duplicate=False))
+            weights = {name: named[name] for name in names if name in named}
+            found = checksums(weights.items())
+            for name in names:
+                if found.get(name) != self._chains[name].checksum:
+                    raise BadUndo(
+                        f"{name} was changed by something else since {edit!r} was applied, so "
+                        "undoing it would destroy that change; load the model again to be rid of "
+                        "both."
+                    )
+            bits = {name: (weight, self._chains[name].before()) for name, weight in weights.items()}
+            writing = Writing(self, _Journal(bits, edit))
+            with writing, writing:
+                self.settle()
 
-    def _weights(self, edit: Edit) -> dict[str, Tensor]:
-        named = dict(self._model.named_parameters(remove_duplicate=False))
-        return {name: named[name].detach() for name in edit.delta.factors}
+    @contextmanager
+    def block(self, edit: Edit) -> Iterator[Edit]:
+        """A context with an edit applied inside; see `fastmemit.Editor.applied`."""
+        self.check(edit)
+        with self.lock:
+            if not self.holds(edit):
+                self.push(edit)
+            layer = self._layers[edit]
+            try:
+                layer.blocks += 1
+                yield edit
+            except BaseException:
+                # The caller hears of what went wrong inside, not of what lies on the edit for it.
+                try:
+                    self._close(edit, with_later=True)
+                except BadUndo as refused:
+                    log.warning("%s", refused)
+                raise
+            self._close(edit)
+
+    def _close(self, edit: Edit, *, with_later: bool = False) -> None:
+        """The end of a block with an edit: the outermost one undoes it, unless that is done."""
+        layer = self._layers.get(edit)
+        if layer is None:
+            return
+        layer.blocks = max(0, layer.blocks - 1)
+        if layer.blocks == 0:
+            for later in reversed(self._above(edit) if with_later else {}):
+                self.pop(later)
+            self.pop(edit)
+
+    def trial(self, names: Iterable[str]) -> Writing:
+        """A context inside which weights may be written; afterwards they have their bits back.
+
+        Args:
+            names: Of the weights.
+        """
+        with self.lock:
+            self.settle()
+            named = dict(self._model.named_parameters(remove_duplicate=False))
+            bits = {name: (named[name], named[name].detach().clone()) for name in names}
+            return Writing(self, _Journal(bits))
+
+    def settle(self) -> None:
+        """Put right what an interrupted write has left; nothing where there is nothing left."""
+        journal = self._journal
+        if journal is None:
+            return
+        with self.lock:
+            for weight, saved in journal.bits.values():
+                restore([weight], [saved])
+            edit = journal.edit
+            if edit is not None:
+                self._forget(edit, journal.bits)
+            self._watch.trust(weight for weight, _ in journal.bits.values())
+            self._journal = None
+
+    def _forget(self, edit: Edit, names: Mapping[str, object]) -> None:
+        """Take an edit off the record, however much of it is there."""
+        for name in names:
+            chain = self._chains.get(name)
+            if chain is not None:
+                chain.cut(edit)
+                if not chain:
+                    del self._chains[name]
+        if edit not in self._layers:
+            return
+        layers = list(self._layers.items())
+        place = [each for each, _ in layers].index(edit)
+        last = layers[place - 1][1] if place else None
+        for _, layer in layers[place + 1 :]:
+            layer.state = _joined(last, layer.digest)
+            last = layer
+        del self._layers[edit]
+
+    def _above(self, edit: Edit) -> dict[Edit, str]:
+        """The later edits that lie on this one, or on one that does, and a weight in which."""
+        names: set[str] = set()
+        found = {}
+        for each, layer in self._layers.items():
+            shared = sorted(names.intersection(layer.names))
+            if each is edit or shared:
+                names.update(layer.names)
+                if shared:
+                    found[each] = shared[0]
+        return found
+
+
+class Writing:
+    """Writes to weights, taken back on leaving unless they were put on record.
+
+    It is entered twice in one statement, ``with writing, writing:``. Where an interrupt comes just
+    as the inner one is left, before that could do anything, leaving the outer one does it.
+    """
+
+    def __init__(self, stack: EditStack, journal: _Journal) -> None:
+        self._stack, self._journal = stack, journal
+
+    def __enter__(self) -> Writing:
+        try:
+            self._stack._journal = self._journal
+            return self
+        except BaseException:  # nothing is written yet
+            self._stack._journal = None
+            raise
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            self._journal.open = False
+            self._stack.settle()
+        except BaseException:  # an interrupt comes once
+            self._stack.settle()
+            raise
+
+    def before(self, name: str) -> Tensor:
+        """The bits that a weight gets back."""
+        return self._journal.bits[name][1]
+
+
+def _joined(last: _Layer | None, digest: str) -> str:
+    """What identifies some edits and one more."""
+    before = "" if last is None else last.state
+    return hashlib.sha256(f"{before}+{digest}".encode()).hexdigest()
+
+
+_stacks: WeakKeyDictionary[nn.Module, EditStack] = WeakKeyDictionary()
+_finding = threading.Lock()

@@ -59,11 +59,19 @@ class Delta:
 
     def digest(self) -> str:
         """SHA-256 (hex) over names, shapes and bytes of all factors."""
+        # Read again only where a factor was written or replaced since; the tensors are held, so
+        # that no other one gets their numbers.
+        sides = [side for name in sorted(self.factors) for side in self.factors[name]]
+        marks = _marks(sides)
+        known, text, _ = self.__dict__.get("_digest", (None, "", ()))
+        if marks is not None and known == (sorted(self.factors), marks):
+            return str(text)
         digest = hashlib.sha256()
         for name in sorted(self.factors):
             for side in self.factors[name]:
                 digest.update(f"{name}{tuple(side.shape)}".encode())
                 digest.update(side.contiguous().numpy().tobytes())
+        self.__dict__["_digest"] = ((sorted(self.factors), marks), digest.hexdigest(), sides)
         return digest.hexdigest()
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -174,18 +182,29 @@ class Delta:
             QuantisedWeight: A weight is not stored in floating point.
             OffloadedWeight: A weight is not in memory.
         """
+        weights = self.weights(model)
+        with restored_on_error(list(weights.values())):
+            for name, (left, right) in self.factors.items():
+                add_low_rank(weights[name], left, right)
+
+    def weights(self, model: nn.Module) -> dict[str, Tensor]:
+        """The weights that the change can be added to, by name.
+
+        Raises:
+            WrongModel: A weight is missing or of another shape.
+            QuantisedWeight: A weight is not stored in floating point.
+            OffloadedWeight: A weight is not in memory.
+        """
         self.check_stored(model)
         self.check(model)
-        weights = dict(model.named_parameters(remove_duplicate=False))
+        named = dict(model.named_parameters(remove_duplicate=False))
         for name in self.factors:
-            if weights[name].is_meta:
+            if named[name].is_meta:
                 raise OffloadedWeight(
                     f"The edit changes {name}, which is not in memory (device meta); load the "
                     "model without offloading it."
                 )
-        with restored_on_error([weights[name] for name in self.factors]):
-            for name, (left, right) in self.factors.items():
-                add_low_rank(weights[name], left, right)
+        return {name: named[name] for name in self.factors}
 
 
 @torch.no_grad()
@@ -258,6 +277,14 @@ def restore(weights: list[Tensor], before: list[Tensor]) -> None:
     """Copy saved bits back into weights."""
     for weight, saved in zip(weights, before, strict=True):
         weight.copy_(saved)
+
+
+def _marks(tensors: list[Tensor]) -> list[tuple[int, int]] | None:
+    """What differs when one was written or replaced; None where that cannot be told."""
+    try:
+        return [(id(tensor), tensor._version) for tensor in tensors]
+    except RuntimeError:  # a tensor of inference mode has no version
+        return None
 
 
 def _seal(digest: str, provenance: str) -> str:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -78,7 +78,7 @@ class Editor:
         path = name or str(getattr(model.config, "_name_or_path", "") or "model")
         # The name goes into files that people share; folders are nobody else's business.
         self.name = Path(path).resolve().name if Path(path).is_dir() else path
-        self._stack = EditStack(model)
+        self._stack = EditStack.of(model)
         self.sources = Sources(
             self.adapter,
             tokenizer,
@@ -119,8 +119,12 @@ class Editor:
 
     @property
     def fingerprint(self) -> str:
-        """The unedited model's fingerprint."""
-        return self._stack.fingerprint
+        """The unedited model's fingerprint, of its weights as they are now.
+
+        Raises:
+            WrongModel: Something else has changed weights while edits are in them.
+        """
+        return self._stack.live_fingerprint
 
     @property
     def edits(self) -> tuple[Edit, ...]:
@@ -220,11 +224,15 @@ class Editor:
         Raises:
             WrongModel: They were never written and the model is edited now.
         """
-        return self.sources.contexts(method)
+        with self._stack.lock:
+            self._stack.settle()
+            return self.sources.contexts(method)
 
     def targets(self, requests: Sequence[EditRequest], config: EditConfig) -> list[Target]:
         """Target vectors on the model as it is, from the store where they are in it."""
-        return self.sources.targets(requests, config)
+        with self._stack.lock:
+            self._stack.settle()
+            return self.sources.targets(requests, config)
 
     def plan(
         self,
@@ -254,7 +262,8 @@ class Editor:
             fastcov.StoreMissing: No statistics of the edited layers were precomputed.
         """
         config = self.config(method, **overrides)
-        return plan_edit(self.sources, self._stack, requests, config, preserved, reads)[0]
+        with self._stack.lock:
+            return plan_edit(self.sources, self._stack, requests, config, preserved, reads)[0]
 
     def edit(
         self,
@@ -285,16 +294,17 @@ class Editor:
             FastmemitError: See `plan`; on any error the weights are as they were.
         """
         config = self.config(method, **overrides)
-        edit = apply_edit(
-            self.sources,
-            self._stack,
-            requests,
-            config,
-            preserved,
-            reads,
-            verify=verify,
-            strict=strict,
-        )
+        with self._stack.lock:
+            edit = apply_edit(
+                self.sources,
+                self._stack,
+                requests,
+                config,
+                preserved,
+                reads,
+                verify=verify,
+                strict=strict,
+            )
         if not all(outcome.said for outcome in edit.outcomes):
             log.warning("%s", verdict(edit.outcomes))
         return edit
@@ -306,7 +316,9 @@ class Editor:
             BadRequest: No token stands before an answer, or a prompt is longer than the model's
                 context.
         """
-        return self.sources.ask(requests)
+        with self._stack.lock:
+            self._stack.settle()
+            return self.sources.ask(requests)
 
     def load(self, path: str | os.PathLike[str], *, force: bool = False) -> Edit:
         """Read an edit from a file; it is not applied.
@@ -330,28 +342,33 @@ class Editor:
         delta.check(self.model)
         return Edit(delta, self._stack)
 
-    @contextmanager
-    def applied(self, edit: Edit) -> Iterator[Edit]:
+    def applied(self, edit: Edit) -> AbstractContextManager[Edit]:
         """The model with an edit inside the block, and as before behind it.
 
-        An edit that is applied already stays so inside and is undone behind.
+        An edit that is applied already stays so inside and is undone behind; of several blocks with
+        one edit the outermost undoes it. If something is raised inside, later edits that lie on
+        this one are undone with it. Other threads that want to use the model wait until the end of
+        the block.
 
         Raises:
             WrongModel: The edit belongs to another editor, whose model it would change.
+            BadUndo: At the end of the block, a later edit lies on this one.
         """
-        self._stack.check(edit)
-        if not edit.applied:
-            edit.apply()
-        try:
-            yield edit
-        finally:
-            if edit.applied:
-                edit.undo()
+        return self._stack.block(edit)
 
     def generate(self, prompts: Sequence[str], new_tokens: int = 20) -> list[str]:
         """What the model, as it is now, goes on with: its most probable words."""
-        return continue_texts(self.model, self.tokenizer, prompts, new_tokens)
+        with self._stack.lock:
+            self._stack.settle()
+            return continue_texts(self.model, self.tokenizer, prompts, new_tokens)
 
     def save_model(self, folder: str | os.PathLike[str]) -> None:
-        """Write the model as it is now into a folder that ``from_pretrained`` loads."""
-        save_model(self.model, self.tokenizer, folder)
+        """Write the model as it is now into a folder that ``from_pretrained`` loads.
+
+        Raises:
+            WrongModel: Something else than edits has changed the model since it was first used.
+        """
+        with self._stack.lock:
+            self._stack.settle()
+            _ = self._stack.fingerprint
+            save_model(self.model, self.tokenizer, folder)

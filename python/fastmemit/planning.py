@@ -72,7 +72,7 @@ def plan_edit(
         "requests": [dataclasses.asdict(request) for request in batch],
         "statistics": dict(used.provenance),
         "contexts": list(sources.contexts(config.method)),
-        "on_top_of": [edit.delta.digest() for edit in stack.edits],
+        "on_top_of": stack.digests(),
         "seed": sources.seed,
         "versions": versions(),
     }

@@ -234,6 +234,7 @@ class Sources:
 
     def contexts(self, method: str) -> tuple[str, ...]:
         """The texts put before prompts; see `Editor.contexts`."""
+        _ = self._stack.fingerprint  # those of another model would be none of this one's
         return self._contexts.of(method)
 
     def targets(
@@ -309,6 +310,7 @@ class Sources:
             factor=lambda layer: self._factors.get(self._adapter, used, made_of, layer),
             null_space=lambda layer: self._factors.null_space(self._adapter, used, made_of, layer),
             targets=lambda requests, keep: self.targets(requests, config, keep=keep),
+            stack=self._stack,
             preserved=preserved,
             reads=None if self._stack.edits else reads,
             state=f"{self._stack.fingerprint}/{self._tokenizer_is}",

@@ -31,6 +31,16 @@ class LiveStack(EditStack):
         self._looked = True  # so that what was just looked at is not looked at again
         self._fingerprint = baseline or self._now
 
+    @property
+    def fingerprint(self) -> str:
+        """The fingerprint of the model when it was first seen."""
+        assert self._fingerprint is not None
+        return self._fingerprint
+
+    def changed(self) -> list[str]:
+        """Nothing: whatever changes the weights is an edit here."""
+        return []
+
     def look(self) -> None:
         """See what is in the weights now."""
         if not self._looked:
@@ -43,6 +53,10 @@ class LiveStack(EditStack):
         if self._now == self.fingerprint:
             return ()
         return (Edit(Unknown({}, {"weights": self._now}), self),)
+
+    def digests(self) -> list[str]:
+        """What the weights are with what is in them, if anything is."""
+        return [edit.delta.digest() for edit in self.edits]
 
     def state(self) -> str:
         """What identifies the weights as they were when last looked at."""

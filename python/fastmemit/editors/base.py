@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastcov import CholeskyFactor, LowRank, NullSpace
 from fastmemit.activations import read_at_subject
+from fastmemit.applied import EditStack, Writing
 from fastmemit.delta import add_low_rank, restore
 from fastmemit.editors.config import Config
 from fastmemit.editors.preserved import PreservedKeys
@@ -43,6 +44,7 @@ class Workspace(Generic[Config]):
         null_space: Layer -> the null space of C, for AlphaEdit.
         targets: Requests -> target vectors on the model as it is now; the flag says whether it is
             still the model that the batch began with, so that stored vectors may serve.
+        stack: The edits in the weights, which gives weights their bits back.
         preserved: Keys of earlier edits, which are preserved too.
         reads: Where readings of the unedited model are kept; None for a model that is edited.
         state: What identifies the weights that the batch begins with, for `reads`.
@@ -57,12 +59,13 @@ class Workspace(Generic[Config]):
     factor: Callable[[int], CholeskyFactor]
     null_space: Callable[[int], NullSpace]
     targets: Callable[[Sequence[EditRequest], bool], list[Target]]
+    stack: EditStack
     preserved: PreservedKeys | None = None
     reads: ReadCache | None = None
     state: str = ""
     factors: Factors = field(default_factory=dict)
     keys: EditKeys = field(default_factory=dict)
-    _before: dict[str, Tensor] = field(default_factory=dict)
+    _trial: Writing | None = None
 
     def solver(self, layer: int) -> CholeskyFactor:
         """The factor of all that a layer shall preserve.
@@ -93,8 +96,9 @@ class Workspace(Generic[Config]):
             left, right = torch.cat([old_left, left], 1), torch.cat([old_right, right], 1)
         self.factors[name] = (left.contiguous(), right.contiguous())
         # From the unedited weight in one step, as the delta will be applied.
+        assert self._trial is not None
         weight = self._stored_weight(layer)
-        restore([weight], [self._before[name]])
+        restore([weight], [self._trial.before(name)])
         add_low_rank(weight, *self.factors[name])
 
     def plan(
@@ -108,17 +112,10 @@ class Workspace(Generic[Config]):
             BadRequest: There are no requests, or two of them contradict each other.
         """
         batch = check_batch(requests)
-        weights = {
-            self.adapter.weight_name(layer): self._stored_weight(layer)
-            for layer in self.config.layers
-        }
-        self._before = {name: weight.clone() for name, weight in weights.items()}
         self.factors, self.keys = {}, {}
-        try:
+        self._trial = self.stack.trial(map(self.adapter.weight_name, self.config.layers))
+        with self._trial, self._trial:
             method(self, batch)
-        finally:
-            restore(list(weights.values()), list(self._before.values()))
-            self._before = {}
         return self.factors
 
     def _stored_weight(self, layer: int) -> Tensor:
