@@ -33,14 +33,14 @@ def command(place: Place, hparams: Path, *more: Any) -> list[Any]:
 
 def test_all_settings_come_from_the_file(place: Place, capsys: Capture) -> None:
     out = run(capsys, *command(place, file(place, "ROME"), "--set", "steps=2"))
-    assert "2 facts written by rome into layers 1 of" in out
+    assert "edited by rome: " in out and " of 2 facts are now what the model says" in out
     settings = Delta.load(place.at / "e.st").provenance["settings"]
     assert (settings["method"], settings["layers"], settings["steps"]) == ("rome", [1], 2)
     assert (settings["v_lr"], settings["clamp"], settings["kl_factor"]) == (0.25, 2.0, 0.05)
     assert (settings["weight_decay"], settings["weight"]) == (0.1, None)
     both = file(place, "MEMIT", layers=[0, 1], mom2_update_weight=9)
     out = run(capsys, *command(place, both, "--method", "memit"))
-    assert "written by memit into layers 0, 1" in out
+    assert "layers 0, 1 of tiny-llama edited by memit: " in out
     assert Delta.load(place.at / "e.st").provenance["settings"]["weight"] == 9
 
 
