@@ -156,3 +156,15 @@ def test_numbers_at_a_logarithmic_axis_are_plain() -> None:
     # Letters are drawn as paths; each text is a comment beside its own.
     assert "mathdefault" not in text
     assert all(f"<!-- {number} -->" in text for number in (20, 50, 100, 200))
+
+
+def test_a_logarithmic_axis_of_many_decades_has_no_labels_between_them() -> None:
+    import matplotlib.figure
+
+    with module.paper_style():
+        axes = matplotlib.figure.Figure().subplots()
+        axes.plot([1, 2], [20.4, 8.46e6])
+        module.log_heights(axes)
+        axes.figure.draw_without_rendering()
+    assert [label.get_text() for label in axes.get_yticklabels(minor=True)] == []
+    assert "1e+06" in [label.get_text() for label in axes.get_yticklabels()]
