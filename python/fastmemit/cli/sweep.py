@@ -123,7 +123,7 @@ def run(args: argparse.Namespace) -> None:
         raise BadConfig("A sweep reads its corpus many times; give a file, builtin or wikipedia.")
     corpus = load_corpus(args.corpus, field=args.field)
     editor = make_editor(args)
-    for method in grid.methods:  # refused here, not after hours
+    for method in methods:  # refused here, not after hours
         for variant in grid.variants:
             editor.config(method, **variant)
     text = None
@@ -137,7 +137,7 @@ def run(args: argparse.Namespace) -> None:
             editor,
             file_identity(args.data),
             corpus,
-            grid.methods,
+            methods,
             max_length=args.max_length,
             full_keys=args.full_keys or FULL_KEYS,
             perplexity=None

@@ -84,7 +84,7 @@ def evaluate(
         for number, batch in enumerate(batches):
             with _stage(seconds, "edit"):
                 requests = [record.request for record in batch]
-                edit = editor.edit(requests, method, verify=False, **(overrides or {}))
+                edit = editor.edit(requests, config, verify=False)
             try:
                 with _stage(seconds, "after"):
                     after += measures.take(editor, batch, "edited scores", False)

@@ -106,8 +106,8 @@ def run_cell(
     Raises:
         FastcovError, FastmemitError: What can go wrong with an edit; the weights are unedited.
     """
-    editor, settings = run.editor, as_published(place.method, dict(place.settings))
-    config = editor.config(place.method, **settings)
+    editor = run.editor
+    config = editor.config(place.method, **as_published(place.method, dict(place.settings)))
     run.seconds = {}
     records: list[CellRecord] = []
     costs: list[float] = []
@@ -116,7 +116,7 @@ def run_cell(
     for number, batch in enumerate(run.dealt[place.batch_size]):
         with run.stage("edit"):
             requests = [record.request for record in batch]
-            edit = editor.edit(requests, place.method, reads=run.reads, verify=False, **settings)
+            edit = editor.edit(requests, config, reads=run.reads, verify=False)
         try:
             with run.stage("evaluate"):
                 scores = scored_or_failed(editor, batch)

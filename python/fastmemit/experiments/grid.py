@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastmemit.editors import METHODS
+from fastmemit.editors import METHODS, EditConfig
 from fastmemit.errors import BadConfig
 from fastmemit.experiments.schema import CellPlace
 
@@ -66,7 +67,8 @@ class Grid:
     """All cells of a sweep.
 
     Attributes:
-        methods: In the order in which they run.
+        methods: In the order in which they run: names, or settings in the place of a model's
+            preset, one for each method.
         batches: Batch size -> how many batches.
         multipliers: None stands for the full precompute.
         variants: Settings that replace the methods' own; each set of them is a cell of its own.
@@ -74,15 +76,32 @@ class Grid:
         seeds: Of the order of the corpus.
         snapshots: Further multipliers at which sums are stored on the way. Sweeps with the same way
             share one pass over the corpus.
+        settings: Method -> settings that replace its own in all of its cells.
     """
 
-    methods: tuple[str, ...] = ("emmet", "memit", "rome")
+    methods: tuple[str | EditConfig, ...] = ("emmet", "memit", "rome")
     batches: Mapping[int, int] = field(default_factory=lambda: dict(TABLE_1))
     multipliers: tuple[float | None, ...] = MULTIPLIERS
     variants: tuple[Mapping[str, Any], ...] = ({},)
     bos: tuple[bool, ...] = (True,)
     seeds: tuple[int, ...] = (0,)
     snapshots: tuple[float | None, ...] = ()
+    settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def of_model(self, config: Callable[[str], EditConfig]) -> Grid:
+        """The grid with names for methods, and what settings change of a model's in `settings`.
+
+        Args:
+            config: The model's settings for a method, as `fastmemit.Editor.config` gives them.
+        """
+        changed = dict(self.settings)
+        for given in self.methods:
+            if isinstance(given, EditConfig):
+                usual = config(given.method).as_dict()
+                own = {name: getattr(given, name) for name in given.settings()}
+                own = {name: value for name, value in own.items() if value != usual[name]}
+                changed[given.method] = {**own, **self.settings.get(given.method, {})}
+        return dataclasses.replace(self, methods=tuple(map(_name, self.methods)), settings=changed)
 
     def way(self, multiplier: float | None) -> list[float | None]:
         """Where sums are stored on the way to a multiplier, itself the last.
@@ -99,15 +118,22 @@ class Grid:
         ROME writes one fact at a time, so it has cells of batch size 1 alone.
         """
         return [
-            Place(method, size, count, multiplier, tuple(variant.items()), bos, seed)
+            Place(method, size, count, multiplier, self._settings(method, variant), bos, seed)
             for seed in self.seeds
             for bos in self.bos
             for multiplier in self.multipliers
             for variant in self.variants
-            for method in self.methods
+            for method in map(_name, self.methods)
             for size, count in self.batches.items()
             if method != "rome" or size == 1
         ]
+
+    def _settings(self, method: str, variant: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
+        return tuple({**self.settings.get(method, {}), **variant}.items())
+
+
+def _name(method: str | EditConfig) -> str:
+    return method.method if isinstance(method, EditConfig) else method
 
 
 def multiplier_name(multiplier: float | None) -> str:

@@ -15,7 +15,7 @@ from fastcov.parsing import parse_json
 from fastcov.store import atomic_file
 from fastmemit.data import Corpus
 from fastmemit.editor import Editor
-from fastmemit.editors import CONFIGS
+from fastmemit.editors import CONFIGS, EditConfig
 from fastmemit.editors.config import config_class
 from fastmemit.errors import BadData
 from fastmemit.experiments.schema import Sweep
@@ -63,9 +63,14 @@ def make_header(
     )
 
 
-def as_published(method: str, settings: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def as_published(
+    method: str | EditConfig, settings: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Settings by name for an experiment, which takes few keys as they are, as the papers do."""
-    solves = "relative_ridge" in config_class(method).settings()
+    if isinstance(method, EditConfig) and getattr(method, "relative_ridge", None) is not None:
+        return dict(settings or {})
+    own = method if isinstance(method, EditConfig) else config_class(method)
+    solves = "relative_ridge" in own.settings()
     return {**({"relative_ridge": 0.0} if solves else {}), **(settings or {})}
 
 

@@ -124,7 +124,7 @@ def _is_from(found: Any, low: float, high: float) -> bool:
 def run_sequential(
     editor: Editor,
     batches: Sequence[Sequence[Record]],
-    method: str,
+    method: str | EditConfig,
     settings: Mapping[str, Any] | None = None,
     *,
     preserve: bool,
@@ -143,7 +143,7 @@ def run_sequential(
     Args:
         editor: The editor of an unedited model, with its statistics precomputed.
         batches: Records to be edited together, in the order in which they are written.
-        method: One of `fastmemit.editors.METHODS`.
+        method: One of `fastmemit.editors.METHODS`, or settings, see `fastmemit.Editor.plan`.
         settings: What replaces the preset's settings.
         preserve: Whether each batch preserves the keys of the earlier ones too,
             ``A = w C + ridge I + sum K_p K_p^T``.
@@ -169,17 +169,16 @@ def run_sequential(
         raise BadConfig(f"Scores are taken after every {score_every} batches; give 1 or more.")
     if not batches or not all(batches):
         raise BadData("A sequence needs batches with at least one record each; give some.")
-    settings = as_published(method, settings)
-    config = editor.config(method, **settings)
+    config = editor.config(method, **as_published(method, settings))
     editor.statistics_for(config.layers)
-    contexts = editor.contexts(method)  # written by the unedited model
+    contexts = editor.contexts(config.method)  # written by the unedited model
     for batch in batches:  # refused now, not when it is their turn
         for request in check_batch([record.request for record in batch]):
             request_rows(editor.tokenizer, request, contexts)
     if unedited is None:
         records = [record for batch in batches for record in batch]
         unedited = {s.case_id: s for s in score_records(editor.adapter, editor.tokenizer, records)}
-    run = _Run(editor, config, settings, PreservedKeys() if preserve else None, reads)
+    run = _Run(editor, config, PreservedKeys() if preserve else None, reads)
     try:
         for number, batch in enumerate(batches, 1):
             run.write(batch)
@@ -201,11 +200,10 @@ class _Run:
         self,
         editor: Editor,
         config: EditConfig,
-        settings: Mapping[str, Any],
         preserved: PreservedKeys | None,
         reads: ReadCache | None,
     ) -> None:
-        self._editor, self._config, self._settings = editor, config, settings
+        self._editor, self._config = editor, config
         self._preserved, self._reads = preserved, reads
         self._failed = 0
 
@@ -218,11 +216,10 @@ class _Run:
             self._editor.sources.targets(requests, self._config, together=True)
             self._editor.edit(
                 requests,
-                self._config.method,
+                self._config,
                 preserved=self._earlier(),
                 reads=self._reads,
                 verify=False,
-                **self._settings,
             )
         except (NonFiniteKeys, NonFiniteMatrix, FastmemitError) as broken:
             # Requests were checked before, so that what is left of our own errors is a target

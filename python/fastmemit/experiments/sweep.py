@@ -71,6 +71,7 @@ def run_sweep(
     """
     if editor.edits:
         raise WrongModel("The model is edited already; undo its edits before a sweep.")
+    grid = grid.of_model(editor.config)
     places = grid.places()
     dealt = {
         size: batches(inputs.records, size, count, seed=editor.seed)
@@ -167,14 +168,7 @@ def _with_statistics(
 ) -> Iterator[tuple[Place, Statistics]]:
     """The cells with their statistics in use, collected no further than the next cell needs."""
     editor = run.editor
-    layers = sorted(
-        {
-            layer
-            for method in grid.methods
-            for variant in grid.variants
-            for layer in editor.config(method, **variant).layers
-        }
-    )
+    layers = sorted({i for place in grid.places() for i in _config(editor, place).layers})
     now: tuple[int, bool, float | None] | None = None
     used: Statistics | None = None
     for place in todo:

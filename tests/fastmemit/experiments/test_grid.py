@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 
+from fastmemit.editors import CONFIGS, EditConfig, MemitConfig
 from fastmemit.errors import BadConfig
 from fastmemit.experiments.grid import (
     TABLE_1,
@@ -112,3 +113,26 @@ def test_a_bad_list_is_refused(parse, text: str, said: str) -> None:
 def test_bad_batches_are_refused(sizes: str | None, counts: str | None, said: str) -> None:
     with pytest.raises(BadConfig, match=said):
         parse_batches(sizes, counts)
+
+
+def test_settings_of_ones_own_stand_for_a_method() -> None:
+    def usual(method: str) -> EditConfig:
+        return CONFIGS[method](layers=(5,) if method == "emmet" else (3, 4), clamp=0.75)
+
+    own = MemitConfig(layers=(3, 4), clamp=1.0, weight=5.0)
+    grid = Grid(
+        methods=(own, "emmet"),
+        batches={16: 2},
+        multipliers=(1.0,),
+        variants=({}, {"relative_ridge": 0.1}),
+        settings={"emmet": {"lambda_e": 0.3}},
+    ).of_model(usual)
+    # What the model's own settings have too is no part of a name.
+    assert [place.key for place in grid.places()] == [
+        "memit/b16x2/x1+clamp=1+weight=5",
+        "emmet/b16x2/x1+lambda_e=0.3",
+        "memit/b16x2/x1+clamp=1+weight=5+relative_ridge=0.1",
+        "emmet/b16x2/x1+lambda_e=0.3+relative_ridge=0.1",
+    ]
+    first = grid.places()[0]
+    assert usual("memit").replaced(dict(first.settings)) == own

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from fastmemit.data import Record
+from fastmemit.editors import AlphaEditConfig
 from fastmemit.errors import BadConfig
 from fastmemit.evaluation import evaluate
 from fastmemit.experiments.cell import SweepInputs
@@ -43,6 +44,11 @@ def test_each_cell_is_an_evaluation_of_its_own_and_vectors_are_shared(
     monkeypatch.setattr(store, "optimise", spy)
     header = make_header(editor, {"name": "tiny"}, tiny_corpus(40), methods)
     given = SweepInputs(RECORDS, tiny_corpus(40), tmp_path / "out", header)
+    # A method's own settings may be given for its cells alone, or as an object.
+    objects = Grid(
+        methods=("memit", AlphaEditConfig(layers=(0, 1), steps=3, null_relative=0.5)),
+        batches={2: 1}, multipliers=(4.0,), settings={"memit": SETTINGS},
+    )  # fmt: skip
     with pytest.raises(BadConfig, match="null_relative is a setting of alphaedit; memit has"):
         run_sweep(editor, dataclasses.replace(grid, variants=(OF_ALPHAEDIT,)), given)
     # Settings that not all methods have are varied apart, into the same folder.
@@ -60,3 +66,10 @@ def test_each_cell_is_an_evaluation_of_its_own_and_vectors_are_shared(
         for name, score in cell["scores"].items():
             assert score == pytest.approx(wanted["after"][name])
     assert made == ["loss", "most-probable"] and editor.edits == ()
+    again = dataclasses.replace(given, folder=tmp_path / "objects")
+    same = run_sweep(editor, objects, again)
+    assert [cell["method"] for cell in same] == ["memit", "alphaedit"]
+    assert same[1]["settings"] == {"layers": [0, 1], "steps": 3, "null_relative": 0.5}
+    for cell in same:
+        (first,) = [c for c in cells if c["method"] == cell["method"]]
+        assert cell["scores"] == first["scores"] and cell["records"] == first["records"]
