@@ -23,6 +23,8 @@ Keys = Literal["consistent", "mean", "original"]
 Shrinkage = Literal["none", "ledoit-wolf", "oas"]
 Spread = Literal["linear", "sqrt"]
 Stop = Literal["loss", "most-probable"]
+Scale = Literal["published", "median"]
+Site = Literal["block", "projection"]
 
 METHODS: tuple[Method, ...] = get_args(Method)
 #: Those to which the keys of earlier edits belong: they are preserved without being asked for.
@@ -39,6 +41,8 @@ _WORDS: dict[str, tuple[str, ...]] = {
     "shrinkage": get_args(Shrinkage),
     "spread": get_args(Spread),
     "stop": get_args(Stop),
+    "scale": get_args(Scale),
+    "site": get_args(Site),
 }
 _ABOVE_ZERO = {"clamp", "v_lr", "null_threshold", "weight", "null_relative"}
 
@@ -57,6 +61,11 @@ class EditConfig:
         method: The method's name, one of `METHODS`.
         layers: The edited layers, ascending; one for ROME and EMMET.
         clamp: ``||delta|| <= clamp * ||v0||`` for target vectors.
+        scale: What `clamp`, `v_lr` and `weight_decay` are measured by. ``"published"``: as above.
+            ``"median"``: by a typical coordinate of v0, ``m = median |v0| / 0.6745``: Adam's steps
+            are ``v_lr * m``, and ``m * sqrt(d)`` stands for ``||v0||``, so that a few coordinates
+            that are hundreds of times larger than the rest (Gemma) do not count. The default where
+            a model has no preset, with a v_lr of 0.2: on SmolLM2 that is the published 0.5.
         steps: Loss evaluations for a target vector at most.
         v_lr: Adam's learning rate for target vectors.
         weight_decay: Factor of ``||delta|| / ||v0||^2``.
@@ -81,6 +90,7 @@ class EditConfig:
     kl_factor: float = 0.0625
     early_stop: float = 0.05
     stop: Stop = "loss"
+    scale: Scale = "published"
     preset: str = "default"
 
     def __post_init__(self) -> None:
@@ -161,6 +171,7 @@ class EditConfig:
             kl_factor=self.kl_factor,
             early_stop=self.early_stop,
             stop=self.stop,
+            scale=self.scale,
         )
 
     def resolved(self: Config, multiplier: float) -> Config:
@@ -260,12 +271,21 @@ class EmmetConfig(CovarianceConfig):
 
     Attributes:
         lambda_e: How far the equality constraint is relaxed, in batches above 1.
+        site: Where target vectors are optimised: ``"block"``, at the block's output, or
+            ``"projection"``, at the projection's, as ROME's are. The default where a model has no
+            preset and the block normalises or scales what its projection puts out: so what is
+            asked for can be put out.
     """
 
     method: ClassVar[Method] = "emmet"
     single_layer: ClassVar[bool] = True
 
     lambda_e: float = 0.1
+    site: Site = "block"
+
+    def targets(self) -> TargetSettings:
+        """As in `EditConfig.targets`, at the site."""
+        return dataclasses.replace(super().targets(), site=self.site)
 
 
 @dataclass(frozen=True, kw_only=True)

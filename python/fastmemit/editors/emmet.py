@@ -21,7 +21,10 @@ def write(work: Workspace, requests: list[EditRequest]) -> None:
     subjects = work.subjects(requests)
     read = work.read(subjects, layer)
     keys = averaged_keys(read.keys)  # (d_k, B)
-    missing = (goal.to(read.block.device) - read.block).to(read.outputs.device)
-    residual = adapter.projection_residual(layer, read.outputs, missing, subjects.bare_ids)
+    if work.config.site == "projection":
+        residual = goal.to(read.outputs.device) - read.outputs
+    else:
+        missing = (goal.to(read.block.device) - read.block).to(read.outputs.device)
+        residual = adapter.projection_residual(layer, read.outputs, missing, subjects.bare_ids)
     relaxed = work.config.lambda_e if len(requests) > 1 else 0.0
     work.write(layer, closed_form.emmet(work.solver(layer), keys, residual.T, relaxed), keys)

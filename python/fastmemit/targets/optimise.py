@@ -47,6 +47,8 @@ class TargetSettings:
         stop: ``"loss"``: as `early_stop` says; ``"most-probable"``: a request is finished once
             every token of its target is the most probable one at its place, in every context
             (ENCORE, arXiv 2502.01636), and `early_stop` says nothing.
+        scale: ``"published"``: as above. ``"median"``: the learning rate is in typical coordinates
+            of v0, ``m = median |v0| / 0.6745``, and ``m sqrt(d)`` stands for ``||v0||``.
     """
 
     layer: int
@@ -58,6 +60,18 @@ class TargetSettings:
     kl_factor: float = 0.0625
     early_stop: float = 0.05
     stop: Literal["loss", "most-probable"] = "loss"
+    scale: Literal["published", "median"] = "published"
+
+    def units(self, start: Tensor) -> tuple[Tensor, Tensor]:
+        """What a step and a length are measured by, each (R, 1), for starts v0 (R, d)."""
+        length = torch.linalg.vector_norm(start, dim=1, keepdim=True)
+        if self.scale == "published":
+            return torch.ones_like(length), length
+        # Of a Gaussian this is the root mean square; a few huge coordinates do not enter it.
+        typical = start.abs().median(dim=1, keepdim=True).values / 0.6745
+        # Where most coordinates are 0 no median says how long the others are.
+        typical = torch.where(typical > 0, typical, length / start.shape[1] ** 0.5)
+        return typical, typical * start.shape[1] ** 0.5
 
 
 @dataclass(frozen=True)
@@ -199,7 +213,7 @@ class _Group:
         log_q = log_p[count:]
         log_p0 = log_q.detach() if log_p0 is None else log_p0
         kl = (log_q.exp() * (log_q - log_p0)).sum(-1)
-        decay = torch.linalg.vector_norm(delta, dim=1) / start.square().sum(1)
+        decay = torch.linalg.vector_norm(delta, dim=1) / settings.units(start)[1][:, 0].square()
         return loss + settings.kl_factor * kl + settings.weight_decay * decay, log_q.detach()
 
     def optimise(self, progress: Callable[[int], None] | None) -> list[Target]:
@@ -207,7 +221,8 @@ class _Group:
         settings, start = self._settings, self._start
         delta = torch.zeros_like(start)
         first, second = torch.zeros_like(start), torch.zeros_like(start)
-        limit = settings.clamp * torch.linalg.vector_norm(start, dim=1, keepdim=True)
+        unit, length = settings.units(start)
+        limit = settings.clamp * length
         log_p0: Tensor | None = None
         history: list[list[float]] = [[] for _ in self._members]
         done: dict[int, Tensor] = {}
@@ -233,14 +248,14 @@ class _Group:
                 delta = delta.detach()
                 if len(going) < len(self._active):
                     self._drop(going)
-                    delta, gradient, start, limit = (
-                        t[going] for t in (delta, gradient, start, limit)
+                    delta, gradient, start, limit, unit = (
+                        t[going] for t in (delta, gradient, start, limit, unit)
                     )
                     first, second, log_p0 = (t[going] for t in (first, second, log_p0))
                 first = BETA1 * first + (1 - BETA1) * gradient
                 second = BETA2 * second + (1 - BETA2) * gradient.square()
                 scale = (second / (1 - BETA2**step)).sqrt() + EPSILON
-                delta = delta - settings.learning_rate / (1 - BETA1**step) * first / scale
+                delta = delta - settings.learning_rate * unit / (1 - BETA1**step) * first / scale
                 norm = torch.linalg.vector_norm(delta, dim=1, keepdim=True)
                 delta = torch.where(norm > limit, delta * (limit / norm), delta)
         starts = self._start.cpu()
