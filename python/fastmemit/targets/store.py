@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +45,10 @@ class TargetKey:
     def digest(self) -> str:
         """SHA-256 of the content, which the file is called by."""
         return hashlib.sha256(self.content.encode()).hexdigest()
+
+
+#: A loss, in nats, at which a fact is unlikely to be told: its tokens have 37 % on average.
+UNLIKELY = 1.0
 
 
 class TargetStore:
@@ -208,7 +213,37 @@ def stored_or_optimised(
         for key, target in zip(missing, made, strict=True):
             store.put(key, target)
             found[key] = target
-    return [found[key] for key in keys]
+    targets = [found[key] for key in keys]
+    _name_unfinished(requests, targets, settings)
+    return targets
+
+
+def _name_unfinished(
+    requests: Sequence[EditRequest], targets: Sequence[Target], settings: TargetSettings
+) -> None:
+    """Count the targets that ran out of steps above the limit, and name the worst.
+
+    The published limit, 0.05 for the sum of all terms, is seldom reached: a warning is for those
+    that are so far above it that their facts are unlikely to be told.
+    """
+    if settings.stop != "loss":
+        return
+    ends = sorted(
+        (
+            (target.losses[-1], request.text + request.target)
+            for request, target in zip(requests, targets, strict=True)
+            if len(target.losses) >= settings.steps and target.losses[-1] >= settings.early_stop
+        ),
+        reverse=True,
+    )
+    if ends:
+        named = "; ".join(f"{text!r:.80} {loss:.2f}" for loss, text in ends[:5])
+        log.log(
+            logging.WARNING if ends[0][0] > UNLIKELY else logging.INFO,
+            "%d of %d targets stopped at the last of %d steps above the loss limit of %g: %s%s",
+            *(len(ends), len(targets), settings.steps, settings.early_stop, named),
+            "" if len(ends) <= 5 else f"; and {len(ends) - 5} more",
+        )
 
 
 def _what_matters(settings: TargetSettings) -> dict[str, Any]:

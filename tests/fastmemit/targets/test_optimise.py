@@ -223,3 +223,51 @@ def test_contexts_must_begin_with_the_bare_prompt():
 
     with pytest.raises(ValueError, match="bare prompt"):
         request_rows(tiny_tokenizer("byte_bpe"), REQUESTS[0], ("The end. ",))
+
+
+def test_typical_coordinates_do_not_see_a_few_huge_ones():
+    # Sorted sizes 1, 2, 3, 1000: torch's median is the lower middle, 2; m = 2 / 0.6745.
+    start = torch.tensor([[1.0, -2.0, 3.0, -1000.0], [0.0, 0.0, 0.0, 8.0]])
+    unit, length = TargetSettings(layer=0, scale="median").units(start)
+    assert unit[:, 0].tolist() == pytest.approx([2 / 0.6745, 4.0])  # of the second: 8 / sqrt(4)
+    assert length[:, 0].tolist() == pytest.approx([4 / 0.6745, 8.0])
+    unit, length = TargetSettings(layer=0).units(start)
+    assert unit[:, 0].tolist() == [1.0, 1.0]
+    assert length[:, 0].tolist() == pytest.approx([1000014**0.5, 8.0])
+
+
+@pytest.mark.parametrize("site", ["block", "projection"])
+def test_a_relative_step_is_the_published_one_of_its_size(site):
+    # One request alone: relative settings that come to the same absolute ones give the same path.
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer("byte_bpe")
+    adapter = find_adapter(model)
+    settings = dataclasses.replace(SETTINGS, site=site, clamp=0.3, weight_decay=0.0)
+    (probe,) = optimise(adapter, tokenizer, REQUESTS[:1], CONTEXTS, settings)
+    relative = dataclasses.replace(settings, scale="median", learning_rate=0.2)
+    unit, length = (float(t) for t in relative.units(probe.start[None]))
+    same = dataclasses.replace(
+        settings, learning_rate=0.2 * unit, clamp=0.3 * length / float(probe.start.norm())
+    )
+    (one,) = optimise(adapter, tokenizer, REQUESTS[:1], CONTEXTS, relative)
+    (other,) = optimise(adapter, tokenizer, REQUESTS[:1], CONTEXTS, same)
+    assert one.losses == pytest.approx(other.losses, rel=1e-5)
+    assert (one.vector - other.vector).norm() <= 1e-5 * other.vector.norm()
+    assert (one.vector - probe.vector).norm() > 1e-3 * probe.vector.norm()
+
+
+def test_a_scaled_model_takes_the_same_relative_path():
+    # The stream of a model without norms in it scales with its embeddings; here the head's norm
+    # takes the scale off again, so that the whole model is the same one at another scale.
+    tokenizer = tiny_tokenizer("byte_bpe")
+    settings = dataclasses.replace(SETTINGS, scale="median", learning_rate=0.2, weight_decay=0.0)
+    vectors = []
+    for factor in (1.0, 64.0):
+        model = tiny_model("llama", rms_norm_eps=1e-12, tie_word_embeddings=False)
+        with torch.no_grad():
+            model.get_input_embeddings().weight.mul_(factor)
+            for block in model.model.layers:
+                block.self_attn.o_proj.weight.mul_(factor)
+                block.mlp.down_proj.weight.mul_(factor)
+        (target,) = optimise(find_adapter(model), tokenizer, REQUESTS[:1], CONTEXTS, settings)
+        vectors.append(target.vector / factor)
+    assert (vectors[1] - vectors[0]).norm() <= 1e-3 * vectors[0].norm()

@@ -191,3 +191,23 @@ def test_memory_does_not_grow_with_the_folder(tmp_path: Path) -> None:
     for number in range(10):
         alone.put(TargetKey(f"{number}"), target(number))
     assert len(alone._memory) == 10
+
+
+def test_targets_that_ran_out_of_steps_are_counted_and_named(caplog):
+    from fastmemit.targets.store import _name_unfinished
+
+    settings = TargetSettings(layer=0, steps=3, early_stop=0.05)
+    requests = [EditRequest("{} is", f"Fact{n}", "true") for n in range(8)]
+    ends = [(1.0, 0.04), (3.0, 2.0, 0.04), (3.0, 2.0, 1.5), *[(3.0, 2.0, 0.06)] * 5]
+    targets = [Target(torch.zeros(2), torch.zeros(2), losses) for losses in ends]
+    with caplog.at_level("WARNING"):
+        _name_unfinished(requests, targets, settings)
+    assert (
+        "6 of 8 targets stopped at the last of 3 steps above the loss limit of 0.05" in caplog.text
+    )
+    assert "'Fact2 is true' 1.50; " in caplog.text and "and 1 more" in caplog.text
+    caplog.clear()
+    with caplog.at_level("WARNING"):
+        _name_unfinished(requests[3:], targets[3:], settings)  # 0.06 is nothing to warn of
+        _name_unfinished(requests, targets, dataclasses.replace(settings, stop="most-probable"))
+    assert caplog.text == ""
