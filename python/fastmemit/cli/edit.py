@@ -107,7 +107,8 @@ def _requests(args: argparse.Namespace) -> list[EditRequest]:
     given = any(single) or args.join is not None
     if (args.requests is None and not complete) or (args.requests is not None and given):
         raise BadConfig(
-            "Name the facts either by --requests FILE or by --prompt, --subject and --target."
+            "Name the facts either by --requests FILE or by --prompt, --subject and --target, to "
+            "which --join belongs."
         )
     if args.requests is not None:
         return check_batch(load_requests(args.requests))
