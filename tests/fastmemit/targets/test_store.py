@@ -43,6 +43,7 @@ def test_every_field_is_part_of_the_key(tmp_path):
     ]
     others = {"layer": 2, "site": "projection", "steps": 9, "learning_rate": 1.0, "clamp": 9.0}
     others |= {"weight_decay": 9.0, "kl_factor": 9.0, "early_stop": 9.0, "stop": "most-probable"}
+    others |= {"scale": "median"}
     assert set(others) == {f.name for f in dataclasses.fields(TargetSettings)}
     changes += [{"settings": dataclasses.replace(SETTINGS, **{n: v})} for n, v in others.items()]
     keys = {key(store), *(key(store, **change) for change in changes)}
