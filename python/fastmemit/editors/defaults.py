@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 #: Adam's step in typical coordinates of v0, where nobody has tuned it: the published 0.5 is 0.2 of
 #: them on SmolLM2, whose typical coordinate is 2.3 to 2.8 in the blocks that are edited.
 RELATIVE_STEP = 0.2
+#: A layer that can move its block by less than this share of what is usual is no default.
+FAR_LESS = 0.1
 
 
 def defaults(adapter: ModelAdapter, cls: type[EditConfig]) -> dict[str, Any]:
@@ -27,22 +29,19 @@ def defaults(adapter: ModelAdapter, cls: type[EditConfig]) -> dict[str, Any]:
     Raises:
         BadConfig: A preset has a setting that its method does not have.
     """
-    values = _by_depth(adapter, cls)
     preset = _preset(adapter)
-    if preset is None:
-        return values
-    layers = {"layers": values["layers"]}
-    exact = preset["methods"].get(cls.method, {})
-    shared = {} if cls.single_layer else preset["methods"].get("memit", {})
-    if not exact and not shared:
-        return values
+    exact = preset["methods"].get(cls.method, {}) if preset else {}
+    shared = preset["methods"].get("memit", {}) if preset and not cls.single_layer else {}
+    if preset is None or not (exact or shared):
+        layers = _by_depth(adapter, cls)
+        return {"layers": layers, **_untuned(adapter, cls, layers[-1])}
     try:
         for name in exact:
             cls.check_name(name)
     except BadConfig as error:
         raise BadConfig(f"The preset {preset['name']!r}: {error}") from error
     inherited = {name: value for name, value in shared.items() if _is_memits(cls, name)}
-    return {**layers, **inherited, **exact, "preset": preset["name"]}
+    return {**inherited, **exact, "preset": preset["name"]}
 
 
 def _is_memits(cls: type[EditConfig], name: str) -> bool:
@@ -59,7 +58,7 @@ def candidates(adapter: ModelAdapter) -> list[int]:
     Raises:
         BadLayer: There is none.
     """
-    found = adapter.layers
+    found = list(adapter.layers)
     if not found:
         raise BadLayer(
             f"No block of {type(adapter.model).__name__} has a projection of its own to edit; name "
@@ -68,25 +67,38 @@ def candidates(adapter: ModelAdapter) -> list[int]:
     return found
 
 
-def _by_depth(adapter: ModelAdapter, cls: type[EditConfig]) -> dict[str, Any]:
-    """Settings for a model that nobody has tuned.
+def _by_depth(adapter: ModelAdapter, cls: type[EditConfig]) -> tuple[int, ...]:
+    """The layers of a model that nobody has tuned.
 
     The published choices of layers for models of 28 to 32 blocks begin at an eighth of the depth;
     single-layer methods take the second of these.  Where not every block can be edited, the nearest
-    layers above serve, and below where there are none.  The settings of targets are relative to
-    what a typical coordinate of the model's activations is.
+    layers above serve, and below where there are none.  A layer is passed by whose projection can
+    move its block far less than those of the other layers can.
     """
     first = round(adapter.n_layers / 8)
-    found = candidates(adapter)
+    found = _able(adapter, candidates(adapter))
     above = [layer for layer in found if layer >= first]
     below = [layer for layer in found if layer < first]
-    relative = {"scale": "median", "v_lr": RELATIVE_STEP}
-    if not cls.single_layer:
-        return {"layers": tuple(above[:5] or below[-5:]), **relative}
-    (layer,) = above[1:2] or above[:1] or below[-1:]
+    if cls.single_layer:
+        return tuple(above[1:2] or above[:1] or below[-1:])
+    return tuple(above[:5] or below[-5:])
+
+
+def _able(adapter: ModelAdapter, found: list[int]) -> list[int]:
+    """Those layers that are not far behind the others in what they can do."""
+    if all(adapter.adds_plainly(layer) for layer in found):
+        return found
+    reach = {layer: adapter.reach(layer) for layer in found}
+    usual = sorted(reach.values())[len(reach) // 2]
+    return [layer for layer in found if reach[layer] >= FAR_LESS * usual]
+
+
+def _untuned(adapter: ModelAdapter, cls: type[EditConfig], layer: int) -> dict[str, Any]:
+    """Settings of target vectors that ask nothing of the size of a model's activations."""
+    values: dict[str, Any] = {"scale": "median", "v_lr": RELATIVE_STEP}
     if "site" in cls.settings() and not adapter.adds_plainly(layer):
-        relative["site"] = "projection"
-    return {"layers": (layer,), **relative}
+        values["site"] = "projection"
+    return values
 
 
 def _preset(adapter: ModelAdapter) -> dict[str, Any] | None:

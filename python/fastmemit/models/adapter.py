@@ -12,7 +12,7 @@ from torch import nn
 
 from fastcov.mode import evaluation_mode
 from fastmemit.errors import BadLayer, OffloadedWeight, QuantisedWeight, UnknownArchitecture
-from fastmemit.models.block_map import BlockMap, inverse
+from fastmemit.models.block_map import PROBE, BlockMap, inverse
 from fastmemit.models.context import context_limit
 from fastmemit.models.running import Padding, input_device, is_causal, padding, run_model
 from fastmemit.models.structure import (
@@ -199,6 +199,24 @@ class ModelAdapter:
                 change, _ = inverse(BlockMap(self, layer, self._any_rows(4)), probe, probe.flip(0))
             self.measured[key] = torch.equal(change, probe.flip(0))
         return bool(self.measured[key])
+
+    def reach(self, layer: int) -> float:
+        """How far the projection can move its block's output, as a share of it, by measurement.
+
+        Outputs that are large in every coordinate are put in, with either sign; half of the way
+        between what comes out, over the length of what the block puts out now. It compares layers
+        of one model.
+        """
+        key = ("reach", layer)
+        if key not in self.measured:
+            probe = torch.full((4, self.d), PROBE, device=self.weight(layer).device)
+            probe[:, 1::2] *= -1
+            with evaluation_mode(self.model), torch.no_grad():
+                block = BlockMap(self, layer, self._any_rows(4))
+                up, down, now = block(probe), block(-probe), block(None)
+            share = (up - down).norm(dim=1) / 2 / now.norm(dim=1)
+            self.measured[key] = float(share.median())
+        return float(self.measured[key])
 
     def _any_rows(self, count: int) -> list[list[int]]:
         """Rows of four arbitrary tokens."""

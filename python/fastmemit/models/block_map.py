@@ -80,24 +80,28 @@ class BlockMap:
         # As it is now: while targets are optimised another one stands in its place.
         self._forward = self._block.forward
 
-    def __call__(self, outputs: Tensor) -> Tensor:
+    def __call__(self, outputs: Tensor | None) -> Tensor:
         """What leaves the block with these outputs of the projection in place of its own.
 
         Args:
-            outputs: (B, d); gradients pass through.
+            outputs: (B, d); gradients pass through. None leaves the projection's own.
 
         Returns:
             (B, d), in float32 or wider.
         """
-        parts = [self._run(run, outputs[run.members]) for run in self._runs]
+        parts = [
+            self._run(run, None if outputs is None else outputs[run.members]) for run in self._runs
+        ]
         order = torch.tensor([n for run in self._runs for n in run.members])
         return torch.cat(parts)[torch.argsort(order).to(parts[0].device)]
 
-    def _run(self, run: _Run, outputs: Tensor) -> Tensor:
+    def _run(self, run: _Run, outputs: Tensor | None) -> Tensor:
         rows = torch.arange(len(run.members))
         width = 0
 
-        def replaced(_module: nn.Module, _args: Any, out: Any) -> Tensor:
+        def replaced(_module: nn.Module, _args: Any, out: Any) -> Tensor | None:
+            if outputs is None:
+                return None
             states = hidden_of(out)
             # Some blocks flatten their tokens before the projection: (N * L, d).
             tokens = states.reshape(len(run.members), width, -1).clone()

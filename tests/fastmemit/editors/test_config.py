@@ -4,6 +4,7 @@ import dataclasses
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from fastcov.shrinkage import SHRINKAGES
 from fastmemit.editors import (
@@ -30,6 +31,7 @@ from tiny_models import tiny_model
 def shaped(model_type, n_layers, d, d_k):
     """A stand-in with the shape of a large model."""
     return SimpleNamespace(
+        adds_plainly=lambda layer: True,
         model=SimpleNamespace(config=SimpleNamespace(model_type=model_type)),
         n_layers=n_layers,
         layers=list(range(n_layers)),
@@ -257,12 +259,12 @@ def test_alphaedit_has_no_a_and_gets_no_ridge():
 # -- one class a method ----------------------------------------------------------------------------
 
 TARGETS = {
-    "layers", "clamp", "steps", "v_lr", "weight_decay", "kl_factor", "early_stop", "stop",
+    "layers", "clamp", "steps", "v_lr", "weight_decay", "kl_factor", "early_stop", "stop", "scale",
 }  # fmt: skip
 OF_A = {"weight", "ridge", "relative_ridge", "shrinkage"}
 OWN = {
     RomeConfig: OF_A | {"keys"},
-    EmmetConfig: OF_A | {"lambda_e"},
+    EmmetConfig: OF_A | {"lambda_e", "site"},
     MemitConfig: OF_A | {"spread"},
     PmetConfig: OF_A | {"spread"},
     EncoreConfig: OF_A | {"spread"},
@@ -271,6 +273,7 @@ OWN = {
 VALUES = {
     "lambda_e": 0.7, "spread": "sqrt", "l2": 3, "null_threshold": 0.5, "null_relative": 0.9,
     "weight": 5, "ridge": 0.7, "relative_ridge": 0.3, "shrinkage": "oas", "keys": "original",
+    "site": "projection",
 }  # fmt: skip
 
 
@@ -437,3 +440,31 @@ def test_no_default_without_a_layer_and_no_preset_for_blocks_that_differ():
     adapter.layers = list(range(0, 48, 2))
     config = find_config(adapter, "memit")
     assert config.layers == (6, 8, 10, 12, 14) and config.preset == "default"
+
+
+def test_a_model_without_a_preset_has_settings_relative_to_its_own_size():
+    config = find_config(shaped("new", 32, 64, 256), "memit")
+    assert (config.scale, config.v_lr, config.clamp) == ("median", 0.2, 1.0)
+    assert find_config(shaped("new", 32, 64, 256), "emmet").site == "block"
+    assert find_config(GPT2_XL, "emmet").scale == "published"
+    assert find_config(GPT2_XL, "emmet").v_lr == 0.5
+
+
+def test_where_a_norm_lies_behind_the_projection_emmets_target_lies_before_it():
+    adapter = find_adapter(tiny_model("gemma3"))
+    assert find_config(adapter, "emmet").site == "projection"
+    assert find_config(adapter, "emmet").targets().site == "projection"
+    assert find_config(adapter, "memit").targets().site == "block"
+
+
+def test_a_layer_that_can_hardly_move_its_block_is_no_default():
+    model = tiny_model("gemma3", num_hidden_layers=8)
+    adapter = find_adapter(model)
+    assert find_config(adapter, "emmet").layers == (2,)
+    assert find_config(adapter, "memit").layers == (1, 2, 3, 4, 5)
+    with torch.no_grad():  # gains of 0.01 where those of the other layers are 1
+        model.model.layers[2].post_feedforward_layernorm.weight.fill_(-0.99)
+    adapter = find_adapter(model)
+    assert adapter.reach(2) < 0.05 * adapter.reach(3)
+    assert find_config(adapter, "emmet").layers == (3,)
+    assert find_config(adapter, "memit").layers == (1, 3, 4, 5, 6)
