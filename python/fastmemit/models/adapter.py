@@ -220,7 +220,8 @@ class ModelAdapter:
 
     def _any_rows(self, count: int) -> list[list[int]]:
         """Rows of four arbitrary tokens."""
-        size = self.lm_head.weight.shape[0]
+        head: Any = self.lm_head
+        size = int(head.weight.shape[0])
         return [[(7 * n + 13 * k + 3) % size for k in range(4)] for n in range(count)]
 
     def projection_residual(
