@@ -6,8 +6,10 @@ A mutant is drawn from a `random.Random` alone, so that its seed and number make
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ _ODD = (
 )  # fmt: skip
 _DEPTHS = (20, 95, 102, 200, 480, 1000, 3000, 100_000)
 _HUGE = (10**12, 2**31, 2**40, 2**62, 2**63 - 1, 2**63, 2**64 - 1, 2**64, 10**30)
+_NUMBERS = (math.nan, math.inf, -math.inf, 3e38, -3e38, 1e30, 1e6, 300.0, 1e-45, 0.0, -0.0)
 _DTYPES = (
     "BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F4", "F6_E2M3", "F6_E3M2", "I16", "U16",
     "F16", "BF16", "I32", "U32", "F32", "F64", "I64", "U64", "C64", "", "f32", "F128",
@@ -81,7 +84,8 @@ def damaged_header(draw: random.Random, data: bytes) -> tuple[str, bytes]:
     huge = draw.choice(_HUGE)
     kind = draw.choice(
         ("length", "shape", "shape", "offsets", "dtype", "entry", "metadata", "metadata",
-         "metadata", "tree", "twice", "extra", "renamed", "exchanged", "bare")
+         "metadata", "record", "record", "record", "values", "tree", "twice", "extra", "renamed",
+         "exchanged", "bare")
     )  # fmt: skip
     if kind == "length":
         length = draw.choice((0, 1, 7, size - 8, size + 8, 10**8, 10**8 + 1, 2**63, 2**64 - 1))
@@ -115,6 +119,18 @@ def damaged_header(draw: random.Random, data: bytes) -> tuple[str, bytes]:
         else:
             values = ("", "0", "-1", "x", "2", "\u00b2", str(huge), "9" * 5000, "nan", "F64", "{}")
             about[field] = draw.choice((*values, "[" * 10_000, "null", 7, None, {}))
+    elif kind == "record":
+        # What a file says of itself is JSON in one field of its metadata.
+        about = header.get("__metadata__", {})
+        texts = [field for field, text in about.items() if str(text).startswith("{")]
+        if texts:
+            field = draw.choice(texts)
+            kind, about[field] = _changed(draw, about[field])
+            kind = f"record, {kind}"
+    elif kind == "values" and len(body) >= 4:
+        start = 4 * draw.randrange(len(body) // 4)
+        odd = struct.pack("<f", draw.choice(_NUMBERS))
+        body = body[:start] + odd + body[start + 4 :]
     elif kind == "extra":
         header["more"] = {"dtype": "F32", "shape": [0], "data_offsets": [len(body)] * 2}
     elif kind == "renamed":

@@ -30,7 +30,7 @@ from fastmemit.experiments.layout import latex, markdown
 from fastmemit.experiments.results import read_lines, read_unedited
 from fastmemit.experiments.tables import cells_csv, cells_table, comparison_tables
 from fastmemit.targets import Target, TargetKey, TargetStore
-from tiny_sweeps import SWEEP, made, record, write
+from tiny_sweeps import made, record, write
 from tiny_tokenizers import SENTENCES, tiny_tokenizer
 
 
@@ -85,13 +85,14 @@ def described(value: Any) -> Any:
 def readers() -> dict[str, Reader]:
     """All readers by their names."""
     # Their entries are of this file's type.
+    from benchmarks.fuzz_consumers import consumer_readers
     from benchmarks.fuzz_foreign import foreign_readers
     from benchmarks.fuzz_resumed import resumed_readers
 
     found = [
-        Reader("moment", "safetensors", _moment, fastcov.load_moment, True, _seal_moment),
-        Reader("provenance", "safetensors", _moment, fastcov.read_provenance, True, _seal_moment),
-        Reader("delta", "safetensors", _delta, Delta.load, True, _seal_delta),
+        Reader("moment", "safetensors", _moment, fastcov.load_moment, True, seal_moment),
+        Reader("provenance", "safetensors", _moment, fastcov.read_provenance, True, seal_moment),
+        Reader("delta", "safetensors", _delta, Delta.load, True, seal_delta),
         Reader("target", "safetensors", _target, _read_target, True),
         Reader("counterfact", "json", _written("a.json", samples.counterfact()), load_records),
         Reader("counterfact-flat", "lines", _lined("a.jsonl", samples.flat()), load_records),
@@ -112,7 +113,8 @@ def readers() -> dict[str, Reader]:
         Reader("unedited", "json", _written("unedited.json", samples.UNEDITED), _read_unedited),
         Reader("bench-run", "json", _run, bench.load),
     ]
-    return {reader.name: reader for reader in [*found, *foreign_readers(), *resumed_readers()]}
+    found += [*foreign_readers(), *resumed_readers(), *consumer_readers()]
+    return {reader.name: reader for reader in found}
 
 
 # -- safetensors ----------------------------------------------------------------------------------
@@ -125,7 +127,8 @@ def _moment(folder: Path) -> Path:
     return folder / "m.safetensors"
 
 
-def _seal_moment(header: dict[str, Any], body: bytes) -> None:
+def seal_moment(header: dict[str, Any], body: bytes) -> None:
+    """The checksums of a moment."""
     about = header.get("__metadata__")
     if isinstance(about, dict):
         about["sha256"] = hashlib.sha256(body).hexdigest()
@@ -144,7 +147,7 @@ def _delta(folder: Path) -> Path:
     return folder / "e.safetensors"
 
 
-def _seal_delta(header: dict[str, Any], body: bytes) -> None:
+def seal_delta(header: dict[str, Any], body: bytes) -> None:
     """The seal over names, shapes and bytes, as far as the header makes sense."""
     about = header.get("__metadata__")
     if not isinstance(about, dict):
@@ -233,7 +236,7 @@ def _folder(name: str) -> Callable[[Path], Path]:
             for size in sizes
             for d in (2.0, 10.0, None)
         ]
-        return write(folder, cells) / name
+        return write(folder, cells, methods=samples.HEADER["methods"]) / name
 
     return make
 
@@ -249,7 +252,7 @@ def _read_report(path: Path) -> Any:
 def _read_header(path: Path) -> Any:
     if not path.is_file():
         raise FileNotFoundError(path)  # a header would be written, and none was read
-    check_header(path.parent, SWEEP)  # type: ignore[arg-type]
+    check_header(path.parent, samples.HEADER)  # type: ignore[arg-type]
     return json.loads(path.read_text(encoding="utf-8"))
 
 

@@ -10,14 +10,13 @@ from typing import Any
 
 import torch
 
+from benchmarks import fuzz_samples as samples
 from benchmarks.fuzz_mutations import damaged_header
 from benchmarks.fuzz_readers import Absent, Reader
 from fastcov import SecondMoment
 from fastcov.checkpoint_file import Taken, read_checkpoint, write_checkpoint
-from fastmemit.experiments.header import with_defaults
 from fastmemit.experiments.sequential_report import markdown
 from fastmemit.experiments.sequential_runs import STEPS, _check_header, _finished
-from tiny_sweeps import SWEEP
 
 _BATCHES = 2
 _DIGEST = 32  # bytes, the last ones of a checkpoint
@@ -64,10 +63,7 @@ def _damaged_inside(draw: random.Random, data: bytes) -> tuple[str, bytes]:
 
 
 _SEQUENCE = {
-    **SWEEP,
-    "methods": json.loads(
-        json.dumps({"memit": with_defaults("memit", {"layers": [0, 1], "steps": 3})})
-    ),
+    **samples.HEADER,
     "batches": [[1, 2], [3]],
     "score_every": 1,
 }

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
+from fastmemit.experiments.header import with_defaults
+from tiny_sweeps import SWEEP
 from tiny_tokenizers import SENTENCES
+
+_MEMIT = with_defaults("memit", {"layers": [0, 1], "steps": 3})
+HEADER = {**SWEEP, "methods": json.loads(json.dumps({"memit": _MEMIT}))}
 
 UNEDITED = {
     "fingerprint": "f" * 64,

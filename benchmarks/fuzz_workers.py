@@ -75,7 +75,7 @@ def mutant(reader: Reader, valid: bytes, seed: int, number: int, others: list[by
     if reader.family == "safetensors" and informed:
         kind, data = mutations.damaged_header(draw, valid)
         if reader.seal is not None and draw.random() < 0.5:
-            return f"{kind}, sealed", _sealed(reader, data), True
+            return f"{kind}, sealed", sealed(reader, data), True
         return kind, data, False
     if reader.family in ("json", "lines") and informed:
         kind, data = mutations.damaged_json(draw, valid, lines=reader.family == "lines")
@@ -91,7 +91,7 @@ def run(
 ) -> Iterator[Outcome]:
     """Read mutants in a process of their own, which is replaced when it hangs or dies."""
     fork = multiprocessing.get_context("fork")  # everything is imported already
-    _others()  # made once, and seen by every process
+    valid_files()  # made once, and seen by every process
     waiting = list(numbers)
     while waiting:
         ours, theirs = fork.Pipe(duplex=False)
@@ -127,11 +127,11 @@ def is_defect(reader: Reader, outcome: Outcome) -> bool:
 def _lost(reader: Reader, number: int, seed: int, result: str, error: str = "") -> Outcome:
     with tempfile.TemporaryDirectory() as folder:
         valid = reader.make(Path(folder)).read_bytes()
-    kind, data, _ = mutant(reader, valid, seed, number, _others())
+    kind, data, _ = mutant(reader, valid, seed, number, valid_files())
     return Outcome(reader.name, seed, number, kind, len(data or b""), result, error)
 
 
-def _sealed(reader: Reader, data: bytes) -> bytes:
+def sealed(reader: Reader, data: bytes) -> bytes:
     """The file with checksums that fit, where its header can still be read as one."""
     size = int.from_bytes(data[:8], "little")
     try:
@@ -149,7 +149,7 @@ def _sealed(reader: Reader, data: bytes) -> bytes:
 
 
 @functools.cache
-def _others() -> list[bytes]:
+def valid_files() -> list[bytes]:
     """A valid file of every reader."""
     found = []
     for reader in readers().values():
@@ -161,7 +161,7 @@ def _others() -> list[bytes]:
 def _work(name: str, numbers: tuple[int, ...], seed: int, pipe: Any) -> None:
     torch.set_num_threads(1)
     logging.disable(logging.CRITICAL)
-    reader, others = readers()[name], _others()
+    reader, others = readers()[name], valid_files()
     with tempfile.TemporaryDirectory() as folder:
         original = reader.make(Path(folder))
         valid = original.read_bytes()
@@ -181,7 +181,7 @@ def _work(name: str, numbers: tuple[int, ...], seed: int, pipe: Any) -> None:
                 path.write_bytes(data)
             result: dict[str, Any] = {}
             peak = peak_beyond(
-                functools.partial(_attempt, reader, path, content, forged, result), _CPU
+                functools.partial(attempt, reader, path, content, forged, result), _CPU
             )
             outcome = Outcome(name, seed, number, kind, len(data or b""), peak=peak or 0, **result)
             if outcome.peak > PEAK[0] + PEAK[1] * outcome.size:
@@ -194,7 +194,7 @@ def _work(name: str, numbers: tuple[int, ...], seed: int, pipe: Any) -> None:
 _CPU = torch.device("cpu")
 
 
-def _attempt(reader: Reader, path: Path, content: Any, forged: bool, found: dict[str, Any]) -> None:
+def attempt(reader: Reader, path: Path, content: Any, forged: bool, found: dict[str, Any]) -> None:
     """Read one file; what came of it goes into `found`."""
     try:
         same = described(reader.read(path)) == content
