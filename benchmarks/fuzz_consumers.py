@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -18,7 +19,8 @@ from fastmemit import statistics
 from fastmemit.applied import Edit, EditStack
 from fastmemit.cli import main
 from fastmemit.delta import Delta
-from fastmemit.experiments.report import write_report
+from fastmemit.experiments import report
+from fastmemit.kept import stored
 from fastmemit.sharing import compose, compressed, parts, remove
 from tiny_models import D_K, D, tiny_model
 from tiny_sweeps import made, record, write
@@ -47,26 +49,22 @@ def consumer_readers() -> list[Reader]:
 
 
 def _statistics(folder: Path) -> Path:
-    home = folder / _MODEL[:16] / "corpus-x4-seed0-0123456789ab"
+    shared = {
+        "model": _MODEL,
+        "model_name": "tiny",
+        "tokenizer": "t" * 64,
+        "corpus": {"name": "corpus", "fingerprint": "c" * 64},
+        "seed": 0,
+        "multiplier": 4.0,
+        "context": 64,
+        "allow_fewer": False,
+    }
+    moments = {}
     for number, module in enumerate(_MODULES):
         keys = torch.randn(20, 5, generator=torch.Generator().manual_seed(number))
-        about = {
-            "model": _MODEL,
-            "model_name": "tiny",
-            "tokenizer": "t" * 64,
-            "corpus": {"name": "corpus", "fingerprint": "c" * 64},
-            "seed": 0,
-            "multiplier": 4.0,
-            "context": 64,
-            "allow_fewer": False,
-            "module": module,
-            "budget": 20,
-            "keys": 20,
-            "versions": {"torch": "2.13.0"},
-        }
-        moment = fastcov.SecondMoment(5).update(keys)
-        fastcov.save_moment(home / f"{module}.safetensors", moment, about)
-    return home / f"{_MODULES[0]}.safetensors"
+        own = {"budget": 20, "keys": 20, "versions": {"torch": "2.13.0"}}
+        moments[module] = (fastcov.SecondMoment(5).update(keys), own)
+    return stored(folder / _MODEL[:16], shared, moments)[_MODULES[0]]
 
 
 def _find(path: Path) -> Any:
@@ -160,7 +158,9 @@ def _sweep(name: str) -> Callable[[Path], Path]:
 
 
 def _report(path: Path) -> Any:
-    found = write_report([path.parent], resamples=20)
+    """The report's texts; its figures take seconds, and `pictures` has tests of its own."""
+    with mock.patch.object(report, "pictures", lambda *_: []):
+        found = report.write_report([path.parent], resamples=20)
     texts = {file.name: file.read_bytes() for file in found.files if file.suffix != ".png"}
     for name, text in texts.items():
         check_shown(text.decode("utf-8"), name)

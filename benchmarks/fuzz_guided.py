@@ -1,26 +1,29 @@
 """Coverage-guided fuzz of every reader and of what is done with files, in slices.
 
     pip install atheris
-    nice -n 10 python benchmarks/fuzz_guided.py --runs 100000 --json benchmarks/results/fuzz-guided.json
+    nice -n 10 python benchmarks/fuzz_guided.py --runs 100000 --json guided.json
 
-libFuzzer, by way of atheris, keeps the files that reach a line of the packages that none did before,
-and damages those further: as bytes, or with what `fuzz_mutations` knows of their format. Each reader
-is a slice in a process of its own.  `fuzz_workers` says what may come of a file; an error that is
-none of this package's, a hang, a death and changed content under a checksum are defects, are kept
-as files in --out, and end this program with 1.  Half of the files with a checksum get one that fits.
+libFuzzer, by way of atheris, keeps the files that reach a line of the packages that none did
+before, and damages those further: as bytes, or with what `fuzz_mutations` knows of their format.
+Each reader is a slice in a process of its own.  `fuzz_workers` says what may come of a file; an
+error that is none of this package's, a hang, a death and changed content under a checksum are
+defects, are kept as files in --out, and end this program with 1.  Half of the files with a checksum
+get one that fits.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import random
 import re
-import subprocess
 import sys
 import tempfile
 import time
+import traceback
+import warnings
 import zlib
 from collections import Counter
 from pathlib import Path
@@ -30,8 +33,16 @@ ROOT = Path(__file__).resolve().parents[1]
 for folder in (ROOT, ROOT / "python", ROOT / "tests"):
     sys.path.insert(0, str(folder))
 
+import atheris  # noqa: E402
+
+with atheris.instrument_imports(include=["fastcov", "fastmemit"]):
+    import torch
+
+    from benchmarks import fuzz_mutations, fuzz_workers
+    from benchmarks.fuzz_readers import described, readers
+    from fastcov.bench.machine import versions
+
 _SECONDS = 20  # for one file, before it counts as a hang
-_SLOW = {"report": 0.05, "report-page": 0.05}  # of a share: they draw figures
 _DICTIONARY = (
     '"', "{", "}", "[", "]", ":", ",", "null", "true", "NaN", "Infinity", "-1", "1e999", '""', "[]",
     "{}", "\\\\ud800", "\\x1b[2J", "\\xe2\\x80\\xae", "__metadata__", "sha256", "provenance", "F32",
@@ -42,17 +53,16 @@ _DICTIONARY = (
 def main() -> int:
     """Run the slices, and write what came of them."""
     args = _arguments()
-    if args.slice is not None:
-        _work(args.slice, args.runs, args.seed, args.out)
-        return 0
-    names = args.readers.split(",") if args.readers else _names()
-    shares = {name: _SLOW.get(name, 1.0) for name in names}
+    torch.set_num_threads(1)
+    logging.disable(logging.CRITICAL)
+    warnings.simplefilter("ignore")
+    fuzz_workers.valid_others(next(iter(readers().values())))  # made once, for every slice
+    names = args.readers.split(",") if args.readers else list(readers())
     begun = time.monotonic()
     found: dict[str, Any] = {}
     args.out.mkdir(parents=True, exist_ok=True)
     for name in names:
-        runs = max(1, round(args.runs * shares[name] / sum(shares.values())))
-        found[name] = _slice(name, runs, args)
+        found[name] = _slice(name, -(-args.runs // len(names)), args)
         print(name, json.dumps(found[name]), flush=True)
         if args.json is not None:
             _save(args, found, time.monotonic() - begun)
@@ -63,44 +73,39 @@ def main() -> int:
 
 
 def _slice(name: str, runs: int, args: argparse.Namespace) -> dict[str, Any]:
-    command = [sys.executable, __file__, "--slice", name, "--runs", str(runs)]
-    command += ["--seed", str(args.seed), "--out", str(args.out)]
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
-    log = done.stdout + done.stderr
-    (args.out / f"{name}.log").write_text(log, encoding="utf-8")
+    path = args.out / f"{name}.log"
+    child = os.fork()  # everything is imported already
+    if child == 0:
+        log_file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(log_file, 1)
+        os.dup2(log_file, 2)
+        try:
+            _work(name, runs, args.seed, args.out)
+        finally:
+            traceback.print_exc()
+            os._exit(3)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    log = path.read_text(encoding="utf-8", errors="replace")
     path = args.out / f"{name}.json"
     found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
     found = {"results": {}, "defects": [], **found}
-    if done.returncode != 0:
+    if code != 0:
         last = [line for line in log.splitlines() if "ERROR" in line or "Error" in line][-1:]
-        found["defects"].append({"result": "died", "code": done.returncode, "said": last})
+        found["defects"].append({"result": "died", "code": code, "said": last})
     covered = re.findall(r"cov: (\d+)", log)
-    found["lines"] = [int(covered[0]), int(covered[-1])] if covered else None
+    found["edges"] = [int(covered[0]), int(covered[-1])] if covered else None
     return found
 
 
 def _work(name: str, runs: int, seed: int, out: Path) -> None:
     """Fuzz one reader; ends the process after so many files."""
-    import atheris
-
-    with atheris.instrument_imports(include=["fastcov", "fastmemit"]):
-        import logging
-        import warnings
-
-        import torch
-
-        from benchmarks import fuzz_mutations, fuzz_workers
-        from benchmarks.fuzz_readers import described, readers
-
-    torch.set_num_threads(1)
-    logging.disable(logging.CRITICAL)
-    warnings.simplefilter("ignore")
     reader = readers()[name]
-    others = fuzz_workers.valid_files()
+    others = fuzz_workers.valid_others(reader)
     base = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     home = Path(tempfile.mkdtemp(dir=base))
-    valid = reader.make(home).read_bytes()
-    content = described(reader.read(reader.make(_fresh(home))))
+    path = reader.make(home)  # what a reader writes beside it stays there, as with a user
+    valid = path.read_bytes()
+    content = described(reader.read(path))
     results: Counter[str] = Counter()
     defects: dict[str, dict[str, Any]] = {}
 
@@ -108,7 +113,6 @@ def _work(name: str, runs: int, seed: int, out: Path) -> None:
         forged = reader.seal is not None and bool(zlib.crc32(data) & 1)
         if forged:
             data = fuzz_workers.sealed(reader, data)
-        path = reader.make(_fresh(home))
         path.write_bytes(data)
         result: dict[str, Any] = {}
         # A damage that only the reader's own mutations know fits its checksums too.
@@ -133,7 +137,7 @@ def _work(name: str, runs: int, seed: int, out: Path) -> None:
 
     def mutate(data: bytes, most: int, number: int) -> bytes:
         draw = random.Random(number)
-        if draw.random() < 0.5:
+        if draw.random() < 0.3:
             return bytes(atheris.Mutate(data, most))
         try:
             if reader.family == "safetensors":
@@ -153,19 +157,9 @@ def _work(name: str, runs: int, seed: int, out: Path) -> None:
     words.write_text("".join(f'"{_escaped(word)}"\n' for word in _DICTIONARY), encoding="utf-8")
     options = [f"-seed={seed + 1}", f"-max_len={max(4096, 4 * len(valid))}", f"-dict={words}"]
     options += [f"-timeout={_SECONDS}", "-rss_limit_mb=6000", f"-artifact_prefix={out}/{name}-"]
-    options += ["-print_final_stats=1", "-detect_leaks=0"]
+    options += ["-mutate_depth=1"]  # more damages at once are refused for the first of them
     atheris.Setup([sys.argv[0], str(corpus), *options], one, custom_mutator=mutate)
     atheris.Fuzz()
-
-
-def _fresh(home: Path) -> Path:
-    """An empty folder of always the same name."""
-    import shutil
-
-    folder = home / "now"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    return folder
 
 
 def _place(message: str) -> str:
@@ -178,15 +172,7 @@ def _escaped(word: str) -> str:
     return word.replace('"', '\\"')
 
 
-def _names() -> list[str]:
-    from benchmarks.fuzz_readers import readers
-
-    return list(readers())
-
-
 def _save(args: argparse.Namespace, found: dict[str, Any], seconds: float) -> None:
-    from fastcov.bench.machine import versions
-
     totals: Counter[str] = Counter()
     for one in found.values():
         totals.update(one["results"])
@@ -209,7 +195,6 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--readers", metavar="A,B", help="only these")
     parser.add_argument("--out", type=Path, default=Path("fuzz-guided"), help="logs and defects")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--slice", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 

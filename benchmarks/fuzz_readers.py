@@ -28,7 +28,12 @@ from fastmemit.experiments.header import check_header
 from fastmemit.experiments.html import page
 from fastmemit.experiments.layout import latex, markdown
 from fastmemit.experiments.results import read_lines, read_unedited
-from fastmemit.experiments.tables import cells_csv, cells_table, comparison_tables
+from fastmemit.experiments.tables import (
+    cells_csv,
+    cells_table,
+    comparison_tables,
+    difference_tables,
+)
 from fastmemit.targets import Target, TargetKey, TargetStore
 from tiny_sweeps import made, record, write
 from tiny_tokenizers import SENTENCES, tiny_tokenizer
@@ -244,8 +249,8 @@ def _folder(name: str) -> Callable[[Path], Path]:
 def _read_report(path: Path) -> Any:
     found = collect([path.parent])
     groups = group_cells(found.cells, resamples=20)
-    tables = comparison_tables(groups)
-    html = page(found, [], tables, [], cells_table(groups))
+    tables = [*comparison_tables(groups), *difference_tables(groups)]
+    html = page(found, [], tables, [], [], cells_table(groups))
     return html, markdown(tables), latex(tables), cells_csv(groups)
 
 

@@ -44,6 +44,7 @@ from fastmemit.errors import FastmemitError
 DEFECTS = ("other under a checksum", "crash", "hang", "died", "memory", "wordy")
 ROOM = 1 << 30  # address space that a process may take beyond what it has at its start
 PEAK = (32 << 20, 64)  # bytes, and bytes for each byte of the file, that reading may need
+_START = 120.0
 PATIENCE = 10.0  # seconds for one file
 _LONGEST_MESSAGE = 4000
 
@@ -91,7 +92,7 @@ def run(
 ) -> Iterator[Outcome]:
     """Read mutants in a process of their own, which is replaced when it hangs or dies."""
     fork = multiprocessing.get_context("fork")  # everything is imported already
-    valid_files()  # made once, and seen by every process
+    _valid_files()  # made once, and seen by every process
     waiting = list(numbers)
     while waiting:
         ours, theirs = fork.Pipe(duplex=False)
@@ -99,6 +100,9 @@ def run(
         worker.start()
         theirs.close()
         try:
+            if ours.poll(_START):  # the valid file is read, which may import much
+                with contextlib.suppress(EOFError):  # it died, as will be seen
+                    ours.recv()
             while waiting:
                 if not ours.poll(patience):
                     worker.kill()
@@ -127,7 +131,7 @@ def is_defect(reader: Reader, outcome: Outcome) -> bool:
 def _lost(reader: Reader, number: int, seed: int, result: str, error: str = "") -> Outcome:
     with tempfile.TemporaryDirectory() as folder:
         valid = reader.make(Path(folder)).read_bytes()
-    kind, data, _ = mutant(reader, valid, seed, number, valid_files())
+    kind, data, _ = mutant(reader, valid, seed, number, valid_others(reader))
     return Outcome(reader.name, seed, number, kind, len(data or b""), result, error)
 
 
@@ -148,24 +152,32 @@ def sealed(reader: Reader, data: bytes) -> bytes:
         return data
 
 
+def valid_others(reader: Reader) -> list[bytes]:
+    """Valid files of readers, without those that this one would rightly take for its own."""
+    sealed = reader.seal is not None
+    return [data for other, data in _valid_files() if not (sealed and other is reader.seal)]
+
+
 @functools.cache
-def valid_files() -> list[bytes]:
-    """A valid file of every reader."""
+def _valid_files() -> list[tuple[Any, bytes]]:
+    """A valid file of every reader, and by what its checksums are made."""
     found = []
     for reader in readers().values():
         with tempfile.TemporaryDirectory() as folder:
-            found.append(reader.make(Path(folder)).read_bytes())
+            found.append((reader.seal, reader.make(Path(folder)).read_bytes()))
     return found
 
 
 def _work(name: str, numbers: tuple[int, ...], seed: int, pipe: Any) -> None:
     torch.set_num_threads(1)
     logging.disable(logging.CRITICAL)
-    reader, others = readers()[name], valid_files()
+    reader = readers()[name]
+    others = valid_others(reader)
     with tempfile.TemporaryDirectory() as folder:
         original = reader.make(Path(folder))
         valid = original.read_bytes()
         content = described(reader.read(original))  # and whatever is imported late is there
+        pipe.send("ready")
         gc.collect()
         gc.freeze()
         _limit_memory()
