@@ -151,7 +151,7 @@ class Delta:
             if found != shape:
                 has = "has no such weight" if found is None else f"has it as {found}"
                 raise WrongModel(
-                    f"The edit changes {name} of shape {shape} but this model {has}; "
+                    f"The edit changes {name:.120} of shape {shape} but this model {has}; "
                     "apply it to the model that it was made for."
                 )
         for name, (left, right) in self.factors.items():
