@@ -47,6 +47,34 @@ def test_each_prompt_is_asked_with_both_answers_in_its_place(
     assert len(score.neighbourhood) == 3
 
 
+@pytest.mark.parametrize(("join", "space"), [(None, ""), ("", ""), (" ", " ")])
+def test_an_answer_follows_each_prompt_as_the_request_has_it(
+    monkeypatch: pytest.MonkeyPatch, join: str | None, space: str
+) -> None:
+    request = EditRequest("{}的首都是", "法国", "罗马", "巴黎", join)
+    paraphrase, neighbour = "法国的首都叫", "The capital of France is"
+    asked = dataclasses.replace(
+        FULL, request=request, paraphrases=(paraphrase,), neighbourhood=(neighbour,)
+    )
+    found: list[tuple[str, str]] = []
+
+    def fake(adapter: object, tokenizer: object, questions: list, **_: object) -> list[Answer]:
+        found.extend(questions)
+        return [Answer(1.0, (True,)) for _ in questions]
+
+    monkeypatch.setattr(module, "judge_answers", fake)
+    score_records(None, None, [asked])  # type: ignore[arg-type]
+    after_english = " " if join is None else join  # the rule looks at the prompt's end
+    assert [prompt + answer for prompt, answer in found] == [
+        f"法国的首都是{space}罗马",
+        f"法国的首都是{space}巴黎",
+        f"法国的首都叫{space}罗马",
+        f"法国的首都叫{space}巴黎",
+        f"The capital of France is{after_english}罗马",
+        f"The capital of France is{after_english}巴黎",
+    ]
+
+
 def test_scores_are_those_of_the_costs() -> None:
     adapter, tokenizer = find_adapter(tiny_model("llama")), tiny_tokenizer("bpe_bos")
     done: list[int] = []
