@@ -190,11 +190,13 @@ def _in_stages(
         except Exception as error:  # what a block makes of a run without those below it
             why, same = f"fail ({type(error).__name__}: {str(error)[:200]})", False
         if not same:
-            log.warning(
+            log.log(
+                logging.DEBUG if "said of stages" in adapter.measured else logging.WARNING,
                 "%s: activations are read from the first block on each time, which takes longer, "
                 "because runs that begin at block %d %s.",
                 type(adapter.model).__name__, layer, why,
             )  # fmt: skip
+            adapter.measured["said of stages"] = True
         adapter.measured[key] = same
     found: bool = adapter.measured[key]
     return found

@@ -310,6 +310,28 @@ class ModelAdapter:
         """What rows padded on the right need; see `fastmemit.models.running.padding`."""
         return padding(self.model, "right")
 
+    def check_constant(self) -> None:
+        """Refuse a model whose forward changes its own weights, as RWKV's first one does.
+
+        Raises:
+            UnknownArchitecture: It does.
+        """
+        if "constant" in self.measured or torch.is_inference_mode_enabled():
+            return
+        weights = dict(self.model.named_parameters())
+        before = {name: w._version for name, w in weights.items() if not w.is_inference()}
+        is_causal(self.model)  # any forward would do
+        for name, version in before.items():
+            if weights[name]._version != version:
+                way = "use another model"
+                if hasattr(text_config(self.model), "rescale_every"):
+                    way = "load it with rescale_every=0 in its config"
+                raise UnknownArchitecture(
+                    f"{type(self.model).__name__} changes its own weights as it runs ({name}), so "
+                    f"no edit of them could be undone or saved; {way}."
+                )
+        self.measured["constant"] = True
+
     def check_causal(self) -> None:
         """Refuse a model that cannot be scored or edited as one that predicts the next token.
 

@@ -92,12 +92,13 @@ def find_template(model: nn.Module) -> str:
     config = text_config(model)
     path = find_blocks(model)
     stated = (getattr(config, field, None) for field in _INNER_FIELDS)
-    inner = next((value for value in stated if isinstance(value, int)), None)
+    inner = next((value for value in stated if value), None)  # Gemma 3n states one for each block
+    widths = {inner} if isinstance(inner, int) else set(inner or ())
     found: dict[str, None] = {}
     refused: UnknownArchitecture | None = None
     for block in model.get_submodule(path).children():
         try:
-            found[find_projection(block, config.hidden_size, inner, path)] = None
+            found[find_projection(block, config.hidden_size, widths, path)] = None
         except UnknownArchitecture as error:
             refused = refused or error
     if len(found) == 1:
@@ -148,13 +149,13 @@ def find_blocks(model: nn.Module) -> str:
     return names[0]
 
 
-def find_projection(block: nn.Module, width: int, inner: int | None, path: str) -> str:
+def find_projection(block: nn.Module, width: int, inner: set[int], path: str) -> str:
     """The name, inside `block`, of the projection that writes the MLP's result.
 
     Args:
         block: One decoder block.
         width: The hidden size d: the projection's output.
-        inner: The MLP's width as the config states it, to choose between candidates; or None.
+        inner: The MLP's widths as the config states them, to choose between candidates.
         path: The name of the list that holds the block, for what an error advises.
 
     Raises:
@@ -171,7 +172,7 @@ def find_projection(block: nn.Module, width: int, inner: int | None, path: str) 
     experts = [
         name
         for name, parameter in block.named_parameters()
-        if parameter.ndim == 3 and not _mixes_tokens(block, name)
+        if parameter.ndim == 3 and min(parameter.shape) > 1 and not _mixes_tokens(block, name)
     ]
     kind = type(block).__name__
     # What is left of it without the experts that stand in a list, one module each.
@@ -189,7 +190,7 @@ def find_projection(block: nn.Module, width: int, inner: int | None, path: str) 
             f"{what} and none that every token goes through, so its MLP cannot be edited; choose a "
             "model with dense layers."
         )
-    fitting = [name for name in outside if shapes[name][0] == inner]
+    fitting = [name for name in outside if shapes[name][0] in inner]
     names = fitting or outside
     if not names:
         inside = [name for name in shapes if shapes[name][1] == width]
@@ -201,7 +202,8 @@ def find_projection(block: nn.Module, width: int, inner: int | None, path: str) 
     if len({name.rpartition(".")[0] for name in names}) > 1:
         raise UnknownArchitecture(
             f"The projection to edit in {kind} is not clear, for {len(names)} modules of it could "
-            f"be the one (found {', '.join(names[:8])}); {_advice(path, names[-1])}."
+            f"be the one (found {', '.join(names[:8])}); "
+            f"{_advice(path, max(names, key=lambda name: shapes[name][0]))}."
         )
     return names[-1]  # an MLP as wide as the model itself: the last map is the one that writes
 
@@ -215,8 +217,10 @@ def _mixes_tokens(block: nn.Module, name: str) -> bool:
     module = block
     for part in name.split(".")[:-1]:
         module = getattr(module, part)
-        words = f"{part} {type(module).__name__}".lower()
-        if "attn" in words or "attention" in words:
+        kind = type(module).__name__.lower()
+        if "layer" in kind:  # a whole layer with attention in it, as Zamba 2 has inside a block
+            kind = ""
+        if any(word in f"{part} {kind}".lower() for word in ("attn", "attention")):
             return True
         convolutions = (child for child in module.children() if isinstance(child, nn.Conv1d))
         if any(convolution.kernel_size[0] > 1 for convolution in convolutions):

@@ -164,17 +164,20 @@ def forward_for(
             )
             if off <= tolerance(adapter.model):
                 return forward
-            why = f"is off by {off:.1%} there"
-        except (FastmemitError, torch.OutOfMemoryError):
+            why = f"is off by {off:.1%}"
+        except torch.OutOfMemoryError:
             raise
         except Exception as error:  # what a model makes of a cache or of padding is its own affair
-            why = f"fails there ({type(error).__name__}: {str(error)[:200]})"
+            why = f"fails ({type(error).__name__}: {str(error)[:200]})"
         excluded.add(form)
         part, instead = _WORDS[form]
-        log.warning(
-            "%s: targets at layer %d run %s, which takes longer, because %s %s.",
-            type(adapter.model).__name__, layer, instead, part, why,
+        said = adapter.measured.setdefault("said of targets", set())
+        log.log(
+            logging.DEBUG if form in said else logging.WARNING,
+            "%s: targets run %s, which takes longer, because %s %s (layer %d).",
+            type(adapter.model).__name__, instead, part, why, layer,
         )  # fmt: skip
+        said.add(form)
     return FullForward(adapter, layer, rows, site, alone=True)
 
 
@@ -194,8 +197,10 @@ def check_targets(adapter: ModelAdapter, layers: Sequence[int]) -> None:
         layers: The layers that may be edited.
 
     Raises:
-        UnknownArchitecture: The model is not causal, or no change can enter at such a block.
+        UnknownArchitecture: The model is not causal, changes its own weights, or no change can
+            enter at such a block.
     """
+    adapter.check_constant()
     adapter.check_causal()
     kinds = {_layout(adapter.block(layer)): layer for layer in sorted(layers)}
     with evaluation_mode(adapter.model):

@@ -132,3 +132,19 @@ def test_names_that_a_forward_does_not_know_are_left_out() -> None:
     assert torch.equal(got.logits, want)
     with pytest.raises(TypeError):
         run_model(OneAhead(), input_ids=IDS, something_else=1)
+
+
+def test_a_model_that_changes_its_own_weights_is_refused() -> None:
+    def rwkv(**fields: Any) -> Any:
+        return transformers.AutoModelForCausalLM.from_config(
+            transformers.RwkvConfig(
+                vocab_size=VOCAB_SIZE, hidden_size=D, attention_hidden_size=D,
+                intermediate_size=D_K, context_length=64, **fields,
+            )
+        ).eval()  # fmt: skip
+
+    model = rwkv(num_hidden_layers=7)
+    with pytest.raises(UnknownArchitecture, match=r"own weights.*blocks\.0\..*rescale_every=0"):
+        find_adapter(model).check_constant()
+    find_adapter(rwkv(num_hidden_layers=7, rescale_every=0)).check_constant()
+    find_adapter(tiny_model("llama")).check_constant()

@@ -82,6 +82,33 @@ def test_blocks_of_several_classes_are_one_list() -> None:
     assert adapter.layers == list(range(LAYERS))
 
 
+def test_a_shared_transformer_inside_its_blocks_is_not_taken_for_attention() -> None:
+    fields = {
+        "attention_head_dim": 16, "mamba_d_state": 8, "mamba_ngroups": 1, "n_mamba_heads": 8,
+        "mamba_headdim": 8, "num_mem_blocks": 1, "adapter_rank": 4, "num_key_value_heads": 4,
+        "layers_block_type": ["mamba", "hybrid", "hybrid"],
+    }  # fmt: skip
+    adapter = find_adapter(build("Zamba2Config", **fields))
+    assert adapter.template.endswith("shared_transformer.feed_forward.down_proj")
+    assert adapter.layers == []
+    with pytest.raises(BadLayer, match=r"layers 1, 2 share"):
+        adapter.check_layer(2)
+
+
+def test_widths_stated_for_each_block_tell_candidates_apart() -> None:
+    blocks = [Block(side=nn.Linear(3, 4), mlp=Block(down=nn.Linear(n, 4))) for n in (6, 8)]
+    with pytest.raises(UnknownArchitecture, match=r'--module "stack\.{}\.mlp\.down"'):
+        find_adapter(Foreign(*blocks, num_hidden_layers=2, hidden_size=4))
+    stated = Foreign(*blocks, num_hidden_layers=2, hidden_size=4, intermediate_size=[6, 8])
+    assert find_adapter(stated).template == "stack.{}.mlp.down"
+
+
+def test_vectors_of_three_dimensions_are_no_experts() -> None:
+    model = build("RwkvConfig", attention_hidden_size=D, context_length=64)
+    assert model.rwkv.blocks[0].feed_forward.time_mix_key.ndim == 3
+    assert find_adapter(model).template == "rwkv.blocks.{}.feed_forward.value"
+
+
 def test_blocks_that_share_a_projection_are_refused() -> None:
     model = tiny_model("llama")
     model.model.layers[1].mlp = model.model.layers[0].mlp
