@@ -141,13 +141,14 @@ def test_from_statistics_to_scores(place: Place, capsys: pytest.CaptureFixture[s
     result = place.at / "out.json"
     out = run(capsys, "evaluate", *place.model, *EDIT, "--data", place.records, "--batch-size", "2",
               "--batches", "2", "--json", result)  # fmt: skip
-    assert "4 records in 2 batches" in out and re.search(r"ES +PS +NS +S\n", out)
+    assert "4 records in 2 batches" in out and re.search(r"\n +before +after +change\n", out)
     found = json.loads(result.read_text())
     assert len(found["records"]) == 4 and found["settings"]["batches"] == [2, 2]
-    for row in ("before", "after"):
-        shown = next(line.split() for line in out.splitlines() if line.startswith(row))
-        values = [found[row][name] for name in ("es", "ps", "ns", "s")]
-        assert shown[1:] == [f"{value:.2f}" for value in values]
+    for name in ("es", "ps", "ns", "s", "ea", "pa", "na"):
+        shown = next(line for line in out.splitlines() if line.split()[:1] == [name.upper()])
+        values = [float(value) for value in re.findall(r"([-+]?\d+\.\d\d) \[", shown)]
+        before, after = found["before"][name], found["after"][name]
+        assert values == pytest.approx([before, after, after - before], abs=0.006)
 
 
 def test_one_fact_from_options(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
