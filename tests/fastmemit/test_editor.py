@@ -230,7 +230,10 @@ def test_settings_of_ones_own_take_the_place_of_a_methods_name(
     editor: Editor, tmp_path: Path
 ) -> None:
     own = MemitConfig(layers=(0, 1), clamp=0.75, steps=2)
-    named = editor.plan(FACTS[:2], "memit", layers=(0, 1), clamp=0.75, steps=2)
+    # Those of the class, and not what a model without a preset gets.
+    usual: dict[str, Any] = {"layers": (0, 1), "clamp": 0.75, "steps": 2}
+    assert editor.config("memit", **usual).scale == "median" and own.scale == "published"
+    named = editor.plan(FACTS[:2], "memit", **usual, scale="published", v_lr=0.5)
     assert editor.plan(FACTS[:2], own).digest() == named.digest()
     assert editor.plan(FACTS[:2], own).provenance["settings"] == named.provenance["settings"]
     with editor.applied(editor.edit(FACTS[:2], own, steps=3)) as edit:

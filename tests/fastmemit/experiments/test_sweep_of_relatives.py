@@ -46,7 +46,10 @@ def test_each_cell_is_an_evaluation_of_its_own_and_vectors_are_shared(
     given = SweepInputs(RECORDS, tiny_corpus(40), tmp_path / "out", header)
     # A method's own settings may be given for its cells alone, or as an object.
     objects = Grid(
-        methods=("memit", AlphaEditConfig(layers=(0, 1), steps=3, null_relative=0.5)),
+        methods=(
+            "memit",
+            AlphaEditConfig(layers=(0, 1), steps=3, null_relative=0.5, scale="median", v_lr=0.2),
+        ),
         batches={2: 1}, multipliers=(4.0,), settings={"memit": SETTINGS},
     )  # fmt: skip
     with pytest.raises(BadConfig, match="null_relative is a setting of alphaedit; memit has"):
