@@ -123,7 +123,10 @@ def with_defaults(method: str, settings: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises:
         KeyError: There is no such method.
+        TypeError: The settings are no object.
     """
+    if not isinstance(settings, Mapping):
+        raise TypeError(f"the settings of {method:.40} are {settings!r:.40}")
     own = {**CONFIGS[method].settings(), **as_published(method)}
     known = {name: settings.get(name, value) for name, value in own.items()}
     return {"method": method, **known, "preset": settings.get("preset", "default")}

@@ -65,3 +65,11 @@ def test_a_recorded_sweep_goes_on_and_another_ridge_is_refused(tmp_path: Path) -
     methods = {"memit": as_published("memit", relative_ridge=None)}
     with pytest.raises(BadData, match="other settings of memit"):
         check_header(tmp_path, cast(Any, {**header, "methods": methods}))
+
+
+@pytest.mark.parametrize("settings", ["x", [], None, 5])
+def test_settings_that_are_no_object_are_refused(tmp_path: Path, settings: Any) -> None:
+    header = recorded("smollm2/sweep.json")
+    (tmp_path / "sweep.json").write_text(json.dumps({**header, "methods": {"memit": settings}}))
+    with pytest.raises(BadData, match=r"not the header of a sweep \(the settings of memit are"):
+        check_header(tmp_path, cast(Any, header))
