@@ -15,6 +15,7 @@ from fastcov.closed_form import LowRank
 from fastcov.collect import collect
 from fastcov.errors import (
     BadBudget,
+    BadInput,
     BudgetNotMet,
     EmptyCorpus,
     FailedElsewhere,
@@ -50,6 +51,7 @@ from fastcov.throughput import Throughput
 __all__ = [
     "Ahead",
     "BadBudget",
+    "BadInput",
     "BudgetNotMet",
     "Checkpoint",
     "CholeskyFactor",

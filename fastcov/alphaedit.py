@@ -22,15 +22,18 @@ import math
 import torch
 from torch import Tensor
 
-from fastcov.closed_form import LowRank, checked_edits
-from fastcov.errors import NoNullSpace, NotPositiveDefinite, WrongWidth
+from fastcov.closed_form import LowRank, checked_edits, finite_change
+from fastcov.errors import BadInput, NoNullSpace, NotPositiveDefinite, WrongWidth
+from fastcov.inputs import matrix
 from fastcov.linalg import factorize
+from fastcov.mode import isolated
 from fastcov.null_space import NullSpace
 
 #: What of a key's length lies in the null space and is no more than the rounding of float32.
 NOTHING = 1e-7
 
 
+@isolated()
 def alphaedit(
     null_space: NullSpace, K: Tensor, R: Tensor, l2: float, preserved: Tensor | None = None
 ) -> LowRank:
@@ -53,13 +56,19 @@ def alphaedit(
         NoNullSpace: The null space has no direction, or a key has no part in it.
         WrongWidth: K or the earlier keys are not d_k wide, or R has not B columns.
         NonFiniteKeys: K, or an earlier key, holds NaN or infinity.
-        NonFiniteMatrix: R holds NaN or infinity.
+        NonFiniteMatrix: R holds NaN or infinity, or the update overflows.
+        BadInput: K, R or earlier keys are no dense matrix of numbers, or there is no null space.
         NotPositiveDefinite: l2 is 0, or too small for float64, and the keys' parts in the null
             space depend on one another.
         ValueError: l2 is negative or not finite.
     """
     if not math.isfinite(l2) or l2 < 0:
         raise ValueError(f"l2 must be finite and not below 0 but is {l2!r}; 10 is usual.")
+    if not isinstance(null_space, NullSpace):
+        raise BadInput(
+            f"An update is confined to a NullSpace, not to a {type(null_space).__name__}; pass "
+            "fastcov.null_space(moment)."
+        )
     U = null_space.basis  # (d_k, r)
     if null_space.rank == 0:
         raise NoNullSpace(
@@ -72,10 +81,11 @@ def alphaedit(
     K_u = U.mT @ K  # (r, B)
     _check_parts(K, K_u, null_space)
     J = K_u
-    if preserved is not None and preserved.numel():
-        J = torch.cat([K_u, U.mT @ _checked_earlier(preserved, U)], 1)  # (r, B + m)
+    earlier = None if preserved is None else matrix(preserved, "Keys of earlier edits")
+    if earlier is not None and earlier.numel():
+        J = torch.cat([K_u, U.mT @ _checked_earlier(earlier, U)], 1)  # (r, B + m)
     Y = _solved(J, K_u, l2)  # (r, B)
-    return LowRank(left=R.contiguous(), right=U @ Y)
+    return finite_change(R.contiguous(), U @ Y)
 
 
 def _solved(J: Tensor, K_u: Tensor, l2: float) -> Tensor:

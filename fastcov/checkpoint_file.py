@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fastcov.batches import raw_bytes
 from fastcov.errors import StoreDamaged
+from fastcov.mode import isolated
 from fastcov.moments import SecondMoment
 from fastcov.parsing import parse_json
 from fastcov.store import DTYPE_NAMES, packed, unpacked
@@ -61,6 +62,7 @@ class Taken:
     device: torch.device
 
 
+@isolated()
 def read_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Taken]]:
     """Read a checkpoint, every byte verified.
 
@@ -134,6 +136,7 @@ def _read(file: Any, number: int, module: Mapping[str, Any]) -> Taken:
     return Taken(moment, module["limit"], module["found"], waiting, module["waiting_since"], device)
 
 
+@isolated()
 def write_checkpoint(file: BinaryIO, state: Mapping[str, Any], taken: Mapping[str, Taken]) -> None:
     """Write header, tensors and digest; a tensor is fetched from its device when it is its turn.
 

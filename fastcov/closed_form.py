@@ -3,8 +3,8 @@
 Pure functions of a factor of A, the edit keys K (d_k, B) and the residuals R (d, B), what the
 edited projection shall add at those keys. A comes from `fastcov.regularised` and does not depend on
 the edits: it is factored once, and a batch costs triangular solves and a system of its own size.
-K and R are read in the dtype and on the device in which the factor answers; float64 is recommended,
-or a float32 factor that is refined (`fastcov.factorize`).
+K and R, tensors or NumPy arrays, are read in the dtype and on the device in which the factor
+answers; float64 is recommended, or a float32 factor that is refined (`fastcov.factorize`).
 """
 
 from __future__ import annotations
@@ -15,9 +15,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastcov.errors import NonFiniteKeys, NonFiniteMatrix, NotPositiveDefinite, WrongWidth
-from fastcov.factor import CholeskyFactor
+from fastcov.errors import (
+    BadInput,
+    NonFiniteKeys,
+    NonFiniteMatrix,
+    NotPositiveDefinite,
+    WrongWidth,
+)
+from fastcov.factor import CholeskyFactor, RefinedFactor, moved
+from fastcov.inputs import matrix
 from fastcov.linalg import factorize
+from fastcov.mode import isolated
 
 
 @dataclass(frozen=True)
@@ -32,17 +40,20 @@ class LowRank:
     left: Tensor
     right: Tensor
 
+    @isolated()
     def dense(self) -> Tensor:
         """The change itself, shape (d, d_k)."""
         return self.left @ self.right.mT
 
 
+@isolated()
 def memit(factor: CholeskyFactor, K: Tensor, R: Tensor) -> LowRank:
     """MEMIT: ``Delta = R K^T (A + K K^T)^-1``, equation (2) of arXiv 2506.04226.
 
     By Woodbury ``(A + K K^T)^-1 K = X (I + K^T X)^-1`` with ``X = A^-1 K``. With ``H = L^-1 K`` the
     small matrix is ``I + H^T H``: symmetric, positive definite and (B, B). A refined factor has no
-    exact H and takes ``K^T X`` itself.
+    exact H and takes ``K^T X`` itself. Of more keys than d_k, ``A + K K^T`` is the smaller matrix,
+    and solved with as it stands.
 
     Args:
         factor: Of A = weight * C + ridge * I, width d_k.
@@ -50,21 +61,25 @@ def memit(factor: CholeskyFactor, K: Tensor, R: Tensor) -> LowRank:
         R: Residuals, shape (d, B).
 
     Returns:
-        left (d, B) and right = X (d_k, B).
+        left (d, B) and right (d_k, B).
 
     Raises:
         WrongWidth: K is not (d_k, B), or R has not B columns.
         NonFiniteKeys: K holds NaN or infinity.
-        NonFiniteMatrix: R holds NaN or infinity.
+        NonFiniteMatrix: R holds NaN or infinity, or the update overflows.
+        BadInput: K or R is no dense matrix of numbers, or there is no factor.
         ResidualTooLarge: A refined factor did not reach its tolerance.
     """
     K, R = _checked(factor, K, R)
+    if _more_keys_than_width(factor, K):
+        return finite_change(R.contiguous(), _joint_solve(factor, K, 1.0))
     X, S = factor.solve_and_gram(K)  # (d_k, B), (B, B)
     S.diagonal().add_(1.0)
     left = factorize(S, in_place=True).solve(R.mT).mT  # (d, B)
-    return LowRank(left=left.contiguous(), right=X)
+    return finite_change(left.contiguous(), X)
 
 
+@isolated()
 def emmet(factor: CholeskyFactor, K: Tensor, R: Tensor, lambda_e: float = 0.0) -> LowRank:
     """EMMET: ``Delta = R (K^T A^-1 K + lambda_e I)^-1 K^T A^-1``, memorisation as a constraint.
 
@@ -79,12 +94,13 @@ def emmet(factor: CholeskyFactor, K: Tensor, R: Tensor, lambda_e: float = 0.0) -
         lambda_e: How far the constraint is relaxed, 0 or above.
 
     Returns:
-        left (d, B) and right = A^-1 K (d_k, B).
+        left (d, B) and right (d_k, B).
 
     Raises:
         WrongWidth: K is not (d_k, B), or R has not B columns.
         NonFiniteKeys: K holds NaN or infinity.
-        NonFiniteMatrix: R holds NaN or infinity.
+        NonFiniteMatrix: R holds NaN or infinity, or the update overflows.
+        BadInput: K or R is no dense matrix of numbers, or there is no factor.
         ResidualTooLarge: A refined factor did not reach its tolerance.
         NotPositiveDefinite: lambda_e is 0 (or too small) and the keys are not independent.
         ValueError: lambda_e is negative or not finite.
@@ -94,6 +110,8 @@ def emmet(factor: CholeskyFactor, K: Tensor, R: Tensor, lambda_e: float = 0.0) -
         raise ValueError(
             f"lambda_e must be finite and not below 0 but is {lambda_e!r}; 0.1 is usual."
         )
+    if lambda_e and _more_keys_than_width(factor, K):
+        return finite_change(R.contiguous(), _joint_solve(factor, K, lambda_e))
     X, S = factor.solve_and_gram(K)  # (d_k, B), (B, B)
     S.diagonal().add_(lambda_e)
     try:
@@ -108,9 +126,10 @@ def emmet(factor: CholeskyFactor, K: Tensor, R: Tensor, lambda_e: float = 0.0) -
             rank=error.rank,
         ) from error
     left = small.solve(R.mT).mT  # (d, B)
-    return LowRank(left=left.contiguous(), right=X)
+    return finite_change(left.contiguous(), X)
 
 
+@isolated()
 def rome(
     factor: CholeskyFactor, k: Tensor, r: Tensor, *, denominator_key: Tensor | None = None
 ) -> LowRank:
@@ -130,19 +149,20 @@ def rome(
     Raises:
         WrongWidth: A key is not d_k wide, or there is more than one edit.
         NonFiniteKeys: A key holds NaN or infinity.
-        NonFiniteMatrix: r holds NaN or infinity.
+        NonFiniteMatrix: r holds NaN or infinity, or the update overflows.
+        BadInput: A key or r is no dense matrix of numbers, or there is no factor.
         ResidualTooLarge: A refined factor did not reach its tolerance.
         NotPositiveDefinite: The denominator is not above 0 (a key of zeros, or two keys that have
             nothing in common).
     """
-    k, r = (_column(k), _column(r))
-    if k.shape[1] != 1:
+    k, r = _column(k, "An edit key"), _column(r, "A residual")
+    if k.dim() == 2 and k.shape[1] != 1:
         raise WrongWidth(f"ROME makes one edit but got {k.shape[1]} keys; use emmet or memit.")
     k, r = _checked(factor, k, r)
     x = factor.solve(k)  # (d_k, 1)
     q = k
     if denominator_key is not None:
-        q, _ = _checked(factor, _column(denominator_key), r)
+        q, _ = _checked(factor, _column(denominator_key, "The denominator's key"), r)
     denominator = float((q.mT @ x).item())
     if not math.isfinite(denominator) or denominator <= 0:
         raise NotPositiveDefinite(
@@ -150,15 +170,36 @@ def rome(
             "check that the edit key is not zero and that both keys belong to one request.",
             d=factor.d,
         )
-    return LowRank(left=r / denominator, right=x)
+    return finite_change(r / denominator, x)
 
 
-def _column(x: Tensor) -> Tensor:
+def _more_keys_than_width(factor: CholeskyFactor, K: Tensor) -> bool:
+    """Whether A + K K^T is smaller than the gram of the keys, and can be had from the factor."""
+    return K.shape[1] > factor.d and not isinstance(factor, RefinedFactor)
+
+
+def _joint_solve(factor: CholeskyFactor, K: Tensor, share: float) -> Tensor:
+    """``(share * A + K K^T)^-1 K`` (d_k, B).
+
+    What a jitter holds up alone in A, K fills. Here that is seen; the gram of the keys has an
+    eigenvalue of the inverse jitter there, and loses as many digits.
+    """
+    root = factor.L
+    return factorize(torch.addmm(K @ K.mT, root, root.mT, alpha=share), in_place=True).solve(K)
+
+
+def _column(x: Tensor, name: str) -> Tensor:
+    x = matrix(x, name)
     return x.unsqueeze(1) if x.dim() == 1 else x
 
 
 def _checked(factor: CholeskyFactor, K: Tensor, R: Tensor) -> tuple[Tensor, Tensor]:
     """K (d_k, B) and R (d, B) in the factor's dtype, if they fit it and one another."""
+    if not isinstance(factor, CholeskyFactor):
+        raise BadInput(
+            f"An update is solved with a factor, not with a {type(factor).__name__}; pass "
+            "fastcov.factorize(fastcov.regularised(moment, weight, ridge))."
+        )
     return checked_edits(K, R, factor.d, factor)
 
 
@@ -177,7 +218,9 @@ def checked_edits(
         WrongWidth: K is not (d_k, B) with B at least 1, or R has not B columns.
         NonFiniteKeys: K holds NaN or infinity.
         NonFiniteMatrix: R holds NaN or infinity.
+        BadInput: One of them is no dense matrix of numbers.
     """
+    K, R = matrix(K, "Edit keys"), matrix(R, "Residuals")
     if K.dim() != 2 or K.shape[0] != d or K.shape[1] == 0:
         whose = "null space" if isinstance(like, Tensor) else "factor"
         raise WrongWidth(
@@ -205,11 +248,25 @@ def checked_edits(
                 entries=int(bad.sum()),
                 where=(int(bad[:, first].nonzero()[0]), first),
             )
-    return _moved(K, like), _moved(R, like)
+    return moved(K, like), moved(R, like)
 
 
-def _moved(x: Tensor, like: CholeskyFactor | Tensor) -> Tensor:
-    """In the dtype and on the device in which the factor answers."""
-    if like.dtype == torch.float64:
-        return x.to(like.device).to(like.dtype)  # one of the devices may not have float64
-    return x.to(like.dtype).to(like.device)
+def finite_change(left: Tensor, right: Tensor) -> LowRank:
+    """A change of left (d, B) and right (d_k, B), if its numbers are some.
+
+    Raises:
+        NonFiniteMatrix: One of them overflows its dtype.
+    """
+    for name, factor in (("left", left), ("right", right)):
+        bad = ~factor.isfinite()
+        if bool(bad.any()):
+            row, column = bad.nonzero()[0].tolist()
+            raise NonFiniteMatrix(
+                f"The {name} factor of the update overflows {factor.dtype} in {int(bad.sum())} of "
+                f"its {bad.numel()} entries, the first in row {row}, column {column}; the matrix "
+                "solved with, the keys or the residuals are too small or too large: check the "
+                "weight and the ridge.",
+                entries=int(bad.sum()),
+                where=(row, column),
+            )
+    return LowRank(left=left, right=right)

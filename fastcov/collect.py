@@ -15,7 +15,7 @@ from fastcov.batches import sent
 from fastcov.checkpoint import Checkpoint
 from fastcov.errors import BadBudget, BudgetNotMet, EmptyCorpus
 from fastcov.keys import KeyHooks
-from fastcov.mode import evaluation_mode
+from fastcov.mode import evaluation_mode, isolated
 from fastcov.moments import SecondMoment
 from fastcov.parallel import Division
 from fastcov.processes import Processes
@@ -48,8 +48,9 @@ def collect(
     unedited model. Each forward pass ends before the last of the modules computes anything, and no
     batch is read after all budgets are met.
 
-    The model runs without gradients, without a key-value cache and in evaluation mode; every
-    submodule is in its former mode afterwards, and no hook stays behind.
+    The model runs without a key-value cache, in evaluation mode, and whatever the caller has set in
+    torch (see `fastcov.mode.isolated`); every submodule is in its former mode afterwards, and no
+    hook stays behind.
 
     Args:
         model: Called as ``model(**batch)``.
@@ -100,7 +101,6 @@ def collect(
     with (
         nullcontext() if processes is None else processes.guarded(),
         KeyHooks(model, modules, lambda name, x, _: tally.take(name, x)) as hooks,
-        torch.no_grad(),
         evaluation_mode(model),
         _without_cache(model) as extra,
     ):
@@ -108,6 +108,8 @@ def collect(
         drop = {"key_mask"} | _unaccepted(model)
         if throughput is not None:
             throughput.start(model, device)
+        # What makes the batches, and what is told of progress, is the caller's, and runs with the
+        # caller's settings of torch.
         if division is not None:
             batches = division.read(batches)
         if checkpoint is not None:
@@ -117,16 +119,17 @@ def collect(
         if division is not None:
             batches = division.own(batches)
         for batch in () if tally.done() else batches:
-            moved = {
-                name: sent(value, device) if isinstance(value, Tensor) else value
-                for name, value in batch.items()
-                if name not in drop
-            }
-            tally.start(batch.get("key_mask", batch.get("attention_mask")))
-            if causal and _only_pads_right(batch.get("attention_mask")):
-                del moved["attention_mask"]
-            with nullcontext() if throughput is None else throughput.batch(batch, tally):
-                hooks.run({**moved, **extra})
+            with isolated():
+                moved = {
+                    name: sent(value, device) if isinstance(value, Tensor) else value
+                    for name, value in batch.items()
+                    if name not in drop
+                }
+                tally.start(batch.get("key_mask", batch.get("attention_mask")))
+                if causal and _only_pads_right(batch.get("attention_mask")):
+                    del moved["attention_mask"]
+                with nullcontext() if throughput is None else throughput.batch(batch, tally):
+                    hooks.run({**moved, **extra})
             if checkpoint is not None and not tally.done():
                 checkpoint.keep(tally)
             if progress is not None:

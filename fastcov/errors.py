@@ -89,6 +89,10 @@ class NoNullSpace(FastcovError):
         self.columns = columns
 
 
+class BadInput(FastcovError, ValueError):
+    """An argument that is no matrix of numbers, or numbers of a kind that is not taken."""
+
+
 class WrongWidth(FastcovError, ValueError):
     """Keys or matrices have another width than what they are combined with."""
 

@@ -8,12 +8,24 @@ import torch
 from torch import Tensor
 
 from fastcov.errors import WrongWidth
+from fastcov.inputs import matrix
+from fastcov.mode import isolated
 from fastcov.refinement import TOLERANCE, place_of_float64, refined_solve, upper_product
+
+
+def moved(x: Tensor, like: CholeskyFactor | Tensor) -> Tensor:
+    """A tensor in the dtype and on the device of another, or in which a factor answers."""
+    if like.dtype == torch.float64:
+        return x.to(like.device).to(like.dtype)  # one of the devices may not have float64
+    return x.to(like.dtype).to(like.device)
 
 
 @dataclass(frozen=True)
 class CholeskyFactor:
     """The factor of a positive definite matrix, ``L L^T = A + jitter * mean(diag A) * I``.
+
+    Right sides may be tensors of any real floating dtype, with any strides and on any device, or
+    NumPy arrays; they are read in the dtype and on the device of the answer.
 
     Attributes:
         lower: Shape (d, d), with L in its lower triangle. What stands above the diagonal is no part
@@ -27,6 +39,7 @@ class CholeskyFactor:
     rank: int | None = None
 
     @property
+    @isolated()
     def L(self) -> Tensor:
         """L with zeros above its diagonal, shape (d, d): a copy."""
         return self.lower.tril()
@@ -51,37 +64,44 @@ class CholeskyFactor:
         """What the factor takes."""
         return self.lower.numel() * self.lower.element_size()
 
+    @isolated()
     def half_solve(self, B: Tensor) -> Tensor:
-        """``L^-1 B``: whitened columns, for B of shape (d, m) or (d,) in L's dtype."""
+        """``L^-1 B``: whitened columns, for B of shape (d, m) or (d,)."""
         return self._triangular(B, transposed=False)
 
+    @isolated()
     def back_solve(self, B: Tensor) -> Tensor:
         """``L^-T B``, which makes a `half_solve` whole, for B of shape (d, m) or (d,)."""
         return self._triangular(B, transposed=True)
 
+    @isolated()
     def solve(self, B: Tensor) -> Tensor:
         """``A^-1 B`` for B of shape (d, m) or (d,), in B's shape; A with its jitter.
 
         Raises:
             WrongWidth: B has not d rows.
+            BadInput: B is no dense matrix of numbers.
         """
         return self.back_solve(self.half_solve(B))
 
+    @isolated()
     def solve_and_gram(self, K: Tensor) -> tuple[Tensor, Tensor]:
         """``X = A^-1 K`` (d, B) and the symmetric ``K^T A^-1 K`` (B, B), for K of shape (d, B).
 
         Raises:
             WrongWidth: K has not d rows.
+            BadInput: K is no dense matrix of numbers.
         """
         H = self.half_solve(K)  # (d, B)
         return self.back_solve(H), H.mT @ H
 
+    @isolated()
     def logdet(self) -> Tensor:
         """The logarithm of the determinant of A with its jitter, a scalar tensor."""
         return 2 * self.lower.diagonal().log().sum()
 
     def _triangular(self, B: Tensor, *, transposed: bool) -> Tensor:
-        self._check_rows(B)
+        B = moved(self._right_side(B), self.lower)
         columns = B if B.dim() == 2 else B.unsqueeze(1)  # (d, m)
         factor = self.lower.mT if transposed else self.lower
         # Reads no entry on the other side of the diagonal. Blocks with inverted diagonals, all of
@@ -89,12 +109,14 @@ class CholeskyFactor:
         solved: Tensor = torch.linalg.solve_triangular(factor, columns, upper=transposed)
         return solved.reshape(B.shape)
 
-    def _check_rows(self, B: Tensor) -> None:
+    def _right_side(self, B: Tensor) -> Tensor:
+        B = matrix(B, "A right side")
         if B.dim() not in (1, 2) or B.shape[0] != self.d:
             raise WrongWidth(
                 f"A right side of shape {tuple(B.shape)} does not fit a factor of width {self.d}; "
                 f"it must be ({self.d}, m) or ({self.d},)."
             )
+        return B
 
 
 @dataclass(frozen=True)
@@ -124,15 +146,17 @@ class RefinedFactor(CholeskyFactor):
         """The device on which `solve` answers: the factor's, or the CPU if that has no float64."""
         return place_of_float64(self.lower.device)
 
+    @isolated()
     def solve(self, B: Tensor) -> Tensor:
         """``A^-1 B`` in float64 for B of shape (d, m) or (d,), in B's shape; A with its jitter.
 
         Raises:
             WrongWidth: B has not d rows.
+            BadInput: B is no dense matrix of numbers.
             ResidualTooLarge: The residual could not be brought below the tolerance.
         """
-        self._check_rows(B)
-        columns = B.reshape(self.d, -1).to(self.device).to(self.dtype)  # (d, m)
+        B = moved(self._right_side(B), self)
+        columns = B.reshape(self.d, -1)  # (d, m)
         solved = refined_solve(
             lambda X: upper_product(self.lower, self.diagonal, X),
             self._approximate,
@@ -142,15 +166,17 @@ class RefinedFactor(CholeskyFactor):
         )
         return solved.reshape(B.shape)
 
+    @isolated()
     def solve_and_gram(self, K: Tensor) -> tuple[Tensor, Tensor]:
         """``X = A^-1 K`` (d, B) and the symmetric ``K^T A^-1 K`` (B, B), refined, in float64.
 
         Raises:
             WrongWidth: K has not d rows.
+            BadInput: K is no dense matrix of numbers.
             ResidualTooLarge: The residual could not be brought below the tolerance.
         """
         X = self.solve(K)
-        S = K.to(X).mT @ X
+        S = moved(self._right_side(K), self).mT @ X
         return X, (S + S.mT) / 2
 
     def _approximate(self, R: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ of them.
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
@@ -16,7 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from fastcov.errors import FastcovError, HookNeverRan, UnknownModule, WrongWidth
+from fastcov.errors import BadInput, FastcovError, HookNeverRan, UnknownModule, WrongWidth
+from fastcov.inputs import matrix
+from fastcov.mode import isolated
 
 OnKeys = Callable[[str, Tensor, Tensor | None], None]
 
@@ -78,11 +81,13 @@ def key_rows(x: Tensor, mask: Tensor | None = None) -> Iterator[tuple[Tensor, Te
 
 def _outermost_first(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Keys (..., d_k) and mask (...) with dimensions in the order of the memory."""
+    x = matrix(x, "Keys") if not isinstance(x, Tensor) or x.layout is not torch.strided else x
     if x.dim() == 0:
         raise WrongWidth(
             "Keys must have shape (..., d_k) but are a scalar; pass the projection's input."
         )
     if mask is not None:
+        mask = _as_mask(mask)
         if mask.numel() * x.shape[-1] != x.numel():
             raise WrongWidth(
                 f"A mask of shape {tuple(mask.shape)} does not fit keys of shape {tuple(x.shape)}; "
@@ -94,6 +99,24 @@ def _outermost_first(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | N
         x = x.permute(*order, x.dim() - 1)
         mask = None if mask is None else mask.permute(order)
     return x, mask
+
+
+def _as_mask(mask: Any) -> Tensor:
+    """A mask as a tensor of any real dtype, of an array too."""
+    if not isinstance(mask, Tensor):
+        numpy: Any = sys.modules.get("numpy")
+        if numpy is None or not isinstance(mask, numpy.ndarray) or mask.dtype.kind not in "biuf":
+            raise BadInput(
+                f"A mask must be a tensor or a NumPy array but is a {type(mask).__name__}; "
+                "convert it with torch.as_tensor."
+            )
+        return torch.from_numpy(mask != 0)
+    if mask.layout is not torch.strided or mask.is_complex():
+        raise BadInput(
+            f"A mask must be a dense tensor of truth values but is {mask.layout}, {mask.dtype}; "
+            "convert it."
+        )
+    return mask
 
 
 class KeyHooks:
@@ -167,8 +190,9 @@ class KeyHooks:
         while self._handles:
             self._handles.pop().remove()
 
+    @isolated()
     def run(self, batch: Mapping[str, Any], mask: Tensor | None = None) -> None:
-        """Run the model on one batch, up to the last hooked module.
+        """Run the model on one batch, up to the last hooked module, without gradients.
 
         Args:
             batch: The model's keyword arguments.

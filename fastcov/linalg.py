@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from fastcov.cholesky import cholesky_, mirror
-from fastcov.errors import EmptyCorpus, NonFiniteMatrix, NotPositiveDefinite, WrongWidth
+from fastcov.errors import BadInput, EmptyCorpus, NonFiniteMatrix, NotPositiveDefinite
 from fastcov.factor import CholeskyFactor, RefinedFactor
+from fastcov.inputs import shares_entries, square
+from fastcov.mode import isolated
 from fastcov.moments import SecondMoment
 from fastcov.rank import pivots_
 from fastcov.refinement import TOLERANCE, place_of_float64
@@ -25,6 +27,7 @@ JITTERS = (0.0, 1e-10, 1e-9, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4)
 _CHECKED = 64  # rows whose entries are looked at together
 
 
+@isolated()
 def factorize(
     A: Tensor,
     *,
@@ -47,10 +50,12 @@ def factorize(
     on).
 
     Args:
-        A: The matrix (d, d), float32 or float64. Only its lower triangle is read.
+        A: The matrix (d, d), float32 or float64, a tensor or a NumPy array. Only its lower triangle
+            is read.
         jitters: What to add to the diagonal, relative to its mean, in the order of trial.
-        in_place: Use A itself: the factor then lies in A's lower triangle, and what was there in
-            the upper one. After an error the lower triangle is as it was. By default A is copied.
+        in_place: Use A itself where it can be written over: the factor then lies in A's lower
+            triangle, and what was there in the upper one. After an error the lower triangle is as
+            it was. By default A is copied.
         refine: For a float32 matrix: `solve` then answers in float64, refined on the matrix itself
             until the residual is within the tolerance. It takes half the memory of float64, and
             several solves in place of one. The factor is a `RefinedFactor`.
@@ -60,11 +65,15 @@ def factorize(
         NonFiniteMatrix: The lower triangle holds NaN or infinity.
         NotPositiveDefinite: No jitter was enough, or the diagonal's mean is not above 0.
         WrongWidth: A is not a square matrix.
-        ValueError: A dtype other than float32 and float64, or `refine` of float64.
+        BadInput: A is no dense matrix of numbers, or neither float32 nor float64, or float64 and to
+            be refined.
+        ValueError: A jitter is negative or not finite.
     """
-    _check_matrix(A, refine)
-    work = A.detach()
-    if not in_place:
+    work = _checked_matrix(A, refine)
+    for jitter in jitters:
+        if not math.isfinite(jitter) or jitter < 0:
+            raise ValueError(f"A jitter must be finite and not below 0 but is {jitter!r}.")
+    if not in_place or work.is_inference() or shares_entries(work):
         work = work.clone(memory_format=torch.contiguous_format)
     diagonal = work.diagonal().clone()  # (d,)
     mean = float(diagonal.cpu().double().mean())  # through the CPU: not every device has float64
@@ -79,7 +88,7 @@ def factorize(
         if cholesky_(work) and not _is_noise(factor, shifted):
             rank = None if pivots is None else sum(pivot > 10 * jitter for pivot in pivots)
             if jitter:
-                _warn(A.shape[0], jitter, mean, rank)
+                _warn(work.shape[0], jitter, mean, rank)
             if not refine:
                 return CholeskyFactor(work, float(jitter), rank)
             exact = diagonal.to(place_of_float64(work.device)).double() + jitter * mean
@@ -93,9 +102,10 @@ def factorize(
         _check_finite(work)
         pivots = pivots_(work, diagonal)
         _restore(work, diagonal)
-    raise _failed(A.shape[0], mean, tuple(tried), len(pivots))
+    raise _failed(work.shape[0], mean, tuple(tried), len(pivots))
 
 
+@isolated()
 def regularised(
     second_moment: Tensor | SecondMoment,
     weight: float,
@@ -114,7 +124,8 @@ def regularised(
     Args:
         second_moment: C, the mean of ``k k^T``, shape (d_k, d_k), of which the lower triangle is
             enough for `factorize`; or the moment, whose sum is then read where it lies: neither a
-            mean nor the other triangle is made, and no copy but the result.
+            mean nor the other triangle is made, and no copy but the result. A NumPy array is taken
+            too.
         weight: How much the preserved keys count; a finite number above 0.
         ridge: What is added to the diagonal; 0 or a finite number above.
         dtype: Of the result.
@@ -129,6 +140,7 @@ def regularised(
 
     Raises:
         WrongWidth: C is not square.
+        BadInput: C is no dense matrix of numbers, or the result would be of another dtype.
         EmptyCorpus: The moment has seen no key.
         ValueError: The weight, a ridge or the shrinkage is out of its range.
     """
@@ -141,10 +153,9 @@ def regularised(
                 "update it first."
             )
         second_moment = second_moment.lower
-    if second_moment.dim() != 2 or second_moment.shape[0] != second_moment.shape[1]:
-        raise WrongWidth(
-            f"A second moment must be square but is {tuple(second_moment.shape)}; pass (d, d)."
-        )
+    second_moment = square(second_moment, "A second moment")
+    if dtype not in (torch.float32, torch.float64):
+        raise BadInput(f"The result must be float32 or float64 but is to be {dtype}; pass one.")
     if not math.isfinite(weight) or weight <= 0:
         raise ValueError(
             f"The weight must be finite and above 0 but is {weight!r}; 15000 is usual."
@@ -167,18 +178,21 @@ def regularised(
     return A
 
 
-def _check_matrix(A: Tensor, refine: bool) -> None:
-    if A.dim() != 2 or A.shape[0] != A.shape[1] or A.shape[0] == 0:
-        raise WrongWidth(
-            f"Only a square matrix can be factorised but this one is {tuple(A.shape)}; pass (d, d)."
+def _checked_matrix(A: object, refine: bool) -> Tensor:
+    if isinstance(A, SecondMoment):
+        raise BadInput(
+            "A SecondMoment is factorised with a weight and a ridge; pass "
+            "fastcov.regularised(moment, weight, ridge)."
         )
+    A = square(A, "The matrix to factorise")
     if A.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"The matrix must be float32 or float64 but is {A.dtype}; convert it.")
+        raise BadInput(f"The matrix must be float32 or float64 but is {A.dtype}; convert it.")
     if refine and A.dtype != torch.float32:
-        raise ValueError(
+        raise BadInput(
             f"Only a float32 factor is refined but the matrix is {A.dtype}; "
             "leave out refine, or convert the matrix to float32."
         )
+    return A
 
 
 def _restore(work: Tensor, diagonal: Tensor) -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastcov.errors import EmptyCorpus, WrongWidth
+from fastcov.errors import BadInput, EmptyCorpus, NonFiniteKeys, WrongWidth
+from fastcov.inputs import matrix, shares_entries, square
 from fastcov.keys import key_rows
+from fastcov.mode import isolated
 from fastcov.ops import rank_k_update
 from fastcov.processes import add_up_lower, reducing_device
 
@@ -36,6 +40,7 @@ class SecondMoment:
         ValueError: A width below 1, or another dtype.
     """
 
+    @isolated()
     def __init__(
         self,
         d: int,
@@ -43,9 +48,9 @@ class SecondMoment:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ) -> None:
-        if d < 1:
+        if isinstance(d, bool) or not isinstance(d, int) or d < 1:
             raise ValueError(
-                f"The width of the keys must be at least 1 but is {d}; "
+                f"The width of the keys must be a whole number of at least 1 but is {d!r}; "
                 "pass the projection's input width."
             )
         if dtype not in (torch.float32, torch.float64):
@@ -57,10 +62,14 @@ class SecondMoment:
         self._quartic: Tensor | None = _zero(self._sum.device)
 
     @classmethod
+    @isolated()
     def from_lower(
         cls, lower: Tensor, count: int, quartic: Tensor | float | None = None
     ) -> SecondMoment:
-        """Take over a sum of which the lower triangle is filled; it is not copied.
+        """Take over a sum of which the lower triangle is filled.
+
+        It is not copied unless nothing could be added to it: where it is a NumPy array, its entries
+        share memory, or it was made under inference mode.
 
         Args:
             lower: The sum, shape (d, d), float32 or float64.
@@ -69,13 +78,14 @@ class SecondMoment:
 
         Raises:
             WrongWidth: The matrix is not square.
+            BadInput: It is no dense matrix of numbers.
             ValueError: A negative count, or another dtype.
         """
-        if lower.dim() != 2 or lower.shape[0] != lower.shape[1]:
-            raise WrongWidth(
-                f"A sum must be a square matrix but has shape {tuple(lower.shape)}; pass (d, d)."
-            )
-        if count < 0:
+        given = lower
+        lower = square(lower, "A sum", meta=True)
+        if not isinstance(given, Tensor) or lower.is_inference() or shares_entries(lower):
+            lower = lower.clone(memory_format=torch.contiguous_format)
+        if isinstance(count, bool) or count != int(count) or count < 0:
             raise ValueError(f"The number of keys cannot be {count}; pass how many were summed.")
         moment = cls(lower.shape[0], dtype=lower.dtype, device="meta")
         moment._sum = lower
@@ -83,39 +93,66 @@ class SecondMoment:
         moment._quartic = None if quartic is None else _zero(lower.device) + quartic
         return moment
 
+    @isolated()
     def update(
-        self, x: Tensor, mask: Tensor | None = None, *, kept: int | None = None
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        *,
+        kept: int | None = None,
+        check: bool = True,
     ) -> SecondMoment:
         """Add keys, where they lie: none is copied, gathered or converted on the way to the kernel.
 
         Args:
-            x: Keys, shape (..., d), float32, float64, float16 or bfloat16, on the sum's device.
+            x: Keys, shape (..., d), float32, float64, float16 or bfloat16, on the sum's device; or
+                a NumPy array of them.
             mask: Which of them count, shape (...), non-zero means kept; None keeps all.
             kept: How many keys the mask keeps, where the caller has counted them: to count a mask
                 on a GPU is to wait for it. It is taken at its word.
+            check: Whether to refuse keys that would leave a sum that is not finite, before any is
+                added; on a GPU this waits. Without it, see whether the diagonal of `lower` is
+                finite afterwards.
 
         Returns:
             This moment.
 
         Raises:
             WrongWidth: The keys are not d wide, or the mask does not fit them.
-            ValueError: Keys that are not floating point or that live on another device.
+            NonFiniteKeys: Keys that count hold NaN or infinity, or the sum of their squares
+                overflows its dtype; the moment is as it was.
+            BadInput: Keys that are not floating point or that live on another device.
         """
+        x = matrix(x, "Keys", meta=True)
+        if x.dim() == 0 or x.shape[-1] != self.d:
+            raise WrongWidth(
+                f"Keys of shape {tuple(x.shape)} do not fit a sum of width {self.d}; "
+                "their last dimension must be that width."
+            )
+        pieces = list(key_rows(x, mask))  # (n, d), (n,) each
+        norms = [self._norms(rows, part) for rows, part in pieces]
+        if check and not self._sum.is_meta and not self._surely_finite(norms):
+            self._refuse_non_finite(pieces)
+            norms = [self._norms(rows.double(), part) for rows, part in pieces]
         added = 0
-        for rows, part in key_rows(x, mask):  # (n, d), (n,)
+        for (rows, part), lengths in zip(pieces, norms, strict=True):
             rank_k_update(self._sum, rows, mask=part)
-            self._add_quartic(rows, part)
+            if self._quartic is not None:
+                self._quartic += lengths.to(self._quartic.dtype).pow(4).sum()
             if kept is None:
                 added += rows.shape[0] if part is None else int(part.sum())
         self._count += added if kept is None else kept
         return self
 
+    @isolated()
     def merge(self, other: SecondMoment) -> SecondMoment:
         """Add another moment's keys; the other one stays as it is.
 
         Raises:
             WrongWidth: The other moment is of another width.
+            BadInput: It is no moment.
         """
+        check_moment(other, "A merge")
         if other.d != self.d:
             raise WrongWidth(
                 f"A moment of width {other.d} cannot be merged into one of width {self.d}; "
@@ -129,6 +166,7 @@ class SecondMoment:
             self._quartic += other._quartic.to(self._quartic)
         return self
 
+    @isolated()
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> SecondMoment:
         """Add up the moments of all processes of a group; every one then holds the total.
 
@@ -150,6 +188,7 @@ class SecondMoment:
             self._quartic = None if unknown else start + quartic.to(start.dtype).to(start.device)
         return self
 
+    @isolated()
     def to(self, device: torch.device | str) -> SecondMoment:
         """The same moment on a device; this one where it lives there already."""
         moved = self._sum.to(device)
@@ -194,11 +233,13 @@ class SecondMoment:
         return self._sum
 
     @property
+    @isolated()
     def sum(self) -> Tensor:
         """The sum of ``k k^T``, a symmetric copy (d, d)."""
         return _mirror(self._sum.clone())
 
     @property
+    @isolated()
     def second_moment(self) -> Tensor:
         """The mean of ``k k^T``, a symmetric copy (d, d).
 
@@ -211,22 +252,64 @@ class SecondMoment:
             )
         return _mirror(self._sum / self._count)
 
-    def _add_quartic(self, rows: Tensor, mask: Tensor | None) -> None:
-        """Add ``||k||^4`` of the kept rows (n, d); neither a row nor the device is waited for."""
-        if self._quartic is None:
-            return
+    def _norms(self, rows: Tensor, mask: Tensor | None) -> Tensor:
+        """The norms of rows (n, d) as (n,), 0 of those that do not count; nothing is waited for."""
         # Squares of float16 overflow above 256, and those of float32 before a float64 sum does.
         wide = torch.float64 in (rows.dtype, self._sum.dtype)
-        norms = _norms(rows.detach(), torch.float64 if wide else torch.float32)  # (n,)
+        norms = _norms(rows, torch.float64 if wide else torch.float32)
         if mask is not None:  # what is masked may be anything, NaN included
             norms = norms.masked_fill(~mask.to(norms.device), 0)
-        self._quartic += norms.to(self._quartic.dtype).pow(4).sum()
+        return norms
+
+    def _surely_finite(self, pieces: Sequence[Tensor]) -> bool:
+        """Whether no sum of squares of keys with these norms, (n,) each, comes near an overflow."""
+        norms = torch.cat([*pieces]) if pieces else torch.empty(0)
+        if norms.numel() == 0:
+            return True
+        highest = self._sum.diagonal().abs().max()
+        wide = torch.promote_types(norms.dtype, highest.dtype)
+        # One read from the device. NaN is no larger than anything, and so is not sure.
+        norm, before = torch.stack([norms.max().to(wide), highest.to(wide)]).tolist()
+        return bool(norm * norm * len(norms) + before < torch.finfo(self.dtype).max)
+
+    def _refuse_non_finite(self, pieces: Sequence[tuple[Tensor, Tensor | None]]) -> None:
+        """Refuse keys that would leave a sum that is not finite."""
+        kept = torch.cat(
+            [rows if part is None else rows[part.to(rows.device)] for rows, part in pieces]
+        )
+        bad = int((~kept.isfinite().all(-1)).sum())
+        if bad:
+            raise NonFiniteKeys(
+                f"{bad} of {len(kept)} keys of width {self.d} hold NaN or infinity, and none of "
+                "them was added; run the model in another dtype (bfloat16 or float32)."
+            )
+        kept = kept.cpu().double()  # through the CPU: not every device has float64
+        total = kept.square().sum(0) + self._sum.diagonal().cpu().double()
+        if not float(total.max()) < torch.finfo(self.dtype).max:
+            raise NonFiniteKeys(
+                f"The squares of the keys of width {self.d} overflow {self.dtype} (largest key "
+                f"{float(kept.abs().max()):.3g}), and none of them was added; pass "
+                "dtype=torch.float64."
+            )
 
     def __repr__(self) -> str:
         """Width, count, dtype and device."""
         return (
             f"SecondMoment(d={self.d}, count={self.count}, dtype={self.dtype}, "
             f"device={str(self.device)!r})"
+        )
+
+
+def check_moment(moment: object, name: str) -> None:
+    """Refuse what is no `SecondMoment`, in a sentence that begins with a name of what takes one.
+
+    Raises:
+        BadInput: It is something else.
+    """
+    if not isinstance(moment, SecondMoment):
+        raise BadInput(
+            f"{name} takes a SecondMoment, not a {type(moment).__name__}; make one of a matrix and "
+            "the number of keys with SecondMoment.from_lower."
         )
 
 

@@ -23,7 +23,8 @@ from typing import Any
 import torch
 
 from fastcov.errors import StoreDamaged, StoreMissing, WrongWidth
-from fastcov.moments import SecondMoment
+from fastcov.mode import isolated
+from fastcov.moments import SecondMoment, check_moment
 from fastcov.store import atomic_file
 from fastcov.sums import check_finite, not_a_sum
 
@@ -63,6 +64,7 @@ class NpzMoment:
     sample_size: int | None
 
 
+@isolated()
 def save_npz(
     path: str | os.PathLike[str],
     moment: SecondMoment,
@@ -83,12 +85,14 @@ def save_npz(
         dtype: Of the sum in the file, float32 or float64.
 
     Raises:
+        BadInput: It is no moment.
         ValueError: Another dtype, a sample size below 1, or a moment of no key.
         NonFiniteMatrix: The sum holds NaN or infinity, or is too large for `dtype`.
         OSError: The file cannot be written; nothing is left of the attempt.
     """
     import numpy as np
 
+    check_moment(moment, "An .npz file")
     if dtype not in (torch.float32, torch.float64):
         raise ValueError(f"A sum is written as float32 or float64 but not as {dtype}.")
     if isinstance(sample_size, bool) or not isinstance(sample_size, int) or sample_size < 1:
@@ -106,6 +110,7 @@ def save_npz(
         np.savez(file, **arrays)
 
 
+@isolated()
 def load_npz(path: str | os.PathLike[str], *, width: int | None = None) -> NpzMoment:
     """Read a moment that another codebase wrote.
 

@@ -14,7 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastcov.errors import NonFiniteMatrix, WrongWidth
+from fastcov.errors import NonFiniteMatrix
+from fastcov.inputs import square
+from fastcov.mode import isolated
+from fastcov.moments import SecondMoment
+from fastcov.refinement import place_of_float64
 
 THRESHOLD = 0.02
 
@@ -43,36 +47,41 @@ class NullSpace:
         """What it takes."""
         return sum(t.numel() * t.element_size() for t in (self.basis, self.eigenvalues))
 
+    @isolated()
     def projector(self) -> Tensor:
         """``P = U U^T``, shape (d_k, d_k), float64."""
         return self.basis @ self.basis.mT
 
 
+@isolated()
 def null_space(
-    second_moment: Tensor, *, threshold: float = THRESHOLD, relative: float | None = None
+    second_moment: Tensor | SecondMoment,
+    *,
+    threshold: float = THRESHOLD,
+    relative: float | None = None,
 ) -> NullSpace:
     """The eigenvectors of C whose eigenvalue is below a threshold (AlphaEdit, arXiv 2410.02355).
 
     Args:
-        second_moment: C, shape (d_k, d_k), the mean of ``k k^T``; its lower triangle is read.
+        second_moment: C, shape (d_k, d_k), the mean of ``k k^T``; its lower triangle is read. Or
+            the moment whose mean is taken.
         threshold: Eigenvalues below it count as zero.
         relative: Instead of `threshold`, a multiple of the mean of C's diagonal.
 
     Raises:
         WrongWidth: C is not square, or empty.
+        BadInput: C is no dense matrix of numbers.
+        EmptyCorpus: The moment has seen no key.
         NonFiniteMatrix: C holds NaN or infinity.
         ValueError: The threshold is not a finite number above 0.
     """
-    if second_moment.dim() != 2 or second_moment.shape[0] != second_moment.shape[1]:
-        raise WrongWidth(
-            f"A second moment must be square but has the shape {tuple(second_moment.shape)}."
-        )
-    if second_moment.shape[0] == 0:
-        raise WrongWidth("A second moment of width 0 has no directions.")
+    if isinstance(second_moment, SecondMoment):
+        second_moment = second_moment.second_moment
+    second_moment = square(second_moment, "A second moment")
     name, value = ("threshold", threshold) if relative is None else ("relative", relative)
     if not math.isfinite(value) or value <= 0:
         raise ValueError(f"{name} must be a finite number above 0 but is {value!r}; 0.02 is usual.")
-    C = second_moment.double()
+    C = second_moment.to(place_of_float64(second_moment.device)).double()
     bad = ~C.isfinite()
     if bool(bad.any()):
         row, column = (int(i) for i in bad.nonzero()[0])

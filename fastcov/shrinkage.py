@@ -19,12 +19,15 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from fastcov.errors import EmptyCorpus, NonFiniteMatrix, QuarticUnknown, WrongWidth
-from fastcov.moments import SecondMoment
+from fastcov.errors import BadInput, EmptyCorpus, NonFiniteMatrix, QuarticUnknown
+from fastcov.inputs import shares_entries, square
+from fastcov.mode import isolated
+from fastcov.moments import SecondMoment, check_moment
 
 _BLOCK = 256  # rows whose squares are summed at a time
 
 
+@isolated()
 def ledoit_wolf(moment: SecondMoment) -> float:
     """The intensity of Ledoit and Wolf, for independent keys of any distribution.
 
@@ -42,6 +45,7 @@ def ledoit_wolf(moment: SecondMoment) -> float:
     Raises:
         EmptyCorpus: The moment has seen no key.
         NonFiniteMatrix: The sum holds NaN or infinity.
+        BadInput: It is no moment.
         QuarticUnknown: The moment does not know the sum of ``||k||^4``.
     """
     n, trace, squares = _traces(moment)
@@ -51,6 +55,11 @@ def ledoit_wolf(moment: SecondMoment) -> float:
             "needs, because an older version stored it or it was taken over without; "
             'precompute again, or give shrinkage="oas".'
         )
+    if not float(moment.quartic) < float("inf"):
+        raise NonFiniteMatrix(
+            f"The sum of ||k||^4 of this moment of width {moment.d} holds NaN or infinity; collect "
+            "the keys again, or in float64."
+        )
     spread = squares - trace * trace / moment.d
     error = max(float(moment.quartic) / n - squares, 0.0) / n
     if moment.d == 1 or spread <= 0.0:  # a multiple of the identity already
@@ -58,6 +67,7 @@ def ledoit_wolf(moment: SecondMoment) -> float:
     return min(error / spread, 1.0)
 
 
+@isolated()
 def oas(moment: SecondMoment) -> float:
     """The oracle approximating shrinkage, for Gaussian keys.
 
@@ -75,6 +85,7 @@ def oas(moment: SecondMoment) -> float:
     Raises:
         EmptyCorpus: The moment has seen no key.
         NonFiniteMatrix: The sum holds NaN or infinity.
+        BadInput: It is no moment.
     """
     n, trace, squares = _traces(moment)
     if moment.d == 1:
@@ -97,27 +108,34 @@ SHRINKAGES: Mapping[str, Callable[[SecondMoment], float]] = {
 }
 
 
-def shrunk(C: Tensor, intensity: float, *, in_place: bool = False) -> Tensor:
+@isolated()
+def shrunk(C: Tensor | SecondMoment, intensity: float, *, in_place: bool = False) -> Tensor:
     """``(1 - a) C + a mean(diag C) I``.
 
     Entry by entry, so that of a matrix with one triangle filled the result has the same triangle.
 
     Args:
-        C: A second moment (d, d).
+        C: A second moment (d, d), or the moment whose mean is taken.
         intensity: a, from 0 to 1.
-        in_place: Write over C, to spare a copy.
+        in_place: Write over C, a tensor, to spare a copy.
 
     Returns:
         The shrunk matrix (d, d), C itself where it was made in place.
 
     Raises:
         WrongWidth: C is not square.
+        BadInput: C is no dense matrix of numbers, or cannot be written over.
+        EmptyCorpus: The moment has seen no key.
         ValueError: The intensity is not from 0 to 1.
     """
-    if C.dim() != 2 or C.shape[0] != C.shape[1]:
-        raise WrongWidth(f"A second moment must be square but is {tuple(C.shape)}; pass (d, d).")
     check_intensity(intensity)
-    C = C if in_place else C.clone()
+    found = C.second_moment if isinstance(C, SecondMoment) else square(C, "A second moment")
+    if in_place and (not isinstance(C, Tensor) or C.is_inference() or shares_entries(C)):
+        raise BadInput(
+            f"This {type(C).__name__} cannot be written over: only a tensor can that was not made "
+            "under inference mode and whose entries each have a place; leave out in_place."
+        )
+    C = found if in_place else found.clone(memory_format=torch.contiguous_format)
     if intensity:
         mean = C.diagonal().mean()
         C.mul_(1 - intensity).diagonal().add_(intensity * mean)
@@ -130,7 +148,7 @@ def check_intensity(intensity: float) -> None:
     Raises:
         ValueError: It is not, or is NaN.
     """
-    if not 0 <= intensity <= 1:
+    if not isinstance(intensity, (int, float)) or not 0 <= intensity <= 1:
         raise ValueError(
             f"The intensity of a shrinkage must be from 0 to 1 but is {intensity!r}; "
             "give what fastcov.oas or fastcov.ledoit_wolf says."
@@ -139,6 +157,7 @@ def check_intensity(intensity: float) -> None:
 
 def _traces(moment: SecondMoment) -> tuple[int, float, float]:
     """n, tr S and tr S^2, from the lower triangle."""
+    check_moment(moment, "An estimate of shrinkage")
     n = moment.count
     if n == 0:
         raise EmptyCorpus(

@@ -41,7 +41,8 @@ from torch import Tensor
 from fastcov.budget import budget
 from fastcov.errors import BadBudget, NotPositiveDefinite, WrongWidth
 from fastcov.linalg import factorize, regularised
-from fastcov.moments import SecondMoment
+from fastcov.mode import isolated
+from fastcov.moments import SecondMoment, check_moment
 
 __all__ = ["TOLERANCE", "Look", "StoppingRule", "checkpoints"]
 
@@ -147,6 +148,7 @@ class StoppingRule:
         """Whether the last look was within the tolerance, and not merely at the limit."""
         return bool(self.looks) and self.looks[-1].excess <= self._tolerance
 
+    @isolated()
     def update(self, moment: SecondMoment) -> bool:
         """Look at a moment that has grown.
 
@@ -160,7 +162,9 @@ class StoppingRule:
             BadBudget: The moment has no more keys than at the last look.
             WrongWidth: It is of another width than the one before.
             NonFiniteMatrix: The sum holds NaN or infinity.
+            BadInput: It is no moment.
         """
+        check_moment(moment, "A stopping rule")
         n, d = moment.count, moment.d
         if self.looks:
             if n <= self.looks[-1].keys:

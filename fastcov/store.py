@@ -29,7 +29,8 @@ from torch import Tensor
 
 from fastcov.batches import raw_bytes
 from fastcov.errors import StoreDamaged, StoreMismatch, StoreMissing
-from fastcov.moments import SecondMoment
+from fastcov.mode import isolated
+from fastcov.moments import SecondMoment, check_moment
 from fastcov.parsing import parse_json
 from fastcov.printable import printable_logger
 
@@ -48,6 +49,7 @@ _WRITE_BYTES = 64 << 20
 _ABSENT = object()
 
 
+@isolated()
 def save_moment(
     path: str | os.PathLike[str], moment: SecondMoment, provenance: Mapping[str, Any]
 ) -> None:
@@ -60,8 +62,10 @@ def save_moment(
 
     Raises:
         ValueError: The provenance is not JSON.
+        BadInput: It is no moment.
         OSError: The file cannot be written; nothing is left of the attempt.
     """
+    check_moment(moment, "A store")
     triangle = packed(moment.lower)  # (d (d + 1) / 2,)
     metadata = {
         "format": str(FORMAT),
@@ -113,6 +117,7 @@ def write_safetensors(
             file.write(data[start : start + _WRITE_BYTES])
 
 
+@isolated()
 def load_moment(
     path: str | os.PathLike[str], expect: Mapping[str, Any] | None = None
 ) -> tuple[SecondMoment, dict[str, Any]]:

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from fastcov.batches import sent
 from fastcov.checkpoint_file import Taken
-from fastcov.errors import WrongWidth
+from fastcov.errors import BadInput, WrongWidth
 from fastcov.finite import Finite
 from fastcov.keys import key_rows
+from fastcov.mode import isolated
 from fastcov.moments import SecondMoment
 from fastcov.ring import Ring
 
@@ -141,6 +142,7 @@ class Tally:
         """How many of a module's keys were taken, or passed over."""
         return self._found[name]
 
+    @isolated()
     def taken(self) -> dict[str, Taken]:
         """What every module has given, between two batches; views, not copies.
 
@@ -157,6 +159,7 @@ class Tally:
             taken[name] = Taken(moment, module.limit, found, waiting, since, moment.device)
         return taken
 
+    @isolated()
     def go_on(self, batches: int, taken: Mapping[str, Taken]) -> None:
         """Take over what an earlier run had after some batches; the next one is the one behind.
 
@@ -174,6 +177,7 @@ class Tally:
         """What decides on the order of the sums, as JSON values."""
         return {"dtype": str(self._dtype), "launch_rows": self._launch_rows or LAUNCH_ROWS}
 
+    @isolated()
     def start(self, mask: Tensor | None) -> None:
         """Begin a batch with the mask of its tokens."""
         self._batch += 1
@@ -201,12 +205,13 @@ class Tally:
             limit is not None and self.found(name) >= limit for name, limit in self._wanted.items()
         )
 
+    @isolated()
     def take(self, name: str, x: Tensor) -> None:
         """Add a module's keys x (..., d_k), as many as its budget leaves room for.
 
         Raises:
             WrongWidth: x is not as wide as the module, or the mask does not fit it.
-            ValueError: x is not floating point.
+            BadInput: x is not floating point.
             NonFiniteKeys: See `fastcov.finite.Finite.look`.
         """
         self._check(name, x)
@@ -225,7 +230,7 @@ class Tally:
                 module.ring.add(rows, part)
             elif kept:
                 some = None if part is None or kept == rows.shape[0] else sent(part, x.device)
-                module.moment.update(rows, some, kept=kept)
+                module.moment.update(rows, some, kept=kept, check=False)
                 self._finite.ask(name, module.moment, self._batch, self._batch)
         self._found[name] += count
         if module.ring is not None and self._found[name] == limit:
@@ -233,6 +238,7 @@ class Tally:
         if self._due(x.device):
             self._finite.look(name, self._batch, x if module.ring is None else None, mask)
 
+    @isolated()
     def finish(self) -> None:
         """Sum what still waits, and look for the last time.
 
@@ -259,7 +265,7 @@ class Tally:
         if size > 1:
 
             def full(rows: Tensor) -> None:
-                moment.update(rows)
+                moment.update(rows, check=False)
                 self._finite.ask(name, moment, module.waiting_since, self._batch)
                 module.waiting_since = self._batch
 
@@ -289,6 +295,6 @@ class Tally:
                 f"last dimension must be {expected}; name the projection whose input is the key."
             )
         if not x.is_floating_point():
-            raise ValueError(
+            raise BadInput(
                 f"The input of {name!r} is {x.dtype} and not floating point; name a projection."
             )

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fastcov.kernels import cpu
+from fastcov.mode import isolated
 
 if TYPE_CHECKING:
     from fastcov.tally import Tally
@@ -122,7 +123,7 @@ class Throughput:
         if self._peak is None:
             dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
             try:
-                self._peak = measured_peak(dtype or torch.get_default_dtype(), device)
+                self._peak = measured_peak(dtype or torch.float32, device)
             except RuntimeError as error:  # torch has no product of this dtype on this device
                 logger.warning("the peak of %s could not be measured: %s", device, error)
 
@@ -157,6 +158,7 @@ class Throughput:
         self._ended = time.perf_counter()
 
 
+@isolated()
 def measured_peak(dtype: torch.dtype, device: torch.device) -> float:
     """The speed of a machine's matrix products, in operations a second.
 

@@ -12,8 +12,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fastcov.errors import WrongWidth
-from fastcov.factor import CholeskyFactor, RefinedFactor
+from fastcov.errors import BadInput, NonFiniteKeys, WrongWidth
+from fastcov.factor import CholeskyFactor, RefinedFactor, moved
+from fastcov.inputs import matrix
+from fastcov.mode import isolated
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class UpdatedFactor(CholeskyFactor):
     small: Tensor = field(kw_only=True)
 
     @property
+    @isolated()
     def L(self) -> Tensor:
         """M, shape (d, d): a square root of the matrix, not triangular."""
         H, C = self.whitened, self.small
@@ -55,8 +58,9 @@ class UpdatedFactor(CholeskyFactor):
             part.numel() * part.element_size() for part in (self.whitened, self.small)
         )
 
+    @isolated()
     def half_solve(self, B: Tensor) -> Tensor:
-        """``M^-1 B``: whitened columns, for B of shape (d, m) or (d,) in L's dtype."""
+        """``M^-1 B``: whitened columns, for B of shape (d, m) or (d,)."""
         G = super().half_solve(B)
         H, C = self.whitened, self.small
         inner = torch.linalg.solve_triangular(C, H.mT @ _columns(G), upper=False)
@@ -64,19 +68,22 @@ class UpdatedFactor(CholeskyFactor):
         half: Tensor = G - (H @ inner).reshape(G.shape)
         return half
 
+    @isolated()
     def back_solve(self, B: Tensor) -> Tensor:
         """``M^-T B``, which makes a `half_solve` whole, for B of shape (d, m) or (d,)."""
-        self._check_rows(B)
+        B = moved(self._right_side(B), self.lower)
         H, C = self.whitened, self.small
         inner = torch.linalg.solve_triangular(C + _eye(C), H.mT @ _columns(B), upper=False)
         inner = torch.linalg.solve_triangular(C.mT, inner, upper=True)
         return super().back_solve(B - (H @ inner).reshape(B.shape))
 
+    @isolated()
     def logdet(self) -> Tensor:
         """The logarithm of the determinant of ``A + P P^T``, a scalar tensor."""
         return super().logdet() + 2 * self.small.diagonal().log().sum()
 
 
+@isolated()
 def updated(factor: CholeskyFactor, P: Tensor) -> UpdatedFactor:
     """The factor of ``A + P P^T``.
 
@@ -87,16 +94,24 @@ def updated(factor: CholeskyFactor, P: Tensor) -> UpdatedFactor:
 
     Raises:
         WrongWidth: P is not (d, m).
-        ValueError: The factor is a refined one, whose halves of a solve are not exact.
+        BadInput: P is no dense matrix of numbers; or the factor is a refined one, whose halves of a
+            solve are not exact.
+        NonFiniteKeys: P holds NaN or infinity.
     """
     if isinstance(factor, RefinedFactor):
-        raise ValueError("A refined factor cannot be updated; factorise the matrix in float64.")
+        raise BadInput("A refined factor cannot be updated; factorise the matrix in float64.")
+    P = matrix(P, "The columns of an update")
     if P.dim() != 2 or P.shape[0] != factor.d or P.shape[1] == 0:
         raise WrongWidth(
             f"Columns of shape {tuple(P.shape)} do not fit a factor of width {factor.d}; "
             f"they must be ({factor.d}, m) with m at least 1."
         )
-    P = P.to(factor.device).to(factor.dtype)
+    P = moved(P, factor)
+    if not bool(P.isfinite().all()):
+        raise NonFiniteKeys(
+            f"The columns {tuple(P.shape)} of an update hold NaN or infinity in {P.dtype}; leave "
+            "out those keys, or run the model in float32."
+        )
     G = CholeskyFactor.half_solve(factor, P)  # (d, m)
     if not isinstance(factor, UpdatedFactor):
         small = _root_of_one_plus_gram(G)

@@ -169,7 +169,7 @@ def _offsets(X: Tensor, mask: Tensor | None, rows: Tensor | None) -> Tensor:
     """Where the kept rows of X (n, d) begin, in elements from the first; int64 (m,)."""
     if rows is None:
         if mask is None:
-            rows = torch.arange(X.shape[0], dtype=torch.int64)
+            rows = torch.arange(X.shape[0], dtype=torch.int64, device=X.device)
         else:
             rows = mask.nonzero().squeeze(1)
     return (rows * X.stride(0)).contiguous()

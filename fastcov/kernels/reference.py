@@ -5,8 +5,7 @@ two smaller triangles are done the same way. Only the smallest triangles, `_LEAF
 full square and keep half of it, so the arithmetic is close to half of a full product and the memory
 is one leaf.
 
-On GPUs float32 products obey ``torch.set_float32_matmul_precision``, as every product in torch
-does.
+Products are full ones: `fastcov.ops` switches TF32 and autocast off around a kernel.
 """
 
 from __future__ import annotations
@@ -18,6 +17,9 @@ from torch import Tensor
 
 _LEAF = 256  # width of the triangles computed as squares
 _CHUNK_BYTES = 64 << 20  # what converting or gathering rows may take at a time
+# Rows of one product. A library may add them up one after the other, and a float32 sum of ones
+# stops at 2^24; products of no more rows than these are added to C.
+_ROWS = 4096
 
 
 def missing() -> str | None:
@@ -47,11 +49,11 @@ def _chunks(C: Tensor, X: Tensor, mask: Tensor | None, rows: Tensor | None) -> I
     # layout each of the many products of the recursion would make its own copy.
     direct = X.dtype == C.dtype and X.stride(1) == 1 and X.stride(0) >= d
     if rows is None and direct:
-        if n:
-            yield X
+        for start in range(0, n, _ROWS):
+            yield X[start : start + _ROWS]
         return
     m = n if rows is None else rows.shape[0]
-    step = max(1, _CHUNK_BYTES // (d * C.element_size()))
+    step = max(1, min(_ROWS, _CHUNK_BYTES // max(1, d * C.element_size())))
     for start in range(0, m, step):
         part = slice(start, min(start + step, m))
         chunk = X[part] if rows is None else X[rows[part]]
