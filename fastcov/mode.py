@@ -111,8 +111,12 @@ class isolated(ContextDecorator):
                     setattr(products, name, value)
 
     def _restore(self) -> None:
-        while self._undo:
-            self._undo.pop()()
+        try:
+            while self._undo:
+                self._undo.pop()()
+        except BaseException:  # an interrupt comes once
+            self._restore()
+            raise
 
 
 def _matmul_precision() -> str | None:

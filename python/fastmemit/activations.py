@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastcov.mode import evaluation_mode
+from fastcov.mode import evaluation_mode, isolated
 from fastmemit.errors import FastmemitError, UnknownArchitecture
 from fastmemit.models import (
     ModelAdapter,
@@ -73,6 +73,7 @@ class SubjectPass:
     entering: tuple[Entering | None, ...]
 
     @classmethod
+    @isolated()
     def of(
         cls, adapter: ModelAdapter, rows: Sequence[Row], batch_tokens: int = BATCH_TOKENS
     ) -> SubjectPass:
@@ -96,7 +97,7 @@ class SubjectPass:
         """What the kept states take."""
         return sum(e.hidden.numel() * e.hidden.element_size() for e in self.entering if e)
 
-    @torch.no_grad()
+    @isolated()
     def read(
         self,
         adapter: ModelAdapter,

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastcov.mode import evaluation_mode, isolated
 from fastmemit.errors import BadRequest
 from fastmemit.logits import head_reads
 from fastmemit.models import ModelAdapter, check_lengths
@@ -63,7 +64,7 @@ def answer_nlls(
     return [answer.nll for answer in judged]
 
 
-@torch.no_grad()
+@isolated()
 def judge_answers(
     adapter: ModelAdapter,
     tokenizer: Any,
@@ -112,9 +113,7 @@ def judge_answers(
     for ids, found in wanted.items():
         reads.setdefault(host[ids], []).extend(found)
     answers: dict[int, Answer] = {}
-    training = adapter.model.training
-    adapter.model.eval()
-    try:
+    with evaluation_mode(adapter.model):
         # A row that padding changes runs alone.
         together = batch_tokens if adapter.right_padding != "none" else 1
         for chunk in length_batches(reads, together):
@@ -122,8 +121,6 @@ def judge_answers(
             answers.update(_run(adapter, chunk, here))
             if progress is not None:
                 progress(len(here))
-    finally:
-        adapter.model.train(training)
     return [answers[number] for number in range(len(questions))]
 
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from types import TracebackType
 from weakref import WeakKeyDictionary
 
-import torch
 from torch import Tensor, nn
 
+from fastcov.mode import isolated
 from fastmemit.chain import Chain
 from fastmemit.delta import Delta, add_low_rank, restore
 from fastmemit.errors import BadUndo, WrongModel
@@ -254,6 +254,7 @@ class EditStack:
         last = next(reversed(self._layers.values()), None)
         return self.fingerprint if last is None else f"{self.fingerprint}+{last.state}"
 
+    @isolated()
     def push(self, edit: Edit) -> None:
         """Apply an edit; see `Edit.apply`."""
         with self.lock:
@@ -272,9 +273,8 @@ class EditStack:
             }
             writing = Writing(self, _Journal(before, edit))
             with writing, writing:
-                with torch.no_grad():
-                    for name, (left, right) in edit.delta.factors.items():
-                        add_low_rank(weights[name], left, right)
+                for name, (left, right) in edit.delta.factors.items():
+                    add_low_rank(weights[name], left, right)
                 after = checksums(weights.items())
                 for name, chain in chains.items():
                     chain.add(edit, edit.delta.factors[name], weights[name], after[name])
@@ -285,6 +285,7 @@ class EditStack:
                 self._journal = None  # from here on the edit is in the weights
             self._watch.trust(weights.values())
 
+    @isolated()
     def pop(self, edit: Edit) -> None:
         """Undo an edit; see `Edit.undo`."""
         with self.lock:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from fastcov.mode import isolated
 from fastmemit.errors import BadConfig
 from fastmemit.models.shape import Shape
 
@@ -93,6 +94,7 @@ class Plan:
         return max(s["model"], s["text"], s["memory"]) + s["adding up"] + s["writing"]
 
 
+@isolated()
 def plan(
     shape: Shape,
     machine: Machine,

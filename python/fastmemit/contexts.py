@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Literal
 
+from fastcov.mode import isolated
 from fastmemit.errors import WrongModel
 from fastmemit.sampling import continue_rows
 from fastmemit.tokens import encode
@@ -57,6 +58,7 @@ class Contexts:
         return self._written[kind]
 
 
+@isolated()
 def generate_contexts(model: Any, tokenizer: Any, kind: Kind, seed: int = 0) -> tuple[str, ...]:
     """The texts that stand before a prompt; the first is ``""``, the bare prompt.
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastcov.mode import isolated
 from fastcov.parsing import parse_json
 from fastcov.store import atomic_file, write_safetensors
 from fastmemit.errors import (
@@ -172,6 +173,7 @@ class Delta:
                     f"({type(weight).__name__}); load the model in floating point."
                 )
 
+    @isolated()
     def add_to(self, model: nn.Module) -> None:
         """Add the change to the model's weights, all or none.
 
@@ -207,7 +209,7 @@ class Delta:
         return {name: named[name] for name in self.factors}
 
 
-@torch.no_grad()
+@isolated()
 def add_low_rank(weight: Tensor, left: Tensor, right: Tensor) -> None:
     """``weight += left @ right^T`` in place, rounded once to the weight's dtype.
 
@@ -220,6 +222,7 @@ def add_low_rank(weight: Tensor, left: Tensor, right: Tensor) -> None:
         right: (columns, B) float32.
     """
     weight.copy_(_sum(weight, left, right))
+    torch.clear_autocast_cache()  # which would go on with a copy of the former weight
 
 
 def _sum(weight: Tensor, left: Tensor, right: Tensor) -> Tensor:
@@ -234,7 +237,7 @@ def _check_finite(name: str, left: Tensor, right: Tensor) -> None:
         )
 
 
-@torch.no_grad()
+@isolated()
 def _check_sum(name: str, weight: Tensor, left: Tensor, right: Tensor) -> None:
     """Refuse a change after which a weight would hold NaN or infinity.
 
@@ -272,11 +275,12 @@ def restored_on_error(weights: list[Tensor]) -> Iterator[None]:
         raise
 
 
-@torch.no_grad()
+@isolated()
 def restore(weights: list[Tensor], before: list[Tensor]) -> None:
     """Copy saved bits back into weights."""
     for weight, saved in zip(weights, before, strict=True):
         weight.copy_(saved)
+    torch.clear_autocast_cache()
 
 
 def _marks(tensors: list[Tensor]) -> list[tuple[int, int]] | None:

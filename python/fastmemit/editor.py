@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 
+from fastcov.mode import isolated
 from fastcov.printable import printable_logger
 from fastcov.stopping import LIMIT
 from fastmemit.applied import Edit, EditStack
@@ -19,7 +20,7 @@ from fastmemit.data.corpora import Corpus
 from fastmemit.data.self_written import open_corpus
 from fastmemit.delta import Delta
 from fastmemit.editors import METHODS, EditConfig, PreservedKeys, ReadCache, find_config
-from fastmemit.errors import BadConfig, WrongModel
+from fastmemit.errors import BadConfig, InferenceWeight, WrongModel
 from fastmemit.models import find_adapter, load_model, save_model
 from fastmemit.outcomes import Reply, verdict
 from fastmemit.planning import apply_edit, plan_edit
@@ -57,8 +58,10 @@ class Editor:
     Raises:
         UnknownArchitecture: The model's edited projection cannot be told.
         BadConfig: The tokenizer is none.
+        InferenceWeight: The model was made under ``torch.inference_mode``.
     """
 
+    @isolated()
     def __init__(
         self,
         model: Any,
@@ -73,6 +76,13 @@ class Editor:
     ) -> None:
         self.adapter = find_adapter(model, module)
         self.model = model = self.adapter.model  # without what is wrapped around it
+        for place, parameter in model.named_parameters():
+            if parameter.is_inference():
+                raise InferenceWeight(
+                    f"The weight {place} was made inside torch.inference_mode(), so torch allows "
+                    "neither an edit nor a gradient outside of it; load the model before that block"
+                    " begins."
+                )
         self.tokenizer = tokenizer = text_tokenizer(tokenizer)
         self.seed = seed
         path = name or str(getattr(model.config, "_name_or_path", "") or "model")
@@ -91,6 +101,7 @@ class Editor:
         )
 
     @classmethod
+    @isolated()
     def from_pretrained(
         cls,
         name: str,
@@ -146,6 +157,7 @@ class Editor:
         """
         return find_config(self.adapter, method, overrides)
 
+    @isolated()
     def precompute(
         self,
         corpus: str | os.PathLike[str] | Corpus = "wikipedia",
@@ -204,12 +216,14 @@ class Editor:
         """
         self.sources.use(found)
 
+    @isolated()
     def find_statistics(
         self, layers: Sequence[int] | None, multiplier: float | None = None
     ) -> Statistics | None:
         """The newest kept statistics of this model for these layers (None: whichever), or None."""
         return self.sources.find(layers, multiplier)
 
+    @isolated()
     def statistics_for(self, layers: Sequence[int]) -> Statistics:
         """The statistics that an edit of these layers would use.
 
@@ -218,6 +232,7 @@ class Editor:
         """
         return self.sources.statistics_for(layers)
 
+    @isolated()
     def contexts(self, method: str) -> tuple[str, ...]:
         """The texts put before prompts, written by the unedited model with the editor's seed.
 
@@ -228,12 +243,14 @@ class Editor:
             self._stack.settle()
             return self.sources.contexts(method)
 
+    @isolated()
     def targets(self, requests: Sequence[EditRequest], config: EditConfig) -> list[Target]:
         """Target vectors on the model as it is, from the store where they are in it."""
         with self._stack.lock:
             self._stack.settle()
             return self.sources.targets(requests, config)
 
+    @isolated()
     def plan(
         self,
         requests: Sequence[EditRequest],
@@ -265,6 +282,7 @@ class Editor:
         with self._stack.lock:
             return plan_edit(self.sources, self._stack, requests, config, preserved, reads)[0]
 
+    @isolated()
     def edit(
         self,
         requests: Sequence[EditRequest],
@@ -309,6 +327,7 @@ class Editor:
             log.warning("%s", verdict(edit.outcomes))
         return edit
 
+    @isolated()
     def ask(self, requests: Sequence[EditRequest]) -> list[Reply]:
         """What the model, as it is now, makes of facts, and what it says instead; see `Reply`.
 
@@ -320,6 +339,7 @@ class Editor:
             self._stack.settle()
             return self.sources.ask(requests)
 
+    @isolated()
     def load(self, path: str | os.PathLike[str], *, force: bool = False) -> Edit:
         """Read an edit from a file; it is not applied.
 
@@ -356,12 +376,14 @@ class Editor:
         """
         return self._stack.block(edit)
 
+    @isolated()
     def generate(self, prompts: Sequence[str], new_tokens: int = 20) -> list[str]:
         """What the model, as it is now, goes on with: its most probable words."""
         with self._stack.lock:
             self._stack.settle()
             return continue_texts(self.model, self.tokenizer, prompts, new_tokens)
 
+    @isolated()
     def save_model(self, folder: str | os.PathLike[str]) -> None:
         """Write the model as it is now into a folder that ``from_pretrained`` loads.
 

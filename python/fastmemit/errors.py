@@ -55,6 +55,10 @@ class QuantisedWeight(FastmemitError):
     """A weight that is not stored in floating point and so cannot take an edit."""
 
 
+class InferenceWeight(FastmemitError):
+    """A weight that was made under inference mode, which torch lets nobody write to elsewhere."""
+
+
 class OffloadedWeight(FastmemitError):
     """A weight that is not in memory, as offloading leaves it."""
 

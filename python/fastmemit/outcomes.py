@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fastcov.mode import isolated
 from fastcov.printable import printable
 from fastmemit.answers import judge_answers
 from fastmemit.models import ModelAdapter
@@ -74,6 +75,7 @@ class Outcome:
         )
 
 
+@isolated()
 def ask(adapter: ModelAdapter, tokenizer: Any, requests: Sequence[EditRequest]) -> list[Reply]:
     """Ask a model for facts, as it is now.
 

@@ -6,6 +6,7 @@ import dataclasses
 import logging
 from collections.abc import Sequence
 
+from fastcov.mode import isolated
 from fastmemit.applied import Edit, EditStack
 from fastmemit.delta import Delta
 from fastmemit.editors import PLANS, PRESERVING, EditConfig, PreservedKeys, ReadCache
@@ -20,6 +21,7 @@ from fastmemit.statistics import versions
 log = logging.getLogger(__name__)
 
 
+@isolated()
 def plan_edit(
     sources: Sources,
     stack: EditStack,
@@ -81,6 +83,7 @@ def plan_edit(
     return Delta(factors, provenance), work.keys
 
 
+@isolated()
 def apply_edit(
     sources: Sources,
     stack: EditStack,

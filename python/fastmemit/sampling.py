@@ -6,16 +6,16 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from fastcov.mode import evaluation_mode, isolated, random_state_kept
 from fastmemit.errors import BadConfig, BadRequest, FastmemitError
 from fastmemit.models import check_lengths, input_device
 from fastmemit.models.running import padding
 from fastmemit.tokens import encode, pad_batch
 
 
-@torch.no_grad()
+@isolated()
 def continue_rows(
     model: Any,
     tokenizer: Any,
@@ -67,13 +67,8 @@ def continue_rows(
     stated = getattr(own, "eos_token_id", None)
     end = tokenizer.eos_token_id if stated is None else stated
     model.generation_config = GenerationConfig(eos_token_id=end)
-    training = model.training
-    model.eval()
-    # The head, where tokens are drawn, need not be on the device of the embeddings.
-    cuda = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     try:
-        with torch.random.fork_rng(devices=cuda):
-            torch.manual_seed(seed)
+        with evaluation_mode(model), random_state_kept(seed):
             for group in _together(model, rows):
                 batch = pad_batch(
                     [rows[number] for number in group], side="left", device=input_device(model)
@@ -92,7 +87,6 @@ def continue_rows(
                 width = batch["input_ids"].shape[1]
                 found.update(zip(group, (row[width:].tolist() for row in out), strict=True))
     finally:
-        model.train(training)
         model.generation_config = own
     return [found[number] for number in range(len(rows))]
 

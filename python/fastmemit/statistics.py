@@ -15,6 +15,7 @@ import transformers
 from torch import Tensor
 
 import fastcov
+from fastcov.mode import isolated
 from fastcov.throughput import Throughput
 from fastmemit import parallel
 from fastmemit.collecting import Text, alone_or_first, checkpoint_of, collected, sweep_up, tidy
@@ -101,6 +102,7 @@ class Statistics:
         )
 
 
+@isolated()
 def precompute(
     adapter: ModelAdapter,
     tokenizer: Any,

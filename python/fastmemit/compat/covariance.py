@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 import fastcov
+from fastcov.mode import isolated
 from fastmemit.compat.hparams import fields_of, multiplier_of, whole_numbers
 from fastmemit.compat.live import Live, forget, live
 from fastmemit.compat.settings import current
@@ -23,6 +24,7 @@ log = logging.getLogger(__name__)
 IN_A_ROW = 6
 
 
+@isolated()
 def get_cov(
     model: nn.Module,
     tok: Any,
@@ -67,6 +69,7 @@ def get_cov(
     return found.matrix(layer, inverse=inv).to(found.place(layer), copy=True)
 
 
+@isolated()
 def get_inv_cov(
     model: nn.Module,
     tok: Any,
@@ -113,6 +116,7 @@ class LayerStats:
     mom2: LayerMoment
 
 
+@isolated()
 def layer_stats(
     model: nn.Module,
     tokenizer: Any,

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import fastcov
+from fastcov.mode import isolated
 from fastcov.stopping import LIMIT
 from fastmemit.auto import AUTO, precompute_auto
 from fastmemit.cache import cache_dir
@@ -216,6 +217,7 @@ class Live:
         assert self._statistics is not None
         return self._statistics.moment(self.adapter.projection_name(layer))
 
+    @isolated()
     def matrix(self, layer: int, *, inverse: bool = False) -> Tensor:
         """C of a layer that is covered, or its inverse: float32 (d_k, d_k) on the CPU, not a copy.
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any, TypedDict
 
+from fastcov.mode import evaluation_mode, isolated
 from fastmemit.downstream.tasks import Tasks, apart, check_installed, find_tasks
 from fastmemit.editor import Editor
 from fastmemit.errors import BadConfig
@@ -25,6 +25,7 @@ class TaskScores(TypedDict):
     lm_eval: str  # the harness's version
 
 
+@isolated()
 def evaluate_tasks(
     model: Any,
     tokenizer: Any,
@@ -66,7 +67,7 @@ def evaluate_tasks(
         raise BadConfig(f"Tasks are a list of names, not the text {tasks!r}; give [{tasks!r}].")
     if not isinstance(tasks, Tasks):
         tasks = find_tasks(tasks, include_path=include_path, progress=progress)
-    with apart(progress), _modes_kept(model):
+    with apart(progress), evaluation_mode(model):
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
 
@@ -113,14 +114,3 @@ def _metrics(scores: dict[str, Any]) -> dict[str, float]:
         for key, value in scores.items()
         if "," in key and isinstance(value, (int, float)) and not isinstance(value, bool)
     }
-
-
-@contextlib.contextmanager
-def _modes_kept(model: Any) -> Iterator[None]:
-    """Every submodule is afterwards in the mode that it was in before."""
-    training = [module for module in model.modules() if module.training]
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

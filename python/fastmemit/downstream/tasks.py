@@ -8,16 +8,13 @@ import importlib.util
 import io
 import logging
 import os
-import random
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
+from fastcov.mode import random_state_kept
 from fastmemit.errors import BadConfig, BadData
 
 _LOGGERS = ("lm_eval", "datasets", "huggingface_hub", "evaluate")
@@ -109,15 +106,12 @@ def apart(progress: bool) -> Iterator[None]:
     levels = [logger.level for logger in loggers]
     # All that draws a bar asks sys.stderr for a terminal, and no setting reaches all of it.
     sink = contextlib.nullcontext() if progress else contextlib.redirect_stderr(io.StringIO())
-    python, numpy = random.getstate(), np.random.get_state()
     try:
         for logger in loggers:
             logger.setLevel(logging.CRITICAL)
-        with sink, torch.random.fork_rng():
+        with sink, random_state_kept():
             yield
     finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastcov.mode import evaluation_mode
+from fastcov.mode import evaluation_mode, isolated
 from fastmemit.errors import FastmemitError, UnknownArchitecture
 from fastmemit.evaluation.schema import Perplexity
 from fastmemit.evaluation.windows import PerplexityText, Window, read_text
@@ -59,6 +59,7 @@ class PerplexityResult:
     context: int
 
     @property
+    @isolated()
     def perplexity(self) -> float:
         """``exp(nll)``; infinite where that is too large for a float."""
         return _exp(self.nll)
@@ -89,7 +90,7 @@ def perplexity(
     windows = text.windows(context_limit(adapter.model))
     adapter.check_causal()
     total, tokens = 0.0, 0
-    with evaluation_mode(adapter.model), torch.no_grad():
+    with evaluation_mode(adapter.model):
         for batch in _batches(windows, batch_tokens):
             nll = _run(adapter, batch)
             if not math.isfinite(nll):

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 import fastcov
+from fastcov.mode import isolated
 from fastcov.npz import save_npz
 from fastcov.null_space import THRESHOLD
 from fastcov.store import atomic_file
@@ -20,6 +21,7 @@ from fastmemit.statistics import Statistics
 log = logging.getLogger(__name__)
 
 
+@isolated()
 def export_statistics(
     found: Statistics,
     place: StatsPlace,
@@ -69,6 +71,7 @@ def export_statistics(
     return paths
 
 
+@isolated()
 def export_null_space(
     found: Statistics,
     path: str | os.PathLike[str],

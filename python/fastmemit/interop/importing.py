@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import fastcov
+from fastcov.mode import isolated
 from fastcov.npz import NpzMoment, load_npz
 from fastmemit.editor import Editor
 from fastmemit.errors import BadConfig
@@ -23,6 +24,7 @@ _READ_BYTES = 1 << 24
 _SHOWN = 6
 
 
+@isolated()
 def import_statistics(
     editor: Editor, files: Mapping[str, Path] | Sequence[Path], *, check: bool = True
 ) -> Statistics:

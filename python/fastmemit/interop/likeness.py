@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastcov import KeyHooks, SecondMoment
 from fastcov.keys import key_rows
-from fastcov.mode import evaluation_mode
+from fastcov.mode import evaluation_mode, isolated
 from fastmemit.data import load_corpus
 from fastmemit.data.feed import corpus_batches
 from fastmemit.editor import Editor
@@ -44,6 +44,7 @@ class Likeness:
     times: float
 
 
+@isolated()
 def likeness(diagonal: Tensor, mean_squares: Tensor) -> Likeness:
     """Compare the diagonal of C (d_k,) with mean squares of keys (d_k,).
 
@@ -59,6 +60,7 @@ def likeness(diagonal: Tensor, mean_squares: Tensor) -> Likeness:
     return Likeness(float(correlation), float((logs[0] - logs[1]).median().exp()))
 
 
+@isolated()
 def check_likeness(editor: Editor, moments: Mapping[str, SecondMoment]) -> dict[str, Likeness]:
     """Refuse moments that are unlike those of the model's own keys.
 
@@ -95,6 +97,7 @@ def check_likeness(editor: Editor, moments: Mapping[str, SecondMoment]) -> dict[
     return found
 
 
+@isolated()
 def mean_squares(editor: Editor, modules: Sequence[str]) -> dict[str, Tensor]:
     """The mean square of each coordinate of the keys on some prose, module name -> (d_k,).
 
@@ -122,7 +125,6 @@ def mean_squares(editor: Editor, modules: Sequence[str]) -> dict[str, Tensor]:
             skip=1,
         ) as batches,
         KeyHooks(model, modules, add) as hooks,
-        torch.no_grad(),
         evaluation_mode(model),
     ):
         for batch in batches:

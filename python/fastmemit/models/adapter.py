@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastcov.mode import evaluation_mode
+from fastcov.mode import evaluation_mode, isolated
 from fastmemit.errors import BadLayer, OffloadedWeight, QuantisedWeight, UnknownArchitecture
 from fastmemit.models.block_map import PROBE, BlockMap, inverse
 from fastmemit.models.context import context_limit
@@ -189,6 +189,7 @@ class ModelAdapter:
             "in floating point (float32, bfloat16 or float16), without quantisation."
         )
 
+    @isolated()
     def adds_plainly(self, layer: int) -> bool:
         """Whether the block adds its projection's output to its stream as it is, by measurement."""
         key = ("adds plainly", layer)
@@ -211,7 +212,7 @@ class ModelAdapter:
         if key not in self.measured:
             probe = torch.full((4, self.d), PROBE, device=self.weight(layer).device)
             probe[:, 1::2] *= -1
-            with evaluation_mode(self.model), torch.no_grad():
+            with isolated(), evaluation_mode(self.model):
                 block = BlockMap(self, layer, self._any_rows(4))
                 up, down, now = block(probe), block(-probe), block(None)
             share = (up - down).norm(dim=1) / 2 / now.norm(dim=1)
@@ -224,6 +225,7 @@ class ModelAdapter:
         size = int(head.weight.shape[0])
         return [[(7 * n + 13 * k + 3) % size for k in range(4)] for n in range(count)]
 
+    @isolated()
     def projection_residual(
         self,
         layer: int,

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from fastcov.mode import isolated
 from fastmemit.models.outputs import hidden_of
 from fastmemit.tokens import pad_batch
 
@@ -123,7 +124,7 @@ class BlockMap:
         return states if states.dtype == torch.float64 else states.float()
 
 
-@torch.no_grad()
+@isolated()
 def inverse(
     f: BlockMap,
     outputs: Tensor,  # (B, d)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastcov.mode import isolated
 from fastmemit.errors import OffloadedWeight
 from fastmemit.models.stored import stored_tensors
 
@@ -62,6 +63,7 @@ def checksum(tensor: Tensor) -> str:
     return checksums([("", tensor)])[""]
 
 
+@isolated()
 def checksums(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
     """The checksum of each tensor by name, with one wait for each device.
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from fastcov.mode import isolated, random_state_kept
 from fastmemit.errors import BadConfig, DamagedFile, ModelNotFound
 from fastmemit.models.dispatch import (
     checked_map,
@@ -24,6 +25,7 @@ DTYPES = {
 }
 
 
+@isolated()
 def load_model(
     name: str,
     *,
@@ -76,8 +78,9 @@ def load_model(
         if settings["device_map"] != {"": place}:
             settings["max_memory"] = memory_of_own_gpus()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=precision, **settings)
+        with random_state_kept():  # weights that a file lacks are drawn
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=precision, **settings)
     except (OSError, ValueError, ImportError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # the disk's own words (full, no permission) say it best
@@ -94,6 +97,7 @@ def load_model(
     return model, tokenizer
 
 
+@isolated()
 def load_skeleton(name: str, *, trust_remote_code: bool = False) -> Any:
     """A model without its weights: every module and shape, nothing to compute with.
 

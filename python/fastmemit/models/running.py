@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fastcov.mode import evaluation_mode
+from fastcov.mode import evaluation_mode, isolated
 from fastmemit.models.context import context_limit
 from fastmemit.models.outputs import hidden_of
 from fastmemit.tokens import pad_batch
@@ -88,7 +88,7 @@ def probe_ids(model: Any, length: int = _LONG) -> tuple[int, ...]:
     return tuple((20 + 3 * place) % words for place in range(length))
 
 
-@torch.no_grad()
+@isolated()
 def is_causal(model: Any) -> bool:
     """Whether no token's output depends on later tokens: other ones behind it are tried."""
     ids = probe_ids(model)
@@ -102,7 +102,7 @@ def is_causal(model: Any) -> bool:
     return agrees(model, second, first)
 
 
-@torch.no_grad()
+@isolated()
 def padding(model: Any, side: Literal["left", "right"]) -> Padding:
     """What rows of different lengths in one batch need so that each is run as if alone.
 

@@ -13,9 +13,11 @@ from typing import Any
 
 from torch import nn
 
+from fastcov.mode import isolated
 from fastmemit.errors import QuantisedWeight
 
 
+@isolated()
 def save_model(model: Any, tokenizer: Any, folder: str | os.PathLike[str]) -> Path:
     """Write a model and its tokenizer to `folder`.
 

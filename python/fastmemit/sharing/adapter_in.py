@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastcov.mode import isolated
 from fastcov.parsing import parse_json
 from fastmemit.delta import Delta
 from fastmemit.errors import BadAdapter, DamagedFile
@@ -44,6 +45,7 @@ _KNOWN = {
 _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
+@isolated()
 def load_adapter(folder: str | os.PathLike[str], model: nn.Module) -> Delta:
     """Read a LoRA adapter as the change that it makes to a model's weights.
 

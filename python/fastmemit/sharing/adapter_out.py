@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastcov.mode import isolated
 from fastcov.store import write_safetensors
 from fastmemit.delta import Delta
 from fastmemit.errors import BadAdapter
@@ -29,6 +30,7 @@ OURS = "fastmemit"
 PREFIX = "base_model.model."
 
 
+@isolated()
 def save_adapter(
     delta: Delta,
     model: nn.Module | ModelAdapter,

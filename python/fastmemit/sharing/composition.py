@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastcov.mode import isolated
 from fastmemit.delta import Delta
 from fastmemit.errors import BadConfig, ConflictingEdits, DamagedFile, WrongModel
 from fastmemit.sharing.compression import compressed
@@ -28,6 +29,7 @@ METHOD = "composition"
 _DIGITS = 8
 
 
+@isolated()
 def compose(
     deltas: Sequence[Delta],
     *,
@@ -79,6 +81,7 @@ def compose(
     return compressed(whole, rank=rank) if compress or rank is not None else whole
 
 
+@isolated()
 def parts(delta: Delta) -> tuple[Delta, ...]:
     """The deltas that a composition is made of, oldest first; the delta itself if it is none.
 
@@ -108,6 +111,7 @@ def parts(delta: Delta) -> tuple[Delta, ...]:
     return tuple(found)
 
 
+@isolated()
 def remove(delta: Delta, digest: str) -> Delta:
     """A composition without one of its parts, with the very numbers of the others.
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastcov.mode import isolated
 from fastmemit.delta import Delta
 from fastmemit.errors import BadConfig
 
@@ -14,6 +15,7 @@ from fastmemit.errors import BadConfig
 ROUNDING = 2.0**-24
 
 
+@isolated()
 def compressed(delta: Delta, *, rank: int | None = None, tolerance: float = ROUNDING) -> Delta:
     """The same change with as few columns as it needs.
 

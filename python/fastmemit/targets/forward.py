@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastcov.mode import evaluation_mode
+from fastcov.mode import evaluation_mode, isolated
 from fastmemit.errors import FastmemitError, UnknownArchitecture
 from fastmemit.logits import head_reads
 from fastmemit.models import ModelAdapter, hidden_of, probe_ids, token_states, with_hidden
@@ -187,6 +187,7 @@ _WORDS: dict[type, tuple[str, str]] = {
 }
 
 
+@isolated()
 def check_targets(adapter: ModelAdapter, layers: Sequence[int]) -> None:
     """Refuse a model whose targets cannot be computed, before anything is paid for statistics.
 

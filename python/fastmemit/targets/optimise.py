@@ -11,14 +11,14 @@ so that every one follows the path it would follow alone (ROME, equation 4; MEMI
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from fastcov.mode import evaluation_mode, isolated
 from fastmemit.errors import FastmemitError
 from fastmemit.models import ModelAdapter, check_lengths
 from fastmemit.request import EditRequest
@@ -89,6 +89,7 @@ class Target:
     losses: tuple[float, ...]
 
 
+@isolated(gradients=True)
 def optimise(
     adapter: ModelAdapter,
     tokenizer: Any,
@@ -127,7 +128,7 @@ def optimise(
     rows = [request_rows(tokenizer, request, contexts) for request in requests]
     check_lengths(adapter.model, [row.ids for request in rows for row in request.rows])
     targets: dict[int, Target] = {}
-    with _frozen(adapter.model):
+    with evaluation_mode(adapter.model, frozen=True):
         for group in like_lengths(rows, batch_tokens):
             log.debug("targets: a group of %d requests", len(group))
             members = [rows[index] for index in group]
@@ -136,22 +137,6 @@ def optimise(
             for index, target in zip(group, run.optimise(progress), strict=True):
                 targets[index] = target
     return [targets[index] for index in range(len(rows))]
-
-
-@contextmanager
-def _frozen(model: torch.nn.Module) -> Iterator[None]:
-    """No parameter asks for a gradient, no dropout is drawn; both as before afterwards."""
-    asking = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    training = model.training
-    model.eval()
-    for parameter in asking:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in asking:
-            parameter.requires_grad_(True)
-        model.train(training)
 
 
 class _Group:

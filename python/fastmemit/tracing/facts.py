@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from fastcov.mode import evaluation_mode, isolated
 from fastmemit.errors import BadRequest
 from fastmemit.logits import head_reads
 from fastmemit.models import ModelAdapter, check_lengths
@@ -116,7 +115,7 @@ class Chosen:
     looked_at: int
 
 
-@torch.no_grad()
+@isolated()
 def choose_facts(
     adapter: ModelAdapter, tokenizer: Any, requests: Sequence[EditRequest], settings: TraceSettings
 ) -> Chosen:
@@ -150,7 +149,7 @@ def choose_facts(
         return Chosen(facts, len(facts))
     known: list[TracedFact] = []
     batch_tokens = settings.tokens_on(adapter.device)
-    with evaluating(adapter.model):
+    with evaluation_mode(adapter.model):
         for begin in range(0, len(order), _CHUNK):
             chunk = order[begin : begin + _CHUNK]
             said = _predictions(adapter, [fact.ids for fact in chunk], batch_tokens)
@@ -166,17 +165,6 @@ def choose_facts(
             "with only_known=False (--unknown-too)."
         )
     return Chosen(tuple(known), len(order))
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode inside the block, and in its own mode behind it."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 def _predictions(

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastcov.mode import isolated
 from fastmemit.errors import BadRequest
 from fastmemit.models import ModelAdapter
 from fastmemit.tracing.facts import TracedFact
 
 
-@torch.no_grad()
+@isolated()
 def subject_embeddings(adapter: ModelAdapter, facts: Sequence[TracedFact]) -> tuple[float, int]:
     """Standard deviation over all coordinates of the subjects' token embeddings, and their width.
 
@@ -37,6 +38,7 @@ def subject_embeddings(adapter: ModelAdapter, facts: Sequence[TracedFact]) -> tu
     return std, values.shape[-1]
 
 
+@isolated()
 def subject_noise(fact: TracedFact, samples: int, width: int, std: float, seed: int) -> Tensor:
     """Gaussian noise for the subject's tokens, (samples, subject tokens, width), float32.
 

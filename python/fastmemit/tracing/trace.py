@@ -8,13 +8,13 @@ from functools import partial
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fastcov.mode import evaluation_mode, isolated
 from fastmemit.errors import BadRequest, FastmemitError
 from fastmemit.models import ModelAdapter
-from fastmemit.tracing.facts import GROUPS, TracedFact, evaluating
+from fastmemit.tracing.facts import GROUPS, TracedFact
 from fastmemit.tracing.noise import subject_embeddings, subject_noise
 from fastmemit.tracing.runs import Runs, Spot, check_tracing
 from fastmemit.tracing.settings import Kind, TraceSettings, window_at
@@ -61,7 +61,7 @@ class _Place(NamedTuple):
         return len(self.fact.ids) - self.position, self.position
 
 
-@torch.no_grad()
+@isolated()
 def trace(
     adapter: ModelAdapter,
     facts: Sequence[TracedFact],
@@ -95,7 +95,7 @@ def trace(
     places = _places(facts, settings)
     clean, corrupted = np.zeros(len(facts)), np.zeros(len(facts))
     found = {kind: np.zeros((len(places), len(layers))) for kind in windows}
-    with evaluating(adapter.model):
+    with evaluation_mode(adapter.model):
         check_tracing(adapter)
         embedding_std, width = subject_embeddings(adapter, facts)
         std = settings.noise * embedding_std
