@@ -201,6 +201,7 @@ class ModelAdapter:
             self.measured[key] = torch.equal(change, probe.flip(0))
         return bool(self.measured[key])
 
+    @isolated()
     def reach(self, layer: int) -> float:
         """How far the projection can move its block's output, as a share of it, by measurement.
 
@@ -212,7 +213,7 @@ class ModelAdapter:
         if key not in self.measured:
             probe = torch.full((4, self.d), PROBE, device=self.weight(layer).device)
             probe[:, 1::2] *= -1
-            with isolated(), evaluation_mode(self.model):
+            with evaluation_mode(self.model):
                 block = BlockMap(self, layer, self._any_rows(4))
                 up, down, now = block(probe), block(-probe), block(None)
             share = (up - down).norm(dim=1) / 2 / now.norm(dim=1)
