@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fastcov.errors import BadInput, NonFiniteKeys, WrongWidth
+from fastcov.errors import BadInput, NonFiniteKeys, NonFiniteMatrix, WrongWidth
 from fastcov.factor import CholeskyFactor, RefinedFactor, moved
 from fastcov.inputs import matrix
 from fastcov.mode import isolated
@@ -97,6 +97,7 @@ def updated(factor: CholeskyFactor, P: Tensor) -> UpdatedFactor:
         BadInput: P is no dense matrix of numbers; or the factor is a refined one, whose halves of a
             solve are not exact.
         NonFiniteKeys: P holds NaN or infinity.
+        NonFiniteMatrix: The squares of its whitened columns overflow.
     """
     if isinstance(factor, RefinedFactor):
         raise BadInput("A refined factor cannot be updated; factorise the matrix in float64.")
@@ -133,6 +134,11 @@ def _root_of_one_plus_gram(G: Tensor) -> Tensor:
     """The Cholesky factor of ``I + G^T G`` (m, m), which is positive definite for every G."""
     square = G.mT @ G
     square.diagonal().add_(1.0)
+    if not bool(square.isfinite().all()):
+        raise NonFiniteMatrix(
+            f"The gram of {square.shape[0]} whitened columns overflows {square.dtype}; the columns "
+            "are too large against the matrix: check the weight and the ridge."
+        )
     root: Tensor = torch.linalg.cholesky(square)
     return root
 

@@ -229,8 +229,9 @@ def test_expanded_matrices_are_read_as_what_they_hold():
     assert torch.equal(shrunk, 0.5 * ones + 0.5 * torch.eye(6).double())
     with pytest.raises(FastcovError, match="in_place"):
         fastcov.shrunk(ones, 0.5, in_place=True)
-    one = torch.full((1,), 4.0, dtype=torch.float64).expand(1, 1)
-    assert fastcov.factorize(one, in_place=True).L.item() == 2.0 and one.item() == 4.0
+    four = torch.full((1, 1), 4.0, dtype=torch.float64)
+    factor = fastcov.factorize(four.expand(2, 2), in_place=True)  # of rank 1: with a jitter
+    assert float(factor.L[0, 0]) == pytest.approx(2.0) and four.item() == 4.0
 
 
 @pytest.mark.parametrize(
