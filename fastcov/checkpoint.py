@@ -131,8 +131,14 @@ class Checkpoint:
         self._took = self._last - begun
 
     def remove(self) -> None:
-        """Forget what is kept, because it is not needed any more."""
-        self.path.unlink(missing_ok=True)
+        """Forget what is kept, because it is not needed any more.
+
+        Another user's is left where the folder lets nobody else remove it.
+        """
+        try:
+            self.path.unlink(missing_ok=True)
+        except PermissionError as error:
+            logger.warning("a checkpoint that is not needed any more stays (%s)", error)
 
     def _read(self, batches: Batches) -> Iterator[Mapping[str, Any]]:
         """The batches, counted and digested as they are handed on."""

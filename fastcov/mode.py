@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastcov.intact import intact
+
 _cuda: Any = torch.cuda  # in part untyped
 _AUTOCAST = tuple(
     kind
@@ -175,17 +177,18 @@ def evaluation_mode(model: nn.Module, *, frozen: bool = False) -> Iterator[None]
     """
     training = [module for module in model.modules() if module.training]
     asking = [p for p in model.parameters() if p.requires_grad] if frozen else []
-    try:
-        for module in training:
-            module.training = False
-        for parameter in asking:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter in asking:
-            parameter.requires_grad_(True)
-        for module in training:
-            module.training = True
+    with intact(model):
+        try:
+            for module in training:
+                module.training = False
+            for parameter in asking:
+                parameter.requires_grad_(False)
+            yield
+        finally:
+            for parameter in asking:
+                parameter.requires_grad_(True)
+            for module in training:
+                module.training = True
 
 
 @contextmanager

@@ -209,7 +209,8 @@ def sweep_up(home: Path, *, useless_too: bool = False) -> None:
         except (fastcov.StoreDamaged, OSError):
             modules = {}
         if all((home / f"{name}.safetensors").is_file() for name in modules):
-            path.unlink(missing_ok=True)
+            with suppress(OSError):
+                path.unlink()
 
 
 def tidy(home: Path) -> None:

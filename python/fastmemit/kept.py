@@ -13,6 +13,7 @@ from typing import Any
 
 import fastcov
 from fastcov.store import atomic_file
+from fastmemit.cache import shared_folder
 from fastmemit.locks import alone, lock_of
 
 #: What the moments of one collection need not share.
@@ -246,6 +247,7 @@ def stored(
     """
     home = home_of(folder, shared)
     paths = {}
+    shared_folder(home)
     for name, (moment, own) in moments.items():
         paths[name] = home / f"{name}.safetensors"
         fastcov.save_moment(paths[name], moment, {**shared, "module": name, **own})
@@ -284,6 +286,7 @@ def copied(
     if missing:
         place = next(iter(missing.values())).parent
         with alone(lock_of(place), "writing the same statistics"):
+            shared_folder(place)
             for name, path in missing.items():
                 with atomic_file(path) as file, open(paths[name], "rb") as source:
                     shutil.copyfileobj(source, file)

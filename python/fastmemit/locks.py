@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from fastmemit.cache import shared_folder
+
 if sys.platform != "win32":
     import fcntl
 
@@ -34,13 +36,14 @@ def alone(path: Path, what: str, *, wait: bool = True) -> Iterator[bool]:
     """Wait until no other process is inside with the same path, and keep the others out.
 
     The system frees the lock of a process that ends, however it ends. On a file system without
-    locks nobody waits: what is written inside must be written by atomic renames, so that both
-    processes finish and one of two equal files stays. Two threads of a process wait for each other
+    locks nobody waits, nor where the file is one that another user let nobody read: what is written
+    inside must be written by atomic renames, so that both processes finish and one of two equal
+    files stays. Two threads of a process wait for each other
     as two processes do.
 
     Args:
-        path: The lock's file, which only a killed process leaves behind, empty and without harm;
-            its folder is made.
+        path: The lock's file, which only a killed process leaves behind, empty and without harm,
+            also to other users; its folder is made.
         what: What the other process is doing, for the message of one that waits.
         wait: Whether to wait for it; without, a lock that another process has is none.
 
@@ -50,14 +53,15 @@ def alone(path: Path, what: str, *, wait: bool = True) -> Iterator[bool]:
     Raises:
         OSError: The file cannot be made: the folder cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    shared_folder(path.parent)
     begun, told = time.monotonic(), False
     while True:
         try:
             release = _taken(path)
         except _NoLocks as error:
-            log.warning("%s is on a file system without locks (%s); nobody waits", path, error)
-            path.unlink(missing_ok=True)
+            log.warning("%s is as on a file system without locks (%s); nobody waits", path, error)
+            with suppress(OSError):
+                path.unlink()
             yield False
             return
         if release is not None:
@@ -76,7 +80,7 @@ def alone(path: Path, what: str, *, wait: bool = True) -> Iterator[bool]:
 
 
 class _NoLocks(Exception):
-    """The file system has none."""
+    """The file system has none, or the file is another user's and cannot even be read."""
 
 
 def _taken(path: Path) -> Callable[[], None] | None:
@@ -87,7 +91,18 @@ def _taken(path: Path) -> Callable[[], None] | None:
     """
     if sys.platform == "win32":
         return _taken_on_windows(path)
-    file = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o666)
+    flags = getattr(os, "O_CLOEXEC", 0)
+    try:
+        file = os.open(path, os.O_RDWR | os.O_CREAT | flags, 0o666)
+    except PermissionError as refused:
+        if not path.exists():  # the folder cannot be written
+            raise
+        try:  # what a process of another user has left; who may read it may lock it
+            file = os.open(path, os.O_RDONLY | flags)
+        except FileNotFoundError:
+            return None
+        except PermissionError:
+            raise _NoLocks(refused.strerror) from refused
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         mine = os.fstat(file)

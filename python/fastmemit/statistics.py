@@ -18,6 +18,7 @@ import fastcov
 from fastcov.mode import isolated
 from fastcov.throughput import Throughput
 from fastmemit import parallel
+from fastmemit.cache import shared_folder
 from fastmemit.collecting import Text, alone_or_first, checkpoint_of, collected, sweep_up, tidy
 from fastmemit.data.corpora import Corpus
 from fastmemit.errors import BadConfig
@@ -192,6 +193,7 @@ def precompute(
         tidy(home)
     else:
         with alone_or_first(processes, home, "collecting the same statistics") as ours:
+            shared_folder(home)
             if ours:
                 sweep_up(home)
             # Whoever was waited for may have made some of them.

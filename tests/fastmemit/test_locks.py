@@ -125,3 +125,44 @@ def test_a_folder_that_takes_no_file(
     with pytest.raises(OSError, match="lock") as caught, alone(tmp_path / "lock", "testing"):
         pass
     assert caught.value.errno == number
+
+
+ANOTHER_USER = """
+import os, sys
+from pathlib import Path
+from fastmemit.locks import alone
+os.setgid(2000), os.setuid(2001)
+with alone(Path(sys.argv[1]), "testing") as ours:
+    print(ours)
+"""
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="only root becomes others")
+@pytest.mark.parametrize("mode", [0o644, 0o600])
+@pytest.mark.parametrize("folder", [0o777, 0o1777])
+def test_what_another_user_has_left_is_no_obstacle(tmp_path: Path, mode: int, folder: int) -> None:
+    for each in (*tmp_path.parents, tmp_path):
+        if each.stat().st_uid == os.geteuid() and "pytest" in each.name:
+            each.chmod(0o755)
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    shared.chmod(folder)
+    lock = shared / "lock"
+    lock.touch()
+    lock.chmod(mode)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", ANOTHER_USER, str(lock)]
+    made = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    # One that nobody else may read cannot be locked either; then nobody waits.
+    assert made.stdout == ("True\n" if mode == 0o644 else "False\n"), made.stderr
+
+
+def test_a_folder_that_cannot_be_written_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object) -> int:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(locks.os, "open", refused)
+    with pytest.raises(PermissionError), alone(tmp_path / "lock", "testing"):
+        pass

@@ -5,8 +5,11 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NoReturn
 
 from fastmemit import __version__
@@ -125,7 +128,7 @@ def _run(argv: Sequence[str] | None) -> int:
     from fastmemit.parallel import for_verb
 
     try:
-        with for_verb(args.verb, divided=("precompute",)):
+        with _terminated_like_interrupted(), for_verb(args.verb, divided=("precompute",)):
             VERBS[args.verb].run(args)
     except FailedElsewhere:  # the process that failed says it
         return 2
@@ -140,9 +143,11 @@ def _run(argv: Sequence[str] | None) -> int:
         return _fail(
             f"{error.strerror}{where}; nothing was left half written, mend it and run again."
         )
-    except KeyboardInterrupt:
-        print("\nfastmemit: interrupted; nothing was left half written.", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as error:
+        ended = isinstance(error, _Terminated)
+        what = "terminated" if ended else "interrupted"
+        print(f"\nfastmemit: {what}; nothing was left half written.", file=sys.stderr)
+        return 143 if ended else 130
     except RuntimeError as error:
         if "out of memory" not in str(error).lower():
             raise
@@ -151,6 +156,30 @@ def _run(argv: Sequence[str] | None) -> int:
             "or choose --device cpu."
         )
     return 0
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM has come."""
+
+
+@contextmanager
+def _terminated_like_interrupted() -> Iterator[None]:
+    """Let SIGTERM unwind the run as Ctrl-C does, where the caller has no handler of its own."""
+    if (
+        threading.current_thread() is not threading.main_thread()
+        or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+    ):
+        yield
+        return
+
+    def raised(_number: int, _frame: object) -> NoReturn:
+        raise _Terminated
+
+    signal.signal(signal.SIGTERM, raised)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 # What a message calls the mend in Python, and what it is called here.

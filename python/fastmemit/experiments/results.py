@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from fastcov.parsing import parse_json
 from fastcov.printable import printable_logger
 from fastcov.store import atomic_file
 from fastmemit.errors import BadData
+from fastmemit.locks import alone
 
 log = printable_logger(__name__)
 
@@ -179,20 +180,36 @@ def _with_perplexity(value: Mapping[str, Any], one: Any, other: Any) -> dict[str
     return {**value, "perplexity": found} if "perplexity" in value else dict(value)
 
 
-def write_in_order(folder: Path, name: str, keys: Sequence[str]) -> None:
-    """Gather all shards into one file, in the order of the plan, and remove theirs.
+def gather(folder: Path, keys: Sequence[str]) -> None:
+    """Gather results and timings of all shards into one file each, in the order of the plan.
 
-    Nothing is lost on the way: the whole file is there before a shard goes. Cells of another plan
-    in the same folder stay, behind the others.
+    Nothing is lost on the way: the whole file is there before a shard's goes, and that of a shard
+    that runs at this time stays; the next sweep gathers the rest of it. Cells of another plan in
+    the same folder stay, behind the others.
     """
+    with ExitStack() as stack:
+        ended = []
+        for path in sorted(folder.glob("results-*of*.jsonl")):
+            try:
+                stack.enter_context(locked(path))
+            except BadData:
+                log.warning("%s is still being written; what it has now is gathered", path)
+            else:
+                ended.append(path)
+        for name in (RESULTS, TIMINGS):
+            _write_in_order(folder, name, keys)
+        for path in ended:
+            for name in (RESULTS, TIMINGS):
+                of_shard = path.name.replace("results", name.removesuffix(".jsonl"), 1)
+                path.with_name(of_shard).unlink(missing_ok=True)
+
+
+def _write_in_order(folder: Path, name: str, keys: Sequence[str]) -> None:
     found = read_results(folder, name)
     order = [*(key for key in keys if key in found), *(k for k in found if k not in set(keys))]
     with atomic_file(folder / name) as file:
         for key in order:
             file.write(line_of(found[key]))
-    stem = name.removesuffix(".jsonl")
-    for path in folder.glob(f"{stem}-*of*.jsonl"):
-        path.unlink()
 
 
 @contextmanager
@@ -202,14 +219,11 @@ def locked(path: Path) -> Iterator[None]:
     Raises:
         BadData: Another process does so now.
     """
-    from filelock import FileLock, Timeout
-
-    lock = FileLock(f"{path}.lock", timeout=0)
-    try:
-        with lock:
-            yield
-    except Timeout:
-        raise BadData(
-            f"Another process is writing {str(path)!r}; wait for it, or divide the cells with "
-            "--shard 1/2 and --shard 2/2."
-        ) from None
+    lock = path.with_name(f".{path.name}.lock")
+    with alone(lock, "writing these results", wait=False) as ours:
+        if not ours and lock.exists():  # where there are no locks, no file of one stays
+            raise BadData(
+                f"Another process is writing {str(path)!r}; wait for it, or divide the cells with "
+                "--shard 1/2 and --shard 2/2."
+            )
+        yield

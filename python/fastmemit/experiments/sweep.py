@@ -24,13 +24,11 @@ from fastmemit.experiments.cell import SweepInputs, SweepRun, run_cell
 from fastmemit.experiments.grid import Grid, Place
 from fastmemit.experiments.header import check_header
 from fastmemit.experiments.results import (
-    RESULTS,
-    TIMINGS,
     ResultsFile,
+    gather,
     locked,
     read_results,
     read_unedited,
-    write_in_order,
 )
 from fastmemit.experiments.schema import Cell
 from fastmemit.experiments.statistics import precompute_multipliers
@@ -98,8 +96,7 @@ def run_sweep(
                     timings.append(timing)
                     results.append(cell)
         if of == 1:
-            for name in (RESULTS, TIMINGS):
-                write_in_order(folder, name, [place.key for place in places])
+            gather(folder, [place.key for place in places])
         finished = read_results(folder)
     return [cast(Cell, finished[place.key]) for place in places if place.key in finished]
 

@@ -7,6 +7,7 @@ covariance: a sweep over multipliers, batch sizes and methods pays for it once.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import json
 import logging
@@ -18,6 +19,7 @@ from typing import Any
 from fastcov.parsing import parse_json
 from fastcov.printable import printable_logger
 from fastcov.store import atomic_file, write_safetensors
+from fastmemit.cache import shared_folder
 from fastmemit.models import ModelAdapter
 from fastmemit.request import EditRequest
 from fastmemit.targets.optimise import Target, TargetSettings, optimise
@@ -29,6 +31,8 @@ log = printable_logger(__name__)
 # served. The seal is over names and shapes too since 2; the KL term is KL(p || p0) since 3, and the
 # file says what it is of.
 RECIPE = 3
+# What a system says of a file that may not be written.
+_READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 @dataclass(frozen=True)
@@ -138,6 +142,7 @@ class TargetStore:
             "start": target.start.contiguous(),
             "losses": torch.tensor(target.losses, dtype=torch.float64),
         }
+        shared_folder(self._path(key).parent)
         with atomic_file(self._path(key)) as file:
             metadata = {"content": key.content, "sha256": _seal(parts, key.content)}
             write_safetensors(file, parts, metadata)
@@ -211,8 +216,13 @@ def stored_or_optimised(
             progress=progress,
         )
         for key, target in zip(missing, made, strict=True):
-            store.put(key, target)
             found[key] = target
+            try:
+                store.put(key, target)
+            except OSError as error:
+                if error.errno not in _READ_ONLY:
+                    raise
+                log.warning("the cache cannot be written (%s), so targets are not stored", error)
     targets = [found[key] for key in keys]
     _name_unfinished(requests, targets, settings)
     return targets

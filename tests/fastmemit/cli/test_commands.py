@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+import fastmemit.cli
 from fastmemit import __version__
 from fastmemit.cli import VERBS, main
 from fastmemit.delta import Delta
@@ -236,3 +240,24 @@ def test_python_dash_m(place: Place) -> None:
         "fastmemit: error: There is no model folder"
     )
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_unwinds_the_run_and_is_its_exit_code(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: int, code: int
+) -> None:
+    unwound = []
+
+    def run(_args: object) -> None:
+        try:
+            os.kill(os.getpid(), number)
+            time.sleep(10)
+        finally:
+            unwound.append(True)
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(fastmemit.cli.report, "run", run)
+    assert main(["report", "nowhere"]) == code
+    assert unwound == [True] and signal.getsignal(signal.SIGTERM) is before
+    word = "interrupted" if code == 130 else "terminated"
+    assert capsys.readouterr().err == f"\nfastmemit: {word}; nothing was left half written.\n"

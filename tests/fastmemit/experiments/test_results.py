@@ -9,11 +9,11 @@ import pytest
 from fastmemit.errors import BadData
 from fastmemit.experiments.results import (
     ResultsFile,
+    gather,
     line_of,
     locked,
     read_lines,
     read_results,
-    write_in_order,
 )
 
 
@@ -54,9 +54,30 @@ def test_shards_are_put_into_one_file_in_the_order_of_the_plan(tmp_path: Path) -
         for key in keys:
             file.append(cell(key))
     assert set(read_results(tmp_path)) == set("abcdx")
-    write_in_order(tmp_path, "results.jsonl", "abcd")
+    gather(tmp_path, "abcd")
     assert [value["key"] for value in read_lines(tmp_path / "results.jsonl")] == list("abcdx")
-    assert [path.name for path in tmp_path.iterdir()] == ["results.jsonl"]
+    assert {path.name for path in tmp_path.iterdir()} == {"results.jsonl", "timings.jsonl"}
+
+
+def test_a_shard_that_still_runs_keeps_its_file_and_loses_no_cell(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    running, ended = (tmp_path / f"results-{n}of2.jsonl" for n in (1, 2))
+    for stem in ("results", "timings"):
+        ResultsFile(tmp_path / f"{stem}-1of2.jsonl").append(cell("a"))
+        ResultsFile(tmp_path / f"{stem}-2of2.jsonl").append(cell("b"))
+    with locked(running):
+        gather(tmp_path, "abc")
+        assert "results-1of2.jsonl is still being written" in caplog.text
+        assert running.is_file() and not ended.is_file()
+        assert not (tmp_path / "timings-2of2.jsonl").is_file()
+        for stem in ("results", "timings"):
+            ResultsFile(tmp_path / f"{stem}-1of2.jsonl").append(cell("c"))
+    assert list(read_results(tmp_path)) == list("abc")
+    gather(tmp_path, "abc")
+    for name in ("results.jsonl", "timings.jsonl"):
+        assert [value["key"] for value in read_lines(tmp_path / name)] == list("abc")
+    assert {path.name for path in tmp_path.iterdir()} == {"results.jsonl", "timings.jsonl"}
 
 
 def test_two_results_of_one_cell_must_be_the_same(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """The store of targets serves a vector for exactly what it was made for."""
 
 import dataclasses
+import errno
+import os
 import shutil
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from fastmemit.targets import (
     stored_or_optimised,
 )
 from fastmemit.targets import store as store_module
+from tiny_editors import FACTS, QUICK, tiny_editor
 from tiny_models import tiny_model, tiny_tokenizer
 
 SETTINGS = TargetSettings(layer=1, steps=2)
@@ -212,3 +215,28 @@ def test_targets_that_ran_out_of_steps_are_counted_and_named(caplog):
         _name_unfinished(requests[3:], targets[3:], settings)  # 0.06 is nothing to warn of
         _name_unfinished(requests, targets, dataclasses.replace(settings, stop="most-probable"))
     assert caplog.text == ""
+
+
+def test_a_cache_that_cannot_be_written_serves_what_it_has(tmp_path, monkeypatch, caplog):
+    editor = tiny_editor(tmp_path)
+    editor.edit(FACTS[:1], "memit", **QUICK).undo()
+    for error in (errno.EROFS, errno.EACCES):
+
+        def refused(*_, error=error, **__):
+            raise OSError(error, os.strerror(error))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(store_module, "atomic_file", refused)
+            patch.setattr(store_module, "shared_folder", refused)
+            again = tiny_editor(tmp_path, layers=None)
+            edit = again.edit(FACTS, "memit", **QUICK)
+            assert "cannot be written" in caplog.text
+            edit.undo()
+            assert again.plan(FACTS, "memit", **QUICK).digest() == edit.delta.digest()
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(store_module, "atomic_file", full)
+    with pytest.raises(OSError, match="No space"):
+        tiny_editor(tmp_path, layers=None).edit(FACTS[1:], "memit", **QUICK)
