@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -140,12 +142,9 @@ with alone(Path(sys.argv[1]), "testing") as ours:
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="only root becomes others")
 @pytest.mark.parametrize("mode", [0o644, 0o600])
 @pytest.mark.parametrize("folder", [0o777, 0o1777])
-def test_what_another_user_has_left_is_no_obstacle(tmp_path: Path, mode: int, folder: int) -> None:
-    for each in (*tmp_path.parents, tmp_path):
-        if each.stat().st_uid == os.geteuid() and "pytest" in each.name:
-            each.chmod(0o755)
-    shared = tmp_path / "shared"
-    shared.mkdir()
+def test_what_another_user_has_left_is_no_obstacle(mode: int, folder: int) -> None:
+    # Not in tmp_path, whose parents are for their owner alone.
+    shared = Path(tempfile.mkdtemp())
     shared.chmod(folder)
     lock = shared / "lock"
     lock.touch()
@@ -154,6 +153,7 @@ def test_what_another_user_has_left_is_no_obstacle(tmp_path: Path, mode: int, fo
     command = [sys.executable, "-c", ANOTHER_USER, str(lock)]
     made = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     # One that nobody else may read cannot be locked either; then nobody waits.
+    shutil.rmtree(shared)
     assert made.stdout == ("True\n" if mode == 0o644 else "False\n"), made.stderr
 
 

@@ -73,7 +73,7 @@ def test_a_shard_that_still_runs_keeps_its_file_and_loses_no_cell(
         assert not (tmp_path / "timings-2of2.jsonl").is_file()
         for stem in ("results", "timings"):
             ResultsFile(tmp_path / f"{stem}-1of2.jsonl").append(cell("c"))
-    assert list(read_results(tmp_path)) == list("abc")
+    assert set(read_results(tmp_path)) == set("abc")
     gather(tmp_path, "abc")
     for name in ("results.jsonl", "timings.jsonl"):
         assert [value["key"] for value in read_lines(tmp_path / name)] == list("abc")
