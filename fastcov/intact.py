@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import TracebackType
 
+import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
@@ -24,7 +25,7 @@ class intact:
     An interrupt can come between the registration of a hook and the note of how to remove it, or
     just as a context is left, before it could do anything. A hook that stays would make every later
     forward raise. So whatever contexts inside were stopped at, here hooks that are new go, a
-    replaced ``forward`` goes, and modules and parameters have the modes that they had.
+    replaced ``forward`` goes, and modules, parameters and gradients have the modes that they had.
 
     Hooks that somebody else puts on the model inside go as well if something is raised.
 
@@ -36,6 +37,7 @@ class intact:
         self._model = model
         # Hooks are numbered in the order in which they come.
         self._first = RemovableHandle.next_id
+        self._gradients = torch.is_grad_enabled()
         self._modules = [(m, m.training, m.__dict__.get("forward")) for m in model.modules()]
         self._parameters = [(p, p.requires_grad) for p in model.parameters()]
 
@@ -51,6 +53,7 @@ class intact:
         """Put back what is not as it was, if something was raised."""
         if error is None:
             return
+        torch.set_grad_enabled(self._gradients)  # torch.no_grad may be stopped as it is left
         for module, training, forward in self._modules:
             for name in _HOOKS:
                 hooks = module.__dict__.get(name) or ()

@@ -410,6 +410,7 @@ class Writing:
 
     def __init__(self, stack: EditStack, journal: _Journal) -> None:
         self._stack, self._journal = stack, journal
+        self._gradients = torch.is_grad_enabled()
 
     def __enter__(self) -> Writing:
         try:
@@ -428,6 +429,8 @@ class Writing:
         try:
             self._journal.open = False
             self._stack.settle()
+            if error is not None:  # torch.no_grad may have been stopped as it was left
+                torch.set_grad_enabled(self._gradients)
         except BaseException:  # an interrupt comes once
             self._stack.settle()
             raise
