@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 
 from fastcov.mode import isolated
