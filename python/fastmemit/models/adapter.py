@@ -209,6 +209,7 @@ class ModelAdapter:
         between what comes out, over the length of what the block puts out now. It compares layers
         of one model.
         """
+        self.check_constant()  # before anything runs the model
         key = ("reach", layer)
         if key not in self.measured:
             probe = torch.full((4, self.d), PROBE, device=self.weight(layer).device)
