@@ -56,7 +56,7 @@ class intact:
         torch.set_grad_enabled(self._gradients)  # torch.no_grad may be stopped as it is left
         for module, training, forward in self._modules:
             for name in _HOOKS:
-                hooks = module.__dict__.get(name) or ()
+                hooks: dict[int, object] = module.__dict__.get(name) or {}
                 for number in [each for each in hooks if each >= self._first]:
                     hooks.pop(number, None)
             if module.training is not training:
