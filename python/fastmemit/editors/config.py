@@ -394,7 +394,8 @@ def find_config(
         config = method
     else:
         cls = config_class(method)
-        config = cls(**defaults(adapter, cls))
+        asked = (changes or {}).get("layers")
+        config = cls(**defaults(adapter, cls, None if asked is None else _layers(asked)))
     config = config.replaced(changes or {})
     for layer in config.layers:
         adapter.check_layer(layer)

@@ -20,11 +20,18 @@ RELATIVE_STEP = 0.2
 FAR_LESS = 0.1
 
 
-def defaults(adapter: ModelAdapter, cls: type[EditConfig]) -> dict[str, Any]:
+def defaults(
+    adapter: ModelAdapter, cls: type[EditConfig], asked: tuple[int, ...] | None = None
+) -> dict[str, Any]:
     """The settings by name that a method has for a model, without those that its class has.
 
     What a preset has for MEMIT holds for its relatives too, but for what makes them others: where
     the class's default is not MEMIT's. What it has for a method itself comes before all.
+
+    Args:
+        adapter: The model.
+        cls: The method's class of settings.
+        asked: The layers that the caller names, where it does: others are not looked for then.
 
     Raises:
         BadConfig: A preset has a setting that its method does not have.
@@ -33,7 +40,7 @@ def defaults(adapter: ModelAdapter, cls: type[EditConfig]) -> dict[str, Any]:
     exact = preset["methods"].get(cls.method, {}) if preset else {}
     shared = preset["methods"].get("memit", {}) if preset and not cls.single_layer else {}
     if preset is None or not (exact or shared):
-        layers = _by_depth(adapter, cls)
+        layers = asked or _by_depth(adapter, cls)
         return {"layers": layers, **_untuned(adapter, cls, layers[-1])}
     try:
         for name in exact:
@@ -96,7 +103,8 @@ def _able(adapter: ModelAdapter, found: list[int]) -> list[int]:
 def _untuned(adapter: ModelAdapter, cls: type[EditConfig], layer: int) -> dict[str, Any]:
     """Settings of target vectors that ask nothing of the size of a model's activations."""
     values: dict[str, Any] = {"scale": "median", "v_lr": RELATIVE_STEP}
-    if "site" in cls.settings() and not adapter.adds_plainly(layer):
+    editable = layer in adapter.layers  # of another one the caller is told elsewhere
+    if "site" in cls.settings() and editable and not adapter.adds_plainly(layer):
         values["site"] = "projection"
     return values
 

@@ -194,11 +194,11 @@ class ModelAdapter:
         """Whether the block adds its projection's output to its stream as it is, by measurement."""
         key = ("adds plainly", layer)
         if key not in self.measured:
-            probe = torch.linspace(-3, 3, 4 * self.d, device=self.weight(layer).device).sin()
+            probe = torch.linspace(-3, 3, 4 * self.d, device=self.device).sin()
             probe = probe.reshape(4, self.d)
             with evaluation_mode(self.model):
                 change, _ = inverse(BlockMap(self, layer, self._any_rows(4)), probe, probe.flip(0))
-            self.measured[key] = torch.equal(change, probe.flip(0))
+            self.measured[key] = torch.equal(change.to(probe), probe.flip(0))
         return bool(self.measured[key])
 
     @isolated()
@@ -212,7 +212,7 @@ class ModelAdapter:
         self.check_constant()  # before anything runs the model
         key = ("reach", layer)
         if key not in self.measured:
-            probe = torch.full((4, self.d), PROBE, device=self.weight(layer).device)
+            probe = torch.full((4, self.d), PROBE, device=self.device)
             probe[:, 1::2] *= -1
             with evaluation_mode(self.model):
                 block = BlockMap(self, layer, self._any_rows(4))

@@ -156,8 +156,8 @@ def inverse(
         the block's measured move on r, as a multiple of r.  Both are zero for a row of which
         nothing better than no change was found, and the share is 1 where nothing is wanted.
     """
-    y, h = outputs.float(), f(outputs.float())
-    r = residual.to(h)
+    h = f(outputs.float())
+    y, r = outputs.to(h), residual.to(h)
     size = torch.linalg.vector_norm(r, dim=1, keepdim=True)  # (B, 1)
     square = size.square().clamp_min(torch.finfo(h.dtype).tiny)
     rounding = 64 * torch.finfo(h.dtype).eps * torch.linalg.vector_norm(h, dim=1, keepdim=True)

@@ -61,6 +61,7 @@ def settings(method: str) -> dict[str, Any]:
     values: dict[str, Any] = {
         "layers": (0, 1) if method == "memit" else (1,),
         "steps": 4, "v_lr": 0.4, "weight_decay": 0.3, "clamp": 2.0, "kl_factor": 0.05,
+        "scale": "published",
     }  # fmt: skip
     if method != "rome":
         values["weight"] = 50.0

@@ -43,7 +43,7 @@ def test_the_last_block_is_on_another_device_than_the_layer(
         for place in PLACES
     ]
     work: Any = SimpleNamespace(
-        config=SimpleNamespace(layers=layers, lambda_e=0.1, spread="linear"),
+        config=SimpleNamespace(layers=layers, lambda_e=0.1, spread="linear", site="block"),
         adapter=SimpleNamespace(
             projection_residual=lambda layer, out, r, rows: norms[layer](out.float() + r) - out
         ),

@@ -57,7 +57,7 @@ def bare_outputs(editor, *modules):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_emmet_maps_each_key_to_its_residual_and_undo_is_bit_exact(architecture, tmp_path):
     editor = make_editor(architecture, tmp_path)
-    settings = {"layers": (1,), "lambda_e": 0.0, "steps": 4}
+    settings = {"layers": (1,), "lambda_e": 0.0, "steps": 4, "site": "block"}
     before = snapshot(editor.model)
     work = workspace(editor, "emmet", **settings)
     keys = averaged_keys(work.context_outputs(1, REQUESTS).keys)  # (d_k, B)
@@ -75,6 +75,21 @@ def test_emmet_maps_each_key_to_its_residual_and_undo_is_bit_exact(architecture,
     assert names == {editor.adapter.weight_name(1)}
     edit.undo()
     assert_unchanged(editor.model, before)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3"])
+def test_emmets_target_before_a_norm_is_the_projections_own_output(architecture, tmp_path):
+    editor = make_editor(architecture, tmp_path)
+    settings = {"layers": (1,), "lambda_e": 0.0, "steps": 4, "site": "projection"}
+    keys = averaged_keys(workspace(editor, "emmet", **settings).context_outputs(1, REQUESTS).keys)
+    (out,) = bare_outputs(editor, editor.adapter.projection(1))
+    targets = editor.targets(REQUESTS, editor.config("emmet", **settings))
+    goal = torch.stack([t.vector for t in targets]).double()
+    old = editor.adapter.weight(1).double().clone()
+    editor.edit(REQUESTS, "emmet", **settings)
+    moved = (editor.adapter.weight(1).double() - old) @ keys  # (d, B)
+    assert (goal - out).norm() > 1e-2
+    assert (moved - (goal - out).T).norm() <= 1e-4 * (goal - out).norm()
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -198,7 +213,7 @@ def test_a_norm_after_the_sum_is_carried(tmp_path):
     editor = Editor(model, tiny_tokenizer("byte_bpe"), cache=tmp_path)
     editor.precompute(corpus_from_texts("tiny", TEXTS), multiplier=2, layers=[0, 1])
     before = snapshot(model)
-    settings = {"layers": (1,), "steps": 4, "lambda_e": 0.0}
+    settings = {"layers": (1,), "steps": 4, "lambda_e": 0.0, "site": "block"}
     targets = editor.targets(REQUESTS, editor.config("emmet", **settings))
     goal = torch.stack([t.vector for t in targets]).double()
     (block,) = bare_outputs(editor, editor.adapter.block(1))
