@@ -22,7 +22,7 @@ from fastcov.store import atomic_file
 from fastmemit.delta import Delta
 from fastmemit.errors import DamagedFile
 from fastmemit.experiments.report import write_report
-from fastmemit.experiments.results import ResultsFile, line_of, write_in_order
+from fastmemit.experiments.results import ResultsFile, gather, line_of
 from fastmemit.models import save_model
 from fastmemit.targets import Target, TargetKey, TargetStore
 from tiny_commands import make_place, refused
@@ -60,7 +60,7 @@ def _in_order(folder: Path, seed: int) -> None:
         (folder / "results-1of1.jsonl").write_bytes(lines)
         (folder / "results.jsonl").write_bytes(b"")
     else:
-        write_in_order(folder, "results.jsonl", ["b", "a"])
+        gather(folder, ["b", "a"])
 
 
 def _bench(folder: Path, seed: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
@@ -92,12 +93,17 @@ def _by_depth(adapter: ModelAdapter, cls: type[EditConfig]) -> tuple[int, ...]:
 
 
 def _able(adapter: ModelAdapter, found: list[int]) -> list[int]:
-    """Those layers that are not far behind the others in what they can do."""
+    """Those layers that are not far behind the others in what they can do.
+
+    Where a weight is NaN or infinite there is nothing to compare: such layers stay, and what uses
+    them says what is wrong with the model.
+    """
     if all(adapter.adds_plainly(layer) for layer in found):
         return found
     reach = {layer: adapter.reach(layer) for layer in found}
-    usual = sorted(reach.values())[len(reach) // 2]
-    return [layer for layer in found if reach[layer] >= FAR_LESS * usual]
+    finite = sorted(value for value in reach.values() if math.isfinite(value))
+    usual = finite[len(finite) // 2] if finite else 0.0
+    return [layer for layer in found if not reach[layer] < FAR_LESS * usual]
 
 
 def _untuned(adapter: ModelAdapter, cls: type[EditConfig], layer: int) -> dict[str, Any]:

@@ -257,7 +257,12 @@ def test_a_signal_unwinds_the_run_and_is_its_exit_code(
 
     before = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(fastmemit.cli.report, "run", run)
-    assert main(["report", "nowhere"]) == code
+    # What a shell starts behind it ignores Ctrl-C, and so would the run in these tests.
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert main(["report", "nowhere"]) == code
+    finally:
+        signal.signal(signal.SIGINT, inherited)
     assert unwound == [True] and signal.getsignal(signal.SIGTERM) is before
     word = "interrupted" if code == 130 else "terminated"
     assert capsys.readouterr().err == f"\nfastmemit: {word}; nothing was left half written.\n"
