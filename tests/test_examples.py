@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from fastmemit import Editor, EditRequest
 from fastmemit.errors import BadConfig
 from tiny_commands import make_place, save_model
 
@@ -76,12 +77,20 @@ def test_statistics_for_another_codebase(place: Any, example: Any) -> None:
 
 def test_an_edit_as_an_adapter(place: Any, example: Any) -> None:
     pytest.importorskip("peft")
-    said = example("serve_as_adapter.py", "--method", "rome", "--out", "adapter").splitlines()
+    said = example("serve_as_adapter.py", "--out", "adapter").splitlines()
     on, off = (next(x for x in said if x.startswith(word)) for word in ("on: ", "off: "))
-    assert float(on.rpartition("= ")[2]) > float(off.rpartition("= ")[2])
+    editor = Editor.from_pretrained(place.model[1])
+    editor.precompute(str(place.corpus), multiplier=10)
+    fact = EditRequest("{} is located in the city of", "The Eiffel Tower", " Rome")
+    (outcome,) = editor.edit([fact], "memit").outcomes
+    served, plain = (float(line.rpartition("= ")[2]) for line in (on, off))
+    assert served > plain
+    # Of one token, so that what a reply's probability is over is what the script prints.
+    assert served == pytest.approx(outcome.after.probability, abs=1e-6)
+    assert plain == pytest.approx(outcome.before.probability, abs=1e-6)
     assert said[-1] == "read back, it is the same edit"
     with pytest.raises(SystemExit):  # said before any work
-        example("serve_as_adapter.py", "--method", "rome", "--out", "adapter")
+        example("serve_as_adapter.py", "--out", "adapter")
     files = sorted(path.name for path in (place.at / "adapter").iterdir())
     assert files == ["adapter_config.json", "adapter_model.safetensors"]
 

@@ -247,12 +247,22 @@ def test_two_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, locks_there: bool, caplog: Capture
 ) -> None:
     """Locks tell two threads from each other as they do two processes."""
+    resume = fastcov.Checkpoint.resume
     if not locks_there:
 
         def refuse(*_: Any) -> None:
             raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
         monkeypatch.setattr(pytest.importorskip("fcntl"), "flock", refuse)
+        begun = threading.Barrier(2)
+
+        def both(*args: Any) -> Any:
+            """Both have begun before either leaves a checkpoint that the other would go on from."""
+            rest = resume(*args)
+            begun.wait(60)
+            return rest
+
+        monkeypatch.setattr(fastcov.Checkpoint, "resume", both)
     counts, gate = [0, 0], threading.Barrier(2)
     # Made one after the other: they draw from one generator, and a tokenizer is not for two.
     made = [(find_adapter(tiny_model("llama")), copy.deepcopy(TOKENIZER)) for _ in counts]
@@ -270,6 +280,7 @@ def test_two_at_once(
         thread.start()
     for thread in threads:
         thread.join()
+    monkeypatch.setattr(fastcov.Checkpoint, "resume", resume)
     _, number = run(tmp_path / "one")
     assert sorted(counts) == ([0, number] if locks_there else [number, number])
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
