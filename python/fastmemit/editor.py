@@ -87,7 +87,7 @@ class Editor:
         self.seed = seed
         path = name or str(getattr(model.config, "_name_or_path", "") or "model")
         # The name goes into files that people share; folders are nobody else's business.
-        self.name = Path(path).resolve().name if Path(path).is_dir() else path
+        self.name = Path(path).resolve().name if Path(path).exists() else path
         self._stack = EditStack.of(model)
         self.sources = Sources(
             self.adapter,

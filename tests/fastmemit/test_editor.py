@@ -272,3 +272,12 @@ def test_settings_that_do_nothing_are_refused(
         with pytest.raises(BadConfig, match=f"^{said}; {method} has layers, clamp"):
             refuse()
     assert editor.edits == ()
+
+
+def test_the_path_of_a_model_file_is_not_its_name(tmp_path):
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    editor = Editor(
+        tiny_model("llama"), tiny_tokenizer("byte_bpe"), cache=tmp_path,
+        name=str(tmp_path / "model.gguf"),
+    )  # fmt: skip
+    assert editor.name == "model.gguf"
