@@ -17,7 +17,7 @@ import fastcov
 from fastcov import NonFiniteKeys, NotPositiveDefinite, SecondMoment, closed_form, factorize
 from fastcov.linalg import JITTERS
 from fastmemit import Editor
-from fastmemit.errors import BadData, FastmemitError
+from fastmemit.errors import BadData, FastmemitError, WrongModel
 from fastmemit.evaluation import score_records
 from tiny_editors import FACTS, QUICK, record, tiny_corpus, tiny_editor
 from tiny_models import tiny_model, tiny_tokenizer
@@ -91,6 +91,13 @@ def test_weights_that_break_after_the_contexts_stop_the_targets(
     for method, _ in METHODS:
         editor.contexts(method)
     before = spoil(editor.model, UP.format(2), value)
+    for method, overrides in METHODS:
+        with pytest.raises(WrongModel, match=r"layers\.2\.mlp\.up_proj\.weight was changed by"):
+            editor.edit(FACTS, method, **overrides)
+        assert unchanged(editor.model, before) and editor.edits == ()
+    sound = editor.sources._contexts  # the broken model could write none
+    editor = tiny_editor(tmp_path, model=editor.model)
+    editor.sources._contexts = sound
     for method, overrides in METHODS:
         with pytest.raises(FastmemitError, match=r"target loss of '.*' is nan at step 1; load"):
             editor.edit(FACTS, method, **overrides)
