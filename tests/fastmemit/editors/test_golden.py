@@ -35,7 +35,8 @@ REQUESTS = [
     EditRequest("{} is located in the city of", "The Eiffel Tower", " Rome"),
     EditRequest("The mother tongue of {} is", "Danielle Darrieux", " English"),
 ]
-SHARED = {"clamp": 0.75, "weight_decay": 0.5, "v_lr": 0.5, "kl_factor": 0.0625, "weight": 1536.0}
+SHARED = {"clamp": 0.75, "weight_decay": 0.5, "v_lr": 0.5, "kl_factor": 0.0625}
+SHARED |= {"weight": 1536.0, "scale": "published"}  # cut to 8 blocks it has no preset
 RUNS = {
     "memit": (REQUESTS, {**SHARED, "layers": (3, 4, 5), "steps": 8}),
     "emmet": (REQUESTS, {**SHARED, "layers": (5,), "steps": 3, "lambda_e": 0.1}),
