@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from benchmarks.fuzz_readers import readers
 from fastcov.bench import schema
 from fastmemit.data import load_corpus
-from fastmemit.errors import BadRequest, DamagedFile
+from fastmemit.errors import BadData, BadRequest, DamagedFile
 from fastmemit.experiments.folders import collect
 from fastmemit.request import EditRequest
 from tiny_sweeps import cell, write
@@ -35,13 +36,23 @@ def test_cells_that_no_sweep_wrote(tmp_path: Path, changes: dict, message: str) 
     assert len(str(caught.value)) < 600
 
 
-@pytest.mark.parametrize("seconds", ["x", None, [], {}, True, -1, float("nan"), 10**400])
+@pytest.mark.parametrize("seconds", ["x", None, [], {}, True, -1, 10**400])
 def test_seconds_that_are_none(tmp_path: Path, seconds: object) -> None:
     folder = write(tmp_path, [cell()])
     timing = json.loads((folder / "timings.jsonl").read_text())
     timing["seconds"]["plan"] = seconds
     (folder / "timings.jsonl").write_text(json.dumps(timing) + "\n")
     with pytest.raises(DamagedFile, match="for seconds of plan"):
+        collect([folder])
+
+
+@pytest.mark.parametrize("seconds", [math.nan, math.inf])
+def test_seconds_that_are_no_number_of_json(tmp_path: Path, seconds: float) -> None:
+    folder = write(tmp_path, [cell()])
+    timing = json.loads((folder / "timings.jsonl").read_text())
+    timing["seconds"]["plan"] = seconds
+    (folder / "timings.jsonl").write_text(json.dumps(timing) + "\n")
+    with pytest.raises(BadData, match=r"Line 1 of .*timings\.jsonl.* is not a result .*no number"):
         collect([folder])
 
 

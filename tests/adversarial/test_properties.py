@@ -18,6 +18,7 @@ import fastcov
 from fastcov import BadBudget, SecondMoment, budget, load_moment, read_provenance, save_moment
 from fastmemit.applied import Edit, EditStack
 from fastmemit.delta import Delta
+from fastmemit.errors import NonFiniteEdit
 
 # Each example writes over the same file; derandomised, so that a run is like the one before it.
 QUICK = settings(
@@ -165,12 +166,27 @@ def test_a_delta_goes_into_a_file_into_weights_and_out_again(
         factors[f"w{i}"] = (left * scale, right)
     made = Delta(factors, data.draw(provenances))
     path = tmp_path / "e.safetensors"
+    if not all(t.isfinite().all() for pair in factors.values() for t in pair):
+        with pytest.raises(NonFiniteEdit, match="holds NaN or infinity in its factors of w"):
+            made.save(path)
+        with pytest.raises(NonFiniteEdit):
+            Edit(made, EditStack(model)).apply()
+        return
     made.save(path)
     loaded = Delta.load(path)
     assert loaded.provenance == made.provenance and loaded.digest() == made.digest()
     before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
     results = []
     stack = EditStack(model)
+    sums = [
+        w.float() + a @ b.T for w, (a, b) in zip(before.values(), factors.values(), strict=True)
+    ]
+    if not all(s.to(dtype).isfinite().all() for s in sums):  # too large for the weights' dtype
+        for delta in (made, loaded):
+            with pytest.raises(NonFiniteEdit):
+                Edit(delta, stack).apply()
+            assert all(torch.equal(w, before[name]) for name, w in model.named_parameters())
+        return
     for delta in (made, loaded):
         edit = Edit(delta, stack).apply()
         results.append([weight.detach().clone() for weight in model.parameters()])

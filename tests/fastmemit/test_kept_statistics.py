@@ -22,15 +22,20 @@ from tiny_models import tiny_model
 LAYERS = (0, 2)
 
 
+#: An editor tries its model on so many tokens at most (causality, padding); collecting takes more.
+PROBE = 24
+
+
 class Forwards:
-    """Counts the forward passes of a model."""
+    """Counts the forward passes of a model that are of more than some number of tokens."""
 
-    def __init__(self, model: Any) -> None:
-        self.count = 0
-        model.register_forward_pre_hook(self._add)
+    def __init__(self, model: Any, over: int = 0) -> None:
+        self.count, self.over = 0, over
+        model.register_forward_pre_hook(self._add, with_kwargs=True)
 
-    def _add(self, *_: Any) -> None:
-        self.count += 1
+    def _add(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        ids = args[0] if args else kwargs["input_ids"]
+        self.count += ids.numel() > self.over
 
 
 def test_the_same_again_is_not_collected_again(tmp_path: Path) -> None:
@@ -64,7 +69,7 @@ def test_names_of_model_and_corpus_say_nothing(tmp_path: Path) -> None:
     editor = tiny_editor(tmp_path / "cache", layers=None, name="gpt2-xl")
     first = editor.precompute(one, multiplier=4, layers=LAYERS)
     again = tiny_editor(tmp_path / "cache", layers=None, name="./models/gpt2-xl")
-    counter = Forwards(again.model)
+    counter = Forwards(again.model, PROBE)
     assert again.precompute(two, multiplier=4, layers=LAYERS).paths == first.paths
     assert counter.count == 0
 
@@ -89,7 +94,7 @@ def test_what_statistics_depend_on_gives_them_another_folder(
         corpus: Corpus | None = None, multiplier: float = 4, max_length: int | None = None, **kwargs
     ) -> tuple[Path, int]:
         editor = tiny_editor(tmp_path, layers=None, **kwargs)
-        counter = Forwards(editor.model)
+        counter = Forwards(editor.model, PROBE)
         found = editor.precompute(
             corpus or tiny_corpus(), multiplier=multiplier, layers=[1], max_length=max_length
         )

@@ -92,7 +92,7 @@ def test_nothing_is_proposed_without_an_effect(place: Place, capsys: Capture) ->
         (["--samples", "0"], ["must be a whole number above 0"]),
         (["--positions", "middle"], ["middle"]),
         (["--figure", "a.pdf"], ["must end in .svg or .png"]),
-        (["--json", "gone/a.json"], ["The folder 'gone' does not exist"]),
+        (["--json", "gone/a.json"], ["The folder '", "/gone' does not exist; make it"]),
     ],
 )
 def test_what_is_refused(

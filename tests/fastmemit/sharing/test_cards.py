@@ -12,11 +12,14 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 
+import fastcov
 from fastmemit.delta import Delta
 from fastmemit.errors import BadConfig
+from fastmemit.kept import common, provenance_of
 from fastmemit.request import EditRequest
 from fastmemit.sharing import compose
 from fastmemit.sharing.cards import edit_card, statistics_card
+from fastmemit.statistics import Statistics
 from tiny_editors import FACTS, QUICK, tiny_editor
 
 
@@ -132,8 +135,11 @@ def test_statistics_say_what_they_are_of(tmp_path: Path) -> None:
 
 def test_statistics_say_what_nobody_knows_and_what_was_left_out(tmp_path: Path) -> None:
     found = tiny_editor(tmp_path).statistics_for([0])
-    about = {k: v for k, v in found.provenance.items() if k != "context"}
-    other = dataclasses.replace(found, provenance={**about, "seed": None, "bos": False})
+    module, path = next(iter(found.paths.items()))
+    moment, stored = fastcov.load_moment(path)
+    about = {k: v for k, v in stored.items() if k != "context"}
+    fastcov.save_moment(path, moment, {**about, "seed": None, "bos": False})
+    other = Statistics({module: path}, common([provenance_of(path)]))
     shown = {row[0]: row[1] for row in rows(statistics_card(other, "me/m")) if len(row) == 2}
     assert shown["seed"] == shown["documents cut at"] == "unknown"
     assert shown["first positions"] == "left out"
