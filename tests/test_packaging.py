@@ -146,7 +146,8 @@ def test_make_help_names_every_target() -> None:
 
 
 def test_source_files_keep_the_house_rules() -> None:
-    roots = [*SOURCES.values(), ROOT / "tests", ROOT / "benchmarks"]
+    # A test file is as long as what it tests has behaviours; sources and benchmarks end with an idea.
+    roots = [*SOURCES.values(), ROOT / "benchmarks"]
     for path in (p for root in roots for p in files_of(root) if p.suffix == ".py"):
         lines = len(path.read_text(encoding="utf-8").splitlines())
         assert lines <= 600, f"{path.relative_to(ROOT)} has {lines} lines"
