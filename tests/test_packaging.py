@@ -146,7 +146,7 @@ def test_make_help_names_every_target() -> None:
 
 
 def test_source_files_keep_the_house_rules() -> None:
-    # A test file is as long as what it tests has behaviours; sources and benchmarks end with an idea.
+    # Of sources and benchmarks; a test file is as long as what it tests has behaviours.
     roots = [*SOURCES.values(), ROOT / "benchmarks"]
     for path in (p for root in roots for p in files_of(root) if p.suffix == ".py"):
         lines = len(path.read_text(encoding="utf-8").splitlines())
