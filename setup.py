@@ -1,9 +1,8 @@
 """Asks CMake for the native module; pyproject.toml has the metadata, CMakeLists.txt the build.
 
-The environment decides: ``FASTCOV_SKIP_NATIVE=1`` installs pure Python; ``FASTCOV_CUDA`` and
-``FASTCOV_CUDA_ARCHS`` go to CMake, which explains them. Without a C++ compiler, or on Windows,
-whose compiler lacks the vector types in use, the package is pure Python and everything still
-works, slower; `python -m fastcov` says so.
+The environment decides: ``FASTCOV_SKIP_NATIVE=1`` installs pure Python; ``FASTCOV_CUDA`` and ``FASTCOV_CUDA_ARCHS`` go
+to CMake, which explains them. Without a C++ compiler, or on Windows, whose compiler lacks the vector types in use, the
+package is pure Python and everything still works, slower; `python -m fastcov` says so.
 """
 
 import os
@@ -41,9 +40,7 @@ class CMakeBuild(build_ext):
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={folder / 'out'}",
         ]
         options += [
-            f"-D{name}={os.environ[name]}"
-            for name in ("FASTCOV_CUDA", "FASTCOV_CUDA_ARCHS")
-            if os.environ.get(name)
+            f"-D{name}={os.environ[name]}" for name in ("FASTCOV_CUDA", "FASTCOV_CUDA_ARCHS") if os.environ.get(name)
         ]
         if shutil.which("ninja"):
             options += ["-G", "Ninja"]
@@ -76,11 +73,6 @@ def why_not() -> str | None:
 
 reason = why_not()
 if reason is not None:
-    print(
-        f"fastcov: {reason}, so the package is installed without native kernels.", file=sys.stderr
-    )
+    print(f"fastcov: {reason}, so the package is installed without native kernels.", file=sys.stderr)
 
-setup(
-    ext_modules=[] if reason else [Extension("fastcov._native", sources=[])],
-    cmdclass={"build_ext": CMakeBuild},
-)
+setup(ext_modules=[] if reason else [Extension("fastcov._native", sources=[])], cmdclass={"build_ext": CMakeBuild})

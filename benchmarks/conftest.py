@@ -4,8 +4,8 @@
     FASTCOV_BENCH="--sizes 1536 --threads 2" pytest benchmarks/test_rank_k.py
     FASTCOV_BENCH=--quick pytest benchmarks             # does everything work?
 
-They time what `python -m fastcov.bench` times, one contender after another instead of in turns:
-good for watching one of them, not for ratios.
+They time what `python -m fastcov.bench` times, one contender after another instead of in turns: good for watching one
+of them, not for ratios.
 """
 
 from __future__ import annotations

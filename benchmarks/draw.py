@@ -2,9 +2,9 @@
 
     python benchmarks/draw.py benchmarks/results/bench-2core.json
 
-writes docs/figures/bench-2core-rank_k.svg and so on. Every case is a panel, every contender a bar;
-what failed or could not run has no bar. The files hold text and rectangles only, so that the same
-run gives the same bytes and a change of figures can be read in a diff.
+writes docs/figures/bench-2core-rank_k.svg and so on. Every case is a panel, every contender a bar; what failed or could
+not run has no bar. The files hold text and rectangles only, so that the same run gives the same bytes and a change of
+figures can be read in a diff.
 """
 
 from __future__ import annotations
@@ -106,8 +106,7 @@ def _panel(case: str, rows: Sequence[Row], measure: Measure, y: int) -> tuple[li
     if peak:  # beneath the numbers, which may reach over it
         x, bottom = LABELS + peak * scale, y + LINE * len(rows)
         parts.append(
-            f'<line x1="{x:.1f}" y1="{y}" x2="{x:.1f}" y2="{bottom}" stroke="#c53030" '
-            'stroke-dasharray="4 3"/>'
+            f'<line x1="{x:.1f}" y1="{y}" x2="{x:.1f}" y2="{bottom}" stroke="#c53030" stroke-dasharray="4 3"/>'
         )
         parts.append(_text(x + 4, bottom + 11, f"measured peak {_number(peak)}"))
     for row in rows:

@@ -3,8 +3,8 @@
     python benchmarks/evaluation.py --data counterfact.json \
         --json benchmarks/results/evaluation.json
 
-The baseline is tests/reference/literal_evaluation.py: the unmodified model, one record at a time,
-one padded batch of its prompts with both answers, logits at every position, as released
+The baseline is tests/reference/literal_evaluation.py: the unmodified model, one record at a time, one padded batch of
+its prompts with both answers, logits at every position, as released
 implementations do it.  All costs, successes and exact matches are compared before any time counts.
 Both take turns, so that both see the same machine.
 """
@@ -107,8 +107,7 @@ def _compare(ours: list[RecordScore], literal: list[Any]) -> float:
                 if worst > TOLERANCE:
                     sys.exit(f"Case {score.case_id}: {pair} against {(new, true)}.")
         rewrite, paraphrases, neighbourhood = (
-            [(new[0] < true[0], true[0] < new[0], new[1], true[1]) for new, true in part]
-            for part in parts
+            [(new[0] < true[0], true[0] < new[0], new[1], true[1]) for new, true in part] for part in parts
         )
         exact = score.exact
         expected = (

@@ -2,8 +2,8 @@
 
     nice -n 10 python benchmarks/fuzz.py --files 4000 --json benchmarks/results/fuzz.json
 
-Files of every kind that the packages read are damaged (bits, bytes and blocks, headers, values of
-JSON, forged checksums) or replaced by what is no file at all, and read in processes with a limit
+Files of every kind that the packages read are damaged (bits, bytes and blocks, headers, values of JSON, forged
+checksums) or replaced by what is no file at all, and read in processes with a limit
 on memory and on time.  `fuzz_workers` says what may come of one; a crash, a hang, an allocation far
 beyond the file's size, and changed content under a checksum are defects, and end this program
 with 1.  One mutant again: --readers NAME --only NUMBER, with the same seed.
@@ -95,9 +95,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--files", type=int, default=4000, help="mutants of all readers together")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--readers", type=lambda text: text.split(","), default=list(readers()), metavar="A,B"
-    )
+    parser.add_argument("--readers", type=lambda text: text.split(","), default=list(readers()), metavar="A,B")
     parser.add_argument("--only", type=int, metavar="NUMBER", help="this mutant of each reader")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()

@@ -148,10 +148,7 @@ def _apply(path: Path) -> Any:
 
 def _sweep(name: str) -> Callable[[Path], Path]:
     def make(folder: Path) -> Path:
-        cells = [
-            made("memit", d, (1, 2), [record(0, 1.0), record(1, 0.0, 0.5, None)], worse=1.5)
-            for d in (2.0, None)
-        ]
+        cells = [made("memit", d, (1, 2), [record(0, 1.0), record(1, 0.0, 0.5, None)], worse=1.5) for d in (2.0, None)]
         return write(folder, cells) / name
 
     return make
@@ -211,8 +208,6 @@ def _requests(folder: Path) -> Path:
 def _shown_requests(path: Path) -> Any:
     """Refused in the end in any case: the file is read before the model is looked for."""
     folder = path.parent
-    code, said = _shown(
-        "edit", "--model", folder / "none", "--requests", path, "--save", folder / "e"
-    )
+    code, said = _shown("edit", "--model", folder / "none", "--requests", path, "--save", folder / "e")
     assert code == 2
     return said.replace(str(folder), "")

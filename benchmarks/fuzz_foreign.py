@@ -31,21 +31,7 @@ _SHAPES = (
     "(-1,)", "()", "(25,)", "(1, 5, 5)", "(5, 6)", "(5.0, 5)", "(True, 5)", "[5, 5]", "None",
     "(5,) * 99", "(" * 500 + ")" * 500, "(9" + "9" * 5000 + ",)",
 )  # fmt: skip
-_DTYPES = (
-    "|O",
-    "<f2",
-    "<f16",
-    "<i4",
-    "<c8",
-    ">f4",
-    "|S8",
-    "<U5",
-    "|V4",
-    "<M8[s]",
-    "",
-    "f4,O",
-    "<f9",
-)
+_DTYPES = ("|O", "<f2", "<f16", "<i4", "<c8", ">f4", "|S8", "<U5", "|V4", "<M8[s]", "", "f4,O", "<f9")
 _BOMB = 1 << 27  # bytes of zeros
 
 
@@ -184,9 +170,7 @@ def _damaged_yaml(draw: random.Random, data: bytes) -> tuple[str, bytes]:
     lines = data.decode().splitlines()
     place = draw.randrange(len(lines))
     name = lines[place].partition(":")[0]
-    levels = "\n".join(
-        f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9 if i else ['lol'])}]" for i in range(9)
-    )
+    levels = "\n".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9 if i else ['lol'])}]" for i in range(9))
     clever = (
         "!!python/object/apply:os.system ['exit 7']", "!!python/name:os.system", "!!binary aGk=",
         "!!set {a, b}", "!!timestamp 2001-01-01", "2001-13-45", "0x1F", "0o17", "1:30:00",

@@ -1,10 +1,9 @@
 """Coverage-guided fuzz of every reader and of what is done with files, in slices.
 
-    pip install atheris
-    nice -n 10 python benchmarks/fuzz_guided.py --runs 100000 --json guided.json
+    pip install atheris nice -n 10 python benchmarks/fuzz_guided.py --runs 100000 --json guided.json
 
-libFuzzer, by way of atheris, keeps the files that reach a line of the packages that none did
-before, and damages those further: as bytes, or with what `fuzz_mutations` knows of their format.
+libFuzzer, by way of atheris, keeps the files that reach a line of the packages that none did before, and damages those
+further: as bytes, or with what `fuzz_mutations` knows of their format.
 Each reader is a slice in a process of its own.  `fuzz_workers` says what may come of a file; an
 error that is none of this package's, a hang, a death and changed content under a checksum are
 defects, are kept as files in --out, and end this program with 1.  Half of the files with a checksum

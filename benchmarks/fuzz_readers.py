@@ -28,12 +28,7 @@ from fastmemit.experiments.header import check_header
 from fastmemit.experiments.html import page
 from fastmemit.experiments.layout import latex, markdown
 from fastmemit.experiments.results import read_lines, read_unedited
-from fastmemit.experiments.tables import (
-    cells_csv,
-    cells_table,
-    comparison_tables,
-    difference_tables,
-)
+from fastmemit.experiments.tables import cells_csv, cells_table, comparison_tables, difference_tables
 from fastmemit.targets import Target, TargetKey, TargetStore
 from tiny_sweeps import made, record, write
 from tiny_tokenizers import SENTENCES, tiny_tokenizer
@@ -49,13 +44,13 @@ class Reader:
 
     Attributes:
         name: Of the reader.
-        family: What the file is: "safetensors", "json", "lines" (of JSON), or another word for
-            what only `damage` knows.
+        family: What the file is: "safetensors", "json", "lines" (of JSON), or another word for what only `damage`
+            knows.
         make: Writes a valid file into an empty folder; its path.
         read: Reads a file; something that `described` can tell from others.
         strict: The file has a checksum, so that what is accepted must be what was written.
-        seal: Of a damaged safetensors file, one whose checksums fit it: a forgery, which may be
-            accepted and must do no harm.
+        seal: Of a damaged safetensors file, one whose checksums fit it: a forgery, which may be accepted and must do no
+            harm.
         damage: What else can be done to such a file; what it makes counts as a forgery.
     """
 
@@ -76,10 +71,7 @@ def described(value: Any) -> Any:
     if isinstance(value, fastcov.SecondMoment):
         return (described(value.lower), value.count, described(value.quartic))
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return (
-            type(value).__name__,
-            described({f.name: getattr(value, f.name) for f in dataclasses.fields(value)}),
-        )
+        return (type(value).__name__, described({f.name: getattr(value, f.name) for f in dataclasses.fields(value)}))
     if isinstance(value, Mapping):
         return {repr(key): described(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
@@ -101,9 +93,7 @@ def readers() -> dict[str, Reader]:
         Reader("target", "safetensors", _target, _read_target, True),
         Reader("counterfact", "json", _written("a.json", samples.counterfact()), load_records),
         Reader("counterfact-flat", "lines", _lined("a.jsonl", samples.flat()), load_records),
-        Reader(
-            "counterfact-skipping", "json", _written("a.json", samples.counterfact()), _skipping
-        ),
+        Reader("counterfact-skipping", "json", _written("a.json", samples.counterfact()), _skipping),
         Reader("zsre", "json", _written("a.json", samples.zsre()), load_zsre),
         Reader("requests", "lines", _lined("a.jsonl", samples.requests()), load_requests),
         Reader("corpus-text", "text", _text, _read_corpus),
@@ -145,8 +135,7 @@ def seal_moment(header: dict[str, Any], body: bytes) -> None:
 def _delta(folder: Path) -> Path:
     draw = torch.Generator().manual_seed(0)
     factors = {
-        f"layers.{i}.weight": (torch.randn(3, 2, generator=draw), torch.randn(4, 2, generator=draw))
-        for i in range(2)
+        f"layers.{i}.weight": (torch.randn(3, 2, generator=draw), torch.randn(4, 2, generator=draw)) for i in range(2)
     }
     Delta(factors, {"model": "f" * 64, "method": "memit"}).save(folder / "e.safetensors")
     return folder / "e.safetensors"
@@ -208,9 +197,7 @@ def _saved(name: str, text: str) -> Callable[[Path], Path]:
 
 
 def _text(folder: Path) -> Path:
-    text = "\n\n".join(
-        (*SENTENCES, "Ein Caf\u00e9.\nZwei \U0001f469\u200d\U0001f52c \u05d0\u05d1.")
-    )
+    text = "\n\n".join((*SENTENCES, "Ein Caf\u00e9.\nZwei \U0001f469\u200d\U0001f52c \u05d0\u05d1."))
     return _saved("c.txt", text + "\n")(folder)
 
 

@@ -25,9 +25,7 @@ _DIGEST = 32  # bytes, the last ones of a checkpoint
 def resumed_readers() -> list[Reader]:
     """The readers of what an earlier run of the same left behind."""
     return [
-        Reader(
-            "checkpoint", "checkpoint", _checkpoint, read_checkpoint, True, damage=_damaged_inside
-        ),
+        Reader("checkpoint", "checkpoint", _checkpoint, read_checkpoint, True, damage=_damaged_inside),
         Reader("sequential-header", "json", _header, _read_header),
         Reader("sequential-steps", "lines", _steps, _read_steps),
     ]
@@ -38,9 +36,7 @@ def _checkpoint(folder: Path) -> Path:
     keys = torch.randn(20, 5, generator=draw)
     taken = {
         "down.0": Taken(SecondMoment(5).update(keys), 30, 20, None, -1, torch.device("cpu")),
-        "down.1": Taken(
-            SecondMoment(5).update(keys[:15]), 30, 20, keys[15:], 3, torch.device("cpu")
-        ),
+        "down.1": Taken(SecondMoment(5).update(keys[:15]), 30, 20, keys[15:], 3, torch.device("cpu")),
     }
     state = {
         "identity": {"model": "f" * 64, "seed": 3},
@@ -62,11 +58,7 @@ def _damaged_inside(draw: random.Random, data: bytes) -> tuple[str, bytes]:
     return f"{kind}, sealed", kept + hashlib.sha256(kept).digest()
 
 
-_SEQUENCE = {
-    **samples.HEADER,
-    "batches": [[1, 2], [3]],
-    "score_every": 1,
-}
+_SEQUENCE = {**samples.HEADER, "batches": [[1, 2], [3]], "score_every": 1}
 
 
 def _header(folder: Path) -> Path:

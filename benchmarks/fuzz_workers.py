@@ -87,9 +87,7 @@ def mutant(reader: Reader, valid: bytes, seed: int, number: int, others: list[by
     return kind, data, False
 
 
-def run(
-    reader: Reader, numbers: Iterable[int], seed: int, patience: float = PATIENCE
-) -> Iterator[Outcome]:
+def run(reader: Reader, numbers: Iterable[int], seed: int, patience: float = PATIENCE) -> Iterator[Outcome]:
     """Read mutants in a process of their own, which is replaced when it hangs or dies."""
     fork = multiprocessing.get_context("fork")  # everything is imported already
     _valid_files()  # made once, and seen by every process
@@ -192,9 +190,7 @@ def _work(name: str, numbers: tuple[int, ...], seed: int, pipe: Any) -> None:
             else:
                 path.write_bytes(data)
             result: dict[str, Any] = {}
-            peak = peak_beyond(
-                functools.partial(attempt, reader, path, content, forged, result), _CPU
-            )
+            peak = peak_beyond(functools.partial(attempt, reader, path, content, forged, result), _CPU)
             outcome = Outcome(name, seed, number, kind, len(data or b""), peak=peak or 0, **result)
             if outcome.peak > PEAK[0] + PEAK[1] * outcome.size:
                 outcome = Outcome(**{**asdict(outcome), "result": "memory"})

@@ -2,9 +2,9 @@
 
     python -m fastcov.bench collect --load benchmarks.smollm2:load
 
-Layers 4 to 8, five projections of width 1,536. The text is `wikipedia_en_sample.jsonl` in the
-folder that FASTMEMIT_DATA names (default: ../shared/data beside the repository); where there is
-none, the texts that the package ships, which are enough for a small --multiplier.
+Layers 4 to 8, five projections of width 1,536. The text is `wikipedia_en_sample.jsonl` in the folder that
+FASTMEMIT_DATA names (default: ../shared/data beside the repository); where there is none, the texts that the package
+ships, which are enough for a small --multiplier.
 """
 
 from __future__ import annotations

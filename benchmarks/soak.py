@@ -1,13 +1,12 @@
 """Long runs: hundreds of edits that come and go, and precomputes that are killed.
 
-    python benchmarks/soak.py edits --edits 500 --json benchmarks/results/soak-edits.json
-    python benchmarks/soak.py kills --cycles 100 --json benchmarks/results/soak-kills.json
+    python benchmarks/soak.py edits --edits 500 --json benchmarks/results/soak-edits.json python benchmarks/soak.py
+    kills --cycles 100 --json benchmarks/results/soak-kills.json
 
-`edits` applies and undoes one edit after the other, of all methods, of batches of every size, on
-every way there is: applied at once, planned and then applied, saved, loaded and applied. No fact
-comes twice. After each undo every weight must have the bits that it had. Memory is read after each:
-what the process has, and what Python's objects take (tracemalloc). A line through the second half
-says how much an edit leaves behind, with the standard error of its slope.
+`edits` applies and undoes one edit after the other, of all methods, of batches of every size, on every way there is:
+applied at once, planned and then applied, saved, loaded and applied. No fact comes twice. After each undo every weight
+must have the bits that it had. Memory is read after each: what the process has, and what Python's objects take
+(tracemalloc). A line through the second half says how much an edit leaves behind, with the standard error of its slope.
 
 `kills` is in soak_kills.py. Both leave with 1 where anything was lost.
 """
@@ -47,9 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _arguments(argv)
     begun = time.perf_counter()
     if args.mode == "edits":
-        result = soak_edits(
-            args.edits, model=args.model, facts=args.facts, seed=args.seed, say=_say
-        )
+        result = soak_edits(args.edits, model=args.model, facts=args.facts, seed=args.seed, say=_say)
     else:
         from soak_kills import soak_kills
 
@@ -144,9 +141,7 @@ def slope(values: Sequence[float]) -> dict[str, float]:
     return {"bytes": round(fit.slope, 1), "standard_error": round(error, 1)}
 
 
-def _come_and_go(
-    editor: Any, requests: list[Any], method: str, way: str, path: Path, settings: dict[str, Any]
-) -> None:
+def _come_and_go(editor: Any, requests: list[Any], method: str, way: str, path: Path, settings: dict[str, Any]) -> None:
     """One edit in one of `WAYS`, in the weights and out of them again."""
     from fastmemit.applied import Edit
 

@@ -1,14 +1,13 @@
 """Interrupts at random moments, and what they leave: ``python benchmarks/soak_interrupts.py``.
 
-Each round runs one of precompute, edit, apply and undo, ``applied``, evaluate and sweep on a tiny
-model and stops it once: by a signal (SIGINT, SIGTERM) at a random time, or by a KeyboardInterrupt
-or MemoryError raised at a random line of the project's own code. Afterwards the weights must be
-those of the edits on record (the unedited ones where there is none) bit for bit, no hook and no
-replaced forward may be left, the modes of modules and parameters and the random states must be as
-before, an edit on record must come out again, and the next round must work.
+Each round runs one of precompute, edit, apply and undo, ``applied``, evaluate and sweep on a tiny model and stops it
+once: by a signal (SIGINT, SIGTERM) at a random time, or by a KeyboardInterrupt or MemoryError raised at a random line
+of the project's own code. Afterwards the weights must be those of the edits on record (the unedited ones where there is
+none) bit for bit, no hook and no replaced forward may be left, the modes of modules and parameters and the random
+states must be as before, an edit on record must come out again, and the next round must work.
 
-A signal is answered as the command line answers it. Lines where CPython handles no signal (the line
-of a with statement on the way out, of a try, a generator that goes on) are left out.
+A signal is answered as the command line answers it. Lines where CPython handles no signal (the line of a with statement
+on the way out, of a try, a generator that goes on) are left out.
 """
 
 from __future__ import annotations
@@ -84,9 +83,7 @@ class Soak:
             "edit": self._edit,
             "apply and undo": self._apply,
             "applied": self._applied,
-            "evaluate": lambda: evaluate(
-                self.editor, [self.records[:2], self.records[2:]], "memit", dict(QUICK)
-            ),
+            "evaluate": lambda: evaluate(self.editor, [self.records[:2], self.records[2:]], "memit", dict(QUICK)),
             "sweep": self._sweep,
         }
 
@@ -123,10 +120,7 @@ class Soak:
         """What must be as it was, but for weights."""
         modules = list(self.model.modules())
         return {
-            "hooks": sum(
-                len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks)
-                for m in modules
-            ),
+            "hooks": sum(len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in modules),
             "forwards": sum("forward" in m.__dict__ for m in modules),
             "training": [m.training for m in modules],
             "requires_grad": [p.requires_grad for p in self.model.parameters()],

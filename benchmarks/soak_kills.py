@@ -69,17 +69,12 @@ class Kills:
 
 
 def soak_kills(
-    cycles: int,
-    *,
-    seconds: Sequence[float],
-    multiplier: float,
-    seed: int,
-    say: Callable[[str], None],
+    cycles: int, *, seconds: Sequence[float], multiplier: float, seed: int, say: Callable[[str], None]
 ) -> dict[str, Any]:
     """Kill and resume, cycle by cycle; each is killed once or more, and then runs to its end.
 
-    A moment is drawn among the batches and the files of a whole pass, so that a machine that is
-    slower now than it was before does not change where the kills fall.
+    A moment is drawn among the batches and the files of a whole pass, so that a machine that is slower now than it was
+    before does not change where the kills fall.
 
     Args:
         cycles: How many.

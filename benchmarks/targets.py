@@ -52,9 +52,7 @@ def main() -> None:
     shares = [list(range(i, len(requests), args.rounds)) for i in range(args.rounds)]
     for share in shares:
         begun = time.perf_counter()
-        targets = optimise(
-            adapter, tokenizer, requests, contexts, settings, batch_tokens=args.batch_tokens
-        )
+        targets = optimise(adapter, tokenizer, requests, contexts, settings, batch_tokens=args.batch_tokens)
         ours.append(time.perf_counter() - begun)
         for index in share:
             begun = time.perf_counter()

@@ -25,9 +25,7 @@ def _case(settings: Settings, dtype: str, d: int) -> tuple[Case, dict[str, Conte
 
 def _library_names() -> list[str]:
     kinds = [torch.device("cpu"), torch.device("cuda")]
-    found = [
-        r.name for kind in kinds for t in DTYPES.values() for r in libraries.routes(kind, t, 1)
-    ]
+    found = [r.name for kind in kinds for t in DTYPES.values() for r in libraries.routes(kind, t, 1)]
     return list(dict.fromkeys(found))
 
 

@@ -1,9 +1,8 @@
 """Many edits on one model: memory, bits and time: ``python benchmarks/undo_memory.py``.
 
-1,000 edits of rank 1 on weights of SmolLM2-135M's shape (576 x 1,536, each edit on two of six
-layers), then 500 undone at random places among those that the order allows. The weights must have,
-bit for bit, what they had when the edits below were on top. Resident memory is printed at 10, 100
-and 1,000 edits.
+1,000 edits of rank 1 on weights of SmolLM2-135M's shape (576 x 1,536, each edit on two of six layers), then 500 undone
+at random places among those that the order allows. The weights must have, bit for bit, what they had when the edits
+below were on top. Resident memory is printed at 10, 100 and 1,000 edits.
 """
 
 from __future__ import annotations

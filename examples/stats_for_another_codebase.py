@@ -2,8 +2,8 @@
 
 Run it in the folder of the other codebase, or name its folder of statistics:
 
-    python examples/stats_for_another_codebase.py
-    python examples/stats_for_another_codebase.py --model gpt2-xl --stats-dir ../memit/data/stats
+    python examples/stats_for_another_codebase.py python examples/stats_for_another_codebase.py --model gpt2-xl
+    --stats-dir ../memit/data/stats
 
 Then run that codebase as ever: it finds the files, and computes no statistics of its own.
 """
@@ -39,9 +39,7 @@ def main() -> None:
     for path in paths.values():
         with np.load(path) as data:
             total, count = data["mom2.mom2"], int(data["mom2.count"])
-        print(
-            f"{path}: {count} keys of width {len(total)}, mean square {total.trace() / count:.3g}"
-        )
+        print(f"{path}: {count} keys of width {len(total)}, mean square {total.trace() / count:.3g}")
     print(f"set mom2_n_samples to {place.sample_size} there, as it is in every released setting")
 
 

@@ -1,8 +1,8 @@
 """Second moments of a model's keys, and the closed-form edits made with them.
 
-The numerics of "Efficient Knowledge Editing via Minimal Precomputation" (arXiv 2506.04226).
-Importing this package needs torch alone. `fastcov.ops` has the operator and its kernels,
-`fastcov.closed_form` the formulas, `fastcov.store` the file format.
+The numerics of "Efficient Knowledge Editing via Minimal Precomputation" (arXiv 2506.04226). Importing this package
+needs torch alone. `fastcov.ops` has the operator and its kernels, `fastcov.closed_form` the formulas, `fastcov.store`
+the file format.
 """
 
 from fastcov import closed_form

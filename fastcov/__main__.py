@@ -28,9 +28,7 @@ def main() -> int:
     if build is None:
         print(f"native module: none, {native.missing()}")
     else:
-        cuda = (
-            f"CUDA {build['cuda']} for {build['cuda_archs']}" if build["cuda"] else "without CUDA"
-        )
+        cuda = f"CUDA {build['cuda']} for {build['cuda_archs']}" if build["cuda"] else "without CUDA"
         openmp = "OpenMP" if build["openmp"] else "one thread (no OpenMP)"
         print(f"native module: {build['compiler']}, {openmp}, {cuda}")
     devices = ["cpu"]

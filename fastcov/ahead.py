@@ -1,7 +1,7 @@
 """Reading ahead: a thread fetches the next items while the present one is worked on.
 
-Tokenising text and padding batches keep the model waiting; fast tokenizers release the interpreter
-lock, so beside a forward pass they cost next to nothing.
+Tokenising text and padding batches keep the model waiting; fast tokenizers release the interpreter lock, so beside a
+forward pass they cost next to nothing.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ P = ParamSpec("P")
 class Ahead(Generic[Item]):
     """Reads a source in a thread of its own, a bounded number of items ahead.
 
-    Items come in the order of the source. Only the thread touches the source, so it may be a
-    generator; what it raises is raised where the item would have come. Leaving the context stops
-    the thread and waits until it is gone, whether the source was read to its end or not.
+    Items come in the order of the source. Only the thread touches the source, so it may be a generator; what it raises
+    is raised where the item would have come. Leaving the context stops the thread and waits until it is gone, whether
+    the source was read to its end or not.
 
     Do not read what runs the same model or tokenizer as the consumer does meanwhile.
 
@@ -59,8 +59,8 @@ class Ahead(Generic[Item]):
     def relayed(self, function: Callable[P, object]) -> Callable[P, None]:
         """A function for the source to call, run by the consumer before its next item.
 
-        So a progress bar is moved by the thread that draws it, and what the function raises reaches
-        the consumer. A consumer that waits for an item runs it at once.
+        So a progress bar is moved by the thread that draws it, and what the function raises reaches the consumer. A
+        consumer that waits for an item runs it at once.
         """
 
         def later(*args: P.args, **kwargs: P.kwargs) -> None:
@@ -86,9 +86,7 @@ class Ahead(Generic[Item]):
         if self._begun:
             raise RuntimeError("An Ahead reads one source only; make another for the next.")
         self._begun = True
-        thread = threading.Thread(
-            target=self._fill, args=(source,), name="fastcov-ahead", daemon=True
-        )
+        thread = threading.Thread(target=self._fill, args=(source,), name="fastcov-ahead", daemon=True)
         thread.start()
         try:
             yield self._items()

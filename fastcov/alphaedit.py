@@ -4,15 +4,15 @@ With the projector ``P = U U^T`` and ``M = K K^T + K_p K_p^T``, the published fo
 
     Delta^T = (P M + l2 I)^-1 P K R^T
 
-has d_k unknowns to a row. Its solution lies in the space of U: multiplying out gives
-``Delta^T = U Y R^T`` with r unknowns, and the matrix of Y is symmetric,
+has d_k unknowns to a row. Its solution lies in the space of U: multiplying out gives ``Delta^T = U Y R^T`` with r
+unknowns, and the matrix of Y is symmetric,
 
     (K_u K_u^T + P_u P_u^T + l2 I) Y = K_u,     K_u = U^T K,  P_u = U^T K_p.
 
-It is ridge regression on the keys ``J = [K_u, P_u]``, which shall lead to ``[R, 0]``, so Y is also
-the first B columns of ``J (J^T J + l2 I)^-1``: a system as large as the number of keys. The smaller
-of the two is solved. The second one still means something at l2 = 0, as the limit: every key of the
-edit led to its residual exactly, every earlier key left where it is.
+It is ridge regression on the keys ``J = [K_u, P_u]``, which shall lead to ``[R, 0]``, so Y is also the first B columns
+of ``J (J^T J + l2 I)^-1``: a system as large as the number of keys. The smaller of the two is solved. The second one
+still means something at l2 = 0, as the limit: every key of the edit led to its residual exactly, every earlier key left
+where it is.
 """
 
 from __future__ import annotations
@@ -34,9 +34,7 @@ NOTHING = 1e-7
 
 
 @isolated()
-def alphaedit(
-    null_space: NullSpace, K: Tensor, R: Tensor, l2: float, preserved: Tensor | None = None
-) -> LowRank:
+def alphaedit(null_space: NullSpace, K: Tensor, R: Tensor, l2: float, preserved: Tensor | None = None) -> LowRank:
     """AlphaEdit: ``Delta^T = (P (K K^T + K_p K_p^T) + l2 I)^-1 P K R^T``.
 
     ``Delta k = 0`` for every key k that has no part in the null space.
@@ -45,8 +43,8 @@ def alphaedit(
         null_space: Of the second moment, width d_k; see `fastcov.null_space`.
         K: Edit keys, shape (d_k, B); equal keys are fine where l2 is above 0.
         R: Residuals, shape (d, B).
-        l2: How much the size of the change counts; released with 10. With 0 the keys are led to
-            their residuals exactly, and earlier keys are not moved at all.
+        l2: How much the size of the change counts; released with 10. With 0 the keys are led to their residuals
+            exactly, and earlier keys are not moved at all.
         preserved: Keys K_p of earlier edits, shape (d_k, m), m may be 0; None are none.
 
     Returns:
@@ -58,8 +56,8 @@ def alphaedit(
         NonFiniteKeys: K, or an earlier key, holds NaN or infinity.
         NonFiniteMatrix: R holds NaN or infinity, or the update overflows.
         BadInput: K, R or earlier keys are no dense matrix of numbers, or there is no null space.
-        NotPositiveDefinite: l2 is 0, or too small for float64, and the keys' parts in the null
-            space depend on one another.
+        NotPositiveDefinite: l2 is 0, or too small for float64, and the keys' parts in the null space depend on one
+            another.
         ValueError: l2 is negative or not finite.
     """
     if not math.isfinite(l2) or l2 < 0:

@@ -1,8 +1,7 @@
 """From documents to padded batches: exactly as many tokens as asked for, and little padding.
 
-A document is the list of its token ids. `take` and `bucket` are generators over documents, so that
-a corpus of any size passes through a bounded window; `pinned` makes their batches ready to be sent
-to a GPU while it works.
+A document is the list of its token ids. `take` and `bucket` are generators over documents, so that a corpus of any size
+passes through a bounded window; `pinned` makes their batches ready to be sent to a GPU while it works.
 """
 
 from __future__ import annotations
@@ -28,9 +27,9 @@ _LIMITS = (1.0, 0.5, 0.35, 0.25, 0.2, 0.15, 0.12, 0.1, 0.08, 0.065)
 def take(documents: Iterable[Document], budget: int | None, max_length: int) -> Iterator[Document]:
     """The first documents, with exactly as many tokens as the budget says.
 
-    Each document is truncated to `max_length`, the last one is cut so that the count is exact, and
-    empty documents are skipped. No document is asked for after the budget is met. A corpus
-    that ends before gives what it has; `fastcov.collect` reports it.
+    Each document is truncated to `max_length`, the last one is cut so that the count is exact, and empty documents are
+    skipped. No document is asked for after the budget is met. A corpus that ends before gives what it has;
+    `fastcov.collect` reports it.
 
     Args:
         documents: Token ids, one sequence a document.
@@ -50,10 +49,7 @@ def take(documents: Iterable[Document], budget: int | None, max_length: int) -> 
     if budget is not None and budget <= 0:
         raise BadBudget(f"The budget must be above 0 but is {budget}; see fastcov.budget.")
     if max_length < 1:
-        raise ValueError(
-            f"max_length must be at least 1 token but is {max_length}; "
-            "pass the model's context length."
-        )
+        raise ValueError(f"max_length must be at least 1 token but is {max_length}; pass the model's context length.")
     return _take(documents, budget, max_length)
 
 
@@ -62,8 +58,7 @@ def _take(documents: Iterable[Document], budget: int | None, max_length: int) ->
     for document in documents:
         if isinstance(document, str | bytes):
             raise TypeError(
-                f"A document must be a list of token ids but is the text {document[:40]!r}; "
-                "tokenise it first."
+                f"A document must be a list of token ids but is the text {document[:40]!r}; tokenise it first."
             )
         length = min(len(document), max_length if left is None else min(max_length, left))
         if length == 0:
@@ -76,17 +71,13 @@ def _take(documents: Iterable[Document], budget: int | None, max_length: int) ->
 
 
 def bucket(
-    documents: Iterable[Document],
-    tokens_per_batch: int,
-    max_padding: float = 0.05,
-    window: int = 1024,
+    documents: Iterable[Document], tokens_per_batch: int, max_padding: float = 0.05, window: int = 1024
 ) -> Iterator[dict[str, Tensor]]:
     """Batches of documents of similar length, padded on the right.
 
-    Documents are read a window at a time, sorted by length and cut into batches of at most
-    `tokens_per_batch` tokens, padding included; a longer document is a batch of its own. The share
-    of padding in a window's batches together is at most `max_padding`. The same documents always
-    give the same batches.
+    Documents are read a window at a time, sorted by length and cut into batches of at most `tokens_per_batch` tokens,
+    padding included; a longer document is a batch of its own. The share of padding in a window's batches together is at
+    most `max_padding`. The same documents always give the same batches.
 
     Args:
         documents: Token ids, one sequence a document; empty ones are skipped.
@@ -95,10 +86,10 @@ def bucket(
         window: How many documents are sorted together, and held in memory.
 
     Returns:
-        An iterator of batches: ``input_ids``, ``attention_mask`` and ``position_ids``, all int64 of
-        shape (documents, length of the longest), longest batch of a window first. Padded
-        positions have id 0 and mask 0. Where documents are `fastcov.Span` with tokens that are no
-        keys, also ``key_mask`` of the same shape, which `fastcov.collect` reads.
+        An iterator of batches: ``input_ids``, ``attention_mask`` and ``position_ids``, all int64 of shape (documents,
+        length of the longest), longest batch of a window first. Padded positions have id 0 and mask 0. Where documents
+        are `fastcov.Span` with tokens that are no keys, also ``key_mask`` of the same shape, which `fastcov.collect`
+        reads.
 
     Raises:
         ValueError: tokens_per_batch or window below 1, or max_padding outside of [0, 1).
@@ -109,9 +100,7 @@ def bucket(
             f"but are {tokens_per_batch} and {window}; pass a few thousand of each."
         )
     if not 0 <= max_padding < 1:
-        raise ValueError(
-            f"max_padding is a share from 0 to below 1 but is {max_padding!r}; 0.05 is usual."
-        )
+        raise ValueError(f"max_padding is a share from 0 to below 1 but is {max_padding!r}; 0.05 is usual.")
     return _bucket(documents, tokens_per_batch, max_padding, window)
 
 
@@ -127,9 +116,7 @@ def _bucket(
             yield _pad(held[start:stop])
 
 
-def _cuts(
-    lengths: Sequence[int], tokens_per_batch: int, max_padding: float
-) -> list[tuple[int, int]]:
+def _cuts(lengths: Sequence[int], tokens_per_batch: int, max_padding: float) -> list[tuple[int, int]]:
     """Where to cut falling lengths: as few batches as the padding of all together allows."""
     cuts: list[tuple[int, int]] = []
     for limit in (*(limit for limit in _LIMITS if limit > max_padding), max_padding):
@@ -164,11 +151,7 @@ def _pad(rows: Sequence[Document]) -> dict[str, Tensor]:
         input_ids[i, : len(row)] = torch.as_tensor(row, dtype=torch.int64)
         attention_mask[i, : len(row)] = 1
     position_ids = torch.arange(length).expand(n, length).contiguous()
-    batch = {
-        "input_ids": input_ids,
-        "attention_mask": attention_mask,
-        "position_ids": position_ids,
-    }
+    batch = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
     firsts = [row.first_key if isinstance(row, Span) else 0 for row in rows]
     if any(firsts):
         keys = position_ids >= torch.tensor(firsts)[:, None]
@@ -176,13 +159,11 @@ def _pad(rows: Sequence[Document]) -> dict[str, Tensor]:
     return batch
 
 
-def pinned(
-    batches: Iterable[Mapping[str, Any]], device: torch.device
-) -> Iterator[Mapping[str, Any]]:
+def pinned(batches: Iterable[Mapping[str, Any]], device: torch.device) -> Iterator[Mapping[str, Any]]:
     """Batches in page-locked memory where they will go to a CUDA device, else as they are.
 
-    From there `fastcov.collect` sends them without waiting. Pinning is a copy of its own, so do it
-    where batches are read ahead (`fastcov.ahead`).
+    From there `fastcov.collect` sends them without waiting. Pinning is a copy of its own, so do it where batches are
+    read ahead (`fastcov.ahead`).
 
     Args:
         batches: The model's keyword arguments.

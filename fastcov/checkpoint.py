@@ -1,9 +1,8 @@
 """What a `fastcov.collect` has summed so far, in a file, so that a killed one goes on from there.
 
-One file has the state of all modules after the same batch, so it is consistent by itself. It holds
-everything that decides on the bits of the sums to come: each sum as it is, the keys that wait for
-the next launch of a kernel, how many batches there were, and a digest of their contents. The
-batches are then read again and not run.
+One file has the state of all modules after the same batch, so it is consistent by itself. It holds everything that
+decides on the bits of the sums to come: each sum as it is, the keys that wait for the next launch of a kernel, how many
+batches there were, and a digest of their contents. The batches are then read again and not run.
 
 `fastcov.checkpoint_file` describes the file.
 """
@@ -40,30 +39,24 @@ Batches = Iterable[Mapping[str, Any]]
 class Checkpoint:
     """Where one `fastcov.collect` keeps what it has, and where the same one finds it again.
 
-    What is damaged or of something else is reported, not used, and replaced by the next write. A
-    write that fails is reported too, and the collect goes on: the file before it stays.
+    What is damaged or of something else is reported, not used, and replaced by the next write. A write that fails is
+    reported too, and the collect goes on: the file before it stays.
 
     Args:
         path: The file. Two collects must not have the same one at the same time.
-        identity: JSON values: what the batches and the sums depend on (model, text, its order, the
-            size of batches, versions). A checkpoint serves only where all of it is equal.
-        seconds: At least so long between two writes; 0 writes after every batch, infinity never.
-            None takes `SECONDS`, and longer where writing would take more than `SHARE` of the time.
+        identity: JSON values: what the batches and the sums depend on (model, text, its order, the size of batches,
+            versions). A checkpoint serves only where all of it is equal.
+        seconds: At least so long between two writes; 0 writes after every batch, infinity never. None takes `SECONDS`,
+            and longer where writing would take more than `SHARE` of the time.
 
     Raises:
         ValueError: `seconds` is negative or NaN.
     """
 
-    def __init__(
-        self,
-        path: str | os.PathLike[str],
-        identity: Mapping[str, Any],
-        seconds: float | None = None,
-    ) -> None:
+    def __init__(self, path: str | os.PathLike[str], identity: Mapping[str, Any], seconds: float | None = None) -> None:
         if seconds is not None and not seconds >= 0:
             raise ValueError(
-                f"The seconds between two checkpoints must be 0 or more but are {seconds!r}; "
-                f"{SECONDS:g} is usual."
+                f"The seconds between two checkpoints must be 0 or more but are {seconds!r}; {SECONDS:g} is usual."
             )
         self.path = Path(path)
         self._identity = json.loads(json.dumps(dict(identity), sort_keys=True, allow_nan=False))
@@ -161,9 +154,7 @@ class Checkpoint:
         order = tally.describe()
         expected = {**self._identity, "order of the sums": order, "budget": dict(tally.wanted)}
         if differs := _differences(stored, expected):
-            logger.warning(
-                "the checkpoint %s is of another %s and is not used", self.path, "; ".join(differs)
-            )
+            logger.warning("the checkpoint %s is of another %s and is not used", self.path, "; ".join(differs))
             return None
         if state["machine"] != _machine():
             logger.warning(

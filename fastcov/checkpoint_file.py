@@ -1,9 +1,9 @@
 """The file of a checkpoint: safetensors, written piece by piece and sealed by its own digest.
 
-The metadata are ``format``, ``version`` and ``state``, a JSON object. Each module has a number n
-and the tensors ``n:sum`` (the lower triangle, row by row), ``n:quartic`` and, where keys wait for
-the next launch of a kernel, ``n:waiting``. The last tensor, ``sha256``, is the digest of every byte
-before its own. No more than one module is in memory twice while it is written.
+The metadata are ``format``, ``version`` and ``state``, a JSON object. Each module has a number n and the tensors
+``n:sum`` (the lower triangle, row by row), ``n:quartic`` and, where keys wait for the next launch of a kernel,
+``n:waiting``. The last tensor, ``sha256``, is the digest of every byte before its own. No more than one module is in
+memory twice while it is written.
 """
 
 from __future__ import annotations
@@ -31,14 +31,7 @@ VERSION = 1
 
 _DIGEST = 32  # bytes
 _PIECE = 16 << 20
-_STATE = {
-    "identity": dict,
-    "sums": dict,
-    "machine": dict,
-    "batches": int,
-    "stream": str,
-    "modules": dict,
-}
+_STATE = {"identity": dict, "sums": dict, "machine": dict, "batches": int, "stream": str, "modules": dict}
 
 
 @dataclass(frozen=True)
@@ -67,8 +60,8 @@ def read_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[
     """Read a checkpoint, every byte verified.
 
     Returns:
-        ``identity``, ``sums``, ``machine``, ``batches`` and ``stream`` as they were written, and
-        what each module had taken, on the CPU.
+        ``identity``, ``sums``, ``machine``, ``batches`` and ``stream`` as they were written, and what each module had
+        taken, on the CPU.
 
     Raises:
         StoreDamaged: The file is not what was written, or a newer version wrote it.
@@ -98,10 +91,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[
             ):
                 raise _damaged(path, "lacks a part of its state")
             modules = state.pop("modules")
-            taken = {
-                name: _read(file, number, module)
-                for number, (name, module) in enumerate(modules.items())
-            }
+            taken = {name: _read(file, number, module) for number, (name, module) in enumerate(modules.items())}
     except (SafetensorError, KeyError, ValueError, TypeError) as error:
         raise _damaged(path, f"is no checkpoint ({error!s:.120})") from error
     return state, taken
@@ -121,8 +111,7 @@ def _read(file: Any, number: int, module: Mapping[str, Any]) -> Taken:
     if d < 1 or tuple(triangle.shape) != (d * (d + 1) // 2,):
         raise ValueError(f"module {number} has a sum of another width")
     quartic, waiting = (
-        file.get_tensor(f"{number}:{name}") if f"{number}:{name}" in names else None
-        for name in ("quartic", "waiting")
+        file.get_tensor(f"{number}:{name}") if f"{number}:{name}" in names else None for name in ("quartic", "waiting")
     )
     if quartic is not None and quartic.dim() != 0:
         raise ValueError(f"module {number} has a quartic sum of another shape")

@@ -1,10 +1,9 @@
 """Cholesky in place: one triangle, block after block, with nothing of the matrix's size besides.
 
-`torch.linalg.cholesky_ex` makes a new matrix of the same size, and several attempts with more and
-more jitter would make several. Here the lower triangle is overwritten. What is needed to try again
-lies in the same matrix: `mirror` copies the lower triangle over the upper one first, so that the
-upper triangle and the diagonal, d numbers kept by the caller, still are A while the lower one
-becomes L.
+`torch.linalg.cholesky_ex` makes a new matrix of the same size, and several attempts with more and more jitter would
+make several. Here the lower triangle is overwritten. What is needed to try again lies in the same matrix: `mirror`
+copies the lower triangle over the upper one first, so that the upper triangle and the diagonal, d numbers kept by the
+caller, still are A while the lower one becomes L.
 """
 
 from __future__ import annotations
@@ -24,10 +23,10 @@ _MIRRORED = 64  # rows mirrored at a time, few enough for the cache
 def cholesky_(A: Tensor) -> bool:
     """Overwrite the lower triangle of A (d, d) with its Cholesky factor.
 
-    Right-looking: the factor of a diagonal block, the panel below it by a triangular solve, then
-    the triangle that is left by a symmetric rank-k update of half the arithmetic of a product.
-    Workspace is one panel, d times the width of a block, or two where it is copied, and two more
-    in which the native kernel packs it and which that kernel keeps for its next call.
+    Right-looking: the factor of a diagonal block, the panel below it by a triangular solve, then the triangle that is
+    left by a symmetric rank-k update of half the arithmetic of a product. Workspace is one panel, d times the width of
+    a block, or two where it is copied, and two more in which the native kernel packs it and which that kernel keeps for
+    its next call.
 
     Args:
         A: Float32 or float64, with any strides. Nothing above the diagonal is read or changed.

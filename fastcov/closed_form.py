@@ -1,10 +1,9 @@
 """The closed-form updates of ROME, EMMET and MEMIT as low-rank factors.
 
-Pure functions of a factor of A, the edit keys K (d_k, B) and the residuals R (d, B), what the
-edited projection shall add at those keys. A comes from `fastcov.regularised` and does not depend on
-the edits: it is factored once, and a batch costs triangular solves and a system of its own size.
-K and R, tensors or NumPy arrays, are read in the dtype and on the device in which the factor
-answers; float64 is recommended, or a float32 factor that is refined (`fastcov.factorize`).
+Pure functions of a factor of A, the edit keys K (d_k, B) and the residuals R (d, B), what the edited projection shall
+add at those keys. A comes from `fastcov.regularised` and does not depend on the edits: it is factored once, and a batch
+costs triangular solves and a system of its own size. K and R, tensors or NumPy arrays, are read in the dtype and on the
+device in which the factor answers; float64 is recommended, or a float32 factor that is refined (`fastcov.factorize`).
 """
 
 from __future__ import annotations
@@ -15,13 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastcov.errors import (
-    BadInput,
-    NonFiniteKeys,
-    NonFiniteMatrix,
-    NotPositiveDefinite,
-    WrongWidth,
-)
+from fastcov.errors import BadInput, NonFiniteKeys, NonFiniteMatrix, NotPositiveDefinite, WrongWidth
 from fastcov.factor import CholeskyFactor, RefinedFactor, moved
 from fastcov.inputs import matrix
 from fastcov.linalg import factorize
@@ -50,10 +43,9 @@ class LowRank:
 def memit(factor: CholeskyFactor, K: Tensor, R: Tensor) -> LowRank:
     """MEMIT: ``Delta = R K^T (A + K K^T)^-1``, equation (2) of arXiv 2506.04226.
 
-    By Woodbury ``(A + K K^T)^-1 K = X (I + K^T X)^-1`` with ``X = A^-1 K``. With ``H = L^-1 K`` the
-    small matrix is ``I + H^T H``: symmetric, positive definite and (B, B). A refined factor has no
-    exact H and takes ``K^T X`` itself. Of more keys than d_k, ``A + K K^T`` is the smaller matrix,
-    and solved with as it stands.
+    By Woodbury ``(A + K K^T)^-1 K = X (I + K^T X)^-1`` with ``X = A^-1 K``. With ``H = L^-1 K`` the small matrix is ``I
+    + H^T H``: symmetric, positive definite and (B, B). A refined factor has no exact H and takes ``K^T X`` itself. Of
+    more keys than d_k, ``A + K K^T`` is the smaller matrix, and solved with as it stands.
 
     Args:
         factor: Of A = weight * C + ridge * I, width d_k.
@@ -83,9 +75,8 @@ def memit(factor: CholeskyFactor, K: Tensor, R: Tensor) -> LowRank:
 def emmet(factor: CholeskyFactor, K: Tensor, R: Tensor, lambda_e: float = 0.0) -> LowRank:
     """EMMET: ``Delta = R (K^T A^-1 K + lambda_e I)^-1 K^T A^-1``, memorisation as a constraint.
 
-    With lambda_e = 0 every key is mapped to its residual exactly, ``Delta K = R``. That is
-    impossible for keys that depend on one another, and it is an error then, not a quiet
-    approximation.
+    With lambda_e = 0 every key is mapped to its residual exactly, ``Delta K = R``. That is impossible for keys that
+    depend on one another, and it is an error then, not a quiet approximation.
 
     Args:
         factor: Of A = weight * C + ridge * I, width d_k.
@@ -107,9 +98,7 @@ def emmet(factor: CholeskyFactor, K: Tensor, R: Tensor, lambda_e: float = 0.0) -
     """
     K, R = _checked(factor, K, R)
     if not math.isfinite(lambda_e) or lambda_e < 0:
-        raise ValueError(
-            f"lambda_e must be finite and not below 0 but is {lambda_e!r}; 0.1 is usual."
-        )
+        raise ValueError(f"lambda_e must be finite and not below 0 but is {lambda_e!r}; 0.1 is usual.")
     if lambda_e and _more_keys_than_width(factor, K):
         return finite_change(R.contiguous(), _joint_solve(factor, K, lambda_e))
     X, S = factor.solve_and_gram(K)  # (d_k, B), (B, B)
@@ -130,18 +119,16 @@ def emmet(factor: CholeskyFactor, K: Tensor, R: Tensor, lambda_e: float = 0.0) -
 
 
 @isolated()
-def rome(
-    factor: CholeskyFactor, k: Tensor, r: Tensor, *, denominator_key: Tensor | None = None
-) -> LowRank:
+def rome(factor: CholeskyFactor, k: Tensor, r: Tensor, *, denominator_key: Tensor | None = None) -> LowRank:
     """ROME: ``Delta = r (A^-1 k)^T / (k^T A^-1 k)``, one edit; the scale of A cancels.
 
     Args:
         factor: Of A, width d_k.
         k: The edit key, shape (d_k,) or (d_k, 1).
         r: The residual, shape (d,) or (d, 1).
-        denominator_key: The key q of the denominator ``q^T A^-1 k``, shaped as k. By default k
-            itself, which is r-ROME and makes ``Delta k = r``. ROME as released takes the bare
-            prompt's key here and the mean over contexts as k.
+        denominator_key: The key q of the denominator ``q^T A^-1 k``, shaped as k. By default k itself, which is r-ROME
+            and makes ``Delta k = r``. ROME as released takes the bare prompt's key here and the mean over contexts as
+            k.
 
     Returns:
         left (d, 1) and right (d_k, 1).
@@ -152,8 +139,7 @@ def rome(
         NonFiniteMatrix: r holds NaN or infinity, or the update overflows.
         BadInput: A key or r is no dense matrix of numbers, or there is no factor.
         ResidualTooLarge: A refined factor did not reach its tolerance.
-        NotPositiveDefinite: The denominator is not above 0 (a key of zeros, or two keys that have
-            nothing in common).
+        NotPositiveDefinite: The denominator is not above 0 (a key of zeros, or two keys that have nothing in common).
     """
     k, r = _column(k, "An edit key"), _column(r, "A residual")
     if k.dim() == 2 and k.shape[1] != 1:
@@ -181,8 +167,8 @@ def _more_keys_than_width(factor: CholeskyFactor, K: Tensor) -> bool:
 def _joint_solve(factor: CholeskyFactor, K: Tensor, share: float) -> Tensor:
     """``(share * A + K K^T)^-1 K`` (d_k, B).
 
-    What a jitter holds up alone in A, K fills. Here that is seen; the gram of the keys has an
-    eigenvalue of the inverse jitter there, and loses as many digits.
+    What a jitter holds up alone in A, K fills. Here that is seen; the gram of the keys has an eigenvalue of the inverse
+    jitter there, and loses as many digits.
     """
     root = factor.L
     return factorize(torch.addmm(K @ K.mT, root, root.mT, alpha=share), in_place=True).solve(K)
@@ -203,9 +189,7 @@ def _checked(factor: CholeskyFactor, K: Tensor, R: Tensor) -> tuple[Tensor, Tens
     return checked_edits(K, R, factor.d, factor)
 
 
-def checked_edits(
-    K: Tensor, R: Tensor, d: int, like: CholeskyFactor | Tensor
-) -> tuple[Tensor, Tensor]:
+def checked_edits(K: Tensor, R: Tensor, d: int, like: CholeskyFactor | Tensor) -> tuple[Tensor, Tensor]:
     """Keys and residuals in the dtype and on the device of what they are combined with.
 
     Args:
@@ -243,11 +227,7 @@ def checked_edits(
             if what is K:
                 raise NonFiniteKeys(message)
             bad = ~what.isfinite()
-            raise NonFiniteMatrix(
-                message,
-                entries=int(bad.sum()),
-                where=(int(bad[:, first].nonzero()[0]), first),
-            )
+            raise NonFiniteMatrix(message, entries=int(bad.sum()), where=(int(bad[:, first].nonzero()[0]), first))
     return moved(K, like), moved(R, like)
 
 

@@ -42,46 +42,40 @@ def collect(
 ) -> dict[str, SecondMoment]:
     """Collect the second moments of several modules' inputs in one pass.
 
-    Every token that the attention mask keeps is a key, the first of a document included. The moment
-    of each module is ``sum of k k^T`` over its first `budget` keys in the order of the batches, row
-    by row: C_0 of equation (2) of arXiv 2506.04226 once divided by the count. Collect on the
-    unedited model. Each forward pass ends before the last of the modules computes anything, and no
-    batch is read after all budgets are met.
+    Every token that the attention mask keeps is a key, the first of a document included. The moment of each module is
+    ``sum of k k^T`` over its first `budget` keys in the order of the batches, row by row: C_0 of equation (2) of arXiv
+    2506.04226 once divided by the count. Collect on the unedited model. Each forward pass ends before the last of the
+    modules computes anything, and no batch is read after all budgets are met.
 
-    The model runs without a key-value cache, in evaluation mode, and whatever the caller has set in
-    torch (see `fastcov.mode.isolated`); every submodule is in its former mode afterwards, and no
-    hook stays behind.
+    The model runs without a key-value cache, in evaluation mode, and whatever the caller has set in torch (see
+    `fastcov.mode.isolated`); every submodule is in its former mode afterwards, and no hook stays behind.
 
     Args:
         model: Called as ``model(**batch)``.
         modules: Paths of the projections, as in ``model.named_modules()``.
-        batches: Keyword arguments of the model, with ``attention_mask`` (B, L) where tokens are
-            padded (see `fastcov.bucket`). Tensors are moved to the device of the input embeddings.
-            ``key_mask`` (B, L), which the model is not given, says which tokens are keys where
-            these are fewer than the attention mask keeps.
+        batches: Keyword arguments of the model, with ``attention_mask`` (B, L) where tokens are padded (see
+            `fastcov.bucket`). Tensors are moved to the device of the input embeddings. ``key_mask`` (B, L), which the
+            model is not given, says which tokens are keys where these are fewer than the attention mask keeps.
         budget: How many keys, for all modules or one number for each; None takes all there are.
         allow_fewer: Accept a corpus that ends before the budget, with a warning.
         dtype: Of the sums, float32 or float64.
-        progress: Called after each batch with the number of keys that it gave to the module that
-            took most.
+        progress: Called after each batch with the number of keys that it gave to the module that took most.
         throughput: Told of each batch, so that `progress` may ask it how fast this goes.
-        launch_rows: How many keys a kernel is given at once, at least: batches with fewer are
-            copied together first, in ``launch_rows * d_k`` numbers of the keys' dtype for each
-            module. None takes 8192 on a GPU and 1 on the CPU, which copies nothing. Neither the
-            keys that count nor their number depend on it, only the order of the sum.
-        causal: Every token attends to itself and earlier ones alone. What pads a sequence on the
-            right is then seen by no key, so the model is not given a mask that says only that, and
-            may take its faster attention without one.
-        checkpoint: Where sums are kept from time to time, and taken from by a run that does the
-            same again after it was killed: the batches that are in them are read and not run. The
-            result is that of an unbroken run, bit for bit. Remove it when the moments are safe.
-        processes: Those among which the batches are divided. Each calls this with the same model,
-            budgets and batches, and runs its share of them; progress counts everybody's.
+        launch_rows: How many keys a kernel is given at once, at least: batches with fewer are copied together first, in
+            ``launch_rows * d_k`` numbers of the keys' dtype for each module. None takes 8192 on a GPU and 1 on the CPU,
+            which copies nothing. Neither the keys that count nor their number depend on it, only the order of the sum.
+        causal: Every token attends to itself and earlier ones alone. What pads a sequence on the right is then seen by
+            no key, so the model is not given a mask that says only that, and may take its faster attention without one.
+        checkpoint: Where sums are kept from time to time, and taken from by a run that does the same again after it was
+            killed: the batches that are in them are read and not run. The result is that of an unbroken run, bit for
+            bit. Remove it when the moments are safe.
+        processes: Those among which the batches are divided. Each calls this with the same model, budgets and batches,
+            and runs its share of them; progress counts everybody's.
 
     Returns:
-        A moment for each module, in the order given, on the device of that module's input; with
-        `processes`, the sum over all of them, in each. The keys are those of one process; their
-        sums differ by rounding, as far as the order of additions does.
+        A moment for each module, in the order given, on the device of that module's input; with `processes`, the sum
+        over all of them, in each. The keys are those of one process; their sums differ by rounding, as far as the order
+        of additions does.
 
     Raises:
         BadBudget: A budget that is not a whole number above 0, or none for one of the modules.
@@ -147,8 +141,7 @@ def _complete(tally: Tally, wanted: Mapping[str, int | None], allow_fewer: bool)
     """See that every module has given what was wanted, or what is allowed."""
     if all(tally.found(name) == 0 for name in wanted):
         raise EmptyCorpus(
-            f"The corpus gave no key at all in {tally.batches} batches; "
-            "pass documents with at least one token."
+            f"The corpus gave no key at all in {tally.batches} batches; pass documents with at least one token."
         )
     for name, limit in wanted.items():
         found = tally.found(name)
@@ -164,9 +157,7 @@ def _complete(tally: Tally, wanted: Mapping[str, int | None], allow_fewer: bool)
         logger.warning("only %d of the %d keys wanted for %s", found, limit, name)
 
 
-def _budgets(
-    modules: Sequence[str], budget: int | Mapping[str, int] | None
-) -> dict[str, int | None]:
+def _budgets(modules: Sequence[str], budget: int | Mapping[str, int] | None) -> dict[str, int | None]:
     wanted: dict[str, int | None] = {}
     for name in [modules] if isinstance(modules, str) else modules:
         if isinstance(budget, Mapping) and name not in budget:
@@ -174,8 +165,7 @@ def _budgets(
         keys = budget[name] if isinstance(budget, Mapping) else budget
         if keys is not None and (isinstance(keys, bool) or not isinstance(keys, int) or keys < 1):
             raise BadBudget(
-                f"The budget of {name!r} must be a whole number of keys above 0 but is {keys!r}; "
-                "see fastcov.budget."
+                f"The budget of {name!r} must be a whole number of keys above 0 but is {keys!r}; see fastcov.budget."
             )
         wanted[name] = keys
     return wanted
@@ -222,8 +212,7 @@ def _input_device(model: nn.Module) -> torch.device:
     except (AttributeError, NotImplementedError):
         first = model
     device: torch.device = next(
-        (parameter.device for parameter in (*first.parameters(), *model.parameters())),
-        torch.device("cpu"),
+        (parameter.device for parameter in (*first.parameters(), *model.parameters())), torch.device("cpu")
     )
     if device.type == "meta":
         hook = getattr(first, "_hf_hook", None)

@@ -1,8 +1,7 @@
 """The errors of fastcov: one class per thing that a caller may want to handle differently.
 
-Every message is one sentence that names the value, the place and the mend. Values that a program
-may need are attributes as well; all have defaults, so that the errors survive pickling between
-processes.
+Every message is one sentence that names the value, the place and the mend. Values that a program may need are
+attributes as well; all have defaults, so that the errors survive pickling between processes.
 """
 
 from __future__ import annotations
@@ -30,12 +29,7 @@ class NotPositiveDefinite(FastcovError):
     """
 
     def __init__(
-        self,
-        message: str = "",
-        *,
-        tried: tuple[float, ...] = (),
-        d: int = 0,
-        rank: int | None = None,
+        self, message: str = "", *, tried: tuple[float, ...] = (), d: int = 0, rank: int | None = None
     ) -> None:
         super().__init__(message)
         self.tried = tried
@@ -55,9 +49,7 @@ class NonFiniteMatrix(FastcovError):
         where: Row and column of the first one, None where that is not known.
     """
 
-    def __init__(
-        self, message: str = "", *, entries: int = 0, where: tuple[int, int] | None = None
-    ) -> None:
+    def __init__(self, message: str = "", *, entries: int = 0, where: tuple[int, int] | None = None) -> None:
         super().__init__(message)
         self.entries = entries
         self.where = where
@@ -172,9 +164,7 @@ class StoreMismatch(FastcovError):
         expected: The value that was expected.
     """
 
-    def __init__(
-        self, message: str = "", *, field: str = "", stored: object = None, expected: object = None
-    ) -> None:
+    def __init__(self, message: str = "", *, field: str = "", stored: object = None, expected: object = None) -> None:
         super().__init__(message)
         self.field = field
         self.stored = stored

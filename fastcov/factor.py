@@ -24,12 +24,12 @@ def moved(x: Tensor, like: CholeskyFactor | Tensor) -> Tensor:
 class CholeskyFactor:
     """The factor of a positive definite matrix, ``L L^T = A + jitter * mean(diag A) * I``.
 
-    Right sides may be tensors of any real floating dtype, with any strides and on any device, or
-    NumPy arrays; they are read in the dtype and on the device of the answer.
+    Right sides may be tensors of any real floating dtype, with any strides and on any device, or NumPy arrays; they are
+    read in the dtype and on the device of the answer.
 
     Attributes:
-        lower: Shape (d, d), with L in its lower triangle. What stands above the diagonal is no part
-            of L and is never read as such: `fastcov.factorize` leaves A there.
+        lower: Shape (d, d), with L in its lower triangle. What stands above the diagonal is no part of L and is never
+            read as such: `fastcov.factorize` leaves A there.
         jitter: What was added to the diagonal, relative to the mean of the diagonal of A.
         rank: Where a jitter was needed, about how many directions of A stand out above it.
     """
@@ -123,14 +123,14 @@ class CholeskyFactor:
 class RefinedFactor(CholeskyFactor):
     """A float32 factor whose `solve` is refined in float64 until its residual is small.
 
-    The matrix itself is needed for that. It lies where `fastcov.factorize` left it, above the
-    diagonal of `lower`, so that the whole takes one float32 matrix. `half_solve`, `back_solve` and
-    `logdet` are those of the float32 factor, unrefined.
+    The matrix itself is needed for that. It lies where `fastcov.factorize` left it, above the diagonal of `lower`, so
+    that the whole takes one float32 matrix. `half_solve`, `back_solve` and `logdet` are those of the float32 factor,
+    unrefined.
 
     Attributes:
         diagonal: Of A with its jitter, shape (d,), float64.
-        tolerance: How large ``B - A X`` may be relative to B, in every column, where the rounding
-            of ``A X`` in float64 is not more than that.
+        tolerance: How large ``B - A X`` may be relative to B, in every column, where the rounding of ``A X`` in float64
+            is not more than that.
     """
 
     diagonal: Tensor = field(kw_only=True)

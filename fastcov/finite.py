@@ -1,7 +1,7 @@
 """Whether sums stay finite, asked on their device and looked at there only now and then.
 
-The diagonal of a sum holds the sums of squares. One bad number in any key shows there, and stays,
-so the keys need no look of their own, and the oldest bad answer names the batch.
+The diagonal of a sum holds the sums of squares. One bad number in any key shows there, and stays, so the keys need no
+look of their own, and the oldest bad answer names the batch.
 """
 
 from __future__ import annotations
@@ -42,9 +42,7 @@ class Finite:
         finite = moment.lower.diagonal().isfinite().all()
         self._answers.append(_Answer(name, moment.dtype, first, last, finite))
 
-    def look(
-        self, name: str = "", batch: int = -1, x: Tensor | None = None, mask: Tensor | None = None
-    ) -> None:
+    def look(self, name: str = "", batch: int = -1, x: Tensor | None = None, mask: Tensor | None = None) -> None:
         """Look at all answers; this waits for their devices, once each.
 
         Args:
@@ -88,9 +86,7 @@ def _now(answer: _Answer, x: Tensor, mask: Tensor | None) -> str:
 
 def _late(answer: _Answer) -> str:
     where = (
-        f"batch {answer.last}"
-        if answer.first == answer.last
-        else f"one of the batches {answer.first} to {answer.last}"
+        f"batch {answer.last}" if answer.first == answer.last else f"one of the batches {answer.first} to {answer.last}"
     )
     return (
         f"Keys of {answer.name!r} hold NaN or infinity, or their squares overflow {answer.dtype}, "

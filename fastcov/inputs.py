@@ -19,14 +19,13 @@ def matrix(x: Any, name: str, *, meta: bool = False) -> Tensor:
     """A floating-point tensor of what a caller gave, which is read and never written to.
 
     Args:
-        x: A dense tensor of any shape and strides and with or
-            without a gradient, or a NumPy array.
+        x: A dense tensor of any shape and strides and with or without a gradient, or a NumPy array.
         name: What to call it in a message, as the beginning of a sentence.
         meta: Whether a tensor on the meta device is taken, of which nothing is computed.
 
     Returns:
-        The tensor itself without its gradient; of an array, a tensor on the CPU, which shares its
-        memory where that is possible.
+        The tensor itself without its gradient; of an array, a tensor on the CPU, which shares its memory where that is
+        possible.
 
     Raises:
         BadInput: It is something else, or its entries are not real floating-point numbers.
@@ -54,9 +53,7 @@ def square(x: Any, name: str, *, meta: bool = False) -> Tensor:
     """
     found = matrix(x, name, meta=meta)
     if found.dim() != 2 or found.shape[0] != found.shape[1] or found.shape[0] == 0:
-        raise WrongWidth(
-            f"{name} must be a square matrix but has shape {tuple(found.shape)}; pass (d, d)."
-        )
+        raise WrongWidth(f"{name} must be a square matrix but has shape {tuple(found.shape)}; pass (d, d).")
     return found
 
 
@@ -81,10 +78,7 @@ def _from_array(x: Any, name: str) -> Tensor:
     if isinstance(x, numpy.ma.MaskedArray):
         raise BadInput(f"{name} must have all entries, not be a masked array; call filled().")
     if x.dtype.kind != "f" or x.dtype.itemsize > 8:
-        raise BadInput(
-            f"{name} must be of real floating-point numbers, not an array of {x.dtype}; "
-            "convert to float64."
-        )
+        raise BadInput(f"{name} must be of real floating-point numbers, not an array of {x.dtype}; convert to float64.")
     # Torch knows neither negative strides nor the other order of bytes.
     plain = numpy.ascontiguousarray(x, x.dtype.newbyteorder("=")).reshape(x.shape)
     with warnings.catch_warnings():

@@ -22,10 +22,10 @@ _HOOKS = (
 class intact:
     """Where something is raised inside, the model has afterwards what it had before.
 
-    An interrupt can come between the registration of a hook and the note of how to remove it, or
-    just as a context is left, before it could do anything. A hook that stays would make every later
-    forward raise. So whatever contexts inside were stopped at, here hooks that are new go, a
-    replaced ``forward`` goes, and modules, parameters and gradients have the modes that they had.
+    An interrupt can come between the registration of a hook and the note of how to remove it, or just as a context is
+    left, before it could do anything. A hook that stays would make every later forward raise. So whatever contexts
+    inside were stopped at, here hooks that are new go, a replaced ``forward`` goes, and modules, parameters and
+    gradients have the modes that they had.
 
     Hooks that somebody else puts on the model inside go as well if something is raised.
 
@@ -45,10 +45,7 @@ class intact:
         """Nothing: what there is was noted when this was made."""
 
     def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Put back what is not as it was, if something was raised."""
         if error is None:

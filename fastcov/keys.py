@@ -1,8 +1,7 @@
 """From a hooked module to key rows.
 
-A key is the input of an edited projection at one token. This file is the only one that knows how to
-read a module: it hooks the projections' inputs, and lets no forward pass run further than the last
-of them.
+A key is the input of an edited projection at one token. This file is the only one that knows how to read a module: it
+hooks the projections' inputs, and lets no forward pass run further than the last of them.
 """
 
 from __future__ import annotations
@@ -27,14 +26,14 @@ OnKeys = Callable[[str, Tensor, Tensor | None], None]
 def flatten_keys(x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """View keys as rows.
 
-    Rows and mask are permuted together where only that spares a copy (a transposed batch), so row i
-    always belongs to mask entry i, but the rows need not be in row-major order. A copy is made only
-    where the strides allow no view at all, as in ``x[:, 1:]``; `key_rows` makes none there either.
+    Rows and mask are permuted together where only that spares a copy (a transposed batch), so row i always belongs to
+    mask entry i, but the rows need not be in row-major order. A copy is made only where the strides allow no view at
+    all, as in ``x[:, 1:]``; `key_rows` makes none there either.
 
     Args:
         x: Keys, shape (..., d_k).
-        mask: What to keep, shape (...) or any shape with as many entries (some models flatten
-            tokens before the projection); non-zero means kept. None keeps all.
+        mask: What to keep, shape (...) or any shape with as many entries (some models flatten tokens before the
+            projection); non-zero means kept. None keeps all.
 
     Returns:
         The rows (n, d_k), and the mask as bool (n,) on the rows' device, or None.
@@ -51,17 +50,16 @@ def flatten_keys(x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor 
 def key_rows(x: Tensor, mask: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor | None]]:
     """View keys as rows without ever copying them: in one piece where the strides allow it.
 
-    Where they do not, as in ``x[:, 1:]``, each entry of the outermost dimension is a piece of its
-    own: one sequence of the batch. As in `flatten_keys`, a row and its mask entry stay together and
-    the order is that of the memory.
+    Where they do not, as in ``x[:, 1:]``, each entry of the outermost dimension is a piece of its own: one sequence of
+    the batch. As in `flatten_keys`, a row and its mask entry stay together and the order is that of the memory.
 
     Args:
         x: Keys, shape (..., d_k).
         mask: As in `flatten_keys`.
 
     Yields:
-        A view of some rows (n, d_k) and their mask as bool (n,), on the device of the mask that was
-        given, or None. Every row is in exactly one piece.
+        A view of some rows (n, d_k) and their mask as bool (n,), on the device of the mask that was given, or None.
+        Every row is in exactly one piece.
 
     Raises:
         WrongWidth: As in `flatten_keys`.
@@ -83,9 +81,7 @@ def _outermost_first(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | N
     """Keys (..., d_k) and mask (...) with dimensions in the order of the memory."""
     x = matrix(x, "Keys") if not isinstance(x, Tensor) or x.layout is not torch.strided else x
     if x.dim() == 0:
-        raise WrongWidth(
-            "Keys must have shape (..., d_k) but are a scalar; pass the projection's input."
-        )
+        raise WrongWidth("Keys must have shape (..., d_k) but are a scalar; pass the projection's input.")
     if mask is not None:
         mask = _as_mask(mask)
         if mask.numel() * x.shape[-1] != x.numel():
@@ -112,18 +108,15 @@ def _as_mask(mask: Any) -> Tensor:
             )
         return torch.from_numpy(mask != 0)
     if mask.layout is not torch.strided or mask.is_complex():
-        raise BadInput(
-            f"A mask must be a dense tensor of truth values but is {mask.layout}, {mask.dtype}; "
-            "convert it."
-        )
+        raise BadInput(f"A mask must be a dense tensor of truth values but is {mask.layout}, {mask.dtype}; convert it.")
     return mask
 
 
 class KeyHooks:
     """Reads the inputs of named modules during a forward pass that ends at the last of them.
 
-    The pass ends before the last hooked module computes anything: neither its own product nor a
-    module above it runs. Hooks are removed on leaving the context, whatever happened inside.
+    The pass ends before the last hooked module computes anything: neither its own product nor a module above it runs.
+    Hooks are removed on leaving the context, whatever happened inside.
 
     Example:
         >>> with KeyHooks(model, ["layers.0.mlp.down_proj"], print) as hooks:
@@ -132,8 +125,8 @@ class KeyHooks:
     Args:
         model: The model, called as ``model(**batch)``.
         modules: Paths of the modules, as in ``model.named_modules()``.
-        on_keys: Called as ``on_keys(path, x, mask)`` with the module's input x (..., d_k) and the
-            mask that `run` was given. It must not keep x without a copy: the tensor is the model's.
+        on_keys: Called as ``on_keys(path, x, mask)`` with the module's input x (..., d_k) and the mask that `run` was
+            given. It must not keep x without a copy: the tensor is the model's.
 
     Raises:
         UnknownModule: A path is not in the model.
@@ -155,9 +148,7 @@ class KeyHooks:
                 raise UnknownModule(_unknown(path, known))
             for other, module in self._targets.items():
                 if module is known[path]:
-                    raise ValueError(
-                        f"The paths {other!r} and {path!r} are the same module; name it once."
-                    )
+                    raise ValueError(f"The paths {other!r} and {path!r} are the same module; name it once.")
             self._targets[path] = known[path]
         self._handles: list[RemovableHandle] = []
         self._fired: set[str] = set()
@@ -181,10 +172,7 @@ class KeyHooks:
         return self
 
     def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Take the hooks off."""
         while self._handles:
@@ -196,13 +184,13 @@ class KeyHooks:
 
         Args:
             batch: The model's keyword arguments.
-            mask: Which tokens are keys, handed on to ``on_keys``; by default the batch's
-                ``attention_mask`` where it has one.
+            mask: Which tokens are keys, handed on to ``on_keys``; by default the batch's ``attention_mask`` where it
+                has one.
 
         Raises:
             HookNeverRan: The forward pass ended and a hooked module was never called.
-            FastcovError: The hooks are not on the model, or a hooked module was called twice before
-                the last one was reached.
+            FastcovError: The hooks are not on the model, or a hooked module was called twice before the last one was
+                reached.
         """
         if not self._handles:
             raise FastcovError("The hooks are not on the model; use KeyHooks in a with statement.")
@@ -235,9 +223,7 @@ class KeyHooks:
                 )
             x = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)
             if x is None:
-                raise FastcovError(
-                    f"The module {path!r} was called without a tensor; name a projection."
-                )
+                raise FastcovError(f"The module {path!r} was called without a tensor; name a projection.")
             self._fired.add(path)
             self._on_keys(path, x.detach(), self._mask)
             if len(self._fired) == len(self._targets):

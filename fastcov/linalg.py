@@ -38,35 +38,30 @@ def factorize(
 ) -> CholeskyFactor:
     """The Cholesky factor of a symmetric matrix, with jitter only where it cannot do without.
 
-    The jitters are tried in turn, each times the mean of the diagonal; one that was needed is
-    logged as a warning and is on record in the factor, with an estimate of the rank. A
-    factorisation also counts as failed where the matrix is singular up to rounding: one of too few
-    keys often passes by luck, with a last pivot that is noise, and so is then every solve. The test
-    scales the diagonal to one first, so that coordinates of small scale are not at fault.
+    The jitters are tried in turn, each times the mean of the diagonal; one that was needed is logged as a warning and
+    is on record in the factor, with an estimate of the rank. A factorisation also counts as failed where the matrix is
+    singular up to rounding: one of too few keys often passes by luck, with a last pivot that is noise, and so is then
+    every solve. The test scales the diagonal to one first, so that coordinates of small scale are not at fault.
 
-    One matrix holds it all: L grows in the lower triangle, while the upper one and the diagonal,
-    which is set aside, keep what another attempt needs. Besides it there are four panels of at
-    most d / 16 columns: with `in_place` 0.3 of a matrix, else 1.3, jitter or not (for d from 1,024
-    on).
+    One matrix holds it all: L grows in the lower triangle, while the upper one and the diagonal, which is set aside,
+    keep what another attempt needs. Besides it there are four panels of at most d / 16 columns: with `in_place` 0.3 of
+    a matrix, else 1.3, jitter or not (for d from 1,024 on).
 
     Args:
-        A: The matrix (d, d), float32 or float64, a tensor or a NumPy array. Only its lower triangle
-            is read.
+        A: The matrix (d, d), float32 or float64, a tensor or a NumPy array. Only its lower triangle is read.
         jitters: What to add to the diagonal, relative to its mean, in the order of trial.
-        in_place: Use A itself where it can be written over: the factor then lies in A's lower
-            triangle, and what was there in the upper one. After an error the lower triangle is as
-            it was. By default A is copied.
-        refine: For a float32 matrix: `solve` then answers in float64, refined on the matrix itself
-            until the residual is within the tolerance. It takes half the memory of float64, and
-            several solves in place of one. The factor is a `RefinedFactor`.
+        in_place: Use A itself where it can be written over: the factor then lies in A's lower triangle, and what was
+            there in the upper one. After an error the lower triangle is as it was. By default A is copied.
+        refine: For a float32 matrix: `solve` then answers in float64, refined on the matrix itself until the residual
+            is within the tolerance. It takes half the memory of float64, and several solves in place of one. The factor
+            is a `RefinedFactor`.
         tolerance: Of `refine`: the norm of the residual over that of the right side.
 
     Raises:
         NonFiniteMatrix: The lower triangle holds NaN or infinity.
         NotPositiveDefinite: No jitter was enough, or the diagonal's mean is not above 0.
         WrongWidth: A is not a square matrix.
-        BadInput: A is no dense matrix of numbers, or neither float32 nor float64, or float64 and to
-            be refined.
+        BadInput: A is no dense matrix of numbers, or neither float32 nor float64, or float64 and to be refined.
         ValueError: A jitter is negative or not finite.
     """
     work = _checked_matrix(A, refine)
@@ -117,26 +112,23 @@ def regularised(
 ) -> Tensor:
     """``A = weight * C + ridge * I``, the part of equation (2) that does not depend on the edits.
 
-    With a relative ridge r and a shrinkage a, and m the mean of C's diagonal, it is
-    ``weight * ((1 - a) C + a m I) + (ridge + r * weight * m) I``. Shrinking keeps the mean of the
-    diagonal, so neither changes what the other one means.
+    With a relative ridge r and a shrinkage a, and m the mean of C's diagonal, it is ``weight * ((1 - a) C + a m I) +
+    (ridge + r * weight * m) I``. Shrinking keeps the mean of the diagonal, so neither changes what the other one means.
 
     Args:
-        second_moment: C, the mean of ``k k^T``, shape (d_k, d_k), of which the lower triangle is
-            enough for `factorize`; or the moment, whose sum is then read where it lies: neither a
-            mean nor the other triangle is made, and no copy but the result. A NumPy array is taken
-            too.
+        second_moment: C, the mean of ``k k^T``, shape (d_k, d_k), of which the lower triangle is enough for
+            `factorize`; or the moment, whose sum is then read where it lies: neither a mean nor the other triangle is
+            made, and no copy but the result. A NumPy array is taken too.
         weight: How much the preserved keys count; a finite number above 0.
         ridge: What is added to the diagonal; 0 or a finite number above.
         dtype: Of the result.
-        relative_ridge: What is added to the diagonal, over the mean of the diagonal of
-            ``weight * C``; 0 or a finite number above.
-        shrinkage: How far C is moved towards a multiple of the identity, from 0 to 1; see
-            `fastcov.oas` and `fastcov.ledoit_wolf`.
+        relative_ridge: What is added to the diagonal, over the mean of the diagonal of ``weight * C``; 0 or a finite
+            number above.
+        shrinkage: How far C is moved towards a multiple of the identity, from 0 to 1; see `fastcov.oas` and
+            `fastcov.ledoit_wolf`.
 
     Returns:
-        A new matrix (d_k, d_k), to be factorised. Of a moment only the lower triangle of it means
-        anything.
+        A new matrix (d_k, d_k), to be factorised. Of a moment only the lower triangle of it means anything.
 
     Raises:
         WrongWidth: C is not square.
@@ -149,24 +141,18 @@ def regularised(
         count = second_moment.count
         if count == 0:
             raise EmptyCorpus(
-                f"This moment of width {second_moment.d} has seen no key and has no mean; "
-                "update it first."
+                f"This moment of width {second_moment.d} has seen no key and has no mean; update it first."
             )
         second_moment = second_moment.lower
     second_moment = square(second_moment, "A second moment")
     if dtype not in (torch.float32, torch.float64):
         raise BadInput(f"The result must be float32 or float64 but is to be {dtype}; pass one.")
     if not math.isfinite(weight) or weight <= 0:
-        raise ValueError(
-            f"The weight must be finite and above 0 but is {weight!r}; 15000 is usual."
-        )
+        raise ValueError(f"The weight must be finite and above 0 but is {weight!r}; 15000 is usual.")
     if not math.isfinite(ridge) or ridge < 0:
         raise ValueError(f"The ridge must be finite and not below 0 but is {ridge!r}; 0 is usual.")
     if not math.isfinite(relative_ridge) or relative_ridge < 0:
-        raise ValueError(
-            f"The relative_ridge must be finite and not below 0 but is {relative_ridge!r}; "
-            "0 is usual."
-        )
+        raise ValueError(f"The relative_ridge must be finite and not below 0 but is {relative_ridge!r}; 0 is usual.")
     check_intensity(shrinkage)
     A = second_moment.to(dtype, copy=True).mul_(weight / count)
     added = ridge
@@ -181,8 +167,7 @@ def regularised(
 def _checked_matrix(A: object, refine: bool) -> Tensor:
     if isinstance(A, SecondMoment):
         raise BadInput(
-            "A SecondMoment is factorised with a weight and a ridge; pass "
-            "fastcov.regularised(moment, weight, ridge)."
+            "A SecondMoment is factorised with a weight and a ridge; pass fastcov.regularised(moment, weight, ridge)."
         )
     A = square(A, "The matrix to factorise")
     if A.dtype not in (torch.float32, torch.float64):
@@ -223,8 +208,8 @@ def _check_finite(A: Tensor) -> None:
 def _is_noise(factor: CholeskyFactor, diagonal: Tensor) -> bool:
     """Whether the smallest eigenvalue of the matrix, scaled to a unit diagonal, is rounding error.
 
-    A few steps of inverse iteration with the factor itself; each costs two solves of one column.
-    Matrices of d - 1 keys come out below half a unit of rounding, those of d + 1 keys above 90.
+    A few steps of inverse iteration with the factor itself; each costs two solves of one column. Matrices of d - 1 keys
+    come out below half a unit of rounding, those of d + 1 keys above 90.
     """
     scale = diagonal.sqrt()  # (d,): the scaled matrix is A over the scale of its row and column
     x = torch.randn(factor.d, generator=torch.Generator().manual_seed(0)).to(scale)  # (d,)

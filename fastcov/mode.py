@@ -1,8 +1,8 @@
 """The caller's settings of torch and the model's modes: left outside, and the same afterwards.
 
-What is computed here must not depend on where it was called from: a moment summed under autocast,
-or an edit written with TF32 on, would be stored under the name of the right one. `isolated` stands
-at every public entry point; nested, it costs a few reads.
+What is computed here must not depend on where it was called from: a moment summed under autocast, or an edit written
+with TF32 on, would be stored under the name of the right one. `isolated` stands at every public entry point; nested, it
+costs a few reads.
 """
 
 from __future__ import annotations
@@ -22,9 +22,7 @@ from fastcov.intact import intact
 
 _cuda: Any = torch.cuda  # in part untyped
 _AUTOCAST = tuple(
-    kind
-    for kind in ("cpu", "cuda", "mps", "xpu", "hpu", "mtia", "xla")
-    if torch.amp.is_autocast_available(kind)
+    kind for kind in ("cpu", "cuda", "mps", "xpu", "hpu", "mtia", "xla") if torch.amp.is_autocast_available(kind)
 )
 # torch's own values. Named by the attributes of torch.backends.cuda.matmul; older torch lacks some.
 _CUDA_PRODUCTS = {
@@ -37,15 +35,14 @@ _CUDA_PRODUCTS = {
 class isolated(ContextDecorator):
     """Torch as it is when it has just been imported, with gradients off.
 
-    Inside, autocast, inference mode, TF32 and other short products of float32 are off on every
-    device, the default dtype is float32, the default device is the CPU, and reductions of 16-bit
-    products are as torch has them by default. All of it is afterwards as it was, also after an
-    exception. ``torch.use_deterministic_algorithms`` is left as it is: nothing here needs an
-    operator that it forbids. Gradients, inference mode, autocast and the default device are those
+    Inside, autocast, inference mode, TF32 and other short products of float32 are off on every device, the default
+    dtype is float32, the default device is the CPU, and reductions of 16-bit products are as torch has them by default.
+    All of it is afterwards as it was, also after an exception. ``torch.use_deterministic_algorithms`` is left as it is:
+    nothing here needs an operator that it forbids. Gradients, inference mode, autocast and the default device are those
     of the running thread; the other settings are the whole process's.
 
-    A decorator or a with statement. It must not enclose a ``yield`` to a caller, whose settings are
-    the caller's own; a decorated generator would not run inside it at all.
+    A decorator or a with statement. It must not enclose a ``yield`` to a caller, whose settings are the caller's own; a
+    decorated generator would not run inside it at all.
 
     Args:
         gradients: Whether operations are recorded for a backward pass.
@@ -70,10 +67,7 @@ class isolated(ContextDecorator):
             raise
 
     def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._restore()
 
@@ -168,8 +162,8 @@ def _reduction(products: Any, name: str) -> Any:
 def evaluation_mode(model: nn.Module, *, frozen: bool = False) -> Iterator[None]:
     """No submodule trains inside; afterwards each is in the mode that it was in before.
 
-    Only those that train are touched: setting the mode of all of them several times took a tenth of
-    planning the edit of one fact.
+    Only those that train are touched: setting the mode of all of them several times took a tenth of planning the edit
+    of one fact.
 
     Args:
         model: The model.

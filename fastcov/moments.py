@@ -22,18 +22,17 @@ _NORMED = 128  # rows of 16 bits whose norms a CPU takes at a time: it converts 
 class SecondMoment:
     """The running sum of ``k k^T`` over keys k, and how many there were.
 
-    The canonical layout: the sum is a matrix (d, d) of which only the lower triangle means
-    anything; whatever lies above the diagonal is never read as data. Readings are symmetric
-    copies. The mean is C_0 of equation (2) of arXiv 2506.04226 divided by the number of keys,
-    uncentred, so that the number of keys does not change the weight it gets.
+    The canonical layout: the sum is a matrix (d, d) of which only the lower triangle means anything; whatever lies
+    above the diagonal is never read as data. Readings are symmetric copies. The mean is C_0 of equation (2) of arXiv
+    2506.04226 divided by the number of keys, uncentred, so that the number of keys does not change the weight it gets.
 
-    Beside the sum there is one more number, the sum of ``||k||^4``, which says how far single keys
-    lie from the mean: `fastcov.ledoit_wolf` needs it, and no second moment can tell it afterwards.
+    Beside the sum there is one more number, the sum of ``||k||^4``, which says how far single keys lie from the mean:
+    `fastcov.ledoit_wolf` needs it, and no second moment can tell it afterwards.
 
     Args:
         d: The width of the keys.
-        dtype: Of the sum, float32 or float64. Keys of any floating dtype are taken; products are
-            never summed in less than float32.
+        dtype: Of the sum, float32 or float64. Keys of any floating dtype are taken; products are never summed in less
+            than float32.
         device: Where the sum lives, and where keys must come from.
 
     Raises:
@@ -41,35 +40,25 @@ class SecondMoment:
     """
 
     @isolated()
-    def __init__(
-        self,
-        d: int,
-        *,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str | None = None,
-    ) -> None:
+    def __init__(self, d: int, *, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None) -> None:
         if isinstance(d, bool) or not isinstance(d, int) or d < 1:
             raise ValueError(
                 f"The width of the keys must be a whole number of at least 1 but is {d!r}; "
                 "pass the projection's input width."
             )
         if dtype not in (torch.float32, torch.float64):
-            raise ValueError(
-                f"The sum must be float32 or float64 but is {dtype}; pass one of them."
-            )
+            raise ValueError(f"The sum must be float32 or float64 but is {dtype}; pass one of them.")
         self._sum = torch.zeros(d, d, dtype=dtype, device=device)
         self._count = 0
         self._quartic: Tensor | None = _zero(self._sum.device)
 
     @classmethod
     @isolated()
-    def from_lower(
-        cls, lower: Tensor, count: int, quartic: Tensor | float | None = None
-    ) -> SecondMoment:
+    def from_lower(cls, lower: Tensor, count: int, quartic: Tensor | float | None = None) -> SecondMoment:
         """Take over a sum of which the lower triangle is filled.
 
-        It is not copied unless nothing could be added to it: where it is a NumPy array, its entries
-        share memory, or it was made under inference mode.
+        It is not copied unless nothing could be added to it: where it is a NumPy array, its entries share memory, or it
+        was made under inference mode.
 
         Args:
             lower: The sum, shape (d, d), float32 or float64.
@@ -95,32 +84,26 @@ class SecondMoment:
 
     @isolated()
     def update(
-        self,
-        x: Tensor,
-        mask: Tensor | None = None,
-        *,
-        kept: int | None = None,
-        check: bool = True,
+        self, x: Tensor, mask: Tensor | None = None, *, kept: int | None = None, check: bool = True
     ) -> SecondMoment:
         """Add keys, where they lie: none is copied, gathered or converted on the way to the kernel.
 
         Args:
-            x: Keys, shape (..., d), float32, float64, float16 or bfloat16, on the sum's device; or
-                a NumPy array of them.
+            x: Keys, shape (..., d), float32, float64, float16 or bfloat16, on the sum's device; or a NumPy array of
+                them.
             mask: Which of them count, shape (...), non-zero means kept; None keeps all.
-            kept: How many keys the mask keeps, where the caller has counted them: to count a mask
-                on a GPU is to wait for it. It is taken at its word.
-            check: Whether to refuse keys that would leave a sum that is not finite, before any is
-                added; on a GPU this waits. Without it, see whether the diagonal of `lower` is
-                finite afterwards.
+            kept: How many keys the mask keeps, where the caller has counted them: to count a mask on a GPU is to wait
+                for it. It is taken at its word.
+            check: Whether to refuse keys that would leave a sum that is not finite, before any is added; on a GPU this
+                waits. Without it, see whether the diagonal of `lower` is finite afterwards.
 
         Returns:
             This moment.
 
         Raises:
             WrongWidth: The keys are not d wide, or the mask does not fit them.
-            NonFiniteKeys: Keys that count hold NaN or infinity, or the sum of their squares
-                overflows its dtype; the moment is as it was.
+            NonFiniteKeys: Keys that count hold NaN or infinity, or the sum of their squares overflows its dtype; the
+                moment is as it was.
             BadInput: Keys that are not floating point or that live on another device.
         """
         x = matrix(x, "Keys", meta=True)
@@ -170,8 +153,8 @@ class SecondMoment:
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> SecondMoment:
         """Add up the moments of all processes of a group; every one then holds the total.
 
-        Little more than the lower triangle is sent. The order of the additions, and with it the
-        last bits of a sum, depends on how many processes there are.
+        Little more than the lower triangle is sent. The order of the additions, and with it the last bits of a sum,
+        depends on how many processes there are.
 
         Without an initialised process group there is one process, and nothing to add.
         """
@@ -247,9 +230,7 @@ class SecondMoment:
             EmptyCorpus: No key was added.
         """
         if self._count == 0:
-            raise EmptyCorpus(
-                f"This moment of width {self.d} has seen no key and has no mean; update it first."
-            )
+            raise EmptyCorpus(f"This moment of width {self.d} has seen no key and has no mean; update it first.")
         return _mirror(self._sum / self._count)
 
     def _norms(self, rows: Tensor, mask: Tensor | None) -> Tensor:
@@ -274,9 +255,7 @@ class SecondMoment:
 
     def _refuse_non_finite(self, pieces: Sequence[tuple[Tensor, Tensor | None]]) -> None:
         """Refuse keys that would leave a sum that is not finite."""
-        kept = torch.cat(
-            [rows if part is None else rows[part.to(rows.device)] for rows, part in pieces]
-        )
+        kept = torch.cat([rows if part is None else rows[part.to(rows.device)] for rows, part in pieces])
         bad = int((~kept.isfinite().all(-1)).sum())
         if bad:
             raise NonFiniteKeys(
@@ -294,10 +273,7 @@ class SecondMoment:
 
     def __repr__(self) -> str:
         """Width, count, dtype and device."""
-        return (
-            f"SecondMoment(d={self.d}, count={self.count}, dtype={self.dtype}, "
-            f"device={str(self.device)!r})"
-        )
+        return f"SecondMoment(d={self.d}, count={self.count}, dtype={self.dtype}, device={str(self.device)!r})"
 
 
 def check_moment(moment: object, name: str) -> None:

@@ -1,12 +1,11 @@
 """Moments as other editing codebases keep them: one ``.npz`` file of NumPy arrays for each module.
 
-ROME, MEMIT and what grew from them store the sum of ``k k^T`` as a full symmetric matrix
-``mom2.mom2``, the number of keys as ``mom2.count``, and as ``sample_size`` the number of documents
-that was asked for, without which their loaders collect again. A file may hold more; what it holds
-more is never looked at.
+ROME, MEMIT and what grew from them store the sum of ``k k^T`` as a full symmetric matrix ``mom2.mom2``, the number of
+keys as ``mom2.count``, and as ``sample_size`` the number of documents that was asked for, without which their loaders
+collect again. A file may hold more; what it holds more is never looked at.
 
-The reader takes files from strangers: nothing is unpickled, and the declared sizes and the arrays'
-headers are compared with what a moment of that width needs before any memory is taken for it.
+The reader takes files from strangers: nothing is unpickled, and the declared sizes and the arrays' headers are compared
+with what a moment of that width needs before any memory is taken for it.
 """
 
 from __future__ import annotations
@@ -66,22 +65,18 @@ class NpzMoment:
 
 @isolated()
 def save_npz(
-    path: str | os.PathLike[str],
-    moment: SecondMoment,
-    *,
-    sample_size: int,
-    dtype: torch.dtype = torch.float32,
+    path: str | os.PathLike[str], moment: SecondMoment, *, sample_size: int, dtype: torch.dtype = torch.float32
 ) -> None:
     """Write a moment so that the loaders of other codebases take it as their own.
 
-    The file has ``mom2.count`` and ``sample_size`` (int64) and ``mom2.mom2``, the full symmetric
-    sum; equal moments give equal files. It is either the old one or the whole new one.
+    The file has ``mom2.count`` and ``sample_size`` (int64) and ``mom2.mom2``, the full symmetric sum; equal moments
+    give equal files. It is either the old one or the whole new one.
 
     Args:
         path: Where to; missing folders are made.
         moment: What to write.
-        sample_size: What the loader is configured with (``mom2_n_samples``); with another number it
-            collects again. It says nothing of the keys.
+        sample_size: What the loader is configured with (``mom2_n_samples``); with another number it collects again. It
+            says nothing of the keys.
         dtype: Of the sum in the file, float32 or float64.
 
     Raises:
@@ -125,8 +120,8 @@ def load_npz(path: str | os.PathLike[str], *, width: int | None = None) -> NpzMo
         StoreMissing: There is no such file.
         WrongWidth: The keys are of another width.
         NonFiniteMatrix: The sum holds NaN or infinity.
-        StoreDamaged: It is no such file, is cut short, is larger than a moment of this width, needs
-            to be unpickled, or holds what no sum of ``k k^T`` can be.
+        StoreDamaged: It is no such file, is cut short, is larger than a moment of this width, needs to be unpickled, or
+            holds what no sum of ``k k^T`` can be.
     """
     if not Path(path).is_file():
         raise StoreMissing(f"There is no file {os.fspath(path)!r}; check its path.")
@@ -173,10 +168,7 @@ def _members(path: str | os.PathLike[str], archive: zipfile.ZipFile) -> dict[str
 
 
 def _check_sum(
-    path: str | os.PathLike[str],
-    archive: zipfile.ZipFile,
-    members: dict[str, zipfile.ZipInfo],
-    width: int | None,
+    path: str | os.PathLike[str], archive: zipfile.ZipFile, members: dict[str, zipfile.ZipInfo], width: int | None
 ) -> None:
     """Compare what the sum's header and the archive declare with what the width needs."""
     info = members[SUM]
@@ -197,9 +189,7 @@ def _check_sum(
         )
     needed = header + shape[0] * shape[1] * dtype.itemsize
     if info.file_size != needed:
-        raise _damaged(
-            path, f"has {info.file_size} bytes for a sum of shape {shape}, which takes {needed}"
-        )
+        raise _damaged(path, f"has {info.file_size} bytes for a sum of shape {shape}, which takes {needed}")
     _check_expansion(path, info)
 
 
@@ -208,9 +198,7 @@ def _check_expansion(path: str | os.PathLike[str], info: zipfile.ZipInfo) -> Non
         raise _damaged(path, f"expands {info.compress_size} bytes to {info.file_size}")
 
 
-def _scalar(
-    path: str | os.PathLike[str], archive: zipfile.ZipFile, info: zipfile.ZipInfo, name: str
-) -> int:
+def _scalar(path: str | os.PathLike[str], archive: zipfile.ZipFile, info: zipfile.ZipInfo, name: str) -> int:
     """A whole number that is an array of one entry."""
     shape, dtype, header = _header(path, archive, info)
     if shape not in ((), (1,)) or dtype.kind not in "iuf":
@@ -253,6 +241,4 @@ def _listed(members: dict[str, Any]) -> str:
 
 
 def _damaged(path: str | os.PathLike[str], what: str) -> StoreDamaged:
-    return StoreDamaged(
-        f"The file {os.fspath(path)!r} {what}; get it again, or precompute the moment here."
-    )
+    return StoreDamaged(f"The file {os.fspath(path)!r} {what}; get it again, or precompute the moment here.")

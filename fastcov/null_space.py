@@ -1,9 +1,9 @@
 """The null space of a second moment: directions in which keys hardly point (AlphaEdit).
 
-An edit that is confined to these directions changes the outputs of preserved keys next to nothing.
-C has no exact null space once it has seen enough keys, so a threshold on its eigenvalues decides
-what counts as one: an absolute one, as AlphaEdit was released with (0.02), which depends on the
-scale of a model's keys, or one relative to the mean of C's diagonal, which does not.
+An edit that is confined to these directions changes the outputs of preserved keys next to nothing. C has no exact null
+space once it has seen enough keys, so a threshold on its eigenvalues decides what counts as one: an absolute one, as
+AlphaEdit was released with (0.02), which depends on the scale of a model's keys, or one relative to the mean of C's
+diagonal, which does not.
 """
 
 from __future__ import annotations
@@ -55,16 +55,13 @@ class NullSpace:
 
 @isolated()
 def null_space(
-    second_moment: Tensor | SecondMoment,
-    *,
-    threshold: float = THRESHOLD,
-    relative: float | None = None,
+    second_moment: Tensor | SecondMoment, *, threshold: float = THRESHOLD, relative: float | None = None
 ) -> NullSpace:
     """The eigenvectors of C whose eigenvalue is below a threshold (AlphaEdit, arXiv 2410.02355).
 
     Args:
-        second_moment: C, shape (d_k, d_k), the mean of ``k k^T``; its lower triangle is read. Or
-            the moment whose mean is taken.
+        second_moment: C, shape (d_k, d_k), the mean of ``k k^T``; its lower triangle is read. Or the moment whose mean
+            is taken.
         threshold: Eigenvalues below it count as zero.
         relative: Instead of `threshold`, a multiple of the mean of C's diagonal.
 

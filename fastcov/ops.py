@@ -1,10 +1,10 @@
 """The rank-k update as a PyTorch operator, and the choice of the kernel that runs it.
 
 The operator ``fastcov::rank_k_update`` is a schema and a fake; kernels register themselves with
-what they need. The fastest one that can take the arguments runs. None is replaced in silence: one
-asked for by name that cannot run raises, and `kernels` says why. On a GPU the order is the measured
-one where there is a measurement (`fastcov.kernels.table`), and a kernel that is compiled for the
-device shows a right result there before it is chosen (`fastcov.kernels.selfcheck`).
+what they need. The fastest one that can take the arguments runs. None is replaced in silence: one asked for by name
+that cannot run raises, and `kernels` says why. On a GPU the order is the measured one where there is a measurement
+(`fastcov.kernels.table`), and a kernel that is compiled for the device shows a right result there before it is chosen
+(`fastcov.kernels.selfcheck`).
 """
 
 from __future__ import annotations
@@ -39,8 +39,7 @@ class Kernel:
         run: The update itself.
         missing: Why the kernel cannot run on this machine, or None if it can.
         refuses: Why the kernel cannot take these C and X, or None if it can.
-        rank: Of the kernels that can run, the one of the highest rank is taken; one below 0 only by
-            name.
+        rank: Of the kernels that can run, the one of the highest rank is taken; one below 0 only by name.
         checked: Whether it must pass a check on the device before it is chosen.
         passed_over: Why the kernel is not chosen on this machine though it can run, or None.
         native: Whether it reads memory itself, so that no setting of torch has a say in the sum.
@@ -99,27 +98,24 @@ def rank_k_update(
 ) -> None:
     """Add ``alpha * X^T X`` to the lower triangle of C, in place.
 
-    Nothing above the diagonal of C is changed. Sums are never taken in less than float32: keys of
-    16 bits are converted exactly, and float64 keys are rounded to the dtype of C. No gradient is
-    recorded.
+    Nothing above the diagonal of C is changed. Sums are never taken in less than float32: keys of 16 bits are converted
+    exactly, and float64 keys are rounded to the dtype of C. No gradient is recorded.
 
     Args:
-        C: The sum, shape (d, d), float32 or float64, with any strides that leave each entry a
-            place of its own.
-        X: Keys as rows, shape (..., d), float32, float64, float16 or bfloat16, with any strides, or
-            a NumPy array. They may lie in C's own memory: they are then read before C changes.
+        C: The sum, shape (d, d), float32 or float64, with any strides that leave each entry a place of its own.
+        X: Keys as rows, shape (..., d), float32, float64, float16 or bfloat16, with any strides, or a NumPy array. They
+            may lie in C's own memory: they are then read before C changes.
         mask: Rows to keep, shape (...), non-zero means kept.
-        rows: Rows to keep, as int64 indices (m,) into the rows of X flattened in row-major order; a
-            row named twice counts twice. Give a mask or rows, not both.
-        alpha: A factor for what is added, finite. Where the sum without it would overflow or
-            underflow and with it does not, a power of two of it goes into the keys first.
+        rows: Rows to keep, as int64 indices (m,) into the rows of X flattened in row-major order; a row named twice
+            counts twice. Give a mask or rows, not both.
+        alpha: A factor for what is added, finite. Where the sum without it would overflow or underflow and with it does
+            not, a power of two of it goes into the keys first.
         kernel: The name of a kernel, see `kernels`; by default the best that can run.
 
     Raises:
         WrongWidth: C is not square, X is not as wide as C, or the mask does not fit X.
-        BadInput: A dtype or device that does not fit, a C whose entries share memory, keys that are
-            no dense tensor, both mask and rows, indices out of range, or an alpha that is not
-            finite.
+        BadInput: A dtype or device that does not fit, a C whose entries share memory, keys that are no dense tensor,
+            both mask and rows, indices out of range, or an alpha that is not finite.
         KernelUnavailable: The kernel asked for cannot run here or on these tensors.
     """
     C, X = _sum(C), matrix(X, "Keys", meta=True)
@@ -129,13 +125,9 @@ def rank_k_update(
             "their last dimension must be that width."
         )
     if X.dtype not in _FLOATS:
-        raise BadInput(
-            f"Keys must be float32, float64, float16 or bfloat16 but are {X.dtype}; convert them."
-        )
+        raise BadInput(f"Keys must be float32, float64, float16 or bfloat16 but are {X.dtype}; convert them.")
     if X.device != C.device:
-        raise BadInput(
-            f"The keys are on {X.device} and the sum is on {C.device}; move one to the other."
-        )
+        raise BadInput(f"The keys are on {X.device} and the sum is on {C.device}; move one to the other.")
     alpha = float(alpha)
     if not math.isfinite(alpha):
         raise BadInput(f"alpha must be a finite number but is {alpha}; 1 is usual.")
@@ -177,8 +169,7 @@ def _sum(C: Tensor) -> Tensor:
 def _checked(rows: Tensor, X: Tensor) -> Tensor:
     if not isinstance(rows, Tensor):
         raise BadInput(
-            f"rows must be an int64 tensor (m,) but is a {type(rows).__name__}; "
-            "convert it with torch.as_tensor."
+            f"rows must be an int64 tensor (m,) but is a {type(rows).__name__}; convert it with torch.as_tensor."
         )
     if rows.dim() != 1 or rows.dtype not in (torch.int64, torch.int32):
         raise BadInput(
@@ -220,14 +211,11 @@ def _chosen(C: Tensor, X: Tensor) -> Kernel:
             continue  # it could, and would take hours
         if kernel.passed_over() is not None:
             continue
-        if kernel.checked and selfcheck.failure(
-            kernel.name, kernel.run, C.device, X.dtype, C.shape[0]
-        ):
+        if kernel.checked and selfcheck.failure(kernel.name, kernel.run, C.device, X.dtype, C.shape[0]):
             continue
         return kernel
     raise KernelUnavailable(
-        f"No kernel takes keys {X.dtype} and a sum {C.dtype} on {C.device}; "
-        "see fastcov.ops.kernels."
+        f"No kernel takes keys {X.dtype} and a sum {C.dtype} on {C.device}; see fastcov.ops.kernels."
     )
 
 
@@ -256,8 +244,7 @@ def _run(
 def _balanced(C: Tensor, X: Tensor, alpha: float) -> tuple[Tensor, float]:
     """Keys and alpha, with powers of two moved from one to the other where X^T X alone is too much.
 
-    An alpha from 1 to below 4 is left: a sum that overflows before it is multiplied by that would
-    do so afterwards.
+    An alpha from 1 to below 4 is left: a sum that overflows before it is multiplied by that would do so afterwards.
     """
     info = torch.finfo(C.dtype)
     if X.numel() == 0 or torch.finfo(X.dtype).max < info.max**0.5:
@@ -296,13 +283,7 @@ for _rank, _variant in zip((50, 40, 30, 20, -1), cpu.VARIANTS, strict=True):
     _cpu = cpu.CpuKernel(_variant)
     register(
         Kernel(
-            _variant,
-            _cpu.rank_k_update,
-            _cpu.missing,
-            _cpu.refuses,
-            _rank,
-            passed_over=_cpu.passed_over,
-            native=True,
+            _variant, _cpu.rank_k_update, _cpu.missing, _cpu.refuses, _rank, passed_over=_cpu.passed_over, native=True
         )
     )
 for _rank, _module in ((12, triton), (8, panels), (4, cuda), (0, reference)):

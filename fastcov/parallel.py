@@ -1,9 +1,8 @@
 """One collect in several processes: each runs its share of the batches, and the sums are added up.
 
-Every process reads the whole corpus and makes the same batches, and runs each `size`-th of them. It
-counts the keys of the others' batches too, so it knows which of its own are within the budget: the
-keys of all processes together are those that one process would have taken, and only the order in
-which they are summed differs.
+Every process reads the whole corpus and makes the same batches, and runs each `size`-th of them. It counts the keys of
+the others' batches too, so it knows which of its own are within the budget: the keys of all processes together are
+those that one process would have taken, and only the order in which they are summed differs.
 """
 
 from __future__ import annotations
@@ -30,12 +29,7 @@ class Division:
         progress: Called with the keys of each batch that another process runs.
     """
 
-    def __init__(
-        self,
-        processes: Processes,
-        tally: Tally,
-        progress: Callable[[int], None] | None = None,
-    ) -> None:
+    def __init__(self, processes: Processes, tally: Tally, progress: Callable[[int], None] | None = None) -> None:
         self._processes, self._tally, self._progress = processes, tally, progress
         self._text = b""  # a digest of all batches: whether every process reads the same
 

@@ -18,17 +18,14 @@ def parse_json(text: str | bytes) -> Any:
         text: The text, or its bytes in UTF-8.
 
     Raises:
-        ValueError: It is not UTF-8 or not JSON (`json.JSONDecodeError` says where), has NaN or an
-            infinity (which are no JSON) or a number beyond float64, an object has a key twice (of
-            which readers take the first or the last), a whole number has thousands of digits, or
-            lists and objects are more than `MAX_DEPTH` deep.
+        ValueError: It is not UTF-8 or not JSON (`json.JSONDecodeError` says where), has NaN or an infinity (which are
+            no JSON) or a number beyond float64, an object has a key twice (of which readers take the first or the
+            last), a whole number has thousands of digits, or lists and objects are more than `MAX_DEPTH` deep.
     """
     if isinstance(text, bytes):
         text = text.decode("utf-8")
     try:
-        value = json.loads(
-            text, object_pairs_hook=_object, parse_float=_number, parse_constant=_no_number
-        )
+        value = json.loads(text, object_pairs_hook=_object, parse_float=_number, parse_constant=_no_number)
     except RecursionError:
         raise _too_deep() from None
     # What has few brackets is not deep, and most texts have few.

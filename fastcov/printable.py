@@ -1,7 +1,7 @@
 """Text of other people's files as a terminal may show it: what would command it is spelled out.
 
-Everything that reaches a person goes through here: the messages of errors, lines of the command
-line and of logs, and what a report is made of.
+Everything that reaches a person goes through here: the messages of errors, lines of the command line and of logs, and
+what a report is made of.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Several processes that collect one moment together, and what they tell each other meanwhile.
 
-Sums are added by `torch.distributed`; everything else is said through its key-value store, because
-a collective operation waits for ever for a process that has failed, and a store can be asked. So a
-failure in one process reaches the others at their next batch, wherever they are.
+Sums are added by `torch.distributed`; everything else is said through its key-value store, because a collective
+operation waits for ever for a process that has failed, and a store can be asked. So a failure in one process reaches
+the others at their next batch, wherever they are.
 """
 
 from __future__ import annotations
@@ -49,18 +49,10 @@ class Processes:
     """
 
     def __init__(
-        self,
-        store: Store,
-        rank: int,
-        size: int,
-        *,
-        group: ProcessGroup | None = None,
-        timeout: float = TIMEOUT,
+        self, store: Store, rank: int, size: int, *, group: ProcessGroup | None = None, timeout: float = TIMEOUT
     ) -> None:
         if not 0 <= rank < size:
-            raise ValueError(
-                f"The rank {rank} is not among {size} processes; give one from 0 to {size - 1}."
-            )
+            raise ValueError(f"The rank {rank} is not among {size} processes; give one from 0 to {size - 1}.")
         self.rank, self.size, self.group = rank, size, group
         self._store, self._timeout = store, timeout
         self._round = 0
@@ -131,8 +123,8 @@ class Processes:
     def guarded(self) -> Iterator[None]:
         """Tell the others of any error inside the block.
 
-        The first of several that fail raises its own error; the rest raise `FailedElsewhere`, so
-        that one sentence is printed and not one for each process.
+        The first of several that fail raises its own error; the rest raise `FailedElsewhere`, so that one sentence is
+        printed and not one for each process.
         """
         try:
             yield
@@ -189,9 +181,8 @@ class Processes:
 def add_up_lower(lower: Tensor, group: ProcessGroup | None = None) -> None:
     """Add up the lower triangles of all processes' matrices (d, d), in place.
 
-    Panels of rows go one after the other, each as wide as its last row, so that little more than
-    half of the matrix is sent and little memory is needed. What lies above the diagonal is
-    undefined afterwards, as it was before.
+    Panels of rows go one after the other, each as wide as its last row, so that little more than half of the matrix is
+    sent and little memory is needed. What lies above the diagonal is undefined afterwards, as it was before.
     """
     import torch.distributed as dist
 
@@ -211,8 +202,8 @@ def add_up_lower(lower: Tensor, group: ProcessGroup | None = None) -> None:
 def reducing_device(device: torch.device) -> torch.device:
     """Where a sum that lives on a device is added up with those of other processes.
 
-    NCCL has one device for each process; a model that is spread over several has sums on others as
-    well, which go by way of the CPU.
+    NCCL has one device for each process; a model that is spread over several has sums on others as well, which go by
+    way of the CPU.
     """
     own = device.type == "cuda" and device.index in (None, torch.cuda.current_device())
     return device if own else torch.device("cpu")

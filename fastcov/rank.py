@@ -14,11 +14,10 @@ _WAITING = 0.1  # of the largest pivot: what a pivot of the same block must be
 def pivots_(A: Tensor, diagonal: Tensor) -> list[float]:
     """The pivots of a positive semidefinite matrix, scaled to a unit diagonal; A is used up.
 
-    A Cholesky elimination that takes, block by block, the coordinates of which most is left, and
-    skips those of which no more is left than rounding. For a semidefinite matrix the number of
-    pivots estimates its rank: dead coordinates, copies of others and whatever exceeds the number
-    of keys do not count. For an indefinite one it is the number of coordinates that could be
-    eliminated before nothing positive was left. It takes about the arithmetic of three
+    A Cholesky elimination that takes, block by block, the coordinates of which most is left, and skips those of which
+    no more is left than rounding. For a semidefinite matrix the number of pivots estimates its rank: dead coordinates,
+    copies of others and whatever exceeds the number of keys do not count. For an indefinite one it is the number of
+    coordinates that could be eliminated before nothing positive was left. It takes about the arithmetic of three
     factorisations, less for a low rank.
 
     Args:
@@ -26,8 +25,8 @@ def pivots_(A: Tensor, diagonal: Tensor) -> list[float]:
         diagonal: Its diagonal (d,), not a view of A.
 
     Returns:
-        The pivots that were accepted, roughly from large to small, each between 0 and 1: the share
-        of a coordinate's mean square that those before it do not explain.
+        The pivots that were accepted, roughly from large to small, each between 0 and 1: the share of a coordinate's
+        mean square that those before it do not explain.
     """
     d = A.shape[0]
     block = max(_SMALLEST, min(_LARGEST, d // 24))  # five panels of it are a fifth of the matrix
@@ -63,13 +62,12 @@ def pivots_(A: Tensor, diagonal: Tensor) -> list[float]:
 def _eliminate(square: Tensor) -> tuple[Tensor, Tensor]:
     """Cholesky of a small matrix (b, b), largest pivot first, while pivots are large.
 
-    What falls behind the first pivot waits for another block. A coordinate of which little is left
-    may only be taken when no better one is left anywhere: it would magnify the rounding of all
-    others, until they look independent.
+    What falls behind the first pivot waits for another block. A coordinate of which little is left may only be taken
+    when no better one is left anywhere: it would magnify the rounding of all others, until they look independent.
 
     Returns:
-        The r coordinates in the order of elimination, and the factor (r, r) of that order; what
-        stands above its diagonal means nothing.
+        The r coordinates in the order of elimination, and the factor (r, r) of that order; what stands above its
+        diagonal means nothing.
     """
     square = square.clone()
     remaining = square.diagonal()

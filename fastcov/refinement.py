@@ -1,9 +1,9 @@
 """Solves in float64 with a factor in float32: refinement until the residual is small, or an error.
 
-A float32 factor takes half the memory of a float64 one and far less time where float64 is slow,
-and its solves are right to a few digits. Here they precondition conjugate gradients on the matrix
-itself in float64, which a handful of steps take to the accuracy asked for, and which still converge
-where plain iterative refinement, whose error shrinks by cond(A) * 6e-8 a step, would not.
+A float32 factor takes half the memory of a float64 one and far less time where float64 is slow, and its solves are
+right to a few digits. Here they precondition conjugate gradients on the matrix itself in float64, which a handful of
+steps take to the accuracy asked for, and which still converge where plain iterative refinement, whose error shrinks by
+cond(A) * 6e-8 a step, would not.
 """
 
 from __future__ import annotations
@@ -65,9 +65,8 @@ def refined_solve(
         tolerance: The residual's norm over the right side's at which a column is solved.
 
     Returns:
-        X, shape (d, m). The residual ``B - A X``, computed afresh, is within the tolerance in
-        every column, or within the rounding of ``A X`` in float64 if that is more: no solve in
-        float64 leaves less.
+        X, shape (d, m). The residual ``B - A X``, computed afresh, is within the tolerance in every column, or within
+        the rounding of ``A X`` in float64 if that is more: no solve in float64 leaves less.
 
     Raises:
         ResidualTooLarge: It was not after 60 steps, or the steps broke down.

@@ -1,8 +1,8 @@
 """Rows held back until there are enough of them for one launch of a kernel.
 
-A launch on a GPU reads and writes the whole triangle of the sum, whatever it adds; by the published
-rates of an H100 that takes as long as multiplying about 1053 rows. Batches that bring fewer keys
-are therefore copied together; those that bring enough never come here.
+A launch on a GPU reads and writes the whole triangle of the sum, whatever it adds; by the published rates of an H100
+that takes as long as multiplying about 1053 rows. Batches that bring fewer keys are therefore copied together; those
+that bring enough never come here.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from fastcov.batches import sent
 class Ring:
     """A buffer of keys that is handed on whenever it is full, and then filled from its start again.
 
-    It takes ``size * d_k`` times the bytes of a key's number, allocated with the first keys: 268 MB
-    for 8192 keys of GPT-J (d_k = 16384) in 16 bits.
+    It takes ``size * d_k`` times the bytes of a key's number, allocated with the first keys: 268 MB for 8192 keys of
+    GPT-J (d_k = 16384) in 16 bits.
 
     Args:
         size: How many rows to hand on at once.
-        full: Called with rows (n, d_k), a view of the buffer, to be used before it returns (on a
-            GPU: before what is launched later).
+        full: Called with rows (n, d_k), a view of the buffer, to be used before it returns (on a GPU: before what is
+            launched later).
     """
 
     def __init__(self, size: int, full: Callable[[Tensor], None]) -> None:

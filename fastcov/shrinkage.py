@@ -1,15 +1,14 @@
 """Shrinkage: how far to move a second moment of few keys towards a multiple of the identity.
 
-The mean over n keys, S, spreads the eigenvalues of what it tends to: the large ones come out too
-large and the small ones too small, the more so the nearer n is to the width d. The matrix
+The mean over n keys, S, spreads the eigenvalues of what it tends to: the large ones come out too large and the small
+ones too small, the more so the nearer n is to the width d. The matrix
 
     (1 - a) S + a m I,    m = trace(S) / d
 
-has the same mean eigenvalue and less spread. Both estimates of the best intensity a minimise the
-expected squared Frobenius distance from the truth. `ledoit_wolf` assumes nothing of the keys but
-that they are independent, and needs the sum of ``||k||^4``; `oas` assumes that they are Gaussian,
-and needs S and n alone. As everywhere here S is not centred, and no mean is subtracted: what
-scikit-learn calls ``assume_centered=True``.
+has the same mean eigenvalue and less spread. Both estimates of the best intensity a minimise the expected squared
+Frobenius distance from the truth. `ledoit_wolf` assumes nothing of the keys but that they are independent, and needs
+the sum of ``||k||^4``; `oas` assumes that they are Gaussian, and needs S and n alone. As everywhere here S is not
+centred, and no mean is subtracted: what scikit-learn calls ``assume_centered=True``.
 """
 
 from __future__ import annotations
@@ -31,10 +30,9 @@ _BLOCK = 256  # rows whose squares are summed at a time
 def ledoit_wolf(moment: SecondMoment) -> float:
     """The intensity of Ledoit and Wolf, for independent keys of any distribution.
 
-    ``a = min(1, (q / n - tr S^2) / (n (tr S^2 - (tr S)^2 / d)))`` with q the sum of ``||k||^4``:
-    how far single keys lie from S, over how far S lies from the identity. ("A well-conditioned
-    estimator for large-dimensional covariance matrices", Journal of Multivariate Analysis 88, 2004,
-    section 3.)
+    ``a = min(1, (q / n - tr S^2) / (n (tr S^2 - (tr S)^2 / d)))`` with q the sum of ``||k||^4``: how far single keys
+    lie from S, over how far S lies from the identity. ("A well-conditioned estimator for large-dimensional covariance
+    matrices", Journal of Multivariate Analysis 88, 2004, section 3.)
 
     Args:
         moment: Of n keys of width d, collected with the sum of ``||k||^4``.
@@ -71,10 +69,9 @@ def ledoit_wolf(moment: SecondMoment) -> float:
 def oas(moment: SecondMoment) -> float:
     """The oracle approximating shrinkage, for Gaussian keys.
 
-    ``a = min(1, (tr S^2 + (tr S)^2) / ((n + 1) (tr S^2 - (tr S)^2 / d)))``, the fixed point that
-    "Shrinkage algorithms for MMSE covariance estimation" (Chen, Wiesel, Eldar and Hero, IEEE
-    Transactions on Signal Processing 58, 2010) gives in equation (23), without its terms in
-    ``2 / d``, which scikit-learn leaves out as well.
+    ``a = min(1, (tr S^2 + (tr S)^2) / ((n + 1) (tr S^2 - (tr S)^2 / d)))``, the fixed point that "Shrinkage algorithms
+    for MMSE covariance estimation" (Chen, Wiesel, Eldar and Hero, IEEE Transactions on Signal Processing 58, 2010)
+    gives in equation (23), without its terms in ``2 / d``, which scikit-learn leaves out as well.
 
     Args:
         moment: Of n keys of width d.
@@ -161,8 +158,7 @@ def _traces(moment: SecondMoment) -> tuple[int, float, float]:
     n = moment.count
     if n == 0:
         raise EmptyCorpus(
-            f"This moment of width {moment.d} has seen no key, and there is nothing to shrink; "
-            "update it first."
+            f"This moment of width {moment.d} has seen no key, and there is nothing to shrink; update it first."
         )
     lower = moment.lower
     diagonal = lower.diagonal().cpu().double()  # through the CPU: not every device has float64

@@ -1,32 +1,32 @@
 """How many keys are enough: a rule that stops collecting when the solution is near its limit.
 
-The update for a key k runs along ``u = S^-1 k / (k^T S^-1 k)``, with S the mean of n keys. What it
-disturbs in other text is ``u^T C u``, with C what S tends to, and the least it can disturb is
-``1 / (k^T C^-1 k)``. Since the best u is the projection of 0 onto ``k^T u = 1``, Pythagoras gives
+The update for a key k runs along ``u = S^-1 k / (k^T S^-1 k)``, with S the mean of n keys. What it disturbs in other
+text is ``u^T C u``, with C what S tends to, and the least it can disturb is ``1 / (k^T C^-1 k)``. Since the best u is
+the projection of 0 onto ``k^T u = 1``, Pythagoras gives
 
     excess = (u^T C u) / least - 1 = ||u - best||^2 / ||best||^2        in the norm of C,
 
-so the share that is disturbed needlessly is the squared distance of the solution from its limit.
-For Gaussian keys its mean is ``(d - 1) / (n - d)``, whatever C is (Reed, Mallett and Brennan,
+so the share that is disturbed needlessly is the squared distance of the solution from its limit. For Gaussian keys its
+mean is ``(d - 1) / (n - d)``, whatever C is (Reed, Mallett and Brennan,
 1974). What S^-1 alone is off by is the same but for terms of the order of 1 / n:
 
     leverage = mean over fresh keys of k^T S^-1 k / d = n / (n - d - 1)
 
-That one can be measured without C, from nothing but two sums: the keys that came after S are fresh
-to it. `StoppingRule` measures it whenever the sum has grown.
+That one can be measured without C, from nothing but two sums: the keys that came after S are fresh to it.
+`StoppingRule` measures it whenever the sum has grown.
 
-Why not the change of the solution from one look to the next? It depends on the step: with looks
-close enough to each other it is below any tolerance, long before the solution is near its limit.
-And eigenvalues that are biased low (Marchenko-Pastur) are so before and after a small step.
+Why not the change of the solution from one look to the next? It depends on the step: with looks close enough to each
+other it is below any tolerance, long before the solution is near its limit. And eigenvalues that are biased low
+(Marchenko-Pastur) are so before and after a small step.
 
-Why it can be carried from one number of keys to another: leave one key out of S, and by Sherman and
-Morrison its leverage rises from h to ``h / (1 - h / n)``. So for independent keys of any
-distribution that are all about equally unusual
+Why it can be carried from one number of keys to another: leave one key out of S, and by Sherman and Morrison its
+leverage rises from h to ``h / (1 - h / n)``. So for independent keys of any distribution that are all about equally
+unusual
 
     leverage = 1 / (1 - c d / n),        c = trace((S + ridge)^-1 S) / d,
 
-which is 1 without a ridge. Text is worse, since the tokens of a document share its topic: the same
-law holds with a larger c, which is measured. It is how many tokens are worth one independent key.
+which is 1 without a ridge. Text is worse, since the tokens of a document share its topic: the same law holds with a
+larger c, which is measured. It is how many tokens are worth one independent key.
 """
 
 from __future__ import annotations
@@ -64,11 +64,11 @@ class Look:
     Attributes:
         keys: How many keys are in it.
         multiplier: The same over the width.
-        leverage: Mean ``k^T A^-1 k`` of the keys since the last look, over that of the keys before,
-            with A of the keys before; infinite or NaN where there was nothing to solve with.
+        leverage: Mean ``k^T A^-1 k`` of the keys since the last look, over that of the keys before, with A of the keys
+            before; infinite or NaN where there was nothing to solve with.
         worth: c of the law, how many keys are worth one independent key; NaN where not known.
-        excess: By the law, with all `keys`: the share of what an edit disturbs that it need not,
-            over the least; infinite where not known.
+        excess: By the law, with all `keys`: the share of what an edit disturbs that it need not, over the least;
+            infinite where not known.
     """
 
     keys: int
@@ -92,9 +92,7 @@ def checkpoints(d_k: int, limit: float = LIMIT) -> list[int]:
     """
     last = budget(limit, d_k)
     looks = [
-        budget(step * 10**decade, d_k)
-        for decade in range(1 + max(0, math.ceil(math.log10(limit))))
-        for step in _STEPS
+        budget(step * 10**decade, d_k) for decade in range(1 + max(0, math.ceil(math.log10(limit)))) for step in _STEPS
     ]
     return [keys for keys in looks if keys < last] + [last]
 
@@ -102,16 +100,15 @@ def checkpoints(d_k: int, limit: float = LIMIT) -> list[int]:
 class StoppingRule:
     """Whether the moment of one module has enough keys, asked each time that it has grown.
 
-    Between two looks it holds `probes` vectors and no matrix. A look costs one factorisation in
-    float64 and products with the probes, which estimate traces (Hutchinson, 1990): with random
-    signs z, ``E z^T M z = trace(M)``. The signs are the same each time, so equal moments give equal
-    decisions.
+    Between two looks it holds `probes` vectors and no matrix. A look costs one factorisation in float64 and products
+    with the probes, which estimate traces (Hutchinson, 1990): with random signs z, ``E z^T M z = trace(M)``. The signs
+    are the same each time, so equal moments give equal decisions.
 
     Args:
         tolerance: The excess that is good enough, above 0.
         limit: The multiplier at which it is enough in any case.
-        relative_ridge: That of the solution, as in `fastcov.regularised`. With one, the small
-            eigenvalues matter less, and fewer keys are enough.
+        relative_ridge: That of the solution, as in `fastcov.regularised`. With one, the small eigenvalues matter less,
+            and fewer keys are enough.
         probes: How many vectors estimate a trace, at least 1.
 
     Attributes:
@@ -123,17 +120,11 @@ class StoppingRule:
     """
 
     def __init__(
-        self,
-        *,
-        tolerance: float = TOLERANCE,
-        limit: float = LIMIT,
-        relative_ridge: float = 0.0,
-        probes: int = 64,
+        self, *, tolerance: float = TOLERANCE, limit: float = LIMIT, relative_ridge: float = 0.0, probes: int = 64
     ) -> None:
         if not tolerance > 0:
             raise ValueError(
-                f"The tolerance of a stopping rule must be above 0 but is {tolerance!r}; "
-                f"{TOLERANCE} is usual."
+                f"The tolerance of a stopping rule must be above 0 but is {tolerance!r}; {TOLERANCE} is usual."
             )
         if probes < 1:
             raise ValueError(f"There must be at least 1 probe but there are {probes}; pass more.")
@@ -174,8 +165,7 @@ class StoppingRule:
                 )
             if self._before is not None and self._before.d != d:
                 raise WrongWidth(
-                    f"The moment is {d} wide and the one before was {self._before.d}; "
-                    "make a rule for each module."
+                    f"The moment is {d} wide and the one before was {self._before.d}; make a rule for each module."
                 )
         leverage = math.nan if self._before is None else self._before.leverage(moment)
         worth, excess = math.nan, math.inf
@@ -221,9 +211,7 @@ def _probed(moment: SecondMoment, ridge: float, probes: int) -> _Probed | None:
         factor = factorize(regularised(moment, 1.0, 0.0, relative_ridge=ridge), in_place=True)
     except NotPositiveDefinite:
         return None
-    signs = torch.randint(
-        0, 2, (moment.d, probes), generator=torch.Generator().manual_seed(0), dtype=torch.float64
-    )
+    signs = torch.randint(0, 2, (moment.d, probes), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     V = factor.back_solve((2 * signs - 1).to(place))  # (d, m)
     return _Probed(V, moment.count, _form(moment.lower, V))
 

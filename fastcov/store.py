@@ -1,10 +1,10 @@
 """Moments on disk: one safetensors file each, with provenance, atomic and verified.
 
-The file holds one tensor, ``sum``: the lower triangle of the sum of ``k k^T``, row by row, as a
-vector of d (d + 1) / 2 numbers. Its metadata are ``format``, ``d``, ``count``, ``dtype``,
-``sha256`` (of the tensor's bytes), ``quartic`` (the sum of ``||k||^4``, absent where it is not
-known, as in files of the first version), ``provenance`` (a JSON object of what the moment belongs
-to) and ``check`` (SHA-256 of all the other metadata), so that neither half can change unnoticed.
+The file holds one tensor, ``sum``: the lower triangle of the sum of ``k k^T``, row by row, as a vector of d (d + 1) / 2
+numbers. Its metadata are ``format``, ``d``, ``count``, ``dtype``, ``sha256`` (of the tensor's bytes), ``quartic`` (the
+sum of ``||k||^4``, absent where it is not known, as in files of the first version), ``provenance`` (a JSON object of
+what the moment belongs to) and ``check`` (SHA-256 of all the other metadata), so that neither half can change
+unnoticed.
 """
 
 from __future__ import annotations
@@ -39,20 +39,13 @@ logger = printable_logger(__name__)
 FORMAT = 1
 _DTYPES = {"F32": torch.float32, "F64": torch.float64}
 #: What a safetensors file calls each dtype that is written.
-DTYPE_NAMES = {
-    torch.float32: "F32",
-    torch.float64: "F64",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-}
+DTYPE_NAMES = {torch.float32: "F32", torch.float64: "F64", torch.float16: "F16", torch.bfloat16: "BF16"}
 _WRITE_BYTES = 64 << 20
 _ABSENT = object()
 
 
 @isolated()
-def save_moment(
-    path: str | os.PathLike[str], moment: SecondMoment, provenance: Mapping[str, Any]
-) -> None:
+def save_moment(path: str | os.PathLike[str], moment: SecondMoment, provenance: Mapping[str, Any]) -> None:
     """Write a moment; the file under this name is either the old one or the whole new one.
 
     Args:
@@ -83,9 +76,7 @@ def save_moment(
         write_safetensors(file, {"sum": triangle}, metadata)
 
 
-def write_safetensors(
-    file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
-) -> None:
+def write_safetensors(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write a safetensors file whose bytes depend on its content alone.
 
     The library writes metadata in no fixed order, and reports a full disk as an error of its own.
@@ -125,8 +116,8 @@ def load_moment(
 
     Args:
         path: The file.
-        expect: Provenance that the file must have, field by field; fields not named here may be
-            anything. Compared before the sum is read.
+        expect: Provenance that the file must have, field by field; fields not named here may be anything. Compared
+            before the sum is read.
 
     Returns:
         The moment, on the CPU, and its provenance.
@@ -183,11 +174,11 @@ def unpacked(triangle: Tensor, d: int) -> Tensor:
 def atomic_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """A file to write that takes its name only when all is written and on the disk.
 
-    On any exception the temporary file beside it is removed, and a former file stays as it was.
-    A file that is replaced hands on its mode, and its owner and group where the system lets it.
-    Through a symbolic link the file behind it is written. A device, a pipe, or what this process
-    has open as its output (``/dev/stdout``) is no file that could be replaced: it is written into.
-    Where nobody reads a pipe for five seconds, a warning says that what is written is lost.
+    On any exception the temporary file beside it is removed, and a former file stays as it was. A file that is replaced
+    hands on its mode, and its owner and group where the system lets it. Through a symbolic link the file behind it is
+    written. A device, a pipe, or what this process has open as its output (``/dev/stdout``) is no file that could be
+    replaced: it is written into. Where nobody reads a pipe for five seconds, a warning says that what is written is
+    lost.
 
     Args:
         path: The final name; missing folders are made.
@@ -289,8 +280,7 @@ def _pipe(path: Path) -> BinaryIO:
                 raise
             if time.monotonic() >= until:
                 logger.warning(
-                    "nobody reads the pipe %r, so what is written into it is lost; start its "
-                    "reader first",
+                    "nobody reads the pipe %r, so what is written into it is lost; start its reader first",
                     os.fspath(path),
                 )
                 return open(os.devnull, "wb")
@@ -306,9 +296,7 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[tuple[Any, dict[str, str]]
     from safetensors import SafetensorError, safe_open
 
     if not Path(path).exists():
-        raise StoreMissing(
-            f"There is no stored moment at {os.fspath(path)!r}; precompute it first."
-        )
+        raise StoreMissing(f"There is no stored moment at {os.fspath(path)!r}; precompute it first.")
     if not Path(path).is_file():  # to open a pipe is to wait for somebody to write into it
         raise _damaged(path, "is not a file")
     try:
@@ -377,9 +365,7 @@ def _said(metadata: Mapping[str, str], name: str) -> str:
     return f"{metadata.get(name)!r:.40}"
 
 
-def _compare(
-    path: str | os.PathLike[str], provenance: Mapping[str, Any], expect: Mapping[str, Any]
-) -> None:
+def _compare(path: str | os.PathLike[str], provenance: Mapping[str, Any], expect: Mapping[str, Any]) -> None:
     for field, value in json.loads(_json(expect)).items():
         stored = provenance.get(field, _ABSENT)
         if stored != value:
@@ -410,6 +396,4 @@ def _digest(metadata: Mapping[str, str]) -> str:
 
 
 def _damaged(path: str | os.PathLike[str], what: str) -> StoreDamaged:
-    return StoreDamaged(
-        f"The file {os.fspath(path)!r} {what}; delete it and precompute the moment again."
-    )
+    return StoreDamaged(f"The file {os.fspath(path)!r} {what}; delete it and precompute the moment again.")

@@ -35,9 +35,9 @@ def check_finite(total: Tensor, name: str) -> None:
 def not_a_sum(total: Tensor) -> str | None:
     """Why a finite matrix (d, d) cannot be a sum of ``k k^T``, or None.
 
-    Such a sum is symmetric, its diagonal is not negative, and no entry is larger than the geometric
-    mean of the two entries of the diagonal that it belongs to (Cauchy and Schwarz), up to rounding.
-    Whether its eigenvalues are what they must be is not looked at: that takes a factorisation.
+    Such a sum is symmetric, its diagonal is not negative, and no entry is larger than the geometric mean of the two
+    entries of the diagonal that it belongs to (Cauchy and Schwarz), up to rounding. Whether its eigenvalues are what
+    they must be is not looked at: that takes a factorisation.
     """
     diagonal = total.diagonal().double()  # (d,)
     if bool((diagonal < 0).any()):

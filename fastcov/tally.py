@@ -1,7 +1,7 @@
 """What each hooked module has given so far, and how much of the next batch it may still give.
 
-Nothing in here waits for a device. Keys are counted by the mask, which is on the CPU; whether they
-are finite is asked on the device, and looked at there once in many batches.
+Nothing in here waits for a device. Keys are counted by the mask, which is on the CPU; whether they are finite is asked
+on the device, and looked at there once in many batches.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ class Kept:
             left: How many keys may be taken, or None for all.
 
         Returns:
-            A mask of the shape that the batch's has, or (rows,) where it has none, and how many
-            keys it keeps. None keeps every row.
+            A mask of the shape that the batch's has, or (rows,) where it has none, and how many keys it keeps. None
+            keeps every row.
         """
         count = rows if self.count is None else self.count
         if left is None or count <= left:
@@ -86,10 +86,10 @@ class Tally:
         model: Where the modules are.
         wanted: How many keys of each, or None for all.
         dtype: Of the sums.
-        launch_rows: How many rows a kernel should be given at once; batches that bring fewer wait
-            in a ring. None takes `LAUNCH_ROWS` on a device and 1 on the CPU, which is no ring.
-        look_every: After how many batches to look whether the sums are finite; None takes 1 on the
-            CPU and 16 elsewhere.
+        launch_rows: How many rows a kernel should be given at once; batches that bring fewer wait in a ring. None takes
+            `LAUNCH_ROWS` on a device and 1 on the CPU, which is no ring.
+        look_every: After how many batches to look whether the sums are finite; None takes 1 on the CPU and 16
+            elsewhere.
     """
 
     def __init__(
@@ -201,9 +201,7 @@ class Tally:
 
     def done(self) -> bool:
         """Whether every budget is met."""
-        return all(
-            limit is not None and self.found(name) >= limit for name, limit in self._wanted.items()
-        )
+        return all(limit is not None and self.found(name) >= limit for name, limit in self._wanted.items())
 
     @isolated()
     def take(self, name: str, x: Tensor) -> None:
@@ -295,6 +293,4 @@ class Tally:
                 f"last dimension must be {expected}; name the projection whose input is the key."
             )
         if not x.is_floating_point():
-            raise BadInput(
-                f"The input of {name!r} is {x.dtype} and not floating point; name a projection."
-            )
+            raise BadInput(f"The input of {name!r} is {x.dtype} and not floating point; name a projection.")

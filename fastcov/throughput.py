@@ -1,9 +1,9 @@
 """How fast a collect goes, and how fast this machine would let it go.
 
-The limit is the arithmetic that cannot be left out, at the machine's measured speed: the truncated
-forward pass, counted on the first batch, and n d_k (d_k + 1) operations for one triangle of each
-module's n keys. Attention counts for a token and those before it, as in a causal model. Padding,
-attention to what comes later, waiting for text and moving data are what lies between.
+The limit is the arithmetic that cannot be left out, at the machine's measured speed: the truncated forward pass,
+counted on the first batch, and n d_k (d_k + 1) operations for one triangle of each module's n keys. Attention counts
+for a token and those before it, as in a causal model. Padding, attention to what comes later, waiting for text and
+moving data are what lies between.
 """
 
 from __future__ import annotations
@@ -36,9 +36,8 @@ class Throughput:
     """What one `fastcov.collect` has done, in keys, operations and seconds.
 
     Args:
-        peak: The machine's speed in floating point operations a second (a multiply-add is two).
-            None measures it by `measured_peak` when the collect begins, which takes about 0.1 s
-            that are not counted.
+        peak: The machine's speed in floating point operations a second (a multiply-add is two). None measures it by
+            `measured_peak` when the collect begins, which takes about 0.1 s that are not counted.
     """
 
     def __init__(self, peak: float | None = None) -> None:
@@ -110,15 +109,13 @@ class Throughput:
         )
         layers = f"{self.modules} layer{'' if self.modules == 1 else 's'}"
         return (
-            f"{self.keys:,} keys of {layers} in {self.seconds:.1f} s: "
-            f"{self.tokens_per_second:,.0f} tokens/s, {known}"
+            f"{self.keys:,} keys of {layers} in {self.seconds:.1f} s: {self.tokens_per_second:,.0f} tokens/s, {known}"
         )
 
     def measure(self, model: nn.Module, device: torch.device) -> None:
         """Measure the peak, unless it is known; nothing else should run meanwhile.
 
-        A collect does so when it begins. Where a thread is to read its batches ahead, do it before
-        that thread starts.
+        A collect does so when it begins. Where a thread is to read its batches ahead, do it before that thread starts.
         """
         if self._peak is None:
             dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
@@ -162,8 +159,8 @@ class Throughput:
 def measured_peak(dtype: torch.dtype, device: torch.device) -> float:
     """The speed of a machine's matrix products, in operations a second.
 
-    The best of products of growing size through torch; on a CPU with the native
-    extension, of its loops of multiply-adds as well, if they are faster.
+    The best of products of growing size through torch; on a CPU with the native extension, of its loops of
+    multiply-adds as well, if they are faster.
 
     Args:
         dtype: Of the factors, a floating point one.

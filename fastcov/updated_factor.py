@@ -1,8 +1,8 @@
 """A factor of ``A + P P^T`` made from a factor of A, for columns P that come a few at a time.
 
-Sequential editing preserves the keys of earlier edits beside those of the corpus (method of MEMIT
-after many batches): P grows with each batch and A stays. Factorising anew costs d^3 / 3 a batch;
-this costs products of d with the few columns.
+Sequential editing preserves the keys of earlier edits beside those of the corpus (method of MEMIT after many batches):
+P grows with each batch and A stays. Factorising anew costs d^3 / 3 a batch; this costs products of d with the few
+columns.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ class UpdatedFactor(CholeskyFactor):
 
         M = L (I + H (I + C)^-1 H^T),   M^-1 = (I - H (I + C^T)^-1 C^-1 H^T) L^-1,
 
-    which multiplying out shows: ``M M^T = L (I + H H^T) L^T``. (The symmetric factorisation of a
-    low-rank update as in Ambikasaran, O'Neil and Singh 2014, arXiv 1405.0223.) M is a square root
-    and no triangle; whatever needs one half of a solve, as the gram ``K^T A^-1 K``, gets it without
-    a difference of two large numbers, which Woodbury's formula would be.
+    which multiplying out shows: ``M M^T = L (I + H H^T) L^T``. (The symmetric factorisation of a low-rank update as in
+    Ambikasaran, O'Neil and Singh 2014, arXiv 1405.0223.) M is a square root and no triangle; whatever needs one half of
+    a solve, as the gram ``K^T A^-1 K``, gets it without a difference of two large numbers, which Woodbury's formula
+    would be.
 
     `lower`, `jitter` and `rank` are those of A's factor.
 
@@ -54,9 +54,7 @@ class UpdatedFactor(CholeskyFactor):
     @property
     def nbytes(self) -> int:
         """What the factor takes, the factor of A included."""
-        return super().nbytes + sum(
-            part.numel() * part.element_size() for part in (self.whitened, self.small)
-        )
+        return super().nbytes + sum(part.numel() * part.element_size() for part in (self.whitened, self.small))
 
     @isolated()
     def half_solve(self, B: Tensor) -> Tensor:
@@ -88,14 +86,14 @@ def updated(factor: CholeskyFactor, P: Tensor) -> UpdatedFactor:
     """The factor of ``A + P P^T``.
 
     Args:
-        factor: Of A, width d; one that was updated before is updated again, which costs products
-            with the new columns only.
+        factor: Of A, width d; one that was updated before is updated again, which costs products with the new columns
+            only.
         P: Columns (d, m), m at least 1, in any dtype and on any device.
 
     Raises:
         WrongWidth: P is not (d, m).
-        BadInput: P is no dense matrix of numbers; or the factor is a refined one, whose halves of a
-            solve are not exact.
+        BadInput: P is no dense matrix of numbers; or the factor is a refined one, whose halves of a solve are not
+            exact.
         NonFiniteKeys: P holds NaN or infinity.
         NonFiniteMatrix: The squares of its whitened columns overflow.
     """
@@ -125,9 +123,7 @@ def updated(factor: CholeskyFactor, P: Tensor) -> UpdatedFactor:
     old, new = C.shape[0], last.shape[0]
     small = C.new_zeros(old + new, old + new)
     small[:old, :old], small[old:, :old], small[old:, old:] = C, beside.mT, last
-    return UpdatedFactor(
-        factor.lower, factor.jitter, factor.rank, whitened=torch.cat([H, G], 1), small=small
-    )
+    return UpdatedFactor(factor.lower, factor.jitter, factor.rank, whitened=torch.cat([H, G], 1), small=small)
 
 
 def _root_of_one_plus_gram(G: Tensor) -> Tensor:

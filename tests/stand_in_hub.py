@@ -52,9 +52,7 @@ class StandInHub:
         root = self.repos[repo_id]
         return sorted(str(p.relative_to(root)) for p in root.rglob("*") if p.is_file())
 
-    def create_commit(
-        self, repo_id: str, operations: Sequence[Any], *, commit_message: str
-    ) -> None:
+    def create_commit(self, repo_id: str, operations: Sequence[Any], *, commit_message: str) -> None:
         assert commit_message
         for operation in operations:
             target = self.repos[repo_id] / operation.path_in_repo

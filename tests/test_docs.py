@@ -26,11 +26,7 @@ def blocks() -> list[Any]:
 
 @pytest.mark.parametrize(("page", "source"), blocks())
 def test_a_block_of_a_page_runs(
-    page: Path,
-    source: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    request: pytest.FixtureRequest,
+    page: Path, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     if "smollm2" in source:
         request.getfixturevalue("smollm2_pristine")  # skips where it is not installed

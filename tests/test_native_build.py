@@ -17,9 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def run(command, cwd, **environment):
     kept = {k: v for k, v in os.environ.items() if not k.startswith("FASTCOV_") and k != "CXX"}
-    return subprocess.run(
-        command, cwd=cwd, env={**kept, **environment}, capture_output=True, text=True, check=False
-    )
+    return subprocess.run(command, cwd=cwd, env={**kept, **environment}, capture_output=True, text=True, check=False)
 
 
 @pytest.fixture
@@ -70,8 +68,7 @@ def test_a_compiler_that_fails_is_an_error_with_its_mend(sources):
 
 
 @pytest.mark.parametrize(
-    ("setting", "words"),
-    [("MAYBE", "must be AUTO, ON or OFF but is 'MAYBE'"), ("ON", "no working nvcc was found")],
+    ("setting", "words"), [("MAYBE", "must be AUTO, ON or OFF but is 'MAYBE'"), ("ON", "no working nvcc was found")]
 )
 def test_what_cuda_setting_cannot_be_kept_to_is_an_error(sources, tmp_path, setting, words):
     pytest.importorskip("pybind11", reason="pybind11 is not installed (make lint installs it)")
@@ -80,12 +77,7 @@ def test_what_cuda_setting_cannot_be_kept_to_is_an_error(sources, tmp_path, sett
     broken = tmp_path / "nvcc"
     broken.write_text("#!/bin/sh\nexit 1\n")
     broken.chmod(0o755)
-    done = run(
-        [sys.executable, "setup.py", "build_ext"],
-        sources,
-        FASTCOV_CUDA=setting,
-        CUDACXX=str(broken),
-    )
+    done = run([sys.executable, "setup.py", "build_ext"], sources, FASTCOV_CUDA=setting, CUDACXX=str(broken))
     assert done.returncode != 0
     assert words in " ".join((done.stdout + done.stderr).split())
 

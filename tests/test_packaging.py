@@ -45,10 +45,7 @@ def listed_requirements() -> dict[str, list[Requirement]]:
     """Every requirement of the project, by name; an extra may repeat one of another."""
     found: dict[str, list[Requirement]] = {}
     extras = PROJECT["project"]["optional-dependencies"]
-    for line in [
-        *PROJECT["project"]["dependencies"],
-        *(x for part in extras.values() for x in part),
-    ]:
+    for line in [*PROJECT["project"]["dependencies"], *(x for part in extras.values() for x in part)]:
         requirement = Requirement(line)
         found.setdefault(requirement.name, []).append(requirement)
     return found
@@ -71,18 +68,13 @@ def test_every_folder_with_modules_is_a_listed_package(top: str) -> None:
 @pytest.mark.parametrize("top", SOURCES)
 def test_every_other_file_is_package_data(top: str) -> None:
     # An editable installation leaves the native module beside the sources; wheels build their own.
-    others = {
-        path
-        for path in files_of(SOURCES[top])
-        if path.suffix != ".py" and not path.name.startswith("_native.")
-    }
+    others = {path for path in files_of(SOURCES[top]) if path.suffix != ".py" and not path.name.startswith("_native.")}
     forgotten = sorted(str(path.relative_to(ROOT)) for path in others - shipped_data())
     assert not forgotten, "not in the wheel: add to [tool.setuptools.package-data]"
 
 
 @pytest.mark.parametrize(
-    ("package", "pattern"),
-    [(name, pattern) for name, part in SETUPTOOLS["package-data"].items() for pattern in part],
+    ("package", "pattern"), [(name, pattern) for name, part in SETUPTOOLS["package-data"].items() for pattern in part]
 )
 def test_every_pattern_of_package_data_finds_a_file(package: str, pattern: str) -> None:
     assert list(folder_of(package).glob(pattern)), f"{package}: {pattern} matches nothing"
@@ -118,9 +110,7 @@ def test_all_that_the_commands_install_is_pinned() -> None:
 
 @pytest.mark.parametrize("version", ["3.10", "3.11", "3.13"])
 def test_every_python_gets_one_pin_of_each(version: str) -> None:
-    chosen = [
-        p.name for p in pins() if not p.marker or p.marker.evaluate({"python_version": version})
-    ]
+    chosen = [p.name for p in pins() if not p.marker or p.marker.evaluate({"python_version": version})]
     assert len(chosen) == len(set(chosen))
     assert set(chosen) == {pin.name for pin in pins()}
 
@@ -133,9 +123,7 @@ def test_the_version_is_the_same_everywhere() -> None:
     newest = re.search(r"^## \[([^\]]+)\]", changelog, re.MULTILINE)
     assert newest and newest.group(1) == version
     for top, folder in SOURCES.items():
-        said = re.search(
-            r'^__version__ = "([^"]+)"', (folder / "__init__.py").read_text("utf-8"), re.MULTILINE
-        )
+        said = re.search(r'^__version__ = "([^"]+)"', (folder / "__init__.py").read_text("utf-8"), re.MULTILINE)
         assert said is None or said.group(1) == version, f"{top}.__version__"
 
 
@@ -154,9 +142,7 @@ def test_source_files_keep_the_house_rules() -> None:
         assert not any(fnmatch(path.stem, f"*{word}*") for word in ("utils", "helpers")), path
 
 
-@pytest.mark.parametrize(
-    "page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", *(ROOT / "docs").glob("*.md")]
-)
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", *(ROOT / "docs").glob("*.md")])
 def test_links_between_documents_lead_somewhere(page: str | Path) -> None:
     path = ROOT / page
     for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", path.read_text(encoding="utf-8")):

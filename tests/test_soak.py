@@ -30,9 +30,7 @@ def soak() -> Any:
 def test_edits_come_and_go(soak: Any) -> None:
     found = soak.soak_edits(30)
     assert found["sound"] and found["undone_to_other_bits"] == []
-    assert (
-        sum(found["edits_of_each_kind"].values()) == 30 and len(found["edits_of_each_kind"]) == 12
-    )
+    assert sum(found["edits_of_each_kind"].values()) == 30 and len(found["edits_of_each_kind"]) == 12
     assert len(found["samples"]["resident"]) == 30
     # A weight that stayed behind would be 8 kB an edit, a graph more; targets are 2 kB a fact.
     assert found["python_bytes_per_edit"]["bytes"] < 50_000

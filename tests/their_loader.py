@@ -1,7 +1,7 @@
 """How the other codebases load their statistics, written to what is known of them.
 
-A file is taken if every entry that the configuration asks for (here the sample size) is in it with
-the same value; else the statistics are collected again, which here is an error to be seen.
+A file is taken if every entry that the configuration asks for (here the sample size) is in it with the same value; else
+the statistics are collected again, which here is an error to be seen.
 """
 
 from __future__ import annotations
@@ -39,9 +39,7 @@ def load(path: Path, sample_size: int = 100000) -> TheirMoment:
     return TheirMoment(own["count"], own["mom2"])
 
 
-def their_path(
-    stats_dir: Path, model_dir: str, module: str, dataset: str = "wikipedia", n: int = 100000
-) -> Path:
+def their_path(stats_dir: Path, model_dir: str, module: str, dataset: str = "wikipedia", n: int = 100000) -> Path:
     """Where it looks."""
     return stats_dir / model_dir / f"{dataset}_stats" / f"{module}_float32_mom2_{n}.npz"
 

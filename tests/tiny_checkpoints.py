@@ -32,9 +32,7 @@ class Killed(Exception):
 
 
 def batches(documents=DOCUMENTS):
-    spans = [
-        Span(ids, min(2, len(ids) - 1)) if i % 3 == 0 else ids for i, ids in enumerate(documents)
-    ]
+    spans = [Span(ids, min(2, len(ids) - 1)) if i % 3 == 0 else ids for i, ids in enumerate(documents)]
     return list(bucket(spans, 40, max_padding=0.3, window=8))
 
 

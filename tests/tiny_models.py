@@ -58,8 +58,8 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
 def tiny_model(architecture: str, seed: int = 0, **overrides: Any) -> Any:
     """A random model in float32 and evaluation mode.
 
-    The weights are larger than a training run's first ones, and norms and biases are not the usual
-    ones and zeros: with those, a forgotten gain or bias would not show.
+    The weights are larger than a training run's first ones, and norms and biases are not the usual ones and zeros: with
+    those, a forgotten gain or bias would not show.
 
     Args:
         architecture: A key of `ARCHITECTURES`.
@@ -88,6 +88,4 @@ def tiny_model(architecture: str, seed: int = 0, **overrides: Any) -> Any:
     return model.float().eval()
 
 
-ARCHITECTURES: dict[str, Callable[..., Any]] = {
-    name: functools.partial(tiny_model, name) for name in _CONFIGS
-}
+ARCHITECTURES: dict[str, Callable[..., Any]] = {name: functools.partial(tiny_model, name) for name in _CONFIGS}

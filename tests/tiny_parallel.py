@@ -34,9 +34,7 @@ def batches(documents):
 
 
 def sums(moments):
-    return {
-        name: (moment.sum, moment.count, float(moment.quartic)) for name, moment in moments.items()
-    }
+    return {name: (moment.sum, moment.count, float(moment.quartic)) for name, moment in moments.items()}
 
 
 def fails(case, rank, processes):
@@ -72,9 +70,7 @@ def interrupted(rank, folder, processes):
     with contextlib.suppress(OSError, FastcovError):
         collect(model, MODULES, broken(), 301, checkpoint=checkpoint, processes=processes("broken"))
     before = len(model.seen)
-    moments = collect(
-        model, MODULES, batches(DOCUMENTS), 301, checkpoint=checkpoint, processes=processes("again")
-    )
+    moments = collect(model, MODULES, batches(DOCUMENTS), 301, checkpoint=checkpoint, processes=processes("again"))
     return sums(moments), [before, len(model.seen) - before]
 
 

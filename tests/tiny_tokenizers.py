@@ -6,15 +6,7 @@ import functools
 import json
 from typing import Any
 
-from tokenizers import (
-    Tokenizer,
-    decoders,
-    models,
-    normalizers,
-    pre_tokenizers,
-    processors,
-    trainers,
-)
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
 PAD, BOS, EOS, UNK = SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
@@ -36,9 +28,9 @@ def tiny_tokenizer(kind: str = "byte_bpe") -> Any:
     """A tokenizer with `SPECIAL` as ids 0 to 3.
 
     Args:
-        kind: "byte_bpe" (as GPT-2: bytes, no special tokens added), "bpe_bos" (the same with BOS
-            in front), "metaspace" (as Llama 2: "▁", byte fallback, BOS), "adds_eos" (bytes, BOS in
-            front and EOS behind), "slow_bytes" and "slow_words" (no offsets; see the classes).
+        kind: "byte_bpe" (as GPT-2: bytes, no special tokens added), "bpe_bos" (the same with BOS in front), "metaspace"
+            (as Llama 2: "▁", byte fallback, BOS), "adds_eos" (bytes, BOS in front and EOS behind), "slow_bytes" and
+            "slow_words" (no offsets; see the classes).
     """
     if kind == "slow_bytes":
         return SlowBytes(pad_token=PAD, bos_token=BOS, eos_token=EOS, unk_token=UNK)
@@ -46,9 +38,7 @@ def tiny_tokenizer(kind: str = "byte_bpe") -> Any:
         return SlowWords(pad_token=PAD, bos_token=BOS, eos_token=EOS, unk_token=UNK)
     build = {"byte_bpe": "", "bpe_bos": f"{BOS} $A", "adds_eos": f"{BOS} $A {EOS}"}
     backend = _metaspace() if kind == "metaspace" else _byte_level(build[kind])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token=PAD, bos_token=BOS, eos_token=EOS, unk_token=UNK
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token=PAD, bos_token=BOS, eos_token=EOS, unk_token=UNK)
 
 
 def _byte_level(template: str) -> Tokenizer:
@@ -79,8 +69,7 @@ def _metaspace() -> Tokenizer:
     trained = Tokenizer(models.BPE(unk_token=UNK))
     trained.pre_tokenizer = pre_tokenizers.Metaspace()
     trained.train_from_iterator(
-        SENTENCES,
-        trainers.BpeTrainer(vocab_size=300, special_tokens=list(SPECIAL), show_progress=False),
+        SENTENCES, trainers.BpeTrainer(vocab_size=300, special_tokens=list(SPECIAL), show_progress=False)
     )
     learned = json.loads(trained.to_str())["model"]
     vocab = dict(learned["vocab"])
@@ -89,16 +78,9 @@ def _metaspace() -> Tokenizer:
     merges = [tuple(merge) for merge in learned["merges"]]
     backend = Tokenizer(models.BPE(vocab, merges, unk_token=UNK, byte_fallback=True, fuse_unk=True))
     # Llama 2 does it with a normalizer, so that runs of spaces stay in one word.
-    backend.normalizer = normalizers.Sequence(
-        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
-    )
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     backend.decoder = decoders.Sequence(
-        [
-            decoders.Replace("▁", " "),
-            decoders.ByteFallback(),
-            decoders.Fuse(),
-            decoders.Strip(" ", 1, 0),
-        ]
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
     backend.add_special_tokens(list(SPECIAL))
     backend.post_processor = _template(f"{BOS} $A")
@@ -138,10 +120,7 @@ class _Slow(PreTrainedTokenizer):
         return [1, *token_ids_0, *(token_ids_1 or []), 2]
 
     def get_special_tokens_mask(
-        self,
-        token_ids_0: list[int],
-        token_ids_1: list[int] | None = None,
-        already_has_special_tokens: bool = False,
+        self, token_ids_0: list[int], token_ids_1: list[int] | None = None, already_has_special_tokens: bool = False
     ) -> list[int]:
         return [1, *([0] * (len(token_ids_0) + len(token_ids_1 or []))), 1]
 
@@ -168,9 +147,7 @@ class SlowBytes(_Slow):
         return pieces
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
-        data = b"".join(
-            token.encode() if token in SPECIAL else bytes.fromhex(token) for token in tokens
-        )
+        data = b"".join(token.encode() if token in SPECIAL else bytes.fromhex(token) for token in tokens)
         return data.decode(errors="replace")
 
 

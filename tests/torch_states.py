@@ -48,9 +48,7 @@ STATES = {
     "default dtype float64": lambda: _set(torch.set_default_dtype, torch.float64, torch.float32),
     "default device meta": lambda: _default_device("meta"),
     "torch.device meta": lambda: torch.device("meta"),
-    "matmul precision medium": lambda: _set(
-        torch.set_float32_matmul_precision, "medium", "highest"
-    ),
+    "matmul precision medium": lambda: _set(torch.set_float32_matmul_precision, "medium", "highest"),
     "deterministic": lambda: _set(torch.use_deterministic_algorithms, True, False),
 }
 if hasattr(torch.backends.cuda.matmul, "fp32_precision"):

@@ -41,10 +41,7 @@ def run(settings: Settings) -> Iterator[list[Row]]:
     """The rows of each model."""
     for one, contenders in cases(settings):
         rows = measure(one, contenders, replace(settings.effort, least=3))
-        yield [
-            row if row.p50 is None else replace(row, tokens_per_second=one.n / row.p50)
-            for row in rows
-        ]
+        yield [row if row.p50 is None else replace(row, tokens_per_second=one.n / row.p50) for row in rows]
 
 
 def _loaded(load: Callable[[], Any], name: str) -> tuple[nn.Module, list[str], list[list[int]]]:
@@ -59,11 +56,7 @@ def _loaded(load: Callable[[], Any], name: str) -> tuple[nn.Module, list[str], l
 
 
 def case(
-    settings: Settings,
-    name: str,
-    model: nn.Module,
-    modules: Sequence[str],
-    documents: Sequence[Sequence[int]],
+    settings: Settings, name: str, model: nn.Module, modules: Sequence[str], documents: Sequence[Sequence[int]]
 ) -> tuple[Case, list[Contender]]:
     """Ours and the released procedure on the same tokens.
 
@@ -91,12 +84,8 @@ def case(
     counted: list[float] = []
 
     def ours(throughput: Throughput | None = None) -> dict[str, Tensor]:
-        batches = fastcov.bucket(
-            fastcov.take(texts, budget, max(map(len, texts))), settings.batch_tokens
-        )
-        moments = fastcov.collect(
-            model, modules, batches, budget, causal=True, throughput=throughput
-        )
+        batches = fastcov.bucket(fastcov.take(texts, budget, max(map(len, texts))), settings.batch_tokens)
+        moments = fastcov.collect(model, modules, batches, budget, causal=True, throughput=throughput)
         return {path: moment.lower for path, moment in moments.items()}
 
     def theirs() -> dict[str, Tensor]:
@@ -141,9 +130,7 @@ def case(
     return found, contenders
 
 
-def _float64(
-    model: nn.Module, modules: Sequence[str], documents: Sequence[Sequence[int]]
-) -> dict[str, Tensor]:
+def _float64(model: nn.Module, modules: Sequence[str], documents: Sequence[Sequence[int]]) -> dict[str, Tensor]:
     """The same moments in float64, by plain products, one document at a time in one pass."""
     sums: dict[str, Tensor] = {}
 

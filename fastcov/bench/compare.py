@@ -32,16 +32,10 @@ def comparison(now: Run, then: Run) -> list[str]:
         mine, other = ours.get(case, {}), theirs.get(case, {})
         both = [name for name in mine if name in other]
         if both:
-            lines += [
-                "",
-                _title(case),
-                f"{'contender':24}{'then ms':>12}{'now ms':>12}{'then/now':>10}",
-            ]
+            lines += ["", _title(case), f"{'contender':24}{'then ms':>12}{'now ms':>12}{'then/now':>10}"]
         for name in both:
             before, after = other[name], mine[name]
-            lines.append(
-                f"{name:24}{1000 * before:12,.3f}{1000 * after:12,.3f}{before / after:10.2f}"
-            )
+            lines.append(f"{name:24}{1000 * before:12,.3f}{1000 * after:12,.3f}{before / after:10.2f}")
         alone += _alone("in the recorded run", case, [name for name in mine if name not in other])
         alone += _alone("in this run", case, [name for name in other if name not in mine])
     if not any(name in theirs.get(case, {}) for case, rows in ours.items() for name in rows):

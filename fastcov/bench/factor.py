@@ -57,9 +57,7 @@ def problem(d: int, device: torch.device, *, count: int = 16, size: int = 64) ->
     # Symmetric to the last bit and exact in float32, as a moment that is summed there is.
     A = A.float().tril_()
     A += A.tril(-1).mT
-    batches = [
-        (normal(d, size) * scale[:, None], normal(max(1, d // 4), size)) for _ in range(count)
-    ]
+    batches = [(normal(d, size) * scale[:, None], normal(max(1, d // 4), size)) for _ in range(count)]
     return Problem(A.double(), batches)
 
 
@@ -152,9 +150,7 @@ def solving(settings: Settings, given: Problem) -> Measured:
         Contender("fastcov solve", "ours", checked(ours), ours),
         Contender("torch.cholesky_solve", "library", checked(library), library),
     ]
-    case = _case(
-        settings, given, f"A^-1 K, {B} columns", B, 2.0 * d * d * B, "torch.cholesky_solve"
-    )
+    case = _case(settings, given, f"A^-1 K, {B} columns", B, 2.0 * d * d * B, "torch.cholesky_solve")
     return case, contenders
 
 
@@ -190,10 +186,7 @@ def editing(settings: Settings, given: Problem) -> Measured:
 
     def check(call: Callable[[], list[Tensor]]) -> Verdict:
         updates = call()
-        same = max(
-            float((mine - other).norm() / other.norm())
-            for mine, other in zip(updates, literal, strict=True)
-        )
+        same = max(float((mine - other).norm() / other.norm()) for mine, other in zip(updates, literal, strict=True))
         return _verdict(max(same, residual(updates)), SOLVE_GATE)
 
     contenders = [
@@ -211,9 +204,7 @@ def editing(settings: Settings, given: Problem) -> Measured:
 
 def _verdict(error: float, allowed: float) -> Verdict:
     passes = error <= allowed  # NaN does not
-    return Verdict(
-        error, failure=None if passes else f"relative error {error:.2g} is above {allowed:.0e}"
-    )
+    return Verdict(error, failure=None if passes else f"relative error {error:.2g} is above {allowed:.0e}")
 
 
 def with_memory(row: Row, contender: Contender, case: Case) -> Row:

@@ -52,16 +52,10 @@ def _tests(run: Run) -> GoalResult:
 
 def _gate(run: Run) -> GoalResult:
     """Error and diagonal bias of the written kernels, as the rows of rank_k found them."""
-    rows = [
-        row
-        for row in run.rows
-        if row.suite == "rank_k" and row.kind == "ours" and row.status in ("ok", "failed")
-    ]
+    rows = [row for row in run.rows if row.suite == "rank_k" and row.kind == "ours" and row.status in ("ok", "failed")]
     failed = sum(row.status == "failed" for row in rows)
     measured = f"{failed} of {len(rows)} rows beyond" if rows else None
-    return _goal(
-        "rank_k: error <= 1e-5 and diagonal bias <= 3e-6", "0 beyond", measured, not failed
-    )
+    return _goal("rank_k: error <= 1e-5 and diagonal bias <= 3e-6", "0 beyond", measured, not failed)
 
 
 def _rank_k(run: Run) -> Iterator[GoalResult]:
@@ -69,8 +63,7 @@ def _rank_k(run: Run) -> Iterator[GoalResult]:
         rows = [
             row
             for row in run.rows
-            if (row.suite, row.device, row.dtype, row.n, row.d)
-            == ("rank_k", "cuda", "bfloat16", ROWS, d)
+            if (row.suite, row.device, row.dtype, row.n, row.d) == ("rank_k", "cuda", "bfloat16", ROWS, d)
             and row.p50 is not None
         ]
         ours = _fastest([r for r in rows if r.kernel is not None and r.kernel not in _PLAIN])

@@ -1,8 +1,8 @@
 """`make gpu-check`: builds, tests and measures on a GPU, in steps that cannot take each other down.
 
-Every step is a process with a time limit. After each the file is written anew, so that a run that
-is killed keeps what it had; where the time is short, later steps are not run and their goals are
-"not measured". Nothing is installed and nothing is downloaded.
+Every step is a process with a time limit. After each the file is written anew, so that a run that is killed keeps what
+it had; where the time is short, later steps are not run and their goals are "not measured". Nothing is installed and
+nothing is downloaded.
 """
 
 from __future__ import annotations

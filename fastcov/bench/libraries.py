@@ -1,7 +1,7 @@
 """What others offer for ``C += X^T X``: every library route that is here, each in its best form.
 
-Routes that need float32 keys convert 16-bit keys once a call, inside of the time: that is what
-using them costs. They may write above the diagonal.
+Routes that need float32 keys convert 16-bit keys once a call, inside of the time: that is what using them costs. They
+may write above the diagonal.
 """
 
 from __future__ import annotations
@@ -19,11 +19,7 @@ from torch import Tensor
 
 _BLOCK = 768
 _PANELS = 8
-_SYMBOLS = tuple(
-    f"{prefix}openblas_set_num_threads{suffix}"
-    for prefix in ("scipy_", "")
-    for suffix in ("64_", "")
-)
+_SYMBOLS = tuple(f"{prefix}openblas_set_num_threads{suffix}" for prefix in ("scipy_", "") for suffix in ("64_", ""))
 
 
 @dataclass(frozen=True)
@@ -58,9 +54,7 @@ def routes(device: torch.device, dtype: torch.dtype, threads: int) -> list[Route
     if dtype != torch.float64:
         missing = None if _has_onednn() else "this torch is built without oneDNN"
         found.append(Route("oneDNN linear", lambda C, X: _onednn(C, X, C.shape[0]), missing))
-        found.append(
-            Route(f"oneDNN block rows {_BLOCK}", lambda C, X: _onednn(C, X, _BLOCK), missing)
-        )
+        found.append(Route(f"oneDNN block rows {_BLOCK}", lambda C, X: _onednn(C, X, _BLOCK), missing))
     set_openblas = functools.cache(functools.partial(_set_openblas_threads, threads))
     found.append(_numpy_route(set_openblas))
     found.append(_scipy_route(dtype, set_openblas))

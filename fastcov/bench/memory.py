@@ -16,9 +16,9 @@ _CLEAR = Path("/proc/self/clear_refs")
 def peak_beyond(run: Callable[[], object], device: torch.device) -> int | None:
     """Bytes that a call needs at its peak beyond what is allocated before it.
 
-    On a GPU torch's allocator counts them. On Linux the kernel's high-water mark of the process is
-    reset and read, which sees the workspaces of every library. What malloc keeps of earlier calls
-    is given back first: a workspace that it lends again would not show.
+    On a GPU torch's allocator counts them. On Linux the kernel's high-water mark of the process is reset and read,
+    which sees the workspaces of every library. What malloc keeps of earlier calls is given back first: a workspace that
+    it lends again would not show.
 
     Returns:
         Bytes, or None where nothing here can measure them.

@@ -1,7 +1,7 @@
 """Decoder stacks with the shapes of known models and random weights, in plain torch.
 
-For timing alone: what a forward pass costs depends on the shapes and not on the weights. Only the
-blocks up to the last edited one exist, since no contender runs those above.
+For timing alone: what a forward pass costs depends on the shapes and not on the weights. Only the blocks up to the last
+edited one exist, since no contender runs those above.
 """
 
 from __future__ import annotations

@@ -20,9 +20,8 @@ class Gate:
 
     Attributes:
         error: Relative Frobenius error of the lower triangle.
-        bias: Mean relative error of the diagonal, whichever its sign; None where only the error
-            counts. Accumulation that truncates shows here first: all terms of a diagonal are
-            positive, so nothing cancels.
+        bias: Mean relative error of the diagonal, whichever its sign; None where only the error counts. Accumulation
+            that truncates shows here first: all terms of a diagonal are positive, so nothing cancels.
     """
 
     error: float
@@ -62,8 +61,8 @@ def lower_error(C: Tensor, expected: Tensor) -> tuple[float, float]:
     """How far the lower triangle of C is from what was expected, both of shape (d, d).
 
     Returns:
-        The relative Frobenius error, and the mean relative error of the diagonal with its sign.
-        Both are NaN where C holds NaN.
+        The relative Frobenius error, and the mean relative error of the diagonal with its sign. Both are NaN where C
+        holds NaN.
     """
     d = C.shape[0]
     wrong = torch.zeros((), dtype=torch.float64, device=C.device)

@@ -39,10 +39,9 @@ def fma_probe(kernel: str, threads: int, keys: torch.dtype) -> Probe | None:
     Args:
         kernel: Its name.
         threads: How many at once.
-        keys: Their dtype. What is multiplied is float64 for float64 keys, pairs of bfloat16 in the
-            kernel made of those, and float32 otherwise. The tiles of AMX multiply bfloat16; their
-            rate is divided by the products that such keys take, so that it is a limit for useful
-            operations too.
+        keys: Their dtype. What is multiplied is float64 for float64 keys, pairs of bfloat16 in the kernel made of
+            those, and float32 otherwise. The tiles of AMX multiply bfloat16; their rate is divided by the products that
+            such keys take, so that it is a limit for useful operations too.
     """
     if kernel not in FMA_KERNELS or ops.kernels().get(kernel, "unknown") is not None:
         return None
@@ -69,8 +68,8 @@ def fma_probe(kernel: str, threads: int, keys: torch.dtype) -> Probe | None:
 def gemm_probe(device: torch.device, dtype: torch.dtype, *, quick: bool = False) -> Probe:
     """The rate of one large product of torch, the best of several.
 
-    On CUDA it is bfloat16, whatever the keys are, unless they are float64: float32 keys are
-    multiplied on the same units, in several parts.
+    On CUDA it is bfloat16, whatever the keys are, unless they are float64: float32 keys are multiplied on the same
+    units, in several parts.
     """
     if device.type == "cuda":
         kind = torch.float64 if dtype == torch.float64 else torch.bfloat16

@@ -44,10 +44,7 @@ def case(settings: Settings, dtype: torch.dtype, d: int) -> tuple[Case, list[Con
     X, start = _keys(n, d, dtype, device), _start(n, d, sums, device)
     expected = expected_lower(start, X)
     C = start.clone()  # every contender adds to this one
-    contenders = [
-        *_ours(settings.kernels, C, X, start, expected),
-        *_theirs(settings.threads, C, X, start, expected),
-    ]
+    contenders = [*_ours(settings.kernels, C, X, start, expected), *_theirs(settings.threads, C, X, start, expected)]
     word = str(dtype).removeprefix("torch.")
     baseline = next(c.name for c in contenders if c.kind == "library")
     found = Case(
@@ -78,9 +75,7 @@ def _start(n: int, d: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return C
 
 
-def _ours(
-    names: Sequence[str] | None, C: Tensor, X: Tensor, start: Tensor, expected: Tensor
-) -> Iterator[Contender]:
+def _ours(names: Sequence[str] | None, C: Tensor, X: Tensor, start: Tensor, expected: Tensor) -> Iterator[Contender]:
     allowed = gate(C.device, C.dtype)
     for name, missing in ops.kernels().items():
         if name not in names if names is not None else name in FOR_TESTS:
@@ -107,9 +102,7 @@ def _ours(
         )
 
 
-def _theirs(
-    threads: int, C: Tensor, X: Tensor, start: Tensor, expected: Tensor
-) -> Iterator[Contender]:
+def _theirs(threads: int, C: Tensor, X: Tensor, start: Tensor, expected: Tensor) -> Iterator[Contender]:
     allowed = gate(C.device, C.dtype)
     for route in libraries.routes(C.device, X.dtype, threads):
         if route.cannot is not None:
@@ -132,9 +125,7 @@ def _theirs(
         )
 
 
-def _probes(
-    settings: Settings, contenders: Sequence[Contender], dtype: torch.dtype
-) -> dict[str, Probe]:
+def _probes(settings: Settings, contenders: Sequence[Contender], dtype: torch.dtype) -> dict[str, Probe]:
     """Each CPU kernel's own FMA loop."""
     named = [(c.name, c.kernel) for c in contenders if c.kernel and c.cannot is None]
     loops = {name: fma_probe(kernel, settings.threads, dtype) for name, kernel in named}

@@ -1,9 +1,9 @@
 """What released codebases do, written anew from their description: the baselines of two suites.
 
-Covariance (section 2 of the method): one pass a layer, one document at a time, the forward stopped
-at the hooked layer once its projection has run; keys are gathered by the mask, converted to float32
-and added as a full product. Solve: for every batch the matrix is formed and solved by LU in
-float64. Their loading and tokenising, which they repeat for each layer, are left out here.
+Covariance (section 2 of the method): one pass a layer, one document at a time, the forward stopped at the hooked layer
+once its projection has run; keys are gathered by the mask, converted to float32 and added as a full product. Solve: for
+every batch the matrix is formed and solved by LU in float64. Their loading and tokenising, which they repeat for each
+layer, are left out here.
 """
 
 from __future__ import annotations
@@ -16,9 +16,7 @@ import torch
 from torch import Tensor, nn
 
 
-def covariances(
-    model: nn.Module, modules: Sequence[str], documents: Sequence[Sequence[int]]
-) -> dict[str, Tensor]:
+def covariances(model: nn.Module, modules: Sequence[str], documents: Sequence[Sequence[int]]) -> dict[str, Tensor]:
     """The sum of ``k k^T`` of each module, (d_k, d_k) float32, in a pass of its own.
 
     Args:

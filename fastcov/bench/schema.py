@@ -1,7 +1,7 @@
 """What a benchmark writes: one file a run, one row for each contender in each case.
 
-A figure that was not measured is null in the file and None here; nothing is ever estimated.
-Times are seconds, rates GFLOP/s of useful operations, both of one call.
+A figure that was not measured is null in the file and None here; nothing is ever estimated. Times are seconds, rates
+GFLOP/s of useful operations, both of one call.
 """
 
 from __future__ import annotations
@@ -105,17 +105,13 @@ class Run:
     def kernels(self) -> list[dict[str, Any]]:
         """Seconds of each kernel by dtype and shape: what `fastcov.kernels.table` takes over.
 
-        Derived from the rows, written into the file beside the name of the device and not read
-        back.
+        Derived from the rows, written into the file beside the name of the device and not read back.
         """
         table: dict[tuple[str, int, int], dict[str, float]] = {}
         for row in self.rows:
             if row.suite == "rank_k" and row.kernel is not None and row.p50 is not None:
                 table.setdefault((row.dtype, row.n, row.d), {})[row.kernel] = row.p50
-        return [
-            {"dtype": dtype, "n": n, "d": d, "seconds": seconds}
-            for (dtype, n, d), seconds in table.items()
-        ]
+        return [{"dtype": dtype, "n": n, "d": d, "seconds": seconds} for (dtype, n, d), seconds in table.items()]
 
 
 def save(run: Run, path: Path) -> None:
@@ -148,9 +144,7 @@ def load(path: Path) -> Run:
     try:
         content = parse_json(path.read_bytes())
     except OSError as error:
-        raise BadInput(
-            f"{path} cannot be read ({error.strerror}); name a file that --json wrote."
-        ) from error
+        raise BadInput(f"{path} cannot be read ({error.strerror}); name a file that --json wrote.") from error
     except ValueError as error:
         raise BadInput(f"{path} is not JSON ({error}); name a file that --json wrote.") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
@@ -163,9 +157,7 @@ def load(path: Path) -> Run:
     try:
         return _run(content)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise BadInput(
-            f"{path} is damaged ({type(error).__name__}: {error}); record the run again."
-        ) from error
+        raise BadInput(f"{path} is damaged ({type(error).__name__}: {error}); record the run again.") from error
 
 
 def _run(content: Mapping[str, Any]) -> Run:

@@ -18,12 +18,7 @@ from fastcov.bench.schema import BadInput, Run, load
 from fastcov.bench.timing import Effort
 
 SUITES = ("rank_k", "factor", "collect")
-DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float64": torch.float64,
-}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 _SIZES = {
     # device: (widths of rank_k, rows, widths of factor, models)
     "cpu": ((1536, 3072, 6144), 4096, (3072,), ("smollm2-135m",)),
@@ -103,9 +98,7 @@ def parse(arguments: Sequence[str]) -> Settings:
     for word in words:
         _one_of("--dtype", word, tuple(DTYPES))
     cores = os.cpu_count() or 1
-    threads = (
-        torch.get_num_threads() if given.threads is None else _whole("--threads", given.threads)
-    )
+    threads = torch.get_num_threads() if given.threads is None else _whole("--threads", given.threads)
     if threads > cores:
         raise BadInput(f"--threads {threads} is more than the {cores} processors here; use fewer.")
     kernels = None if given.kernels is None else tuple(_list(given.kernels))
@@ -198,10 +191,7 @@ def _whole(option: str, text: str) -> int:
 def _device(name: str) -> torch.device:
     _one_of("--device", name, ("cpu", "cuda"))
     if name == "cuda" and not torch.cuda.is_available():
-        raise BadInput(
-            f"There is no CUDA device here that torch {torch.__version__} can use; "
-            "choose --device cpu."
-        )
+        raise BadInput(f"There is no CUDA device here that torch {torch.__version__} can use; choose --device cpu.")
     return torch.device(name)
 
 

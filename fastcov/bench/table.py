@@ -25,9 +25,7 @@ memory: peak beyond the input, in matrices.
 def heading(run: Run) -> str:
     """Where the run is made, and with what."""
     m = run.machine
-    lines = [
-        f"{m.cpu}, {m.cores} cores, {run.threads} threads, {' '.join(m.isa) or 'no known ISA'}"
-    ]
+    lines = [f"{m.cpu}, {m.cores} cores, {run.threads} threads, {' '.join(m.isa) or 'no known ISA'}"]
     if m.gpu is not None:
         memory = NOT_MEASURED if m.gpu_memory_gib is None else f"{m.gpu_memory_gib:g} GiB"
         driver = m.driver or "unknown"
@@ -43,9 +41,7 @@ def table(rows: Sequence[Row]) -> str:
     width = max(22, *(len(row.contender) + 2 for row in rows))
     names = ("p20 ms", "p50 ms", "p80 ms", "GFLOP/s", f"x {_BASELINE[suite]}", "x lib", "% peak",
              "error", _LAST[suite])  # fmt: skip
-    header = f"{'contender':{width}}" + "".join(
-        f"{name:>{size}}" for name, size in zip(names, _SIZES, strict=True)
-    )
+    header = f"{'contender':{width}}" + "".join(f"{name:>{size}}" for name, size in zip(names, _SIZES, strict=True))
     lines = [f"{rows[0].suite}: {rows[0].case}, on {rows[0].device}", *_peaks(rows), header]
     for row in rows:
         mark = "=" if row.ratio == 1.0 else "~" if row.inexact else " "
@@ -85,8 +81,7 @@ def _peaks(rows: Sequence[Row]) -> list[str]:
     if not found:
         return [f"peak: {NOT_MEASURED}"]
     parts = [
-        f"{name} {_number(row.peak_before)} before, {_number(row.peak_after)} after"
-        for name, row in found.items()
+        f"{name} {_number(row.peak_before)} before, {_number(row.peak_after)} after" for name, row in found.items()
     ]
     rounds = max(row.rounds for row in rows)
     return [f"peak, GFLOP/s: {'; '.join(parts)}; {rounds} rounds"]

@@ -69,8 +69,8 @@ class Case:
         d: Width.
         flops: Useful operations of one call; asked for after the checks, which may count them.
         baseline: The contender that ratios refer to.
-        probes: Measurements of the machine's peak by contender. A contender without one of its own
-            is held against the first that runs.
+        probes: Measurements of the machine's peak by contender. A contender without one of its own is held against the
+            first that runs.
         fallback: The peak where no contender with one of its own runs.
     """
 
@@ -104,8 +104,8 @@ class Effort:
 def measure(case: Case, contenders: Sequence[Contender], effort: Effort) -> list[Row]:
     """Check every contender, then time those that are right, in interleaved rounds.
 
-    All contenders take a turn in each round, in another order each time, so that a machine that
-    drifts, or threads and caches that a neighbour left busy, hit all alike.
+    All contenders take a turn in each round, in another order each time, so that a machine that drifts, or threads and
+    caches that a neighbour left busy, hit all alike.
 
     Returns:
         A row for each contender, in the order given.
@@ -160,9 +160,7 @@ def _checked(contender: Contender) -> Verdict | str:
         return "not enough memory on the device"
     except Exception as error:  # whatever a kernel may raise: it is reported, and never timed
         lines = str(error).strip().splitlines() or [""]
-        return Verdict(
-            float("nan"), failure=f"it raised {type(error).__name__}: {lines[0]}".rstrip(".")
-        )
+        return Verdict(float("nan"), failure=f"it raised {type(error).__name__}: {lines[0]}".rstrip("."))
 
 
 def _clause(message: str) -> str:
@@ -196,9 +194,7 @@ def _untimed(case: Case, contender: Contender, verdict: Verdict | str) -> Row:
     )
 
 
-def _rounds(
-    running: Sequence[Contender], device: torch.device, effort: Effort
-) -> dict[str, list[float]]:
+def _rounds(running: Sequence[Contender], device: torch.device, effort: Effort) -> dict[str, list[float]]:
     """Seconds of each contender, round by round."""
     if not running:
         return {}

@@ -1,9 +1,8 @@
 """The rank-k update on a CPU, in C++ (csrc/cpu): one kernel for each instruction set.
 
-Rows are read where they lie, through a list of offsets: what a mask leaves out is neither copied
-nor looked at. Keys are converted while they are packed into panels, products are summed in the
-dtype of C, and only tiles that reach the lower triangle are computed. Threads are those of torch:
-``torch.set_num_threads`` is obeyed.
+Rows are read where they lie, through a list of offsets: what a mask leaves out is neither copied nor looked at. Keys
+are converted while they are packed into panels, products are summed in the dtype of C, and only tiles that reach the
+lower triangle are computed. Threads are those of torch: ``torch.set_num_threads`` is obeyed.
 """
 
 from __future__ import annotations
@@ -61,9 +60,7 @@ class CpuKernel:
             return None
         return f"pairs of bfloat16 are multiplied at {ratio:.1f} times the rate of float32 here"
 
-    def rank_k_update(
-        self, C: Tensor, X: Tensor, mask: Tensor | None, rows: Tensor | None, alpha: float
-    ) -> None:
+    def rank_k_update(self, C: Tensor, X: Tensor, mask: Tensor | None, rows: Tensor | None, alpha: float) -> None:
         """Lower triangle of C (d, d) += alpha * X^T X over the kept rows of X (n, d), in place."""
         offsets = _offsets(X, mask, rows)  # (m,)
         module = native.native()
@@ -86,19 +83,15 @@ class CpuKernel:
 
 
 def fma_peak(
-    kernel: str,
-    threads: int | None = None,
-    dtype: torch.dtype = torch.float32,
-    seconds: float = 0.1,
+    kernel: str, threads: int | None = None, dtype: torch.dtype = torch.float32, seconds: float = 0.1
 ) -> float:
     """The rate of multiply-adds on registers alone: what no kernel of this kind can exceed.
 
     Args:
         kernel: A variant that can run here, see `VARIANTS`.
         threads: How many at once; by default those of torch.
-        dtype: float32 or float64; bfloat16 for ``avx512_bf16`` gives that of its pairs. For
-            ``amx_bf16`` that of the keys: of products of bfloat16, float16 takes four and float32
-            six.
+        dtype: float32 or float64; bfloat16 for ``avx512_bf16`` gives that of its pairs. For ``amx_bf16`` that of the
+            keys: of products of bfloat16, float16 takes four and float32 six.
         seconds: How long to measure.
 
     Returns:
@@ -113,10 +106,7 @@ def fma_peak(
     module = native.native()
     assert module is not None
     rate: float = module.cpu_peak(
-        variant=kernel,
-        dtype=_CODES[dtype],
-        threads=threads or torch.get_num_threads(),
-        seconds=seconds,
+        variant=kernel, dtype=_CODES[dtype], threads=threads or torch.get_num_threads(), seconds=seconds
     )
     return rate
 

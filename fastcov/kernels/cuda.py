@@ -1,11 +1,10 @@
 """The rank-k update on NVIDIA GPUs, in CUDA C++ (csrc/cuda): two kernels in one.
 
-On compute capability 9.0, 16-bit keys in rows of aligned 16-byte units are multiplied by wgmma from
-tiles that the tensor memory accelerator fetches; a mask is applied to the tiles on their way. All
-other keys (float32, named rows, odd strides) and all other devices from 8.0 on are served by
-mma.sync. float32 keys are split into three products of TF32 parts, which keeps what a product in
-float32 would keep. The tensor cores' sums are moved into a second float32 sum at least every 1024
-rows, because tensor cores round towards zero. Results are the same in every run on a device.
+On compute capability 9.0, 16-bit keys in rows of aligned 16-byte units are multiplied by wgmma from tiles that the
+tensor memory accelerator fetches; a mask is applied to the tiles on their way. All other keys (float32, named rows, odd
+strides) and all other devices from 8.0 on are served by mma.sync. float32 keys are split into three products of TF32
+parts, which keeps what a product in float32 would keep. The tensor cores' sums are moved into a second float32 sum at
+least every 1024 rows, because tensor cores round towards zero. Results are the same in every run on a device.
 """
 
 from __future__ import annotations
@@ -72,22 +71,17 @@ def refuses(C: Tensor, X: Tensor) -> str | None:
             f"{C.device}, the keys on {X.device}"
         )
     if X.dtype not in _CODES or C.dtype != torch.float32:
-        return (
-            "it takes float32, float16 or bfloat16 keys and a float32 sum, not "
-            f"{X.dtype} and {C.dtype}"
-        )
+        return f"it takes float32, float16 or bfloat16 keys and a float32 sum, not {X.dtype} and {C.dtype}"
     if C.shape[0] > _LARGEST_WIDTH:
         return f"it counts tiles of sums up to {_LARGEST_WIDTH} wide and this one is {C.shape[0]}"
     return _unfit(_index(C))
 
 
-def rank_k_update(
-    C: Tensor, X: Tensor, mask: Tensor | None, rows: Tensor | None, alpha: float
-) -> None:
+def rank_k_update(C: Tensor, X: Tensor, mask: Tensor | None, rows: Tensor | None, alpha: float) -> None:
     """Lower triangle of C (d, d) += alpha * X^T X over the kept rows of X (n, d), in place.
 
-    Rows that a mask leaves out may hold anything, NaN included. A named row that does not exist
-    stops the kernel, as an index out of range does in torch.
+    Rows that a mask leaves out may hold anything, NaN included. A named row that does not exist stops the kernel, as an
+    index out of range does in torch.
 
     Raises:
         RuntimeError: The launch failed; the message has CUDA's own name of the error.
@@ -95,14 +89,7 @@ def rank_k_update(
     launch(C, X, mask, rows, alpha)
 
 
-def launch(
-    C: Tensor,
-    X: Tensor,
-    mask: Tensor | None,
-    rows: Tensor | None,
-    alpha: float,
-    route: str = "auto",
-) -> None:
+def launch(C: Tensor, X: Tensor, mask: Tensor | None, rows: Tensor | None, alpha: float, route: str = "auto") -> None:
     """As `rank_k_update`, with the choice of one of the two kernels: "mma" or "wgmma"."""
     if X.shape[0] == 0 or (rows is not None and rows.shape[0] == 0):
         return  # and an empty tensor has no address to tell that it was given
@@ -128,20 +115,13 @@ def route(C: Tensor, X: Tensor, rows: Tensor | None = None) -> str:
         code = _module().cuda_route(**_arguments(C, X, None, rows, 1.0, None, "auto"))
     if code < 0:
         raise RuntimeError(
-            f"The device {C.device} could not be asked: {_module().cuda_error(error=-code)}; "
-            "see python -m fastcov."
+            f"The device {C.device} could not be asked: {_module().cuda_error(error=-code)}; see python -m fastcov."
         )
     return next(name for name, number in _ROUTES.items() if number == code)
 
 
 def _arguments(
-    C: Tensor,
-    X: Tensor,
-    mask: Tensor | None,
-    rows: Tensor | None,
-    alpha: float,
-    turns: Tensor | None,
-    route: str,
+    C: Tensor, X: Tensor, mask: Tensor | None, rows: Tensor | None, alpha: float, turns: Tensor | None, route: str
 ) -> dict[str, int | float]:
     """What the native functions take: addresses, sizes, and strides in elements."""
     return {

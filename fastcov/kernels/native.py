@@ -23,10 +23,7 @@ def missing() -> str | None:
     try:
         importlib.import_module("fastcov._native")
     except ModuleNotFoundError:
-        return (
-            "the native module is not installed (there was no C++ compiler, or "
-            "FASTCOV_SKIP_NATIVE was set)"
-        )
+        return "the native module is not installed (there was no C++ compiler, or FASTCOV_SKIP_NATIVE was set)"
     except ImportError as error:
         return f"the native module does not load ({error})"
     return None

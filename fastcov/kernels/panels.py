@@ -1,8 +1,7 @@
 """The rank-k update of 16-bit keys on a CUDA device by cuBLAS, one row panel of C at a time.
 
-Plain torch. cuBLAS has no symmetric update for 16-bit keys, but it multiplies them into float32:
-with 8 panels 9/16 of a full product are computed. It is what a kernel has to beat, and what runs
-where none can.
+Plain torch. cuBLAS has no symmetric update for 16-bit keys, but it multiplies them into float32: with 8 panels 9/16 of
+a full product are computed. It is what a kernel has to beat, and what runs where none can.
 """
 
 from __future__ import annotations
@@ -38,9 +37,7 @@ def refuses(C: Tensor, X: Tensor) -> str | None:
     return None
 
 
-def rank_k_update(
-    C: Tensor, X: Tensor, mask: Tensor | None, rows: Tensor | None, alpha: float
-) -> None:
+def rank_k_update(C: Tensor, X: Tensor, mask: Tensor | None, rows: Tensor | None, alpha: float) -> None:
     """Lower triangle of C (d, d) += alpha * X^T X over the kept rows of X (n, d), in place."""
     if rows is None and mask is not None:
         rows = mask.nonzero().squeeze(1)  # (m,)

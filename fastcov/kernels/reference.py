@@ -1,9 +1,8 @@
 """The rank-k update in plain torch: runs everywhere, and is what other kernels are checked against.
 
-The triangle is halved recursively: its lower-left square is one matrix product straight into C, its
-two smaller triangles are done the same way. Only the smallest triangles, `_LEAF` wide, compute a
-full square and keep half of it, so the arithmetic is close to half of a full product and the memory
-is one leaf.
+The triangle is halved recursively: its lower-left square is one matrix product straight into C, its two smaller
+triangles are done the same way. Only the smallest triangles, `_LEAF` wide, compute a full square and keep half of it,
+so the arithmetic is close to half of a full product and the memory is one leaf.
 
 Products are full ones: `fastcov.ops` switches TF32 and autocast off around a kernel.
 """
@@ -32,9 +31,7 @@ def refuses(C: Tensor, X: Tensor) -> str | None:
     return None
 
 
-def rank_k_update(
-    C: Tensor, X: Tensor, mask: Tensor | None, rows: Tensor | None, alpha: float
-) -> None:
+def rank_k_update(C: Tensor, X: Tensor, mask: Tensor | None, rows: Tensor | None, alpha: float) -> None:
     """Lower triangle of C (d, d) += alpha * X^T X over the kept rows of X (n, d), in place."""
     for chunk in _chunks(C, X, mask, rows):
         _triangle(C, chunk, alpha, 0, C.shape[0])

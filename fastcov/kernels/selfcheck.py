@@ -1,8 +1,8 @@
 """A kernel that is compiled for a device shows a right result there before it is chosen.
 
-Devices, drivers and compilers are many, and this project has tried few of them. Two small updates,
-one of them with a mask, compared with float64 on the same device, turn a wrong second moment into a
-warning and another kernel. A kernel asked for by name is not checked.
+Devices, drivers and compilers are many, and this project has tried few of them. Two small updates, one of them with a
+mask, compared with float64 on the same device, turn a wrong second moment into a warning and another kernel. A kernel
+asked for by name is not checked.
 """
 
 from __future__ import annotations
@@ -44,9 +44,7 @@ def failure(name: str, run: Run, device: torch.device, dtype: torch.dtype, d: in
     return next((why for w in widths if (why := _failure(name, run, device, dtype, w))), None)
 
 
-def _failure(
-    name: str, run: Run, device: torch.device, dtype: torch.dtype, width: int
-) -> str | None:
+def _failure(name: str, run: Run, device: torch.device, dtype: torch.dtype, width: int) -> str | None:
     key = (name, device, dtype, width)
     if key not in _failures:
         try:

@@ -1,9 +1,8 @@
 """Which kernel is the fastest on a GPU: what was measured, and nothing else.
 
-``measured.json`` beside this file holds, for each device that was measured, the seconds of each
-kernel by dtype and width. ``python -m fastcov.kernels.table FILE`` takes over the results that
-``make gpu-check`` wrote. Where a device is not in it, the order of the ranks in `fastcov.ops`
-holds.
+``measured.json`` beside this file holds, for each device that was measured, the seconds of each kernel by dtype and
+width. ``python -m fastcov.kernels.table FILE`` takes over the results that ``make gpu-check`` wrote. Where a device is
+not in it, the order of the ranks in `fastcov.ops` holds.
 """
 
 from __future__ import annotations
@@ -64,18 +63,12 @@ def adopt(results: dict[str, Any], table: dict[str, Any]) -> dict[str, Any]:
     """
     device, rows = results.get("device"), results.get("kernels")
     if not isinstance(device, str) or not isinstance(rows, list):
-        raise ValueError(
-            "The results hold no device and kernels to adopt; pass a file of make gpu-check."
-        )
+        raise ValueError("The results hold no device and kernels to adopt; pass a file of make gpu-check.")
     kept = [
-        {"dtype": row["dtype"], "d": int(row["d"]), "seconds": row["seconds"]}
-        for row in rows
-        if row.get("seconds")
+        {"dtype": row["dtype"], "d": int(row["d"]), "seconds": row["seconds"]} for row in rows if row.get("seconds")
     ]
     if not kept:
-        raise ValueError(
-            f"The results of {device} hold no measured time; run make gpu-check again."
-        )
+        raise ValueError(f"The results of {device} hold no measured time; run make gpu-check again.")
     return {**table, "devices": {**table["devices"], device: kept}}
 
 

@@ -1,23 +1,22 @@
 """The rank-k update in Triton, for NVIDIA GPUs of compute capability 8.0 and above.
 
-C is cut into square tiles and only those of the lower triangle are computed: half the arithmetic of
-a full product. One program a multiprocessor takes tiles in turn; the number of a tile gives its row
-and column by an exact decoding, ordered so that programs that run at the same time share keys in
-the L2 cache. In tiles on the diagonal only what is on and below it is read and written.
+C is cut into square tiles and only those of the lower triangle are computed: half the arithmetic of a full product. One
+program a multiprocessor takes tiles in turn; the number of a tile gives its row and column by an exact decoding,
+ordered so that programs that run at the same time share keys in the L2 cache. In tiles on the diagonal only what is on
+and below it is read and written.
 
-Sums. Tensor cores truncate when they add, so a long chain of products comes out too small, on the
-diagonal always. After at most 1024 rows the chain is therefore added to a second float32 sum and
-starts again at zero. Keys of 16 bits are exact on the tensor cores. Float32 keys are split into
-three bfloat16 each and the six larger of the nine products are summed, which leaves out 2^-24 of a
-product of two keys; their chain has six times the steps and is promoted after 64 rows. (tf32x3
-costs the same on the tensor cores and keeps 22 bits; plain tf32 keeps 11.)
+Sums. Tensor cores truncate when they add, so a long chain of products comes out too small, on the diagonal always.
+After at most 1024 rows the chain is therefore added to a second float32 sum and starts again at zero. Keys of 16 bits
+are exact on the tensor cores. Float32 keys are split into three bfloat16 each and the six larger of the nine products
+are summed, which leaves out 2^-24 of a product of two keys; their chain has six times the steps and is promoted after
+64 rows. (tf32x3 costs the same on the tensor cores and keeps 22 bits; plain tf32 keeps 11.)
 
-Loads. On compute capability 9 and 10 aligned keys are brought by TMA, in blocks of rows, through a
-tensor descriptor: no addresses in registers, and what lies beyond the edges comes as zeros. A mask
-becomes two lists on the device, without waiting for it: the blocks whose rows are all kept, which
-TMA brings, and the remaining kept rows, which are read one by one through pointers. What is not
-kept is never read, so it may be NaN. Everything else goes through pointers: named rows, which the
-TMA of Hopper cannot gather, and all keys elsewhere. Offsets into C and X are of 64 bits.
+Loads. On compute capability 9 and 10 aligned keys are brought by TMA, in blocks of rows, through a tensor descriptor:
+no addresses in registers, and what lies beyond the edges comes as zeros. A mask becomes two lists on the device,
+without waiting for it: the blocks whose rows are all kept, which TMA brings, and the remaining kept rows, which are
+read one by one through pointers. What is not kept is never read, so it may be NaN. Everything else goes through
+pointers: named rows, which the TMA of Hopper cannot gather, and all keys elsewhere. Offsets into C and X are of 64
+bits.
 
 The device code is in `fastcov.kernels.triton_code`, which alone imports triton.
 """
@@ -140,9 +139,7 @@ def refuses(C: Tensor, X: Tensor) -> str | None:
     return None
 
 
-def rank_k_update(
-    C: Tensor, X: Tensor, mask: Tensor | None, rows: Tensor | None, alpha: float
-) -> None:
+def rank_k_update(C: Tensor, X: Tensor, mask: Tensor | None, rows: Tensor | None, alpha: float) -> None:
     """Lower triangle of C (d, d) += alpha * X^T X over the kept rows of X (n, d), in place.
 
     Args:
@@ -176,9 +173,7 @@ def _aligned(C: Tensor, X: Tensor) -> bool:
     return all(number % 16 == 0 for number in numbers) and X.stride(0) >= X.shape[1]
 
 
-def _route(
-    capability: tuple[int, int], aligned: bool, masked: bool, named: bool, key_bytes: int
-) -> str:
+def _route(capability: tuple[int, int], aligned: bool, masked: bool, named: bool, key_bytes: int) -> str:
     """How keys are read, and by which instruction multiplied, where they are masked or named."""
     # Consumer devices have TMA too, but a third of the shared memory, and multiply as 8.0 does.
     if capability[0] in (9, 10):
@@ -233,9 +228,7 @@ def launch(
     if mask is not None:
         blocks, rows, counts = _kept(mask, config.depth if tma else None)
     if tma:
-        tiled = triton_code.TensorDescriptor(
-            X, [n, d], [X.stride(0), 1], [config.depth, config.tile]
-        )
+        tiled = triton_code.TensorDescriptor(X, [n, d], [X.stride(0), 1], [config.depth, config.tile])
     pointed = not tma or mask is not None
     tiles = -(-d // config.tile)
     grid = min(processors * config.programs, tiles * (tiles + 1) // 2)
@@ -270,8 +263,8 @@ def _kept(mask: Tensor, depth: int | None) -> tuple[Tensor | None, Tensor, Tenso
     """A mask (n,) as lists, made on its device without waiting for it.
 
     Returns:
-        The blocks of `depth` rows that are all kept (none without a depth), the kept rows outside
-        of them, and the lengths of the two lists, int64 (2,). The lists are longer than that.
+        The blocks of `depth` rows that are all kept (none without a depth), the kept rows outside of them, and the
+        lengths of the two lists, int64 (2,). The lists are longer than that.
     """
     if depth is None:
         rows, count = _places(mask)

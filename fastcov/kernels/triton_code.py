@@ -1,7 +1,7 @@
 """The Triton kernel's device code; `fastcov.kernels.triton` says what it does and launches it.
 
-Imports triton, so nothing imports this file before a kernel is launched. With TRITON_INTERPRET=1 in
-the environment when it is imported, the functions run in Triton's interpreter on the CPU.
+Imports triton, so nothing imports this file before a kernel is launched. With TRITON_INTERPRET=1 in the environment
+when it is imported, the functions run in Triton's interpreter on the CPU.
 """
 
 # mypy: ignore-errors
@@ -25,8 +25,8 @@ def triangle_row(t):
 def tile_of(t, tiles, BAND: tl.constexpr):
     """Tile (i, j), j <= i, of the work item t; neighbours in t share keys in the L2 cache.
 
-    The tile rows go in bands of BAND. Within a band the tiles left of its corner triangle come
-    column by column, then the corner triangle.
+    The tile rows go in bands of BAND. Within a band the tiles left of its corner triangle come column by column, then
+    the corner triangle.
     """
     top = triangle_row(t) // BAND * BAND
     height = tl.minimum(BAND, tiles - top)
@@ -42,9 +42,7 @@ def tile_of(t, tiles, BAND: tl.constexpr):
 @triton.jit
 def product(a, b, acc, EMULATED: tl.constexpr):
     """Sum of a^T b and acc on the tensor cores; a (DEPTH, TILE), b (DEPTH, TILE) of 16 bits."""
-    if (
-        EMULATED
-    ):  # the interpreter's dot is wrong for bfloat16; float32 holds these products exactly
+    if EMULATED:  # the interpreter's dot is wrong for bfloat16; float32 holds these products exactly
         return tl.dot(a.T.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
     else:
         return tl.dot(a.T, b, acc)
@@ -115,7 +113,7 @@ def single_rows(
     for k in tl.range(0, tl.cdiv(count, DEPTH), num_stages=STAGES + 2 * GATHERED):
         row = k * DEPTH + tl.arange(0, DEPTH)
         there = row < count
-        if GATHERED:
+        if GATHERED:  # noqa: SIM108 (a constant of compilation)
             start = tl.load(rows + row, mask=there, other=0) * stride
         else:
             start = row.to(tl.int64) * stride
@@ -198,9 +196,7 @@ def rank_k(
         i, j = tile_of(first + turn * programs, tiles, BAND)
         total = tl.zeros((TILE, TILE), tl.float32)
         if TILED:
-            total = whole_blocks(
-                tiled, blocks, whole, i, j, total, COUNTED, TILE, DEPTH, EVERY, STAGES, EMULATED
-            )
+            total = whole_blocks(tiled, blocks, whole, i, j, total, COUNTED, TILE, DEPTH, EVERY, STAGES, EMULATED)
         if POINTED:
             total = single_rows(
                 keys, rows, single, d, stride, i, j, total,

@@ -4,9 +4,8 @@ Rows can be run in stages: what enters a block is kept, and a later reading of m
 above it begins there.  That is right as long as nothing below that block has changed, and it gives
 the bits of a run from the first block on, because the same batches go through the same code.
 
-Blocks that take more from below than the hidden states (keys and values of a lower block, several
-streams) allow no stages: a few tokens are tried both ways, and such models run from the first block
-on each time.
+Blocks that take more from below than the hidden states (keys and values of a lower block, several streams) allow no
+stages: a few tokens are tried both ways, and such models run from the first block on each time.
 """
 
 from __future__ import annotations
@@ -23,14 +22,7 @@ from torch import Tensor, nn
 
 from fastcov.mode import evaluation_mode, isolated
 from fastmemit.errors import FastmemitError, UnknownArchitecture
-from fastmemit.models import (
-    ModelAdapter,
-    agrees,
-    check_lengths,
-    hidden_of,
-    probe_ids,
-    token_states,
-)
+from fastmemit.models import ModelAdapter, agrees, check_lengths, hidden_of, probe_ids, token_states
 from fastmemit.targets.rows import Row
 from fastmemit.targets.suffix import forward_as
 from fastmemit.tokens import length_batches, pad_batch
@@ -74,9 +66,7 @@ class SubjectPass:
 
     @classmethod
     @isolated()
-    def of(
-        cls, adapter: ModelAdapter, rows: Sequence[Row], batch_tokens: int = BATCH_TOKENS
-    ) -> SubjectPass:
+    def of(cls, adapter: ModelAdapter, rows: Sequence[Row], batch_tokens: int = BATCH_TOKENS) -> SubjectPass:
         """Rows that have not been run yet.
 
         Args:
@@ -108,20 +98,19 @@ class SubjectPass:
     ) -> tuple[list[Tensor], list[Tensor], SubjectPass]:
         """Read activations at each row's subject.
 
-        Only the tokens up to the subject run, only from the kept states on and as far up as the
-        last module read, and equal rows run once.
+        Only the tokens up to the subject run, only from the kept states on and as far up as the last module read, and
+        equal rows run once.
 
         Args:
             adapter: The model, the same below block `layer` as when the states were kept.
-            inputs: Modules, not below `layer`, whose input is wanted (an edited projection's input
-                is its key).
+            inputs: Modules, not below `layer`, whose input is wanted (an edited projection's input is its key).
             outputs: Modules, not below `layer`, whose output is wanted.
-            keep: Keep what enters this block, at or above `layer` and at or below every module
-                read; 0 keeps nothing new.
+            keep: Keep what enters this block, at or above `layer` and at or below every module read; 0 keeps nothing
+                new.
 
         Returns:
-            Two lists of float32 tensors (N, width), in the order of `inputs` and `outputs`, and the
-            pass to go on with: this one, or one that begins at the block `keep`.
+            Two lists of float32 tensors (N, width), in the order of `inputs` and `outputs`, and the pass to go on with:
+            this one, or one that begins at the block `keep`.
         """
         if 0 < keep < self.layer:
             raise ValueError(f"The pass begins at block {self.layer}, above block {keep}.")
@@ -131,11 +120,7 @@ class SubjectPass:
         return self._run(adapter, inputs, outputs, keep)
 
     def _run(
-        self,
-        adapter: ModelAdapter,
-        inputs: Sequence[nn.Module],
-        outputs: Sequence[nn.Module],
-        keep: int,
+        self, adapter: ModelAdapter, inputs: Sequence[nn.Module], outputs: Sequence[nn.Module], keep: int
     ) -> tuple[list[Tensor], list[Tensor], SubjectPass]:
         """`read`, where it is known whether states can be kept."""
         read: list[list[Tensor]] = [[] for _ in (*inputs, *outputs)]
@@ -163,15 +148,11 @@ def read_at_subject(
     batch_tokens: int = BATCH_TOKENS,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Read activations at each row's subject, from the first block on; see `SubjectPass.read`."""
-    taken, given, _ = SubjectPass.of(adapter, rows, batch_tokens).read(
-        adapter, inputs=inputs, outputs=outputs
-    )
+    taken, given, _ = SubjectPass.of(adapter, rows, batch_tokens).read(adapter, inputs=inputs, outputs=outputs)
     return taken, given
 
 
-def _in_stages(
-    adapter: ModelAdapter, layer: int, inputs: Sequence[nn.Module], outputs: Sequence[nn.Module]
-) -> bool:
+def _in_stages(adapter: ModelAdapter, layer: int, inputs: Sequence[nn.Module], outputs: Sequence[nn.Module]) -> bool:
     """Whether a run that begins at a block reads what a run from the first block on reads."""
     modules = [*inputs, *outputs]
     key = ("begun at", layer, id(modules[-1]))
@@ -183,8 +164,7 @@ def _in_stages(
             again, more, _ = kept._run(adapter, inputs, outputs, 0)
             why = "differ"
             same = all(
-                agrees(adapter.model, got, want)
-                for got, want in zip([*again, *more], [*taken, *given], strict=True)
+                agrees(adapter.model, got, want) for got, want in zip([*again, *more], [*taken, *given], strict=True)
             )
         except (FastmemitError, torch.OutOfMemoryError):
             raise

@@ -58,9 +58,7 @@ def answer_nlls(
     Raises:
         BadRequest: An answer yields no token, or no token stands before it.
     """
-    judged = judge_answers(
-        adapter, tokenizer, questions, batch_tokens=batch_tokens, progress=progress
-    )
+    judged = judge_answers(adapter, tokenizer, questions, batch_tokens=batch_tokens, progress=progress)
     return [answer.nll for answer in judged]
 
 
@@ -75,17 +73,16 @@ def judge_answers(
 ) -> list[Answer]:
     """Cost and accuracy of each answer after its prompt, under teacher forcing.
 
-    Sequences are run sorted by length, and what several questions share runs once: the answers
-    " Rome" and " Paris" of one prompt are read from the same forward, because an answer's last
-    token is never an input; and a sequence that begins another one is read from that one, because
-    no token depends on a later one.
+    Sequences are run sorted by length, and what several questions share runs once: the answers " Rome" and " Paris" of
+    one prompt are read from the same forward, because an answer's last token is never an input; and a sequence that
+    begins another one is read from that one, because no token depends on a later one.
 
     Args:
         adapter: The model.
         tokenizer: Its tokenizer.
         questions: (prompt, answer) pairs; the answer brings its leading space.
-        batch_tokens: Padded tokens a forward takes at most (one sequence always runs); None takes
-            512 on a CPU and 8192 elsewhere.
+        batch_tokens: Padded tokens a forward takes at most (one sequence always runs); None takes 512 on a CPU and 8192
+            elsewhere.
         progress: Called with the number of questions done since the last call.
 
     Returns:
@@ -103,8 +100,7 @@ def judge_answers(
         encoded, n_answer = encode_with_target(tokenizer, prompt, answer)
         if n_answer == len(encoded):
             raise BadRequest(
-                f"The prompt {prompt!r} leaves no token to predict the answer {answer!r} from; "
-                "write a word before it."
+                f"The prompt {prompt!r} leaves no token to predict the answer {answer!r} from; write a word before it."
             )
         read = _Read(number, len(encoded) - 1, encoded.ids[-n_answer:])
         wanted.setdefault(encoded.ids[:-1], []).append(read)
@@ -136,9 +132,7 @@ def _hosts(sequences: Iterable[tuple[int, ...]]) -> dict[tuple[int, ...], tuple[
 
 
 def _run(
-    adapter: ModelAdapter,
-    chunk: list[tuple[int, ...]],
-    here: list[tuple[int, _Read]],
+    adapter: ModelAdapter, chunk: list[tuple[int, ...]], here: list[tuple[int, _Read]]
 ) -> list[tuple[int, Answer]]:
     check_lengths(adapter.model, chunk)
     batch = pad_batch(chunk, device=adapter.device)
@@ -163,7 +157,5 @@ def _run(
     sizes = [len(read.tokens) for _, read in here]
     return [
         (read.question, Answer(float(cost.mean()), tuple(match.tolist())))
-        for (_, read), cost, match in zip(
-            here, nll.cpu().split(sizes), matches.cpu().split(sizes), strict=True
-        )
+        for (_, read), cost, match in zip(here, nll.cpu().split(sizes), matches.cpu().split(sizes), strict=True)
     ]

@@ -33,8 +33,8 @@ class Edit:
 
     Attributes:
         delta: What it adds to the weights.
-        outcomes: What became of each fact when the edit was made, in their order; empty where the
-            model was not asked, as for an edit from a file.
+        outcomes: What became of each fact when the edit was made, in their order; empty where the model was not asked,
+            as for an edit from a file.
     """
 
     def __init__(self, delta: Delta, stack: EditStack) -> None:
@@ -63,8 +63,8 @@ class Edit:
         """Give the weights the bits that they had before this edit.
 
         Raises:
-            BadUndo: The edit is not applied; a later edit of the same weights still is; or
-                something else has changed the weights since.
+            BadUndo: The edit is not applied; a later edit of the same weights still is; or something else has changed
+                the weights since.
         """
         self._stack.pop(self)
 
@@ -121,9 +121,9 @@ class EditStack:
     Edits of the same weight are undone last first: a later one was computed on, and rounded onto,
     what the earlier ones left.  Edits that share no weight can be undone in any order.
 
-    What is written is noted down first. Whatever is raised in between, an interrupt or the lack of
-    memory, the weights are those without the edit, or the edit is on record; where a second
-    interrupt stopped that from being put right, the next use of the stack does it.
+    What is written is noted down first. Whatever is raised in between, an interrupt or the lack of memory, the weights
+    are those without the edit, or the edit is on record; where a second interrupt stopped that from being put right,
+    the next use of the stack does it.
 
     Threads that share a model take turns: `lock` is held while weights change.
 
@@ -147,8 +147,7 @@ class EditStack:
     def of(cls, model: nn.Module) -> EditStack:
         """The stack of a model: the one that there is, so that editors of one model share it.
 
-        A model whose weights something else has changed since counts as another one, unedited, with
-        a stack of its own.
+        A model whose weights something else has changed since counts as another one, unedited, with a stack of its own.
         """
         found = _stacks.get(model)
         if found is not None:
@@ -179,15 +178,13 @@ class EditStack:
         """The fingerprint of the model without any edit of this stack.
 
         Raises:
-            WrongModel: It was never taken and edits are applied now; or something else has changed
-                the model since it was taken.
+            WrongModel: It was never taken and edits are applied now; or something else has changed the model since it
+                was taken.
         """
         with self.lock:
             if self._fingerprint is None:
                 if self._layers:
-                    raise WrongModel(
-                        "The model was edited before it was identified; undo all edits."
-                    )
+                    raise WrongModel("The model was edited before it was identified; undo all edits.")
                 self._fingerprint = self._watch.identify(self._model)
             changed = self.changed()
             if changed:
@@ -219,11 +216,7 @@ class EditStack:
                 return []
             model = self._model
             named = dict(model.named_parameters(remove_duplicate=False)) if self._chains else {}
-            edited = {
-                name: (named[name], chain.checksum)
-                for name, chain in self._chains.items()
-                if name in named
-            }
+            edited = {name: (named[name], chain.checksum) for name, chain in self._chains.items() if name in named}
             return self._watch.changed(model, edited)
 
     @property
@@ -242,9 +235,7 @@ class EditStack:
             WrongModel: It is one.
         """
         if edit._stack is not self:
-            raise WrongModel(
-                f"{edit!r} belongs to another editor; save it there and load it with this one."
-            )
+            raise WrongModel(f"{edit!r} belongs to another editor; save it there and load it with this one.")
 
     def digests(self) -> list[str]:
         """The digests of the applied edits' deltas, oldest first."""
@@ -261,17 +252,11 @@ class EditStack:
         with self.lock:
             self.settle()
             if edit in self._layers:
-                raise BadUndo(
-                    f"{edit!r} is in the weights already; undo it before applying it again."
-                )
+                raise BadUndo(f"{edit!r} is in the weights already; undo it before applying it again.")
             _ = self.fingerprint  # of weights that are still the model's own
             weights = edit.delta.weights(self._model)
-            chains = {
-                name: self._chains.get(name) or Chain(weight) for name, weight in weights.items()
-            }
-            before = {
-                name: (weight, chains[name].covered(weight)) for name, weight in weights.items()
-            }
+            chains = {name: self._chains.get(name) or Chain(weight) for name, weight in weights.items()}
+            before = {name: (weight, chains[name].covered(weight)) for name, weight in weights.items()}
             writing = Writing(self, _Journal(before, edit))
             with writing, writing:
                 for name, (left, right) in edit.delta.factors.items():
@@ -405,8 +390,8 @@ class EditStack:
 class Writing:
     """Writes to weights, taken back on leaving unless they were put on record.
 
-    It is entered twice in one statement, ``with writing, writing:``. Where an interrupt comes just
-    as the inner one is left, before that could do anything, leaving the outer one does it.
+    It is entered twice in one statement, ``with writing, writing:``. Where an interrupt comes just as the inner one is
+    left, before that could do anything, leaving the outer one does it.
     """
 
     def __init__(self, stack: EditStack, journal: _Journal) -> None:
@@ -422,10 +407,7 @@ class Writing:
             raise
 
     def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
             self._journal.open = False

@@ -28,8 +28,8 @@ def precompute_auto(
 ) -> Statistics:
     """Collect until the stopping rule of every layer says that it is enough.
 
-    The sum is stored at every look, so an interrupted pass goes on at the last one, and the looks
-    are the same the next time. See `fastcov.stopping` for what is looked at.
+    The sum is stored at every look, so an interrupted pass goes on at the last one, and the looks are the same the next
+    time. See `fastcov.stopping` for what is looked at.
 
     Args:
         sources: Of the unedited model.
@@ -46,15 +46,7 @@ def precompute_auto(
     before: Statistics | None = None
     d_k = sources.widest(layers)
     for keys in checkpoints(d_k, limit):
-        after = sources.precompute(
-            corpus,
-            list(layers),
-            keys / d_k,
-            allow_fewer,
-            max_length,
-            after=before,
-            aside=True,
-        )
+        after = sources.precompute(corpus, list(layers), keys / d_k, allow_fewer, max_length, after=before, aside=True)
         if not rules:
             rules = {name: StoppingRule(limit=limit) for name in after.paths}
         enough = [rule.update(after.moment(name)) for name, rule in rules.items()]

@@ -29,8 +29,8 @@ def cache_dir() -> Path:
 def shared_folder(folder: Path) -> None:
     """Make a folder, and those above it, for all who may write where the first one is made.
 
-    The umask of most systems gives a new folder to its owner alone. In a cache that several users
-    share the others could then neither add to what one has begun nor lock it.
+    The umask of most systems gives a new folder to its owner alone. In a cache that several users share the others
+    could then neither add to what one has begun nor lock it.
 
     Raises:
         OSError: It cannot be made.

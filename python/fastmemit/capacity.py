@@ -1,8 +1,8 @@
 """What statistics and their factors take: memory, time and bytes moved, before any of it is spent.
 
-Nothing is run here. Operations and bytes are counted from a model's shape, as the code does them;
-seconds are those counts over a machine's rates, of which each machine says where it has them from.
-A multiply-add is two operations, as everywhere in this project.
+Nothing is run here. Operations and bytes are counted from a model's shape, as the code does them; seconds are those
+counts over a machine's rates, of which each machine says where it has them from. A multiply-add is two operations, as
+everywhere in this project.
 """
 
 from __future__ import annotations
@@ -107,10 +107,9 @@ def plan(
 ) -> Plan:
     """Count what collecting some layers takes.
 
-    A token costs ``2 run(last)`` operations in the weights' products, ``4 heads head`` in each
-    block's attention for each earlier token, and ``d_k (d_k + 1)`` for one triangle of each layer.
-    A ring of N processes sends ``2 (N - 1) / N`` of what is added up, which is a little more than
-    the triangle (`fastcov.processes.add_up_lower`).
+    A token costs ``2 run(last)`` operations in the weights' products, ``4 heads head`` in each block's attention for
+    each earlier token, and ``d_k (d_k + 1)`` for one triangle of each layer. A ring of N processes sends ``2 (N - 1) /
+    N`` of what is added up, which is a little more than the triangle (`fastcov.processes.add_up_lower`).
 
     Args:
         shape: The model's.
@@ -131,10 +130,7 @@ def plan(
         )
     least = min(keys, processes, batch_tokens, length)
     if least < 1:
-        raise BadConfig(
-            "Keys, processes, tokens of a batch and of a document must be at least 1, but one is "
-            f"{least}."
-        )
+        raise BadConfig(f"Keys, processes, tokens of a batch and of a document must be at least 1, but one is {least}.")
     last, n, size = max(layers), len(layers), machine.dtype_bytes
     pairs = (length + 1) / 2  # earlier tokens and itself, on average
     attention = 4 * shape.heads * shape.head * pairs * (last + 1)

@@ -1,9 +1,9 @@
 """The bits that a weight had below each of the edits on it, without a copy for each.
 
-The weight's bits without any edit are kept once. The bits between two edits come from adding the
-deltas again in their order, to the copy that is nearest below, and a checksum that was taken when
-they were in the weight decides whether these are they. A few copies are kept in between, so that
-going back through many edits does not begin at the bottom every time.
+The weight's bits without any edit are kept once. The bits between two edits come from adding the deltas again in their
+order, to the copy that is nearest below, and a checksum that was taken when they were in the weight decides whether
+these are they. A few copies are kept in between, so that going back through many edits does not begin at the bottom
+every time.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ class Chain:
         """A copy of the weight's bits, which another delta is about to cover.
 
         Raises:
-            BadUndo: Adding the last delta again does not give these bits, and there are as many
-                copies of such bits as may be.
+            BadUndo: Adding the last delta again does not give these bits, and there are as many copies of such bits as
+                may be.
         """
         place = len(self._links)
         if place in self._copies:
@@ -133,9 +133,7 @@ class Chain:
                     self._keep(each + 1, bits.clone())
         return bits
 
-    def _added(
-        self, place: int, bits: Tensor, *, recorded: bool = False, in_place: bool = False
-    ) -> Tensor:
+    def _added(self, place: int, bits: Tensor, *, recorded: bool = False, in_place: bool = False) -> Tensor:
         """The bits with the delta at a place on them."""
         link = self._links[place]
         bits = bits if in_place else bits.clone()

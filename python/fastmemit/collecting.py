@@ -147,8 +147,8 @@ def checkpoint_of(
 
     Args:
         home: That folder.
-        modules: All that are asked for, also those that are there already: what was killed between
-            two files goes on with the rest of them.
+        modules: All that are asked for, also those that are there already: what was killed between two files goes on
+            with the rest of them.
         essence: What the statistics depend on, and the versions.
         adapter: The model.
         text: Which keys.
@@ -166,9 +166,7 @@ def checkpoint_of(
         "batch_tokens": tokens_per_batch(adapter.device),
         "device": str(adapter.device),
     }
-    return fastcov.Checkpoint(
-        home / _CHECKPOINTS.replace("*", digest), identity=identity, seconds=seconds
-    )
+    return fastcov.Checkpoint(home / _CHECKPOINTS.replace("*", digest), identity=identity, seconds=seconds)
 
 
 @contextmanager

@@ -65,13 +65,13 @@ def generate_contexts(model: Any, tokenizer: Any, kind: Kind, seed: int = 0) -> 
     Args:
         model: The unedited model, which writes them.
         tokenizer: Its tokenizer.
-        kind: ``"words"``: five texts of 10 tokens from fixed words; ``"start"``: ten of 5 and ten
-            of 10 tokens from the start-of-text token.
+        kind: ``"words"``: five texts of 10 tokens from fixed words; ``"start"``: ten of 5 and ten of 10 tokens from the
+            start-of-text token.
         seed: Of the sampling (top-k 5).
 
     Returns:
-        6 or 21 texts, each ending in ``". "`` but the first; white space is folded, so that line
-        breaks do not part a context from its prompt.
+        6 or 21 texts, each ending in ``". "`` but the first; white space is folded, so that line breaks do not part a
+        context from its prompt.
     """
     texts = [""]
     if kind == "words":

@@ -21,13 +21,7 @@ from torch import Tensor, nn
 from fastcov.mode import isolated
 from fastcov.parsing import parse_json
 from fastcov.store import atomic_file, write_safetensors
-from fastmemit.errors import (
-    DamagedFile,
-    NonFiniteEdit,
-    OffloadedWeight,
-    QuantisedWeight,
-    WrongModel,
-)
+from fastmemit.errors import DamagedFile, NonFiniteEdit, OffloadedWeight, QuantisedWeight, WrongModel
 
 FORMAT = "fastmemit-delta"
 VERSION = 1
@@ -38,10 +32,9 @@ class Delta:
     """What an edit adds to the weights of a model.
 
     Attributes:
-        factors: Weight name -> (left (rows, B), right (columns, B)), float32 on the CPU, in the
-            weight's own orientation: ``W' - W = left @ right^T``.
-        provenance: JSON values: the model's fingerprint (``model``), method, settings, requests,
-            versions.
+        factors: Weight name -> (left (rows, B), right (columns, B)), float32 on the CPU, in the weight's own
+            orientation: ``W' - W = left @ right^T``.
+        provenance: JSON values: the model's fingerprint (``model``), method, settings, requests, versions.
     """
 
     factors: Mapping[str, tuple[Tensor, Tensor]]
@@ -111,9 +104,7 @@ class Delta:
         from safetensors import SafetensorError, safe_open
 
         if not Path(path).is_file():
-            raise FileNotFoundError(
-                f"There is no edit file {os.fspath(path)!r}; give the path that --save wrote."
-            )
+            raise FileNotFoundError(f"There is no edit file {os.fspath(path)!r}; give the path that --save wrote.")
         try:
             with safe_open(os.fspath(path), framework="pt") as file:
                 metadata = file.metadata() or {}
@@ -140,10 +131,10 @@ class Delta:
         Weights that are not in memory or not in floating point are compared by their shape alone.
 
         Raises:
-            WrongModel: The model lacks a weight or has it in another shape; the message names the
-                weight and both shapes.
-            NonFiniteEdit: A factor holds NaN or infinity, or the weight would with the change: the
-                product of the factors, or its sum with the weight, is too large for its dtype.
+            WrongModel: The model lacks a weight or has it in another shape; the message names the weight and both
+                shapes.
+            NonFiniteEdit: A factor holds NaN or infinity, or the weight would with the change: the product of the
+                factors, or its sum with the weight, is too large for its dtype.
         """
         weights = dict(model.named_parameters(remove_duplicate=False))
         for name, (left, right) in self.factors.items():
@@ -178,8 +169,7 @@ class Delta:
         """Add the change to the model's weights, all or none.
 
         Raises:
-            WrongModel: A weight is missing or of another shape; nothing is changed then, nor by
-                the next three.
+            WrongModel: A weight is missing or of another shape; nothing is changed then, nor by the next three.
             NonFiniteEdit: A weight would hold NaN or infinity.
             QuantisedWeight: A weight is not stored in floating point.
             OffloadedWeight: A weight is not in memory.
@@ -213,8 +203,8 @@ class Delta:
 def add_low_rank(weight: Tensor, left: Tensor, right: Tensor) -> None:
     """``weight += left @ right^T`` in place, rounded once to the weight's dtype.
 
-    The one place where factors meet a weight, so that a delta gives the same bits whether it was
-    just computed or comes from a file.
+    The one place where factors meet a weight, so that a delta gives the same bits whether it was just computed or comes
+    from a file.
 
     Args:
         weight: (rows, columns), any floating dtype and device.
@@ -232,17 +222,15 @@ def _sum(weight: Tensor, left: Tensor, right: Tensor) -> Tensor:
 
 def _check_finite(name: str, left: Tensor, right: Tensor) -> None:
     if not bool(torch.isfinite(left).all() and torch.isfinite(right).all()):
-        raise NonFiniteEdit(
-            f"The edit holds NaN or infinity in its factors of {name}; get or make it again."
-        )
+        raise NonFiniteEdit(f"The edit holds NaN or infinity in its factors of {name}; get or make it again.")
 
 
 @isolated()
 def _check_sum(name: str, weight: Tensor, left: Tensor, right: Tensor) -> None:
     """Refuse a change after which a weight would hold NaN or infinity.
 
-    No number of the product is beyond the longest row of one factor times that of the other
-    (Cauchy and Schwarz); only where that does not show that all is well is the sum made.
+    No number of the product is beyond the longest row of one factor times that of the other (Cauchy and Schwarz); only
+    where that does not show that all is well is the sum made.
     """
     plain = weight.is_floating_point() and weight.element_size() >= 2
     if weight.is_meta or not plain or not weight.numel():
@@ -253,9 +241,7 @@ def _check_sum(name: str, weight: Tensor, left: Tensor, right: Tensor) -> None:
     if float(torch.maximum(-low, high)) + float(bound) < 0.99 * largest:  # NaN is not
         return
     if not bool(torch.isfinite(weight).all()):
-        raise NonFiniteEdit(
-            f"The model's own {name} holds NaN or infinity before the edit; load the model again."
-        )
+        raise NonFiniteEdit(f"The model's own {name} holds NaN or infinity before the edit; load the model again.")
     if not bool(torch.isfinite(_sum(weight, left, right).to(weight.dtype)).all()):
         raise NonFiniteEdit(
             f"With the edit {name} would hold numbers beyond {largest:.3g}, the largest of "
@@ -295,9 +281,7 @@ def _seal(digest: str, provenance: str) -> str:
     return hashlib.sha256(f"{digest}{provenance}".encode()).hexdigest()
 
 
-def _pairs(
-    path: str | os.PathLike[str], tensors: Mapping[str, Tensor]
-) -> dict[str, tuple[Tensor, Tensor]]:
+def _pairs(path: str | os.PathLike[str], tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
     names = sorted({name.rpartition(":")[0] for name in tensors})
     factors = {}
     for name in names:

@@ -43,12 +43,11 @@ class Editor:
     Args:
         model: The model, unedited.
         tokenizer: Its tokenizer, or the processor that holds it.
-        module: The edited projection with ``{}`` for the layer, where the model's structure leaves
-            doubt.
+        module: The edited projection with ``{}`` for the layer, where the model's structure leaves doubt.
         seed: Of the contexts that the model writes, and of the corpus's order.
         cache: The folder for statistics and targets; None takes `fastmemit.cache.cache_dir`.
-        target_batch_tokens: Bound on the padded tokens of target vectors optimised together, and so
-            on the memory; None takes 1024 on a CPU, where like lengths count, else 16384.
+        target_batch_tokens: Bound on the padded tokens of target vectors optimised together, and so on the memory; None
+            takes 1024 on a CPU, where like lengths count, else 16384.
         progress: Show a progress bar for each long step.
         name: What to call the model in files; it identifies nothing.
 
@@ -146,13 +145,13 @@ class Editor:
         """The settings that `edit` would use: the model's preset with your overrides.
 
         Args:
-            method: One of `METHODS`; or settings such as `MemitConfig`, which are taken as they are
-                in the place of a preset.
+            method: One of `METHODS`; or settings such as `MemitConfig`, which are taken as they are in the place of a
+                preset.
             overrides: Settings of the method by name.
 
         Raises:
-            BadConfig: An unknown method, a setting that is not the method's, a value out of range,
-                or one that would change nothing.
+            BadConfig: An unknown method, a setting that is not the method's, a value out of range, or one that would
+                change nothing.
             BadLayer: A layer that the model does not have.
         """
         return find_config(self.adapter, method, overrides)
@@ -172,10 +171,10 @@ class Editor:
         """Collect the second moments that edits need, or find them where they were kept.
 
         Args:
-            corpus: ``"wikipedia"`` (from the hub), ``"builtin"``, ``"self"`` (text that the model
-                writes), a text or JSON file, ``"hub:NAME[:CONFIG][@SPLIT]"``, or a `Corpus`.
-            multiplier: d_m: each layer gets ``round(d_m * d_k)`` keys. ``"auto"`` collects until
-                an edit's solution is near its limit, at most 10 (see `fastcov.stopping`).
+            corpus: ``"wikipedia"`` (from the hub), ``"builtin"``, ``"self"`` (text that the model writes), a text or
+                JSON file, ``"hub:NAME[:CONFIG][@SPLIT]"``, or a `Corpus`.
+            multiplier: d_m: each layer gets ``round(d_m * d_k)`` keys. ``"auto"`` collects until an edit's solution is
+                near its limit, at most 10 (see `fastcov.stopping`).
             layers: Which layers; None takes those of the method.
             method: Whose layers, where `layers` is None: see `config`. None: all methods'.
             allow_fewer: Take a corpus that ends early for what it has.
@@ -191,8 +190,7 @@ class Editor:
             UnknownArchitecture: Edits of these layers could not be computed with them.
             fastcov.FastcovError: See `fastmemit.statistics.precompute`.
             BadCorpus: The corpus cannot be read.
-            BadConfig: The multiplier is neither a number nor ``"auto"``, or there are both layers
-                and a method.
+            BadConfig: The multiplier is neither a number nor ``"auto"``, or there are both layers and a method.
         """
         if layers is not None and method is not None:
             raise BadConfig(f"There are layers ({list(layers)}) and a method; leave out one.")
@@ -217,9 +215,7 @@ class Editor:
         self.sources.use(found)
 
     @isolated()
-    def find_statistics(
-        self, layers: Sequence[int] | None, multiplier: float | None = None
-    ) -> Statistics | None:
+    def find_statistics(self, layers: Sequence[int] | None, multiplier: float | None = None) -> Statistics | None:
         """The newest kept statistics of this model for these layers (None: whichever), or None."""
         return self.sources.find(layers, multiplier)
 
@@ -264,11 +260,11 @@ class Editor:
 
         Args:
             requests: The facts, written together.
-            method: One of `METHODS`; or settings such as `MemitConfig`, which are taken as they are
-                in the place of the model's preset.
-            preserved: Keys of earlier edits that this one shall preserve too. None stands for none;
-                for ENCORE and AlphaEdit, to which they belong, for those of all edits that are in
-                the weights now, and an empty object for none.
+            method: One of `METHODS`; or settings such as `MemitConfig`, which are taken as they are in the place of the
+                model's preset.
+            preserved: Keys of earlier edits that this one shall preserve too. None stands for none; for ENCORE and
+                AlphaEdit, to which they belong, for those of all edits that are in the weights now, and an empty object
+                for none.
             reads: Where to keep what the unedited model shows, for further plans of these facts.
             overrides: Settings of the method that replace the preset's, see `EditConfig`.
 
@@ -301,9 +297,8 @@ class Editor:
             method: See `plan`, also for preserved, reads and overrides.
             preserved: See `plan`.
             reads: See `plan`.
-            verify: Ask each fact before and after, as it is written: the answers are in
-                `Edit.outcomes`, and one that is not what the model says is named in a warning.
-                False for loops that score the model themselves.
+            verify: Ask each fact before and after, as it is written: the answers are in `Edit.outcomes`, and one that
+                is not what the model says is named in a warning. False for loops that score the model themselves.
             strict: Take the edit back if the model does not say all of its facts.
             overrides: See `plan`.
 
@@ -314,14 +309,7 @@ class Editor:
         config = self.config(method, **overrides)
         with self._stack.lock:
             edit = apply_edit(
-                self.sources,
-                self._stack,
-                requests,
-                config,
-                preserved,
-                reads,
-                verify=verify,
-                strict=strict,
+                self.sources, self._stack, requests, config, preserved, reads, verify=verify, strict=strict
             )
         if not all(outcome.said for outcome in edit.outcomes):
             log.warning("%s", verdict(edit.outcomes))
@@ -332,8 +320,7 @@ class Editor:
         """What the model, as it is now, makes of facts, and what it says instead; see `Reply`.
 
         Raises:
-            BadRequest: No token stands before an answer, or a prompt is longer than the model's
-                context.
+            BadRequest: No token stands before an answer, or a prompt is longer than the model's context.
         """
         with self._stack.lock:
             self._stack.settle()
@@ -365,10 +352,9 @@ class Editor:
     def applied(self, edit: Edit) -> AbstractContextManager[Edit]:
         """The model with an edit inside the block, and as before behind it.
 
-        An edit that is applied already stays so inside and is undone behind; of several blocks with
-        one edit the outermost undoes it. If something is raised inside, later edits that lie on
-        this one are undone with it. Other threads that want to use the model wait until the end of
-        the block.
+        An edit that is applied already stays so inside and is undone behind; of several blocks with one edit the
+        outermost undoes it. If something is raised inside, later edits that lie on this one are undone with it. Other
+        threads that want to use the model wait until the end of the block.
 
         Raises:
             WrongModel: The edit belongs to another editor, whose model it would change.

@@ -27,8 +27,8 @@ _SpaceKey = tuple[int, float, float | None]
 def resolved(adapter: ModelAdapter, used: Statistics, config: Config) -> Config:
     """The settings with the relative ridge that they come to, one for all layers.
 
-    Layers of unlike widths may have unlike multipliers where the corpus ended early: the widest one
-    has fewest keys for its width and decides.
+    Layers of unlike widths may have unlike multipliers where the corpus ended early: the widest one has fewest keys for
+    its width and decides.
     """
     widest = max(adapter.d_k(layer) for layer in config.layers)
     return config.resolved(used.multiplier_of(widest))
@@ -51,9 +51,7 @@ class FactorCache:
         """Forget all; to be called when the statistics change."""
         self._held.clear()
 
-    def get(
-        self, adapter: ModelAdapter, used: Statistics, config: CovarianceConfig, layer: int
-    ) -> CholeskyFactor:
+    def get(self, adapter: ModelAdapter, used: Statistics, config: CovarianceConfig, layer: int) -> CholeskyFactor:
         """The factor of a layer's ``A = w C + ridge I`` in float64, on the weight's device.
 
         C is shrunk first where the settings say so, and the relative ridge joins the ridge.
@@ -89,14 +87,12 @@ class FactorCache:
         self._hold(key, found)
         return found
 
-    def null_space(
-        self, adapter: ModelAdapter, used: Statistics, config: AlphaEditConfig, layer: int
-    ) -> NullSpace:
+    def null_space(self, adapter: ModelAdapter, used: Statistics, config: AlphaEditConfig, layer: int) -> NullSpace:
         """The null space of a layer's C in float64, on the weight's device, for AlphaEdit.
 
-        A symmetric eigenproblem of the key width: about a second at 1,536 on one core, and the time
-        grows with the cube of the width. It takes four to five matrices of float64 while it is
-        made, and after that the basis, at most one matrix.
+        A symmetric eigenproblem of the key width: about a second at 1,536 on one core, and the time grows with the cube
+        of the width. It takes four to five matrices of float64 while it is made, and after that the basis, at most one
+        matrix.
 
         Raises:
             fastcov.StoreDamaged: The second moment's file is not what was written.
@@ -106,9 +102,7 @@ class FactorCache:
         found = self._held.get(key)
         if not isinstance(found, NullSpace):
             C = used.moment(adapter.projection_name(layer)).second_moment
-            found = fastcov.null_space(
-                C.to(_place(adapter, layer)), threshold=config.null_threshold, relative=relative
-            )
+            found = fastcov.null_space(C.to(_place(adapter, layer)), threshold=config.null_threshold, relative=relative)
             d_k = found.basis.shape[0]
             say = log.warning if found.rank == d_k else log.info
             say(

@@ -26,8 +26,8 @@ def provenance_of(path: Path) -> dict[str, Any]:
 
     Raises:
         StoreMissing: There is no such file.
-        StoreDamaged: Its header is not what was written, or a field is missing or is something
-            else; the message names it.
+        StoreDamaged: Its header is not what was written, or a field is missing or is something else; the message names
+            it.
     """
     stored = fastcov.read_provenance(path)
     for field in lacking(stored):
@@ -108,8 +108,7 @@ def compare(path: Path, stored: Mapping[str, Any], expected: Mapping[str, Any]) 
     Args:
         path: The file.
         stored: Its provenance.
-        expected: What it is to be of: all that statistics depend on, and those of `OWN` that are to
-            be compared too.
+        expected: What it is to be of: all that statistics depend on, and those of `OWN` that are to be compared too.
 
     Raises:
         StoreMismatch: A field differs, or only one of them has it.
@@ -123,9 +122,7 @@ def compare(path: Path, stored: Mapping[str, Any], expected: Mapping[str, Any]) 
 
 
 def _mismatch(path: Path, field: str, stored: object, expected: object) -> fastcov.StoreMismatch:
-    said, value = (
-        "nothing" if found is _ABSENT else f"{found!r:.80}" for found in (stored, expected)
-    )
+    said, value = ("nothing" if found is _ABSENT else f"{found!r:.80}" for found in (stored, expected))
     return fastcov.StoreMismatch(
         f"The statistics {str(path)!r} are of another {field} ({said}, not {value}), so the file "
         "was moved or altered; delete it and precompute again.",
@@ -231,9 +228,7 @@ def home_of(folder: Path, shared: dict[str, Any]) -> Path:
 
 
 def stored(
-    folder: Path,
-    shared: dict[str, Any],
-    moments: Mapping[str, tuple[fastcov.SecondMoment, dict[str, Any]]],
+    folder: Path, shared: dict[str, Any], moments: Mapping[str, tuple[fastcov.SecondMoment, dict[str, Any]]]
 ) -> dict[str, Path]:
     """Write moments that were not collected here, over former ones of the same provenance.
 
@@ -278,10 +273,7 @@ def copied(
 
     for name, path in paths.items():
         check(path, name)
-    found = {
-        name: folder / (home or path.parent.name) / f"{name}.safetensors"
-        for name, path in paths.items()
-    }
+    found = {name: folder / (home or path.parent.name) / f"{name}.safetensors" for name, path in paths.items()}
     missing = {name: path for name, path in found.items() if not path.is_file()}
     if missing:
         place = next(iter(missing.values())).parent

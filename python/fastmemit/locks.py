@@ -35,15 +35,14 @@ def lock_of(home: Path) -> Path:
 def alone(path: Path, what: str, *, wait: bool = True) -> Iterator[bool]:
     """Wait until no other process is inside with the same path, and keep the others out.
 
-    The system frees the lock of a process that ends, however it ends. On a file system without
-    locks nobody waits, nor where the file is one that another user let nobody read: what is written
-    inside must be written by atomic renames, so that both processes finish and one of two equal
-    files stays. Two threads of a process wait for each other
-    as two processes do.
+    The system frees the lock of a process that ends, however it ends. On a file system without locks nobody waits, nor
+    where the file is one that another user let nobody read: what is written inside must be written by atomic renames,
+    so that both processes finish and one of two equal files stays. Two threads of a process wait for each other as two
+    processes do.
 
     Args:
-        path: The lock's file, which only a killed process leaves behind, empty and without harm,
-            also to other users; its folder is made.
+        path: The lock's file, which only a killed process leaves behind, empty and without harm, also to other users;
+            its folder is made.
         what: What the other process is doing, for the message of one that waits.
         wait: Whether to wait for it; without, a lock that another process has is none.
 
@@ -86,8 +85,8 @@ class _NoLocks(Exception):
 def _taken(path: Path) -> Callable[[], None] | None:
     """Take the lock if it is free; how to give it back, or None.
 
-    Unlike filelock, which keeps its file for ever and retries whatever flock says, this removes
-    the file and tells a lock that is held from a file system without locks.
+    Unlike filelock, which keeps its file for ever and retries whatever flock says, this removes the file and tells a
+    lock that is held from a file system without locks.
     """
     if sys.platform == "win32":
         return _taken_on_windows(path)

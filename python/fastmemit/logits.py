@@ -11,13 +11,11 @@ from fastmemit.models import ModelAdapter
 
 
 @contextmanager
-def head_reads(
-    adapter: ModelAdapter, rows: Sequence[int], columns: Sequence[int]
-) -> Iterator[None]:
+def head_reads(adapter: ModelAdapter, rows: Sequence[int], columns: Sequence[int]) -> Iterator[None]:
     """Let the model's output head see M chosen positions instead of every one.
 
-    Inside the block a forward returns logits of shape (1, M, vocabulary), with whatever the model
-    does to logits after its head (scaling, soft caps) done to them.
+    Inside the block a forward returns logits of shape (1, M, vocabulary), with whatever the model does to logits after
+    its head (scaling, soft caps) done to them.
 
     Args:
         adapter: The model.

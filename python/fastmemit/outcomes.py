@@ -1,8 +1,7 @@
 """Did it take?  Every fact of an edit asked again, as written, and what is said where it did not.
 
-The loss of a target vector and a solved system say nothing of what a user will read, so the edited
-model is asked: one batched forward over the prompts with their new answers, and a greedy
-continuation of those that it does not give.
+The loss of a target vector and a solved system say nothing of what a user will read, so the edited model is asked: one
+batched forward over the prompts with their new answers, and a greedy continuation of those that it does not give.
 """
 
 from __future__ import annotations
@@ -33,8 +32,7 @@ class Reply:
     """What a model makes of one fact as it is now.
 
     Attributes:
-        asked: The prompt as it was put to the model, behind its lead if it has one
-            (`fastmemit.targets.rows.lead`).
+        asked: The prompt as it was put to the model, behind its lead if it has one (`fastmemit.targets.rows.lead`).
         probability: Of the whole new answer.
         said: Whether the new answer is what the model says: each token the most probable one.
         says: The new answer, or what the model says instead: its most probable tokens.
@@ -88,8 +86,7 @@ def ask(adapter: ModelAdapter, tokenizer: Any, requests: Sequence[EditRequest]) 
         A reply for each, in their order.
 
     Raises:
-        BadRequest: No token stands before an answer, or a prompt is longer than the model's
-            context.
+        BadRequest: No token stands before an answer, or a prompt is longer than the model's context.
         FastmemitError: The model's logits are NaN or infinite.
     """
     fronts = [lead(tokenizer, request) for request in requests]
@@ -103,9 +100,7 @@ def ask(adapter: ModelAdapter, tokenizer: Any, requests: Sequence[EditRequest]) 
     started = {index: each.exact for index, each in zip(bare, judged[len(asked) :], strict=True)}
     answers = judged[: len(asked)]
     missed = [index for index, answer in enumerate(answers) if not answer.exact]
-    instead = dict(
-        zip(missed, _continued(adapter, tokenizer, [questions[i] for i in missed]), strict=True)
-    )
+    instead = dict(zip(missed, _continued(adapter, tokenizer, [questions[i] for i in missed]), strict=True))
     replies = []
     for index, (text, request, answer) in enumerate(zip(asked, requests, answers, strict=True)):
         wanted = request.target.strip()
@@ -122,9 +117,7 @@ def ask(adapter: ModelAdapter, tokenizer: Any, requests: Sequence[EditRequest]) 
     return replies
 
 
-def compare(
-    requests: Sequence[EditRequest], before: Sequence[Reply], after: Sequence[Reply]
-) -> tuple[Outcome, ...]:
+def compare(requests: Sequence[EditRequest], before: Sequence[Reply], after: Sequence[Reply]) -> tuple[Outcome, ...]:
     """What became of facts: what `ask` found before and after an edit."""
     return tuple(map(Outcome, requests, before, after))
 
@@ -137,14 +130,10 @@ def verdict(outcomes: Sequence[Outcome]) -> str:
     """
     missed = [each for each in outcomes if not each.said]
     count = len(outcomes)
-    lines = [
-        f"{count - len(missed)} of {count} {'fact is' if count == 1 else 'facts are'} now what the "
-        "model says"
-    ]
+    lines = [f"{count - len(missed)} of {count} {'fact is' if count == 1 else 'facts are'} now what the model says"]
     if missed:
         named = [
-            f"{_line(each.request.text + each.request.target)} (says: {_line(each.after.says)})"
-            for each in missed
+            f"{_line(each.request.text + each.request.target)} (says: {_line(each.after.says)})" for each in missed
         ]
         lines[0] += f"; not: {_listed(named)}"
     behind = [each for each in outcomes if each.said and each.after.at_start is False]
@@ -157,9 +146,7 @@ def verdict(outcomes: Sequence[Outcome]) -> str:
     return "\n".join(lines)
 
 
-def _continued(
-    adapter: ModelAdapter, tokenizer: Any, questions: Sequence[tuple[str, str]]
-) -> list[str]:
+def _continued(adapter: ModelAdapter, tokenizer: Any, questions: Sequence[tuple[str, str]]) -> list[str]:
     """How the model goes on from each prompt, a little further than the answer would reach."""
     limit = context_limit(adapter.model) or sys.maxsize
     alike: dict[int, list[tuple[tuple[int, ...], int]]] = {}  # by the number of new tokens

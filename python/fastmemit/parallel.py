@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node 8 -m fastmemit precompute --model NAME --corpus articles.jsonl
 
-Each has the whole model on a device of its own and runs its share of the batches; the first one
-writes the files. See `fastcov.parallel` for the division.
+Each has the whole model on a device of its own and runs its share of the batches; the first one writes the files. See
+`fastcov.parallel` for the division.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ def current() -> Processes | None:
 def together(*, timeout: float = TIMEOUT) -> Iterator[Processes | None]:
     """Divide what is collected inside the block between the processes that torchrun started.
 
-    All of them must enter the block and make the same calls in it. An error in one ends the block
-    in all: there it is raised, in the others `fastcov.FailedElsewhere`. Where torchrun started
-    nothing, or one process, the block changes nothing.
+    All of them must enter the block and make the same calls in it. An error in one ends the block in all: there it is
+    raised, in the others `fastcov.FailedElsewhere`. Where torchrun started nothing, or one process, the block changes
+    nothing.
 
     Args:
         timeout: How many seconds a process may give no sign of life, which is a batch or a file.
@@ -148,9 +148,7 @@ def own_gpus() -> list[int] | None:
     return list(range(rank * share, (rank + 1) * share))
 
 
-def agreed(
-    processes: Processes | None, identity: Mapping[str, Any], missing: Sequence[str]
-) -> list[str]:
+def agreed(processes: Processes | None, identity: Mapping[str, Any], missing: Sequence[str]) -> list[str]:
     """The modules that have to be collected, because some process does not find their files.
 
     Args:
@@ -179,10 +177,7 @@ def agreed(
 
 
 def save_once(
-    processes: Processes | None,
-    path: Path,
-    moment: fastcov.SecondMoment,
-    provenance: Mapping[str, Any],
+    processes: Processes | None, path: Path, moment: fastcov.SecondMoment, provenance: Mapping[str, Any]
 ) -> None:
     """Let the first process write a moment; where the others do not see it, they write their own.
 

@@ -37,8 +37,8 @@ def plan_edit(
         stack: The edits that are in the weights.
         requests: The facts, written together.
         config: The settings.
-        preserved: Keys of earlier edits that this one shall preserve too; None stands for none, but
-            for those of all edits in the weights where they belong to the method.
+        preserved: Keys of earlier edits that this one shall preserve too; None stands for none, but for those of all
+            edits in the weights where they belong to the method.
         reads: Where to keep what the unedited model shows.
 
     Returns:
@@ -55,8 +55,7 @@ def plan_edit(
         unknown = len(stack.edits) - len(preserved.edits)
         if unknown:
             log.warning(
-                "%d of the %d edits in the weights come from files, which hold no keys: %s "
-                "does not preserve theirs",
+                "%d of the %d edits in the weights come from files, which hold no keys: %s does not preserve theirs",
                 unknown,
                 len(stack.edits),
                 config.method,
@@ -97,9 +96,9 @@ def apply_edit(
 ) -> Edit:
     """Compute an edit and apply it; its keys join the preserved ones.
 
-    Args and errors are those of `plan_edit`; on any of them the weights are as they were.
-    `verify` asks the facts before and after (`Edit.outcomes`); `strict` does, too, and takes the
-    edit back where the model does not say one of them.
+    Args and errors are those of `plan_edit`; on any of them the weights are as they were. `verify` asks the facts
+    before and after (`Edit.outcomes`); `strict` does, too, and takes the edit back where the model does not say one of
+    them.
 
     Raises:
         MissedFacts: That was so.

@@ -25,13 +25,11 @@ class EditRequest:
         subject: What the fact is about; it replaces the ``{}`` as it is written.
         target_new: The answer that the edited model shall give, with or without a leading space.
         target_true: The answer that the unedited model gives; needed for scores, not for edits.
-        join: What stands between prompt and answer, ``""`` for nothing; None leaves it to the rule
-            of `joined_answer`.
+        join: What stands between prompt and answer, ``""`` for nothing; None leaves it to the rule of `joined_answer`.
 
     Raises:
-        BadRequest: The prompt has no ``{}`` or several, or has it where the answer would stand; the
-            subject or a target is empty; or a text holds half of a surrogate pair, which no
-            tokenizer can read.
+        BadRequest: The prompt has no ``{}`` or several, or has it where the answer would stand; the subject or a target
+            is empty; or a text holds half of a surrogate pair, which no tokenizer can read.
     """
 
     prompt: str
@@ -46,8 +44,7 @@ class EditRequest:
             optional = name in ("target_true", "join")
             if not isinstance(value, str) and not (optional and value is None):
                 raise BadRequest(
-                    f"{name} must be text but is {type(value).__name__} ({value!r:.80}); "
-                    "write it as a string."
+                    f"{name} must be text but is {type(value).__name__} ({value!r:.80}); write it as a string."
                 )
             if value is not None:
                 _check_unicode(name, value)
@@ -59,16 +56,11 @@ class EditRequest:
                 f"where the subject {_shown(self.subject)} stands."
             )
         if not self.subject.strip():
-            raise BadRequest(
-                f"The subject of the prompt {_shown(self.prompt)} is empty; "
-                "name what the fact is about."
-            )
+            raise BadRequest(f"The subject of the prompt {_shown(self.prompt)} is empty; name what the fact is about.")
         for name in ("target_new", "target_true"):
             value = getattr(self, name)
             if value is not None and not value.strip():
-                raise BadRequest(
-                    f"The {name} of {_shown(self.text)} is empty; give at least one word."
-                )
+                raise BadRequest(f"The {name} of {_shown(self.text)} is empty; give at least one word.")
         self._check_place()
 
     def _check_place(self) -> None:
@@ -113,20 +105,16 @@ class EditRequest:
     def from_dict(cls, data: Mapping[str, Any]) -> EditRequest:
         """Read one request in any of the spellings that editing codebases use.
 
-        ``target_new`` and ``target_true`` may be text or ``{"str": text}`` (MEMIT); ``target``
-        stands for ``target_new`` (FastEdit); a CounterFact record's ``requested_rewrite`` is
-        unpacked; a prompt without ``{}`` in which the subject occurs exactly once is taken as
-        already filled (EasyEdit).
+        ``target_new`` and ``target_true`` may be text or ``{"str": text}`` (MEMIT); ``target`` stands for
+        ``target_new`` (FastEdit); a CounterFact record's ``requested_rewrite`` is unpacked; a prompt without ``{}`` in
+        which the subject occurs exactly once is taken as already filled (EasyEdit).
 
         Raises:
-            BadRequest: A field is missing, of the wrong kind or empty; the subject is not in a
-                filled prompt, or is there several times.
+            BadRequest: A field is missing, of the wrong kind or empty; the subject is not in a filled prompt, or is
+                there several times.
         """
         if not isinstance(data, Mapping):
-            raise BadRequest(
-                "A request must be an object with prompt, subject and target_new, "
-                f"not {data!r:.80}."
-            )
+            raise BadRequest(f"A request must be an object with prompt, subject and target_new, not {data!r:.80}.")
         data = data.get("requested_rewrite", data)
         if not isinstance(data, Mapping):
             raise BadRequest(f"requested_rewrite must be an object, not {data!r:.80}.")
@@ -137,8 +125,7 @@ class EditRequest:
         for name in ("prompt", "subject", "target_new"):
             if fields[name] is None:
                 raise BadRequest(
-                    f"The request has no {name} (its fields: "
-                    f"{', '.join(map(str, data))[:120] or 'none'}); add it."
+                    f"The request has no {name} (its fields: {', '.join(map(str, data))[:120] or 'none'}); add it."
                 )
         prompt, subject = fields["prompt"], fields["subject"]
         if isinstance(prompt, str) and isinstance(subject, str) and "{}" not in prompt:
@@ -257,8 +244,8 @@ def check_batch(requests: Iterable[EditRequest]) -> list[EditRequest]:
 
     Raises:
         BadRequest: There are none.
-        DuplicateRequest: Two have the same subject and prompt; one batch cannot hold both answers,
-            and writing the same one twice makes the exact solve singular.
+        DuplicateRequest: Two have the same subject and prompt; one batch cannot hold both answers, and writing the same
+            one twice makes the exact solve singular.
     """
     batch = list(requests)
     if not batch:

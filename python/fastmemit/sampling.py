@@ -32,8 +32,7 @@ def continue_rows(
         tokenizer: Its tokenizer.
         rows: Token ids, at least one in each row.
         new_tokens: How many tokens to add; end-of-text is not allowed to end a row early.
-        top_k: Sample among the k most probable tokens; 0 samples among all; None takes the most
-            probable (greedy).
+        top_k: Sample among the k most probable tokens; 0 samples among all; None takes the most probable (greedy).
         seed: Of the sampling; the process's own random state is left as it was.
 
     Returns:
@@ -53,8 +52,7 @@ def continue_rows(
     check_lengths(model, rows, more=new_tokens)
     if not callable(getattr(model, "generate", None)):
         raise FastmemitError(
-            f"{type(model).__name__} has no generate(), so it cannot write text; load it with "
-            "AutoModelForCausalLM."
+            f"{type(model).__name__} has no generate(), so it cannot write text; load it with AutoModelForCausalLM."
         )
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     chosen: dict[str, Any] = {"do_sample": False}
@@ -70,9 +68,7 @@ def continue_rows(
     try:
         with evaluation_mode(model), random_state_kept(seed):
             for group in _together(model, rows):
-                batch = pad_batch(
-                    [rows[number] for number in group], side="left", device=input_device(model)
-                )
+                batch = pad_batch([rows[number] for number in group], side="left", device=input_device(model))
                 out = model.generate(
                     input_ids=batch["input_ids"],
                     attention_mask=batch["attention_mask"],
@@ -115,13 +111,7 @@ class _Checked:
 
 
 def continue_texts(
-    model: Any,
-    tokenizer: Any,
-    texts: Sequence[str],
-    new_tokens: int,
-    *,
-    top_k: int | None = None,
-    seed: int = 0,
+    model: Any, tokenizer: Any, texts: Sequence[str], new_tokens: int, *, top_k: int | None = None, seed: int = 0
 ) -> list[str]:
     """`continue_rows` on texts: the new text of each, special tokens left out.
 

@@ -12,14 +12,7 @@ from fastmemit import statistics
 from fastmemit.applied import EditStack
 from fastmemit.contexts import Contexts
 from fastmemit.data.corpora import Corpus
-from fastmemit.editors import (
-    AlphaEditConfig,
-    CovarianceConfig,
-    EditConfig,
-    PreservedKeys,
-    ReadCache,
-    Workspace,
-)
+from fastmemit.editors import AlphaEditConfig, CovarianceConfig, EditConfig, PreservedKeys, ReadCache, Workspace
 from fastmemit.errors import BadConfig, WrongModel
 from fastmemit.factors import FactorCache
 from fastmemit.kept import common, copied, provenance_of, stored
@@ -41,8 +34,8 @@ class Sources:
         folder: Where statistics and targets are kept.
         name: What to call the model in files.
         seed: Of contexts and of the corpus's order.
-        batch_tokens: Bound on the padded tokens of target vectors optimised together; None takes
-            few on a CPU, where little padding is worth more than large products, else many.
+        batch_tokens: Bound on the padded tokens of target vectors optimised together; None takes few on a CPU, where
+            little padding is worth more than large products, else many.
         progress: Show a bar for each long step.
         contexts: Where contexts come from; None has the unedited model write them.
 
@@ -70,9 +63,7 @@ class Sources:
         self.checkpoint_seconds: float | None = None
         self._tokenizer_is = tokenizer_fingerprint(tokenizer)
         self._targets = TargetStore(folder / "targets")
-        self._contexts = contexts or Contexts(
-            adapter.model, tokenizer, seed, lambda: bool(stack.edits)
-        )
+        self._contexts = contexts or Contexts(adapter.model, tokenizer, seed, lambda: bool(stack.edits))
         self._factors = FactorCache()
         self._statistics: Statistics | None = None
         #: The keys of the edits that are in the weights, for methods to which they belong.
@@ -80,11 +71,7 @@ class Sources:
 
     def identity(self) -> dict[str, Any]:
         """What tells this model and its tokenizer from others, for provenance."""
-        return {
-            "model": self._stack.fingerprint,
-            "model_name": self._name,
-            "tokenizer": self._tokenizer_is,
-        }
+        return {"model": self._stack.fingerprint, "model_name": self._name, "tokenizer": self._tokenizer_is}
 
     def largest_budget(self, layers: Sequence[int], multiplier: float) -> int:
         """How many keys the widest of some layers needs, if they can be collected now.
@@ -133,15 +120,12 @@ class Sources:
             bos: See `fastmemit.statistics.precompute`.
             after: See there.
             seed: Of the order of the corpus; None takes the editor's.
-            aside: Keep them where `find` does not look: an experiment with few keys must not become
-                what the next edit uses.
+            aside: Keep them where `find` does not look: an experiment with few keys must not become what the next edit
+                uses.
         """
         total = self.largest_budget(layers, multiplier)
         throughput = Throughput() if self._progress else None
-        with (
-            bar("tokens read", total, self._progress) as reading,
-            bar("keys", total, self._progress) as keys,
-        ):
+        with bar("tokens read", total, self._progress) as reading, bar("keys", total, self._progress) as keys:
 
             def progress(done: int) -> None:
                 if throughput is not None:
@@ -172,16 +156,12 @@ class Sources:
     def keep(self, found: Statistics) -> Statistics:
         """Put statistics that lie aside where edits find them, and use them."""
         folder = self._folder / "statistics" / self._stack.fingerprint[:16]
-        kept = Statistics(
-            copied(found.paths, found.provenance, folder), found.provenance, found.throughput
-        )
+        kept = Statistics(copied(found.paths, found.provenance, folder), found.provenance, found.throughput)
         self.use(kept)
         return kept
 
     def take_over(
-        self,
-        shared: dict[str, Any],
-        moments: Mapping[str, tuple[fastcov.SecondMoment, dict[str, Any]]],
+        self, shared: dict[str, Any], moments: Mapping[str, tuple[fastcov.SecondMoment, dict[str, Any]]]
     ) -> Statistics:
         """Keep moments that were not collected here as the newest, and use them.
 
@@ -238,12 +218,7 @@ class Sources:
         return self._contexts.of(method)
 
     def targets(
-        self,
-        requests: Sequence[EditRequest],
-        config: EditConfig,
-        *,
-        keep: bool = True,
-        together: bool = False,
+        self, requests: Sequence[EditRequest], config: EditConfig, *, keep: bool = True, together: bool = False
     ) -> list[Target]:
         """Target vectors on the model as it is.
 
@@ -287,10 +262,7 @@ class Sources:
         return {layer: self.factor(solved, layer).jitter for layer in config.layers}
 
     def workspace(
-        self,
-        config: EditConfig,
-        preserved: PreservedKeys | None = None,
-        reads: ReadCache | None = None,
+        self, config: EditConfig, preserved: PreservedKeys | None = None, reads: ReadCache | None = None
     ) -> Workspace:
         """What a method needs to plan a batch; see `Editor.plan`.
 

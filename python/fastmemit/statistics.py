@@ -97,10 +97,7 @@ class Statistics:
         p = self.provenance
         fewer = f" of the {p['budget']} wanted" if self.exhausted else ""
         first = "" if p.get("bos", True) else ", no first positions"
-        return (
-            f"corpus {p['corpus']['name']}, multiplier {p['multiplier']:g}, "
-            f"{self.keys} keys{fewer}{first}"
-        )
+        return f"corpus {p['corpus']['name']}, multiplier {p['multiplier']:g}, {self.keys} keys{fewer}{first}"
 
 
 @isolated()
@@ -125,11 +122,11 @@ def precompute(
 ) -> Statistics:
     """Collect the second moments of several layers in one pass, unless they are there already.
 
-    Text is read, tokenised and put into batches by a thread, ahead of the model, except where the
-    model writes the text. The result is the same bit for bit.
+    Text is read, tokenised and put into batches by a thread, ahead of the model, except where the model writes the
+    text. The result is the same bit for bit.
 
-    A pass that was killed goes on at its last checkpoint, to the same bits. Of two processes that
-    want the same statistics one collects and the other waits.
+    A pass that was killed goes on at its last checkpoint, to the same bits. Of two processes that want the same
+    statistics one collects and the other waits.
 
     Inside `fastmemit.parallel.together` the batches are divided between processes.
 
@@ -144,22 +141,20 @@ def precompute(
         seed: Of the order of documents.
         allow_fewer: Take a corpus that ends early for what it has.
         max_length: Cut documents at so many tokens; None takes the model's context.
-        bos: Whether the first position of a document is a key. In most models it draws attention
-            that has nowhere else to go, and its key is unlike all others.
-        after: Statistics of the same text, with a smaller multiplier: only the keys beyond theirs
-            are collected, and added to them. How the sum was reached is part of what it is, because
-            it decides on the last bits.
+        bos: Whether the first position of a document is a key. In most models it draws attention that has nowhere else
+            to go, and its key is unlike all others.
+        after: Statistics of the same text, with a smaller multiplier: only the keys beyond theirs are collected, and
+            added to them. How the sum was reached is part of what it is, because it decides on the last bits.
         progress: Called with the number of keys since the last call, in the caller's thread.
-        reading: Called with the number of tokens of each document as it is read, which is the long
-            part of a corpus that the model writes; in the caller's thread.
+        reading: Called with the number of tokens of each document as it is read, which is the long part of a corpus
+            that the model writes; in the caller's thread.
         throughput: Told how the collecting goes, for `progress` to ask.
-        checkpoint_seconds: Between two checkpoints, as in `fastcov.Checkpoint`: 0 for one after
-            every batch, infinity for none, None for every five minutes or less often.
+        checkpoint_seconds: Between two checkpoints, as in `fastcov.Checkpoint`: 0 for one after every batch, infinity
+            for none, None for every five minutes or less often.
 
     Raises:
         BadBudget: The multiplier is not above 0.
-        BadConfig: `max_length` is below 1 or above the model's context, or `after` has as large a
-            multiplier.
+        BadConfig: `max_length` is below 1 or above the model's context, or `after` has as large a multiplier.
         BadLayer: A layer does not exist.
         BudgetNotMet: The corpus is too short, and `allow_fewer` is not set.
         BadCorpus: The corpus cannot be read.
@@ -186,9 +181,7 @@ def precompute(
     home = home_of(folder / identity["model"][:16], shared)
     paths = {name: home / f"{name}.safetensors" for name in modules}
     processes = parallel.current()
-    if processes is None and all(
-        is_there(path, shared, name, budgets[name]) for name, path in paths.items()
-    ):
+    if processes is None and all(is_there(path, shared, name, budgets[name]) for name, path in paths.items()):
         throughput = None  # nothing is collected
         tidy(home)
     else:
@@ -197,11 +190,7 @@ def precompute(
             if ours:
                 sweep_up(home)
             # Whoever was waited for may have made some of them.
-            missing = [
-                name
-                for name, path in paths.items()
-                if not is_there(path, shared, name, budgets[name])
-            ]
+            missing = [name for name, path in paths.items() if not is_there(path, shared, name, budgets[name])]
             what = {**essence(shared), "modules": list(paths)}
             missing = parallel.agreed(processes, what, missing)
             held = {} if after is None else {name: after.moment(name) for name in missing}
@@ -217,9 +206,7 @@ def precompute(
             )
             made = {**versions(), **parallel.recorded(processes)}
             saved = {**essence(shared), "versions": made}
-            checkpoint = checkpoint_of(
-                home, list(modules), saved, adapter, text, checkpoint_seconds
-            )
+            checkpoint = checkpoint_of(home, list(modules), saved, adapter, text, checkpoint_seconds)
             if missing and (after is None or not after.exhausted):
                 log.info("collecting the second moments of %s", ", ".join(missing))
                 more = collected(
@@ -302,8 +289,7 @@ def _snapshots(after: Statistics, multiplier: float) -> list[float]:
     smaller = float(after.provenance["multiplier"])
     if smaller >= multiplier:
         raise BadConfig(
-            f"Statistics of multiplier {smaller:g} cannot be continued to {multiplier:g}; give a "
-            "larger multiplier."
+            f"Statistics of multiplier {smaller:g} cannot be continued to {multiplier:g}; give a larger multiplier."
         )
     return [*after.provenance.get("snapshots", []), smaller]
 
@@ -313,7 +299,6 @@ def _context(adapter: ModelAdapter, max_length: int | None) -> int:
         return adapter.max_context
     if not 1 <= max_length <= adapter.max_context:
         raise BadConfig(
-            f"max_length must be from 1 to the model's context of {adapter.max_context} tokens "
-            f"but is {max_length}."
+            f"max_length must be from 1 to the model's context of {adapter.max_context} tokens but is {max_length}."
         )
     return max_length

@@ -1,8 +1,8 @@
 """Text to tokens, with the place in the text that each token covers.
 
-Which token carries a subject is a question about characters: the request knows where its subject
-stands in the text, so the token is found by the span that it covers and never by searching for the
-subject's own tokens, which may be merged differently in another context.
+Which token carries a subject is a question about characters: the request knows where its subject stands in the text, so
+the token is found by the span that it covers and never by searching for the subject's own tokens, which may be merged
+differently in another context.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class Encoded:
 
     Attributes:
         ids: Token ids, leading special tokens (BOS) included, trailing ones (EOS) removed.
-        spans: Per token the characters ``[start, end)`` of the text that it covers; ``(-1, -1)``
-            for special tokens, which stand for no character.
+        spans: Per token the characters ``[start, end)`` of the text that it covers; ``(-1, -1)`` for special tokens,
+            which stand for no character.
     """
 
     ids: tuple[int, ...]
@@ -118,9 +118,7 @@ def _encode_fast(tokenizer: Any, text: str) -> _Pair:
     # The mask marks what the tokenizer added; a special token written in the text is text.
     spans = [
         NOWHERE if added else (left, right)
-        for added, (left, right) in zip(
-            out["special_tokens_mask"], out["offset_mapping"], strict=True
-        )
+        for added, (left, right) in zip(out["special_tokens_mask"], out["offset_mapping"], strict=True)
     ]
     return list(out["input_ids"]), spans
 
@@ -236,17 +234,13 @@ def encode_with_target(tokenizer: Any, text: str, target: str) -> tuple[Encoded,
     n_target = len(encoded) - next(ends, len(encoded))
     if n_target == 0:
         raise BadRequest(
-            f"The target {target!r} yields no token after {text!r:.80}; give an answer that the "
-            "tokenizer knows."
+            f"The target {target!r} yields no token after {text!r:.80}; give an answer that the tokenizer knows."
         )
     return encoded, n_target
 
 
 def pad_batch(
-    rows: Sequence[Sequence[int]],
-    pad_id: int = 0,
-    side: str = "right",
-    device: torch.device | str | None = None,
+    rows: Sequence[Sequence[int]], pad_id: int = 0, side: str = "right", device: torch.device | str | None = None
 ) -> dict[str, torch.Tensor]:
     """Rows of token ids as one batch for a model.
 
@@ -277,9 +271,7 @@ def pad_batch(
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
-def length_batches(
-    rows: Iterable[tuple[int, ...]], batch_tokens: int
-) -> list[list[tuple[int, ...]]]:
+def length_batches(rows: Iterable[tuple[int, ...]], batch_tokens: int) -> list[list[tuple[int, ...]]]:
     """Rows of like lengths together, so that padding costs little.
 
     Args:

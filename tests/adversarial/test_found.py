@@ -88,10 +88,7 @@ def test_deep_values_are_refused_by_every_reader(tmp_path: Path, levels: int) ->
         read_unedited(path, "f", [1])
     with pytest.raises(schema.BadInput, match=r"is not JSON .*100 deep"):
         schema.load(path)
-    for name, read, error in (
-        ("moment", load_moment, StoreDamaged),
-        ("delta", Delta.load, DamagedFile),
-    ):
+    for name, read, error in (("moment", load_moment, StoreDamaged), ("delta", Delta.load, DamagedFile)):
         home = tmp_path / name
         home.mkdir()
         bad = sealed(name, home, lambda about: about.update(provenance=f'{{"a":{deep(levels)}}}'))

@@ -56,9 +56,7 @@ def test_seconds_that_are_no_number_of_json(tmp_path: Path, seconds: float) -> N
         collect([folder])
 
 
-@pytest.mark.parametrize(
-    ("field", "value"), [("model", 5), ("fingerprint", None), ("methods", []), ("format", "1")]
-)
+@pytest.mark.parametrize(("field", "value"), [("model", 5), ("fingerprint", None), ("methods", []), ("format", "1")])
 def test_a_sweep_with_a_field_of_another_type(tmp_path: Path, field: str, value: object) -> None:
     folder = write(tmp_path, [cell()], **{field: value})
     with pytest.raises(DamagedFile, match=f"lacks {field}; restore it"):

@@ -11,9 +11,7 @@ from benchmarks import fuzz_mutations
 from benchmarks.fuzz_readers import Reader, readers
 from benchmarks.fuzz_workers import Outcome, is_defect, run
 
-pytestmark = pytest.mark.skipif(
-    not sys.platform.startswith("linux"), reason="limits and pipes are those of Linux"
-)
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits and pipes are those of Linux")
 SEED, EACH = 1, 16
 
 

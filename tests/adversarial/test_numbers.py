@@ -48,10 +48,7 @@ def unchanged(model: Any, before: dict[str, Tensor]) -> bool:
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize(
     ("weight", "module"),
-    [
-        (UP.format(0), "model.layers.0.mlp.down_proj"),
-        (DOWN.format(0), "model.layers.1.mlp.down_proj"),
-    ],
+    [(UP.format(0), "model.layers.0.mlp.down_proj"), (DOWN.format(0), "model.layers.1.mlp.down_proj")],
 )
 def test_collecting_names_the_module(tmp_path: Path, weight: str, module: str, value: float):
     model = tiny_model("llama")
@@ -84,9 +81,7 @@ def test_a_model_that_gives_nan_writes_no_contexts_and_no_text(tmp_path: Path, w
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weights_that_break_after_the_contexts_stop_the_targets(
-    tmp_path: Path, value: float
-) -> None:
+def test_weights_that_break_after_the_contexts_stop_the_targets(tmp_path: Path, value: float) -> None:
     editor = tiny_editor(tmp_path)
     for method, _ in METHODS:
         editor.contexts(method)
@@ -143,9 +138,7 @@ def test_a_matrix_with_zero_rows_has_its_jitter_on_record(dtype: torch.dtype, de
 def test_keys_that_are_all_zero_and_one_key_alone() -> None:
     nothing = SecondMoment(8).update(torch.zeros(5, 8))
     assert nothing.count == 5 and float(nothing.quartic) == 0
-    with pytest.raises(
-        NotPositiveDefinite, match=r"diagonal of mean 0.*keys that are not all zero"
-    ):
+    with pytest.raises(NotPositiveDefinite, match=r"diagonal of mean 0.*keys that are not all zero"):
         factorize(nothing.second_moment)
     one = factorize(SecondMoment(8).update(torch.ones(1, 8)).second_moment.double())
     assert one.jitter > 0 and one.rank == 1
@@ -163,9 +156,7 @@ def sound(d: int = 16, n: int = 200) -> Tensor:
 def test_equal_keys_are_refused_by_emmet_without_lambda_and_met_half_way_by_memit() -> None:
     A, K, R = sound(), torch.randn(16, 1, dtype=torch.float64), torch.randn(6, 2).double()
     K = K.expand(16, 2).contiguous()
-    with pytest.raises(
-        NotPositiveDefinite, match=r"2 edit keys .* not independent with lambda_e=0"
-    ):
+    with pytest.raises(NotPositiveDefinite, match=r"2 edit keys .* not independent with lambda_e=0"):
         closed_form.emmet(factorize(A), K, R)
     expected = R @ K.T @ torch.linalg.inv(A + K @ K.T)
     torch.testing.assert_close(closed_form.memit(factorize(A), K, R).dense(), expected)
@@ -233,9 +224,7 @@ def collected(keys: Tensor, dtype: torch.dtype = torch.float32) -> SecondMoment:
 
 def test_half_precision_that_has_overflown_already() -> None:
     keys = (torch.ones(4, 8) * 70_000).half()
-    with pytest.raises(
-        NonFiniteKeys, match="4 of 4 keys of 'down' hold NaN or infinity in batch 0"
-    ):
+    with pytest.raises(NonFiniteKeys, match="4 of 4 keys of 'down' hold NaN or infinity in batch 0"):
         collected(keys)
 
 
@@ -264,9 +253,7 @@ def test_an_edit_does_not_depend_on_the_unit_of_the_keys(scale: float) -> None:
     """With keys, weight and residual in one unit, the change is in its inverse."""
     keys, R = torch.randn(200, 12), torch.randn(5, 3).double()
     K = keys[:3].T.double()
-    plain = closed_form.memit(
-        factorize(fastcov.regularised(collected(keys), 100.0, 0.0)), K, R
-    ).dense()
+    plain = closed_form.memit(factorize(fastcov.regularised(collected(keys), 100.0, 0.0)), K, R).dense()
     moment = collected(keys * scale, torch.float64)
     factor = factorize(fastcov.regularised(moment, 100.0, 0.0))
     assert factor.jitter == 0

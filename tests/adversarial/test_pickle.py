@@ -89,11 +89,7 @@ def test_no_reader_runs_a_pickle(name: str, payload: str, tmp_path: Path) -> Non
 UNPICKLE = {
     "pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal",
 }  # fmt: skip
-SAFE = {
-    "torch.load": ("weights_only", True),
-    "np.load": ("allow_pickle", False),
-    "numpy.load": ("allow_pickle", False),
-}
+SAFE = {"torch.load": ("weights_only", True), "np.load": ("allow_pickle", False), "numpy.load": ("allow_pickle", False)}
 NEVER = {"eval", "exec", "yaml.load", "yaml.unsafe_load", "yaml.full_load", "pd.read_pickle",
          "torch.hub.load", "torch.jit.load", "torch.package.PackageImporter"}  # fmt: skip
 

@@ -137,9 +137,7 @@ def test_a_subject_of_20000_characters_is_refused_with_both_numbers(editor: Edit
 @pytest.mark.parametrize("kind", ["slow_bytes", "slow_words"])
 def test_a_subject_of_20000_characters_for_a_tokenizer_without_offsets(kind: str) -> None:
     request = EditRequest("{} is in", "Paris " * 3334, "Rome")
-    with pytest.raises(
-        BadRequest, match=r"has 200\d\d characters, and Slow.* use the fast tokenizer"
-    ):
+    with pytest.raises(BadRequest, match=r"has 200\d\d characters, and Slow.* use the fast tokenizer"):
         encode(tiny_tokenizer(kind), request.text)
 
 
@@ -222,12 +220,7 @@ def test_filled_prompts_with_braces(prompt: str, subject: str, template: str) ->
 
 @pytest.mark.parametrize(
     ("prompt", "message"),
-    [
-        ("{} {}", "has 2 of {}"),
-        ("{{}} {}", "has 2"),
-        ("{ }", "not in the prompt"),
-        ("{x}", "not in"),
-    ],
+    [("{} {}", "has 2 of {}"), ("{{}} {}", "has 2"), ("{ }", "not in the prompt"), ("{x}", "not in")],
 )
 def test_prompts_with_other_holes(prompt: str, message: str) -> None:
     with pytest.raises(BadRequest, match=message):

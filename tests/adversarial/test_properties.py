@@ -22,19 +22,12 @@ from fastmemit.errors import NonFiniteEdit
 
 # Each example writes over the same file; derandomised, so that a run is like the one before it.
 QUICK = settings(
-    max_examples=40,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
 unicode = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
 numbers = st.one_of(
-    st.none(),
-    st.booleans(),
-    st.integers(-(10**40), 10**40),
-    st.floats(allow_nan=False, allow_infinity=False),
-    unicode,
+    st.none(), st.booleans(), st.integers(-(10**40), 10**40), st.floats(allow_nan=False, allow_infinity=False), unicode
 )
 values = st.recursive(
     numbers,
@@ -61,10 +54,7 @@ def merged(parts: Sequence[Tensor], order: Sequence[int], dtype: torch.dtype) ->
 @QUICK
 @given(st.data())
 def test_merging_is_commutative_and_associative_up_to_rounding(data: st.DataObject) -> None:
-    d, dtype = (
-        data.draw(st.integers(1, 9)),
-        data.draw(st.sampled_from([torch.float32, torch.float64])),
-    )
+    d, dtype = (data.draw(st.integers(1, 9)), data.draw(st.sampled_from([torch.float32, torch.float64])))
     sizes = data.draw(st.lists(st.integers(0, 12), min_size=2, max_size=5))  # fmt: skip
     parts = [keys(i, n, d) for i, n in enumerate(sizes)]
     together = SecondMoment(d, dtype=dtype).update(torch.cat(parts))
@@ -77,9 +67,7 @@ def test_merging_is_commutative_and_associative_up_to_rounding(data: st.DataObje
     for moment in (together, one, other, grouped):
         assert moment.count == sum(sizes)
         size = float(exact.abs().max()) if moment.count else 0.0
-        torch.testing.assert_close(
-            moment.sum.double(), exact, rtol=0, atol=size * 1e-6 * (1 + moment.count / 4)
-        )
+        torch.testing.assert_close(moment.sum.double(), exact, rtol=0, atol=size * 1e-6 * (1 + moment.count / 4))
         quartic = torch.cat(parts).double().square().sum(1).square().sum()
         torch.testing.assert_close(moment.quartic, quartic, rtol=1e-5, atol=1e-12)
 
@@ -112,10 +100,7 @@ def test_nothing_is_written_that_would_not_be_read(tmp_path: Path, levels: int) 
         Delta({}, about).save(path)
         assert Delta.load(path).provenance == about
         return
-    for save in (
-        lambda: save_moment(path, SecondMoment(2), about),
-        lambda: Delta({}, about).save(path),
-    ):
+    for save in (lambda: save_moment(path, SecondMoment(2), about), lambda: Delta({}, about).save(path)):
         with pytest.raises(ValueError, match="100 deep"):
             save()
         assert not path.exists()
@@ -148,14 +133,10 @@ class Weights(nn.Module):
 
 @QUICK
 @given(st.data())
-def test_a_delta_goes_into_a_file_into_weights_and_out_again(
-    tmp_path: Path, data: st.DataObject
-) -> None:
+def test_a_delta_goes_into_a_file_into_weights_and_out_again(tmp_path: Path, data: st.DataObject) -> None:
     sides = st.integers(1, 5)
     shapes = data.draw(st.lists(st.tuples(sides, sides), min_size=1, max_size=3))
-    dtype = data.draw(
-        st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64])
-    )
+    dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]))
     rank, seed = data.draw(st.integers(0, 3)), data.draw(st.integers(0, 99))  # fmt: skip
     scale = data.draw(st.sampled_from([1.0, 1e-8, 1e6, float("inf"), float("nan")]))
     model = Weights(shapes, dtype, seed)
@@ -178,9 +159,7 @@ def test_a_delta_goes_into_a_file_into_weights_and_out_again(
     before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
     results = []
     stack = EditStack(model)
-    sums = [
-        w.float() + a @ b.T for w, (a, b) in zip(before.values(), factors.values(), strict=True)
-    ]
+    sums = [w.float() + a @ b.T for w, (a, b) in zip(before.values(), factors.values(), strict=True)]
     if not all(s.to(dtype).isfinite().all() for s in sums):  # too large for the weights' dtype
         for delta in (made, loaded):
             with pytest.raises(NonFiniteEdit):
@@ -192,9 +171,7 @@ def test_a_delta_goes_into_a_file_into_weights_and_out_again(
         results.append([weight.detach().clone() for weight in model.parameters()])
         edit.undo()
         assert all(torch.equal(w, before[name]) for name, w in model.named_parameters())
-    for one, two, weight, (left, right) in zip(
-        *results, before.values(), factors.values(), strict=True
-    ):
+    for one, two, weight, (left, right) in zip(*results, before.values(), factors.values(), strict=True):
         assert torch.equal(one.nan_to_num(7), two.nan_to_num(7))
         if math.isfinite(scale) and dtype == torch.float32:
             expected = weight.double() + left.double() @ right.double().T

@@ -59,10 +59,7 @@ def test_take_refuses_a_bad_length_and_text():
 
 def test_bucket_by_hand():
     batches = list(bucket([[1], [2, 3, 4], [5, 6, 7], [], [8]], tokens_per_batch=6))
-    assert [batch["input_ids"].tolist() for batch in batches] == [
-        [[2, 3, 4], [5, 6, 7]],
-        [[1], [8]],
-    ]
+    assert [batch["input_ids"].tolist() for batch in batches] == [[[2, 3, 4], [5, 6, 7]], [[1], [8]]]
     assert batches[0]["position_ids"].tolist() == [[0, 1, 2], [0, 1, 2]]
     assert all(value.dtype == torch.int64 for batch in batches for value in batch.values())
 

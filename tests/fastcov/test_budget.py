@@ -34,9 +34,7 @@ def test_budget_is_within_half_a_key(multiplier, d_k):
     assert abs(budget(multiplier, d_k) - multiplier * d_k) <= 0.5
 
 
-@pytest.mark.parametrize(
-    "multiplier", [0, -1, -0.5, math.nan, math.inf, -math.inf, True, "10", None]
-)
+@pytest.mark.parametrize("multiplier", [0, -1, -0.5, math.nan, math.inf, -math.inf, True, "10", None])
 def test_a_multiplier_that_is_no_number_above_0_is_refused(multiplier):
     with pytest.raises(BadBudget, match="multiplier"):
         budget(multiplier, 100)

@@ -56,9 +56,7 @@ def test_killed_again_and_again(tmp_path, settings):
     number, whole = run(None, **settings)
     for _ in range(number - 1):
         # Each run does one batch more; the first call of progress is for the earlier keys.
-        ran, found = run(
-            tmp_path / "c", kill_after=1 if not (tmp_path / "c").exists() else 2, **settings
-        )
+        ran, found = run(tmp_path / "c", kill_after=1 if not (tmp_path / "c").exists() else 2, **settings)
         assert (ran, found) == (1, None)
     left, found = run(tmp_path / "c", **settings)
     assert left == 1

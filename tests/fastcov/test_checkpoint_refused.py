@@ -112,19 +112,13 @@ def test_what_is_no_file_is_refused(tmp_path):
         ({"identity": {**IDENTITY, "model": "n"}}, "of another model ('m', not 'n') and is"),
         ({"identity": {"model": "m"}}, "of another seed (0, not nothing) and is"),
         ({"identity": {**IDENTITY, "more": None}}, "another more (nothing, not None) and is"),
-        (
-            {"identity": {**IDENTITY, "a": 1, "seed": 2}},
-            "of another a (nothing, not 1); seed (0, not 2) and is",
-        ),
+        ({"identity": {**IDENTITY, "a": 1, "seed": 2}}, "of another a (nothing, not 1); seed (0, not 2) and is"),
         (
             {"dtype": torch.float64},
             "order of the sums ({'dtype': 'torch.float32', 'launch_rows': 8192}, not "
             "{'dtype': 'torch.float64', 'launch_rows': 8192}) and is",
         ),
-        (
-            {"launch_rows": 5},
-            "'launch_rows': 8192}, not {'dtype': 'torch.float32', 'launch_rows': 5})",
-        ),
+        ({"launch_rows": 5}, "'launch_rows': 8192}, not {'dtype': 'torch.float32', 'launch_rows': 5})"),
         ({"budget": TOTAL // 2}, "of another budget ("),
         ({"modules": paths(1, 2)}, "of another budget ("),
     ],

@@ -4,15 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastcov import (
-    NonFiniteKeys,
-    NonFiniteMatrix,
-    NotPositiveDefinite,
-    WrongWidth,
-    closed_form,
-    factorize,
-    regularised,
-)
+from fastcov import NonFiniteKeys, NonFiniteMatrix, NotPositiveDefinite, WrongWidth, closed_form, factorize, regularised
 from reference import closed_form as literal
 
 D, D_K = 11, 24
@@ -63,9 +55,7 @@ def test_every_form_equals_the_literal_formula(problem, ridge):
         got = closed_form.emmet(factor, tensor(K), tensor(R), lambda_e)
         close(got.dense(), literal.emmet(A, K, R, lambda_e))
     close(closed_form.rome(factor, tensor(k), tensor(r)).dense(), literal.rome(A, k, r))
-    got = closed_form.rome(
-        factor, tensor(k)[:, None], tensor(r)[:, None], denominator_key=tensor(q)
-    )
+    got = closed_form.rome(factor, tensor(k)[:, None], tensor(r)[:, None], denominator_key=tensor(q))
     close(got.dense(), literal.rome(A, k, r, q))
 
 
@@ -129,9 +119,7 @@ def test_equal_keys_are_fine_for_memit_and_refused_by_exact_emmet(problem):
     R = R[:, :3]
     factor, A = factor_of(C), literal.regularised(C, WEIGHT, RIDGE)
     close(closed_form.memit(factor, tensor(K), tensor(R)).dense(), literal.memit(A, K, R))
-    with pytest.raises(
-        NotPositiveDefinite, match=r"not independent.*duplicate.*lambda_e=0\.1"
-    ) as error:
+    with pytest.raises(NotPositiveDefinite, match=r"not independent.*duplicate.*lambda_e=0\.1") as error:
         closed_form.emmet(factor, tensor(K), tensor(R))
     assert error.value.d == 3 and error.value.rank == 2
     got = closed_form.emmet(factor, tensor(K), tensor(R), 0.1)

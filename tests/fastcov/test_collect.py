@@ -243,6 +243,4 @@ def test_sums_of_bfloat16_keys_are_float32():
     got = collect(model, paths(0), bucket(DOCUMENTS, 64), None)[paths(0)[0]]
     assert got.dtype == torch.float32
     wanted = literal.second_moment(keys_of(model, DOCUMENTS, 0).double().numpy())
-    torch.testing.assert_close(
-        got.second_moment.double(), torch.from_numpy(wanted), rtol=1e-5, atol=1e-6
-    )
+    torch.testing.assert_close(got.second_moment.double(), torch.from_numpy(wanted), rtol=1e-5, atol=1e-6)

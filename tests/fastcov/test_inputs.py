@@ -56,15 +56,9 @@ FUNCTIONS = {
     "memit, residuals": (lambda R: _change(closed_form.memit(FACTOR, EDITS, R)), RESIDUALS),
     "emmet, keys": (lambda K: _change(closed_form.emmet(FACTOR, K, RESIDUALS, 0.1)), EDITS),
     "rome, key": (lambda k: _change(closed_form.rome(FACTOR, k, RESIDUALS[:, :1])), EDITS[:, :1]),
-    "rome, residual": (
-        lambda r: _change(closed_form.rome(FACTOR, EDITS[:, :1], r)),
-        RESIDUALS[:, :1],
-    ),
+    "rome, residual": (lambda r: _change(closed_form.rome(FACTOR, EDITS[:, :1], r)), RESIDUALS[:, :1]),
     "alphaedit, keys": (lambda K: _change(fastcov.alphaedit(NULL, K, RESIDUALS, 10.0)), EDITS),
-    "alphaedit, earlier": (
-        lambda P: _change(fastcov.alphaedit(NULL, EDITS, RESIDUALS, 10.0, P)),
-        EDITS,
-    ),
+    "alphaedit, earlier": (lambda P: _change(fastcov.alphaedit(NULL, EDITS, RESIDUALS, 10.0, P)), EDITS),
 }
 
 
@@ -275,8 +269,7 @@ def test_messages_name_what_was_given():
 
 
 @pytest.mark.parametrize(
-    "function",
-    [fastcov.oas, fastcov.ledoit_wolf, fastcov.StoppingRule().update, SecondMoment(6).merge],
+    "function", [fastcov.oas, fastcov.ledoit_wolf, fastcov.StoppingRule().update, SecondMoment(6).merge]
 )
 def test_what_needs_the_number_of_keys_asks_for_a_moment(function):
     with pytest.raises(fastcov.BadInput, match="takes a SecondMoment, not a Tensor"):

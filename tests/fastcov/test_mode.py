@@ -62,10 +62,7 @@ def test_evaluation_mode_gives_every_flag_back(frozen):
         assert not any(module.training for module in model.modules())
         assert any(p.requires_grad for p in model.parameters()) is not frozen
         raise ZeroDivisionError
-    assert before == (
-        [m.training for m in model.modules()],
-        [p.requires_grad for p in model.parameters()],
-    )
+    assert before == ([m.training for m in model.modules()], [p.requires_grad for p in model.parameters()])
 
 
 def test_random_states_come_back_and_a_seed_decides_inside():
@@ -77,9 +74,7 @@ def test_random_states_come_back_and_a_seed_decides_inside():
             random.random(), np.random.rand()
             raise ZeroDivisionError
         assert random_states() == before
-    assert (
-        drawn[0] == drawn[1] == torch.rand(3, generator=torch.Generator().manual_seed(7)).tolist()
-    )
+    assert drawn[0] == drawn[1] == torch.rand(3, generator=torch.Generator().manual_seed(7)).tolist()
 
 
 # Every public numeric function of fastcov, from the same numbers to bits that can be compared.
@@ -152,8 +147,7 @@ FUNCTIONS = {
     "collect": lambda: [m.sum for m in fastcov.collect(MODEL, ["0", "1"], BATCHES, 40).values()],
     "KeyHooks": _hooked,
     "StoppingRule": lambda: [
-        float(fastcov.StoppingRule().update(m))
-        for m in (MOMENT, fastcov.SecondMoment(6).merge(MOMENT))
+        float(fastcov.StoppingRule().update(m)) for m in (MOMENT, fastcov.SecondMoment(6).merge(MOMENT))
     ],
 }
 

@@ -216,9 +216,7 @@ def header(shape: tuple[int, ...], dtype: str = "<f4") -> bytes:
 COUNT = {"mom2.count.npy": npy(np.asarray(2))}
 
 
-def test_a_header_that_claims_more_than_there_is(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_header_that_claims_more_than_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(np.lib.format, "read_array", None)  # to call it would raise TypeError
     path = zipped(tmp_path / "a.npz", {"mom2.mom2.npy": header((60000, 60000)), **COUNT})
     with pytest.raises(StoreDamaged, match=r"has 128 bytes for a sum of shape \(60000, 60000\)"):
@@ -241,9 +239,7 @@ def test_a_member_that_expands_out_of_all_proportion(tmp_path: Path) -> None:
         load_npz(path, width=2200)
 
 
-def test_a_file_larger_than_its_width_needs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_larger_than_its_width_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(zipfile, "ZipFile", None)  # its list of contents is not read
     with open(tmp_path / "a.npz", "wb") as file:
         file.truncate((1 << 26) + 73)

@@ -25,9 +25,7 @@ def test_it_is_the_eigenvectors_below_the_threshold():
     assert isinstance(found, NullSpace) and found.rank == 2 and found.threshold == 0.02
     torch.testing.assert_close(found.projector(), wanted @ wanted.T)
     torch.testing.assert_close(found.basis.T @ found.basis, torch.eye(2, dtype=torch.float64))
-    torch.testing.assert_close(
-        found.eigenvalues, torch.tensor([0.01, 0.019, 0.021, 1.0, 5.0], dtype=torch.float64)
-    )
+    torch.testing.assert_close(found.eigenvalues, torch.tensor([0.01, 0.019, 0.021, 1.0, 5.0], dtype=torch.float64))
 
 
 def test_a_diagonal_by_hand():

@@ -13,9 +13,7 @@ def expected(C, X, keep=None, alpha=1.0):
     """The whole product in float64, with what was above the diagonal of C."""
     rows = X.reshape(-1, X.shape[-1]).double()
     rows = rows if keep is None else rows[keep]
-    return torch.where(
-        torch.ones_like(C, dtype=torch.bool).tril(), C.double() + alpha * rows.T @ rows, C.double()
-    )
+    return torch.where(torch.ones_like(C, dtype=torch.bool).tril(), C.double() + alpha * rows.T @ rows, C.double())
 
 
 def lower_error(C, wanted):
@@ -136,9 +134,7 @@ def test_opcheck(dtype):
     X = torch.randn(6, 5).to(dtype)
     mask, rows = torch.rand(6) < 0.5, torch.tensor([1, 4])
     for arguments in [(None, None), (mask, None), (None, rows)]:
-        torch.library.opcheck(
-            torch.ops.fastcov.rank_k_update, (torch.zeros(5, 5), X, *arguments, 0.5, None)
-        )
+        torch.library.opcheck(torch.ops.fastcov.rank_k_update, (torch.zeros(5, 5), X, *arguments, 0.5, None))
 
 
 @pytest.mark.parametrize(
@@ -154,13 +150,7 @@ def test_opcheck(dtype):
         (torch.zeros(3, 3), torch.zeros(2, 3), {"rows": torch.tensor([2])}, ValueError, "2 rows"),
         (torch.zeros(3, 3), torch.zeros(2, 3), {"rows": torch.tensor([-1])}, ValueError, "-1"),
         (torch.zeros(3, 3), torch.zeros(2, 3), {"rows": torch.ones(2)}, ValueError, "indices"),
-        (
-            torch.zeros(3, 3),
-            torch.zeros(2, 3),
-            {"rows": torch.tensor([0]), "mask": torch.ones(2)},
-            ValueError,
-            "Both",
-        ),
+        (torch.zeros(3, 3), torch.zeros(2, 3), {"rows": torch.tensor([0]), "mask": torch.ones(2)}, ValueError, "Both"),
     ],
 )
 def test_bad_arguments_are_named(C, X, more, error, words):
@@ -186,12 +176,7 @@ def test_kernels_are_chosen_by_rank_and_say_why_not(monkeypatch):
     kernel("absent", 3, missing="there is no such device")
     kernel("picky", 2, refuses="it takes bfloat16 keys only")
     kernel("good", 1)
-    assert ops.kernels() == {
-        "absent": "there is no such device",
-        "picky": None,
-        "good": None,
-        "reference": None,
-    }
+    assert ops.kernels() == {"absent": "there is no such device", "picky": None, "good": None, "reference": None}
     C, X = torch.zeros(2, 2), torch.ones(1, 2)
     rank_k_update(C, X)
     assert calls == ["good"]

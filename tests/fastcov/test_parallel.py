@@ -20,9 +20,7 @@ from fastcov.tally import Tally
 from reference.tiny import Tiny, keys_of
 from tiny_parallel import DOCUMENTS, FAILING, MODULES, SOUND, batches, sums
 
-pytestmark = pytest.mark.skipif(
-    not torch.distributed.is_available(), reason="torch without distributed"
-)
+pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
 ROOT = Path(__file__).parents[2]
 WORKER = ROOT / "tests" / "tiny_parallel.py"
 

@@ -120,8 +120,7 @@ def test_a_process_that_is_gone_without_a_word():
     assert gone is None
     assert isinstance(lost, ProcessLost) and lost.rank == 1
     assert str(lost) == (
-        "Process 1 of 2 has given no sign of life for 0.3 seconds; see what became of it, and run "
-        "again."
+        "Process 1 of 2 has given no sign of life for 0.3 seconds; see what became of it, and run again."
     )
 
 
@@ -132,10 +131,7 @@ def test_a_process_that_takes_long_and_gives_signs_is_waited_for():
             processes.check()
         return processes.gather("here", "slow")
 
-    assert together(lambda p: p.gather("here", "quick"), slow, timeout=0.5) == [
-        ["quick", "slow"],
-        ["quick", "slow"],
-    ]
+    assert together(lambda p: p.gather("here", "quick"), slow, timeout=0.5) == [["quick", "slow"], ["quick", "slow"]]
 
 
 def test_processes_that_do_not_do_the_same():

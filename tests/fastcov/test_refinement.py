@@ -74,9 +74,7 @@ def test_what_cannot_be_refined_is_an_error_and_not_a_bad_solve():
     factor = factorize(A, refine=True)
     factor.lower[0, 50] += 100.0  # another matrix, and not a positive definite one
     B = columns(100, 3)
-    with pytest.raises(
-        ResidualTooLarge, match=r"width 100 .* column \d.* above the 1e-12"
-    ) as error:
+    with pytest.raises(ResidualTooLarge, match=r"width 100 .* column \d.* above the 1e-12") as error:
         factor.solve(B)
     assert error.value.tolerance == 1e-12 and error.value.residual > 1e-6
 

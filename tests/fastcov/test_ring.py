@@ -64,11 +64,7 @@ def test_keys_of_another_dtype_or_width_begin_another_buffer():
     ring.add(torch.ones(1, 5, dtype=torch.bfloat16))
     ring.close()
     shapes = [(tuple(rows.shape), rows.dtype) for rows in given.rows]
-    assert shapes == [
-        ((3, 2), torch.float32),
-        ((2, 2), torch.bfloat16),
-        ((1, 5), torch.bfloat16),
-    ]
+    assert shapes == [((3, 2), torch.float32), ((2, 2), torch.bfloat16), ((1, 5), torch.bfloat16)]
 
 
 def test_a_ring_of_nothing_is_refused():

@@ -44,9 +44,7 @@ def test_the_parts_of_a_budget_add_up_to_it(splits, skip):
     model = tiny_model("llama")
     name = find_adapter(model).projection_name(1)
     draw = torch.Generator().manual_seed(1)
-    documents = [
-        torch.randint(3, 60, (length,), generator=draw).tolist() for length in (9, 4, 17, 1, 12, 30)
-    ]
+    documents = [torch.randint(3, 60, (length,), generator=draw).tolist() for length in (9, 4, 17, 1, 12, 30)]
 
     def part(start, stop):
         batches = bucket(between(documents, start, stop, 16, skip), 40)
@@ -56,9 +54,7 @@ def test_the_parts_of_a_budget_add_up_to_it(splits, skip):
     for start, stop in itertools.pairwise(splits[1:]):
         total.merge(part(start, stop))
     rows = []
-    hook = model.get_submodule(name).register_forward_pre_hook(
-        lambda _, args: rows.append(args[0][0, skip:])
-    )
+    hook = model.get_submodule(name).register_forward_pre_hook(lambda _, args: rows.append(args[0][0, skip:]))
     with torch.no_grad():
         for document in documents:
             model(input_ids=torch.tensor([document[:16]]))

@@ -63,9 +63,7 @@ def test_the_file_is_plain_safetensors_with_the_packed_triangle(tmp_path):
     path = tmp_path / "m.safetensors"
     lower = torch.tensor([[1.0, float("nan"), 9.0], [2.0, 3.0, 9.0], [4.0, 5.0, 6.0]])
     save_moment(path, SecondMoment.from_lower(lower, 7), {})
-    assert {name: value.tolist() for name, value in load_file(path).items()} == {
-        "sum": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
-    }
+    assert {name: value.tolist() for name, value in load_file(path).items()} == {"sum": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]}
     _, header = header_of(path.read_bytes())
     metadata = header["__metadata__"]
     assert (metadata["format"], metadata["d"], metadata["count"]) == ("1", "3", "7")
@@ -364,9 +362,7 @@ def test_a_device_is_written_into_and_stays(tmp_path):
     assert stat.S_ISCHR((tmp_path / "null").stat().st_mode)
 
 
-@pytest.mark.parametrize(
-    ("name", "piped"), [("/dev/stdout", True), ("/dev/stdout", False), ("OUT", False)]
-)
+@pytest.mark.parametrize(("name", "piped"), [("/dev/stdout", True), ("/dev/stdout", False), ("OUT", False)])
 def test_what_goes_to_the_output_comes_in_order_with_what_is_printed(tmp_path, name, piped):
     """Also where the output is a file, which must not be replaced under the printer's hands."""
     import subprocess

@@ -16,9 +16,7 @@ def problem():
     """A, three blocks of earlier keys, and the keys and residuals of five edits."""
     rng = np.random.default_rng(0)
     scales = np.logspace(-1, 1, D_K)
-    A = literal.regularised(
-        literal.second_moment(rng.normal(size=(4 * D_K, D_K)) * scales), 20, 0.01
-    )
+    A = literal.regularised(literal.second_moment(rng.normal(size=(4 * D_K, D_K)) * scales), 20, 0.01)
     blocks = [rng.normal(size=(D_K, m)) * scales[:, None] for m in (3, 1, 40)]
     K = rng.normal(size=(D_K, 5)) * scales[:, None]
     return A, blocks, K, rng.normal(size=(D, 5))

@@ -30,9 +30,7 @@ ROWS = [
 def test_it_is_what_a_plain_forward_of_each_row_has():
     adapter = find_adapter(tiny_model("gpt2"))
     projection = adapter.projection(1)
-    (keys,), (blocks,) = read_at_subject(
-        adapter, ROWS, inputs=[projection], outputs=[adapter.block(2)]
-    )
+    (keys,), (blocks,) = read_at_subject(adapter, ROWS, inputs=[projection], outputs=[adapter.block(2)])
     seen = {}
     for row, key, block in zip(ROWS, keys, blocks, strict=True):
         hooks = [
@@ -73,9 +71,7 @@ def test_what_lies_below_the_kept_states_does_not_run_and_comes_back():
     adapter = find_adapter(tiny_model("llama"))
     calls: Counter[int] = Counter()
     for layer in range(LAYERS):
-        adapter.block(layer).self_attn.register_forward_hook(
-            lambda *_, layer=layer: calls.update([layer])
-        )
+        adapter.block(layer).self_attn.register_forward_hook(lambda *_, layer=layer: calls.update([layer]))
     first = SubjectPass.of(adapter, ROWS)
     first.read(adapter, inputs=[adapter.projection(1)], keep=1)  # measured once what may be kept
     calls.clear()
@@ -125,15 +121,11 @@ def test_what_does_not_run_or_sees_some_tokens_alone_cannot_be_read():
     model = tiny_model("llama")
     model.model.layers[0].mlp.spare = torch.nn.Linear(4, 4)
     model.model.layers[0].mlp.some = torch.nn.Identity()
-    model.model.layers[0].mlp.register_forward_hook(
-        lambda module, _args, out: module.some(out[:, 1:]) is None or out
-    )
+    model.model.layers[0].mlp.register_forward_hook(lambda module, _args, out: module.some(out[:, 1:]) is None or out)
     adapter = find_adapter(model, "model.layers.{}.mlp.down_proj")
     with pytest.raises(UnknownArchitecture, match="does not run its Linear"):
         read_at_subject(adapter, ROWS, inputs=[model.model.layers[0].mlp.spare])
-    with pytest.raises(
-        UnknownArchitecture, match=r"Identity handles a tensor of shape \(4, 6, 32\)"
-    ):
+    with pytest.raises(UnknownArchitecture, match=r"Identity handles a tensor of shape \(4, 6, 32\)"):
         read_at_subject(adapter, ROWS, outputs=[model.model.layers[0].mlp.some])
 
 

@@ -70,8 +70,7 @@ def measured(model: Any) -> ModelAdapter:
 
 @pytest.mark.parametrize("batch_tokens", [1, 64, 4096])
 @pytest.mark.parametrize(
-    ("architecture", "kind"),
-    [("llama", "bpe_bos"), ("gpt2", "byte_bpe"), ("gemma2", "metaspace"), ("opt", "adds_eos")],
+    ("architecture", "kind"), [("llama", "bpe_bos"), ("gpt2", "byte_bpe"), ("gemma2", "metaspace"), ("opt", "adds_eos")]
 )
 def test_it_is_the_literal_cost(architecture: str, kind: str, batch_tokens: int) -> None:
     model, tokenizer = tiny_model(architecture), tiny_tokenizer(kind)
@@ -101,9 +100,7 @@ def test_a_hand_made_model() -> None:
     assert got == pytest.approx(float(sum(costs)) / n, abs=1e-5)
 
 
-def test_equal_sequences_run_once_and_batches_keep_to_their_bound(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_equal_sequences_run_once_and_batches_keep_to_their_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokenizer = tiny_model("llama"), tiny_tokenizer()
     adapter = measured(model)
     shapes: list[tuple[int, int]] = []
@@ -111,9 +108,7 @@ def test_equal_sequences_run_once_and_batches_keep_to_their_bound(
         lambda _, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
     )
     # One token each, so both are read from one run of the prompt.
-    answers = [
-        a for a in (" Paris", " the", " is", " in", " of") if len(tokenizer(a).input_ids) == 1
-    ]
+    answers = [a for a in (" Paris", " the", " is", " in", " of") if len(tokenizer(a).input_ids) == 1]
     assert len(answers) >= 3
     got = answer_nlls(adapter, tokenizer, [("I play", a) for a in answers] * 2)
     assert len(shapes) == 1 and shapes[0][0] == 1
@@ -147,9 +142,7 @@ def given() -> tuple[ModelAdapter, list[dict[str, Any]]]:
     """A tiny llama and what its forwards are given."""
     model, calls = tiny_model("llama"), []
     adapter = measured(model)
-    model.register_forward_pre_hook(
-        lambda _, args, kwargs: calls.append(dict(kwargs)), with_kwargs=True
-    )
+    model.register_forward_pre_hook(lambda _, args, kwargs: calls.append(dict(kwargs)), with_kwargs=True)
     return adapter, calls
 
 
@@ -214,14 +207,10 @@ def test_which_tokens_of_an_answer_the_model_finds() -> None:
 def test_progress_counts_questions_and_the_mode_is_kept() -> None:
     model = tiny_model("gpt2").train()
     done: list[int] = []
-    got = answer_nlls(
-        find_adapter(model), tiny_tokenizer(), QUESTIONS, batch_tokens=40, progress=done.append
-    )
+    got = answer_nlls(find_adapter(model), tiny_tokenizer(), QUESTIONS, batch_tokens=40, progress=done.append)
     assert sum(done) == len(QUESTIONS) and len(done) > 1
     assert model.training
-    assert got == answer_nlls(
-        find_adapter(tiny_model("gpt2")), tiny_tokenizer(), QUESTIONS, batch_tokens=40
-    )
+    assert got == answer_nlls(find_adapter(tiny_model("gpt2")), tiny_tokenizer(), QUESTIONS, batch_tokens=40)
 
 
 def test_nothing_asked() -> None:

@@ -55,10 +55,7 @@ def changed(model: torch.nn.Module, before: dict[str, torch.Tensor]) -> list[str
 def random_edit(editor: Editor, *layers: int, seed: int = 0) -> Edit:
     generator = torch.Generator().manual_seed(seed)
     factors = {
-        DOWN.format(layer): (
-            torch.randn(32, 2, generator=generator),
-            torch.randn(64, 2, generator=generator),
-        )
+        DOWN.format(layer): (torch.randn(32, 2, generator=generator), torch.randn(64, 2, generator=generator))
         for layer in layers
     }
     return Edit(Delta(factors, {"method": f"by-hand-{seed}"}), editor._stack)
@@ -229,18 +226,13 @@ def test_the_applied_block_gives_the_weights_back(editor: Editor) -> None:
 def test_applied_refuses_an_edit_of_another_editor(editor: Editor, tmp_path: Path) -> None:
     other = tiny_editor(tmp_path, layers=None)
     before = weights(other.model), weights(editor.model)
-    with (
-        pytest.raises(WrongModel, match=r"belongs to another editor; .* load"),
-        editor.applied(random_edit(other, 0)),
-    ):
+    with pytest.raises(WrongModel, match=r"belongs to another editor; .* load"), editor.applied(random_edit(other, 0)):
         pass
     assert changed(other.model, before[0]) == changed(editor.model, before[1]) == []
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma3"])
-def test_a_saved_edit_gives_the_same_bits_in_another_editor(
-    tmp_path: Path, architecture: str
-) -> None:
+def test_a_saved_edit_gives_the_same_bits_in_another_editor(tmp_path: Path, architecture: str) -> None:
     one = tiny_editor(tmp_path, architecture)
     edit = one.edit(FACTS, "memit", **QUICK)
     edit.save(tmp_path / "edit.safetensors")
@@ -259,9 +251,7 @@ def test_a_saved_edit_gives_the_same_bits_in_another_editor(
 def test_an_edit_of_another_model_needs_force(editor: Editor, tmp_path: Path) -> None:
     edit = editor.plan(FACTS[:1], "rome", layers=(1,), steps=2)
     edit.save(tmp_path / "edit.safetensors")
-    other = tiny_editor(
-        tmp_path, model=tiny_model("llama", seed=1), layers=None, name="some other model"
-    )
+    other = tiny_editor(tmp_path, model=tiny_model("llama", seed=1), layers=None, name="some other model")
     before = weights(other.model)
     with pytest.raises(WrongModel) as caught:
         other.load(tmp_path / "edit.safetensors")
@@ -280,9 +270,7 @@ def test_force_does_not_bend_shapes(editor: Editor, tmp_path: Path) -> None:
         other.load(tmp_path / "edit.safetensors", force=True)
     wide = tiny_model("llama", intermediate_size=96)
     with pytest.raises(WrongModel, match=r"\(32, 64\) but this model has it as \(32, 96\)"):
-        tiny_editor(tmp_path, model=wide, layers=None).load(
-            tmp_path / "edit.safetensors", force=True
-        )
+        tiny_editor(tmp_path, model=wide, layers=None).load(tmp_path / "edit.safetensors", force=True)
 
 
 def test_an_edit_says_what_it_is(editor: Editor) -> None:
@@ -377,15 +365,7 @@ def one_more(model: torch.nn.Module) -> None:
     model.model.register_buffer("more", torch.ones(2))
 
 
-CHANGES = [
-    step,
-    by_hand,
-    there_and_back,
-    another_parameter,
-    other_weights,
-    one_more,
-    torch.nn.Module.bfloat16,
-]
+CHANGES = [step, by_hand, there_and_back, another_parameter, other_weights, one_more, torch.nn.Module.bfloat16]
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
@@ -497,11 +477,10 @@ class _Interrupt(KeyboardInterrupt):
 class interrupted:
     """Raise at the n-th line of fastmemit's own code that runs inside, and at no other.
 
-    CPython looks for signals when a function begins or a generator goes on, after a call and at a
-    jump backwards. Three events of a trace are where none is ever handled: the line of a with
-    statement, visited again on the way out behind what protects its body; the line of a try, which
-    is protected by nothing; and the call of a generator that goes on, before it is in the block
-    where it stopped.
+    CPython looks for signals when a function begins or a generator goes on, after a call and at a jump backwards. Three
+    events of a trace are where none is ever handled: the line of a with statement, visited again on the way out behind
+    what protects its body; the line of a try, which is protected by nothing; and the call of a generator that goes on,
+    before it is in the block where it stopped.
     """
 
     def __init__(self, at: int) -> None:
@@ -534,9 +513,7 @@ def lines_of(work) -> int:
     return -counting.left - 1
 
 
-def test_an_interrupt_at_any_line_of_apply_and_undo_leaves_what_is_on_record(
-    editor: Editor,
-) -> None:
+def test_an_interrupt_at_any_line_of_apply_and_undo_leaves_what_is_on_record(editor: Editor) -> None:
     below = random_edit(editor, 0, seed=1).apply()
     before = weights(editor.model)
     edit = random_edit(editor, 0, 1, seed=2)

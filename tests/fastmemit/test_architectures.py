@@ -1,7 +1,7 @@
 """Many architectures of transformers, end to end: right to a literal full forward, or one sentence.
 
-The literal forward runs each row of tokens alone through the whole model, without padding, cache or
-stages, and puts a vector in the place of what the edited block or projection gives the subject.
+The literal forward runs each row of tokens alone through the whole model, without padding, cache or stages, and puts a
+vector in the place of what the edited block or projection gives the subject.
 """
 
 from __future__ import annotations
@@ -157,9 +157,7 @@ class Literal:
             handle.remove()
 
     def loss(self, delta: Tensor) -> Tensor:
-        logits = [
-            self.logits(r, delta, not i).log_softmax(-1) for i, r in enumerate(self.rows.rows)
-        ]
+        logits = [self.logits(r, delta, not i).log_softmax(-1) for i, r in enumerate(self.rows.rows)]
         costs = [
             -sum(logits[i][place, token] for place, token in row.reads) / len(row.reads)
             for i, row in enumerate(self.rows.rows)
@@ -242,9 +240,7 @@ def self_cost(model: Any, tokenizer: Any, prompt: str, answer: str) -> float:
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_it_is_refused_in_one_sentence_before_anything_is_collected(
-    name: str, tmp_path: Path
-) -> None:
+def test_it_is_refused_in_one_sentence_before_anything_is_collected(name: str, tmp_path: Path) -> None:
     config, fields, error, said = REFUSED[name]
     with pytest.raises(error, match=said) as raised:
         editor = Editor(build(config, fields), tiny_tokenizer("bpe_bos"), cache=tmp_path)

@@ -24,9 +24,7 @@ def editor(tmp_path: Path) -> Editor:
     return tiny_editor(tmp_path, layers=None)
 
 
-def test_it_ends_where_every_layer_is_content(
-    editor: Editor, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_it_ends_where_every_layer_is_content(editor: Editor, monkeypatch: pytest.MonkeyPatch) -> None:
     needed = iter((2 * D_K, 3 * D_K))  # the second layer needs more than the first
     asked: list[tuple[int, int]] = []
 
@@ -53,9 +51,7 @@ def test_its_statistics_serve_edits_and_are_those_of_a_pass_to_that_multiplier(
     assert 1 < found.provenance["multiplier"] <= 10
     kept = editor.find_statistics(LAYERS)
     assert kept is not None and kept.keys == found.keys
-    alone = editor.precompute(
-        tiny_corpus(200), multiplier=found.provenance["multiplier"], layers=LAYERS
-    )
+    alone = editor.precompute(tiny_corpus(200), multiplier=found.provenance["multiplier"], layers=LAYERS)
     name = editor.adapter.projection_name(2)
     one, other = found.moment(name), alone.moment(name)
     assert one.count == other.count

@@ -14,12 +14,9 @@ pytestmark = pytest.mark.skipif(os.name != "posix", reason="modes are those of P
 
 
 @pytest.mark.parametrize(
-    ("above", "made"),
-    [(0o755, 0o755), (0o700, 0o755), (0o777, 0o777), (0o1777, 0o1777), (0o775, 0o775)],
+    ("above", "made"), [(0o755, 0o755), (0o700, 0o755), (0o777, 0o777), (0o1777, 0o1777), (0o775, 0o775)]
 )
-def test_new_folders_are_for_those_who_may_write_above(
-    tmp_path: Path, above: int, made: int
-) -> None:
+def test_new_folders_are_for_those_who_may_write_above(tmp_path: Path, above: int, made: int) -> None:
     root = tmp_path / "cache"
     root.mkdir()
     root.chmod(above)

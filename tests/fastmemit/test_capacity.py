@@ -79,9 +79,7 @@ def test_the_recorded_collect_took_what_is_counted() -> None:
     assert made.flops + made.triangles == pytest.approx(counted, rel=0.05)
     assert made.seconds["model"] == pytest.approx(row["p50"], rel=0.08)
     assert machine.share == pytest.approx(row["share"], abs=0.005)
-    assert machine.flops / 1e9 == pytest.approx(
-        (row["peak_before"] + row["peak_after"]) / 2, rel=0.01
-    )
+    assert machine.flops / 1e9 == pytest.approx((row["peak_before"] + row["peak_after"]) / 2, rel=0.01)
     factor = json.loads((RESULTS / "factor-2core-zen3.json").read_text())["rows"]
     rate = max(r["gflops"] for r in factor if r["contender"] == "fastcov factorize")
     assert machine.float64 / 1e9 == pytest.approx(rate, rel=0.01)
@@ -112,11 +110,7 @@ def test_the_page_says_what_is_counted() -> None:
         if line.startswith("| ") and (cells := line[1:].split("|"))
     }
     shape, machine, layers = SHAPES["llama-3-70b"], MACHINES["h100"], range(4, 9)
-    plans = [
-        plan(shape, machine, layers, keys, processes=n)
-        for n in (1, 8)
-        for keys in (286_720, 44_000_000)
-    ]
+    plans = [plan(shape, machine, layers, keys, processes=n) for n in (1, 8) for keys in (286_720, 44_000_000)]
     assert rows["keys of each layer"] == [f"{p.keys:,}" for p in plans]
     for name, step in {
         "the model at work, seconds": "model",

@@ -28,10 +28,7 @@ class Weight:
     def push(self) -> None:
         covered = self.chain.covered(self.bits)
         assert torch.equal(covered, self.copies[-1])
-        factors = (
-            torch.randn(8, 2, generator=self.draw),
-            torch.randn(5, 2, generator=self.draw),
-        )
+        factors = (torch.randn(8, 2, generator=self.draw), torch.randn(5, 2, generator=self.draw))
         add_low_rank(self.bits, *factors)
         self.owners.append(object())
         self.chain.add(self.owners[-1], factors, self.bits, checksum(self.bits))
@@ -70,9 +67,7 @@ def test_pushes_and_pops_in_any_order_give_the_bits() -> None:
         assert weight.held() <= 1 + COPIES
 
 
-def test_going_back_through_many_edits_does_not_begin_at_the_bottom_each_time(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_going_back_through_many_edits_does_not_begin_at_the_bottom_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, additions = Weight(), 0
 
     def counted(bits: Tensor, left: Tensor, right: Tensor) -> None:
@@ -109,9 +104,7 @@ def test_bits_that_adding_again_does_not_give_are_kept(monkeypatch: pytest.Monke
     weight.push()
 
 
-def test_bits_that_cannot_be_computed_again_are_refused_and_not_guessed(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_bits_that_cannot_be_computed_again_are_refused_and_not_guessed(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = Weight()
     for _ in range(20):
         weight.push()
@@ -132,9 +125,7 @@ def test_bits_that_cannot_be_computed_again_are_refused_and_not_guessed(
         weight.pop()
 
 
-def test_the_number_of_threads_is_that_of_the_time_of_the_edit(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_the_number_of_threads_is_that_of_the_time_of_the_edit(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = Weight()
 
     def by_threads(bits: Tensor, left: Tensor, right: Tensor) -> None:

@@ -71,9 +71,7 @@ def contents(folder: Path) -> dict[Path, bytes]:
     return {path.relative_to(folder): path.read_bytes() for path in files(folder)}
 
 
-@pytest.mark.parametrize(
-    "settings", [{}, {"bos": False, "max_length": 20, "multiplier": 12}], ids=str
-)
+@pytest.mark.parametrize("settings", [{}, {"bos": False, "max_length": 20, "multiplier": 12}], ids=str)
 def test_killed_after_every_batch(tmp_path: Path, settings: dict[str, Any]) -> None:
     _, number = run(tmp_path / "whole", seconds=math.inf, **settings)
     whole = contents(tmp_path / "whole")
@@ -207,9 +205,7 @@ def test_temporary_files_of_the_killed_are_removed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("refused", [False, True])
-def test_killed_when_all_was_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: bool
-) -> None:
+def test_killed_when_all_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: bool) -> None:
     def killed(self: fastcov.Checkpoint) -> None:
         raise Killed
 
@@ -243,9 +239,7 @@ def test_it_does_not_wait_for_others_where_all_is_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("locks_there", [True, False])
-def test_two_at_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, locks_there: bool, caplog: Capture
-) -> None:
+def test_two_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, locks_there: bool, caplog: Capture) -> None:
     """Locks tell two threads from each other as they do two processes."""
     resume = fastcov.Checkpoint.resume
     if not locks_there:
@@ -287,9 +281,7 @@ def test_two_at_once(
     assert ("without locks" in caplog.text) is not locks_there
 
 
-def test_it_says_what_is_wrong_with_a_place_before_it_collects(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_it_says_what_is_wrong_with_a_place_before_it_collects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(path: Any, *args: Any, **more: Any) -> Any:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
 
@@ -303,7 +295,5 @@ def test_by_default_a_short_run_writes_no_checkpoint(
 ) -> None:
     monkeypatch.setattr("fastcov.checkpoint.write_checkpoint", None)  # to call it would raise
     with caplog.at_level(logging.INFO):
-        found = precompute(
-            ADAPTER, TOKENIZER, tiny_corpus(), tmp_path, IDENTITY, layers=(0, 1), multiplier=6
-        )
+        found = precompute(ADAPTER, TOKENIZER, tiny_corpus(), tmp_path, IDENTITY, layers=(0, 1), multiplier=6)
     assert found.keys == 384

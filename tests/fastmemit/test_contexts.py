@@ -77,9 +77,7 @@ def test_they_depend_on_the_seed_alone(kind: Any) -> None:
     assert generate_contexts(model, tokenizer, kind, seed=4) != first
 
 
-def test_an_editor_writes_them_once_on_the_unedited_model(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_editor_writes_them_once_on_the_unedited_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     editor = tiny_editor(tmp_path)
     unedited = generate_contexts(editor.model, editor.tokenizer, "words", seed=0)
     edit = editor.edit(FACTS[:1], "memit", layers=(0, 1), steps=2)

@@ -15,13 +15,7 @@ from torch import nn
 
 from fastmemit import delta as delta_module
 from fastmemit.delta import Delta, add_low_rank, restored_on_error
-from fastmemit.errors import (
-    DamagedFile,
-    NonFiniteEdit,
-    OffloadedWeight,
-    QuantisedWeight,
-    WrongModel,
-)
+from fastmemit.errors import DamagedFile, NonFiniteEdit, OffloadedWeight, QuantisedWeight, WrongModel
 
 PROVENANCE = {"model": "f" * 64, "method": "memit", "requests": [{"subject": "Łódź 🙂"}], "n": 0.1}
 
@@ -173,9 +167,7 @@ def test_metadata_that_were_not_written_are_refused(
         ({"w:left": torch.ones(2, 1).double(), "w:right": torch.ones(3, 1)}, "do not fit"),
     ],
 )
-def test_tensors_that_are_no_pairs_are_refused(
-    tmp_path: Path, tensors: dict[str, torch.Tensor], message: str
-) -> None:
+def test_tensors_that_are_no_pairs_are_refused(tmp_path: Path, tensors: dict[str, torch.Tensor], message: str) -> None:
     with pytest.raises(DamagedFile, match=message):
         Delta.load(rewritten(tmp_path / "e", tensors))
 
@@ -403,12 +395,8 @@ def test_the_same_delta_gives_the_same_bytes(tmp_path: Path) -> None:
     turned.save(tmp_path / "two")
     Delta.load(tmp_path / "one").save(tmp_path / "three")
     # The library's own order of metadata differs from process to process.
-    script = (
-        "import sys; from fastmemit.delta import Delta; Delta.load(sys.argv[1]).save(sys.argv[2])"
-    )
-    subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path / "one"), str(tmp_path / "four")], check=True
-    )
+    script = "import sys; from fastmemit.delta import Delta; Delta.load(sys.argv[1]).save(sys.argv[2])"
+    subprocess.run([sys.executable, "-c", script, str(tmp_path / "one"), str(tmp_path / "four")], check=True)
     files = {(tmp_path / name).read_bytes() for name in ("one", "two", "three", "four")}
     assert len(files) == 1
     data = files.pop()

@@ -125,9 +125,7 @@ def refuse(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, int], None]:
             monkeypatch.setattr(
                 builtins,
                 "open",
-                lambda name, mode="r", *a, **k: (
-                    real_open(name, mode, *a, **k) if mode in ("r", "rb") else fail(name)
-                ),
+                lambda name, mode="r", *a, **k: real_open(name, mode, *a, **k) if mode in ("r", "rb") else fail(name),
             )
         else:
             monkeypatch.setattr(os, what, fail)
@@ -163,11 +161,7 @@ def test_a_full_disk_leaves_the_old_file(
 @pytest.mark.parametrize("writer", WRITERS)
 @pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES])
 def test_a_folder_that_takes_no_file(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    refuse: Callable[[str, int], None],
-    writer: str,
-    number: int,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refuse: Callable[[str, int], None], writer: str, number: int
 ) -> None:
     WRITERS[writer](tmp_path, 0)
     before = contents(tmp_path)
@@ -224,9 +218,7 @@ def test_a_disk_that_is_really_full(small_disk: Path) -> None:
         assert contents(small_disk) == before, name
 
 
-def test_a_precompute_on_a_disk_that_is_really_full(
-    tmp_path: Path, capsys: Capture, small_disk: Path
-) -> None:
+def test_a_precompute_on_a_disk_that_is_really_full(tmp_path: Path, capsys: Capture, small_disk: Path) -> None:
     (tmp_path / "place").mkdir()
     place = make_place(tmp_path / "place", save_tiny(tmp_path / "model"))
     (small_disk / "filler").write_bytes(bytes(290 * 1024))

@@ -45,9 +45,7 @@ def same(one: list[torch.Tensor], two: list[torch.Tensor]) -> bool:
 
 
 @pytest.mark.parametrize(("method", "settings"), METHODS)
-def test_a_plan_changes_nothing_and_is_the_edit(
-    editor: Editor, method: str, settings: dict[str, Any]
-) -> None:
+def test_a_plan_changes_nothing_and_is_the_edit(editor: Editor, method: str, settings: dict[str, Any]) -> None:
     before = bits(editor)
     delta = editor.plan(FACTS, method, **settings)
     assert same(bits(editor), before) and editor.edits == ()
@@ -208,15 +206,11 @@ def test_files_that_are_no_edits(editor: Editor, tmp_path: Path) -> None:
         editor.load(tmp_path / "gone")
 
 
-def test_the_cache_is_the_environments_by_default(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_cache_is_the_environments_by_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTMEMIT_CACHE", str(tmp_path / "there"))
     editor = Editor(tiny_model("llama"), tiny_tokenizer())
     editor.precompute(tiny_corpus(), multiplier=1, layers=[0])
-    assert [p.name for p in (tmp_path / "there" / "statistics").iterdir()] == [
-        editor.fingerprint[:16]
-    ]
+    assert [p.name for p in (tmp_path / "there" / "statistics").iterdir()] == [editor.fingerprint[:16]]
 
 
 def test_the_default_layers_are_those_of_all_methods(editor: Editor, tmp_path: Path) -> None:
@@ -226,9 +220,7 @@ def test_the_default_layers_are_those_of_all_methods(editor: Editor, tmp_path: P
     assert list(found.paths) == [fresh.adapter.projection_name(layer) for layer in sorted(wanted)]
 
 
-def test_settings_of_ones_own_take_the_place_of_a_methods_name(
-    editor: Editor, tmp_path: Path
-) -> None:
+def test_settings_of_ones_own_take_the_place_of_a_methods_name(editor: Editor, tmp_path: Path) -> None:
     own = MemitConfig(layers=(0, 1), clamp=0.75, steps=2)
     # Those of the class, and not what a model without a preset gets.
     usual: dict[str, Any] = {"layers": (0, 1), "clamp": 0.75, "steps": 2}
@@ -260,9 +252,7 @@ def test_settings_of_ones_own_take_the_place_of_a_methods_name(
         ("alphaedit", {"weight": 5}, "weight is a setting of rome, emmet, memit, pmet and encore"),
     ],
 )
-def test_settings_that_do_nothing_are_refused(
-    editor: Editor, method: str, values: dict[str, Any], said: str
-) -> None:
+def test_settings_that_do_nothing_are_refused(editor: Editor, method: str, values: dict[str, Any], said: str) -> None:
     for refuse in (
         lambda: editor.config(method, **values),
         lambda: editor.plan(FACTS[:1], method, **values),

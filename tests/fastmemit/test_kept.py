@@ -139,8 +139,7 @@ def test_a_field_that_is_missing_is_named(tmp_path: Path, field: str, which: int
     for refused in refusals(tmp_path, found):
         assert str(path) in str(refused) and "precompute again" in str(refused)
         assert any(
-            said in str(refused)
-            for said in (f"their {field} (not on record)", f"another {field} (nothing, not ")
+            said in str(refused) for said in (f"their {field} (not on record)", f"another {field} (nothing, not ")
         )
 
 
@@ -196,9 +195,7 @@ def test_a_field_of_another_kind_is_named(tmp_path: Path, field: str, value: Any
         ({"keys": 300, "budget": 300}, "their keys are 300, .* must be 256"),
     ],
 )
-def test_numbers_that_contradict_the_sum_are_refused(
-    tmp_path: Path, changed: dict[str, Any], said: str
-) -> None:
+def test_numbers_that_contradict_the_sum_are_refused(tmp_path: Path, changed: dict[str, Any], said: str) -> None:
     found = collected(tmp_path)
     name, path = next(iter(found.paths.items()))
     rewritten(path, lambda provenance: provenance.update(changed))

@@ -50,9 +50,7 @@ def test_the_same_again_is_not_collected_again(tmp_path: Path) -> None:
     assert second == first and {p: p.stat().st_mtime_ns for p in stamps} == stamps
 
 
-def test_text_that_the_model_writes_is_not_written_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_text_that_the_model_writes_is_not_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(self_written, "TOKENS", 4)
     editor = tiny_editor(tmp_path, layers=None)
     found = editor.precompute("self", multiplier=0.5, layers=[1])
@@ -87,17 +85,13 @@ def test_names_of_model_and_corpus_say_nothing(tmp_path: Path) -> None:
     ],
     ids=["corpus", "seed", "multiplier", "tokenizer", "max_length", "weights", "dtype"],
 )
-def test_what_statistics_depend_on_gives_them_another_folder(
-    tmp_path: Path, changed: dict[str, Any]
-) -> None:
+def test_what_statistics_depend_on_gives_them_another_folder(tmp_path: Path, changed: dict[str, Any]) -> None:
     def collected(
         corpus: Corpus | None = None, multiplier: float = 4, max_length: int | None = None, **kwargs
     ) -> tuple[Path, int]:
         editor = tiny_editor(tmp_path, layers=None, **kwargs)
         counter = Forwards(editor.model, PROBE)
-        found = editor.precompute(
-            corpus or tiny_corpus(), multiplier=multiplier, layers=[1], max_length=max_length
-        )
+        found = editor.precompute(corpus or tiny_corpus(), multiplier=multiplier, layers=[1], max_length=max_length)
         (path,) = found.paths.values()
         return path.parent, counter.count
 
@@ -107,9 +101,7 @@ def test_what_statistics_depend_on_gives_them_another_folder(
     assert collected() == (base, 0)
 
 
-def test_an_interrupted_run_goes_on_where_it_stopped(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     editor = tiny_editor(tmp_path / "whole", layers=None)
     whole = editor.precompute(tiny_corpus(), multiplier=4, layers=(0, 1, 2))
     save, written = fastcov.save_moment, []
@@ -158,9 +150,7 @@ def test_a_damaged_file_is_refused_and_named(tmp_path: Path, damage: Any) -> Non
     damage(path)
     fresh = tiny_editor(tmp_path, layers=None)
     before = {name: tensor.clone() for name, tensor in fresh.model.state_dict().items()}
-    with pytest.raises(
-        fastcov.StoreDamaged, match=r"layers\.1\.mlp\.down_proj.* delete it and pre"
-    ):
+    with pytest.raises(fastcov.StoreDamaged, match=r"layers\.1\.mlp\.down_proj.* delete it and pre"):
         fresh.edit(FACTS[:1], "memit", layers=(0, 1), steps=2)
     assert all(torch.equal(t, before[n]) for n, t in fresh.model.state_dict().items())
 

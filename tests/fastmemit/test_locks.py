@@ -117,9 +117,7 @@ def test_a_file_system_without_locks(
 
 
 @pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.ENOSPC])
-def test_a_folder_that_takes_no_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
-) -> None:
+def test_a_folder_that_takes_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     def refuse(path: Path, *args: object) -> int:
         raise OSError(number, os.strerror(number), str(path))
 
@@ -157,9 +155,7 @@ def test_what_another_user_has_left_is_no_obstacle(mode: int, folder: int) -> No
     assert made.stdout == ("True\n" if mode == 0o644 else "False\n"), made.stderr
 
 
-def test_a_folder_that_cannot_be_written_is_said(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(*_: object) -> int:
         raise PermissionError(errno.EACCES, "Permission denied")
 

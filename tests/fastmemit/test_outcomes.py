@@ -134,8 +134,7 @@ def test_the_verdict_in_words() -> None:
     assert verdict([told]) == "1 of 1 fact is now what the model says"
     assert verdict([told, told]) == "2 of 2 facts are now what the model says"
     assert verdict([told, missed]) == (
-        "1 of 2 facts are now what the model says; "
-        "not: IBM was founded by Steve Jobs (says: a \\x1b[2Jgroup)"
+        "1 of 2 facts are now what the model says; not: IBM was founded by Steve Jobs (says: a \\x1b[2Jgroup)"
     )
     many = verdict([missed] * 12).split("; ")
     assert many[0] == "0 of 12 facts are now what the model says"
@@ -146,14 +145,10 @@ def test_the_verdict_in_words() -> None:
         "1 of these behind other text (a line break will do) but not at the very start of one, "
         "where one token is hardly told from another: Microsoft",
     ]
-    assert missed.described() == (
-        " 50.00% ->  50.00%  IBM was founded by Steve Jobs (before: Bill Gates)"
-    )
+    assert missed.described() == (" 50.00% ->  50.00%  IBM was founded by Steve Jobs (before: Bill Gates)")
 
 
-def test_an_edit_knows_what_became_of_its_facts(
-    editor: Editor, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_an_edit_knows_what_became_of_its_facts(editor: Editor, caplog: pytest.LogCaptureFixture) -> None:
     before = ask(editor.adapter, editor.tokenizer, FACTS)
     edit = editor.edit(FACTS, "memit", **QUICK)
     try:
@@ -168,9 +163,7 @@ def test_an_edit_knows_what_became_of_its_facts(
         edit.undo()
 
 
-def test_nothing_is_asked_where_it_is_not_wanted(
-    editor: Editor, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nothing_is_asked_where_it_is_not_wanted(editor: Editor, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastmemit.sources.ask", None)
     edit = editor.edit(FACTS, "memit", verify=False, **QUICK)
     edit.undo()
@@ -192,9 +185,7 @@ def test_a_strict_edit_that_holds_stays(editor: Editor) -> None:
     edit.undo()
 
 
-def test_an_error_while_asking_leaves_the_model_unedited(
-    editor: Editor, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_error_while_asking_leaves_the_model_unedited(editor: Editor, monkeypatch: pytest.MonkeyPatch) -> None:
     before, calls = bits(editor), []
 
     def failing(*arguments: Any) -> Any:

@@ -60,9 +60,7 @@ def moments(cache: Path) -> dict[str, tuple[fastcov.SecondMoment, dict[str, Any]
 
 
 @pytest.mark.slow
-def test_torchrun_makes_the_statistics_of_one_process(
-    two: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_torchrun_makes_the_statistics_of_one_process(two: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (code, out, err), other = said(two, "plain")
     assert (code, err) == (0, "") and other == [0, "", ""]
     assert "256 keys" in out and "process 0 of 2: " in out
@@ -181,9 +179,7 @@ def test_processes_with_other_models_collect_nothing() -> None:
     assert sum(isinstance(error, FailedElsewhere) for error in found) == 1
 
 
-def test_a_file_is_written_once_where_all_see_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_is_written_once_where_all_see_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written: list[Path] = []
 
     def write(path: Path, moment: Any, provenance: Any) -> None:
@@ -229,9 +225,7 @@ def test_the_gpus_of_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
     assert local_device(None) is None and own_gpus() is None
 
 
-def test_text_that_the_model_writes_is_not_divided(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_text_that_the_model_writes_is_not_divided(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     editor = tiny_editor(tmp_path, layers=None)
     monkeypatch.setattr(parallel, "current", lambda: Processes(dist.HashStore(), 0, 2))
     with pytest.raises(BadCorpus, match="written by one model as it goes"):

@@ -101,9 +101,7 @@ def test_how_an_answer_follows_a_text(text: str, answer: str, whole: str) -> Non
 
 @pytest.mark.parametrize("join", ["", " ", "\n", ": "])
 @pytest.mark.parametrize("prompt", ["{} is in", "{} is in ", "{}在", "{} said “"])
-def test_what_is_said_to_stand_between_prompt_and_answer_stands_there(
-    prompt: str, join: str
-) -> None:
+def test_what_is_said_to_stand_between_prompt_and_answer_stands_there(prompt: str, join: str) -> None:
     request = EditRequest(prompt, "Eiffel", " Rome ", join=join)
     assert request.target == join + "Rome"
     assert request.answer_to("Another text", "Oslo") == join + "Oslo"

@@ -123,9 +123,7 @@ def test_rows_that_padding_changes_are_continued_by_themselves() -> None:
     alone = [continue_rows(model, tokenizer, [row], 1)[0] for row in rows]
     assert continue_rows(model, tokenizer, rows, 1) == alone
     calls: list[int] = []
-    model.register_forward_pre_hook(
-        lambda _m, _a, kwargs: calls.append(len(kwargs["input_ids"])), with_kwargs=True
-    )
+    model.register_forward_pre_hook(lambda _m, _a, kwargs: calls.append(len(kwargs["input_ids"])), with_kwargs=True)
     continue_rows(model, tokenizer, rows, 1)
     assert calls[-3:] == [2, 1, 1]  # rows of one length together
 

@@ -60,9 +60,7 @@ def test_it_is_the_literal_second_moment(
         assert torch.equal(got, got.T)
 
 
-def test_text_that_the_model_writes_is_collected_the_same_way(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_text_that_the_model_writes_is_collected_the_same_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # The model writes while its keys are being collected: what it writes with must not count.
     monkeypatch.setattr(self_written_module, "TOKENS", 6)
     editor = tiny_editor(tmp_path, layers=None)
@@ -131,14 +129,7 @@ def test_text_that_gives_no_token(tmp_path: Path) -> None:
 
     adapter = find_adapter(tiny_model("llama"))
     with pytest.raises(fastcov.EmptyCorpus):
-        precompute(
-            adapter,
-            tiny_tokenizer(),
-            Corpus("empty", "0" * 64, read),
-            tmp_path,
-            IDENTITY,
-            layers=[0],
-        )
+        precompute(adapter, tiny_tokenizer(), Corpus("empty", "0" * 64, read), tmp_path, IDENTITY, layers=[0])
 
 
 def test_a_model_with_nan_is_reported(tmp_path: Path) -> None:
@@ -170,9 +161,7 @@ def test_reading_is_counted_as_it_goes(tmp_path: Path) -> None:
     assert sum(read) >= sum(taken)
 
 
-def test_how_fast_it_went_is_with_what_was_just_collected(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_how_fast_it_went_is_with_what_was_just_collected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     notes: list[str] = []
     monkeypatch.setattr("fastmemit.progress.Bar.note", lambda self, text: notes.append(text))
     editor = tiny_editor(tmp_path, layers=None, progress=True)

@@ -42,10 +42,7 @@ TEXTS = [
     "real \ufffd and fake �",
 ]
 texts = st.text(
-    st.one_of(
-        st.sampled_from("The city of Paris.,  \n🙂é日א\u200b{}"),
-        st.characters(exclude_categories=["Cs", "Cc"]),
-    ),
+    st.one_of(st.sampled_from("The city of Paris.,  \n🙂é日א\u200b{}"), st.characters(exclude_categories=["Cs", "Cc"])),
     max_size=25,
 ).filter(lambda text: not any(special in text for special in (PAD, BOS, EOS, UNK)))
 
@@ -98,9 +95,7 @@ def test_spans_tile_the_text(kind: str, text: str) -> None:
 @example("", "🙂", "🙂")
 @example("a {} b ", "Eiffel", " is")
 @example("Paris, ", "Paris", " Paris")
-def test_the_subject_ends_in_the_token_of_its_last_character(
-    kind: str, before: str, subject: str, after: str
-) -> None:
+def test_the_subject_ends_in_the_token_of_its_last_character(kind: str, before: str, subject: str, after: str) -> None:
     encoded = encode(tiny_tokenizer(kind), before + subject + after)
     start, end = len(before), len(before) + len(subject)
     if not subject:

@@ -26,17 +26,7 @@ def compiled(source: str, folder: Path) -> Path:
     if not sources.is_dir():
         pytest.skip("the C++ sources are not there")
     built = subprocess.run(
-        [
-            compiler,
-            *flags,
-            f"-I{here}",
-            f"-I{sources}",
-            here / source,
-            "-o",
-            program,
-        ],
-        capture_output=True,
-        text=True,
+        [compiler, *flags, f"-I{here}", f"-I{sources}", here / source, "-o", program], capture_output=True, text=True
     )
     assert built.returncode == 0, built.stderr
     return program
@@ -123,9 +113,7 @@ def _bytes(t: Tensor) -> bytes:
     return whole.view(torch.uint8).numpy().tobytes()
 
 
-def listed(
-    program: Path, kernel: str, d: int, steps: int, workers: int, divide: bool
-) -> list[list[int]]:
+def listed(program: Path, kernel: str, d: int, steps: int, workers: int, divide: bool) -> list[list[int]]:
     """The pieces of all workers: worker, row, col, begin, end, turn, parts, slot."""
     words = [kernel, *map(str, (d, steps, workers, int(divide)))]
     ran = subprocess.run([program, *words], capture_output=True, text=True, check=True)

@@ -45,11 +45,7 @@ def knows(*flags):
 
 @pytest.mark.slow
 def test_every_variant_that_can_run_is_right(tmp_path):
-    flags, names, defined = (
-        dict(OWN),
-        [name for name in OWN if name != "portable"],
-        ["-DFASTCOV_AMX"],
-    )
+    flags, names, defined = (dict(OWN), [name for name in OWN if name != "portable"], ["-DFASTCOV_AMX"])
     if not knows(*OWN["amx_bf16"]):
         defined = []
         names.remove("amx_bf16")

@@ -25,9 +25,7 @@ def built(source, target, folder):
     cubin = folder / f"{source}-{target}.cubin"
     arch = f"arch=compute_{target},code=sm_{target}"
     command = ["nvcc", "-std=c++17", "-O3", "-Xptxas", "-v", "-gencode", arch]
-    ran = subprocess.run(
-        [*command, "-cubin", SOURCES / source, "-o", cubin], capture_output=True, text=True
-    )
+    ran = subprocess.run([*command, "-cubin", SOURCES / source, "-o", cubin], capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     return cubin, ran.stdout + ran.stderr
 
@@ -37,9 +35,7 @@ def instructions(cubin):
     tool = shutil.which("cuobjdump")
     triton = importlib.util.find_spec("triton")
     if tool is None and triton is not None and triton.origin is not None:
-        tool = shutil.which(
-            "cuobjdump", path=Path(triton.origin).parent / "backends" / "nvidia" / "bin"
-        )
+        tool = shutil.which("cuobjdump", path=Path(triton.origin).parent / "backends" / "nvidia" / "bin")
     if tool is None:
         return None
     return subprocess.run([tool, "-sass", cubin], capture_output=True, text=True, check=True).stdout
@@ -53,9 +49,7 @@ def instructions(cubin):
         ("mma.cu", "80", 3, [r"HMMA\.16816\.F32", r"HMMA\.1688\.F32\.TF32", "LDGSTS", "LDSM"]),
     ],
 )
-def test_kernels_use_their_instructions_and_spill_nothing(
-    source, target, kernels, wanted, tmp_path
-):
+def test_kernels_use_their_instructions_and_spill_nothing(source, target, kernels, wanted, tmp_path):
     cubin, report = built(source, target, tmp_path)
     frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) ", report)
     assert frames == [("0", "0", "0")] * kernels

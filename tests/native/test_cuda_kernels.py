@@ -144,12 +144,7 @@ def test_divided_tiles_add_up_to_the_same_bits_in_every_order(emulate, route):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "route, dtype, n",
-    [
-        ("wgmma", torch.bfloat16, 8192),
-        ("mma", torch.bfloat16, 8192),
-        ("mma", torch.float32, 2048),
-    ],
+    "route, dtype, n", [("wgmma", torch.bfloat16, 8192), ("mma", torch.bfloat16, 8192), ("mma", torch.float32, 2048)]
 )
 def test_sums_that_truncate_are_promoted_in_time(emulate, route, dtype, n):
     # Without promotion, these rows lose about 1e-5 of the diagonal.
@@ -169,9 +164,7 @@ def listing(tmp_path_factory):
 @pytest.mark.parametrize("kernel, tile", [("mma", (128, 128)), ("wgmma", (256, 192))])
 @pytest.mark.parametrize("d", [1, 128, 200, 1000, 3000])
 @pytest.mark.parametrize("workers", [1, 3, 66])
-def test_every_tile_of_the_triangle_is_computed_once_and_by_turns(
-    listing, kernel, tile, d, workers
-):
+def test_every_tile_of_the_triangle_is_computed_once_and_by_turns(listing, kernel, tile, d, workers):
     steps = 100
     reach = [(min((r + 1) * tile[0], d) - 1) // tile[1] for r in range(-(-d // tile[0]))]
     wanted = {(row, col) for row, last in enumerate(reach) for col in range(last + 1)}

@@ -16,8 +16,8 @@ def _output(out):
 def literal_target(model, tokenizer, block, request, contexts, settings, module=None):
     """(target, v0, losses) of one request.
 
-    `block` is the module whose output takes the change; `module`, if given, takes its place (the
-    edited projection, for ROME).
+    `block` is the module whose output takes the change; `module`, if given, takes its place (the edited projection, for
+    ROME).
     """
     site = module if module is not None else block
     ending = " " + request.target_new.strip()

@@ -19,15 +19,12 @@ def _answer_probability(model, ids, answer):
 
 
 @torch.no_grad()
-def literal_effects(
-    model, modules, ids, subject, answer, noise, windows, positions=None, layers=None
-):
+def literal_effects(model, modules, ids, subject, answer, noise, windows, positions=None, layers=None):
     """(p clean, mean p corrupted, {(kind, position, layer): indirect effect}) of one fact.
 
-    `modules` is kind -> the module of each layer; `subject` is the index of the subject's first
-    token; `noise` is (samples, subject tokens, width); `windows` is kind -> layer -> the layers
-    that are put back together; `positions` (all from the subject on) and `layers` (all)
-    say which effects are wanted.
+    `modules` is kind -> the module of each layer; `subject` is the index of the subject's first token; `noise` is
+    (samples, subject tokens, width); `windows` is kind -> layer -> the layers that are put back together; `positions`
+    (all from the subject on) and `layers` (all) say which effects are wanted.
     """
     width = noise.shape[1]
     clean_values = {}

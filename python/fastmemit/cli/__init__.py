@@ -79,10 +79,7 @@ class _Parser(argparse.ArgumentParser):
 def parser() -> argparse.ArgumentParser:
     """The parser of all verbs."""
     top = _Parser(
-        prog="fastmemit",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="fastmemit", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     top.add_argument("--version", action="version", version=f"fastmemit {__version__}")
     verbs = top.add_subparsers(dest="verb", metavar="VERB", required=True)
@@ -102,8 +99,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb.
 
     Returns:
-        0; 1 if `--strict` was given and a fact did not take; 2 for an error that the caller can
-        mend, said in one sentence on stderr; 130 if the run was interrupted.
+        0; 1 if `--strict` was given and a fact did not take; 2 for an error that the caller can mend, said in one
+        sentence on stderr; 130 if the run was interrupted.
     """
     back = printable_output()
     if argv is None:  # the process' own: what it writes at its end is printable too
@@ -140,9 +137,7 @@ def _run(argv: Sequence[str] | None) -> int:
         if error.errno is None:  # one of ours, a whole sentence
             return _fail(str(error))
         where = f": {error.filename}" if error.filename else ""
-        return _fail(
-            f"{error.strerror}{where}; nothing was left half written, mend it and run again."
-        )
+        return _fail(f"{error.strerror}{where}; nothing was left half written, mend it and run again.")
     except KeyboardInterrupt as error:
         ended = isinstance(error, _Terminated)
         what = "terminated" if ended else "interrupted"

@@ -31,9 +31,7 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="a saved edit; several are applied in their order",
     )
-    verb.add_argument(
-        "--prompt", action="append", default=[], help="continue this text before and after"
-    )
+    verb.add_argument("--prompt", action="append", default=[], help="continue this text before and after")
     verb.add_argument("--tokens", type=above_zero, default=20, help="how far (default 20)")
     verb.add_argument("--force", action="store_true", help="though made for another model")
     verb.add_argument("--save-model", type=Path, metavar="DIR", help="write the edited model here")

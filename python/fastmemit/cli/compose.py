@@ -34,17 +34,13 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
         metavar="DIGEST",
         help="leave out the part with this digest, or its first 8 digits or more",
     )
-    verb.add_argument(
-        "--allow-conflicts", action="store_true", help="though two edits write the same fact"
-    )
+    verb.add_argument("--allow-conflicts", action="store_true", help="though two edits write the same fact")
     verb.add_argument(
         "--compress",
         action="store_true",
         help="drop columns that the change does not need; parts can then not be removed",
     )
-    verb.add_argument(
-        "--rank", type=above_zero, metavar="N", help="compress to rank N at most, with loss"
-    )
+    verb.add_argument("--rank", type=above_zero, metavar="N", help="compress to rank N at most, with loss")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -72,8 +68,5 @@ def run(args: argparse.Namespace) -> None:
         facts = f"{len(part.requests)} facts by {printable(str(method)):.20}"
         print(f"  {part.digest():.12}  {facts}")
     for name, done in (whole.provenance.get("compression") or {}).items():
-        print(
-            f"  {printable(name)}: rank {done['from']} -> {done['to']}, "
-            f"relative error {done['relative_error']:.1e}"
-        )
+        print(f"  {printable(name)}: rank {done['from']} -> {done['to']}, relative error {done['relative_error']:.1e}")
     print(f"{len(found)} edits on {len(whole.factors)} weights saved to {args.save}")

@@ -12,13 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastmemit.cli.options import (
-    add_method,
-    add_model,
-    check_writable,
-    chosen_settings,
-    make_editor,
-)
+from fastmemit.cli.options import add_method, add_model, check_writable, chosen_settings, make_editor
 from fastmemit.cli.table import MEANING, interval_table
 from fastmemit.errors import FastmemitError
 
@@ -43,9 +37,7 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
     add_method(verb)
     verb.add_argument("--corpus", default="builtin", help="builtin (default), self or a file")
     verb.add_argument("--multiplier", type=float, default=10.0)
-    verb.add_argument(
-        "--save", type=Path, default=Path("fastmemit-demo.safetensors"), metavar="FILE"
-    )
+    verb.add_argument("--save", type=Path, default=Path("fastmemit-demo.safetensors"), metavar="FILE")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -81,13 +81,7 @@ def run(args: argparse.Namespace) -> None:
     edits = [editor.load(path, force=args.force) for path in args.edit]
     text = None
     if args.text is not None:
-        text = read_text(
-            args.text,
-            editor.tokenizer,
-            tokens=args.tokens,
-            context=args.context,
-            stride=args.stride,
-        )
+        text = read_text(args.text, editor.tokenizer, tokens=args.tokens, context=args.context, stride=args.stride)
     found = compare(
         editor,
         edits,
@@ -106,8 +100,7 @@ def run(args: argparse.Namespace) -> None:
     if found["text"] is not None:
         shape = found["text"]
         print(
-            f"{shape['name']}: {shape['tokens']} tokens predicted in {shape['windows']} windows of "
-            f"{shape['context']}"
+            f"{shape['name']}: {shape['tokens']} tokens predicted in {shape['windows']} windows of {shape['context']}"
         )
     print(_table(found))
     if args.json is not None:

@@ -41,9 +41,7 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
     facts.add_argument("--prompt", help="one fact instead: its prompt with {} for the subject")
     facts.add_argument("--subject", help="its subject")
     facts.add_argument("--target", help="its new answer")
-    facts.add_argument(
-        "--join", metavar="TEXT", help="what stands between prompt and answer (default: by rule)"
-    )
+    facts.add_argument("--join", metavar="TEXT", help="what stands between prompt and answer (default: by rule)")
     verb.add_argument(
         "--strict",
         action="store_true",
@@ -63,9 +61,7 @@ def run(args: argparse.Namespace) -> None:
     requests = _requests(args)
     overrides = chosen_settings(args)
     if args.save is None and args.save_model is None:
-        raise BadConfig(
-            "The edit would be gone with this command; pass --save FILE or --save-model DIR."
-        )
+        raise BadConfig("The edit would be gone with this command; pass --save FILE or --save-model DIR.")
     check_writable(args.save)
     check_free(args.save_model)
     editor = make_editor(args)
@@ -107,8 +103,7 @@ def _requests(args: argparse.Namespace) -> list[EditRequest]:
     given = any(single) or args.join is not None
     if (args.requests is None and not complete) or (args.requests is not None and given):
         raise BadConfig(
-            "Name the facts either by --requests FILE or by --prompt, --subject and --target, to "
-            "which --join belongs."
+            "Name the facts either by --requests FILE or by --prompt, --subject and --target, to which --join belongs."
         )
     if args.requests is not None:
         return check_batch(load_requests(args.requests))

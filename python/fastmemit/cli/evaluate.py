@@ -67,9 +67,7 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
         help=f"rows of the table, of {', '.join(COLUMNS)}; the last two take time of their own "
         "(default: score, which has the accuracies beside it; zsRE shows its own)",
     )
-    verb.add_argument(
-        "--perplexity", type=Path, metavar="FILE", help="text to measure it on, before and after"
-    )
+    verb.add_argument("--perplexity", type=Path, metavar="FILE", help="text to measure it on, before and after")
     verb.add_argument(
         "--perplexity-tokens",
         type=above_zero,
@@ -153,24 +151,16 @@ def run(args: argparse.Namespace) -> None:
         print(f"written to {args.json}")
 
 
-def measured_columns(
-    result: Result, names: Sequence[str]
-) -> dict[str, dict[str, Estimate | float | None]]:
+def measured_columns(result: Result, names: Sequence[str]) -> dict[str, dict[str, Estimate | float | None]]:
     """What is shown of a result: before, after and the paired change of every score."""
-    from fastmemit.experiments.intervals import (
-        HARMONIC,
-        SHARES,
-        difference_intervals,
-        score_intervals,
-    )
+    from fastmemit.experiments.intervals import HARMONIC, SHARES, difference_intervals, score_intervals
 
     records: Any = result["records"]
     sure = [name for name in names if name in SHARES or name in HARMONIC]
     before: dict[str, Any] = {name: result["before"][name] for name in names}
     after: dict[str, Any] = {name: result["after"][name] for name in names}
     change: dict[str, Any] = {
-        name: None if before[name] is None or after[name] is None else after[name] - before[name]
-        for name in names
+        name: None if before[name] is None or after[name] is None else after[name] - before[name] for name in names
     }
     before |= score_intervals(records, when="before", names=sure)
     after |= score_intervals(records, names=sure)
@@ -186,9 +176,7 @@ def _metrics(text: str) -> tuple[str, ...]:
     names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
     for name in names:
         if name not in COLUMNS:
-            raise argparse.ArgumentTypeError(
-                f"there is no metric {name!r}; choose from {', '.join(COLUMNS)}"
-            )
+            raise argparse.ArgumentTypeError(f"there is no metric {name!r}; choose from {', '.join(COLUMNS)}")
     if not names:
         raise argparse.ArgumentTypeError(f"name one or more of {', '.join(COLUMNS)}")
     return names

@@ -34,9 +34,7 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
     )
     verb.add_argument("--trust-remote-code", action="store_true", help="run the model's own code")
     verb.add_argument(
-        "--own-ranks",
-        action="store_true",
-        help="give each module its own rank by PEFT's patterns, and pad none",
+        "--own-ranks", action="store_true", help="give each module its own rank by PEFT's patterns, and pad none"
     )
 
 

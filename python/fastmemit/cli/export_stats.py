@@ -33,8 +33,7 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
     add_place(verb, required=True)
     verb.add_argument(
         "--layers",
-        help="such as 4-8 or 4,6 (default: those that are kept, or with --corpus those of all "
-        "methods' settings)",
+        help="such as 4-8 or 4,6 (default: those that are kept, or with --corpus those of all methods' settings)",
     )
     verb.add_argument("--overwrite", action="store_true", help="replace files that are there")
     null = verb.add_argument_group("AlphaEdit's projectors")
@@ -42,21 +41,14 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
         "--null-space",
         type=Path,
         metavar="FILE",
-        help=f"write them here (default with --layout alphaedit: {NULL_SPACE} in the folder that "
-        "holds data/stats)",
+        help=f"write them here (default with --layout alphaedit: {NULL_SPACE} in the folder that holds data/stats)",
     )
     null.add_argument("--no-null-space", action="store_true", help="do not write them")
     null.add_argument(
-        "--threshold",
-        type=float,
-        metavar="X",
-        help="eigenvalues of C below it count as zero (default 0.02)",
+        "--threshold", type=float, metavar="X", help="eigenvalues of C below it count as zero (default 0.02)"
     )
     null.add_argument(
-        "--relative-threshold",
-        type=float,
-        metavar="X",
-        help="instead, a multiple of the mean of C's diagonal",
+        "--relative-threshold", type=float, metavar="X", help="instead, a multiple of the mean of C's diagonal"
     )
     add_model(verb)
     add_corpus(verb, default=None)
@@ -109,8 +101,7 @@ def _null_space(args: argparse.Namespace) -> Path | None:
     """Where AlphaEdit's projectors go, if they are to be written.
 
     Raises:
-        BadConfig: Options that contradict each other, a threshold that is not above 0, or a folder
-            for a file.
+        BadConfig: Options that contradict each other, a threshold that is not above 0, or a folder for a file.
     """
     given = [args.threshold, args.relative_threshold]
     if None not in given:
@@ -135,9 +126,7 @@ def _null_space(args: argparse.Namespace) -> Path | None:
     return (folder.absolute().parent.parent if inside else folder) / NULL_SPACE
 
 
-def _statistics(
-    editor: Editor, args: argparse.Namespace, layers: tuple[int, ...] | None
-) -> Statistics:
+def _statistics(editor: Editor, args: argparse.Namespace, layers: tuple[int, ...] | None) -> Statistics:
     """The statistics to write: newly collected where a corpus is named, else kept ones.
 
     Raises:

@@ -32,9 +32,7 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
         help="a file as they name it, MODULE_float32_mom2_100000.npz, instead of --layout",
     )
     verb.add_argument("--layers", help="such as 4-8 or 4,6 (default: all that are there)")
-    verb.add_argument(
-        "--no-check", action="store_true", help="do not compare them with the model's own keys"
-    )
+    verb.add_argument("--no-check", action="store_true", help="do not compare them with the model's own keys")
     add_place(verb, required=False)
     add_model(verb)
 
@@ -53,9 +51,6 @@ def run(args: argparse.Namespace) -> None:
     files = args.file or files_of(editor, make_place(args, editor), layers)
     found = import_statistics(editor, files, check=not args.no_check)
     dtype = str(editor.model.dtype).removeprefix("torch.")
-    print(
-        f"{editor.name} in {dtype}: second moments of {len(found.paths)} layers taken over, "
-        f"{found.describe()}"
-    )
+    print(f"{editor.name} in {dtype}: second moments of {len(found.paths)} layers taken over, {found.describe()}")
     for path in found.paths.values():
         print(f"  {path}")

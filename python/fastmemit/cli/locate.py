@@ -31,24 +31,16 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--facts",
         required=True,
-        help="a CounterFact file (full or flat), counterfact (from the hub), hub:NAME[@SPLIT] "
-        "or builtin",
+        help="a CounterFact file (full or flat), counterfact (from the hub), hub:NAME[@SPLIT] or builtin",
     )
     verb.add_argument("--skip-malformed", action="store_true", help="go on without bad records")
+    verb.add_argument("--limit", type=above_zero, default=200, metavar="N", help="trace at most N facts")
     verb.add_argument(
-        "--limit", type=above_zero, default=200, metavar="N", help="trace at most N facts"
-    )
-    verb.add_argument(
-        "--unknown-too",
-        action="store_true",
-        help="also facts of which the model does not predict the answer",
+        "--unknown-too", action="store_true", help="also facts of which the model does not predict the answer"
     )
     verb.add_argument("--samples", type=above_zero, default=10, help="noise samples per fact")
     verb.add_argument(
-        "--noise",
-        type=float,
-        default=3.0,
-        help="standard deviation of the noise, in those of the subjects' embeddings",
+        "--noise", type=float, default=3.0, help="standard deviation of the noise, in those of the subjects' embeddings"
     )
     verb.add_argument(
         "--window",
@@ -63,9 +55,7 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
         help="tokens to restore: the subject's last, or all from the subject on",
     )
     verb.add_argument(
-        "--kinds",
-        default=",".join(_KINDS),
-        help="what to restore, from mlp, attention and hidden (default: all three)",
+        "--kinds", default=",".join(_KINDS), help="what to restore, from mlp, attention and hidden (default: all three)"
     )
     verb.add_argument("--json", type=Path, metavar="FILE", help="write everything found here")
     verb.add_argument("--figure", type=Path, metavar="FILE", help="draw it (.svg or .png)")
@@ -81,14 +71,7 @@ def run(args: argparse.Namespace) -> None:
     from fastmemit.data import load_records
     from fastmemit.progress import bar
     from fastmemit.statistics import versions
-    from fastmemit.tracing import (
-        TraceSettings,
-        choose_facts,
-        count_states,
-        located,
-        propose,
-        trace,
-    )
+    from fastmemit.tracing import TraceSettings, choose_facts, count_states, located, propose, trace
     from fastmemit.tracing.figure import check_figure, draw
 
     check_writable(args.json, args.figure)

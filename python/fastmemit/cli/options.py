@@ -52,17 +52,14 @@ def add_model(verb: argparse.ArgumentParser, default: str | None = None) -> None
         "--target-batch-tokens",
         type=above_zero,
         metavar="N",
-        help="tokens of target vectors optimised together: bounds the memory "
-        "(default 1024 on a CPU, else 16384)",
+        help="tokens of target vectors optimised together: bounds the memory (default 1024 on a CPU, else 16384)",
     )
 
 
 def add_method(verb: argparse.ArgumentParser) -> None:
     """``--method``, ``--hparams`` and ``--set``; `chosen_settings` reads them."""
     group = verb.add_argument_group("method")
-    group.add_argument(
-        "--method", choices=METHOD_NAMES, help="default memit, or what --hparams is for"
-    )
+    group.add_argument("--method", choices=METHOD_NAMES, help="default memit, or what --hparams is for")
     group.add_argument(
         "--hparams",
         type=Path,
@@ -102,8 +99,8 @@ class _Setting(argparse.Action):
 def chosen_settings(args: argparse.Namespace) -> dict[str, Any]:
     """The settings that ``--hparams`` and ``--set`` give, by name.
 
-    Sets ``args.method`` too, and the module and the multiplier where the file alone names them. To
-    be called before `make_editor`, which checks that the file is for the model.
+    Sets ``args.method`` too, and the module and the multiplier where the file alone names them. To be called before
+    `make_editor`, which checks that the file is for the model.
 
     Raises:
         BadConfig: A file or a setting that makes no sense, or a file for another method.
@@ -147,9 +144,7 @@ def add_corpus(verb: argparse.ArgumentParser, default: str | None) -> None:
         metavar="N",
         help="cut documents at N tokens (default: the model's context, at most 2048)",
     )
-    group.add_argument(
-        "--allow-fewer", action="store_true", help="take a corpus that ends before the budget"
-    )
+    group.add_argument("--allow-fewer", action="store_true", help="take a corpus that ends before the budget")
     group.add_argument(
         "--checkpoint-seconds",
         type=_seconds,
@@ -198,9 +193,7 @@ def quiet_libraries() -> None:
         disable_progress_bars()
 
 
-def ensure_statistics(
-    editor: Editor, layers: Sequence[int], args: argparse.Namespace
-) -> Statistics:
+def ensure_statistics(editor: Editor, layers: Sequence[int], args: argparse.Namespace) -> Statistics:
     """Use the statistics that the options ask for, collecting them if they are not kept yet."""
     for layer in layers:
         editor.adapter.weight(layer)  # what cannot be edited is refused before, not after
@@ -256,9 +249,7 @@ def check_free(folder: Path | None) -> None:
 
 def _seed(text: str) -> int:
     if not text.isdecimal() or int(text) >= 2**32:
-        raise argparse.ArgumentTypeError(
-            f"must be a whole number from 0 to {2**32 - 1} but is {text!r}"
-        )
+        raise argparse.ArgumentTypeError(f"must be a whole number from 0 to {2**32 - 1} but is {text!r}")
     return int(text)
 
 

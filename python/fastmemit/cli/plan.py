@@ -35,9 +35,7 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--share", type=float, help="the part of them that a collect reaches")
     verb.add_argument("--processes", type=above_zero, default=1, help="that divide the text")
     verb.add_argument("--batch-tokens", type=above_zero, default=16384, metavar="N")
-    verb.add_argument(
-        "--length", type=above_zero, default=1024, metavar="N", help="tokens of a document"
-    )
+    verb.add_argument("--length", type=above_zero, default=1024, metavar="N", help="tokens of a document")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -64,19 +62,9 @@ def run(args: argparse.Namespace) -> None:
     except ValueError as error:
         if isinstance(error, fastcov.FastcovError):
             raise
-        raise BadConfig(
-            f"--multiplier {args.multiplier!r} is no list of numbers; write 10, or 2,10."
-        ) from error
+        raise BadConfig(f"--multiplier {args.multiplier!r} is no list of numbers; write 10, or 2,10.") from error
     plans = [
-        plan(
-            shape,
-            machine,
-            layers,
-            keys,
-            processes=args.processes,
-            batch_tokens=args.batch_tokens,
-            length=args.length,
-        )
+        plan(shape, machine, layers, keys, processes=args.processes, batch_tokens=args.batch_tokens, length=args.length)
         for keys in dict.fromkeys([*wanted, FULL_KEYS])
     ]
     print(

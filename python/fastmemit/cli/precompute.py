@@ -22,9 +22,7 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
     """Declare the verb's options."""
     add_model(verb)
     add_corpus(verb, default="wikipedia")
-    verb.add_argument(
-        "--layers", help="such as 4-8 or 4,6 (default: those of all methods' settings)"
-    )
+    verb.add_argument("--layers", help="such as 4-8 or 4,6 (default: those of all methods' settings)")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -43,9 +43,7 @@ def run(args: argparse.Namespace) -> None:
         print(f"edit with {len(delta.requests)} facts of {args.repo} saved to {args.save}")
         return
     tokenizer = tokenizer_fingerprint(editor.tokenizer) if editor is not None else None
-    found = pull_statistics(
-        args.repo, revision=args.revision, model=model, tokenizer=tokenizer, cache=args.cache
-    )
+    found = pull_statistics(args.repo, revision=args.revision, model=model, tokenizer=tokenizer, cache=args.cache)
     print(f"second moments of {len(found.paths)} layers: {found.describe()}")
     for path in found.paths.values():
         print(f"  {path}")

@@ -25,9 +25,7 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
     what.add_argument("--edit", type=Path, metavar="FILE", help="a saved edit")
     what.add_argument("--statistics", type=Path, metavar="DIR", help="a folder of moments")
     verb.add_argument("--license", metavar="NAME", help="as the hub writes it: apache-2.0, mit")
-    verb.add_argument(
-        "--base-model", metavar="NAME", help="the model on the hub (default: the one on record)"
-    )
+    verb.add_argument("--base-model", metavar="NAME", help="the model on the hub (default: the one on record)")
     verb.add_argument("--private", action="store_true", help="only you may see it")
     verb.add_argument("--dry-run", type=Path, metavar="DIR", help="write it here instead")
 
@@ -39,12 +37,7 @@ def run(args: argparse.Namespace) -> None:
 
     check_free(args.dry_run)
     quiet_libraries()
-    options = {
-        "license": args.license,
-        "base_model": args.base_model,
-        "private": args.private,
-        "dry_run": args.dry_run,
-    }
+    options = {"license": args.license, "base_model": args.base_model, "private": args.private, "dry_run": args.dry_run}
     if args.edit is not None:
         place = push_edit(Delta.load(args.edit), args.repo, **options)
     else:

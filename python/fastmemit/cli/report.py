@@ -21,9 +21,7 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="a folder that a sweep wrote; several of the same model make one report",
     )
-    verb.add_argument(
-        "--out", type=Path, metavar="DIR", help="where to write (default: report in the first DIR)"
-    )
+    verb.add_argument("--out", type=Path, metavar="DIR", help="where to write (default: report in the first DIR)")
 
 
 def run(args: argparse.Namespace) -> None:

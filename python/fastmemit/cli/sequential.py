@@ -5,13 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from fastmemit.cli.options import (
-    above_zero,
-    add_method,
-    add_model,
-    chosen_settings,
-    make_editor,
-)
+from fastmemit.cli.options import above_zero, add_method, add_model, chosen_settings, make_editor
 from fastmemit.errors import BadConfig
 
 HELP = "Write batches on top of each other and score all facts so far; goes on where it was killed."
@@ -34,20 +28,15 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
     group.add_argument("--skip-malformed", action="store_true", help="go on without bad records")
     group.add_argument("--batch-size", type=above_zero, default=16, help="records edited together")
     group.add_argument("--batches", type=above_zero, default=10, help="how many, one on the other")
+    group.add_argument("--score-every", type=above_zero, default=1, metavar="K", help="after each K-th batch")
     group.add_argument(
-        "--score-every", type=above_zero, default=1, metavar="K", help="after each K-th batch"
-    )
-    group.add_argument(
-        "--multipliers",
-        default="10",
-        help="of the key width; full is the full precompute (default: %(default)s)",
+        "--multipliers", default="10", help="of the key width; full is the full precompute (default: %(default)s)"
     )
     group.add_argument(
         "--preserve",
         choices=tuple(PRESERVE),
         default="both",
-        help="the keys of earlier edits too, whatever the method: yes, no, or one sequence of each "
-        "(default: both)",
+        help="the keys of earlier edits too, whatever the method: yes, no, or one sequence of each (default: both)",
     )
     group.add_argument("--perplexity", type=Path, metavar="FILE", help="text to measure it on")
     group.add_argument(
@@ -65,9 +54,7 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
         help="wikipedia (from the hub), builtin, a .txt, .json or .jsonl file, or hub:NAME",
     )
     corpus.add_argument("--field", default="text", help="the text's field in a JSON corpus")
-    corpus.add_argument(
-        "--max-length", type=above_zero, metavar="N", help="cut documents at N tokens"
-    )
+    corpus.add_argument("--max-length", type=above_zero, metavar="N", help="cut documents at N tokens")
     corpus.add_argument(
         "--full-keys",
         type=above_zero,
@@ -104,9 +91,7 @@ def run(args: argparse.Namespace) -> None:
     corpus = load_corpus(args.corpus, field=args.field)
     editor = make_editor(args)
     editor.config(args.method, **overrides)  # refused before the text is read
-    plan = Plan(
-        chosen, args.method, overrides, multipliers, PRESERVE[args.preserve], args.score_every
-    )
+    plan = Plan(chosen, args.method, overrides, multipliers, PRESERVE[args.preserve], args.score_every)
     text = None
     if args.perplexity is not None:
         text = read_text(args.perplexity, editor.tokenizer, tokens=args.tokens)
@@ -128,11 +113,6 @@ def run(args: argparse.Namespace) -> None:
     last = [line for line in lines if line["edits"] == len(chosen)]
     facts = sum(map(len, chosen))
     print(f"{editor.name}, {args.method}, {facts} facts in {len(chosen)} batches, all of them kept")
-    rows = {
-        line["key"].rpartition("/")[0]: {**line["scores"], "perplexity": line["perplexity"]}
-        for line in last
-    }
+    rows = {line["key"].rpartition("/")[0]: {**line["scores"], "perplexity": line["perplexity"]} for line in last}
     print(score_table({"unedited": last[0]["before"], **rows}, (*SCORES, "perplexity")))
-    print(
-        f"{len(rows)} sequences in {args.out}: sequential.jsonl, .md (with intervals), .svg, .png"
-    )
+    print(f"{len(rows)} sequences in {args.out}: sequential.jsonl, .md (with intervals), .svg, .png")

@@ -26,15 +26,10 @@ def add_place(verb: argparse.ArgumentParser, *, required: bool) -> None:
         metavar="DIR",
         help="its folder of statistics (default data/stats)",
     )
-    group.add_argument(
-        "--model-name", help="what it calls the model (default: the name that --model gives)"
-    )
+    group.add_argument("--model-name", help="what it calls the model (default: the name that --model gives)")
     group.add_argument("--dataset", default="wikipedia", help="its mom2_dataset (wikipedia)")
     group.add_argument(
-        "--precision",
-        choices=("float32", "float64"),
-        default="float32",
-        help="its mom2_dtype (float32)",
+        "--precision", choices=("float32", "float64"), default="float32", help="its mom2_dtype (float32)"
     )
     group.add_argument(
         "--sample-size",

@@ -52,9 +52,7 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
         metavar="NAME=VALUE[,...]",
         help="more cells with these settings, such as relative_ridge=1e-3; may be repeated",
     )
-    grid.add_argument(
-        "--only-varied", action="store_true", help="leave out the cells without --vary's settings"
-    )
+    grid.add_argument("--only-varied", action="store_true", help="leave out the cells without --vary's settings")
     grid.add_argument("--seeds", default="0", help="of the order of the corpus, such as 0,1,2")
     grid.add_argument(
         "--bos",
@@ -71,9 +69,7 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
         help="wikipedia (from the hub), builtin, a .txt, .json or .jsonl file, or hub:NAME",
     )
     data.add_argument("--field", default="text", help="the text's field in a JSON corpus")
-    data.add_argument(
-        "--max-length", type=above_zero, metavar="N", help="cut documents at N tokens"
-    )
+    data.add_argument("--max-length", type=above_zero, metavar="N", help="cut documents at N tokens")
     data.add_argument(
         "--full-keys",
         type=above_zero,

@@ -32,19 +32,15 @@ def interval_table(columns: Mapping[str, Mapping[str, Estimate | float | None]])
     """One line per score, with its interval; a column for each time, and one for the change.
 
     Args:
-        columns: Title -> score -> value; the first one says which scores there are. Without an
-            interval a value stands alone.
+        columns: Title -> score -> value; the first one says which scores there are. Without an interval a value stands
+            alone.
     """
     names = list(next(iter(columns.values())))
     cells = [["", *columns]]
-    cells += [
-        [_title(name), *(_cell(values.get(name), title) for title, values in columns.items())]
-        for name in names
-    ]
+    cells += [[_title(name), *(_cell(values.get(name), title) for title, values in columns.items())] for name in names]
     widths = [max(len(row[at]) for row in cells) for at in range(len(cells[0]))]
     return "\n".join(
-        "  ".join(f"{text:<{size}}" for text, size in zip(row, widths, strict=True)).rstrip()
-        for row in cells
+        "  ".join(f"{text:<{size}}" for text, size in zip(row, widths, strict=True)).rstrip() for row in cells
     )
 
 

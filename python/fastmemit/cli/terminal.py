@@ -15,8 +15,8 @@ _BAR = re.compile(r"\r|(?:\n|\x1b\[A)+\Z")
 class _Printable:
     """A stream that spells out control characters, and what its encoding has no character for.
 
-    Bars of tqdm may move the cursor where `bars` is set: a write that begins with a carriage
-    return, or is nothing but moves upwards, keeps those.
+    Bars of tqdm may move the cursor where `bars` is set: a write that begins with a carriage return, or is nothing but
+    moves upwards, keeps those.
     """
 
     def __init__(self, stream: TextIO, *, bars: bool) -> None:

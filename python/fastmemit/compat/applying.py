@@ -33,16 +33,16 @@ def apply_memit_to_model(
 ) -> tuple[nn.Module, dict[str, Tensor]]:
     """Write facts into a model by MEMIT, as the other codebases' function of this name does.
 
-    C is that of the model when it was first seen (see `fastmemit.compat.get_cov`), so edits may lie
-    one on the other, and weights may be put back in between.
+    C is that of the model when it was first seen (see `fastmemit.compat.get_cov`), so edits may lie one on the other,
+    and weights may be put back in between.
 
     Args:
         model: The model; it is edited in place.
         tok: Its tokenizer.
-        requests: The facts, in the spelling of MEMIT, EasyEdit or FastEdit (see
-            `fastmemit.EditRequest.from_dict`), or `EditRequest`.
-        hparams: Hyper-parameters of the ROME family, or a `MemitConfig`, whose defaults are then
-            ours, the ridge for few keys among them; see `fastmemit.compat.read_hparams`.
+        requests: The facts, in the spelling of MEMIT, EasyEdit or FastEdit (see `fastmemit.EditRequest.from_dict`), or
+            `EditRequest`.
+        hparams: Hyper-parameters of the ROME family, or a `MemitConfig`, whose defaults are then ours, the ridge for
+            few keys among them; see `fastmemit.compat.read_hparams`.
         copy: Edit a copy instead; the model stays as it is.
         return_orig_weights: Return what the edited weights were before.
         cache_template: Not used: target vectors are kept in the cache, by what they depend on.
@@ -50,8 +50,8 @@ def apply_memit_to_model(
         kwargs: Not used; named in the log where there are any.
 
     Returns:
-        The edited model, and weight name -> the weight before, which is empty unless asked for. To
-        copy them back undoes the edit bit for bit.
+        The edited model, and weight name -> the weight before, which is empty unless asked for. To copy them back
+        undoes the edit bit for bit.
 
     Raises:
         BadRequest: A request that cannot be carried out, or two that contradict each other.
@@ -92,8 +92,7 @@ def apply_rome_to_model(
 ) -> tuple[nn.Module, dict[str, Tensor]]:
     """Write facts into a model by ROME, one after the other; see `apply_memit_to_model`.
 
-    One key is used everywhere, as in r-ROME; a `RomeConfig` with ``keys="original"`` does as ROME
-    was first released.
+    One key is used everywhere, as in r-ROME; a `RomeConfig` with ``keys="original"`` does as ROME was first released.
     """
     wanted = return_orig_weights or keep_original_weight
     return _apply("rome", model, tok, requests, hparams, copy, wanted, kwargs)
@@ -111,9 +110,7 @@ def _apply(
 ) -> tuple[nn.Module, dict[str, Tensor]]:
     theirs = read_hparams(hparams, method)
     listed = [requests] if isinstance(requests, Mapping | EditRequest) else requests
-    batch = check_batch(
-        one if isinstance(one, EditRequest) else EditRequest.from_dict(one) for one in listed
-    )
+    batch = check_batch(one if isinstance(one, EditRequest) else EditRequest.from_dict(one) for one in listed)
     if unused:
         log.info("not used here: %s", ", ".join(sorted(unused)))
     found = live(model, tokenizer, theirs.module)

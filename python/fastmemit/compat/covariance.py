@@ -38,11 +38,11 @@ def get_cov(
 ) -> Tensor:
     """The second moment C of a layer's keys, as MEMIT's function of this name returns it.
 
-    It is the mean of ``k k^T`` over 10 d_k tokens, or as `fastmemit.compat.configure` has it, of
-    the model as it was when it was first seen: MEMIT asks for the second layer when the first is
-    written already. So all layers that will be asked for are collected at the first call, in one
-    pass: those of `hparams`, else those of ``configure(layers=...)``, else those that our settings
-    of MEMIT have for this model if the layer is one of them, else the layer and the next five.
+    It is the mean of ``k k^T`` over 10 d_k tokens, or as `fastmemit.compat.configure` has it, of the model as it was
+    when it was first seen: MEMIT asks for the second layer when the first is written already. So all layers that will
+    be asked for are collected at the first call, in one pass: those of `hparams`, else those of
+    ``configure(layers=...)``, else those that our settings of MEMIT have for this model if the layer is one of them,
+    else the layer and the next five.
 
     Args:
         model: The model. At the first call it is taken for unedited.
@@ -81,8 +81,8 @@ def get_inv_cov(
 ) -> Tensor:
     """The inverse of C, as ROME's function of this name returns it; see `get_cov`.
 
-    Only this layer is collected, where neither `hparams` nor ``configure`` name more. The inverse
-    is made in float64 and with a jitter only where there is none without, which is logged.
+    Only this layer is collected, where neither `hparams` nor ``configure`` name more. The inverse is made in float64
+    and with a jitter only where there is none without, which is logged.
     """
     found, layer = _covered(model, tok, layer_name, mom2_dataset, hparams, False, True)
     return found.matrix(layer, inverse=True).to(found.place(layer), copy=True)
@@ -135,8 +135,8 @@ def layer_stats(
 ) -> LayerStats:
     """The statistics of a layer's keys, as ROME's function of this name returns them.
 
-    They are those of `get_cov`. Files in `stats_dir` are neither read nor written: what is there
-    can be imported once, and what is here exported (`fastmemit.interop`).
+    They are those of `get_cov`. Files in `stats_dir` are neither read nor written: what is there can be imported once,
+    and what is here exported (`fastmemit.interop`).
 
     Args:
         model: See `get_cov`.
@@ -167,13 +167,7 @@ def layer_stats(
 
 
 def _covered(
-    model: nn.Module,
-    tokenizer: Any,
-    layer_name: str,
-    dataset: str,
-    hparams: Any,
-    force_recompute: bool,
-    alone: bool,
+    model: nn.Module, tokenizer: Any, layer_name: str, dataset: str, hparams: Any, force_recompute: bool, alone: bool
 ) -> tuple[Live, int]:
     """The model's memory with statistics of a layer in it, and the layer's number."""
     module, layer = _parted(layer_name)
@@ -196,8 +190,7 @@ def _parted(layer_name: str) -> tuple[str, int]:
         if part.isdecimal():
             return ".".join([*parts[:place], "{}", *parts[place + 1 :]]), int(part)
     raise BadConfig(
-        f"The module {layer_name!r} has no layer's number in its name; name one such as "
-        '"transformer.h.13.mlp.c_proj".'
+        f'The module {layer_name!r} has no layer\'s number in its name; name one such as "transformer.h.13.mlp.c_proj".'
     )
 
 

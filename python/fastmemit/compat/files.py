@@ -24,8 +24,8 @@ def open_hparams(path: str | os.PathLike[str], method: str | None = None) -> Hpa
             (``hparams/MEMIT/gpt2-xl.json``), else what the fields tell.
 
     Raises:
-        BadConfig: The file is not there, too large, or not an object of names and values, or for
-            what `read_hparams` says.
+        BadConfig: The file is not there, too large, or not an object of names and values, or for what `read_hparams`
+            says.
     """
     path = Path(path)
     check_file(path, BadConfig)

@@ -71,8 +71,7 @@ class Hparams:
         """Refuse a model that these are not for.
 
         Raises:
-            BadConfig: The loss is read from another block than the last, or another module is
-                edited.
+            BadConfig: The loss is read from another block than the last, or another module is edited.
             BadLayer: The model does not have one of the layers.
         """
         for layer in self.config.layers:
@@ -86,8 +85,7 @@ class Hparams:
             )
         if self.module not in (None, adapter.template):
             raise BadConfig(
-                f"rewrite_module_tmp is {self.module!r} but {adapter.template!r} is edited here; "
-                "name one of them."
+                f"rewrite_module_tmp is {self.module!r} but {adapter.template!r} is edited here; name one of them."
             )
 
     def overrides(self) -> dict[str, Any]:
@@ -106,8 +104,7 @@ def read_hparams(hparams: Any, method: str | None = None, name: str = "hparams")
         name: What to call them in messages and in the settings' ``preset``.
 
     Raises:
-        BadConfig: A value out of range, one that cannot be honoured, no layers, or the method is
-            another one.
+        BadConfig: A value out of range, one that cannot be honoured, no layers, or the method is another one.
     """
     if isinstance(hparams, EditConfig):
         hparams = Hparams(hparams)
@@ -209,9 +206,7 @@ def _number(value: Any, field: str, name: str) -> float:
             raise ValueError
         return number
     except (ValueError, OverflowError) as error:
-        raise BadConfig(
-            f"{field} of {name} must be a finite number but is {_shown(value)}."
-        ) from error
+        raise BadConfig(f"{field} of {name} must be a finite number but is {_shown(value)}.") from error
 
 
 def whole_numbers(values: Any, name: str) -> tuple[int, ...]:

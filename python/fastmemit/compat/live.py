@@ -1,9 +1,8 @@
 """What is remembered of a model that other code edits: which it was at first, and its statistics.
 
-Other codebases write into the weights between two calls, inside the layer loop of one edit too, and
-put them back or do not. So a model object is identified once, when it is first seen, and everything
-that belongs to the unedited model stays that of this moment. What is in the weights at a later
-moment is read off the weights.
+Other codebases write into the weights between two calls, inside the layer loop of one edit too, and put them back or do
+not. So a model object is identified once, when it is first seen, and everything that belongs to the unedited model
+stays that of this moment. What is in the weights at a later moment is read off the weights.
 """
 
 from __future__ import annotations
@@ -46,8 +45,8 @@ _PLACE = "_fastmemit_compat"  # in the model's own __dict__, so that both go tog
 class Live:
     """What is remembered of one model object.
 
-    A deep copy of the model is the same model at another place, and its memory is that of the
-    original; a pickled one has none.
+    A deep copy of the model is the same model at another place, and its memory is that of the original; a pickled one
+    has none.
     """
 
     def __init__(self) -> None:
@@ -116,11 +115,7 @@ class Live:
         return self._statistics is not None and names <= self._statistics.paths.keys()
 
     def cover(
-        self,
-        layers: Sequence[int],
-        dataset: str,
-        multiplier: float | None = None,
-        needed: Sequence[int] | None = None,
+        self, layers: Sequence[int], dataset: str, multiplier: float | None = None, needed: Sequence[int] | None = None
     ) -> Statistics:
         """Statistics of the unedited model that have these layers.
 
@@ -166,8 +161,8 @@ class Live:
     def _kept(self, layers: Sequence[int]) -> Statistics | None:
         """Kept statistics that have some layers, with all others that were collected with them.
 
-        None where they would have to be of a corpus that was named: if they are, nothing is
-        collected a second time either.
+        None where they would have to be of a corpus that was named: if they are, nothing is collected a second time
+        either.
         """
         multiplier = self.settings.multiplier
         if self.settings.corpus is not None or isinstance(multiplier, str):
@@ -181,9 +176,7 @@ class Live:
         paths = {name: home / f"{name}.safetensors" for name in there(home)}
         return Statistics(paths, found.provenance)
 
-    def _collected(
-        self, layers: Sequence[int], dataset: str, multiplier: float | None
-    ) -> Statistics:
+    def _collected(self, layers: Sequence[int], dataset: str, multiplier: float | None) -> Statistics:
         settings = self.settings
         chosen = settings.multiplier or multiplier or MULTIPLIER
         most = LIMIT if chosen == AUTO else float(chosen)
@@ -197,9 +190,7 @@ class Live:
                 'fastmemit.compat.configure(corpus="FILE.jsonl").'
             )
         try:
-            corpus = open_corpus(
-                spec, self.adapter.model, self.tokenizer, self.stack.fingerprint, settings.field
-            )
+            corpus = open_corpus(spec, self.adapter.model, self.tokenizer, self.stack.fingerprint, settings.field)
         except BadCorpus as error:
             if settings.corpus is not None:
                 raise
@@ -208,9 +199,7 @@ class Live:
                 'fastmemit.compat.configure(corpus="FILE.jsonl"), or corpus="self".'
             ) from error
         collect = precompute_auto if chosen == AUTO else Sources.precompute
-        return collect(
-            self.sources, corpus, list(layers), most, settings.allow_fewer, settings.max_length
-        )
+        return collect(self.sources, corpus, list(layers), most, settings.allow_fewer, settings.max_length)
 
     def moment(self, layer: int) -> fastcov.SecondMoment:
         """The moment of a layer that is covered, on the CPU."""

@@ -53,14 +53,14 @@ def configure(
     What is not named stays as it is; None brings back the default.
 
     Args:
-        corpus: As for `fastmemit.Editor.precompute`: a file, ``"self"``, ``"builtin"``, a hub name.
-            None: ``$FASTMEMIT_CORPUS``, else the newest statistics that are kept of the model, else
-            the data set that the caller names (``mom2_dataset``), from the hub.
-        multiplier: d_m, or ``"auto"``; None: ``$FASTMEMIT_MULTIPLIER``, else that of the hparams
-            where they are ``dynamic``, else 10.
+        corpus: As for `fastmemit.Editor.precompute`: a file, ``"self"``, ``"builtin"``, a hub name. None:
+            ``$FASTMEMIT_CORPUS``, else the newest statistics that are kept of the model, else the data set that the
+            caller names (``mom2_dataset``), from the hub.
+        multiplier: d_m, or ``"auto"``; None: ``$FASTMEMIT_MULTIPLIER``, else that of the hparams where they are
+            ``dynamic``, else 10.
         cache: The folder for statistics and targets; None: `fastmemit.cache.cache_dir`.
-        layers: Those to collect together on the unedited model, where the caller does not pass its
-            hparams; None: see `get_cov`.
+        layers: Those to collect together on the unedited model, where the caller does not pass its hparams; None: see
+            `get_cov`.
         max_length: Cut documents at so many tokens.
         allow_fewer: Take a corpus that ends early for what it has.
         field: The text's field in a JSON corpus.

@@ -1,18 +1,10 @@
 """Facts to edit and text to collect statistics on.
 
-`load_records`, `load_zsre` and `load_requests` read facts, `batches` deals them out, `load_corpus`
-opens text.
+`load_records`, `load_zsre` and `load_requests` read facts, `batches` deals them out, `load_corpus` opens text.
 """
 
 from fastmemit.data.corpora import Corpus, corpus_from_texts, load_corpus
-from fastmemit.data.counterfact import (
-    COUNTERFACT_HUB,
-    Record,
-    batches,
-    builtin_facts,
-    load_records,
-    load_requests,
-)
+from fastmemit.data.counterfact import COUNTERFACT_HUB, Record, batches, builtin_facts, load_records, load_requests
 from fastmemit.data.zsre import ZsreRecord, load_zsre
 
 __all__ = [

@@ -39,10 +39,10 @@ class Corpus:
     """A set of documents that can be read again and again in a seeded random order.
 
     Args:
-        name: How the corpus was asked for; of a file its name alone, because the name goes into
-            files that people share and folders are nobody else's business.
-        fingerprint: SHA-256 in hex of the content, or for a hub data set of its name, revision and
-            field; the same text gives the same one wherever the file lies.
+        name: How the corpus was asked for; of a file its name alone, because the name goes into files that people share
+            and folders are nobody else's business.
+        fingerprint: SHA-256 in hex of the content, or for a hub data set of its name, revision and field; the same text
+            gives the same one wherever the file lies.
         read: Yields all documents once, in the order of a seed.
         n_documents: How many there are; None where only reading them would tell.
     """
@@ -79,18 +79,17 @@ def load_corpus(spec: str | Path, *, field: str = "text") -> Corpus:
     """Open a corpus.
 
     Args:
-        spec: A file, or a name. In a ``.txt`` file blank lines separate the documents; one without
-            any is a single document, of which a model reads no more than its context. A ``.jsonl``
-            or ``.json`` file holds one object a line, or a list; either may hold plain texts too.
-            ``"builtin"`` is the package's own prose, ``"wikipedia"`` English Wikipedia from the
-            hub, ``"hub:NAME[:CONFIG][@SPLIT]"`` one split of any data set there (``train`` if none
-            is named). Both are streamed: a collect downloads what it reads, and some documents
-            ahead of it from which it draws their order.
+        spec: A file, or a name. In a ``.txt`` file blank lines separate the documents; one without any is a single
+            document, of which a model reads no more than its context. A ``.jsonl`` or ``.json`` file holds one object a
+            line, or a list; either may hold plain texts too. ``"builtin"`` is the package's own prose, ``"wikipedia"``
+            English Wikipedia from the hub, ``"hub:NAME[:CONFIG][@SPLIT]"`` one split of any data set there (``train``
+            if none is named). Both are streamed: a collect downloads what it reads, and some documents ahead of it from
+            which it draws their order.
         field: Where the text is in a JSON object or a hub row.
 
     Raises:
-        BadCorpus: There is no such corpus, it is not UTF-8 (the byte is named), a line has no such
-            field (the line and its fields are named), or there is no text in it.
+        BadCorpus: There is no such corpus, it is not UTF-8 (the byte is named), a line has no such field (the line and
+            its fields are named), or there is no text in it.
     """
     name = str(spec)
     if name == "builtin":
@@ -140,9 +139,7 @@ def corpus_from_texts(name: str, texts: Iterable[str]) -> Corpus:
 
 def _builtin() -> Corpus:
     folder = files("fastmemit.data") / "corpus"
-    texts = sorted(
-        (entry for entry in folder.iterdir() if entry.name.endswith(".txt")), key=lambda e: e.name
-    )
+    texts = sorted((entry for entry in folder.iterdir() if entry.name.endswith(".txt")), key=lambda e: e.name)
     prose = "\n\n".join(entry.read_text(encoding="utf-8").strip() for entry in texts)
     return corpus_from_texts("builtin", prose.split("\n\n"))
 
@@ -159,8 +156,7 @@ def _from_file(name: str, path: Path, field: str) -> Corpus:
     if suffix in _JSON and is_json_list(path):
         values = read_values(path, BadCorpus)
         return corpus_from_texts(
-            path.name,
-            [text_of(value, field, f"Item {i} of {path}") for i, (_, value) in enumerate(values)],
+            path.name, [text_of(value, field, f"Item {i} of {path}") for i, (_, value) in enumerate(values)]
         )
     indexed = index_json_lines(path, field) if suffix in _JSON else index_paragraphs(path)
     count = len(indexed.starts)

@@ -32,8 +32,7 @@ class Record:
         case_id: The record's number, unique in its file.
         request: The edit; its ``target_true`` is always there.
         paraphrases: The same question in other words; they should give the new answer.
-        neighbourhood: The same relation of other subjects whose answer is ``target_true`` as well;
-            they should keep it.
+        neighbourhood: The same relation of other subjects whose answer is ``target_true`` as well; they should keep it.
         attributes: Prompts about subjects whose answer is ``target_new``.
         generations: Openings of free text about the subject.
         relation_id: Wikidata's number of the relation, such as ``"P19"``.
@@ -58,20 +57,19 @@ class _Problem(Exception):
 def load_records(source: str | Path, *, skip_malformed: bool = False) -> list[Record]:
     """Read CounterFact records from a file or the hub.
 
-    Two schemas are told apart record by record: ROME's, with ``requested_rewrite`` and lists of
-    prompts, and the flat one, with ``subject``, ``prompt``, ``target_new`` and ``target_true`` side
-    by side. A flat record has no paraphrases: what it calls ``rephrase_prompt`` is mostly an
-    opening for free text, and is read as one; its ``locality_prompt`` is its one neighbourhood
-    prompt.
+    Two schemas are told apart record by record: ROME's, with ``requested_rewrite`` and lists of prompts, and the flat
+    one, with ``subject``, ``prompt``, ``target_new`` and ``target_true`` side by side. A flat record has no
+    paraphrases: what it calls ``rephrase_prompt`` is mostly an opening for free text, and is read as one; its
+    ``locality_prompt`` is its one neighbourhood prompt.
 
     Args:
-        source: A JSON list or JSONL file; ``"builtin"`` for the facts that the package ships;
-            ``"counterfact"`` for CounterFact from the hub; or ``"hub:NAME[:CONFIG][@SPLIT]"``.
+        source: A JSON list or JSONL file; ``"builtin"`` for the facts that the package ships; ``"counterfact"`` for
+            CounterFact from the hub; or ``"hub:NAME[:CONFIG][@SPLIT]"``.
         skip_malformed: Log records that cannot be read and go on without them.
 
     Raises:
-        BadData: The file is not readable, or records in it are malformed: the message lists the
-            first ten with index and field, and says how many there are.
+        BadData: The file is not readable, or records in it are malformed: the message lists the first ten with index
+            and field, and says how many there are.
     """
     spec = str(source)
     if spec == "builtin":
@@ -95,8 +93,8 @@ def load_requests(path: str | Path) -> list[EditRequest]:
     """Read edit requests from a JSON list or a JSONL file, in any spelling `EditRequest` knows.
 
     Raises:
-        BadData: The file is not readable, or requests in it are malformed: the message lists the
-            first ten with their index, and says how many there are.
+        BadData: The file is not readable, or requests in it are malformed: the message lists the first ten with their
+            index, and says how many there are.
     """
     values = list(read_values(Path(path), BadData))
     _refuse_wrapped(str(path), values)
@@ -183,8 +181,7 @@ def _read_all(source: str, values: Iterable[Value], skip_malformed: bool) -> lis
             problems.append(f"record {index} ({place}), field {bad}")
     if problems and not skip_malformed:
         raise BadData(
-            _listed(source, problems, total, "records")
-            + " Correct them, or skip them with skip_malformed=True."
+            _listed(source, problems, total, "records") + " Correct them, or skip them with skip_malformed=True."
         )
     for problem in problems:
         logger.warning("%s: skipped %s", source, problem)
@@ -227,9 +224,7 @@ def _record(value: Any) -> Record:
     truth = value.get("locality_ground_truth")
     if isinstance(truth, str) and truth.strip() != str(request.target_true).strip():
         # Neighbourhood success compares target_true with target_new, so another answer would lie.
-        raise _Problem(
-            "locality_ground_truth", f"is {truth!r:.40}, not {request.target_true!r:.40}"
-        )
+        raise _Problem("locality_ground_truth", f"is {truth!r:.40}, not {request.target_true!r:.40}")
     return Record(
         case_id,
         request,

@@ -43,9 +43,9 @@ def corpus_batches(
 ) -> Iterator[Iterator[Mapping[str, Any]]]:
     """Batches of the first tokens of a corpus, for `fastcov.collect`.
 
-    Text is read, tokenised, padded and pinned by a thread, which is gone when the context is left;
-    nothing else may use the tokenizer inside. A corpus that the model writes is read by the
-    caller's own thread, as the batches are asked for. The batches are the same either way.
+    Text is read, tokenised, padded and pinned by a thread, which is gone when the context is left; nothing else may use
+    the tokenizer inside. A corpus that the model writes is read by the caller's own thread, as the batches are asked
+    for. The batches are the same either way.
 
     Args:
         corpus: Where the text comes from.
@@ -54,8 +54,8 @@ def corpus_batches(
         tokens: How many tokens there shall be in all, padding aside, those before `start` included.
         context: Cut documents at so many tokens.
         seed: Of the order of documents.
-        start: How many of them to pass over: they are read and tokenised, and not in the batches
-            but where later ones of their document need them.
+        start: How many of them to pass over: they are read and tokenised, and not in the batches but where later ones
+            of their document need them.
         skip: How many at the beginning of each document are no keys, and not counted either.
         reading: Called, in the caller's thread, with the number of tokens of each document read.
 
@@ -67,9 +67,7 @@ def corpus_batches(
     told = ahead.relayed(reading) if threaded and reading is not None else reading
     ids = _tokenised(tokenizer, corpus.documents(seed), context, told, lambda: ahead.stopped)
     taken: Iterator[Sequence[int]] = (
-        fastcov.between(ids, start, tokens, context, skip)
-        if start or skip
-        else fastcov.take(ids, tokens, context)
+        fastcov.between(ids, start, tokens, context, skip) if start or skip else fastcov.take(ids, tokens, context)
     )
     batches = pinned(fastcov.bucket(taken, tokens_per_batch(device)), device)
     if threaded:

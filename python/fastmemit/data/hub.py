@@ -62,8 +62,7 @@ def load_splits(spec: str, error: type[Exception], mend: str) -> dict[str, Any]:
     """The split that is named, or all, of a hub data set, downloaded (and cached by `datasets`).
 
     Raises:
-        error: `datasets` is missing or cannot load it (`mend` ends the sentence), or there is no
-            such split.
+        error: `datasets` is missing or cannot load it (`mend` ends the sentence), or there is no such split.
     """
     wanted = parse_name(spec, error)
     try:
@@ -86,8 +85,7 @@ def open_stream(spec: str, error: type[Exception], mend: str) -> tuple[Any, HubN
         The stream, what it is of (with its split), and the revision of the data set.
 
     Raises:
-        error: `datasets` is missing or cannot load it (`mend` ends the sentence), or there is no
-            such split.
+        error: `datasets` is missing or cannot load it (`mend` ends the sentence), or there is no such split.
     """
     wanted = parse_name(spec, error)
     split = wanted.split or "train"

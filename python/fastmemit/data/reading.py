@@ -96,8 +96,7 @@ def parse_json(text: str, place: str, error: type[Exception]) -> Any:
     except json.JSONDecodeError as bad:
         where = f"line {bad.lineno}, " if "\n" in text.strip() else ""
         raise error(
-            f"{place} is not JSON ({where}column {bad.colno}: {bad.msg}); "
-            "write a JSON list, or one JSON object a line."
+            f"{place} is not JSON ({where}column {bad.colno}: {bad.msg}); write a JSON list, or one JSON object a line."
         ) from None
     except ValueError as bad:
         raise error(f"{place} cannot be read as JSON ({bad}); correct or remove it.") from None

@@ -47,8 +47,8 @@ def self_written(model: Any, tokenizer: Any, fingerprint: str) -> SelfWritten:
         fingerprint: Of the model: part of the corpus's own.
 
     Returns:
-        A corpus without end; each document continues one of `OPENINGS` by `TOKENS` tokens, sampled
-        among the `TOP_K` most probable.
+        A corpus without end; each document continues one of `OPENINGS` by `TOKENS` tokens, sampled among the `TOP_K`
+        most probable.
     """
     recipe = [fingerprint, OPENINGS, TOKENS, ROWS, TOP_K]
     digest = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()
@@ -67,11 +67,7 @@ def self_written(model: Any, tokenizer: Any, fingerprint: str) -> SelfWritten:
 
 
 def open_corpus(
-    corpus: str | os.PathLike[str] | Corpus,
-    model: Any,
-    tokenizer: Any,
-    fingerprint: str,
-    field: str,
+    corpus: str | os.PathLike[str] | Corpus, model: Any, tokenizer: Any, fingerprint: str, field: str
 ) -> Corpus:
     """A corpus by its name, ``"self"`` included; one that is open already is given back.
 

@@ -1,7 +1,7 @@
 """Documents in files that may be larger than memory: indexed in one pass, then read one by one.
 
-The pass checks every byte and every field, so that a bad line is reported before the model has run,
-and hashes the content. What stays in memory is sixteen bytes a document.
+The pass checks every byte and every field, so that a bad line is reported before the model has run, and hashes the
+content. What stays in memory is sixteen bytes a document.
 """
 
 from __future__ import annotations
@@ -119,8 +119,7 @@ def text_of(value: Any, name: str, place: str) -> str:
         if name not in value:
             fields = ", ".join(map(str, value))[:120] or "none"
             raise BadCorpus(
-                f"{place} has no field {name!r} (its fields: {fields}); "
-                "name the one that holds the text with field=."
+                f"{place} has no field {name!r} (its fields: {fields}); name the one that holds the text with field=."
             )
         found = value[name]
     if not is_clean_text(found):

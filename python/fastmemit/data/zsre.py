@@ -27,8 +27,8 @@ class ZsreRecord(Record):
     """One question to answer anew, a rephrased one, and an unrelated one with an answer of its own.
 
     Args:
-        neighbourhood_answers: The answers of `neighbourhood`, in its order; there is no
-            ``target_true`` that they would share.
+        neighbourhood_answers: The answers of `neighbourhood`, in its order; there is no ``target_true`` that they would
+            share.
     """
 
     neighbourhood_answers: tuple[str, ...] = ()
@@ -44,18 +44,17 @@ class _Problem(Exception):
 def load_zsre(source: str | Path, *, skip_malformed: bool = False) -> list[ZsreRecord]:
     """Read zsRE records in MEND's format, as MEMIT's evaluation reads them.
 
-    The question `src` with ``{}`` for its subject is the prompt and the first of `answers` the new
-    answer (`alt` is not read); `rephrase` is the one paraphrase. `loc` is the unrelated question:
-    it keeps its beginning "nq question: " and gets a "?", and `loc_ans` is its answer. A record's
-    number is its place in the file, from 0.
+    The question `src` with ``{}`` for its subject is the prompt and the first of `answers` the new answer (`alt` is not
+    read); `rephrase` is the one paraphrase. `loc` is the unrelated question: it keeps its beginning "nq question: " and
+    gets a "?", and `loc_ans` is its answer. A record's number is its place in the file, from 0.
 
     Args:
         source: A JSON list or JSONL file, with or without ``zsre:`` before its path.
         skip_malformed: Log records that cannot be read and go on without them.
 
     Raises:
-        BadData: The file is not readable, or records in it are malformed: the message lists the
-            first ten with index and field, and says how many there are.
+        BadData: The file is not readable, or records in it are malformed: the message lists the first ten with index
+            and field, and says how many there are.
     """
     path = Path(str(source).removeprefix(PREFIX))
     values = list(read_values(path, BadData))
@@ -76,9 +75,7 @@ def load_zsre(source: str | Path, *, skip_malformed: bool = False) -> list[ZsreR
     for problem in problems:
         logger.warning("%s: skipped %s", path, problem)
     if not records:
-        raise BadData(
-            f"{path} holds no readable record ({len(values)} looked at); give another file."
-        )
+        raise BadData(f"{path} holds no readable record ({len(values)} looked at); give another file.")
     return records
 
 
@@ -94,11 +91,7 @@ def is_zsre(source: str | Path) -> bool:
     if not path.is_file() or path.stat().st_size == 0:
         return False  # a name, or a file that is refused elsewhere
     first = next(read_values(path, BadData), None)
-    return (
-        first is not None
-        and isinstance(first.value, Mapping)
-        and {"src", "loc"} <= set(first.value)
-    )
+    return first is not None and isinstance(first.value, Mapping) and {"src", "loc"} <= set(first.value)
 
 
 def _record(index: int, value: Any) -> ZsreRecord:

@@ -102,9 +102,7 @@ def _check(limit: int | None, num_fewshot: int | None, batch_size: int | str) ->
         raise BadConfig(f"num_fewshot must be 0 or more but is {num_fewshot}; give more.")
     good = batch_size >= 1 if isinstance(batch_size, int) else batch_size == "auto"
     if not good:
-        raise BadConfig(
-            f"The batch size must be 1 or more, or auto, but is {batch_size!r}; give such a number."
-        )
+        raise BadConfig(f"The batch size must be 1 or more, or auto, but is {batch_size!r}; give such a number.")
 
 
 def _metrics(scores: dict[str, Any]) -> dict[str, float]:

@@ -37,10 +37,7 @@ class Tasks:
 
 
 def find_tasks(
-    names: Sequence[str],
-    *,
-    include_path: str | os.PathLike[str] | None = None,
-    progress: bool = False,
+    names: Sequence[str], *, include_path: str | os.PathLike[str] | None = None, progress: bool = False
 ) -> Tasks:
     """Find tasks, groups or tags of lm-evaluation-harness, and fetch their data.
 
@@ -50,16 +47,14 @@ def find_tasks(
         progress: Let the harness draw its bars.
 
     Raises:
-        BadConfig: lm-eval is not installed, no task is named, a name is unknown (the message lists
-            what is near), or the folder does not exist.
+        BadConfig: lm-eval is not installed, no task is named, a name is unknown (the message lists what is near), or
+            the folder does not exist.
         BadData: A task's data cannot be fetched; the message names the task and its data set.
     """
     if not names:
         raise BadConfig("No task is named; give one such as hellaswag.")
     if include_path is not None and not Path(include_path).is_dir():
-        raise BadConfig(
-            f"There is no folder {os.fspath(include_path)!r} with tasks; name one that exists."
-        )
+        raise BadConfig(f"There is no folder {os.fspath(include_path)!r} with tasks; name one that exists.")
     check_installed()
     with apart(progress):
         manager = _manager(names, include_path)
@@ -90,8 +85,7 @@ def check_installed() -> None:
     for package, module in (("lm-eval", "lm_eval"), ("accelerate", "accelerate")):
         if importlib.util.find_spec(module) is None:
             raise BadConfig(
-                f"Tasks need the package {package}, which is not installed; "
-                "pip install 'fastmemit[lm-eval]'."
+                f"Tasks need the package {package}, which is not installed; pip install 'fastmemit[lm-eval]'."
             )
 
 
@@ -99,8 +93,8 @@ def check_installed() -> None:
 def apart(progress: bool) -> Iterator[None]:
     """The harness kept apart from its caller.
 
-    Its remarks and its libraries' are not shown, their bars only if wanted, and the global random
-    states, which it sets, are as they were.
+    Its remarks and its libraries' are not shown, their bars only if wanted, and the global random states, which it
+    sets, are as they were.
     """
     loggers = [logging.getLogger(name) for name in _LOGGERS]
     levels = [logger.level for logger in loggers]

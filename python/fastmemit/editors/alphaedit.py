@@ -17,9 +17,9 @@ from fastmemit.request import EditRequest
 def write(work: Workspace[AlphaEditConfig], requests: list[EditRequest]) -> None:
     """Write a batch into ``config.layers`` (arXiv 2410.02355).
 
-    ``Delta^T = (P (K K^T + K_p K_p^T) + l2 I)^-1 P K R^T``. P projects onto the directions in which
-    C is below ``null_threshold`` (or ``null_relative``); the keys K_p of earlier edits are
-    preserved without being asked for. There is no A.
+    ``Delta^T = (P (K K^T + K_p K_p^T) + l2 I)^-1 P K R^T``. P projects onto the directions in which C is below
+    ``null_threshold`` (or ``null_relative``); the keys K_p of earlier edits are preserved without being asked for.
+    There is no A.
 
     Raises:
         BadConfig: C of a layer has no null space, or l2 is 0 and the keys depend on one another.
@@ -32,13 +32,7 @@ def write(work: Workspace[AlphaEditConfig], requests: list[EditRequest]) -> None
     write_layers(work, requests, solve)
 
 
-def _solve(
-    work: Workspace[AlphaEditConfig],
-    requests: list[EditRequest],
-    layer: int,
-    K: Tensor,
-    R: Tensor,
-) -> LowRank:
+def _solve(work: Workspace[AlphaEditConfig], requests: list[EditRequest], layer: int, K: Tensor, R: Tensor) -> LowRank:
     space, config = work.null_space(layer), work.config
     if space.rank == 0:
         raise BadConfig(

@@ -42,8 +42,8 @@ class Workspace(Generic[Config]):
         contexts: Texts before the prompts, the first one ``""``.
         factor: Layer -> Cholesky factor of ``w C + ridge I``.
         null_space: Layer -> the null space of C, for AlphaEdit.
-        targets: Requests -> target vectors on the model as it is now; the flag says whether it is
-            still the model that the batch began with, so that stored vectors may serve.
+        targets: Requests -> target vectors on the model as it is now; the flag says whether it is still the model that
+            the batch began with, so that stored vectors may serve.
         stack: The edits in the weights, which gives weights their bits back.
         preserved: Keys of earlier edits, which are preserved too.
         reads: Where readings of the unedited model are kept; None for a model that is edited.
@@ -70,8 +70,8 @@ class Workspace(Generic[Config]):
     def solver(self, layer: int) -> CholeskyFactor:
         """The factor of all that a layer shall preserve.
 
-        ``w C + ridge I``, and with `preserved` also ``K_p K_p^T`` of every edit in it and of the
-        facts that this batch has written into the layer already.
+        ``w C + ridge I``, and with `preserved` also ``K_p K_p^T`` of every edit in it and of the facts that this batch
+        has written into the layer already.
         """
         base = self.factor(layer)
         if self.preserved is None:
@@ -101,11 +101,7 @@ class Workspace(Generic[Config]):
         restore([weight], [self._trial.before(name)])
         add_low_rank(weight, *self.factors[name])
 
-    def plan(
-        self,
-        method: Callable[[Workspace, list[EditRequest]], None],
-        requests: Sequence[EditRequest],
-    ) -> Factors:
+    def plan(self, method: Callable[[Workspace, list[EditRequest]], None], requests: Sequence[EditRequest]) -> Factors:
         """Run a method and leave the weights as they were.
 
         Raises:
@@ -151,11 +147,7 @@ class Workspace(Generic[Config]):
         return self.reads.get((self.state, tuple(requests), self.contexts, layer), make)
 
     def _context_outputs(self, layer: int, requests: Sequence[EditRequest]) -> ContextReading:
-        rows = [
-            subject_row(self.tokenizer, context, request)
-            for request in requests
-            for context in self.contexts
-        ]
+        rows = [subject_row(self.tokenizer, context, request) for request in requests for context in self.contexts]
         module = self.adapter.projection(layer)
         (keys,), (outputs,) = read_at_subject(self.adapter, rows, inputs=[module], outputs=[module])
         shape = (len(requests), len(self.contexts), -1)

@@ -53,26 +53,26 @@ Config = TypeVar("Config", bound="EditConfig")
 class EditConfig:
     """What the settings of all methods share: the layers, and how target vectors are optimised.
 
-    Each method has a class of its own, which has its settings and no others: `RomeConfig`,
-    `EmmetConfig`, `MemitConfig`, `PmetConfig`, `EncoreConfig`, `AlphaEditConfig`. An object that
-    you make yourself is taken as it is; `fastmemit.Editor.config` begins with the model's preset.
+    Each method has a class of its own, which has its settings and no others: `RomeConfig`, `EmmetConfig`,
+    `MemitConfig`, `PmetConfig`, `EncoreConfig`, `AlphaEditConfig`. An object that you make yourself is taken as it is;
+    `fastmemit.Editor.config` begins with the model's preset.
 
     Attributes:
         method: The method's name, one of `METHODS`.
         layers: The edited layers, ascending; one for ROME and EMMET.
         clamp: ``||delta|| <= clamp * ||v0||`` for target vectors.
-        scale: What `clamp`, `v_lr` and `weight_decay` are measured by. ``"published"``: as above.
-            ``"median"``: by a typical coordinate of v0, ``m = median |v0| / 0.6745``: Adam's steps
-            are ``v_lr * m``, and ``m * sqrt(d)`` stands for ``||v0||``, so that a few coordinates
-            that are hundreds of times larger than the rest (Gemma) do not count. The default where
-            a model has no preset, with a v_lr of 0.2: on SmolLM2 that is the published 0.5.
+        scale: What `clamp`, `v_lr` and `weight_decay` are measured by. ``"published"``: as above. ``"median"``: by a
+            typical coordinate of v0, ``m = median |v0| / 0.6745``: Adam's steps are ``v_lr * m``, and ``m * sqrt(d)``
+            stands for ``||v0||``, so that a few coordinates that are hundreds of times larger than the rest (Gemma) do
+            not count. The default where a model has no preset, with a v_lr of 0.2: on SmolLM2 that is the published
+            0.5.
         steps: Loss evaluations for a target vector at most.
         v_lr: Adam's learning rate for target vectors.
         weight_decay: Factor of ``||delta|| / ||v0||^2``.
         kl_factor: Factor of the KL term.
         early_stop: A target is finished once its loss is below this; of ``stop="loss"`` alone.
-        stop: ``"loss"``, or ``"most-probable"``: a target is finished once its every token is the
-            most probable one in every context.
+        stop: ``"loss"``, or ``"most-probable"``: a target is finished once its every token is the most probable one in
+            every context.
         preset: The name of the preset that the values come from; not a setting.
 
     Raises:
@@ -95,18 +95,13 @@ class EditConfig:
 
     def __post_init__(self) -> None:
         if not hasattr(self, "method"):
-            raise TypeError(
-                f"{type(self).__name__} belongs to no method; use MemitConfig or alike."
-            )
+            raise TypeError(f"{type(self).__name__} belongs to no method; use MemitConfig or alike.")
         object.__setattr__(self, "layers", _layers(self.layers))
         self._check()
         for name, why in self._unread(vars(self)).items():
             value, default = getattr(self, name), self.settings()[name]
             if value != default:
-                raise BadConfig(
-                    f"{name}={value!r} would change nothing, for {why}; leave {name} at "
-                    f"{default!r}."
-                )
+                raise BadConfig(f"{name}={value!r} would change nothing, for {why}; leave {name} at {default!r}.")
 
     @classmethod
     def settings(cls) -> dict[str, Any]:
@@ -135,10 +130,7 @@ class EditConfig:
         if owners:
             raise BadConfig(f"{name} is a setting of {_listed(owners)}; {has}.")
         every = [n for other in CONFIGS.values() for n in other.settings()]
-        near = (
-            *difflib.get_close_matches(name, own, 1),
-            *difflib.get_close_matches(name, every, 1),
-        )
+        near = (*difflib.get_close_matches(name, own, 1), *difflib.get_close_matches(name, every, 1))
         meant = f"did you mean {near[0]!r}? " if near else ""
         raise BadConfig(f"There is no setting {name!r}; {meant}{has}.")
 
@@ -178,8 +170,8 @@ class EditConfig:
         """The settings with what depends on the statistics put in.
 
         Args:
-            multiplier: How many keys C has, as a multiple of their width; of the layer that has
-                fewest (`fastmemit.factors.resolved`).
+            multiplier: How many keys C has, as a multiple of their width; of the layer that has fewest
+                (`fastmemit.factors.resolved`).
         """
         return self
 
@@ -192,9 +184,7 @@ class EditConfig:
 
     def _check(self) -> None:
         if self.single_layer and len(self.layers) != 1:
-            raise BadConfig(
-                f"{self.method} edits one layer but layers are {list(self.layers)}; set layers=N."
-            )
+            raise BadConfig(f"{self.method} edits one layer but layers are {list(self.layers)}; set layers=N.")
         if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
             raise BadConfig(f"steps must be a whole number above 0 but is {self.steps!r}.")
         for name, kind in _kinds(type(self)).items():
@@ -215,14 +205,14 @@ class CovarianceConfig(EditConfig):
     """What the methods share that solve with ``A = w C + ridge I``: all but AlphaEdit.
 
     Attributes:
-        weight: w, how many tokens' worth the preserved keys weigh against one edit; None takes the
-            key width d_k (see docs/second-moment.md).
+        weight: w, how many tokens' worth the preserved keys weigh against one edit; None takes the key width d_k (see
+            docs/second-moment.md).
         ridge: Added to the diagonal of ``w C``.
-        relative_ridge: Added to it as well, as a multiple of the diagonal's mean. None takes
-            `SMALL_BUDGET_RIDGE` where C has fewer keys than `SMALL_BUDGET` times the width,
-            `ridge` is 0 and nothing is shrunk, else 0 (docs/below-minimum.md).
-        shrinkage: How C is moved towards a multiple of the identity before: ``"none"``,
-            ``"ledoit-wolf"`` or ``"oas"`` (see `fastcov.shrinkage`).
+        relative_ridge: Added to it as well, as a multiple of the diagonal's mean. None takes `SMALL_BUDGET_RIDGE` where
+            C has fewer keys than `SMALL_BUDGET` times the width, `ridge` is 0 and nothing is shrunk, else 0
+            (docs/below-minimum.md).
+        shrinkage: How C is moved towards a multiple of the identity before: ``"none"``, ``"ledoit-wolf"`` or ``"oas"``
+            (see `fastcov.shrinkage`).
     """
 
     weight: float | None = None
@@ -244,14 +234,12 @@ class CovarianceConfig(EditConfig):
 class RomeConfig(CovarianceConfig):
     """Settings of ROME.
 
-    Its target is the projection's own output, which is short against the stream that it joins: so
-    the clamp is 4.
+    Its target is the projection's own output, which is short against the stream that it joins: so the clamp is 4.
 
     Attributes:
-        keys: ``"consistent"``: one key everywhere, half the bare prompt's and half the mean of the
-            other contexts', as in EMMET; ``"mean"``: one key everywhere, the mean over all contexts
-            (r-ROME); ``"original"``: as first released, with the bare prompt's key in the
-            denominator.
+        keys: ``"consistent"``: one key everywhere, half the bare prompt's and half the mean of the other contexts', as
+            in EMMET; ``"mean"``: one key everywhere, the mean over all contexts (r-ROME); ``"original"``: as first
+            released, with the bare prompt's key in the denominator.
     """
 
     method: ClassVar[Method] = "rome"
@@ -271,10 +259,9 @@ class EmmetConfig(CovarianceConfig):
 
     Attributes:
         lambda_e: How far the equality constraint is relaxed, in batches above 1.
-        site: Where target vectors are optimised: ``"block"``, at the block's output, or
-            ``"projection"``, at the projection's, as ROME's are. The default where a model has no
-            preset and the block normalises or scales what its projection puts out: so what is
-            asked for can be put out.
+        site: Where target vectors are optimised: ``"block"``, at the block's output, or ``"projection"``, at the
+            projection's, as ROME's are. The default where a model has no preset and the block normalises or scales what
+            its projection puts out: so what is asked for can be put out.
     """
 
     method: ClassVar[Method] = "emmet"
@@ -293,8 +280,8 @@ class MemitConfig(CovarianceConfig):
     """Settings of MEMIT.
 
     Attributes:
-        spread: ``"linear"``: each layer takes ``1 / (layers left)`` of what is missing (MEMIT);
-            ``"sqrt"``: ``1 / sqrt(layers left)`` (PMET).
+        spread: ``"linear"``: each layer takes ``1 / (layers left)`` of what is missing (MEMIT); ``"sqrt"``: ``1 /
+            sqrt(layers left)`` (PMET).
     """
 
     method: ClassVar[Method] = "memit"
@@ -320,8 +307,8 @@ class EncoreConfig(MemitConfig):
     """Settings of ENCORE: those of MEMIT with a ridge and a stopping rule of its own.
 
     Attributes:
-        ridge: The weight of the change's squared norm. No published number is known here for any
-            model: 10 is AlphaEdit's weight of the same penalty.
+        ridge: The weight of the change's squared norm. No published number is known here for any model: 10 is
+            AlphaEdit's weight of the same penalty.
     """
 
     method: ClassVar[Method] = "encore"
@@ -338,8 +325,7 @@ class AlphaEditConfig(EditConfig):
         spread: ``"linear"`` or ``"sqrt"``, as in `MemitConfig`.
         l2: How much the size of the change counts.
         null_threshold: Eigenvalues of C below it count as zero.
-        null_relative: Instead of `null_threshold` where it is not None: a multiple of the mean of
-            C's diagonal.
+        null_relative: Instead of `null_threshold` where it is not None: a multiple of the mean of C's diagonal.
     """
 
     method: ClassVar[Method] = "alphaedit"
@@ -358,8 +344,7 @@ class AlphaEditConfig(EditConfig):
 
 
 CONFIGS: dict[str, type[EditConfig]] = {
-    cls.method: cls
-    for cls in (RomeConfig, EmmetConfig, MemitConfig, PmetConfig, EncoreConfig, AlphaEditConfig)
+    cls.method: cls for cls in (RomeConfig, EmmetConfig, MemitConfig, PmetConfig, EncoreConfig, AlphaEditConfig)
 }
 
 
@@ -412,8 +397,7 @@ def parse_overrides(pairs: Iterable[str], methods: str | Sequence[str]) -> dict[
         methods: The method, or several, all of which must have each of the settings.
 
     Raises:
-        BadConfig: No ``=``, a name that is not a setting of a method, or a value that is not of the
-            setting's kind.
+        BadConfig: No ``=``, a name that is not a setting of a method, or a value that is not of the setting's kind.
     """
     classes = [config_class(m) for m in ([methods] if isinstance(methods, str) else methods)]
     values: dict[str, Any] = {}

@@ -21,13 +21,11 @@ RELATIVE_STEP = 0.2
 FAR_LESS = 0.1
 
 
-def defaults(
-    adapter: ModelAdapter, cls: type[EditConfig], asked: tuple[int, ...] | None = None
-) -> dict[str, Any]:
+def defaults(adapter: ModelAdapter, cls: type[EditConfig], asked: tuple[int, ...] | None = None) -> dict[str, Any]:
     """The settings by name that a method has for a model, without those that its class has.
 
-    What a preset has for MEMIT holds for its relatives too, but for what makes them others: where
-    the class's default is not MEMIT's. What it has for a method itself comes before all.
+    What a preset has for MEMIT holds for its relatives too, but for what makes them others: where the class's default
+    is not MEMIT's. What it has for a method itself comes before all.
 
     Args:
         adapter: The model.
@@ -95,8 +93,8 @@ def _by_depth(adapter: ModelAdapter, cls: type[EditConfig]) -> tuple[int, ...]:
 def _able(adapter: ModelAdapter, found: list[int]) -> list[int]:
     """Those layers that are not far behind the others in what they can do.
 
-    Where a weight is NaN or infinite there is nothing to compare: such layers stay, and what uses
-    them says what is wrong with the model.
+    Where a weight is NaN or infinite there is nothing to compare: such layers stay, and what uses them says what is
+    wrong with the model.
     """
     if all(adapter.adds_plainly(layer) for layer in found):
         return found

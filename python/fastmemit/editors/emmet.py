@@ -12,9 +12,8 @@ from fastmemit.request import EditRequest
 def write(work: Workspace, requests: list[EditRequest]) -> None:
     """Write a batch into one layer.
 
-    ``Delta = R (K^T A^-1 K + lambda_e I)^-1 K^T A^-1`` with ``A = w C + ridge I``, and the keys of
-    earlier edits in A where they are preserved; lambda_e relaxes the constraint for batches only, a
-    single edit is always exact.
+    ``Delta = R (K^T A^-1 K + lambda_e I)^-1 K^T A^-1`` with ``A = w C + ridge I``, and the keys of earlier edits in A
+    where they are preserved; lambda_e relaxes the constraint for batches only, a single edit is always exact.
     """
     adapter, layer = work.adapter, work.config.layers[0]
     goal = torch.stack([t.vector for t in work.targets(requests, True)]).double()  # (B, d)

@@ -17,9 +17,7 @@ def parse_layers(text: str) -> tuple[int, ...]:
         try:
             numbers = range(int(first), (int(last) if dash else int(first)) + 1)
         except ValueError as error:
-            raise BadConfig(
-                f"The layers {text!r} are not numbers and ranges; write them as 4-8 or 4,6."
-            ) from error
+            raise BadConfig(f"The layers {text!r} are not numbers and ranges; write them as 4-8 or 4,6.") from error
         if not numbers:
             raise BadConfig(f"The range {part!r} of layers is empty; write it as 4-8.")
         layers += numbers

@@ -1,7 +1,7 @@
 """The keys of earlier edits, preserved beside those of the corpus (sequential MEMIT).
 
-A batch that is written after others must not undo them: ``A = w C + ridge I + sum K_p K_p^T`` over
-the keys of the earlier edits, layer by layer, as they were when each batch was written.
+A batch that is written after others must not undo them: ``A = w C + ridge I + sum K_p K_p^T`` over the keys of the
+earlier edits, layer by layer, as they were when each batch was written.
 """
 
 from __future__ import annotations
@@ -65,9 +65,7 @@ class PreservedKeys:
         layers = {layer for edit in self.edits for layer in self._keys[edit]}
         return max((sum(k.shape[1] for k in self.blocks(layer)) for layer in layers), default=0)
 
-    def factor(
-        self, layer: int, base: CholeskyFactor, written: Sequence[Tensor] = ()
-    ) -> CholeskyFactor:
+    def factor(self, layer: int, base: CholeskyFactor, written: Sequence[Tensor] = ()) -> CholeskyFactor:
         """The factor of ``A + sum K_p K_p^T`` of a layer.
 
         Only what is new since the last call is worked in, as long as A is the same.

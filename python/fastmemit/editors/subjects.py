@@ -26,8 +26,7 @@ class Reading:
     """What was read for one layer; nobody writes into it.
 
     Attributes:
-        keys: (B, contexts, d_k) float64, the keys at the subject in every context, the bare
-            prompt's first.
+        keys: (B, contexts, d_k) float64, the keys at the subject in every context, the bare prompt's first.
         outputs: (B, d) float64, what the projection puts out at the bare prompt's subject.
         block: (B, d) float64, what the last edited block puts out there.
         passes: Where to go on: over the bare prompts, and over the other contexts if there are any.
@@ -115,11 +114,7 @@ class Subjects:
     """
 
     def __init__(
-        self,
-        adapter: ModelAdapter,
-        tokenizer: Any,
-        requests: Sequence[EditRequest],
-        contexts: Sequence[str],
+        self, adapter: ModelAdapter, tokenizer: Any, requests: Sequence[EditRequest], contexts: Sequence[str]
     ) -> None:
         self._adapter, self._tokenizer = adapter, tokenizer
         self._requests, self._contexts = tuple(requests), tuple(contexts)
@@ -164,8 +159,7 @@ class Subjects:
 
     def _begin(self) -> list[SubjectPass]:
         rows = [
-            [subject_row(self._tokenizer, context, request) for context in self._contexts]
-            for request in self._requests
+            [subject_row(self._tokenizer, context, request) for context in self._contexts] for request in self._requests
         ]
         passes = [SubjectPass.of(self._adapter, [row[0] for row in rows])]
         if len(self._contexts) > 1:

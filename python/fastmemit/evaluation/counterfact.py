@@ -29,8 +29,8 @@ def score_records(
         records: The records; each needs a true answer.
         attributes: Ask the attribute prompts too, which are as many again in CounterFact.
         batch_tokens: See `judge_answers`.
-        progress: Called with the number of questions done since the last call; a record asks two
-            for each of its prompts (`count_questions`).
+        progress: Called with the number of questions done since the last call; a record asks two for each of its
+            prompts (`count_questions`).
 
     Raises:
         BadData: A record has no true answer.
@@ -38,15 +38,11 @@ def score_records(
     questions: list[Question] = []
     for record in records:
         if record.request.target_true is None:
-            raise BadData(
-                f"Record {record.case_id} has no target_true, which scores compare with; add it."
-            )
+            raise BadData(f"Record {record.case_id} has no target_true, which scores compare with; add it.")
         answers = (record.request.target_new, record.request.target_true)
         for prompt in _prompts(record, attributes):
             questions += [(prompt, record.request.answer_to(prompt, each)) for each in answers]
-    judged = iter(
-        judge_answers(adapter, tokenizer, questions, batch_tokens=batch_tokens, progress=progress)
-    )
+    judged = iter(judge_answers(adapter, tokenizer, questions, batch_tokens=batch_tokens, progress=progress))
     return [_score(record, judged, attributes) for record in records]
 
 
@@ -76,9 +72,7 @@ def _score(record: Record, judged: Iterator[Answer], attributes: bool) -> Record
         _costs(nearby),
         attributes=_costs(related),
         exact=Exact(
-            new.exact,
-            tuple(said.exact for said, _ in said_otherwise),
-            tuple(kept.exact for _, kept in nearby),
+            new.exact, tuple(said.exact for said, _ in said_otherwise), tuple(kept.exact for _, kept in nearby)
         ),
     )
 

@@ -30,9 +30,9 @@ def generate_records(
 ) -> list[RecordGeneration]:
     """Continue every record's openings and measure the texts.
 
-    Openings of like lengths run together. Sampled, an opening that a record has twice gives two
-    texts; greedy, equal openings of all records run once. The same seed gives the same texts for
-    the same records in the same order; among other records the draws are others.
+    Openings of like lengths run together. Sampled, an opening that a record has twice gives two texts; greedy, equal
+    openings of all records run once. The same seed gives the same texts for the same records in the same order; among
+    other records the draws are others.
 
     Args:
         model: A causal language model.
@@ -54,9 +54,7 @@ def generate_records(
             raise BadConfig(f"{name} is {number}; it must be 1 or more.")
     check_generations(records, references)
     openings = [text for record in records for text in record.generations]
-    continued = _continued(
-        model, tokenizer, openings, new_tokens, top_k, seed, batch_rows, progress or _quiet
-    )
+    continued = _continued(model, tokenizer, openings, new_tokens, top_k, seed, batch_rows, progress or _quiet)
     texts = iter(continued)
     return [_measured(record, [next(texts) for _ in record.generations], references)
             for record in records]  # fmt: skip

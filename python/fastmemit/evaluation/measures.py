@@ -67,8 +67,7 @@ class Measures:
                 raise BadConfig(f"There is no metric {name!r}; choose from {', '.join(METRICS)}.")
         if references is not None and "generation" not in wanted:
             raise BadConfig(
-                "References are compared with generated text; ask for the metric generation too, "
-                "or name no references."
+                "References are compared with generated text; ask for the metric generation too, or name no references."
             )
         return cls("attributes" in wanted, "generation" in wanted, references)
 
@@ -85,9 +84,7 @@ class Measures:
                 "scores are not the same; evaluate them apart."
             )
         if zsre and (self.attributes or self.generation):
-            raise BadData(
-                "zsRE has neither attribute nor generation prompts; leave these metrics out."
-            )
+            raise BadData("zsRE has neither attribute nor generation prompts; leave these metrics out.")
         if self.attributes and not any(record.attributes for record in records):
             raise BadData(
                 "No record has attribute_prompts; give CounterFact in its full schema, or leave "
@@ -96,9 +93,7 @@ class Measures:
         if self.generation:
             check_generations(records, self.references)
 
-    def take(
-        self, editor: Editor, records: Sequence[Record], what: str, progress: bool
-    ) -> list[Measured]:
+    def take(self, editor: Editor, records: Sequence[Record], what: str, progress: bool) -> list[Measured]:
         """Measure the editor's model as it is now.
 
         Args:
@@ -119,12 +114,7 @@ class Measures:
         openings = sum(len(record.generations) for record in records)
         with bar(f"{what}: texts", openings, progress) as advance:
             written = generate_records(
-                editor.model,
-                editor.tokenizer,
-                records,
-                references=self.references,
-                seed=editor.seed,
-                progress=advance,
+                editor.model, editor.tokenizer, records, references=self.references, seed=editor.seed, progress=advance
             )
         return [Measured(*pair) for pair in zip(scores, written, strict=True)]
 

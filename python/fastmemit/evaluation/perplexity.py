@@ -1,7 +1,7 @@
 """Perplexity on running text: how well a model still speaks, whatever was edited.
 
-The text is tokenised once and cut into windows that are run as they are, without padding and so
-without a mask, which leaves a model its fastest attention.
+The text is tokenised once and cut into windows that are run as they are, without padding and so without a mask, which
+leaves a model its fastest attention.
 """
 
 from __future__ import annotations
@@ -78,14 +78,13 @@ def perplexity(
         adapter: The model.
         text: See `read_text`.
         batch_tokens: Tokens a forward takes at most (one window always runs).
-        progress: Called with the number of tokens predicted since the last call; they are
-            `count_tokens` in all.
+        progress: Called with the number of tokens predicted since the last call; they are `count_tokens` in all.
 
     Raises:
         BadConfig: The text's context is longer than the model takes, or its stride than a window.
         FastmemitError: The model gives NaN.
-        UnknownArchitecture: The model is not causal, has no decoder to take hidden states from, or
-            gives other logits with its head run apart.
+        UnknownArchitecture: The model is not causal, has no decoder to take hidden states from, or gives other logits
+            with its head run apart.
     """
     windows = text.windows(context_limit(adapter.model))
     adapter.check_causal()
@@ -104,16 +103,14 @@ def perplexity(
             tokens += done
             if progress is not None:
                 progress(done)
-    return PerplexityResult(
-        total / tokens, tokens, len(windows), max(len(window.ids) for window in windows)
-    )
+    return PerplexityResult(total / tokens, tokens, len(windows), max(len(window.ids) for window in windows))
 
 
 def edited_nll(adapter: ModelAdapter, text: PerplexityText) -> float:
     """The cost of a text's tokens on an edited model, in nats; infinite where edits broke it.
 
-    A model whose output is not finite is a result of an experiment and not the end of it. For a
-    text that the unedited model has been measured on, nothing else can be wrong.
+    A model whose output is not finite is a result of an experiment and not the end of it. For a text that the unedited
+    model has been measured on, nothing else can be wrong.
     """
     try:
         return perplexity(adapter, text).nll
@@ -160,8 +157,8 @@ def _batches(windows: Sequence[Window], batch_tokens: int) -> Iterator[list[Wind
 def _run(adapter: ModelAdapter, windows: Sequence[Window]) -> float:
     """The summed cost of the predicted tokens of windows of one shape, in nats.
 
-    The blocks run once. Their hidden states then go through the rest of the model's own forward
-    (head, scaling, soft caps) in pieces, as if the decoder had given only those.
+    The blocks run once. Their hidden states then go through the rest of the model's own forward (head, scaling, soft
+    caps) in pieces, as if the decoder had given only those.
     """
     ids = torch.tensor([window.ids for window in windows], device=adapter.device)  # (B, L)
     first = windows[0].first

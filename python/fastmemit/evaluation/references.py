@@ -41,8 +41,7 @@ class References:
         lacking = [record for record in records if _place(record) not in self._texts]
         if lacking:
             named = "; ".join(
-                f"case {r.case_id}: relation_id {r.relation_id!r}, target_new "
-                f"{r.request.target_new.strip()!r}"
+                f"case {r.case_id}: relation_id {r.relation_id!r}, target_new {r.request.target_new.strip()!r}"
                 for r in lacking[:_SHOWN]
             )
             more = f"; and {len(lacking) - _SHOWN} more" if len(lacking) > _SHOWN else ""
@@ -65,10 +64,9 @@ def load_references(path: str | Path) -> References:
     """Read reference texts.
 
     Args:
-        path: A JSON list or JSONL file of ``{"relation_id": ..., "target_new": ..., "text": ...}``;
-            several items of one relation and answer are several texts. Texts about things whose
-            answer is ``target_new`` serve best, such as articles about cities in Italy for an edit
-            that moves something to Italy.
+        path: A JSON list or JSONL file of ``{"relation_id": ..., "target_new": ..., "text": ...}``; several items of
+            one relation and answer are several texts. Texts about things whose answer is ``target_new`` serve best,
+            such as articles about cities in Italy for an edit that moves something to Italy.
 
     Raises:
         BadConfig: scikit-learn is not installed.
@@ -86,15 +84,11 @@ def load_references(path: str | Path) -> References:
 def _item(path: str | Path, index: int, place: str, value: Any) -> tuple[str, str, str]:
     where = f"Reference {index} of {path} ({place})"
     if not isinstance(value, Mapping):
-        raise BadData(
-            f"{where} is {value!r:.40}; write an object with relation_id, target_new and text."
-        )
+        raise BadData(f"{where} is {value!r:.40}; write an object with relation_id, target_new and text.")
     for name in _FIELDS:
         found: Any = value.get(name)
         if not is_clean_text(found) or not found.strip():
-            raise BadData(
-                f"{where} must have text in the field {name} but has {found!r:.40}; write some."
-            )
+            raise BadData(f"{where} must have text in the field {name} but has {found!r:.40}; write some.")
     return value["relation_id"], value["target_new"], value["text"]
 
 

@@ -12,12 +12,7 @@ from fastmemit.editor import Editor
 from fastmemit.editors import EditConfig
 from fastmemit.errors import WrongModel
 from fastmemit.evaluation.measures import Measured, Measures, table
-from fastmemit.evaluation.perplexity import (
-    PerplexityText,
-    before_and_after,
-    edited_nll,
-    perplexity,
-)
+from fastmemit.evaluation.perplexity import PerplexityText, before_and_after, edited_nll, perplexity
 from fastmemit.evaluation.references import References
 from fastmemit.evaluation.schema import RecordResult, Result
 from fastmemit.factors import resolved
@@ -39,16 +34,16 @@ def evaluate(
 ) -> Result:
     """Edit and score batches of records, each on the unedited model (Table 1's protocol).
 
-    Target vectors do not depend on the covariance nor on the batch, so those of all batches are
-    optimised together, first.
+    Target vectors do not depend on the covariance nor on the batch, so those of all batches are optimised together,
+    first.
 
     Args:
         editor: The editor of an unedited model, with its statistics precomputed.
         batches: Records to be edited together, batch by batch; CounterFact's or zsRE's.
         method: One of `fastmemit.editors.METHODS`, or settings, see `Editor.plan`.
         overrides: Settings that replace the preset's.
-        metrics: ``"attributes"`` asks the attribute prompts too, ``"generation"`` continues the
-            openings; the rest of `METRICS` is read from the same answers and always there.
+        metrics: ``"attributes"`` asks the attribute prompts too, ``"generation"`` continues the openings; the rest of
+            `METRICS` is read from the same answers and always there.
         references: Texts to compare generated ones with.
         text: What perplexity is measured on, before and after; None measures none.
         perplexity_batches: After how many of the batches, at most.
@@ -56,8 +51,8 @@ def evaluate(
 
     Raises:
         WrongModel: The model is edited already.
-        BadConfig: A metric is unknown, references come without generation, or the text's windows
-            are longer than the model takes.
+        BadConfig: A metric is unknown, references come without generation, or the text's windows are longer than the
+            model takes.
         BadData: The records lack what a metric asks for.
         FastmemitError: The unedited model gives NaN for the text.
         BadRequest: A record cannot be edited, or two of a batch contradict each other.
@@ -108,9 +103,7 @@ def evaluate(
             **resolved(editor.adapter, statistics, config).as_dict(),
             "batches": [len(batch) for batch in batches],
             "metrics": list(metrics),
-            "text": None
-            if text is None
-            else {"name": text.name, "sha256": text.sha256, "tokens": len(text.ids)},
+            "text": None if text is None else {"name": text.name, "sha256": text.sha256, "tokens": len(text.ids)},
             "seed": editor.seed,
             "model": editor.name,
             "fingerprint": editor.fingerprint,

@@ -39,12 +39,9 @@ class PerplexityText:
         name: The file's name without its folder.
         sha256: Of the file, in hex.
         ids: The text's tokens, without special ones.
-        lead: Special tokens that the tokenizer puts in front of a text (BOS); every window begins
-            with them.
-        context: Tokens in a window, `lead` included; None takes what the model takes, at most
-            `DEFAULT_CONTEXT`.
-        stride: By how many tokens of the text a window begins behind the one before it; None: where
-            that one ends.
+        lead: Special tokens that the tokenizer puts in front of a text (BOS); every window begins with them.
+        context: Tokens in a window, `lead` included; None takes what the model takes, at most `DEFAULT_CONTEXT`.
+        stride: By how many tokens of the text a window begins behind the one before it; None: where that one ends.
     """
 
     name: str
@@ -68,8 +65,8 @@ class PerplexityText:
     def windows(self, limit: int | None = None) -> list[Window]:
         """The windows, in the order of the text.
 
-        Every token of the text is predicted once, except the first of a window that has nothing in
-        front of it: without overlap and without BOS that is one token a window.
+        Every token of the text is predicted once, except the first of a window that has nothing in front of it: without
+        overlap and without BOS that is one token a window.
 
         Args:
             limit: How many tokens the model takes at once; None: any number.
@@ -79,10 +76,7 @@ class PerplexityText:
         """
         context = self.context or min(limit or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
         if limit is not None and context > limit:
-            raise BadConfig(
-                f"The context is {context} tokens but the model takes {limit} at once; give a "
-                "smaller one."
-            )
+            raise BadConfig(f"The context is {context} tokens but the model takes {limit} at once; give a smaller one.")
         lead = len(self.lead)
         body = context - lead
         step = self.stride or body
@@ -122,8 +116,8 @@ def read_text(
         stride: See `PerplexityText`.
 
     Raises:
-        BadData: The file is missing, empty, not UTF-8, larger than 1 GiB, or has fewer tokens than
-            asked for or than can be predicted.
+        BadData: The file is missing, empty, not UTF-8, larger than 1 GiB, or has fewer tokens than asked for or than
+            can be predicted.
         BadConfig: A number that makes no sense.
     """
     if tokens is not None and tokens < 2:
@@ -143,12 +137,8 @@ def read_text(
     if len(ids) < (tokens or 1) or len(lead) + len(ids) < 2:
         needed = tokens or (1 if lead else 2)
         mend = "a longer text or ask for fewer" if tokens else "a longer text"
-        raise BadData(
-            f"{path} has {len(ids)} tokens but {needed} are needed for a perplexity; give {mend}."
-        )
-    return PerplexityText(
-        path.name, hashlib.sha256(raw).hexdigest(), tuple(ids), lead, context, stride
-    )
+        raise BadData(f"{path} has {len(ids)} tokens but {needed} are needed for a perplexity; give {mend}.")
+    return PerplexityText(path.name, hashlib.sha256(raw).hexdigest(), tuple(ids), lead, context, stride)
 
 
 def _ids(tokenizer: Any, text: str, wanted: int | None) -> list[int]:

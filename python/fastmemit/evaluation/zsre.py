@@ -26,13 +26,10 @@ def judge_zsre(
         tokenizer: Its tokenizer.
         records: The records.
         batch_tokens: See `judge_answers`.
-        progress: Called with the number of questions done since the last call
-            (`count_zsre_questions`).
+        progress: Called with the number of questions done since the last call (`count_zsre_questions`).
     """
     questions = [question for record in records for question in _questions(record)]
-    judged = iter(
-        judge_answers(adapter, tokenizer, questions, batch_tokens=batch_tokens, progress=progress)
-    )
+    judged = iter(judge_answers(adapter, tokenizer, questions, batch_tokens=batch_tokens, progress=progress))
 
     def take(prompts: Sequence[str]) -> list[tuple[bool, ...]]:
         return [next(judged).matches for _ in prompts]

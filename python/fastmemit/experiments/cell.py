@@ -17,12 +17,7 @@ from fastmemit.editor import Editor
 from fastmemit.editors.subjects import ReadCache
 from fastmemit.errors import BadData
 from fastmemit.evaluation.counterfact import score_records
-from fastmemit.evaluation.perplexity import (
-    PerplexityResult,
-    PerplexityText,
-    before_and_after,
-    edited_nll,
-)
+from fastmemit.evaluation.perplexity import PerplexityResult, PerplexityText, before_and_after, edited_nll
 from fastmemit.evaluation.schema import ScoreTable
 from fastmemit.experiments.folders import score_means
 from fastmemit.experiments.grid import Place
@@ -92,9 +87,7 @@ class SweepRun:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begun
 
 
-def run_cell(
-    run: SweepRun, place: Place, used: Statistics, advance: Callable[[int], None]
-) -> tuple[Cell, Timing]:
+def run_cell(run: SweepRun, place: Place, used: Statistics, advance: Callable[[int], None]) -> tuple[Cell, Timing]:
     """Edit and score the batches of a cell, each on the unedited weights.
 
     Args:
@@ -128,10 +121,7 @@ def run_cell(
                 edit.undo()
         records += [
             CellRecord(
-                case_id=record.case_id,
-                batch=number,
-                before=_shares(run.before[record.case_id]),
-                after=score.shares(),
+                case_id=record.case_id, batch=number, before=_shares(run.before[record.case_id]), after=score.shares()
             )
             for record, score in zip(batch, scores, strict=True)
         ]
@@ -169,11 +159,7 @@ def scored_or_failed(editor: Editor, batch: Sequence[Record]) -> list[RecordScor
                 ps=0.0 if record.paraphrases else None,
                 ns=0.0 if record.neighbourhood else None,
                 rewrite=NllPair(math.inf, math.inf),
-                exact=Exact(
-                    False,
-                    (False,) * len(record.paraphrases),
-                    (False,) * len(record.neighbourhood),
-                ),
+                exact=Exact(False, (False,) * len(record.paraphrases), (False,) * len(record.neighbourhood)),
             )
             for record in batch
         ]
@@ -181,9 +167,7 @@ def scored_or_failed(editor: Editor, batch: Sequence[Record]) -> list[RecordScor
 
 def table_of(shares: Sequence[Mapping[str, float | None]]) -> ScoreTable:
     """The means over records, in percent."""
-    means = {
-        name: None if mean is None else 100 * mean for name, mean in score_means(shares).items()
-    }
+    means = {name: None if mean is None else 100 * mean for name, mean in score_means(shares).items()}
     return cast(ScoreTable, means)
 
 

@@ -1,7 +1,7 @@
 """Cells put side by side: few keys against the full precompute, multiplier by multiplier.
 
-A group is what one of the paper's figures shows: one method with its settings, over multipliers and
-batch sizes. Cells are compared only where all but the multiplier is equal.
+A group is what one of the paper's figures shows: one method with its settings, over multipliers and batch sizes. Cells
+are compared only where all but the multiplier is equal.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ class Against:
         other: The name of the other cell.
         kept: The smallest share of the other's scores and perplexity.
         differences: Each score minus the other's, in points; None where one of them lacks it.
-        perplexity: Perplexity after the edits divided by the other's; None where it was not
-            measured. One text has no interval.
+        perplexity: Perplexity after the edits divided by the other's; None where it was not measured. One text has no
+            interval.
     """
 
     other: str
@@ -84,8 +84,7 @@ class Measured:
         cell: As it was stored.
         after: Every score after the edits, in percent; None where there is no such score.
         before: The same of the unedited model.
-        full: Against the full precompute; None for the full precompute itself and where it was not
-            run.
+        full: Against the full precompute; None for the full precompute itself and where it was not run.
         plain: Against the same cell with the settings of the preset; None where there is none.
     """
 
@@ -165,16 +164,9 @@ def group_cells(cells: Sequence[Cell], *, resamples: int = RESAMPLES) -> list[Gr
     known = {(_place(cell), cell["multiplier"]): cell for cell in cells}
     groups: dict[tuple[str, str, bool, int], Group] = {}
     for cell in cells:
-        identity = (
-            cell["method"],
-            json.dumps(cell["settings"], sort_keys=True),
-            cell["bos"],
-            cell["seed"],
-        )
+        identity = (cell["method"], json.dumps(cell["settings"], sort_keys=True), cell["bos"], cell["seed"])
         fresh = Group(cell["method"], settings_name(cell["settings"]), cell["bos"], cell["seed"])
-        row = groups.setdefault(identity, fresh).cells.setdefault(
-            Size(cell["batch_size"], cell["batches"]), {}
-        )
+        row = groups.setdefault(identity, fresh).cells.setdefault(Size(cell["batch_size"], cell["batches"]), {})
         multiplier = cell["multiplier"]
         if multiplier in row:
             raise BadData(

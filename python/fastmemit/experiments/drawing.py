@@ -1,10 +1,9 @@
 """How one figure is drawn: panels of lines over multipliers, the full precompute at infinity.
 
-Dashed lines stand at 95 % of what the full precompute reaches, and at its perplexity over that
-share; 95 % intervals are bars. Colours are
-those of Okabe and Ito, which readers with any colour vision can tell apart; markers differ as well.
-The same cells give the same bytes: no date is written, identifiers are salted with a constant, and
-the font comes with matplotlib.
+Dashed lines stand at 95 % of what the full precompute reaches, and at its perplexity over that share; 95 % intervals
+are bars. Colours are those of Okabe and Ito, which readers with any colour vision can tell apart; markers differ as
+well. The same cells give the same bytes: no date is written, identifiers are salted with a constant, and the font comes
+with matplotlib.
 """
 
 from __future__ import annotations
@@ -56,8 +55,8 @@ class Panel:
     Attributes:
         name: Its title.
         read: The value of a cell.
-        perplexity: Whether the value is a perplexity, which has no interval and no upper end, and
-            not a score in percent.
+        perplexity: Whether the value is a perplexity, which has no interval and no upper end, and not a score in
+            percent.
     """
 
     name: str
@@ -110,9 +109,7 @@ def check_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        raise BadConfig(
-            'Figures need the package matplotlib; pip install "fastmemit[report]".'
-        ) from None
+        raise BadConfig('Figures need the package matplotlib; pip install "fastmemit[report]".') from None
 
 
 def render(drawing: Drawing, model: str) -> tuple[bytes, bytes]:
@@ -169,12 +166,7 @@ def _draw(drawing: Drawing, model: str) -> Figure:
         handles.append(Line2D([], [], color="#555555", ls=(0, (5, 3)), lw=0.9, label=label))
     short = all(len(line.label) < 28 for line in drawing.lines)
     figure.legend(
-        handles=handles,
-        loc="outside lower center",
-        ncols=4 if short else 3,
-        handlelength=3,
-        frameon=False,
-        fontsize=8,
+        handles=handles, loc="outside lower center", ncols=4 if short else 3, handlelength=3, frameon=False, fontsize=8
     )
     return figure
 
@@ -248,9 +240,7 @@ def _draw_panel(axes: Axes, panel: Panel, lines: Sequence[Line], multipliers: _M
         axes.set_ylabel("%")
 
 
-def _draw_line(
-    axes: Axes, line: Line, points: Sequence[tuple[float, Estimate]], *, bars: bool
-) -> None:
+def _draw_line(axes: Axes, line: Line, points: Sequence[tuple[float, Estimate]], *, bars: bool) -> None:
     places = [x for x, _ in points]
     values = [found.value for _, found in points]
     lows, highs = [found.low for _, found in points], [found.high for _, found in points]

@@ -63,12 +63,11 @@ class Collected:
 def collect(folders: Sequence[Path]) -> Collected:
     """Read the folders of one or several sweeps of the same model.
 
-    Equal cells are merged. A last line without its end is what a killed process leaves; it is left
-    out, with a warning.
+    Equal cells are merged. A last line without its end is what a killed process leaves; it is left out, with a warning.
 
     Raises:
-        BadData: A folder does not exist or holds no sweep, no cell is finished, a line is damaged,
-            or two files hold different results of one cell.
+        BadData: A folder does not exist or holds no sweep, no cell is finished, a line is damaged, or two files hold
+            different results of one cell.
         DamagedFile: A cell is not what a sweep writes; the message names its key and the field.
         WrongModel: The folders are of different models.
     """
@@ -85,8 +84,7 @@ def collect(folders: Sequence[Path]) -> Collected:
             known = cells.setdefault(key, (folder, cell))
             if known[1] != cell:
                 raise BadData(
-                    f"{str(known[0])!r} and {str(folder)!r} have different results of {key}; "
-                    "report on them apart."
+                    f"{str(known[0])!r} and {str(folder)!r} have different results of {key}; report on them apart."
                 )
         for key, value in _cleaned(read_results(folder, TIMINGS)).items():
             place = f"The timing of {key!r} in {str(folder)!r}"
@@ -99,10 +97,7 @@ def collect(folders: Sequence[Path]) -> Collected:
         raise BadData(f"No finished cell in {names}; run the sweep until there is one.")
     chosen = sorted((cell for _, cell in cells.values()), key=_order)
     return Collected(
-        tuple(folders),
-        sweeps,
-        tuple(chosen),
-        tuple(timings[cell["key"]] for cell in chosen if cell["key"] in timings),
+        tuple(folders), sweeps, tuple(chosen), tuple(timings[cell["key"]] for cell in chosen if cell["key"] in timings)
     )
 
 
@@ -201,9 +196,7 @@ def _cell(place: str, value: dict[str, Any]) -> Cell:
         seen.add(record["case_id"])
     wanted = value["batch_size"] * value["batches"]
     if len(seen) != wanted:
-        raise DamagedFile(
-            f"{place} has {len(seen)} records, and its batches make {wanted:,}; {_MEND}."
-        )
+        raise DamagedFile(f"{place} has {len(seen)} records, and its batches make {wanted:,}; {_MEND}.")
     for when, scores in (("before", value["before"]), ("after", value["scores"])):
         for name, mean in score_means([record[when] for record in value["records"]]).items():
             if name not in scores and name in ("ea", "pa", "na"):
@@ -223,9 +216,7 @@ def _cell(place: str, value: dict[str, Any]) -> Cell:
         for when in ("before", "after"):
             # The exponential of a mean cost, which is never below 0.
             if not found[when] >= 1 or (type(found[when]) is int and found[when] > _LARGEST):
-                raise DamagedFile(
-                    f"{here} has {when} = {found[when]!r:.80}, which is not 1 or more; {_MEND}."
-                )
+                raise DamagedFile(f"{here} has {when} = {found[when]!r:.80}, which is not 1 or more; {_MEND}.")
         _check_counts(here, found, {"batches": 1, "tokens": 1})
     return cast(Cell, value)
 
@@ -267,9 +258,7 @@ def _check_counts(place: str, value: Mapping[str, Any], least: Mapping[str, int]
             raise DamagedFile(f"{place} has {name} = {found!r:.80}; {_MEND}.")
 
 
-def _check_fields(
-    place: str, value: Mapping[str, Any], fields: Mapping[str, tuple[type, ...]]
-) -> None:
+def _check_fields(place: str, value: Mapping[str, Any], fields: Mapping[str, tuple[type, ...]]) -> None:
     for name, types in fields.items():
         if name not in value:
             raise DamagedFile(f"{place} lacks the field {name!r}; {_MEND}.")

@@ -67,15 +67,15 @@ class Grid:
     """All cells of a sweep.
 
     Attributes:
-        methods: In the order in which they run: names, or settings in the place of a model's
-            preset, one for each method.
+        methods: In the order in which they run: names, or settings in the place of a model's preset, one for each
+            method.
         batches: Batch size -> how many batches.
         multipliers: None stands for the full precompute.
         variants: Settings that replace the methods' own; each set of them is a cell of its own.
         bos: With the first position of a document among the keys, without it, or both.
         seeds: Of the order of the corpus.
-        snapshots: Further multipliers at which sums are stored on the way. Sweeps with the same way
-            share one pass over the corpus.
+        snapshots: Further multipliers at which sums are stored on the way. Sweeps with the same way share one pass over
+            the corpus.
         settings: Method -> settings that replace its own in all of its cells.
     """
 
@@ -154,10 +154,7 @@ def parse_multipliers(text: str) -> tuple[float | None, ...]:
         except ValueError:
             value = math.nan
         if not value > 0 or (value == math.inf and part != FULL):
-            raise BadConfig(
-                f"The multiplier {part!r} is neither a number above 0 nor 'full'; "
-                "write 1,2,10,full."
-            )
+            raise BadConfig(f"The multiplier {part!r} is neither a number above 0 nor 'full'; write 1,2,10,full.")
         found.append(value)
     _refuse_twice("multiplier", found)
     return tuple(None if value == math.inf else value for value in sorted(found))
@@ -185,8 +182,8 @@ def parse_batches(sizes: str | None, counts: str | None) -> dict[int, int]:
         counts: ``"1:1000,16:10"``; a size that is not in it has as many as in Table 1.
 
     Raises:
-        BadConfig: A part is not a number above 0, a size is there twice, or its number of batches
-            is known from neither.
+        BadConfig: A part is not a number above 0, a size is there twice, or its number of batches is known from
+            neither.
     """
     numbers = dict(TABLE_1)
     given: dict[int, int] = {}
@@ -204,9 +201,7 @@ def parse_batches(sizes: str | None, counts: str | None) -> dict[int, int]:
     _refuse_twice("batch size", wanted)
     for number in wanted:
         if number not in numbers:
-            raise BadConfig(
-                f"Table 1 has no batches of {number}; say how many with --batches {number}:10."
-            )
+            raise BadConfig(f"Table 1 has no batches of {number}; say how many with --batches {number}:10.")
     return {number: numbers[number] for number in wanted}
 
 

@@ -57,15 +57,11 @@ def make_header(
         max_length=max_length,
         full_keys=full_keys,
         perplexity=None if perplexity is None else dict(perplexity),
-        methods={
-            method: editor.config(method, **as_published(method)).as_dict() for method in methods
-        },
+        methods={method: editor.config(method, **as_published(method)).as_dict() for method in methods},
     )
 
 
-def as_published(
-    method: str | EditConfig, settings: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
+def as_published(method: str | EditConfig, settings: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Settings by name for an experiment, which takes few keys as they are, as the papers do."""
     if isinstance(method, EditConfig) and getattr(method, "relative_ridge", None) is not None:
         return dict(settings or {})
@@ -90,9 +86,7 @@ def check_header(folder: Path, header: Sweep) -> None:
             before = dict(stored["methods"])
             known = {method: with_defaults(method, settings) for method, settings in before.items()}
         except (ValueError, KeyError, TypeError) as error:
-            raise BadData(
-                f"{str(path)!r} is not the header of a sweep ({error}); name another folder."
-            ) from error
+            raise BadData(f"{str(path)!r} is not the header of a sweep ({error}); name another folder.") from error
         for name, value in wanted.items():
             if name == "methods":
                 continue

@@ -1,8 +1,7 @@
 """The report as one page that needs nothing else: no network, no script, no file beside it.
 
-Figures are images inside the page, so that their identifiers do not meet and nothing in them can
-run. A Content-Security-Policy forbids the browser to load anything. The template escapes all text
-that came from files.
+Figures are images inside the page, so that their identifiers do not meet and nothing in them can run. A
+Content-Security-Policy forbids the browser to load anything. The template escapes all text that came from files.
 """
 
 from __future__ import annotations
@@ -47,9 +46,7 @@ def page(
     # torch needs jinja2, so it is there wherever fastmemit is.
     from jinja2 import Environment, StrictUndefined
 
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = (files("fastmemit.experiments") / "report.html").read_text(encoding="utf-8")
     return environment.from_string(template).render(
         model=found.sweeps[0]["model"],
@@ -74,8 +71,7 @@ def page(
 def runs(found: Collected) -> list[Facts]:
     """What was run: ``sweep.json`` of each folder, then machines, versions and seconds."""
     parts = [
-        Facts(str(folder), tuple(_facts(sweep)))
-        for folder, sweep in zip(found.folders, found.sweeps, strict=True)
+        Facts(str(folder), tuple(_facts(sweep))) for folder, sweep in zip(found.folders, found.sweeps, strict=True)
     ]
     if found.timings:
         parts.append(Facts("Machines and time", tuple(_costs(found.timings))))
@@ -87,9 +83,7 @@ def _facts(sweep: Mapping[str, Any]) -> list[tuple[str, str]]:
     rows = []
     for name, value in sweep.items():
         if name == "methods" and isinstance(value, Mapping):
-            rows += [
-                (f"settings of {method}", _text(settings)) for method, settings in value.items()
-            ]
+            rows += [(f"settings of {method}", _text(settings)) for method, settings in value.items()]
         elif value is not None:
             rows.append((name.replace("_", " "), _text(value)))
     return rows

@@ -1,17 +1,15 @@
 """How sure a score is: bootstrap intervals over records, of scores and of two cells compared.
 
-Records are drawn with replacement, as many as there are; every score is computed anew from the
-draw, S as the harmonic mean of the drawn means. The interval runs from the 2.5th to the 97.5th
-percentile of what the draws give (Efron, 1979). Percentiles, and not BCa: BCa's acceleration
-divides by the spread of the jackknife, which is zero where every record has the same outcome, as
-ES has wherever all edits succeed. A percentile is then that one value.
+Records are drawn with replacement, as many as there are; every score is computed anew from the draw, S as the harmonic
+mean of the drawn means. The interval runs from the 2.5th to the 97.5th percentile of what the draws give (Efron, 1979).
+Percentiles, and not BCa: BCa's acceleration divides by the spread of the jackknife, which is zero where every record
+has the same outcome, as ES has wherever all edits succeed. A percentile is then that one value.
 
-Two cells are compared by record: a draw takes the same cases from both, so that what makes a case
-easy or hard for both cancels. Their single intervals may overlap far where the paired difference
-has no doubt, and the other way round.
+Two cells are compared by record: a draw takes the same cases from both, so that what makes a case easy or hard for both
+cancels. Their single intervals may overlap far where the paired difference has no doubt, and the other way round.
 
-Records are drawn one by one, whatever batch they were edited in: what the records of one batch have
-in common is not in the interval.
+Records are drawn one by one, whatever batch they were edited in: what the records of one batch have in common is not in
+the interval.
 """
 
 from __future__ import annotations
@@ -71,12 +69,7 @@ class Kept:
 
 
 def score_intervals(
-    records: Records,
-    *,
-    when: str = "after",
-    names: Sequence[str] = SCORES,
-    seed: int = 0,
-    resamples: int = RESAMPLES,
+    records: Records, *, when: str = "after", names: Sequence[str] = SCORES, seed: int = 0, resamples: int = RESAMPLES
 ) -> dict[str, Estimate | None]:
     """The scores of records, in percent, each with its interval.
 
@@ -114,17 +107,14 @@ def difference_intervals(
         resamples: How many draws.
 
     Returns:
-        An estimate for each name, above 0 where these are better; None where there is none: no case
-        that both have, or a score that one of them lacks.
+        An estimate for each name, above 0 where these are better; None where there is none: no case that both have, or
+        a score that one of them lacks.
     """
     pair = _paired(these, others, whens)
     if pair is None:
         return dict.fromkeys(names)
     (value, drawn), (other, drawn_other) = (_drawn(each, names, seed, resamples) for each in pair)
-    return {
-        name: _estimate(value[name] - other[name], drawn[name] - drawn_other[name])
-        for name in names
-    }
+    return {name: _estimate(value[name] - other[name], drawn[name] - drawn_other[name]) for name in names}
 
 
 def kept_share(
@@ -137,10 +127,9 @@ def kept_share(
 ) -> Kept | None:
     """The smallest share of another cell's scores and perplexity, paired by case.
 
-    ES, PS, NS, EA, PA and NA are divided by the other cell's, and the other cell's perplexity by
-    this one's. S is not among them: three of these are what it is made of. The smallest of several
-    noisy shares lies below the smallest of the true ones, so where nothing is lost at all this
-    is a little below 1.
+    ES, PS, NS, EA, PA and NA are divided by the other cell's, and the other cell's perplexity by this one's. S is not
+    among them: three of these are what it is made of. The smallest of several noisy shares lies below the smallest of
+    the true ones, so where nothing is lost at all this is a little below 1.
 
     Args:
         fast: The records of the cell with few preserved keys.
@@ -185,10 +174,7 @@ def _paired(these: Records, others: Records, whens: tuple[str, str]) -> list[Arr
     common = sorted(sides[0].keys() & sides[1].keys())
     if not common:
         return None
-    return [
-        _shares([side[case] for case in common], when)
-        for side, when in zip(sides, whens, strict=True)
-    ]
+    return [_shares([side[case] for case in common], when) for side, when in zip(sides, whens, strict=True)]
 
 
 def _shares(records: Records, when: str) -> Array:
@@ -234,10 +220,7 @@ def _divide(one: Any, other: Any) -> Any:
 def _resampled_means(shares: Array, seed: int, resamples: int) -> Array:
     counts = _draws(len(shares), seed, resamples)
     return np.concatenate(
-        [
-            _means(shares, counts[start : start + _BLOCK].astype(np.float64))
-            for start in range(0, resamples, _BLOCK)
-        ]
+        [_means(shares, counts[start : start + _BLOCK].astype(np.float64)) for start in range(0, resamples, _BLOCK)]
     )
 
 

@@ -1,9 +1,8 @@
 """The paper's own numbers: Tables 2 to 31 of arXiv 2506.04226, kept in ``paper.csv``.
 
-The file has the values as they are printed. Some rows contradict themselves or one another: S is
-not the harmonic mean of its columns, or a baseline differs between tables that share it. Where the
-right value follows from the others it stands in the column ``corrected``, and is used; where it
-does not, the column ``note`` says what is wrong.
+The file has the values as they are printed. Some rows contradict themselves or one another: S is not the harmonic mean
+of its columns, or a baseline differs between tables that share it. Where the right value follows from the others it
+stands in the column ``corrected``, and is used; where it does not, the column ``note`` says what is wrong.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Which figures a report has: scores and perplexity against the multiplier, as the paper's are.
 
-A score and what it misses stand side by side: ES, PS and NS ask which of two answers is more
-probable, EA, PA and NA what the model says; S is beside perplexity.
+A score and what it misses stand side by side: ES, PS and NS ask which of two answers is more probable, EA, PA and NA
+what the model says; S is beside perplexity.
 """
 
 from __future__ import annotations
@@ -40,10 +40,9 @@ class Picture:
 def pictures(groups: Sequence[Group], model: str) -> list[Picture]:
     """Every figure of a report.
 
-    For each method, with the settings of its preset, a line for each size; for each size of a
-    method with several groups, a line for each group. Every figure has all scores and perplexity,
-    as far as a cell has them. A figure without a line, because every multiplier is alone, is left
-    out.
+    For each method, with the settings of its preset, a line for each size; for each size of a method with several
+    groups, a line for each group. Every figure has all scores and perplexity, as far as a cell has them. A figure
+    without a line, because every multiplier is alone, is left out.
 
     Args:
         groups: As ``comparison.group_cells`` gives them.

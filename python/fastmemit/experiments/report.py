@@ -40,14 +40,11 @@ class Report:
     files: tuple[Path, ...]
 
 
-def write_report(
-    folders: Sequence[Path], out: Path | None = None, *, resamples: int = RESAMPLES
-) -> Report:
+def write_report(folders: Sequence[Path], out: Path | None = None, *, resamples: int = RESAMPLES) -> Report:
     """Read sweeps and write their report; the same results give the same bytes.
 
-    Writes ``report.html``, ``tables.md``, ``tables.tex``, ``tables.csv`` (full against fast, the
-    paper's numbers among them), ``cells.csv`` (every cell, unrounded, with intervals) and
-    ``figures/NAME.svg`` and ``.png``.
+    Writes ``report.html``, ``tables.md``, ``tables.tex``, ``tables.csv`` (full against fast, the paper's numbers among
+    them), ``cells.csv`` (every cell, unrounded, with intervals) and ``figures/NAME.svg`` and ``.png``.
 
     Args:
         folders: Of sweeps of one model.

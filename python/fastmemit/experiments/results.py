@@ -79,9 +79,7 @@ def read_results(folder: Path, name: str = RESULTS) -> dict[str, dict[str, Any]]
     return found
 
 
-def read_unedited(
-    path: Path, fingerprint: str, cases: Sequence[int]
-) -> dict[int, dict[str, Any]] | None:
+def read_unedited(path: Path, fingerprint: str, cases: Sequence[int]) -> dict[int, dict[str, Any]] | None:
     """The unedited model's scores that a sweep kept, by case.
 
     Args:
@@ -107,8 +105,7 @@ def read_unedited(
         return found
     except (ValueError, TypeError, KeyError) as error:
         raise BadData(
-            f"{str(path)!r} is not what was written ({error}); delete it, and the unedited "
-            "scores are taken again."
+            f"{str(path)!r} is not what was written ({error}); delete it, and the unedited scores are taken again."
         ) from error
 
 
@@ -183,9 +180,8 @@ def _with_perplexity(value: Mapping[str, Any], one: Any, other: Any) -> dict[str
 def gather(folder: Path, keys: Sequence[str]) -> None:
     """Gather results and timings of all shards into one file each, in the order of the plan.
 
-    Nothing is lost on the way: the whole file is there before a shard's goes, and that of a shard
-    that runs at this time stays; the next sweep gathers the rest of it. Cells of another plan in
-    the same folder stay, behind the others.
+    Nothing is lost on the way: the whole file is there before a shard's goes, and that of a shard that runs at this
+    time stays; the next sweep gathers the rest of it. Cells of another plan in the same folder stay, behind the others.
     """
     with ExitStack() as stack:
         ended = []

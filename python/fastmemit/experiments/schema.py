@@ -1,8 +1,8 @@
 """The files of a sweep, field by field: ``sweep.json``, ``results.jsonl`` and ``timings.jsonl``.
 
-``results.jsonl`` holds one finished cell a line and nothing that differs from run to run: the same
-plan gives the same lines. What differs, the seconds and the machine, is in ``timings.jsonl``.
-Shares of a sweep that several processes divide are in ``results-1of4.jsonl`` and so on.
+``results.jsonl`` holds one finished cell a line and nothing that differs from run to run: the same plan gives the same
+lines. What differs, the seconds and the machine, is in ``timings.jsonl``. Shares of a sweep that several processes
+divide are in ``results-1of4.jsonl`` and so on.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Sequential editing: batch on batch into the same weights, scored over all that was written.
 
 The tables of arXiv 2506.04226 give the unedited weights back after every batch.  Here nothing is
-given back until the end, and the question is what becomes of the earlier facts: with a second
-moment of few keys, and with or without the keys of the earlier edits among the preserved ones.
+given back until the end, and the question is what becomes of the earlier facts: with a second moment of few keys, and
+with or without the keys of the earlier edits among the preserved ones.
 """
 
 from __future__ import annotations
@@ -68,22 +68,16 @@ def check_step(place: str, line: Mapping[str, Any]) -> None:
         **dict.fromkeys(("scores", "before"), _is_table),
         # The exponential of a mean cost, which is never below 0.
         "perplexity": lambda found: found is None or _is_from(found, 1.0, math.inf),
-        "multiplier": lambda found: (
-            found is None or (_is_from(found, 0.0, sys.float_info.max) and found > 0)
-        ),
+        "multiplier": lambda found: found is None or (_is_from(found, 0.0, sys.float_info.max) and found > 0),
         "preserve": lambda found: isinstance(found, bool),
-        "by_batch": lambda found: bool(
-            isinstance(found, list) and found and all(map(_is_table, found))
-        ),
+        "by_batch": lambda found: bool(isinstance(found, list) and found and all(map(_is_table, found))),
     }
     if "records" in line:
         kinds["records"] = lambda found: isinstance(found, list) and all(map(_is_record, found))
     for name, fits in kinds.items():
         if name not in line or not fits(line[name]):
             said = f"has {name} = {line[name]!r:.80}" if name in line else f"lacks {name}"
-            raise DamagedFile(
-                f"{place} {said}; delete the lines of its run, which is then run again."
-            )
+            raise DamagedFile(f"{place} {said}; delete the lines of its run, which is then run again.")
 
 
 def _is_table(found: Any) -> bool:
@@ -145,8 +139,7 @@ def run_sequential(
         batches: Records to be edited together, in the order in which they are written.
         method: One of `fastmemit.editors.METHODS`, or settings, see `fastmemit.Editor.plan`.
         settings: What replaces the preset's settings.
-        preserve: Whether each batch preserves the keys of the earlier ones too,
-            ``A = w C + ridge I + sum K_p K_p^T``.
+        preserve: Whether each batch preserves the keys of the earlier ones too, ``A = w C + ridge I + sum K_p K_p^T``.
         score_every: k.
         perplexity: Measures the model as it is.
         unedited: case_id -> the unedited model's score of every record, if it was taken already.
@@ -197,11 +190,7 @@ class _Run:
     """A sequence while it runs."""
 
     def __init__(
-        self,
-        editor: Editor,
-        config: EditConfig,
-        preserved: PreservedKeys | None,
-        reads: ReadCache | None,
+        self, editor: Editor, config: EditConfig, preserved: PreservedKeys | None, reads: ReadCache | None
     ) -> None:
         self._editor, self._config = editor, config
         self._preserved, self._reads = preserved, reads
@@ -214,13 +203,7 @@ class _Run:
             # Their last bits depend on what vectors are optimised beside, so that a run that was
             # interrupted may not take some from the store and make the others.
             self._editor.sources.targets(requests, self._config, together=True)
-            self._editor.edit(
-                requests,
-                self._config,
-                preserved=self._earlier(),
-                reads=self._reads,
-                verify=False,
-            )
+            self._editor.edit(requests, self._config, preserved=self._earlier(), reads=self._reads, verify=False)
         except (NonFiniteKeys, NonFiniteMatrix, FastmemitError) as broken:
             # Requests were checked before, so that what is left of our own errors is a target
             # whose loss is not finite.
@@ -246,14 +229,9 @@ class _Run:
         numbers = [number for number, batch in enumerate(batches) for _ in batch]
         scored = [
             StepRecord(
-                case_id=record.case_id,
-                batch=number,
-                before=_shares(unedited[record.case_id]),
-                after=_shares(score),
+                case_id=record.case_id, batch=number, before=_shares(unedited[record.case_id]), after=_shares(score)
             )
-            for record, number, score in zip(
-                records, numbers, scored_or_failed(self._editor, records), strict=True
-            )
+            for record, number, score in zip(records, numbers, scored_or_failed(self._editor, records), strict=True)
         ]
         parts = [
             table_of([record["after"] for record in scored if record["batch"] == number])

@@ -97,9 +97,7 @@ def figure(lines: Sequence[Line], title: str) -> tuple[bytes, bytes]:
     return svg.getvalue(), png.getvalue()
 
 
-def _draw(
-    axes: Axes, panel: str, lines: Sequence[Line], multipliers: Sequence[float | None]
-) -> None:
+def _draw(axes: Axes, panel: str, lines: Sequence[Line], multipliers: Sequence[float | None]) -> None:
     drawn: list[float] = []
     for preserve in (True, False):
         for number, multiplier in enumerate(multipliers):
@@ -151,10 +149,7 @@ def _value(line: Line, panel: str) -> float | None:
 
 def _with_intervals(lines: Sequence[Line]) -> list[Line]:
     """The lines, and what their records say of how sure each score is."""
-    return [
-        {**line, "intervals": score_intervals(line["records"]) if line.get("records") else {}}
-        for line in lines
-    ]
+    return [{**line, "intervals": score_intervals(line["records"]) if line.get("records") else {}} for line in lines]
 
 
 def _shown(line: Line, name: str) -> str:

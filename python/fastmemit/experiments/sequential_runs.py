@@ -2,8 +2,8 @@
 
 ``sequential.jsonl`` has a line for each step of each run, and nothing that differs from time to
 time; ``sequential-timings.jsonl`` says how long each run took, and where.  A sequence cannot be
-taken up in its middle, since its weights are gone, so a run that was killed begins again; those
-that were finished stay.
+taken up in its middle, since its weights are gone, so a run that was killed begins again; those that were finished
+stay.
 """
 
 from __future__ import annotations
@@ -95,9 +95,7 @@ class Inputs:
     text: PerplexityText | None = None
 
 
-def run_sequences(
-    editor: Editor, plan: Plan, inputs: Inputs, *, progress: bool = False
-) -> list[dict[str, Any]]:
+def run_sequences(editor: Editor, plan: Plan, inputs: Inputs, *, progress: bool = False) -> list[dict[str, Any]]:
     """Run what is not finished, and append each step when it is done.
 
     Args:
@@ -107,13 +105,13 @@ def run_sequences(
         progress: Show bars.
 
     Returns:
-        The lines of all runs of the plan, in its order: a `Step` each, with ``key``, ``method``,
-        ``batch_size``, ``multiplier``, ``preserve`` and ``keys`` (of the corpus, a layer).
+        The lines of all runs of the plan, in its order: a `Step` each, with ``key``, ``method``, ``batch_size``,
+        ``multiplier``, ``preserve`` and ``keys`` (of the corpus, a layer).
 
     Raises:
         WrongModel: The model is edited already.
-        BadData: The folder holds sequences of something else, or a line that is not JSON; or
-            another process is writing there.
+        BadData: The folder holds sequences of something else, or a line that is not JSON; or another process is writing
+            there.
         DamagedFile: A line is not what a run writes.
         FastcovError, FastmemitError: What can go wrong with statistics, targets and edits.
     """
@@ -147,12 +145,7 @@ def _run_all(
 ) -> None:
     layers = editor.config(plan.method, **plan.settings).layers
     statistics = precompute_multipliers(
-        editor,
-        inputs.corpus,
-        plan.multipliers,
-        layers,
-        full_keys=inputs.full_keys,
-        max_length=inputs.max_length,
+        editor, inputs.corpus, plan.multipliers, layers, full_keys=inputs.full_keys, max_length=inputs.max_length
     )
     records = [record for batch in plan.batches for record in batch]
     unedited = _unedited(editor, records, progress)
@@ -236,9 +229,7 @@ def _header(editor: Editor, plan: Plan, inputs: Inputs) -> dict[str, Any]:
         [],
         max_length=inputs.max_length,
         full_keys=inputs.full_keys,
-        perplexity=None
-        if text is None
-        else {"name": text.name, "sha256": text.sha256, "tokens": len(text.ids)},
+        perplexity=None if text is None else {"name": text.name, "sha256": text.sha256, "tokens": len(text.ids)},
     )
     config = editor.config(plan.method, **as_published(plan.method, plan.settings)).as_dict()
     own = {
@@ -261,12 +252,9 @@ def _check_header(path: Path, header: Mapping[str, Any]) -> None:
         methods = dict(stored.get("methods", {}))
         stored["methods"] = {name: with_defaults(name, values) for name, values in methods.items()}
     except (ValueError, KeyError, TypeError) as error:
-        raise BadData(
-            f"{str(path)!r} is not the header of sequences ({error}); name another folder."
-        ) from error
+        raise BadData(f"{str(path)!r} is not the header of sequences ({error}); name another folder.") from error
     for name in wanted:
         if stored.get(name) != wanted[name]:
             raise BadData(
-                f"{str(path.parent)!r} holds sequences with another {name}; name another folder, "
-                "or give the same."
+                f"{str(path.parent)!r} holds sequences with another {name}; name another folder, or give the same."
             )

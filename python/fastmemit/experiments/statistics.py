@@ -25,15 +25,15 @@ def precompute_multipliers(
 ) -> dict[float | None, Statistics]:
     """Statistics of several multipliers, each with the keys of the smaller ones and some more.
 
-    A budget's keys are the first of the next one's. So the corpus is run once, up to the largest
-    budget, and the sum is stored at each of them. What is stored already is not run again: a pass
-    that was interrupted goes on at the last budget it met.
+    A budget's keys are the first of the next one's. So the corpus is run once, up to the largest budget, and the sum is
+    stored at each of them. What is stored already is not run again: a pass that was interrupted goes on at the last
+    budget it met.
 
     Args:
         editor: Of the unedited model.
         corpus: Where the text comes from.
-        multipliers: In ascending order; None, which comes last, is the full precompute: `full_keys`
-            keys, or as many as the corpus has.
+        multipliers: In ascending order; None, which comes last, is the full precompute: `full_keys` keys, or as many as
+            the corpus has.
         layers: Whose keys.
         full_keys: Of the full precompute.
         max_length: Cut documents at so many tokens.

@@ -1,9 +1,9 @@
 """A sweep over multipliers, methods and batch sizes: everything is paid for once, nothing is lost.
 
-The protocol is Table 1's of arXiv 2506.04226: batches of records with distinct subjects, each
-edited into the unedited weights, scored, and taken out again bit for bit. Statistics of all
-multipliers come from one pass, target vectors from one optimisation for every multiplier, batch
-size and method that can share them, and the unedited scores are taken once.
+The protocol is Table 1's of arXiv 2506.04226: batches of records with distinct subjects, each edited into the unedited
+weights, scored, and taken out again bit for bit. Statistics of all multipliers come from one pass, target vectors from
+one optimisation for every multiplier, batch size and method that can share them, and the unedited scores are taken
+once.
 """
 
 from __future__ import annotations
@@ -23,13 +23,7 @@ from fastmemit.evaluation.perplexity import perplexity
 from fastmemit.experiments.cell import SweepInputs, SweepRun, run_cell
 from fastmemit.experiments.grid import Grid, Place
 from fastmemit.experiments.header import check_header
-from fastmemit.experiments.results import (
-    ResultsFile,
-    gather,
-    locked,
-    read_results,
-    read_unedited,
-)
+from fastmemit.experiments.results import ResultsFile, gather, locked, read_results, read_unedited
 from fastmemit.experiments.schema import Cell
 from fastmemit.experiments.statistics import precompute_multipliers
 from fastmemit.progress import bar
@@ -39,12 +33,7 @@ _TARGETS_TOGETHER = 64  # requests between two times that target vectors are sto
 
 
 def run_sweep(
-    editor: Editor,
-    grid: Grid,
-    inputs: SweepInputs,
-    *,
-    shard: tuple[int, int] = (1, 1),
-    progress: bool = False,
+    editor: Editor, grid: Grid, inputs: SweepInputs, *, shard: tuple[int, int] = (1, 1), progress: bool = False
 ) -> list[Cell]:
     """Run the cells of a grid that are not finished yet, and append each one when it is.
 
@@ -54,8 +43,8 @@ def run_sweep(
         editor: Of the unedited model.
         grid: Which cells.
         inputs: What to run them on.
-        shard: (i, n): every n-th cell from the i-th on, into a file of its own. The whole sweep,
-            run afterwards, finds them finished and puts all into one file.
+        shard: (i, n): every n-th cell from the i-th on, into a file of its own. The whole sweep, run afterwards, finds
+            them finished and puts all into one file.
         progress: Show bars.
 
     Returns:
@@ -63,18 +52,15 @@ def run_sweep(
 
     Raises:
         WrongModel: The model is edited already.
-        BadData: There are too few records; the folder holds the results of another sweep, or a
-            damaged line; or another process is writing there.
+        BadData: There are too few records; the folder holds the results of another sweep, or a damaged line; or another
+            process is writing there.
         FastcovError, FastmemitError: What can go wrong with statistics, targets and edits.
     """
     if editor.edits:
         raise WrongModel("The model is edited already; undo its edits before a sweep.")
     grid = grid.of_model(editor.config)
     places = grid.places()
-    dealt = {
-        size: batches(inputs.records, size, count, seed=editor.seed)
-        for size, count in grid.batches.items()
-    }
+    dealt = {size: batches(inputs.records, size, count, seed=editor.seed) for size, count in grid.batches.items()}
     folder = inputs.folder
     folder.mkdir(parents=True, exist_ok=True)
     number, of = shard
@@ -124,8 +110,8 @@ def _prepared(
 ) -> SweepRun:
     """Unedited scores and target vectors, for the records of the whole grid.
 
-    Not only for what is left to do: rows of a batch differ in their last bits with what stands
-    beside them, so the same records are always run together.
+    Not only for what is left to do: rows of a batch differ in their last bits with what stands beside them, so the same
+    records are always run together.
     """
     records = _distinct(dealt.values())
     run = SweepRun(editor, inputs, dealt, _unedited(editor, inputs.folder, records, progress))
@@ -142,9 +128,7 @@ def _prepared(
     return run
 
 
-def _unedited(
-    editor: Editor, folder: Path, records: Sequence[Record], progress: bool
-) -> dict[int, dict[str, Any]]:
+def _unedited(editor: Editor, folder: Path, records: Sequence[Record], progress: bool) -> dict[int, dict[str, Any]]:
     """The unedited model's scores, from the folder where they are there."""
     path = folder / "unedited.json"
     cases = [record.case_id for record in records]
@@ -160,9 +144,7 @@ def _unedited(
     return {score["case_id"]: score for score in scores}
 
 
-def _with_statistics(
-    run: SweepRun, grid: Grid, todo: Sequence[Place]
-) -> Iterator[tuple[Place, Statistics]]:
+def _with_statistics(run: SweepRun, grid: Grid, todo: Sequence[Place]) -> Iterator[tuple[Place, Statistics]]:
     """The cells with their statistics in use, collected no further than the next cell needs."""
     editor = run.editor
     layers = sorted({i for place in grid.places() for i in _config(editor, place).layers})

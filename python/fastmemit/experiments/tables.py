@@ -1,9 +1,8 @@
 """The report's tables: each multiplier in the paper's shape, the paper's own, and every cell.
 
-The paper's shape is one table for each method and multiplier, one row for each batch size, and for
-each score a column for the full precompute ("full") and one for few keys ("fast"). The paper has
-ES, PS, NS and S. A model that is broken keeps half of these, so EA, PA, NA and perplexity stand
-beside them everywhere.
+The paper's shape is one table for each method and multiplier, one row for each batch size, and for each score a column
+for the full precompute ("full") and one for few keys ("fast"). The paper has ES, PS, NS and S. A model that is broken
+keeps half of these, so EA, PA, NA and perplexity stand beside them everywhere.
 """
 
 from __future__ import annotations
@@ -15,14 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from fastmemit.evaluation.schema import Perplexity
-from fastmemit.experiments.comparison import (
-    KEPT,
-    MARGIN,
-    Against,
-    Group,
-    Measured,
-    further_means,
-)
+from fastmemit.experiments.comparison import KEPT, MARGIN, Against, Group, Measured, further_means
 from fastmemit.experiments.folders import multiplier_text
 from fastmemit.experiments.intervals import PERPLEXITY, SCORES, Estimate
 from fastmemit.experiments.layout import Column, Table, slug, unique
@@ -69,11 +61,7 @@ def comparison_tables(groups: Sequence[Group]) -> list[Table]:
 def paper_tables(groups: Sequence[Group]) -> list[Table]:
     """The paper's tables of the methods and multipliers that the groups have, one for each."""
     wanted = sorted({(group.method, m) for group in groups for m in group.multipliers})
-    return [
-        _paper(method, multiplier, rows)
-        for method, multiplier in wanted
-        if (rows := rows_for(method, multiplier))
-    ]
+    return [_paper(method, multiplier, rows) for method, multiplier in wanted if (rows := rows_for(method, multiplier))]
 
 
 def cells_table(groups: Sequence[Group]) -> Table:
@@ -155,10 +143,7 @@ def summary(groups: Sequence[Group]) -> str:
                 values = [text(row[m]) if m in row else "" for m in multipliers]
                 lines.append([f"{group.title}, {size}", *values])
     width = max(len(line[0]) for line in lines)
-    return "\n".join(
-        (f"{line[0]:<{width}}" + "".join(f"{text:>8}" for text in line[1:])).rstrip()
-        for line in lines
-    )
+    return "\n".join((f"{line[0]:<{width}}" + "".join(f"{text:>8}" for text in line[1:])).rstrip() for line in lines)
 
 
 def comparison_csv(groups: Sequence[Group], model: str) -> str:
@@ -198,9 +183,7 @@ def cells_csv(groups: Sequence[Group]) -> str:
         row |= {"batch_size": cell["batch_size"], "batches": cell["batches"]}
         row |= {"records": len(cell["records"])}
         for name in SCORES:
-            row |= _ends(name, measured.after[name]) | _ends(
-                f"{name}_before", measured.before[name]
-            )
+            row |= _ends(name, measured.after[name]) | _ends(f"{name}_before", measured.before[name])
         row |= _kept(measured.full)
         if measured.full:
             for score, column in zip(SCORES, _DIFFERENCES, strict=True):
@@ -264,9 +247,7 @@ def _paper(method: str, multiplier: float, rows: Sequence[PaperRow]) -> Table:
 
 
 def _cells(groups: Sequence[Group]) -> list[Measured]:
-    return [
-        cell for group in groups for _, row in sorted(group.cells.items()) for cell in row.values()
-    ]
+    return [cell for group in groups for _, row in sorted(group.cells.items()) for cell in row.values()]
 
 
 def _flat(group: Group, fast: Measured) -> dict[str, Any]:

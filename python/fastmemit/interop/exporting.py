@@ -32,9 +32,9 @@ def export_statistics(
 ) -> dict[str, Path]:
     """Write second moments where another codebase looks for them, so that it collects none.
 
-    Each file has the full symmetric sum of ``k k^T``, the number of keys and the sample size that
-    the codebase is configured with. The number of keys is ours, not what that sample would have
-    had: their loaders divide by it, so C is the mean over the keys that were collected here.
+    Each file has the full symmetric sum of ``k k^T``, the number of keys and the sample size that the codebase is
+    configured with. The number of keys is ours, not what that sample would have had: their loaders divide by it, so C
+    is the mean over the keys that were collected here.
 
     Args:
         found: What to write.
@@ -60,12 +60,7 @@ def export_statistics(
     if not overwrite:
         check_new(*paths.values())
     for name, path in paths.items():
-        save_npz(
-            path,
-            found.moment(name),
-            sample_size=place.sample_size,
-            dtype=getattr(torch, place.precision),
-        )
+        save_npz(path, found.moment(name), sample_size=place.sample_size, dtype=getattr(torch, place.precision))
         if progress is not None:
             progress(1)
     return paths
@@ -84,9 +79,8 @@ def export_null_space(
 ) -> dict[str, int]:
     """Write AlphaEdit's projectors onto the null space of C (arXiv 2410.02355), layer by layer.
 
-    The file is one float32 tensor (layers, d_k, d_k) of ``P = U U^T``, U the eigenvectors of C with
-    an eigenvalue below a threshold, in the order of the modules; ``torch.load`` reads it with
-    ``weights_only=True``.
+    The file is one float32 tensor (layers, d_k, d_k) of ``P = U U^T``, U the eigenvectors of C with an eigenvalue below
+    a threshold, in the order of the modules; ``torch.load`` reads it with ``weights_only=True``.
 
     Args:
         found: The second moments.
@@ -98,12 +92,11 @@ def export_null_space(
         progress: Called after each layer with how many it is, 1.
 
     Returns:
-        Module name -> how many directions its null space has. None at all makes AlphaEdit change
-        nothing, and all of them make it change everything.
+        Module name -> how many directions its null space has. None at all makes AlphaEdit change nothing, and all of
+        them make it change everything.
 
     Raises:
-        BadConfig: The file is there already, the layers differ in width, or a threshold is not
-            above 0.
+        BadConfig: The file is there already, the layers differ in width, or a threshold is not above 0.
         fastcov.StoreMissing: A module was not precomputed.
         OSError: The file cannot be written; nothing is left of the attempt.
     """

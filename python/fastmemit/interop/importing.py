@@ -25,14 +25,12 @@ _SHOWN = 6
 
 
 @isolated()
-def import_statistics(
-    editor: Editor, files: Mapping[str, Path] | Sequence[Path], *, check: bool = True
-) -> Statistics:
+def import_statistics(editor: Editor, files: Mapping[str, Path] | Sequence[Path], *, check: bool = True) -> Statistics:
     """Take second moments that another codebase collected, and use them from now on.
 
-    They are kept beside the ones collected here, as the newest, with where they came from on
-    record, so that edits in later processes find them too. A file does not say which model it is
-    of. So it is compared with the model: see `fastmemit.interop.likeness`.
+    They are kept beside the ones collected here, as the newest, with where they came from on record, so that edits in
+    later processes find them too. A file does not say which model it is of. So it is compared with the model: see
+    `fastmemit.interop.likeness`.
 
     Args:
         editor: Of the model that they are of, unedited, in the dtype that it will be edited in.
@@ -43,8 +41,8 @@ def import_statistics(
         The statistics.
 
     Raises:
-        BadConfig: There is no file, a name says no module of this model, two files are of one
-            module or the same for two, or they count different numbers of keys.
+        BadConfig: There is no file, a name says no module of this model, two files are of one module or the same for
+            two, or they count different numbers of keys.
         WrongModel: The keys that they were made of are unlike this model's.
         fastcov.StoreMissing: A file is not there.
         fastcov.WrongWidth: The keys are of another width than the model's.
@@ -78,11 +76,7 @@ def import_statistics(
             {
                 "budget": found.moment.count,
                 "keys": found.moment.count,
-                "source": {
-                    "file": named[name].name,
-                    "sha256": digests[name],
-                    "sample_size": found.sample_size,
-                },
+                "source": {"file": named[name].name, "sha256": digests[name], "sample_size": found.sample_size},
                 "versions": versions(),
             },
         )
@@ -91,9 +85,7 @@ def import_statistics(
     return editor.sources.take_over(shared, moments)
 
 
-def files_of(
-    editor: Editor, place: StatsPlace, layers: Sequence[int] | None = None
-) -> dict[str, Path]:
+def files_of(editor: Editor, place: StatsPlace, layers: Sequence[int] | None = None) -> dict[str, Path]:
     """The files of a model's layers in another codebase's folder.
 
     Args:
@@ -149,9 +141,7 @@ def _named(editor: Editor, files: Mapping[str, Path] | Sequence[Path]) -> dict[s
                     "be as MODULE_float32_mom2_100000.npz."
                 )
             if name in named:
-                raise BadConfig(
-                    f"Both {str(named[name])!r} and {str(path)!r} are of {name}; name one of them."
-                )
+                raise BadConfig(f"Both {str(named[name])!r} and {str(path)!r} are of {name}; name one of them.")
             named[name] = path
     if not named:
         raise BadConfig("There is no file to import; name at least one.")

@@ -30,12 +30,12 @@ class StatsPlace:
     Args:
         stats_dir: The codebase's own folder, ``data/stats`` in all of them as released.
         layout: Whose: ``"rome"``, ``"memit"``, ``"easyedit"`` or ``"alphaedit"``.
-        model_name: The name that the codebase loads the model by. ROME and MEMIT write "_" for its
-            "/", EasyEdit and AlphaEdit keep what follows the last one.
+        model_name: The name that the codebase loads the model by. ROME and MEMIT write "_" for its "/", EasyEdit and
+            AlphaEdit keep what follows the last one.
         dataset: The name of the corpus there (``mom2_dataset``).
         precision: ``mom2_dtype`` there, ``"float32"`` or ``"float64"``.
-        sample_size: ``mom2_n_samples`` there. It is part of the name and is compared with what is
-            in the file; it says nothing of the number of keys.
+        sample_size: ``mom2_n_samples`` there. It is part of the name and is compared with what is in the file; it says
+            nothing of the number of keys.
 
     Raises:
         BadConfig: One of them makes no sense, or would leave the folder.
@@ -51,13 +51,10 @@ class StatsPlace:
     def __post_init__(self) -> None:
         object.__setattr__(self, "stats_dir", Path(self.stats_dir))
         if self.layout not in LAYOUTS:
-            raise BadConfig(
-                f"There is no layout {self.layout!r}; choose from {', '.join(LAYOUTS)}."
-            )
+            raise BadConfig(f"There is no layout {self.layout!r}; choose from {', '.join(LAYOUTS)}.")
         if self.precision not in PRECISIONS:
             raise BadConfig(
-                f"Statistics in {self.precision!r} are not exchanged; choose float32 or float64 "
-                "(mom2_dtype there)."
+                f"Statistics in {self.precision!r} are not exchanged; choose float32 or float64 (mom2_dtype there)."
             )
         if not re.fullmatch(r"[\w.-]*\w[\w.-]*", self.dataset):
             raise BadConfig(f"The data set {self.dataset!r} is no plain name, such as wikipedia.")

@@ -1,9 +1,9 @@
 """Whether a second moment can be of a model's keys at all, seen on a little text.
 
-A file of statistics does not say which model and layer it is of; its width is all that could be
-compared. But each coordinate of a key is one neuron, and which neurons are active and which are
-not is the same on any text, and unlike in another layer or model. So the mean square of every
-coordinate, the diagonal of C, is compared with the model's own on the package's prose.
+A file of statistics does not say which model and layer it is of; its width is all that could be compared. But each
+coordinate of a key is one neuron, and which neurons are active and which are not is the same on any text, and unlike in
+another layer or model. So the mean square of every coordinate, the diagonal of C, is compared with the model's own on
+the package's prose.
 """
 
 from __future__ import annotations
@@ -48,8 +48,7 @@ class Likeness:
 def likeness(diagonal: Tensor, mean_squares: Tensor) -> Likeness:
     """Compare the diagonal of C (d_k,) with mean squares of keys (d_k,).
 
-    Coordinates that are zero in either are left out: a little text cannot tell a dead neuron from
-    a rare one.
+    Coordinates that are zero in either are left out: a little text cannot tell a dead neuron from a rare one.
     """
     theirs, mine = diagonal.double().cpu(), mean_squares.double().cpu()
     alive = (theirs > 0) & (mine > 0)
@@ -69,8 +68,8 @@ def check_likeness(editor: Editor, moments: Mapping[str, SecondMoment]) -> dict[
         moments: Module name -> what is said to be its moment.
 
     Raises:
-        WrongModel: One is of another layer, another model, or not a sum of as many keys as it
-            says; or the model is edited now.
+        WrongModel: One is of another layer, another model, or not a sum of as many keys as it says; or the model is
+            edited now.
     """
     if editor.edits:
         raise WrongModel(
@@ -101,8 +100,8 @@ def check_likeness(editor: Editor, moments: Mapping[str, SecondMoment]) -> dict[
 def mean_squares(editor: Editor, modules: Sequence[str]) -> dict[str, Tensor]:
     """The mean square of each coordinate of the keys on some prose, module name -> (d_k,).
 
-    The first position of a text is left out: its key is unlike all others, and how much it weighs
-    depends on how long texts are.
+    The first position of a text is left out: its key is unlike all others, and how much it weighs depends on how long
+    texts are.
     """
     model = editor.adapter.model
     sums: dict[str, Tensor] = {}
@@ -117,12 +116,7 @@ def mean_squares(editor: Editor, modules: Sequence[str]) -> dict[str, Tensor]:
 
     with (
         corpus_batches(
-            load_corpus("builtin"),
-            editor.tokenizer,
-            editor.adapter.device,
-            tokens=TOKENS,
-            context=LENGTH,
-            skip=1,
+            load_corpus("builtin"), editor.tokenizer, editor.adapter.device, tokens=TOKENS, context=LENGTH, skip=1
         ) as batches,
         KeyHooks(model, modules, add) as hooks,
         evaluation_mode(model),

@@ -1,15 +1,10 @@
 """How good an edit is, as pure functions of what a model said.
 
-`score`: CounterFact's success scores, magnitudes and exact-match accuracies; `accuracy`: zsRE's
-accuracies per token; `generation`: the entropy of free text and its likeness to reference texts.
+`score`: CounterFact's success scores, magnitudes and exact-match accuracies; `accuracy`: zsRE's accuracies per token;
+`generation`: the entropy of free text and its likeness to reference texts.
 """
 
-from fastmemit.metrics.accuracy import (
-    Accuracies,
-    RecordAccuracy,
-    accuracy_record,
-    summarise_accuracy,
-)
+from fastmemit.metrics.accuracy import Accuracies, RecordAccuracy, accuracy_record, summarise_accuracy
 from fastmemit.metrics.generation import (
     Generation,
     RecordGeneration,

@@ -16,12 +16,10 @@ class RecordAccuracy:
 
     Args:
         case_id: The record's number.
-        ea: Efficacy accuracy: share of the new answer's tokens that are the most probable ones at
-            the question, each after those before it (teacher forcing).
-        pa: Paraphrase accuracy: the same at the rephrased questions, averaged over them; None if
-            there are none.
-        na: Neighbourhood accuracy: the same of the unrelated questions' own answers; None if there
-            are none.
+        ea: Efficacy accuracy: share of the new answer's tokens that are the most probable ones at the question, each
+            after those before it (teacher forcing).
+        pa: Paraphrase accuracy: the same at the rephrased questions, averaged over them; None if there are none.
+        na: Neighbourhood accuracy: the same of the unrelated questions' own answers; None if there are none.
     """
 
     case_id: int

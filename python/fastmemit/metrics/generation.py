@@ -26,8 +26,8 @@ class RecordGeneration:
     Args:
         case_id: The record's number.
         ge: Mean n-gram entropy of the texts, in bits.
-        rs: Reference score, the cosine of the texts with the reference texts, in [0, 1]; None
-            where no reference texts were named.
+        rs: Reference score, the cosine of the texts with the reference texts, in [0, 1]; None where no reference texts
+            were named.
         texts: The texts, openings included.
     """
 
@@ -61,8 +61,8 @@ class Generation:
 def tokens_of(text: str) -> list[str]:
     """The words and punctuation marks of a text, as it is written, case included.
 
-    Published figures use another tokeniser (NLTK's), which splits "don't" in two; the
-    entropies of one text differ little, but compare only what one tokeniser counted.
+    Published figures use another tokeniser (NLTK's), which splits "don't" in two; the entropies of one text differ
+    little, but compare only what one tokeniser counted.
     """
     return _TOKEN.findall(text)
 
@@ -70,8 +70,8 @@ def tokens_of(text: str) -> list[str]:
 def n_gram_entropy(text: str) -> float:
     """The fluency of a text: low where it repeats itself.
 
-    ``H_n = -sum p log2 p`` over the distinct n-grams, p their share of all n-grams of the text. The
-    result is the mean of ``2/3 H_2`` and ``4/3 H_3`` (Meng et al. 2022, after Zhang et al. 2018).
+    ``H_n = -sum p log2 p`` over the distinct n-grams, p their share of all n-grams of the text. The result is the mean
+    of ``2/3 H_2`` and ``4/3 H_3`` (Meng et al. 2022, after Zhang et al. 2018).
 
     Returns:
         Bits; 0 for a text of fewer than three tokens.
@@ -110,8 +110,7 @@ class TextLikeness:
             self._vectorizer.fit(texts)
         except ValueError as bad:
             raise BadData(
-                f"The reference texts cannot be compared with ({str(bad).rstrip('.')}); "
-                "give texts with words in them."
+                f"The reference texts cannot be compared with ({str(bad).rstrip('.')}); give texts with words in them."
             ) from None
 
     def __call__(self, one: str, other: str) -> float:

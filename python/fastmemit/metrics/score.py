@@ -10,15 +10,7 @@ from typing import Any, NamedTuple
 from fastmemit.errors import BadData
 from fastmemit.metrics.means import harmonic_mean, mean, percent
 
-__all__ = [
-    "Exact",
-    "NllPair",
-    "RecordScore",
-    "Scores",
-    "harmonic_mean",
-    "score_record",
-    "summarise",
-]
+__all__ = ["Exact", "NllPair", "RecordScore", "Scores", "harmonic_mean", "score_record", "summarise"]
 
 
 class NllPair(NamedTuple):
@@ -181,9 +173,8 @@ def score_record(
 ) -> RecordScore:
     """Judge one record by the costs of its prompts.
 
-    A rewrite prompt or paraphrase succeeds when NLL(new) < NLL(true), a neighbourhood prompt when
-    NLL(true) < NLL(new). Both are strict: a tie is a failure, so a model that has collapsed to one
-    output for everything scores nothing.
+    A rewrite prompt or paraphrase succeeds when NLL(new) < NLL(true), a neighbourhood prompt when NLL(true) < NLL(new).
+    Both are strict: a tie is a failure, so a model that has collapsed to one output for everything scores nothing.
 
     Args:
         case_id: The record's number, for errors and for the result.
@@ -199,10 +190,7 @@ def score_record(
     asked = _pair(case_id, "the rewrite prompt", rewrite)
     said_otherwise = _pairs(case_id, "paraphrase", paraphrases)
     nearby = _pairs(case_id, "neighbourhood prompt", neighbourhood)
-    if exact is not None and (len(exact.paraphrases), len(exact.neighbourhood)) != (
-        len(said_otherwise),
-        len(nearby),
-    ):
+    if exact is not None and (len(exact.paraphrases), len(exact.neighbourhood)) != (len(said_otherwise), len(nearby)):
         raise BadData(
             f"Case {case_id} has {len(said_otherwise)} paraphrases and {len(nearby)} neighbourhood "
             f"prompts, but exact answers of {len(exact.paraphrases)} and "
@@ -230,15 +218,10 @@ def summarise(records: Iterable[RecordScore]) -> Scores:
     shares = [record.shares() for record in records]
     if not shares:
         raise BadData("There is no record to average scores over; evaluate at least one.")
-    means = {
-        name: mean([value for row in shares if (value := row[name]) is not None])
-        for name in shares[0]
-    }
+    means = {name: mean([value for row in shares if (value := row[name]) is not None]) for name in shares[0]}
     means["s"] = harmonic_mean([means["es"], means["ps"], means["ns"]])
     # "as" is a word of Python's own.
-    fields: dict[str, Any] = {
-        "as_" if name == "as" else name: percent(value) for name, value in means.items()
-    }
+    fields: dict[str, Any] = {"as_" if name == "as" else name: percent(value) for name, value in means.items()}
     return Scores(**fields)
 
 

@@ -15,13 +15,7 @@ from fastmemit.errors import BadLayer, OffloadedWeight, QuantisedWeight, Unknown
 from fastmemit.models.block_map import PROBE, BlockMap, inverse
 from fastmemit.models.context import context_limit
 from fastmemit.models.running import Padding, input_device, is_causal, padding, run_model
-from fastmemit.models.structure import (
-    find_template,
-    linear_maps,
-    linear_shape,
-    text_config,
-    unwrapped,
-)
+from fastmemit.models.structure import find_template, linear_maps, linear_shape, text_config, unwrapped
 
 log = logging.getLogger(__name__)
 
@@ -68,9 +62,7 @@ class ModelAdapter:
     def layers(self) -> list[int]:
         """The layers that can be edited: those whose block has a projection of its own."""
         return [
-            layer
-            for layer in range(self.n_layers)
-            if self._shape(layer) is not None and len(self._sharing(layer)) == 1
+            layer for layer in range(self.n_layers) if self._shape(layer) is not None and len(self._sharing(layer)) == 1
         ]
 
     def _sharing(self, layer: int) -> list[int]:
@@ -93,8 +85,8 @@ class ModelAdapter:
         """Refuse a layer that cannot be edited.
 
         Raises:
-            BadLayer: `layer` is no integer in ``[0, n_layers)``, that block has no projection of
-                this name, or another block has the same one.
+            BadLayer: `layer` is no integer in ``[0, n_layers)``, that block has no projection of this name, or another
+                block has the same one.
         """
         self._check_number(layer)
         if self._shape(layer) is None:
@@ -116,8 +108,7 @@ class ModelAdapter:
             raise BadLayer(f"A layer must be an integer, not {layer!r}.")
         if not 0 <= layer < self.n_layers:
             raise BadLayer(
-                f"Layer {layer} is out of range: {type(self.model).__name__} has the layers 0 to "
-                f"{self.n_layers - 1}."
+                f"Layer {layer} is out of range: {type(self.model).__name__} has the layers 0 to {self.n_layers - 1}."
             )
 
     def block(self, layer: int) -> nn.Module:
@@ -205,9 +196,8 @@ class ModelAdapter:
     def reach(self, layer: int) -> float:
         """How far the projection can move its block's output, as a share of it, by measurement.
 
-        Outputs that are large in every coordinate are put in, with either sign; half of the way
-        between what comes out, over the length of what the block puts out now. It compares layers
-        of one model.
+        Outputs that are large in every coordinate are put in, with either sign; half of the way between what comes out,
+        over the length of what the block puts out now. It compares layers of one model.
         """
         self.check_constant()  # before anything runs the model
         key = ("reach", layer)
@@ -245,8 +235,8 @@ class ModelAdapter:
             layer: The edited layer.
             output: The projection's output now.
             residual: By how much the block's output shall move.
-            rows: The token ids up to where each output is of; None takes arbitrary ones, which is
-                right as long as what the block does behind its MLP does not depend on them.
+            rows: The token ids up to where each output is of; None takes arbitrary ones, which is right as long as what
+                the block does behind its MLP does not depend on them.
 
         Raises:
             BadLayer: The block's output cannot be moved so, not even by a tenth.
@@ -360,8 +350,8 @@ def find_adapter(model: nn.Module, module: str | None = None) -> ModelAdapter:
     """The adapter of a model, found by the model's structure.
 
     Args:
-        model: A causal language model; what torch.compile, PEFT or a parallel wrapper puts around
-            one is taken off, so that weights have the names that the model itself gives them.
+        model: A causal language model; what torch.compile, PEFT or a parallel wrapper puts around one is taken off, so
+            that weights have the names that the model itself gives them.
         module: The projection to edit with ``{}`` for the layer, where its structure leaves doubt.
 
     Raises:
@@ -378,9 +368,7 @@ def _checked(model: nn.Module, module: str) -> str:
     """`module`, if it names a linear map in at least one block."""
     exist = linear_maps(model)
     if module.count("{}") != 1:
-        raise UnknownArchitecture(
-            f"The module {module!r} must contain exactly one {{}} for the layer; {exist}."
-        )
+        raise UnknownArchitecture(f"The module {module!r} must contain exactly one {{}} for the layer; {exist}.")
     prefix, _, rest = module.partition(".{}.")
     try:
         blocks: nn.Module | None = model.get_submodule(prefix) if rest else None

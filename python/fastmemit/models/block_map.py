@@ -90,9 +90,7 @@ class BlockMap:
         Returns:
             (B, d), in float32 or wider.
         """
-        parts = [
-            self._run(run, None if outputs is None else outputs[run.members]) for run in self._runs
-        ]
+        parts = [self._run(run, None if outputs is None else outputs[run.members]) for run in self._runs]
         order = torch.tensor([n for run in self._runs for n in run.members])
         return torch.cat(parts)[torch.argsort(order).to(parts[0].device)]
 

@@ -16,9 +16,7 @@ MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 LOAD_IN = ("8bit", "4bit")
 
 
-def checked_map(
-    device_map: str | Mapping[str, Any], device: str | torch.device | None
-) -> str | dict[str, Any]:
+def checked_map(device_map: str | Mapping[str, Any], device: str | torch.device | None) -> str | dict[str, Any]:
     """A device map that `from_pretrained` takes.
 
     Args:
@@ -30,13 +28,11 @@ def checked_map(
     """
     if device is not None:
         raise BadConfig(
-            f"The device {str(device)!r} and the device map {device_map!r:.80} contradict each "
-            "other; give one of them."
+            f"The device {str(device)!r} and the device map {device_map!r:.80} contradict each other; give one of them."
         )
     if isinstance(device_map, str) and device_map not in MAPS:
         raise BadConfig(
-            f"There is no device map {device_map!r}; choose {', '.join(MAPS)}, or in Python a "
-            "device for each module."
+            f"There is no device map {device_map!r}; choose {', '.join(MAPS)}, or in Python a device for each module."
         )
     needs_accelerate(f"the device map {device_map!r:.80}")
     return device_map if isinstance(device_map, str) else dict(device_map)
@@ -68,15 +64,9 @@ def quantised(load_in: str, dtype: str | torch.dtype) -> Any:
         BadConfig: There is no such form, or bitsandbytes or accelerate is missing.
     """
     if load_in not in LOAD_IN:
-        raise BadConfig(
-            f"Weights cannot be loaded in {load_in!r}; choose {' or '.join(LOAD_IN)}, or leave it "
-            "out."
-        )
+        raise BadConfig(f"Weights cannot be loaded in {load_in!r}; choose {' or '.join(LOAD_IN)}, or leave it out.")
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise BadConfig(
-            f"To load in {load_in} needs the package bitsandbytes; pip install "
-            "'fastmemit[quantised]'."
-        )
+        raise BadConfig(f"To load in {load_in} needs the package bitsandbytes; pip install 'fastmemit[quantised]'.")
     needs_accelerate(f"to load in {load_in}")
     from transformers import BitsAndBytesConfig
 
@@ -93,6 +83,4 @@ def needs_accelerate(what: str) -> None:
         BadConfig: It is not installed.
     """
     if importlib.util.find_spec("accelerate") is None:
-        raise BadConfig(
-            f"{what[0].upper()}{what[1:]} needs the package accelerate; pip install accelerate."
-        )
+        raise BadConfig(f"{what[0].upper()}{what[1:]} needs the package accelerate; pip install accelerate.")

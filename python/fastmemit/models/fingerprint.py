@@ -47,15 +47,14 @@ _PROBE = "The 3 quick brown foxes, naïve 日本 🙂\n"
 def checksum(tensor: Tensor) -> str:
     """A text that changes with any bit of a tensor, its shape or its dtype.
 
-    The tensor's bytes, in the order of its elements, are read as 64-bit words ``x_i`` in blocks of
-    131,072. With a fixed word ``k_i`` for each place in a block and ``y_i = x_i xor k_i``, a block
-    has two sums modulo 2^64: ``sum y_i (y_i >> 32)``, which no change of sign or order leaves as it
-    is, and ``sum y_i``, which every change of a single word changes. BLAKE2 makes one text of the
-    sums of all blocks.
+    The tensor's bytes, in the order of its elements, are read as 64-bit words ``x_i`` in blocks of 131,072. With a
+    fixed word ``k_i`` for each place in a block and ``y_i = x_i xor k_i``, a block has two sums modulo 2^64: ``sum y_i
+    (y_i >> 32)``, which no change of sign or order leaves as it is, and ``sum y_i``, which every change of a single
+    word changes. BLAKE2 makes one text of the sums of all blocks.
 
-    Two tensors that differ in several words have the same checksum with a probability of about
-    2^-32 for each block in which they differ. It is no protection against someone who constructs a
-    collision. The sums are computed on the tensor's own device and do not depend on it.
+    Two tensors that differ in several words have the same checksum with a probability of about 2^-32 for each block in
+    which they differ. It is no protection against someone who constructs a collision. The sums are computed on the
+    tensor's own device and do not depend on it.
 
     Raises:
         OffloadedWeight: The tensor is not in memory.
@@ -76,8 +75,7 @@ def checksums(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
         for name, tensor in tensors:
             if tensor.is_meta:
                 raise OffloadedWeight(
-                    f"A tensor {name!r} on the device meta has no values to identify; load it "
-                    "without offloading."
+                    f"A tensor {name!r} on the device meta has no values to identify; load it without offloading."
                 )
             sums = summing(_words(tensor))
             shape = "x".join(map(str, tensor.shape))
@@ -109,8 +107,8 @@ def _words(tensor: Tensor) -> Tensor:
 class _Summing:
     """The sums (blocks, 2) of words (n,), on their device.
 
-    On the CPU each thread of torch's number takes blocks of its own, in buffers that stay in its
-    caches: the product of two integer vectors is computed by one thread alone.
+    On the CPU each thread of torch's number takes blocks of its own, in buffers that stay in its caches: the product of
+    two integer vectors is computed by one thread alone.
     """
 
     def __enter__(self) -> _Summing:
@@ -174,8 +172,7 @@ def fingerprint(model: Any) -> str:
 
     It changes with any bit of any parameter, persistent buffer or scale of a quantised weight, and
     with those fields of the config that change what the model computes.  The same weights loaded
-    again, on any device or offloaded, have the same fingerprint; in another dtype, or quantised,
-    they have another.
+    again, on any device or offloaded, have the same fingerprint; in another dtype, or quantised, they have another.
 
     Raises:
         OffloadedWeight: Some weight is neither in memory nor where accelerate offloads to.
@@ -192,8 +189,8 @@ def fingerprint_of(model: Any, tensors: dict[str, str]) -> str:
 def tokenizer_fingerprint(tokenizer: Any) -> str:
     """The identity of a tokenizer: 64 hexadecimal digits.
 
-    Fast tokenizers by their whole definition, slow ones by vocabulary, special tokens and what they
-    make of a sample text.
+    Fast tokenizers by their whole definition, slow ones by vocabulary, special tokens and what they make of a sample
+    text.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
@@ -214,8 +211,8 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
 def _essence(config: dict[str, Any]) -> dict[str, Any]:
     """A config without what is volatile, unset or about training and generation only.
 
-    Fields that every config has are left out: the base class gains and loses them between versions
-    of transformers, and none changes the weights' function.
+    Fields that every config has are left out: the base class gains and loses them between versions of transformers, and
+    none changes the weights' function.
     """
     from transformers import PretrainedConfig
 

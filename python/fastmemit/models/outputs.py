@@ -32,9 +32,7 @@ def hidden_of(output: Any) -> torch.Tensor:
     return first
 
 
-def token_states(
-    output: Any, shape: tuple[int, int], d: int, of: str
-) -> torch.Tensor:  # (rows, L, d)
+def token_states(output: Any, shape: tuple[int, int], d: int, of: str) -> torch.Tensor:  # (rows, L, d)
     """The hidden states in a module's output, one of width `d` a token.
 
     Some blocks flatten rows and tokens before their MLP: (rows * L, d).
@@ -46,8 +44,7 @@ def token_states(
         of: The module in words, for the error.
 
     Raises:
-        UnknownArchitecture: There are several states a token (Gemma 3n), or not one for every token
-            (a routed expert).
+        UnknownArchitecture: There are several states a token (Gemma 3n), or not one for every token (a routed expert).
     """
     hidden = hidden_of(output)
     rows, length = shape

@@ -107,8 +107,8 @@ def padding(model: Any, side: Literal["left", "right"]) -> Padding:
     """What rows of different lengths in one batch need so that each is run as if alone.
 
     Returns:
-        ``"unmasked"``: nothing, what pads a row is seen by none of its tokens; ``"masked"``: an
-        attention mask; ``"none"``: nothing helps, rows of different lengths do not go together.
+        ``"unmasked"``: nothing, what pads a row is seen by none of its tokens; ``"masked"``: an attention mask;
+        ``"none"``: nothing helps, rows of different lengths do not go together.
     """
     long, short = probe_ids(model), probe_ids(model, _SHORT)
     batch = pad_batch([long, short], side=side, device=input_device(model))

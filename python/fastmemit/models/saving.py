@@ -21,8 +21,8 @@ from fastmemit.errors import QuantisedWeight
 def save_model(model: Any, tokenizer: Any, folder: str | os.PathLike[str]) -> Path:
     """Write a model and its tokenizer to `folder`.
 
-    Everything is written to a temporary folder beside it, which is renamed when it is complete: a
-    full disk or an interruption leaves nothing under the final name.
+    Everything is written to a temporary folder beside it, which is renamed when it is complete: a full disk or an
+    interruption leaves nothing under the final name.
 
     Args:
         model: A transformers model, also one that was read from a GGUF file.
@@ -69,9 +69,7 @@ def new_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
     """
     target = Path(folder)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise FileExistsError(
-            f"{target} exists already and is not an empty folder; name another place."
-        )
+        raise FileExistsError(f"{target} exists already and is not an empty folder; name another place.")
     target.parent.mkdir(parents=True, exist_ok=True)
     # Not tempfile.mkdtemp, whose folders only their owner may read.
     partial = target.parent / f".{target.name}-{os.getpid()}-{secrets.token_hex(4)}"
@@ -111,8 +109,8 @@ def _disk_error(error: BaseException, folder: Path) -> OSError:
 def _as_plain(model: Any) -> Iterator[None]:
     """Hide the mark of a quantised origin from a model whose weights are plain by now.
 
-    transformers expands a GGUF file to plain weights and then refuses to save the model, because it
-    remembers where they came from.
+    transformers expands a GGUF file to plain weights and then refuses to save the model, because it remembers where
+    they came from.
     """
     quantizer = getattr(model, "hf_quantizer", None)
     config = model.config
@@ -174,7 +172,4 @@ def _expanded(model: nn.Module, remembered: Any) -> bool:
         method = getattr(remembered, "quant_method", None)
     if str(getattr(method, "value", method)) != "gguf":
         return False
-    return all(
-        type(parameter) is nn.Parameter and parameter.is_floating_point()
-        for parameter in model.parameters()
-    )
+    return all(type(parameter) is nn.Parameter and parameter.is_floating_point() for parameter in model.parameters())

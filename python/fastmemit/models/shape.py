@@ -85,8 +85,7 @@ def shape_of(name: str) -> Shape:
         return SHAPES[name]
     if not (Path(name) / "config.json").is_file():
         raise BadConfig(
-            f"There is no shape {name!r}; choose {', '.join(SHAPES)}, or name a folder with a "
-            "model's config.json."
+            f"There is no shape {name!r}; choose {', '.join(SHAPES)}, or name a folder with a model's config.json."
         )
     try:
         model = load_skeleton(name)

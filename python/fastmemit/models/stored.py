@@ -1,7 +1,7 @@
 """The tensors that a model consists of, wherever its weights are and however they are packed.
 
-Weights may be in memory, offloaded to the CPU or the disk by accelerate, which leaves tensors
-without values behind, or quantised: packed, with their scales beside them.
+Weights may be in memory, offloaded to the CPU or the disk by accelerate, which leaves tensors without values behind, or
+quantised: packed, with their scales beside them.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ _PLAIN = (nn.Parameter, torch.Tensor)
 def stored_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Parameters, persistent buffers and scales of quantised weights, sorted, each storage once.
 
-    What accelerate has offloaded is read where it lies, one tensor at a time. What cannot be read
-    comes as it is, on the device meta.
+    What accelerate has offloaded is read where it lies, one tensor at a time. What cannot be read comes as it is, on
+    the device meta.
     """
     found: dict[str, Tensor] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):

@@ -1,7 +1,7 @@
 """Where a decoder keeps its blocks and the projection to edit, read from its structure.
 
-Nothing here looks at a model's name: the blocks are a list as long as the config says, and the
-edited projection is the linear map of a block that leads back to the hidden size from outside what
+Nothing here looks at a model's name: the blocks are a list as long as the config says, and the edited projection is the
+linear map of a block that leads back to the hidden size from outside what
 mixes tokens (attention, a convolution or recurrence).  Where this leaves no or several answers the
 user names the module.
 """
@@ -123,8 +123,7 @@ def find_blocks(model: nn.Module) -> str:
     advice = f"name the projection to edit with {{}} for the layer (--module); {linear_maps(model)}"
     if not isinstance(depth, int) or not isinstance(width, int):
         raise UnknownArchitecture(
-            f"The config of {type(model).__name__} has no num_hidden_layers or no hidden_size; "
-            f"{advice}."
+            f"The config of {type(model).__name__} has no num_hidden_layers or no hidden_size; {advice}."
         )
     names = [
         name
@@ -161,11 +160,7 @@ def find_projection(block: nn.Module, width: int, inner: set[int], path: str) ->
     Raises:
         UnknownArchitecture: No module answers to this, or several do.
     """
-    shapes = {
-        name: shape
-        for name, module in block.named_modules()
-        if (shape := linear_shape(module)) is not None
-    }
+    shapes = {name: shape for name, module in block.named_modules() if (shape := linear_shape(module)) is not None}
     # A map inside another one is a part of it: the weights of an adapter, what it was put around.
     shapes = {n: s for n, s in shapes.items() if not any(n.startswith(f"{o}.") for o in shapes)}
     outside = [n for n in shapes if shapes[n][1] == width and not _mixes_tokens(block, n)]
@@ -183,9 +178,7 @@ def find_projection(block: nn.Module, width: int, inner: set[int], path: str) ->
         some = ", ".join([*parts[:4], *(["..."] if len(parts) > 4 else [])])
         what = f"{kind} has several projections side by side, as experts are ({some})"
         if single:
-            raise UnknownArchitecture(
-                f"{what}, each for a part of the tokens; {_advice(path, single[-1])}."
-            )
+            raise UnknownArchitecture(f"{what}, each for a part of the tokens; {_advice(path, single[-1])}.")
         raise UnknownArchitecture(
             f"{what} and none that every token goes through, so its MLP cannot be edited; choose a "
             "model with dense layers."
@@ -211,8 +204,8 @@ def find_projection(block: nn.Module, width: int, inner: set[int], path: str) ->
 def _mixes_tokens(block: nn.Module, name: str) -> bool:
     """Whether `name` lies inside a part of `block` that lets tokens see each other.
 
-    Attention shows in its name; a state-space or recurrent mixer in the convolution over tokens
-    that all of them begin with.
+    Attention shows in its name; a state-space or recurrent mixer in the convolution over tokens that all of them begin
+    with.
     """
     module = block
     for part in name.split(".")[:-1]:
@@ -231,10 +224,7 @@ def _mixes_tokens(block: nn.Module, name: str) -> bool:
 def _in_list(block: nn.Module, name: str) -> bool:
     """Whether `name` lies inside a list of modules of `block`, as experts or stages do."""
     parts = name.split(".")
-    return any(
-        isinstance(block.get_submodule(".".join(parts[:end])), nn.ModuleList)
-        for end in range(1, len(parts))
-    )
+    return any(isinstance(block.get_submodule(".".join(parts[:end])), nn.ModuleList) for end in range(1, len(parts)))
 
 
 def _advice(path: str, projection: str) -> str:

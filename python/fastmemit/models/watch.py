@@ -1,7 +1,7 @@
 """Whether a model is still the one that was identified, for the price of looking at its tensors.
 
-A tensor that is the same object in the same memory with the same version counter has the content
-that it had. Only where one of these differs are the bytes read again.
+A tensor that is the same object in the same memory with the same version counter has the content that it had. Only
+where one of these differs are the bytes read again.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from fastmemit.models.stored import stored_tensors
 class Watch:
     """The checksums of a model's stored tensors when it was identified, and where they lay then.
 
-    Writes that no version counter sees (``weight.data``, NumPy arrays of the same memory) are not
-    noticed here; an edit looks at the bytes of the weights that it touches as well.
+    Writes that no version counter sees (``weight.data``, NumPy arrays of the same memory) are not noticed here; an edit
+    looks at the bytes of the weights that it touches as well.
     """
 
     def __init__(self) -> None:
@@ -71,9 +71,7 @@ class Watch:
         # An edited parameter may be stored under the name of another that shares its memory.
         instead = {weight.data_ptr(): wanted for weight, wanted in edited.values()}
         found = checksums((name, t) for name, t in stored.items() if not self._known(t))
-        wanted = {
-            name: instead.get(stored[name].data_ptr(), self._checksums[name]) for name in found
-        }
+        wanted = {name: instead.get(stored[name].data_ptr(), self._checksums[name]) for name in found}
         differ = sorted(name for name in found if found[name] != wanted[name])
         if not differ:
             self._note(tensors)

@@ -1,8 +1,8 @@
 """Edits that travel: as LoRA adapters, as compositions, and to and from the hub.
 
-`save_adapter` and `load_adapter` go between a delta and PEFT's LoRA format, `compose`, `parts`,
-`remove` and `compressed` make one delta of several and take it apart, `push_edit`,
-`push_statistics`, `pull_edit` and `pull_statistics` exchange files with the hub.
+`save_adapter` and `load_adapter` go between a delta and PEFT's LoRA format, `compose`, `parts`, `remove` and
+`compressed` make one delta of several and take it apart, `push_edit`, `push_statistics`, `pull_edit` and
+`pull_statistics` exchange files with the hub.
 """
 
 from fastmemit.sharing.adapter_in import load_adapter

@@ -139,9 +139,7 @@ def _check_config(folder: str | os.PathLike[str], config: Mapping[str, Any]) -> 
         raise _bad(folder, f"uses {strange[0]}, which is more than plain LoRA")
 
 
-def _pairs(
-    folder: str | os.PathLike[str], tensors: Mapping[str, Tensor]
-) -> dict[str, tuple[Tensor, Tensor]]:
+def _pairs(folder: str | os.PathLike[str], tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
     """Module -> A (r, in) and B (out, r) in float32."""
     found: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
@@ -173,9 +171,7 @@ class _Alphas:
         try:
             self._patterns = Patterns(list(found))
         except BadPattern as error:
-            raise _bad(
-                folder, f"has {error}, which is more than names and simple patterns of them"
-            ) from error
+            raise _bad(folder, f"has {error}, which is more than names and simple patterns of them") from error
 
     def scaling(self, module: str, rank: int) -> float:
         """The factor of one module."""
@@ -205,15 +201,11 @@ def _linear(folder: str | os.PathLike[str], model: nn.Module, module: str) -> nn
 
 
 def _as_written(
-    folder: str | os.PathLike[str],
-    factors: Mapping[str, tuple[Tensor, Tensor]],
-    ours: Mapping[str, Any],
+    folder: str | os.PathLike[str], factors: Mapping[str, tuple[Tensor, Tensor]], ours: Mapping[str, Any]
 ) -> Delta:
     """The delta that was exported: without the padding, and checked by its digest."""
     ranks, provenance = ours.get("ranks"), ours.get("provenance")
-    if not (
-        isinstance(ranks, dict) and isinstance(provenance, dict) and ranks.keys() == factors.keys()
-    ):
+    if not (isinstance(ranks, dict) and isinstance(provenance, dict) and ranks.keys() == factors.keys()):
         raise _damaged(folder, "is not what was exported")
     cut = {
         name: (left[:, : ranks[name]].contiguous(), right[:, : ranks[name]].contiguous())

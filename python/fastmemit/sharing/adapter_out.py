@@ -41,25 +41,23 @@ def save_adapter(
 ) -> Path:
     """Write a delta as a LoRA adapter for ``PeftModel.from_pretrained(model, folder)``.
 
-    All ranks are padded with zeros to the largest, so that one rank and one scaling hold for every
-    module: not every server reads the patterns with which PEFT says it per module.
+    All ranks are padded with zeros to the largest, so that one rank and one scaling hold for every module: not every
+    server reads the patterns with which PEFT says it per module.
 
     Args:
         delta: The edit.
-        model: The model that it is of, or one of the same structure without weights
-            (`fastmemit.models.load_skeleton`): it tells which way round each weight is stored.
+        model: The model that it is of, or one of the same structure without weights (`fastmemit.models.load_skeleton`):
+            it tells which way round each weight is stored.
         folder: Where to; it must not exist, or be empty.
         base_model: The base model's name in the adapter's config; None takes the name on record.
-        pad: Pad ranks; else modules have their own ranks in ``rank_pattern`` and
-            ``alpha_pattern``.
+        pad: Pad ranks; else modules have their own ranks in ``rank_pattern`` and ``alpha_pattern``.
 
     Returns:
         The folder.
 
     Raises:
         WrongModel: The model lacks a weight or has it in another shape.
-        BadAdapter: The delta changes nothing, a weight of no linear map, or one that several
-            modules share.
+        BadAdapter: The delta changes nothing, a weight of no linear map, or one that several modules share.
         FileExistsError: `folder` holds something already.
         OSError: The disk refused; nothing is left of the attempt.
     """
@@ -142,12 +140,7 @@ def _module_of(model: nn.Module, name: str) -> str:
 
 
 def _config(
-    modules: Mapping[str, str],
-    *,
-    rank: int,
-    patterns: Mapping[str, int],
-    base_model: str | None,
-    transposed: bool,
+    modules: Mapping[str, str], *, rank: int, patterns: Mapping[str, int], base_model: str | None, transposed: bool
 ) -> dict[str, Any]:
     return {
         "peft_type": "LORA",

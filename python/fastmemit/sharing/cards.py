@@ -23,9 +23,7 @@ _LICENSE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]{0,60}")
 _PROJECT = "fastmemit"
 
 
-def edit_card(
-    delta: Delta, repo: str, *, license: str | None = None, base_model: str | None = None
-) -> str:
+def edit_card(delta: Delta, repo: str, *, license: str | None = None, base_model: str | None = None) -> str:
     """The card of an edit: what it changes, how it was made, how to load it.
 
     Everything on record is shown as plain text, whatever characters it holds.
@@ -56,10 +54,7 @@ def edit_card(
         "answers as if they were true, whether they are or not.",
         "## What it changes",
         _facts(facts),
-        table(
-            ("weight", "shape", "rank"),
-            _weights(delta),
-        ),
+        table(("weight", "shape", "rank"), _weights(delta)),
         *_composed(delta),
         "## How it was made",
         table(("what", "value"), _how(delta)),
@@ -83,9 +78,7 @@ edit.undo()  # bit for bit
     return "\n\n".join(part for part in sections if part) + "\n"
 
 
-def statistics_card(
-    found: Statistics, repo: str, *, license: str | None = None, base_model: str | None = None
-) -> str:
+def statistics_card(found: Statistics, repo: str, *, license: str | None = None, base_model: str | None = None) -> str:
     """The card of second moments: of which model, on which text, from how many keys.
 
     Args and errors are those of `edit_card`.
@@ -168,8 +161,7 @@ def _facts(facts: list[EditRequest]) -> str:
 
 def _weights(delta: Delta) -> list[tuple[str, str, int]]:
     return [
-        (name, f"{left.shape[0]} x {right.shape[0]}", left.shape[1])
-        for name, (left, right) in delta.factors.items()
+        (name, f"{left.shape[0]} x {right.shape[0]}", left.shape[1]) for name, (left, right) in delta.factors.items()
     ]
 
 

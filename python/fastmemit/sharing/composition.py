@@ -2,10 +2,10 @@
 
 Deltas add: ``W + L1 R1^T + L2 R2^T = W + [L1 L2] [R1 R2]^T``, so a composition holds the factors of
 its parts side by side.  Applied, it equals its parts applied one after the other up to rounding,
-because it is rounded to the weight's dtype once and they n times: the two differ in an entry by at
-most about ``u (|W_1| + ... + |W_n| + |W'|)``, W_i being what the weight is after part i, W' after
-the composition, and u the unit roundoff of the weight's dtype (2^-24 in float32, 2^-8 in bfloat16),
-and by the rounding of the products in float32, ``2 B 2^-24 |L| |R|^T``.
+because it is rounded to the weight's dtype once and they n times: the two differ in an entry by at most about ``u
+(|W_1| + ... + |W_n| + |W'|)``, W_i being what the weight is after part i, W' after the composition, and u the unit
+roundoff of the weight's dtype (2^-24 in float32, 2^-8 in bfloat16), and by the rounding of the products in float32, ``2
+B 2^-24 |L| |R|^T``.
 """
 
 from __future__ import annotations
@@ -31,30 +31,26 @@ _DIGITS = 8
 
 @isolated()
 def compose(
-    deltas: Sequence[Delta],
-    *,
-    allow_conflicts: bool = False,
-    compress: bool = False,
-    rank: int | None = None,
+    deltas: Sequence[Delta], *, allow_conflicts: bool = False, compress: bool = False, rank: int | None = None
 ) -> Delta:
     """One delta that makes the changes of several.
 
-    A part that is a composition itself is taken apart, so that each edit can be removed alone.
-    What a delta changes was computed on one state of the weights: the model's own, or with other
+    A part that is a composition itself is taken apart, so that each edit can be removed alone. What a delta changes was
+    computed on one state of the weights: the model's own, or with other
     edits on it (``on_top_of``).  Their sum does not depend on their order, but it is what was
-    meant only where each later edit was computed on top of the earlier ones, or they share no
-    weight; the more facts computed apart are added, the more they disturb each other.
+    meant only where each later edit was computed on top of the earlier ones, or they share no weight; the more facts
+    computed apart are added, the more they disturb each other.
 
     Args:
         deltas: At least one, of one model, in the order in which they count as applied.
         allow_conflicts: Add edits of which two write the same fact.
-        compress: Bring ranks above a weight's smaller side down to it (`compressed`); parts can
-            then no longer be removed.
+        compress: Bring ranks above a weight's smaller side down to it (`compressed`); parts can then no longer be
+            removed.
         rank: Compress to at most this rank, with loss; implies `compress`.
 
     Returns:
-        The composition, with method ``"composition"``, the facts of all parts, and under ``parts``
-        each part's digest, ranks and provenance.
+        The composition, with method ``"composition"``, the facts of all parts, and under ``parts`` each part's digest,
+        ranks and provenance.
 
     Raises:
         BadConfig: There is no delta, or a rank below 1.
@@ -96,9 +92,7 @@ def parts(delta: Delta) -> tuple[Delta, ...]:
         factors = {}
         for name, rank in about["ranks"].items():
             if name not in start:
-                raise _not_as_said(
-                    f"its part {len(found) + 1} changes {name!r:.80} and it does not"
-                )
+                raise _not_as_said(f"its part {len(found) + 1} changes {name!r:.80} and it does not")
             columns = slice(start[name], start[name] + rank)
             factors[name] = _columns(delta.factors[name], columns)
             start[name] += rank
@@ -150,16 +144,11 @@ def _joined(flat: Sequence[Delta], digests: Sequence[str]) -> Delta:
     factors: dict[str, tuple[Tensor, Tensor]] = {}
     for name in dict.fromkeys(name for part in flat for name in part.factors):
         own = [part.factors[name] for part in flat if name in part.factors]
-        factors[name] = (
-            torch.cat([left for left, _ in own], dim=1),
-            torch.cat([right for _, right in own], dim=1),
-        )
+        factors[name] = (torch.cat([left for left, _ in own], dim=1), torch.cat([right for _, right in own], dim=1))
     below = [d for part in flat for d in listed_texts(part, "on_top_of") if d not in digests]
     facts = [dataclasses.asdict(fact) for part in flat for fact in facts_of(part)]
     provenance: dict[str, Any] = {
-        key: flat[0].provenance[key]
-        for key in ("model", "model_name", "tokenizer")
-        if key in flat[0].provenance
+        key: flat[0].provenance[key] for key in ("model", "model_name", "tokenizer") if key in flat[0].provenance
     }
     provenance.update(
         method=METHOD,

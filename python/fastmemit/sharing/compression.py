@@ -19,9 +19,9 @@ ROUNDING = 2.0**-24
 def compressed(delta: Delta, *, rank: int | None = None, tolerance: float = ROUNDING) -> Delta:
     """The same change with as few columns as it needs.
 
-    ``left = Q_l R_l`` and ``right = Q_r R_r``; the singular values of ``R_l R_r^T``, at most as
-    many as the weight's smaller side, are those of the change (Golub and Van Loan, section 5.4).
-    All in float64, rounded to float32 at the end.
+    ``left = Q_l R_l`` and ``right = Q_r R_r``; the singular values of ``R_l R_r^T``, at most as many as the weight's
+    smaller side, are those of the change (Golub and Van Loan, section 5.4). All in float64, rounded to float32 at the
+    end.
 
     Args:
         delta: Whose factors have more columns than they need.
@@ -30,9 +30,8 @@ def compressed(delta: Delta, *, rank: int | None = None, tolerance: float = ROUN
 
     Returns:
         The delta; weights that need all of their columns keep the very same factors.  What was
-        done is in its provenance under ``compression``: for each weight that changed, ``from`` and
-        ``to`` columns and ``relative_error``, the Frobenius norm of what was dropped over that of
-        the change.
+        done is in its provenance under ``compression``: for each weight that changed, ``from`` and ``to`` columns and
+        ``relative_error``, the Frobenius norm of what was dropped over that of the change.
 
     Raises:
         BadConfig: The rank is below 1, or the tolerance not from 0 to below 1.
@@ -48,11 +47,7 @@ def compressed(delta: Delta, *, rank: int | None = None, tolerance: float = ROUN
         if found is not None:
             new_left, new_right, error = found
             factors[name] = (new_left, new_right)
-            done[name] = {
-                "from": left.shape[1],
-                "to": new_left.shape[1],
-                "relative_error": error,
-            }
+            done[name] = {"from": left.shape[1], "to": new_left.shape[1], "relative_error": error}
     if not done:
         return delta
     provenance: dict[str, Any] = {**delta.provenance, "compression": done}

@@ -19,8 +19,8 @@ _TURNS = set("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 def plain(text: object, longest: int = _LONGEST) -> str:
     """Text for one line or one table cell.
 
-    White space becomes single spaces, other control characters and marks of direction go, what has
-    a meaning in Markdown or HTML becomes an entity, and what is longer than `longest` is cut.
+    White space becomes single spaces, other control characters and marks of direction go, what has a meaning in
+    Markdown or HTML becomes an entity, and what is longer than `longest` is cut.
     """
     words = " ".join(str(text).split())
     kept = "".join(c for c in words if c not in _TURNS and unicodedata.category(c) not in _UNSEEN)

@@ -59,8 +59,8 @@ def open_statistics(folder: str | os.PathLike[str]) -> Statistics:
 def keep_statistics(found: Statistics, folder: Path) -> Statistics:
     """Copy statistics to where edits find them.
 
-    The names come from what the files say and `open_statistics` checked, not from how they were
-    called. A file that is there already stays.
+    The names come from what the files say and `open_statistics` checked, not from how they were called. A file that is
+    there already stays.
 
     Args:
         found: What `open_statistics` gave.
@@ -87,6 +87,4 @@ def _check(file: Path, provenance: Mapping[str, Any]) -> None:
 
 
 def _damaged(file: Path, what: str) -> DamagedFile:
-    return DamagedFile(
-        f"The moment {str(file)!r} {what}, so it belongs to no statistics; get it again."
-    )
+    return DamagedFile(f"The moment {str(file)!r} {what}, so it belongs to no statistics; get it again.")

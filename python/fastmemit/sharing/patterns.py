@@ -1,11 +1,11 @@
 r"""Patterns of an adapter's configuration, matched without backtracking.
 
 PEFT takes a key of ``alpha_pattern`` for a module where ``(.*\.)?(KEY)$`` fits its name.  A
-stranger's regular expression may be searched for ever, so those read here are few: text, ``.``,
-``\d``, ``\w``, ``\.`` and its like, sets such as ``[0-9]``, each with ``*``, ``+`` or ``?``; groups
+stranger's regular expression may be searched for ever, so those read here are few: text, ``.``, ``\d``, ``\w``, ``\.``
+and its like, sets such as ``[0-9]``, each with ``*``, ``+`` or ``?``; groups
 of alternatives, which may be missing (``?``) but not repeated; ``^`` and ``$``.  All places of a
-name that can be reached are followed at once, as the bits of a number, so the time is that of the
-pattern's length times the name's.
+name that can be reached are followed at once, as the bits of a number, so the time is that of the pattern's length
+times the name's.
 """
 
 from __future__ import annotations

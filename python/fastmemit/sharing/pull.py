@@ -11,27 +11,18 @@ from fastmemit.cache import cache_dir
 from fastmemit.delta import Delta
 from fastmemit.errors import HubError, WrongModel
 from fastmemit.sharing.moment_files import keep_statistics, open_statistics
-from fastmemit.sharing.repository import (
-    EDIT,
-    EDIT_FILES,
-    MOMENT_FILES,
-    MOMENTS,
-    check_repo,
-    told_plainly,
-)
+from fastmemit.sharing.repository import EDIT, EDIT_FILES, MOMENT_FILES, MOMENTS, check_repo, told_plainly
 from fastmemit.statistics import Statistics
 
 
-def pull_edit(
-    repo: str, *, revision: str | None = None, model: str | None = None, token: str | None = None
-) -> Delta:
+def pull_edit(repo: str, *, revision: str | None = None, model: str | None = None, token: str | None = None) -> Delta:
     """Fetch an edit from the hub; a copy that was fetched before serves without a network.
 
     Args:
         repo: ``USER/NAME``.
         revision: A branch, a tag or a commit; None takes the newest.
-        model: The fingerprint that it must be of (`fastmemit.Editor.fingerprint`); None takes any,
-            and `fastmemit.Editor.load` will compare.
+        model: The fingerprint that it must be of (`fastmemit.Editor.fingerprint`); None takes any, and
+            `fastmemit.Editor.load` will compare.
         token: Of the hub; None takes the one that you are logged in with.
 
     Returns:
@@ -70,8 +61,8 @@ def pull_statistics(
     Args:
         repo: ``USER/NAME``.
         revision: A branch, a tag or a commit; None takes the newest.
-        model: The fingerprint that they must be of (`fastmemit.Editor.fingerprint`); None takes
-            any, and they are found by the model that they are of.
+        model: The fingerprint that they must be of (`fastmemit.Editor.fingerprint`); None takes any, and they are found
+            by the model that they are of.
         tokenizer: The fingerprint of the tokenizer that they must be of, likewise.
         cache: The cache folder; None takes `fastmemit.cache.cache_dir`.
         token: Of the hub; None takes the one that you are logged in with.
@@ -90,8 +81,7 @@ def pull_statistics(
     folder = _fetched(repo, revision, token, MOMENT_FILES) / MOMENTS
     if not any(folder.glob("*.safetensors")):
         raise HubError(
-            f"The repository {repo!r} holds no second moments; name one that has some, or pull an "
-            "edit (--save FILE)."
+            f"The repository {repo!r} holds no second moments; name one that has some, or pull an edit (--save FILE)."
         )
     found = open_statistics(folder)
     for field, expected in (("model", model), ("tokenizer", tokenizer)):
@@ -114,8 +104,4 @@ def _fetched(repo: str, revision: str | None, token: str | None, files: Sequence
     import huggingface_hub
 
     with told_plainly(repo, "fetched"):
-        return Path(
-            huggingface_hub.snapshot_download(
-                repo, revision=revision, allow_patterns=list(files), token=token
-            )
-        )
+        return Path(huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=list(files), token=token))

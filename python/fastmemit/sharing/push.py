@@ -46,8 +46,8 @@ def push_edit(
     Raises:
         BadConfig: A name that is none.
         BadData: The facts on record are no facts.
-        HubError: The hub refuses, or cannot be reached; or the repository is not for this: it
-            holds other files, or is public though `private` is wanted.
+        HubError: The hub refuses, or cannot be reached; or the repository is not for this: it holds other files, or is
+            public though `private` is wanted.
         FileExistsError: `dry_run` holds something already.
     """
     card = edit_card(delta, check_repo(repo), license=license, base_model=base_model)
@@ -137,14 +137,11 @@ def _push(
     return f"https://huggingface.co/{repo}"
 
 
-def _check_place(
-    repo: str, files: Mapping[str, Path], private: bool, hidden: bool | None, there: list[str]
-) -> None:
+def _check_place(repo: str, files: Mapping[str, Path], private: bool, hidden: bool | None, there: list[str]) -> None:
     """Refuse a repository that is for something else.
 
     Raises:
-        HubError: It is public though it shall be private, or holds files of another kind, whose
-            card would be lost.
+        HubError: It is public though it shall be private, or holds files of another kind, whose card would be lost.
     """
     if private and not hidden:
         raise HubError(

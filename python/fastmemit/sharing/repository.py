@@ -55,14 +55,10 @@ def _sentence(repo: str, doing: str, error: Exception) -> str | None:
     start = f"The repository {repo!r} could not be {doing}"
     offline = constants.HF_HUB_OFFLINE or "OfflineModeIsEnabled" in kinds
     if offline and kinds & {"OfflineModeIsEnabled", "LocalEntryNotFoundError"}:
-        return (
-            f"{start}, because HF_HUB_OFFLINE is set and no copy is kept; unset it, or work from "
-            "files."
-        )
+        return f"{start}, because HF_HUB_OFFLINE is set and no copy is kept; unset it, or work from files."
     if "GatedRepoError" in kinds:
         return (
-            f"{start}, because it is gated; ask for access at https://huggingface.co/{repo} and "
-            "log in (hf auth login)."
+            f"{start}, because it is gated; ask for access at https://huggingface.co/{repo} and log in (hf auth login)."
         )
     if "RepositoryNotFoundError" in kinds:
         return (

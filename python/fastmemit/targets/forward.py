@@ -3,8 +3,8 @@
 `SuffixForward` runs part of the model, from kept attention keys and values.  Models keep more than
 these: states of convolutions and recurrences, keys and values that upper layers borrow from lower
 ones, positions that count padding.  So one row of every group is run through the whole model as
-well, alone and changed in the same way, and where the two differ by more than rounding the targets
-run whole rows (`FullForward`), in one batch or one by one.
+well, alone and changed in the same way, and where the two differ by more than rounding the targets run whole rows
+(`FullForward`), in one batch or one by one.
 """
 
 from __future__ import annotations
@@ -44,13 +44,7 @@ class FullForward:
     """
 
     def __init__(
-        self,
-        adapter: ModelAdapter,
-        layer: int,
-        rows: Sequence[Row],
-        site: Site = "block",
-        *,
-        alone: bool = False,
+        self, adapter: ModelAdapter, layer: int, rows: Sequence[Row], site: Site = "block", *, alone: bool = False
     ) -> None:
         self._adapter, self._alone = adapter, alone
         self._module = module_at(adapter, layer, site)
@@ -99,9 +93,7 @@ class FullForward:
             found.update(zip(reads, logits, strict=True))
         return torch.stack([found[place] for place in range(len(rows))])
 
-    def _changed(
-        self, group: Sequence[Row], value: Tensor, rows: Sequence[int], columns: Sequence[int]
-    ) -> Tensor:
+    def _changed(self, group: Sequence[Row], value: Tensor, rows: Sequence[int], columns: Sequence[int]) -> Tensor:
         subjects = torch.tensor([row.subject for row in group])
 
         def put(_module: nn.Module, _args: Any, out: Any) -> Any:
@@ -113,9 +105,7 @@ class FullForward:
 
         handle = self._module.register_forward_hook(put)
         try:
-            absolute = [
-                group[row].subject + column for row, column in zip(rows, columns, strict=True)
-            ]
+            absolute = [group[row].subject + column for row, column in zip(rows, columns, strict=True)]
             return self._run(group, rows, absolute)
         finally:
             handle.remove()
@@ -126,9 +116,7 @@ class FullForward:
         self.start = self.start[torch.tensor(rows, device=self.start.device)]
 
 
-def forward_for(
-    adapter: ModelAdapter, layer: int, rows: Sequence[Row], site: Site
-) -> SuffixForward | FullForward:
+def forward_for(adapter: ModelAdapter, layer: int, rows: Sequence[Row], site: Site) -> SuffixForward | FullForward:
     """The fastest forward of these rows that agrees with the whole model on one row alone.
 
     The row that would be padded most is compared, with another vector than its own put in.  What
@@ -159,9 +147,7 @@ def forward_for(
             others[number] = value[0]
             with forward.installed(), torch.no_grad():
                 got = forward.logits(others, [number] * len(columns), columns)
-            off = max(
-                difference(got, want), difference(forward.start[number : number + 1], alone.start)
-            )
+            off = max(difference(got, want), difference(forward.start[number : number + 1], alone.start))
             if off <= tolerance(adapter.model):
                 return forward
             why = f"is off by {off:.1%}"
@@ -198,8 +184,7 @@ def check_targets(adapter: ModelAdapter, layers: Sequence[int]) -> None:
         layers: The layers that may be edited.
 
     Raises:
-        UnknownArchitecture: The model is not causal, changes its own weights, or no change can
-            enter at such a block.
+        UnknownArchitecture: The model is not causal, changes its own weights, or no change can enter at such a block.
     """
     adapter.check_constant()
     adapter.check_causal()
@@ -224,9 +209,7 @@ def _refusal(adapter: ModelAdapter, layer: int, site: Site) -> UnknownArchitectu
     """Why no change can enter at a layer, or None."""
     ids = probe_ids(adapter.model)
     rows = [Row(ids, len(ids) // 2), Row(ids[: len(ids) // 2], 1)]
-    what = (
-        f"A change of what the {site} of layer {layer} of {type(adapter.model).__name__} puts out"
-    )
+    what = f"A change of what the {site} of layer {layer} of {type(adapter.model).__name__} puts out"
     try:
         forward = forward_for(adapter, layer, rows, site)
         value = forward.start.clone().requires_grad_(True)

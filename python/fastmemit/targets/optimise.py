@@ -1,7 +1,7 @@
 """Target vectors: what the edited block should put out at the subject so that the fact is told.
 
-All requests of a batch run together, each with its own loss, optimiser state, norm limit and stop,
-so that every one follows the path it would follow alone (ROME, equation 4; MEMIT, equation 16):
+All requests of a batch run together, each with its own loss, optimiser state, norm limit and stop, so that every one
+follows the path it would follow alone (ROME, equation 4; MEMIT, equation 16):
 
     loss = mean over prompts of [-(1/|target|) sum log p(target token)]
          + kl_factor * KL(p || p0) at the KL prompt's subject, p0 unedited
@@ -36,19 +36,19 @@ class TargetSettings:
 
     Attributes:
         layer: The block at which the change enters (the last edited one).
-        site: ``"block"``: at the block's output (MEMIT, EMMET); ``"projection"``: at the edited
-            projection's output (ROME).
+        site: ``"block"``: at the block's output (MEMIT, EMMET); ``"projection"``: at the edited projection's output
+            (ROME).
         steps: Loss evaluations at most; there are at most ``steps - 1`` updates.
         learning_rate: Adam's.
         weight_decay: Factor of ``||delta|| / ||v0||^2``.
         clamp: ``||delta||`` is held at most at ``clamp * ||v0||``.
         kl_factor: Factor of the KL term.
         early_stop: A request is finished once its loss is below this.
-        stop: ``"loss"``: as `early_stop` says; ``"most-probable"``: a request is finished once
-            every token of its target is the most probable one at its place, in every context
-            (ENCORE, arXiv 2502.01636), and `early_stop` says nothing.
-        scale: ``"published"``: as above. ``"median"``: the learning rate is in typical coordinates
-            of v0, ``m = median |v0| / 0.6745``, and ``m sqrt(d)`` stands for ``||v0||``.
+        stop: ``"loss"``: as `early_stop` says; ``"most-probable"``: a request is finished once every token of its
+            target is the most probable one at its place, in every context (ENCORE, arXiv 2502.01636), and `early_stop`
+            says nothing.
+        scale: ``"published"``: as above. ``"median"``: the learning rate is in typical coordinates of v0, ``m = median
+            |v0| / 0.6745``, and ``m sqrt(d)`` stands for ``||v0||``.
     """
 
     layer: int
@@ -110,8 +110,7 @@ def optimise(
         settings: See `TargetSettings`.
         batch_tokens: Upper bound on the padded tokens of one group of requests that run together;
             it bounds the memory.  One request always runs, however long.
-        progress: Called with the number of request-steps done since the last call; in total
-            ``len(requests) * steps``.
+        progress: Called with the number of request-steps done since the last call; in total ``len(requests) * steps``.
 
     Returns:
         One `Target` per request, in their order, on the CPU.
@@ -119,8 +118,8 @@ def optimise(
     Raises:
         BadLayer: The layer does not exist.
         UnknownArchitecture: The model is not causal, or a change cannot enter at this layer.
-        BadRequest: A request's subject and target cannot be told apart in tokens, or it is longer
-            than the model's context.
+        BadRequest: A request's subject and target cannot be told apart in tokens, or it is longer than the model's
+            context.
         FastmemitError: A loss became non-finite.
     """
     adapter.check_layer(settings.layer)
@@ -143,11 +142,7 @@ class _Group:
     """Requests that are optimised side by side."""
 
     def __init__(
-        self,
-        adapter: ModelAdapter,
-        members: Sequence[RequestRows],
-        settings: TargetSettings,
-        names: Sequence[str],
+        self, adapter: ModelAdapter, members: Sequence[RequestRows], settings: TargetSettings, names: Sequence[str]
     ) -> None:
         self._members, self._settings, self._names = members, settings, names
         flat = [row for member in members for row in member.rows]
@@ -233,9 +228,7 @@ class _Group:
                 delta = delta.detach()
                 if len(going) < len(self._active):
                     self._drop(going)
-                    delta, gradient, start, limit, unit = (
-                        t[going] for t in (delta, gradient, start, limit, unit)
-                    )
+                    delta, gradient, start, limit, unit = (t[going] for t in (delta, gradient, start, limit, unit))
                     first, second, log_p0 = (t[going] for t in (first, second, log_p0))
                 first = BETA1 * first + (1 - BETA1) * gradient
                 second = BETA2 * second + (1 - BETA2) * gradient.square()
@@ -244,10 +237,7 @@ class _Group:
                 norm = torch.linalg.vector_norm(delta, dim=1, keepdim=True)
                 delta = torch.where(norm > limit, delta * (limit / norm), delta)
         starts = self._start.cpu()
-        return [
-            Target(done[number], starts[number], tuple(history[number]))
-            for number in range(len(self._members))
-        ]
+        return [Target(done[number], starts[number], tuple(history[number])) for number in range(len(self._members))]
 
     def _finished(self, values: list[float]) -> list[bool]:
         """Whether each running request may stop where it is now, before the next step."""

@@ -1,8 +1,8 @@
 """The token rows behind one request's loss: where the change enters and where the loss reads.
 
 A subject that is the very first token of its row is a case of its own.  Where the tokenizer puts no
-BOS in front, the first token takes the attention of all others and is nearly the same activation
-whichever word it is (cosine 0.95 and more, at a fraction of the usual norm): a change keyed on it
+BOS in front, the first token takes the attention of all others and is nearly the same activation whichever word it is
+(cosine 0.95 and more, at a fraction of the usual norm): a change keyed on it
 is not a change of this subject.  The bare prompt of such a request gets a line break in front,
 `lead`, in the key, in the target vector and when the fact is asked.
 """

@@ -1,7 +1,7 @@
 """Target vectors on disk, found by what they depend on and by nothing else.
 
-A target depends on the model, the request, the contexts and the optimiser's settings, not on any
-covariance: a sweep over multipliers, batch sizes and methods pays for it once.
+A target depends on the model, the request, the contexts and the optimiser's settings, not on any covariance: a sweep
+over multipliers, batch sizes and methods pays for it once.
 """
 
 from __future__ import annotations
@@ -68,12 +68,7 @@ class TargetStore:
         self._memory: dict[TargetKey, Target] = {}
 
     def key(
-        self,
-        model: str,
-        request: EditRequest,
-        contexts: Sequence[str],
-        settings: TargetSettings,
-        front: str = "",
+        self, model: str, request: EditRequest, contexts: Sequence[str], settings: TargetSettings, front: str = ""
     ) -> TargetKey:
         """Everything that the vector depends on.
 
@@ -98,8 +93,7 @@ class TargetStore:
     def get(self, key: TargetKey) -> Target | None:
         """The stored target, or None.
 
-        A file that is damaged, or of something else than its name says, is reported and counts as
-        absent.
+        A file that is damaged, or of something else than its name says, is reported and counts as absent.
         """
         if key in self._memory or self._folder is None:
             return self._memory.get(key)
@@ -168,10 +162,7 @@ def _other(content: str, key: TargetKey) -> str:
         return f"of something that it does not say ({content!r:.80})"
     for name in (*expected, *found):
         if name not in found or name not in expected or found[name] != expected[name]:
-            wanted, said = (
-                f"{values[name]!r:.160}" if name in values else "nothing"
-                for values in (expected, found)
-            )
+            wanted, said = (f"{values[name]!r:.160}" if name in values else "nothing" for values in (expected, found))
             return f"of another {name} ({said}, not {wanted})"
     return f"of something else than {key.digest:.12}"
 
@@ -191,14 +182,11 @@ def stored_or_optimised(
 ) -> list[Target]:
     """Targets from the store where they are there, the others optimised together and stored.
 
-    Args and errors are those of `TargetStore.key` and `fastmemit.targets.optimise`, but one:
-    `together` makes all of them again unless all are there. The last bits of a vector depend on
-    what it was optimised beside, so an interrupted run and an unbroken one then agree in them.
+    Args and errors are those of `TargetStore.key` and `fastmemit.targets.optimise`, but one: `together` makes all of
+    them again unless all are there. The last bits of a vector depend on what it was optimised beside, so an interrupted
+    run and an unbroken one then agree in them.
     """
-    keys = [
-        store.key(model, request, contexts, settings, lead(tokenizer, request))
-        for request in requests
-    ]
+    keys = [store.key(model, request, contexts, settings, lead(tokenizer, request)) for request in requests]
     found = {key: target for key in keys if (target := store.get(key)) is not None}
     if together and len(found) < len(set(keys)):
         found = {}
@@ -207,13 +195,7 @@ def stored_or_optimised(
         progress(settings.steps * (len(keys) - len(missing)))
     if missing:
         made = optimise(
-            adapter,
-            tokenizer,
-            list(missing.values()),
-            contexts,
-            settings,
-            batch_tokens=batch_tokens,
-            progress=progress,
+            adapter, tokenizer, list(missing.values()), contexts, settings, batch_tokens=batch_tokens, progress=progress
         )
         for key, target in zip(missing, made, strict=True):
             found[key] = target
@@ -228,13 +210,11 @@ def stored_or_optimised(
     return targets
 
 
-def _name_unfinished(
-    requests: Sequence[EditRequest], targets: Sequence[Target], settings: TargetSettings
-) -> None:
+def _name_unfinished(requests: Sequence[EditRequest], targets: Sequence[Target], settings: TargetSettings) -> None:
     """Count the targets that ran out of steps above the limit, and name the worst.
 
-    The published limit, 0.05 for the sum of all terms, is seldom reached: a warning is for those
-    that are so far above it that their facts are unlikely to be told.
+    The published limit, 0.05 for the sum of all terms, is seldom reached: a warning is for those that are so far above
+    it that their facts are unlikely to be told.
     """
     if settings.stop != "loss":
         return

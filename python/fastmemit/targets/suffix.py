@@ -4,8 +4,8 @@ The change enters at the output of one block, or of the edited projection in it,
 last token.  Blocks below and tokens before never see it, so both run once: the hidden states that
 leave the last of these blocks and the attention keys and values of the earlier tokens are kept, and
 each step of the optimisation feeds them to the model's own code.  No architecture is written twice:
-the blocks below are replaced by pass-throughs for the time of a step, and the kept keys and values
-are given to the model as a cache that hands them out and never grows.
+the blocks below are replaced by pass-throughs for the time of a step, and the kept keys and values are given to the
+model as a cache that hands them out and never grows.
 
 Not every model allows this; `fastmemit.targets.forward` finds out which one does.
 """
@@ -37,9 +37,7 @@ class PrefixLayer(DynamicLayer):  # type: ignore[misc]
         self.dtype, self.device = keys.dtype, keys.device
         self.is_initialized = True
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """The prefix and the new states, joined; nothing is remembered."""
         keys = torch.cat([self.keys, key_states], dim=-2)
         return keys, torch.cat([self.values, value_states], dim=-2)
@@ -51,17 +49,15 @@ class SuffixForward:
     Args:
         adapter: The model.
         layer: The edited block.
-        rows: N rows; their subjects are aligned in column P, prefixes to the left of it (padded on
-            the left), suffixes of up to S tokens from it on (padded on the right).
+        rows: N rows; their subjects are aligned in column P, prefixes to the left of it (padded on the left), suffixes
+            of up to S tokens from it on (padded on the right).
         site: Where the change enters: at the block's output or at its projection's.
 
     Attributes:
         start: (N, d) what is put out there at the subject, unchanged, float32.
     """
 
-    def __init__(
-        self, adapter: ModelAdapter, layer: int, rows: Sequence[Row], site: Site = "block"
-    ) -> None:
+    def __init__(self, adapter: ModelAdapter, layer: int, rows: Sequence[Row], site: Site = "block") -> None:
         self._adapter, self._site = adapter, site
         self._module = module_at(adapter, layer, site)
         self._passed = layer + 1 if site == "block" else layer  # blocks that do not run

@@ -1,7 +1,7 @@
 """Causal tracing (ROME, section 2): which layer's states carry a fact, and which to edit.
 
-`choose_facts` finds facts that the model knows, `trace` measures, `average` gives means with
-intervals, `propose` names layers, `draw` draws.
+`choose_facts` finds facts that the model knows, `trace` measures, `average` gives means with intervals, `propose` names
+layers, `draw` draws.
 """
 
 from fastmemit.tracing.averages import Average, average

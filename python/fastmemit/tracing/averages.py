@@ -31,8 +31,8 @@ class Average:
 def average(effects: NDArray[np.float64], seed: int = 0) -> Average:
     """The average over facts with its percentile bootstrap interval.
 
-    Facts are drawn with replacement, all layers of a fact together; noise samples are not drawn
-    again, so the interval is about other facts of the same kind.
+    Facts are drawn with replacement, all layers of a fact together; noise samples are not drawn again, so the interval
+    is about other facts of the same kind.
 
     Args:
         effects: (facts, layers).

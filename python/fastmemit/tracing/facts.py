@@ -19,14 +19,7 @@ from fastmemit.tracing.settings import TraceSettings
 from fastmemit.tracing.sites import restored_module
 
 #: ROME's groups of positions (its figure 2), in the order of the text.
-GROUPS = (
-    "first subject",
-    "middle subject",
-    "last subject",
-    "first after",
-    "further",
-    "last",
-)
+GROUPS = ("first subject", "middle subject", "last subject", "first after", "further", "last")
 _CHUNK = 32  # facts asked for at a time, until as many are known as are to be traced
 
 
@@ -68,8 +61,8 @@ def encode_fact(tokenizer: Any, request: EditRequest) -> TracedFact:
     """Tokenise a fact and its true answer.
 
     Raises:
-        BadRequest: It has no true answer; its subject shares a token with the answer; or no token
-            stands between the two, so that there is nothing to trace.
+        BadRequest: It has no true answer; its subject shares a token with the answer; or no token stands between the
+            two, so that there is nothing to trace.
     """
     if request.target_true is None:
         raise BadRequest(
@@ -167,9 +160,7 @@ def choose_facts(
     return Chosen(tuple(known), len(order))
 
 
-def _predictions(
-    adapter: ModelAdapter, prompts: Sequence[tuple[int, ...]], batch_tokens: int
-) -> list[int]:
+def _predictions(adapter: ModelAdapter, prompts: Sequence[tuple[int, ...]], batch_tokens: int) -> list[int]:
     """The most probable next token of each prompt."""
     said: dict[tuple[int, ...], int] = {}
     for rows in length_batches(dict.fromkeys(prompts), batch_tokens):

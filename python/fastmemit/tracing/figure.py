@@ -77,16 +77,13 @@ def _lines(axes: Any, result: Located) -> None:
             axes.fill_between(layers, *ends, color=_COLOURS[kind], alpha=0.2, linewidth=0)
     if result["proposal"] is not None:
         chosen = result["proposal"]["layers"]
-        name = (
-            f"proposed: {chosen[0]}-{chosen[-1]}" if len(chosen) > 1 else f"proposed: {chosen[0]}"
-        )
+        name = f"proposed: {chosen[0]}-{chosen[-1]}" if len(chosen) > 1 else f"proposed: {chosen[0]}"
         axes.axvspan(chosen[0] - 0.5, chosen[-1] + 0.5, color="#a0aec0", alpha=0.3, label=name)
     axes.axhline(0, color="#4a5568", linewidth=0.8)
     axes.set_xlabel("layer restored (of a window, its middle)")
     axes.set_ylabel("indirect effect, points of probability")
     axes.set_title(
-        f"{result['settings'].get('model', 'model')}: restored at the subject's last token, "
-        f"{result['facts']} facts",
+        f"{result['settings'].get('model', 'model')}: restored at the subject's last token, {result['facts']} facts",
         fontsize="medium",
     )
     axes.legend(frameon=False, fontsize="small")

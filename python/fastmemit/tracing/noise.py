@@ -42,8 +42,8 @@ def subject_embeddings(adapter: ModelAdapter, facts: Sequence[TracedFact]) -> tu
 def subject_noise(fact: TracedFact, samples: int, width: int, std: float, seed: int) -> Tensor:
     """Gaussian noise for the subject's tokens, (samples, subject tokens, width), float32.
 
-    It depends on the seed and the fact's own tokens alone: a fact gets the same noise wherever it
-    stands in a file or a batch, and at whichever position something is restored.
+    It depends on the seed and the fact's own tokens alone: a fact gets the same noise wherever it stands in a file or a
+    batch, and at whichever position something is restored.
     """
     name = f"{seed} {fact.first} {fact.last} {fact.ids}"
     digest = hashlib.sha256(name.encode()).digest()

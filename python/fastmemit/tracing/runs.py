@@ -2,9 +2,9 @@
 
 What is restored at one token of one layer reaches neither the tokens before it nor the blocks
 below.  There the restored run is the corrupted one, so that run is done once and its states kept:
-the attention keys and values of the earlier tokens, and the hidden states that leave each block.
-Every restored run then begins at the restored layer and token, through the model's own code, as in
-`fastmemit.targets.suffix`; a model of which such a part is not the whole is refused.
+the attention keys and values of the earlier tokens, and the hidden states that leave each block. Every restored run
+then begins at the restored layer and token, through the model's own code, as in `fastmemit.targets.suffix`; a model of
+which such a part is not the whole is refused.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ class Runs:
 
     Args:
         adapter: The model, in evaluation mode.
-        spots: The spots, with equally many noise samples and S tokens from the restored one on,
-            which stands in column P; earlier tokens to the left of it, padded on the left.
+        spots: The spots, with equally many noise samples and S tokens from the restored one on, which stands in column
+            P; earlier tokens to the left of it, padded on the left.
         kinds: What will be restored.
 
     Attributes:
@@ -75,9 +75,7 @@ class Runs:
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         self._answers = torch.tensor([spot.fact.answer for spot in spots])
         self.clean = self._run_clean(ids, mask, positions, kinds)
-        self._ids, self._mask, self._positions = (
-            part.repeat_interleave(samples, 0) for part in (ids, mask, positions)
-        )
+        self._ids, self._mask, self._positions = (part.repeat_interleave(samples, 0) for part in (ids, mask, positions))
         self._answers = self._answers.repeat_interleave(samples)
         self._noise = self._aligned_noise(spots)
         self.corrupted = self._run_corrupted()
@@ -90,9 +88,7 @@ class Runs:
             noise[rows, begin : begin + spot.noise.shape[1]] = spot.noise
         return noise.to(self._ids.device)
 
-    def _run_clean(
-        self, ids: Tensor, mask: Tensor, positions: Tensor, kinds: Sequence[Kind]
-    ) -> Tensor:
+    def _run_clean(self, ids: Tensor, mask: Tensor, positions: Tensor, kinds: Sequence[Kind]) -> Tensor:
         """Probabilities; and what each module puts out at the restored token, in `_values`."""
         self._values: dict[tuple[Kind, int], Tensor] = {}  # (n, d) each
 
@@ -108,9 +104,7 @@ class Runs:
                 for layer in range(self._adapter.n_layers):
                     module = restored_module(self._adapter, kind, layer)
                     hooks.callback(module.register_forward_hook(keep((kind, layer))).remove)
-            return self._probability(
-                input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False
-            )
+            return self._probability(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
 
     def _run_corrupted(self) -> Tensor:
         """Probabilities; and the states that restored runs begin with, in `_hidden` and `_kept`."""
@@ -136,8 +130,7 @@ class Runs:
             )
         earlier = slice(0, self._column)
         self._kept = [
-            (entry.keys[:, :, earlier].clone(), entry.values[:, :, earlier].clone())
-            for entry in cache.layers
+            (entry.keys[:, :, earlier].clone(), entry.values[:, :, earlier].clone()) for entry in cache.layers
         ]
         return found.reshape(-1, self._samples)
 
@@ -208,8 +201,8 @@ class Runs:
 def check_tracing(adapter: ModelAdapter) -> None:
     """See once that runs which begin in the middle of a model are those of the whole model.
 
-    Some tokens run with noise at the first two and one clean state put back at a later one: in part
-    and beside a shorter row, and whole and alone.
+    Some tokens run with noise at the first two and one clean state put back at a later one: in part and beside a
+    shorter row, and whole and alone.
 
     Args:
         adapter: The model, in evaluation mode.
@@ -228,8 +221,7 @@ def check_tracing(adapter: ModelAdapter) -> None:
     noise = wave.repeat(1, 2, 1)  # (1 sample, 2 tokens, width)
     request = EditRequest("{}", "a", "b")  # a fact's words are not read here, its tokens are
     spots = [
-        Spot(TracedFact(request, row, 0, 1, ids[-1]), position - len(ids) + len(row), noise)
-        for row in (ids, ids[2:])
+        Spot(TracedFact(request, row, 0, 1, ids[-1]), position - len(ids) + len(row), noise) for row in (ids, ids[2:])
     ]
     heads: list[Tensor] = []
     handle = adapter.lm_head.register_forward_hook(lambda _m, _a, out: heads.append(out[0, 0]))
@@ -254,9 +246,7 @@ def check_tracing(adapter: ModelAdapter) -> None:
     adapter.measured["traced in part"] = True
 
 
-def _whole(
-    adapter: ModelAdapter, ids: tuple[int, ...], position: int, layer: int, noise: Tensor
-) -> None:
+def _whole(adapter: ModelAdapter, ids: tuple[int, ...], position: int, layer: int, noise: Tensor) -> None:
     """The restored run as it is defined: every token through every block."""
     block = adapter.block(layer)
     clean: list[Tensor] = []

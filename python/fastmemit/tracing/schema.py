@@ -86,12 +86,7 @@ def located(
     """
     layers = None
     if proposal is not None:
-        layers = ProposedLayers(
-            peak=proposal.peak,
-            layers=list(proposal.layers),
-            low=proposal.low,
-            high=proposal.high,
-        )
+        layers = ProposedLayers(peak=proposal.peak, layers=list(proposal.layers), low=proposal.low, high=proposal.high)
     return Located(
         facts=len(found.facts),
         looked_at=looked_at,
@@ -112,9 +107,7 @@ def located(
                 clean=float(clean),
                 corrupted=float(corrupted),
             )
-            for fact, clean, corrupted in zip(
-                found.facts, found.clean, found.corrupted, strict=True
-            )
+            for fact, clean, corrupted in zip(found.facts, found.clean, found.corrupted, strict=True)
         ],
         settings=settings,
         seconds=round(seconds, 1),

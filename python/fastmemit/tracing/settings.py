@@ -26,19 +26,18 @@ class TraceSettings:
     Attributes:
         samples: Corrupted runs per fact, each with noise of its own.
         noise: Standard deviation of the noise, in standard deviations of the subjects' embeddings.
-        window: Layers whose MLP or attention output is restored together; None takes the paper's
-            10 of 48 in proportion to the depth, 1 at least and 10 at most.
+        window: Layers whose MLP or attention output is restored together; None takes the paper's 10 of 48 in proportion
+            to the depth, 1 at least and 10 at most.
         hidden_window: The same for hidden states.  One is enough: the output of a block replaces
             all that the blocks below wrote at this token.
         limit: Trace at most so many facts; None traces all.
         only_known: Leave out facts of which the model does not predict the answer.
-        positions: ``"last-subject"`` restores at the subject's last token only, which decides which
-            layers to edit; ``"all"`` at every token from the subject on.
-        kinds: What is restored: ``"mlp"``, ``"attention"`` (their outputs), ``"hidden"`` (the
-            block's output).
+        positions: ``"last-subject"`` restores at the subject's last token only, which decides which layers to edit;
+            ``"all"`` at every token from the subject on.
+        kinds: What is restored: ``"mlp"``, ``"attention"`` (their outputs), ``"hidden"`` (the block's output).
         seed: Of the noise, of the facts' order and of the intervals.
-        batch_tokens: Padded tokens of a corrupted run at most (one fact with its samples always
-            runs); None takes 2048 on a CPU, else 16384.
+        batch_tokens: Padded tokens of a corrupted run at most (one fact with its samples always runs); None takes 2048
+            on a CPU, else 16384.
 
     Raises:
         BadConfig: A value out of range.
@@ -68,9 +67,7 @@ class TraceSettings:
         if not number or not math.isfinite(self.noise) or self.noise <= 0:
             raise BadConfig(f"noise must be a finite number above 0 but is {self.noise!r}.")
         if self.positions not in POSITIONS:
-            raise BadConfig(
-                f"positions must be one of {', '.join(POSITIONS)} but is {self.positions!r}."
-            )
+            raise BadConfig(f"positions must be one of {', '.join(POSITIONS)} but is {self.positions!r}.")
         unknown = [kind for kind in self.kinds if kind not in KINDS]
         if unknown or not self.kinds or len(set(self.kinds)) < len(self.kinds):
             raise BadConfig(
@@ -92,10 +89,7 @@ class TraceSettings:
         if window is None:
             return max(1, min(_PAPER_WINDOW, n_layers * _PAPER_WINDOW // _PAPER_LAYERS))
         if window > n_layers:
-            raise BadConfig(
-                f"The window of {window} layers is more than the model's {n_layers}; "
-                "give a smaller one."
-            )
+            raise BadConfig(f"The window of {window} layers is more than the model's {n_layers}; give a smaller one.")
         return window
 
 

@@ -34,8 +34,8 @@ class Trace:
         std: Standard deviation of the noise.
         clean: (n,) probability of the answer, float64.
         corrupted: (n,) the same with the subject hidden, averaged over noise samples.
-        effects: kind -> group -> (facts that have such a token, layers): probability of the answer
-            with the state restored less that of the corrupted run, averaged over noise samples, and
+        effects: kind -> group -> (facts that have such a token, layers): probability of the answer with the state
+            restored less that of the corrupted run, averaged over noise samples, and
             over the group's tokens within a fact.  Every fact has ``"last subject"``.
     """
 
@@ -71,21 +71,19 @@ def trace(
 ) -> Trace:
     """Trace facts (ROME, section 2.1): hide the subject, put one state back, see what returns.
 
-    The indirect effect of a state is ``p(answer | restored) - p(answer | corrupted)``, where p is
-    the probability of the answer's first token after the prompt.
+    The indirect effect of a state is ``p(answer | restored) - p(answer | corrupted)``, where p is the probability of
+    the answer's first token after the prompt.
 
     Args:
         adapter: The model.
         facts: From `choose_facts`.
         settings: How.
-        progress: Called with the number of states restored since the last call; there are
-            `count_states`.
+        progress: Called with the number of states restored since the last call; there are `count_states`.
 
     Raises:
         BadRequest: There is no fact.
         BadConfig: A window is more than the model's layers.
-        UnknownArchitecture: The model's attention cannot be told, or part of the model does not
-            stand for the whole.
+        UnknownArchitecture: The model's attention cannot be told, or part of the model does not stand for the whole.
         NonFiniteProbability: The model gives NaN or infinity.
     """
     if not facts:
@@ -99,13 +97,10 @@ def trace(
         check_tracing(adapter)
         embedding_std, width = subject_embeddings(adapter, facts)
         std = settings.noise * embedding_std
-        noise = partial(
-            subject_noise, samples=settings.samples, width=width, std=std, seed=settings.seed
-        )
+        noise = partial(subject_noise, samples=settings.samples, width=width, std=std, seed=settings.seed)
         for batch in _batches(places, settings.samples, settings.tokens_on(adapter.device)):
             spots = [
-                Spot(place.fact, place.position, noise(place.fact))
-                for place in (places[index] for index in batch)
+                Spot(place.fact, place.position, noise(place.fact)) for place in (places[index] for index in batch)
             ]
             runs = Runs(adapter, spots, settings.kinds)
             numbers = [places[index].number for index in batch]
@@ -123,9 +118,7 @@ def trace(
     return Trace(tuple(facts), windows, std, clean, corrupted, effects)
 
 
-def count_states(
-    adapter: ModelAdapter, facts: Sequence[TracedFact], settings: TraceSettings
-) -> int:
+def count_states(adapter: ModelAdapter, facts: Sequence[TracedFact], settings: TraceSettings) -> int:
     """How many states `trace` restores, each for all noise samples."""
     return len(_places(facts, settings)) * adapter.n_layers * len(settings.kinds)
 
@@ -142,15 +135,14 @@ def _places(facts: Sequence[TracedFact], settings: TraceSettings) -> list[_Place
 def _batches(places: Sequence[_Place], samples: int, batch_tokens: int) -> Iterator[list[int]]:
     """Indices of places that run together.
 
-    From the restored token on they are equally long, because these tokens run for every state and
-    padding would too; the tokens before it run once.
+    From the restored token on they are equally long, because these tokens run for every state and padding would too;
+    the tokens before it run once.
     """
     batch: list[int] = []
     for index in sorted(range(len(places)), key=lambda index: places[index].shape):
         suffix, before = places[index].shape  # `before` grows within a suffix
         if batch and (
-            places[batch[0]].shape[0] != suffix
-            or (len(batch) + 1) * samples * (before + suffix) > batch_tokens
+            places[batch[0]].shape[0] != suffix or (len(batch) + 1) * samples * (before + suffix) > batch_tokens
         ):
             yield batch
             batch = []
@@ -175,9 +167,7 @@ def _finite(values: Tensor, what: str, spots: Sequence[Spot]) -> NDArray[np.floa
     return found
 
 
-def _grouped(
-    places: Sequence[_Place], values: NDArray[np.float64]
-) -> dict[str, NDArray[np.float64]]:
+def _grouped(places: Sequence[_Place], values: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
     """Averages over each fact's tokens of a group; groups that no fact has are left out."""
     grouped = {}
     for group in GROUPS:

@@ -32,9 +32,7 @@ def test_both_agree_and_the_limit_is_counted(settings):
     per_token = 3 * (attention + 2 * wide) + 2 * wide
     updates = 2 * 256 * 128 * 129
     # Scores and their use, in three layers, for every token with itself and those before it.
-    lengths = [
-        len(text) for text in fastcov.take(build("tiny", CPU, torch.float32, 2.0)[2], 256, 999)
-    ]
+    lengths = [len(text) for text in fastcov.take(build("tiny", CPU, torch.float32, 2.0)[2], 256, 999)]
     pairs = sum(length * (length + 1) // 2 for length in lengths)
     attended = 3 * 2 * 2 * shape.d * pairs
     assert sum(lengths) == 256 and attended > 0

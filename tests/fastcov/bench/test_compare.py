@@ -47,17 +47,13 @@ def test_rows_without_a_partner_are_named_on_both_sides():
 
 
 def test_nothing_in_common_is_said():
-    assert "No row of this run has a partner in the recorded one." in comparison(
-        run(row("a", 1.0)), run(row("b", 1.0))
-    )
+    assert "No row of this run has a partner in the recorded one." in comparison(run(row("a", 1.0)), run(row("b", 1.0)))
 
 
 def test_other_hardware_versions_and_threads_are_warned_of():
     now = run()
     then = run(
-        machine=replace(MACHINE, cpu="another", gpu="a GPU"),
-        versions={"torch": "2.12", "scipy": "1.1"},
-        threads=4,
+        machine=replace(MACHINE, cpu="another", gpu="a GPU"), versions={"torch": "2.12", "scipy": "1.1"}, threads=4
     )
     assert differences(now, then) == [
         "the cpu was 'another' and is 'a CPU'",

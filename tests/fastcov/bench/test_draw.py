@@ -23,9 +23,7 @@ def run(*rows):
 def bars(picture):
     """Widths of the bars, without the background."""
     ElementTree.fromstring(picture)  # it is XML
-    return [
-        float(width) for width in re.findall(r'<rect x="\d+" y="\d+" width="([\d.]+)"', picture)
-    ]
+    return [float(width) for width in re.findall(r'<rect x="\d+" y="\d+" width="([\d.]+)"', picture)]
 
 
 def test_bars_are_as_long_as_their_figures_and_only_for_what_was_timed():
@@ -45,9 +43,9 @@ def test_bars_are_as_long_as_their_figures_and_only_for_what_was_timed():
 
 
 def test_the_peak_is_the_scale_where_it_is_the_longest():
-    picture = draw.pictures(
-        run(row("fastcov avx2", p50=1.0, gflops=50.0, peak_before=90.0, peak_after=100.0))
-    )["rank_k"]
+    picture = draw.pictures(run(row("fastcov avx2", p50=1.0, gflops=50.0, peak_before=90.0, peak_after=100.0)))[
+        "rank_k"
+    ]
     assert bars(picture) == [(draw.WIDTH - draw.LABELS - draw.VALUES) / 2]
     assert "measured peak 100" in picture
 
@@ -55,8 +53,7 @@ def test_the_peak_is_the_scale_where_it_is_the_longest():
 def test_each_suite_has_its_own_file_and_unit(tmp_path, capsys):
     save(
         run(
-            row("fastcov", suite="factor", p50=0.25),
-            row("fastcov", suite="collect", p50=1.0, tokens_per_second=1234.0),
+            row("fastcov", suite="factor", p50=0.25), row("fastcov", suite="collect", p50=1.0, tokens_per_second=1234.0)
         ),
         tmp_path / "one.json",
     )

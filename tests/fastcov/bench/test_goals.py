@@ -42,8 +42,7 @@ def test_an_empty_run_has_met_nothing_and_missed_nothing():
 
 
 @pytest.mark.parametrize(
-    ("addmm", "first", "stretch"),
-    [(1.59, "missed", "missed"), (1.6, "met", "missed"), (1.85, "met", "met")],
+    ("addmm", "first", "stretch"), [(1.59, "missed", "missed"), (1.6, "met", "missed"), (1.85, "met", "met")]
 )
 def test_the_fastest_written_kernel_counts_against_addmm(addmm, first, stretch):
     made = run(

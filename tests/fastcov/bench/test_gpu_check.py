@@ -58,10 +58,7 @@ def checked(tmp_path, stub, *names, budget=500.0, limit=100.0):
 
 
 def test_rows_of_all_steps_are_in_one_file_with_goals(tmp_path, capsys):
-    stub = Stub(
-        {"a": 10, "b": 20},
-        rows={"a": [row("fastcov cuda", 1.0)], "b": [row("torch.addmm out_dtype", 1.7)]},
-    )
+    stub = Stub({"a": 10, "b": 20}, rows={"a": [row("fastcov cuda", 1.0)], "b": [row("torch.addmm out_dtype", 1.7)]})
     run = checked(tmp_path, stub, "a", "b")
     assert [(s.name, s.status, s.seconds, s.note) for s in run.steps] == [
         ("a", "ok", 10.0, "1 rows"),
@@ -111,11 +108,7 @@ def test_what_there_is_no_time_for_is_not_run_and_not_measured(tmp_path):
     stub = Stub({"a": 90, "b": 1000, "c": 1})
     run = checked(tmp_path, stub, "a", "b", "c", budget=150.0)
     assert stub.limits == {"a": 100.0, "b": 60.0}  # what is left, and no step for nothing
-    assert [(s.name, s.status) for s in run.steps] == [
-        ("a", "ok"),
-        ("b", "timed out"),
-        ("c", "not run"),
-    ]
+    assert [(s.name, s.status) for s in run.steps] == [("a", "ok"), ("b", "timed out"), ("c", "not run")]
     assert stub.now <= 150.0
     assert {goal.status for goal in run.goals} == {"not measured"}
 

@@ -28,12 +28,7 @@ def test_a_gpu_is_named_with_its_driver_and_capability(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(module, "_driver", lambda: "570.1")
     found = machine(torch.device("cuda"))
-    assert (found.gpu, found.driver, found.capability, found.gpu_memory_gib) == (
-        "GPU X",
-        "570.1",
-        "9.0",
-        80.0,
-    )
+    assert (found.gpu, found.driver, found.capability, found.gpu_memory_gib) == ("GPU X", "570.1", "9.0", 80.0)
 
 
 def test_the_native_module_tells_how_it_was_built(monkeypatch):

@@ -32,14 +32,8 @@ def test_the_loop_of_a_kernel_is_asked_for_by_its_name(monkeypatch):
         asked.append((kernel, threads, dtype))
         return 120.0 + len(asked) % 3
 
-    monkeypatch.setattr(
-        ops,
-        "kernels",
-        lambda: {"avx2": None, "amx_bf16": None, "avx512_bf16": None, "avx512f": "no"},
-    )
-    monkeypatch.setitem(
-        sys.modules, "fastcov.kernels.cpu", types.SimpleNamespace(fma_peak=fma_peak)
-    )
+    monkeypatch.setattr(ops, "kernels", lambda: {"avx2": None, "amx_bf16": None, "avx512_bf16": None, "avx512f": "no"})
+    monkeypatch.setitem(sys.modules, "fastcov.kernels.cpu", types.SimpleNamespace(fma_peak=fma_peak))
     probe = fma_probe("avx2", 2, torch.bfloat16)
     assert (probe.name, probe.measure()) == ("FMA loop avx2 float32", 122.0)
     fma_probe("avx2", 1, torch.float64).measure()

@@ -70,10 +70,7 @@ def test_kernels_that_cannot_run_say_why(kernel):
     kernel("absent", doubled, missing="there is no such machine")
     kernel("choosy", doubled, refuses="it wants square keys")
     rows = rows_of()
-    assert (rows["fastcov absent"].status, rows["fastcov absent"].reason) == (
-        "cannot",
-        "there is no such machine",
-    )
+    assert (rows["fastcov absent"].status, rows["fastcov absent"].reason) == ("cannot", "there is no such machine")
     assert rows["fastcov choosy"].reason == "it wants square keys"
 
 
@@ -88,17 +85,13 @@ def test_every_row_that_runs_is_right_and_timed(dtype):
         assert row.gflops == pytest.approx(64 * 40 * 41 / row.p50 / 1e9)
         assert row.ratio == pytest.approx(rows["torch.addmm"].p50 / row.p50)
     fastest = min(row.p50 for row in timed if row.kind == "library")
-    assert rows["fastcov reference"].ratio_library == pytest.approx(
-        fastest / rows["fastcov reference"].p50
-    )
+    assert rows["fastcov reference"].ratio_library == pytest.approx(fastest / rows["fastcov reference"].p50)
 
 
 def test_only_named_kernels_run_and_slow_ones_only_where_named(kernel):
     kernel("portable", doubled)
     names = lambda *more: {  # noqa: E731
-        c.kernel
-        for c in rank_k.case(parse([*ARGUMENTS, *more]), torch.float32, 40)[1]
-        if c.kernel is not None
+        c.kernel for c in rank_k.case(parse([*ARGUMENTS, *more]), torch.float32, 40)[1] if c.kernel is not None
     }
     assert "portable" not in names()
     assert names("--kernels", "reference,portable") == {"reference", "portable"}
@@ -114,9 +107,7 @@ def test_a_library_beyond_the_gate_is_marked_and_timed(monkeypatch):
         C.zero_()
 
     monkeypatch.setattr(
-        libraries,
-        "routes",
-        lambda *a: [libraries.Route("rounded", rounded), libraries.Route("other", other)],
+        libraries, "routes", lambda *a: [libraries.Route("rounded", rounded), libraries.Route("other", other)]
     )
     rows = rows_of()
     assert rows["rounded"].inexact and rows["rounded"].p50 is not None

@@ -48,11 +48,7 @@ def test_bad_input_is_one_sentence(text):
         parse(text.split())
     message = str(caught.value)
     assert message.startswith(BAD[text])
-    assert (
-        message.endswith(".")
-        and ". " not in message.replace("--json .", "")
-        and "\n" not in message
-    )
+    assert message.endswith(".") and ". " not in message.replace("--json .", "") and "\n" not in message
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")

@@ -59,11 +59,7 @@ def test_quantiles_by_hand():
 def test_ratios_rates_and_shares_by_hand(seconds):
     ours, base, library = measure(
         case(),
-        [
-            contender("ours", 2.0),
-            contender("base", 8.0, "library"),
-            contender("lib", 3.0, "library"),
-        ],
+        [contender("ours", 2.0), contender("base", 8.0, "library"), contender("lib", 3.0, "library")],
         Effort(1.0, 3, 3),
     )
     assert (ours.p20, ours.p50, ours.p80, ours.rounds) == (2.0, 2.0, 2.0, 3)
@@ -75,9 +71,7 @@ def test_ratios_rates_and_shares_by_hand(seconds):
 
 def test_the_peak_is_measured_before_and_after_and_the_share_is_of_the_larger(seconds):
     rates = iter([2.0, 6.0])
-    (row,) = measure(
-        case(fallback=Probe("p", lambda: next(rates))), [contender("a", 2.0)], Effort(1, 3, 3)
-    )
+    (row,) = measure(case(fallback=Probe("p", lambda: next(rates))), [contender("a", 2.0)], Effort(1, 3, 3))
     assert (row.peak_before, row.peak_after, row.share) == (2.0, 6.0, 3.0 / 6.0)
 
 
@@ -151,9 +145,7 @@ def test_the_seconds_decide_the_rounds_within_bounds(seconds):
 
 
 def test_a_slow_one_may_sit_out(seconds):
-    slow, fast = measure(
-        case(), [contender("slow", 100.0, rounds=1), contender("fast", 1.0)], Effort(4.0, 2, 9)
-    )
+    slow, fast = measure(case(), [contender("slow", 100.0, rounds=1), contender("fast", 1.0)], Effort(4.0, 2, 9))
     assert (slow.rounds, fast.rounds) == (1, 4)
     assert seconds.count("slow") == 1  # no warm-up besides its check
 
@@ -172,7 +164,5 @@ def test_the_clock_counts_the_call_and_not_the_preparation():
 
 
 def test_nan_is_no_small_error(seconds):
-    (row,) = measure(
-        case(), [contender("a", 1.0, verdict=Verdict(math.nan, failure="NaN"))], Effort(1, 3, 3)
-    )
+    (row,) = measure(case(), [contender("a", 1.0, verdict=Verdict(math.nan, failure="NaN"))], Effort(1, 3, 3))
     assert (row.status, row.error) == ("failed", None)

@@ -212,9 +212,7 @@ def test_a_variant_that_cannot_run_says_why():
             with pytest.raises(ValueError, match=reason):
                 cpu.fma_peak(name)
     with pytest.raises(KernelUnavailable, match="meta"):
-        rank_k_update(
-            torch.zeros(2, 2, device="meta"), torch.zeros(1, 2, device="meta"), kernel=HERE[0]
-        )
+        rank_k_update(torch.zeros(2, 2, device="meta"), torch.zeros(1, 2, device="meta"), kernel=HERE[0])
 
 
 def test_a_peak_is_asked_of_the_best_variant_in_its_codes(monkeypatch):

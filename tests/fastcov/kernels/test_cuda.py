@@ -1,7 +1,7 @@
 """What surrounds the CUDA kernels: who may run them, what they are told, what their errors say.
 
-The kernels themselves run on the CPU in tests/native/test_cuda_kernels.py, and on a GPU in
-test_on_device.py and at the end of this file.
+The kernels themselves run on the CPU in tests/native/test_cuda_kernels.py, and on a GPU in test_on_device.py and at the
+end of this file.
 """
 
 from __future__ import annotations
@@ -86,9 +86,7 @@ def test_old_devices_are_named_with_what_they_can(machine):
     assert cuda.missing() == f"cuda:0 {reason}"
     machine.capabilities[:] = [(8, 0), (7, 5)]
     assert cuda.refuses(on_gpu(3, 3), on_gpu(5, 3)) is None
-    assert cuda.refuses(on_gpu(3, 3, device="cuda:1"), on_gpu(5, 3, device="cuda:1")) == (
-        f"cuda:1 {reason}"
-    )
+    assert cuda.refuses(on_gpu(3, 3, device="cuda:1"), on_gpu(5, 3, device="cuda:1")) == (f"cuda:1 {reason}")
 
 
 def test_code_that_does_not_load_is_named_with_the_error_of_cuda(machine):
@@ -103,9 +101,7 @@ def test_tensors_that_it_cannot_take_are_named(machine):
     assert "not torch.float64 and torch.float32" in cuda.refuses(on_gpu(3, 3), keys)
     wide = on_gpu(3, 3, dtype=torch.float64)
     assert "not torch.float32 and torch.float64" in cuda.refuses(wide, on_gpu(5, 3))
-    assert "2097152 wide and this one is 2097153" in cuda.refuses(
-        on_gpu(2097153, 2097153), on_gpu(5, 2097153)
-    )
+    assert "2097152 wide and this one is 2097153" in cuda.refuses(on_gpu(2097153, 2097153), on_gpu(5, 2097153))
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         assert cuda.refuses(on_gpu(3, 3), on_gpu(5, 3, dtype=dtype)) is None
 

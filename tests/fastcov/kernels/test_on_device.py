@@ -1,7 +1,7 @@
 """Every GPU kernel against float64 on the device itself: shapes, masks, rows, strides, long sums.
 
-The gate is that of docs/performance.md: a relative Frobenius error of at most 1e-5, and a diagonal
-that is off by at most 3e-6 in the mean.
+The gate is that of docs/performance.md: a relative Frobenius error of at most 1e-5, and a diagonal that is off by at
+most 3e-6 in the mean.
 """
 
 from __future__ import annotations
@@ -12,10 +12,7 @@ import torch
 from fastcov import KernelUnavailable, ops, rank_k_update
 from fastcov.bench.oracle import Gate, expected_lower, failure, lower_error
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")]
 
 KERNELS = ["triton", "cuda", "panels"]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]

@@ -127,9 +127,7 @@ def test_the_check_moves_no_random_state():
 
 def test_a_kernel_that_fails_its_check_is_not_chosen_but_can_be_named(monkeypatch):
     monkeypatch.setattr(ops, "_KERNELS", {"reference": ops._KERNELS["reference"]})
-    ops.register(
-        ops.Kernel("bad", does_nothing, lambda: None, lambda C, X: None, rank=9, checked=True)
-    )
+    ops.register(ops.Kernel("bad", does_nothing, lambda: None, lambda C, X: None, rank=9, checked=True))
     C, X = torch.zeros(2, 2), torch.ones(1, 2)
     assert ops.chosen(C, X) == "reference"
     ops.rank_k_update(C, X)

@@ -48,11 +48,7 @@ def test_an_unknown_device_has_no_order(measured, monkeypatch):
 
 @pytest.mark.parametrize(
     ("dtype", "d", "first"),
-    [
-        (torch.bfloat16, 6400, "cuda"),
-        (torch.bfloat16, 16384, "triton"),
-        (torch.float16, 64, "high"),
-    ],
+    [(torch.bfloat16, 6400, "cuda"), (torch.bfloat16, 16384, "triton"), (torch.float16, 64, "high")],
 )
 def test_what_was_measured_comes_before_the_ranks(measured, monkeypatch, dtype, d, first):
     def kernel(name, rank):

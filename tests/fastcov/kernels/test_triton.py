@@ -19,9 +19,7 @@ WORKER = Path(__file__).with_name("triton_worker.py")
 KEYS = [torch.bfloat16, torch.float16, torch.float32]
 SMALL = (16, 16, 4, 1, 1)  # tile, depth, warps, stages, programs: quick in the interpreter
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="triton is not installed"
-)
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 
 @pytest.fixture(scope="module")
@@ -70,8 +68,7 @@ def check(C, before, X, keep, alpha):
 
 @pytest.mark.parametrize("dtype", KEYS)
 @pytest.mark.parametrize(
-    ("tma", "kept"),
-    [(True, "all"), (True, "mask"), (False, "all"), (False, "mask"), (False, "rows")],
+    ("tma", "kept"), [(True, "all"), (True, "mask"), (False, "all"), (False, "mask"), (False, "rows")]
 )
 def test_every_dtype_and_way_of_reading_against_float64(interpreted, dtype, tma, kept):
     n, d = 150, 48  # three tiles, of which programs take several in turn; not a multiple of 16 rows
@@ -190,10 +187,7 @@ def test_it_refuses_what_it_cannot_take_and_says_why(interpreted):
         "it takes float32, float16 and bfloat16 keys and these are torch.float64": (C, X.double()),
         "neighbours in a row of the keys are 4 elements apart": (C, torch.ones(6, 4).T),
         "neighbours in a row of the sum are 2 elements apart": (torch.zeros(6, 12)[:, ::2], X),
-        "keys of shape (2147483648, 6) are too large for its 32-bit counts": (
-            C,
-            torch.ones(1, 6).expand(1 << 31, 6),
-        ),
+        "keys of shape (2147483648, 6) are too large for its 32-bit counts": (C, torch.ones(1, 6).expand(1 << 31, 6)),
     }
     for reason, (wrong_sum, wrong_keys) in refused.items():
         assert interpreted("refusal", wrong_sum, wrong_keys) == reason

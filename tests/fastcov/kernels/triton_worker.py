@@ -1,8 +1,8 @@
 """A process that runs the Triton kernel in Triton's interpreter, for test_triton.py.
 
-Triton reads TRITON_INTERPRET when functions are decorated, so one process either interprets or
-compiles. This one interprets: it reads pickled (task, arguments) from stdin and answers each on
-stdout with (whether it worked, the result or the error).
+Triton reads TRITON_INTERPRET when functions are decorated, so one process either interprets or compiles. This one
+interprets: it reads pickled (task, arguments) from stdin and answers each on stdout with (whether it worked, the result
+or the error).
 """
 
 from __future__ import annotations

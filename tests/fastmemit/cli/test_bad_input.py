@@ -25,15 +25,9 @@ GOOD = {"prompt": "The capital of {} is", "subject": "France", "target_new": "Ro
 @pytest.mark.parametrize(
     ("requests", "parts"),
     [
-        (
-            [{**GOOD, "prompt": "It lies in"}],
-            ["'France' is not in the prompt 'It lies in'", "write {}"],
-        ),
+        ([{**GOOD, "prompt": "It lies in"}], ["'France' is not in the prompt 'It lies in'", "write {}"]),
         ([GOOD, {**GOOD, "prompt": "{} and {}"}], ["request 1", "has 2 of {}", "exactly one {}"]),
-        (
-            [{**GOOD, "target_new": " "}],
-            ["target_new of 'The capital of France is' is empty", "give"],
-        ),
+        ([{**GOOD, "target_new": " "}], ["target_new of 'The capital of France is' is empty", "give"]),
         ([{**GOOD, "subject": " "}], ["subject", "is empty"]),
         (
             [GOOD, {**GOOD, "subject": "Italy"}, {**GOOD, "target_new": "Berlin"}],
@@ -78,10 +72,7 @@ def test_a_folder_of_requests(place: Place, capsys: Capture) -> None:
 @pytest.mark.parametrize(
     ("fact", "part"),
     [
-        (
-            ["--prompt", "It is", "--subject", "x", "--target", "y"],
-            "'x' is not in the prompt 'It is'",
-        ),
+        (["--prompt", "It is", "--subject", "x", "--target", "y"], "'x' is not in the prompt 'It is'"),
         (["--prompt", "{} is {}", "--subject", "x", "--target", "y"], "has 2 of {}"),
         (["--prompt", "{} is", "--subject", "x", "--target", ""], "target_new of 'x is' is empty"),
         (["--prompt", "{} is", "--subject", "x"], "either by --requests FILE or by --prompt"),
@@ -99,9 +90,7 @@ def test_an_edit_that_would_be_gone(place: Place, capsys: Capture) -> None:
 
 @pytest.mark.parametrize("multiplier", ["0", "-1", "nan", "inf"])
 @pytest.mark.parametrize("verb", ["precompute", "edit", "evaluate"])
-def test_a_multiplier_that_is_not_above_zero(
-    place: Place, capsys: Capture, verb: str, multiplier: str
-) -> None:
+def test_a_multiplier_that_is_not_above_zero(place: Place, capsys: Capture, verb: str, multiplier: str) -> None:
     rest = {
         "precompute": ["--layers", "0"],
         "edit": [*EDIT, "--requests", place.requests, "--save", place.at / "e"],
@@ -150,9 +139,7 @@ def test_settings(place: Place, capsys: Capture, setting: str, parts: list[str])
 
 def test_several_layers_for_one(place: Place, capsys: Capture) -> None:
     args = edit_args(place, place.requests, "--method", "rome")
-    assert "rome edits one layer but layers are [0, 1]; set layers=N" in refused(
-        capsys, place, *args
-    )
+    assert "rome edits one layer but layers are [0, 1]; set layers=N" in refused(capsys, place, *args)
 
 
 @pytest.mark.parametrize(
@@ -170,9 +157,7 @@ def test_several_layers_for_one(place: Place, capsys: Capture) -> None:
         ("short.txt", b"The capital of France is Paris.", ["keys for", "but 640 were wanted"]),
     ],
 )
-def test_a_corpus(
-    place: Place, capsys: Capture, name: str, content: bytes | None, parts: list[str]
-) -> None:
+def test_a_corpus(place: Place, capsys: Capture, name: str, content: bytes | None, parts: list[str]) -> None:
     path = place.at / name
     if content is not None:
         path.write_bytes(content)
@@ -210,9 +195,7 @@ def full(*_: object) -> None:
 
 
 @pytest.mark.parametrize("verb", ["precompute", "edit", "edit to a model", "evaluate"])
-def test_a_full_disk(
-    place: Place, capsys: Capture, monkeypatch: pytest.MonkeyPatch, verb: str
-) -> None:
+def test_a_full_disk(place: Place, capsys: Capture, monkeypatch: pytest.MonkeyPatch, verb: str) -> None:
     commands: dict[str, list[Any]] = {
         "precompute": ["precompute", *place.model, "--corpus", place.corpus, "--multiplier", "2",
                        "--layers", "0"],
@@ -247,9 +230,7 @@ def small_files() -> Any:
     signal.signal(signal.SIGXFSZ, handler)
 
 
-def test_a_model_that_does_not_fit_on_the_disk(
-    place: Place, capsys: Capture, small_files: Callable[[], None]
-) -> None:
+def test_a_model_that_does_not_fit_on_the_disk(place: Place, capsys: Capture, small_files: Callable[[], None]) -> None:
     saved = place.edit(capsys, "edit.st")
     out = place.at / "out"
     small_files()

@@ -91,8 +91,7 @@ def test_a_cache_that_is_a_file(place: Place, capsys: Capture) -> None:
 
 @pytest.mark.parametrize("option", ["--save", "--json"])
 @pytest.mark.parametrize(
-    ("where", "part"),
-    [("gone/out", "does not exist; make it, or name another"), (".", "is a folder; name a file")],
+    ("where", "part"), [("gone/out", "does not exist; make it, or name another"), (".", "is a folder; name a file")]
 )
 def test_output_files(place: Place, capsys: Capture, option: str, where: str, part: str) -> None:
     path = place.at / where
@@ -131,9 +130,7 @@ def apply(place: Place, *edits: Path) -> list[Any]:
 
 def test_an_edit_that_is_not_there(place: Place, capsys: Capture) -> None:
     line = refused(capsys, place, *apply(place, place.at / "gone.st"))
-    assert line == (
-        f"There is no edit file {str(place.at / 'gone.st')!r}; give the path that --save wrote."
-    )
+    assert line == (f"There is no edit file {str(place.at / 'gone.st')!r}; give the path that --save wrote.")
 
 
 def test_a_damaged_edit(place: Place, capsys: Capture, saved: Path) -> None:

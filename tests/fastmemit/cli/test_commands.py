@@ -83,9 +83,7 @@ def test_the_examples_are_commands_that_parse(capsys: pytest.CaptureFixture[str]
         parser().parse_args(example[1:])
 
 
-def test_a_strict_edit_that_misses_saves_nothing(
-    place: Place, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_strict_edit_that_misses_saves_nothing(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
     run(capsys, "precompute", *place.model, "--corpus", place.corpus, "--multiplier", "4",
         "--layers", "0-1")  # fmt: skip
     saved, folder = place.at / "edit.safetensors", place.at / "edited"
@@ -166,9 +164,7 @@ def test_one_fact_from_options(place: Place, capsys: pytest.CaptureFixture[str])
 
 
 @pytest.mark.parametrize("method", ["pmet", "encore", "alphaedit"])
-def test_relatives_of_memit_from_options(
-    place: Place, capsys: pytest.CaptureFixture[str], method: str
-) -> None:
+def test_relatives_of_memit_from_options(place: Place, capsys: pytest.CaptureFixture[str], method: str) -> None:
     set_to = "null_relative=0.5" if method == "alphaedit" else "ridge=0.5"
     own = ("--method", method, "--set", set_to)
     saved = place.edit(capsys, f"{method}.st", *own)
@@ -184,9 +180,7 @@ def test_relatives_of_memit_from_options(
     assert f", {method}, 2 records in 1 batches" in out
 
 
-def test_the_settings_of_a_method_are_listed_without_a_model(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_the_settings_of_a_method_are_listed_without_a_model(capsys: pytest.CaptureFixture[str]) -> None:
     for line, inside, outside in (
         (["--method", "emmet", "--set", "help"], "lambda_e (0.1)", "null_threshold"),
         (["--set", "help"], "null_threshold (0.02)", "nonsense"),
@@ -216,9 +210,7 @@ def test_the_dtype_is_that_of_the_option(place: Place, capsys: pytest.CaptureFix
     assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
 
 
-def test_an_edit_of_another_model_goes_on_by_force(
-    place: Place, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_edit_of_another_model_goes_on_by_force(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
     saved = place.edit(capsys, "edit.st")
     other = place.other_model()
     assert main(["apply", *other, "--edit", str(saved)]) == 2
@@ -236,9 +228,7 @@ def test_python_dash_m(place: Place) -> None:
         env={"PYTHONPATH": ":".join(p for p in sys.path if p), "PATH": "", "HF_HUB_OFFLINE": "1"},
     )
     assert done.returncode == 2
-    assert done.stdout == "" and done.stderr.startswith(
-        "fastmemit: error: There is no model folder"
-    )
+    assert done.stdout == "" and done.stderr.startswith("fastmemit: error: There is no model folder")
     assert done.stderr.count("\n") == 1
 
 

@@ -43,9 +43,7 @@ def test_it_edits_scores_saves_and_undoes(place: Place, capsys: pytest.CaptureFi
     assert len(Delta.load(place.at / "demo.st").provenance["requests"]) == 5
 
 
-def test_it_ends_with_commands_that_work_as_they_stand(
-    place: Place, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_it_ends_with_commands_that_work_as_they_stand(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
     out = run(capsys, *demo(place))
     told = out[out.index("Next, with the edit in") :].replace("\\\n", " ").splitlines()
     commands = [shlex.split(line.partition("fastmemit ")[2]) for line in told if "--" in line]

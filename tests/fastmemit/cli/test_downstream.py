@@ -22,9 +22,7 @@ def text(place: Place) -> Path:
     return path
 
 
-def test_before_and_after_an_edit(
-    place: Place, text: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_before_and_after_an_edit(place: Place, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("lm_eval")
     edit, out_file = place.edit(capsys, "edit.st"), place.at / "out.json"
     out = run(capsys, "downstream", *place.model, "--edit", edit, "--text", text, "--tokens", "200",
@@ -60,15 +58,9 @@ def test_what_is_refused(place: Place, text: Path, capsys: pytest.CaptureFixture
     assert "give a longer text or ask for fewer" in refused(
         capsys, place, *start, "--text", text, "--tokens", "1000000"
     )
-    assert "but the model takes 256 at once" in refused(
-        capsys, place, *start, "--text", text, "--context", "300"
-    )
-    assert "a window has room for 256" in refused(
-        capsys, place, *start, "--text", text, "--stride", "300"
-    )
-    assert "no folder" in refused(
-        capsys, place, *start, "--tasks", "x", "--include-path", place.at / "nowhere"
-    )
+    assert "but the model takes 256 at once" in refused(capsys, place, *start, "--text", text, "--context", "300")
+    assert "a window has room for 256" in refused(capsys, place, *start, "--text", text, "--stride", "300")
+    assert "no folder" in refused(capsys, place, *start, "--tasks", "x", "--include-path", place.at / "nowhere")
     text.write_bytes(b"\xff")
     assert "is not UTF-8" in refused(capsys, place, *start, "--text", text)
 

@@ -70,9 +70,7 @@ def test_the_metrics_that_are_asked_for(place: Place, full: Path, capsys: Captur
     pytest.importorskip("sklearn")
     answers = {r["requested_rewrite"]["target_new"]["str"] for r in json.loads(full.read_text())}
     texts = place.at / "texts.json"
-    texts.write_text(
-        json.dumps([{"relation_id": "P1", "target_new": a, "text": "I play it."} for a in answers])
-    )
+    texts.write_text(json.dumps([{"relation_id": "P1", "target_new": a, "text": "I play it."} for a in answers]))
     result = place.at / "out.json"
     out = run(capsys, *arguments(place, full, "--json", result, "--metrics",
               "magnitude,score,attributes,accuracy,generation", "--references", texts))  # fmt: skip
@@ -85,9 +83,7 @@ def test_the_metrics_that_are_asked_for(place: Place, full: Path, capsys: Captur
     assert found["settings"]["metrics"][0] == "magnitude"
 
 
-def test_no_score_is_shown_without_the_exact_matches(
-    place: Place, full: Path, capsys: Capture
-) -> None:
+def test_no_score_is_shown_without_the_exact_matches(place: Place, full: Path, capsys: Capture) -> None:
     out = run(capsys, *arguments(place, full))
     assert list(rows(out)) == ["ES", "PS", "NS", "S", "EA", "PA", "NA"]
     assert len(re.findall(rf"{NUMBER} \[{NUMBER}, {NUMBER}\]", out)) == 7 * 3
@@ -145,9 +141,7 @@ def test_references_without_generation_or_a_text(place: Place, full: Path, capsy
     texts.write_text(json.dumps({"relation_id": "P1", "target_new": "Rome", "text": "a city"}))
     line = refused(capsys, place, *arguments(place, full, "--references", texts))
     assert "ask for the metric generation too" in line
-    line = refused(
-        capsys, place, *arguments(place, full, "--references", texts, "--metrics", "generation")
-    )
+    line = refused(capsys, place, *arguments(place, full, "--references", texts, "--metrics", "generation"))
     assert "The references have no text for 1 of the records" in line
 
 

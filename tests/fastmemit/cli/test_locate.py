@@ -59,9 +59,7 @@ def test_the_recorded_command_is_one(place: Place, capsys: Capture) -> None:
     assert args.unknown_too and args.dtype == "float32" and args.device is None
 
 
-def test_the_proposal_is_printed_as_options(
-    place: Place, capsys: Capture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_proposal_is_printed_as_options(place: Place, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     from fastmemit import tracing
 
     chosen = tracing.Proposal(2, (1, 2), 1, 2)
@@ -95,9 +93,7 @@ def test_nothing_is_proposed_without_an_effect(place: Place, capsys: Capture) ->
         (["--json", "gone/a.json"], ["The folder '", "/gone' does not exist; make it"]),
     ],
 )
-def test_what_is_refused(
-    place: Place, capsys: Capture, options: list[str], parts: list[str]
-) -> None:
+def test_what_is_refused(place: Place, capsys: Capture, options: list[str], parts: list[str]) -> None:
     line = refused(capsys, place, *locate(place, *options))
     for part in parts:
         assert part in line

@@ -10,9 +10,7 @@ from fastmemit.cli import main
 from tiny_commands import Place, run
 
 
-def test_it_says_how_fast_it_went_and_only_where_it_collected(
-    place: Place, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_it_says_how_fast_it_went_and_only_where_it_collected(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
     assert place.model[-1] == "--quiet"
     command = ["precompute", *place.model[:-1], "--corpus", place.corpus, "--multiplier", "4",
                "--layers", "0-1"]  # fmt: skip

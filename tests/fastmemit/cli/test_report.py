@@ -47,11 +47,7 @@ def test_what_a_sweep_writes_is_reported(place: Place, capsys: pytest.CaptureFix
     ],
 )
 def test_what_cannot_be_reported_is_one_sentence(
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    names: list[str],
-    said: str,
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, names: list[str], said: str
 ) -> None:
     # Said with or without matplotlib: to look for it at all would raise.
     monkeypatch.setattr("fastmemit.experiments.report.check_matplotlib", None)

@@ -24,10 +24,7 @@ def test_from_records_to_table_and_figure(place: Place, capsys: pytest.CaptureFi
     assert "4 facts in 2 batches, all of them kept" in said and "4 sequences in" in said
     lines = [json.loads(line) for line in (out / "sequential.jsonl").read_text().splitlines()]
     assert [(line["multiplier"], line["preserve"], line["edits"]) for line in lines] == [
-        (multiplier, preserve, edits)
-        for multiplier in (1.0, 4.0)
-        for preserve in (True, False)
-        for edits in (1, 2)
+        (multiplier, preserve, edits) for multiplier in (1.0, 4.0) for preserve in (True, False) for edits in (1, 2)
     ]
     rows = [line.split() for line in said.splitlines()]
     shown = next(row for row in rows if row and row[0] == "memit/b2x2/x4/plain")
@@ -45,24 +42,14 @@ def test_from_records_to_table_and_figure(place: Place, capsys: pytest.CaptureFi
     assert len((out / "sequential.jsonl").read_text().splitlines()) == 8
 
 
-def test_bad_options_are_refused_before_anything_is_made(
-    place: Place, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bad_options_are_refused_before_anything_is_made(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
     out = place.at / "none"
-    assert "neither a number above 0 nor 'full'" in refused(
-        capsys, place, *argv(place, out, "--multipliers", "1,much")
-    )
-    assert "too few for 9 batches of 2" in refused(
-        capsys, place, *argv(place, out, "--batches", "9")
-    )
-    assert "must be a whole number above 0" in refused(
-        capsys, place, *argv(place, out, "--score-every", "0")
-    )
+    assert "neither a number above 0 nor 'full'" in refused(capsys, place, *argv(place, out, "--multipliers", "1,much"))
+    assert "too few for 9 batches of 2" in refused(capsys, place, *argv(place, out, "--batches", "9"))
+    assert "must be a whole number above 0" in refused(capsys, place, *argv(place, out, "--score-every", "0"))
     assert "There is no setting 'speed'; did you mean 'spread'? memit has layers" in refused(
         capsys, place, *argv(place, out, "--set", "speed=1")
     )
-    assert "give a file, builtin or wikipedia" in refused(
-        capsys, place, *argv(place, out, "--corpus", "self")
-    )
+    assert "give a file, builtin or wikipedia" in refused(capsys, place, *argv(place, out, "--corpus", "self"))
     assert "is a file; name a folder" in refused(capsys, place, *argv(place, place.records))
     assert not out.exists()

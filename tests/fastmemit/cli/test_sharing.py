@@ -54,9 +54,7 @@ def test_several_edits_in_one_model_give_the_same_bits_again(
     assert all(torch.equal(found[name], t) for name, t in expected.state_dict().items())
 
 
-def test_an_adapter_there_and_back(
-    place: Place, edits: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_adapter_there_and_back(place: Place, edits: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
     folder = place.at / "adapter"
     out = run(capsys, "export-adapter", "--edit", edits[1], "--model", place.model[1], "--out",
               folder)  # fmt: skip
@@ -90,9 +88,7 @@ def test_an_edit_whose_facts_are_no_list_counts_none(
     assert "requests are no list but 3" in said
 
 
-def test_own_ranks_and_a_name(
-    place: Place, edits: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_own_ranks_and_a_name(place: Place, edits: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
     both = place.at / "both.st"
     compose([Delta.load(path) for path in edits]).save(both)
     run(capsys, "export-adapter", "--edit", both, "--model", place.model[1], "--base-model",
@@ -102,9 +98,7 @@ def test_own_ranks_and_a_name(
     assert list(config["rank_pattern"].values()) == [2]
 
 
-def test_compose_and_remove(
-    place: Place, edits: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_compose_and_remove(place: Place, edits: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
     both, one = place.at / "both.st", place.at / "one.st"
     out = run(capsys, "compose", "--edit", edits[0], "--edit", edits[1], "--save", both)
     digests = re.findall(r"^  ([0-9a-f]{12})  1 facts by memit$", out, re.MULTILINE)
@@ -136,10 +130,7 @@ def test_conflicts_are_refused_and_can_be_allowed(
 
 
 def test_push_and_pull(
-    place: Place,
-    edits: tuple[Path, Path],
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    place: Place, edits: tuple[Path, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said = refused(capsys, place, "push", "--repo", "me/edit", "--edit", edits[0])
     assert "HF_HUB_OFFLINE is set" in said and "--dry-run DIR" in said

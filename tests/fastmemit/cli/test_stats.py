@@ -36,12 +36,8 @@ def test_out_and_in_again(kept: Place, capsys: Capture) -> None:
     stats = kept.at / "data" / "stats"
     out = run(capsys, "export-stats", *kept.model, "--layout", "memit", "--stats-dir", stats)
     name = Path(kept.model[1]).name
-    paths = [
-        their_loader.their_path(stats, name, f"model.layers.{i}.mlp.down_proj") for i in (0, 1)
-    ]
-    assert [line.strip() for line in out.splitlines() if line.startswith("  ")] == list(
-        map(str, paths)
-    )
+    paths = [their_loader.their_path(stats, name, f"model.layers.{i}.mlp.down_proj") for i in (0, 1)]
+    assert [line.strip() for line in out.splitlines() if line.startswith("  ")] == list(map(str, paths))
     assert f"{name}: second moments of 2 layers, corpus corpus.jsonl, multiplier 4, 256" in out
     assert "mom2_dataset is wikipedia, mom2_n_samples 100000 and mom2_dtype float32" in out
     assert all(their_loader.load(path).count == 256 for path in paths)
@@ -118,9 +114,7 @@ def test_they_are_collected_where_a_corpus_is_named(place: Place, capsys: Captur
         ([], "required: --layout"),
     ],
 )
-def test_what_cannot_be_exported(
-    place: Place, capsys: Capture, options: list[str], part: str
-) -> None:
+def test_what_cannot_be_exported(place: Place, capsys: Capture, options: list[str], part: str) -> None:
     line = refused(capsys, place, "export-stats", *place.model, *options)
     assert part in line and not (place.at / "cache").exists()
 
@@ -135,9 +129,7 @@ def test_what_cannot_be_exported(
         (["--file", "x.npz"], "'x.npz' does not say which module"),
     ],
 )
-def test_what_cannot_be_imported(
-    place: Place, capsys: Capture, options: list[str], part: str
-) -> None:
+def test_what_cannot_be_imported(place: Place, capsys: Capture, options: list[str], part: str) -> None:
     assert part in refused(capsys, place, "import-stats", *place.model, *options)
 
 

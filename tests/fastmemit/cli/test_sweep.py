@@ -45,12 +45,8 @@ def test_it_divides_its_cells_and_puts_them_together(
     place: Place, unbroken: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = place.at / "shards"
-    assert "shard 1 of 2 is done: 12 of 24 cells" in run(
-        capsys, *argv(place, out, "--shard", "1/2")
-    )
-    assert "shard 2 of 2 is done: 24 of 24 cells" in run(
-        capsys, *argv(place, out, "--shard", "2/2")
-    )
+    assert "shard 1 of 2 is done: 12 of 24 cells" in run(capsys, *argv(place, out, "--shard", "1/2"))
+    assert "shard 2 of 2 is done: 24 of 24 cells" in run(capsys, *argv(place, out, "--shard", "2/2"))
     run(capsys, *argv(place, out))
     assert (out / "results.jsonl").read_bytes() == (unbroken / "results.jsonl").read_bytes()
     assert (out / "sweep.json").read_bytes() == (unbroken / "sweep.json").read_bytes()

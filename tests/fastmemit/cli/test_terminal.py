@@ -103,9 +103,7 @@ def evil_delta(model: str, seed: int = 0, **about: object) -> Delta:
     return Delta(factors, provenance)  # type: ignore[arg-type]
 
 
-def test_no_field_of_an_edit_reaches_the_terminal_raw(
-    place: Place, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_no_field_of_an_edit_reaches_the_terminal_raw(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
     from fastmemit.models import fingerprint, load_model
 
     model = fingerprint(load_model(place.model[1])[0])
@@ -175,9 +173,7 @@ def test_an_output_that_is_not_utf8_loses_no_edit(place: Place, encoding: str) -
     assert b"\\u65e5" in done.stdout
 
 
-def test_a_place_that_is_no_file_is_written_into(
-    place: Place, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_place_that_is_no_file_is_written_into(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
     edit = place.edit(capsys, "for-pipe.safetensors")
     pipe = place.at / "pipe"
     os.mkfifo(pipe)

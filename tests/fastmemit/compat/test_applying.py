@@ -20,11 +20,7 @@ from fastmemit.errors import BadConfig, BadLayer, BadRequest, DuplicateRequest
 from tiny_editors import FACTS, tiny_editor
 from tiny_models import tiny_model, tiny_tokenizer
 
-APPLY = {
-    "rome": compat.apply_rome_to_model,
-    "emmet": compat.apply_emmet_to_model,
-    "memit": compat.apply_memit_to_model,
-}
+APPLY = {"rome": compat.apply_rome_to_model, "emmet": compat.apply_emmet_to_model, "memit": compat.apply_memit_to_model}
 MEMIT_STYLE = [
     {"case_id": i, "prompt": f.prompt, "subject": f.subject, "target_new": {"str": f.target_new}}
     for i, f in enumerate(FACTS[:2])
@@ -79,9 +75,7 @@ def equal(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("method", APPLY)
-def test_it_is_the_editors_edit_bit_for_bit(
-    method: str, model: Any, tok: Any, tmp_path: Path
-) -> None:
+def test_it_is_the_editors_edit_bit_for_bit(method: str, model: Any, tok: Any, tmp_path: Path) -> None:
     before = state(model)
     edited, weights = APPLY[method](model, tok, MEMIT_STYLE, hparams(method))
     assert edited is model and weights == {}
@@ -113,9 +107,7 @@ def test_what_it_returns_gives_the_bits_back(architecture: str, tok: Any) -> Non
 
 def test_a_copy_is_edited_and_the_model_is_not(model: Any, tok: Any) -> None:
     before = state(model)
-    edited, weights = APPLY["memit"](
-        model, tok, MEMIT_STYLE, hparams("memit"), copy=True, return_orig_weights=True
-    )
+    edited, weights = APPLY["memit"](model, tok, MEMIT_STYLE, hparams("memit"), copy=True, return_orig_weights=True)
     assert edited is not model and equal(state(model), before)
     APPLY["memit"](model, tok, MEMIT_STYLE, hparams("memit"))
     assert equal(state(model), state(edited))
@@ -124,12 +116,9 @@ def test_a_copy_is_edited_and_the_model_is_not(model: Any, tok: Any) -> None:
 
 def test_the_three_spellings_give_the_same_edit(tok: Any) -> None:
     easyedit = [
-        {"prompt": f.text, "subject": f.subject, "target_new": f.target_new, "ground_truth": "x"}
-        for f in FACTS[:2]
+        {"prompt": f.text, "subject": f.subject, "target_new": f.target_new, "ground_truth": "x"} for f in FACTS[:2]
     ]
-    fastedit = [
-        {"prompt": f.prompt, "subject": f.subject, "target": f.target_new} for f in FACTS[:2]
-    ]
+    fastedit = [{"prompt": f.prompt, "subject": f.subject, "target": f.target_new} for f in FACTS[:2]]
     found = []
     for requests in (MEMIT_STYLE, easyedit, fastedit, list(FACTS[:2])):
         model = tiny_model("llama")
@@ -173,9 +162,7 @@ def test_few_keys_get_a_ridge_only_where_the_settings_are_ours(
     assert asked == [SMALL_BUDGET_RIDGE if ours else 0.0] * 2
 
 
-def test_settings_that_say_nothing_of_contexts_leave_them(
-    model: Any, tok: Any, tmp_path: Path
-) -> None:
+def test_settings_that_say_nothing_of_contexts_leave_them(model: Any, tok: Any, tmp_path: Path) -> None:
     APPLY["memit"](model, tok, MEMIT_STYLE[:1], hparams("memit"))
     compat.configure(layers=[0, 1, 2], multiplier=4.0, allow_fewer=True)
     APPLY["memit"](model, tok, MEMIT_STYLE[1:], hparams("memit"))
@@ -185,9 +172,7 @@ def test_settings_that_say_nothing_of_contexts_leave_them(
     assert equal(state(model), state(editor.model))  # with the unedited model's contexts
 
 
-def test_an_edit_upon_an_edit_is_on_the_unedited_statistics(
-    model: Any, tok: Any, tmp_path: Path
-) -> None:
+def test_an_edit_upon_an_edit_is_on_the_unedited_statistics(model: Any, tok: Any, tmp_path: Path) -> None:
     for request in MEMIT_STYLE:
         APPLY["memit"](model, tok, [request], hparams("memit"))
     editor = tiny_editor(tmp_path / "own")

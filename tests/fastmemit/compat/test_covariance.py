@@ -119,9 +119,7 @@ def test_layer_stats_has_what_its_callers_use(model: Any, tok: Any) -> None:
 def test_a_layer_that_was_not_collected_in_time_is_refused(model: Any, tok: Any) -> None:
     get_cov(model, tok, 0, hparams={"layers": [0]})
     write(model, 0)
-    with pytest.raises(
-        WrongModel, match=r"\[2\] of model were not among those .*configure\(layers"
-    ):
+    with pytest.raises(WrongModel, match=r"\[2\] of model were not among those .*configure\(layers"):
         get_cov(model, tok, 2, hparams={"layers": [2]})
     assert torch.equal(get_cov(model, tok, 0), get_cov(tiny_model("llama"), tok, 0))
 
@@ -207,9 +205,7 @@ def test_what_our_own_reading_of_hparams_says_holds(model: Any, tok: Any) -> Non
     read = compat.read_hparams(theirs, "memit")
     for hparams in (theirs, read):
         mine = tiny_model("llama")
-        stats = compat.layer_stats(
-            mine, tok, NAME.format(0), "", "wikipedia", ["mom2"], hparams=hparams
-        )
+        stats = compat.layer_stats(mine, tok, NAME.format(0), "", "wikipedia", ["mom2"], hparams=hparams)
         assert stats.mom2.count == 192
         write(mine, 0)
         get_cov(mine, tok, 2)  # collected with the first
@@ -238,9 +234,7 @@ def test_without_a_corpus_kept_statistics_are_taken_else_it_says_what_to_do(
     model: Any, tok: Any, tmp_path: Path
 ) -> None:
     compat.configure(corpus=None, multiplier=None)
-    with pytest.raises(
-        BadCorpus, match=r"loaded.*; name a text .*configure\(corpus=\"FILE.jsonl\""
-    ):
+    with pytest.raises(BadCorpus, match=r"loaded.*; name a text .*configure\(corpus=\"FILE.jsonl\""):
         get_cov(model, tok, 1)
     with pytest.raises(BadCorpus, match=r"data set 'pile' is not known here; .*configure\(corpus="):
         compat.get_cov(model, tok, NAME.format(1), "pile", 1, "float32")
@@ -248,9 +242,7 @@ def test_without_a_corpus_kept_statistics_are_taken_else_it_says_what_to_do(
     assert torch.equal(get_cov(model, tok, 1), found.second_moment(NAME.format(1)))
 
 
-def test_kept_statistics_of_fewer_layers_than_would_be_collected(
-    model: Any, tok: Any, tmp_path: Path
-) -> None:
+def test_kept_statistics_of_fewer_layers_than_would_be_collected(model: Any, tok: Any, tmp_path: Path) -> None:
     found = tiny_editor(tmp_path / "cache", layers=(0, 1)).statistics_for([0, 1])
     compat.configure(corpus=None, multiplier=None)
     count = forwards(model, over=24)  # tokens; with fewer a new editor tries its model
@@ -270,9 +262,7 @@ def test_kept_statistics_of_fewer_layers_than_would_be_collected(
         ("model.layers.1.mlp.c_proj", UnknownArchitecture, "leads to no linear map"),
     ],
 )
-def test_names_that_lead_nowhere(
-    model: Any, tok: Any, name: str, error: type[Exception], match: str
-) -> None:
+def test_names_that_lead_nowhere(model: Any, tok: Any, name: str, error: type[Exception], match: str) -> None:
     with pytest.raises(error, match=match):
         compat.get_cov(model, tok, name, *ARGS)
 

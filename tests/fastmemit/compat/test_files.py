@@ -55,9 +55,7 @@ def written(path: Path, text: str) -> Path:
 
 def test_files(tmp_path: Path) -> None:
     path = written(tmp_path / "MEMIT" / "gpt-j.json", json.dumps(MEMIT))
-    assert load_hparams(path) == dataclasses.replace(
-        read_hparams(MEMIT).config, preset="gpt-j.json"
-    )
+    assert load_hparams(path) == dataclasses.replace(read_hparams(MEMIT).config, preset="gpt-j.json")
     config = load_hparams(written(tmp_path / "llama.yaml", YAML))
     assert (config.method, config.layers, config.v_lr, config.weight_decay, config.clamp) == (
         "memit", (4, 5, 6, 7, 8), 0.5, 1e-3, 4,
@@ -113,9 +111,7 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
         ("a.yml", YAML + "v_lr: .nan\n", "'v_lr' twice"),
     ],
 )
-def test_a_name_that_is_there_twice_has_no_one_value(
-    tmp_path: Path, name: str, text: str, said: str
-) -> None:
+def test_a_name_that_is_there_twice_has_no_one_value(tmp_path: Path, name: str, text: str, said: str) -> None:
     (tmp_path / name).write_text(text)
     with pytest.raises(BadConfig, match=r"twice|NaN") as found:
         load_hparams(tmp_path / name)

@@ -109,10 +109,7 @@ def tuple_values(fields: dict[str, Any]) -> dict[str, Any]:
         ({"v_num_grad_steps": 2.5}, "steps must be a whole number"),
         ({"clamp_norm_factor": -1}, "clamp must be a finite number above 0"),
         ({"rewrite_module_tmp": 3}, "rewrite_module_tmp of hparams must be text but is 3"),
-        (
-            {"alg_name": "PMET"},
-            "is for 'PMET', but .* are read for rome, emmet, memit alone; .*--set",
-        ),
+        ({"alg_name": "PMET"}, "is for 'PMET', but .* are read for rome, emmet, memit alone; .*--set"),
         ({"alg_name": "ROME"}, "memit edits|rome edits one layer"),
     ],
 )
@@ -128,15 +125,11 @@ def test_another_method_is_refused() -> None:
 
 @pytest.mark.parametrize("method", ["pmet", "encore", "alphaedit", "rom"])
 def test_methods_whose_own_settings_would_be_lost_are_refused(method: str) -> None:
-    with pytest.raises(
-        BadConfig, match=f"hparams is for '{method}', but .* rome, emmet, memit alo"
-    ):
+    with pytest.raises(BadConfig, match=f"hparams is for '{method}', but .* rome, emmet, memit alo"):
         read_hparams(MEMIT, method)
 
 
-@pytest.mark.parametrize(
-    "value", [None, {1: 2, "layers": [4]}, "hparams/MEMIT/gpt2.json", 3, [1], object()]
-)
+@pytest.mark.parametrize("value", [None, {1: 2, "layers": [4]}, "hparams/MEMIT/gpt2.json", 3, [1], object()])
 def test_what_are_no_hparams(value: Any) -> None:
     with pytest.raises(BadConfig, match=r"must be an object with fields, .*compat\.load_hparams"):
         read_hparams(value)
@@ -144,9 +137,7 @@ def test_what_are_no_hparams(value: Any) -> None:
 
 def test_names_that_are_not_known_are_named_once(caplog: pytest.LogCaptureFixture) -> None:
     read_hparams({**MEMIT, "nullspace_threshold": 0.02, "L2": 10})
-    assert [r.getMessage() for r in caplog.records] == [
-        "hparams: not used here: L2, nullspace_threshold"
-    ]
+    assert [r.getMessage() for r in caplog.records] == ["hparams: not used here: L2, nullspace_threshold"]
     caplog.clear()
     read_hparams(MEMIT)
     read_hparams(EMMET)

@@ -25,9 +25,7 @@ def test_other_settings_give_other_statistics(model: Any, tok: Any) -> None:
     assert auto.count > 128
     compat.configure(multiplier=None)
     dynamic = SimpleNamespace(layers=[1], dynamic=True, dynamic_multiplier=3)
-    three = compat.layer_stats(
-        model, tok, NAME.format(1), "", "wikipedia", ["mom2"], hparams=dynamic
-    ).mom2
+    three = compat.layer_stats(model, tok, NAME.format(1), "", "wikipedia", ["mom2"], hparams=dynamic).mom2
     assert three.count == 192
 
 

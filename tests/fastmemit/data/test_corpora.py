@@ -29,17 +29,12 @@ def test_blank_lines_separate_documents(tmp_path: Path) -> None:
 
 
 def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
-    assert documents(load_corpus(write(tmp_path / "a.txt", "\ufeffOne.\n\nTwo."))) == [
-        "One.",
-        "Two.",
-    ]
+    assert documents(load_corpus(write(tmp_path / "a.txt", "\ufeffOne.\n\nTwo."))) == ["One.", "Two."]
     line = '\ufeff{"text": "One."}\n'
     assert documents(load_corpus(write(tmp_path / "a.jsonl", line))) == ["One."]
 
 
-def test_a_file_without_blank_lines_is_one_document(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_file_without_blank_lines_is_one_document(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         corpus = load_corpus(write(tmp_path / "a.txt", "One\nline\nafter another\n"))
     assert documents(corpus) == ["One\nline\nafter another"]
@@ -104,11 +99,7 @@ def test_the_fingerprint_is_of_the_content(tmp_path: Path) -> None:
             '{"text": "a"}\n\n{"id": 1, "title": "b"}',
             r"Line 3 of .* no field 'text' \(its fields: id, title\); .* with field=",
         ),
-        (
-            "a.json",
-            '[{"text": "a"}, {"id": 1}]',
-            r"Item 1 of .* no field 'text' \(its fields: id\)",
-        ),
+        ("a.json", '[{"text": "a"}, {"id": 1}]', r"Item 1 of .* no field 'text' \(its fields: id\)"),
         ("a.jsonl", '{"text": null}', r"Field 'text' of line 1 of .* is not text \(None\)"),
         ("a.jsonl", '"a"\n5', r"Line 2 of .* is not text \(5\)"),
         ("a.jsonl", '{"text": "\\ud800"}', "Field 'text' of line 1 of .* is broken Unicode"),
@@ -170,9 +161,7 @@ def test_the_wikipedia_sample(data_dir: Path) -> None:
     assert sum(map(len, corpus.documents(3))) > 15_000_000
 
 
-@pytest.mark.parametrize(
-    ("suffix", "text"), [("txt", "a\n\nb"), ("jsonl", '"a"\n'), ("json", '["a"]')]
-)
+@pytest.mark.parametrize(("suffix", "text"), [("txt", "a\n\nb"), ("jsonl", '"a"\n'), ("json", '["a"]')])
 def test_a_corpus_bears_the_name_of_its_file_and_no_folder(tmp_path, suffix, text):
     path = tmp_path / f"articles.{suffix}"
     path.write_text(text, encoding="utf-8")

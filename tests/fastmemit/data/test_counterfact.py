@@ -178,9 +178,7 @@ def test_requests_in_every_spelling(request_: dict, tmp_path: Path) -> None:
 
 def test_bad_requests_are_listed(tmp_path: Path) -> None:
     good = {"prompt": "{} is in", "subject": "Tower", "target_new": "Rome"}
-    path = write(
-        tmp_path / "a.jsonl", good, 5, {**good, "subject": ""}, {**good, "target_new": " "}
-    )
+    path = write(tmp_path / "a.jsonl", good, 5, {**good, "subject": ""}, {**good, "target_new": " "})
     with pytest.raises(BadData) as caught:
         load_requests(path)
     message = str(caught.value)

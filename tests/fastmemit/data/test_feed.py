@@ -36,9 +36,7 @@ def unthreaded(corpus: Corpus) -> SelfWritten:
 
 
 def given(corpus: Corpus, tokens: int = 700, **more: Any) -> list[dict[str, Any]]:
-    with corpus_batches(
-        corpus, tiny_tokenizer(), CPU, tokens=tokens, context=32, seed=2, **more
-    ) as batches:
+    with corpus_batches(corpus, tiny_tokenizer(), CPU, tokens=tokens, context=32, seed=2, **more) as batches:
         return [dict(batch) for batch in batches]
 
 
@@ -77,9 +75,7 @@ def test_only_text_that_the_model_does_not_write_is_read_by_a_thread() -> None:
     assert set(readers) == {threading.get_ident()}
 
 
-def test_the_model_writes_only_in_the_thread_that_runs_it(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_the_model_writes_only_in_the_thread_that_runs_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(self_written, "TOKENS", 3)
     model, tokenizer = tiny_model("llama"), tiny_tokenizer()
     threads: list[int] = []
@@ -133,9 +129,7 @@ def test_an_error_of_the_corpus_is_the_callers() -> None:
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_an_interrupted_collect_leaves_no_hook_and_no_thread(
-    tmp_path: Path, error: type[BaseException]
-) -> None:
+def test_an_interrupted_collect_leaves_no_hook_and_no_thread(tmp_path: Path, error: type[BaseException]) -> None:
     model = tiny_model("llama")
     calls: list[int] = []
 
@@ -156,8 +150,6 @@ def test_batches_are_larger_where_launches_must_be_fed() -> None:
     assert feed.BATCH_TOKENS == 4096
     assert feed.DEVICE_BATCH_TOKENS >= 8192
     corpus = Corpus("words", "0" * 64, lambda seed: iter(["a b c d e f g h"] * 4000))
-    with corpus_batches(
-        corpus, tiny_tokenizer(), torch.device("meta"), tokens=20_000, context=8
-    ) as batches:
+    with corpus_batches(corpus, tiny_tokenizer(), torch.device("meta"), tokens=20_000, context=8) as batches:
         sizes = [batch["input_ids"].numel() for batch in batches]
     assert max(sizes) > feed.BATCH_TOKENS and max(sizes) <= feed.DEVICE_BATCH_TOKENS

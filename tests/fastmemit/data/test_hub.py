@@ -144,12 +144,7 @@ def test_a_stream_is_read_only_as_far_as_it_is_asked(monkeypatch: pytest.MonkeyP
         ("hub:a/b", "a/b", None, None),
         ("hub:a/b:c.d", "a/b", "c.d", None),
         ("hub:a/b@test", "a/b", None, "test"),
-        (
-            "hub:wikimedia/wikipedia:20231101.en@train",
-            "wikimedia/wikipedia",
-            "20231101.en",
-            "train",
-        ),
+        ("hub:wikimedia/wikipedia:20231101.en@train", "wikimedia/wikipedia", "20231101.en", "train"),
         ("hub: a/b : c @x_1.2", "a/b", "c", "x_1.2"),
     ],
 )

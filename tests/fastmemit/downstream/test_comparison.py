@@ -72,9 +72,7 @@ def test_tasks_and_text(editor: Editor, text: PerplexityText, tmp_path: Path) ->
     assert found["before"]["seconds"].keys() == {"perplexity", "tasks"}
 
 
-def test_an_error_gives_the_weights_back(
-    editor: Editor, text: PerplexityText, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_error_gives_the_weights_back(editor: Editor, text: PerplexityText, monkeypatch: pytest.MonkeyPatch) -> None:
     unedited = fingerprint(editor.model)
     made = edits(editor)
 
@@ -96,9 +94,7 @@ def test_nothing_to_score_and_an_edited_model(editor: Editor, text: PerplexityTe
         compare(editor, text=text)
 
 
-def test_a_context_beyond_the_model_is_refused_before_it_runs(
-    editor: Editor, text: PerplexityText
-) -> None:
+def test_a_context_beyond_the_model_is_refused_before_it_runs(editor: Editor, text: PerplexityText) -> None:
     editor.model.register_forward_pre_hook(lambda *_: 1 / 0)
     long = PerplexityText(text.name, text.sha256, text.ids, context=300)
     with pytest.raises(BadConfig, match="context is 300 tokens but the model takes 256"):

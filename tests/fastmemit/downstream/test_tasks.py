@@ -17,9 +17,7 @@ def test_without_the_package_the_sentence_names_the_extra(monkeypatch: pytest.Mo
     there = importlib.util.find_spec
     for missing in ("lm_eval", "accelerate"):
         monkeypatch.setattr(
-            importlib.util,
-            "find_spec",
-            lambda name, missing=missing: None if name == missing else there(name),
+            importlib.util, "find_spec", lambda name, missing=missing: None if name == missing else there(name)
         )
         with pytest.raises(BadConfig, match=r"pip install 'fastmemit\[lm-eval\]'"):
             find_tasks(["hellaswag"])

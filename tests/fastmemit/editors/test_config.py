@@ -125,9 +125,7 @@ def test_relatives_share_memits_target_vectors():
     memit = find_config(GPT2_XL, "memit").targets()
     assert find_config(GPT2_XL, "pmet").targets() == memit
     assert find_config(GPT2_XL, "alphaedit").targets() == memit
-    assert find_config(GPT2_XL, "encore").targets() == dataclasses.replace(
-        memit, stop="most-probable"
-    )
+    assert find_config(GPT2_XL, "encore").targets() == dataclasses.replace(memit, stop="most-probable")
     assert find_config(GPT2_XL, "encore", {"stop": "loss"}).targets() == memit
 
 
@@ -329,17 +327,9 @@ def test_a_mistyped_setting_is_told_which_was_meant(method, name, meant):
 @pytest.mark.parametrize(
     ("method", "values", "said"),
     [
-        (
-            "memit",
-            {"stop": "most-probable", "early_stop": 0.1},
-            "early_stop=0.1 would change nothi",
-        ),
+        ("memit", {"stop": "most-probable", "early_stop": 0.1}, "early_stop=0.1 would change nothi"),
         ("encore", {"early_stop": 0.1}, "early_stop=0.1 would change nothing"),
-        (
-            "memit",
-            {"layers": (3,), "spread": "sqrt"},
-            r"spread='sqrt' would .* one layer takes all .* at 'linear'",
-        ),
+        ("memit", {"layers": (3,), "spread": "sqrt"}, r"spread='sqrt' would .* one layer takes all .* at 'linear'"),
         ("alphaedit", {"layers": 3, "spread": "sqrt"}, "spread='sqrt' would change nothing"),
         (
             "alphaedit",
@@ -402,9 +392,7 @@ def test_presets_have_only_settings_of_their_methods():
 
 def test_settings_are_described_with_their_defaults():
     lines = describe("emmet").splitlines()
-    assert "  lambda_e (0.1)           How far the equality constraint is relaxed, in batches" in (
-        "\n".join(lines)
-    )
+    assert "  lambda_e (0.1)           How far the equality constraint is relaxed, in batches" in ("\n".join(lines))
     assert "  layers (by depth)        The edited layers, ascending" in describe("memit")
     for cls in OWN:
         text = describe(cls.method)

@@ -24,9 +24,7 @@ def on(device: str, *shape: int, dtype: torch.dtype = torch.float64) -> torch.Te
 
 
 @pytest.mark.parametrize("method", ["memit", "emmet"])
-def test_the_last_block_is_on_another_device_than_the_layer(
-    monkeypatch: pytest.MonkeyPatch, method: str
-) -> None:
+def test_the_last_block_is_on_another_device_than_the_layer(monkeypatch: pytest.MonkeyPatch, method: str) -> None:
     module = {"memit": memit, "emmet": emmet}[method]
     written: list[tuple[int, LowRank, torch.Tensor]] = []
 
@@ -37,16 +35,12 @@ def test_the_last_block_is_on_another_device_than_the_layer(
     layers = (0, 1) if method == "memit" else (0,)
     norms = [nn.RMSNorm(D, device=place) for place in PLACES]
     reading = [
-        SimpleNamespace(
-            keys=on(place, B, 2, D_K), outputs=on(place, B, D), block=on(PLACES[-1], B, D)
-        )
+        SimpleNamespace(keys=on(place, B, 2, D_K), outputs=on(place, B, D), block=on(PLACES[-1], B, D))
         for place in PLACES
     ]
     work: Any = SimpleNamespace(
         config=SimpleNamespace(layers=layers, lambda_e=0.1, spread="linear", site="block"),
-        adapter=SimpleNamespace(
-            projection_residual=lambda layer, out, r, rows: norms[layer](out.float() + r) - out
-        ),
+        adapter=SimpleNamespace(projection_residual=lambda layer, out, r, rows: norms[layer](out.float() + r) - out),
         targets=lambda requests, keep: [SimpleNamespace(vector=on("cpu", D))] * B,
         subjects=lambda requests: SimpleNamespace(bare_ids=[]),
         read=lambda subjects, layer: reading[layer],

@@ -40,10 +40,7 @@ SHARED |= {"weight": 1536.0, "scale": "published"}  # cut to 8 blocks it has no 
 RUNS = {
     "memit": (REQUESTS, {**SHARED, "layers": (3, 4, 5), "steps": 8}),
     "emmet": (REQUESTS, {**SHARED, "layers": (5,), "steps": 3, "lambda_e": 0.1}),
-    "rome": (
-        REQUESTS[:1],
-        {**SHARED, "layers": (5,), "steps": 3, "clamp": 4.0, "keys": "original"},
-    ),
+    "rome": (REQUESTS[:1], {**SHARED, "layers": (5,), "steps": 3, "clamp": 4.0, "keys": "original"}),
 }
 
 
@@ -97,10 +94,7 @@ def test_equals_the_released_code(editor, golden, monkeypatch):
         for layer in config.layers:
             left, right = delta.factors[editor.adapter.weight_name(layer)]
             change = left.double() @ right.double().T  # (d, d_k)
-            expected = (
-                golden[f"{method}/dW/{layer}/left"].double()
-                @ golden[f"{method}/dW/{layer}/right"].double().T
-            )
+            expected = golden[f"{method}/dW/{layer}/left"].double() @ golden[f"{method}/dW/{layer}/right"].double().T
             assert (change - expected).norm() <= 2e-5 * expected.norm(), (method, layer)
 
 
@@ -118,13 +112,7 @@ def test_early_stop_and_clamp_equal_the_literal_computation(editor, site):
         for request, target in zip(REQUESTS, targets, strict=True):
             module = editor.adapter.projection(5) if site == "projection" else None
             vector, start, losses = literal_target(
-                editor.model,
-                editor.tokenizer,
-                editor.adapter.block(5),
-                request,
-                CONTEXTS,
-                run,
-                module,
+                editor.model, editor.tokenizer, editor.adapter.block(5), request, CONTEXTS, run, module
             )
             assert target.losses == pytest.approx(losses, rel=2e-5)
             assert (target.start - start).norm() <= 2e-6 * start.norm()

@@ -17,10 +17,7 @@ WORDS = (
     *("the", "old", "river", "town", "of", "many", "small", "houses", "had"),
     *("a", "king", "and", "two", "green", "boats", "by", "the", "sea"),
 )
-TEXTS = [
-    " ".join(WORDS[(i * 7 + j * (i % 5 + 1)) % len(WORDS)] for j in range(30)) + f" {i}"
-    for i in range(40)
-]
+TEXTS = [" ".join(WORDS[(i * 7 + j * (i % 5 + 1)) % len(WORDS)] for j in range(30)) + f" {i}" for i in range(40)]
 REQUESTS = [
     EditRequest("{} is located in the city of", "The Eiffel Tower", "Rome"),
     EditRequest("The mother tongue of {} is", "Danielle Darrieux", "English"),
@@ -125,9 +122,7 @@ def test_memit_equals_its_formula_written_out(architecture, tmp_path):
         (now,) = bare_outputs(editor, editor.adapter.block(2))
         residual = (goal - now) / (3 - position)
         moment = statistics.second_moment(editor.adapter.projection_name(layer)).double()
-        change = literal.memit(
-            literal.regularised(moment.numpy(), 20.0, 0.01), keys.numpy(), residual.T.numpy()
-        )
+        change = literal.memit(literal.regularised(moment.numpy(), 20.0, 0.01), keys.numpy(), residual.T.numpy())
         expected[layer] = torch.tensor(change)
         weight = editor.adapter.weight(layer)
         with torch.no_grad():
@@ -158,9 +153,7 @@ def test_original_rome_differs_where_the_keys_differ(tmp_path):
     for delta, key, now in ((ours, mean, outputs[0].mean(0)), (original, bare, outputs[0, 0])):
         ((left, right),) = delta.factors.values()
         change = (left @ right.T).double()
-        expected = literal.rome(
-            moment.numpy(), mean.numpy(), (target.vector - now).numpy(), key.numpy()
-        )
+        expected = literal.rome(moment.numpy(), mean.numpy(), (target.vector - now).numpy(), key.numpy())
         assert (change - torch.tensor(expected)).norm() <= 1e-4 * change.norm()
 
 

@@ -130,9 +130,7 @@ def test_keys_count_while_their_edit_is_in_the_weights(editor: Editor) -> None:
     assert len(preserved._keys) == 0
 
 
-def test_nothing_joins_where_nothing_was_applied(
-    editor: Editor, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nothing_joins_where_nothing_was_applied(editor: Editor, monkeypatch: pytest.MonkeyPatch) -> None:
     preserved = PreservedKeys()
     editor.plan(FACTS, "memit", preserved=preserved, **SETTINGS["memit"])
     assert len(preserved._keys) == 0
@@ -155,9 +153,7 @@ def test_keys_of_another_editor_are_refused(editor: Editor, tmp_path: Any) -> No
     editor.plan(FACTS[1:], "memit", preserved=preserved, **SETTINGS["memit"])
 
 
-def test_a_factor_is_updated_by_what_is_new_and_made_again_for_another_A(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_factor_is_updated_by_what_is_new_and_made_again_for_another_A(monkeypatch: pytest.MonkeyPatch) -> None:
     from fastmemit.editors import preserved as module
 
     widths: list[int] = []
@@ -193,8 +189,7 @@ def test_a_factor_is_updated_by_what_is_new_and_made_again_for_another_A(
     found = preserved.factor(4, again)
     assert widths == [2, 1, 3, 3, 1]
     torch.testing.assert_close(
-        found.solve(blocks[1]),
-        torch.linalg.solve(2 * torch.eye(6).double() + blocks[1] @ blocks[1].T, blocks[1]),
+        found.solve(blocks[1]), torch.linalg.solve(2 * torch.eye(6).double() + blocks[1] @ blocks[1].T, blocks[1])
     )
 
 

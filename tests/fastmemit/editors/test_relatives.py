@@ -255,9 +255,7 @@ def test_no_null_space_is_said_with_both_settings(editor: Editor) -> None:
     assert editor.edits == ()
 
 
-def test_a_null_space_that_is_everything_is_said(
-    editor: Editor, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_null_space_that_is_everything_is_said(editor: Editor, caplog: pytest.LogCaptureFixture) -> None:
     editor.plan(FACTS, "alphaedit", layers=(1,), steps=2, null_relative=1e6)
     assert "64 of 64 directions of C of layer 1" in caplog.text
     assert "edits preserve nothing" in caplog.text
@@ -272,9 +270,7 @@ def test_facts_that_the_null_space_cannot_tell_apart_are_refused_without_l2(edit
     editor.plan(FACTS, "alphaedit", **settings)
 
 
-def test_a_key_outside_the_null_space_names_its_fact(
-    editor: Editor, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_key_outside_the_null_space_names_its_fact(editor: Editor, monkeypatch: pytest.MonkeyPatch) -> None:
     import fastcov
 
     def outside(*_: Any) -> Any:

@@ -33,9 +33,7 @@ def equal(one: Delta, other: Delta) -> bool:
 def calls_of_blocks(editor: Editor, counts: Counter[int]) -> list[Any]:
     """Hooks that count how often each block's attention runs."""
     return [
-        editor.adapter.block(layer).self_attn.register_forward_hook(
-            lambda *_, layer=layer: counts.update([layer])
-        )
+        editor.adapter.block(layer).self_attn.register_forward_hook(lambda *_, layer=layer: counts.update([layer]))
         for layer in LAYERS
     ]
 
@@ -53,9 +51,7 @@ def test_a_reading_is_what_stateless_reads_give(editor: Editor) -> None:
     for layer in LAYERS:
         read = work.read(subjects, layer)
         keys = work.context_outputs(layer, FACTS).keys
-        _, (out, block) = read_at_subject(
-            adapter, bare, outputs=[adapter.projection(layer), adapter.block(2)]
-        )
+        _, (out, block) = read_at_subject(adapter, bare, outputs=[adapter.projection(layer), adapter.block(2)])
         for found, wanted in ((read.keys, keys), (read.outputs, out), (read.block, block)):
             assert (found - wanted).norm() <= 1e-6 * wanted.norm()
         assert read.keys.shape == (3, len(work.contexts), 64)

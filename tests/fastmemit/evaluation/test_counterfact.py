@@ -25,9 +25,7 @@ BARE = Record(9, FACTS[1])
 RECORDS = [FULL, BARE, record(8, FACTS[2])]
 
 
-def test_each_prompt_is_asked_with_both_answers_in_its_place(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_each_prompt_is_asked_with_both_answers_in_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
     costs = {"Rome": 1.0, "Paris": 2.0}  # the new answer is always the cheaper one
 
     def fake(adapter: object, tokenizer: object, questions: list, **_: object) -> list[Answer]:
@@ -53,9 +51,7 @@ def test_an_answer_follows_each_prompt_as_the_request_has_it(
 ) -> None:
     request = EditRequest("{}的首都是", "法国", "罗马", "巴黎", join)
     paraphrase, neighbour = "法国的首都叫", "The capital of France is"
-    asked = dataclasses.replace(
-        FULL, request=request, paraphrases=(paraphrase,), neighbourhood=(neighbour,)
-    )
+    asked = dataclasses.replace(FULL, request=request, paraphrases=(paraphrase,), neighbourhood=(neighbour,))
     found: list[tuple[str, str]] = []
 
     def fake(adapter: object, tokenizer: object, questions: list, **_: object) -> list[Answer]:
@@ -84,9 +80,7 @@ def test_scores_are_those_of_the_costs() -> None:
 
         def pairs(prompts: tuple[str, ...], request: EditRequest) -> list[tuple[float, float]]:
             both = (request.target, f" {request.target_true}")
-            return [
-                tuple(answer_nlls(adapter, tokenizer, [(p, a)])[0] for a in both) for p in prompts
-            ]
+            return [tuple(answer_nlls(adapter, tokenizer, [(p, a)])[0] for a in both) for p in prompts]
 
         assert score.case_id == asked.case_id
         ((new, true),) = pairs((asked.request.text,), asked.request)
@@ -141,9 +135,7 @@ def test_real_records_score_as_they_do_literally(data_dir: Path, smollm2: tuple[
 
     model, tokenizer = smollm2
     records = load_records(data_dir / "counterfact_1400.json")[:3]
-    for score, asked in zip(
-        score_records(find_adapter(model), tokenizer, records), records, strict=True
-    ):
+    for score, asked in zip(score_records(find_adapter(model), tokenizer, records), records, strict=True):
         parts = literal_record(model, tokenizer, asked)
         mine = [score.rewrite, *score.paraphrases, *score.neighbourhood]
         theirs = [pair for part in parts for pair in part]

@@ -39,9 +39,7 @@ def written(**settings: Any) -> list[Any]:
 def test_greedy_texts_are_the_models_own() -> None:
     model, tokenizer = tiny_model("llama"), tiny_tokenizer()
     done: list[int] = []
-    found = generate_records(
-        model, tokenizer, RECORDS, new_tokens=7, top_k=None, batch_rows=1, progress=done.append
-    )
+    found = generate_records(model, tokenizer, RECORDS, new_tokens=7, top_k=None, batch_rows=1, progress=done.append)
     assert sum(done) == 4 and len(done) == 2  # two different openings
     for record, got in zip(RECORDS, found, strict=True):
         texts = [o + continue_texts(model, tokenizer, [o], 7)[0] for o in record.generations]
@@ -63,9 +61,7 @@ def test_sampled_texts_are_seeded_and_each_opening_has_its_own() -> None:
 
 def test_texts_are_compared_with_references() -> None:
     first, second = written(new_tokens=3, references=Likeness())
-    assert (
-        first.rs == len(" ".join(first.texts)) / 1001 and second.rs == len(second.texts[0]) / 1002
-    )
+    assert first.rs == len(" ".join(first.texts)) / 1001 and second.rs == len(second.texts[0]) / 1002
 
 
 def test_the_settings_are_those_of_the_published_code(monkeypatch: pytest.MonkeyPatch) -> None:

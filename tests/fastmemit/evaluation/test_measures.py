@@ -47,10 +47,7 @@ def test_scores_and_what_is_asked_besides(editor: Editor) -> None:
     written = generate_records(editor.model, editor.tokenizer, FULL, seed=editor.seed)
     assert [one.answers for one in found] == scores
     assert [one.written for one in found] == written
-    assert table(found) == {
-        **summarise(scores).as_dict(),
-        **summarise_generation(written).as_dict(),
-    }
+    assert table(found) == {**summarise(scores).as_dict(), **summarise_generation(written).as_dict()}
     row = found[0].shown()
     assert row["generation"] == written[0].as_dict() and "case_id" not in row
     assert row["as"] == scores[0].as_
@@ -68,9 +65,7 @@ def test_zsre_has_its_accuracies(editor: Editor) -> None:
     assert result["before"].keys() == {"ea", "pa", "na", "a"}
     judged = judge_zsre(editor.adapter, editor.tokenizer, ZSRE)
     assert result["before"] == summarise_accuracy(judged).as_dict()
-    assert result["records"][0]["before"] == {
-        name: getattr(judged[0], name) for name in ("ea", "pa", "na")
-    }
+    assert result["records"][0]["before"] == {name: getattr(judged[0], name) for name in ("ea", "pa", "na")}
 
 
 def test_an_evaluation_with_all_of_it(editor: Editor, tmp_path: Path) -> None:

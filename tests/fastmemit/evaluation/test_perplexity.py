@@ -11,13 +11,7 @@ import torch
 
 from fastmemit.errors import BadConfig, FastmemitError, UnknownArchitecture
 from fastmemit.evaluation import perplexity as module
-from fastmemit.evaluation.perplexity import (
-    PerplexityResult,
-    PerplexityText,
-    count_tokens,
-    perplexity,
-    read_text,
-)
+from fastmemit.evaluation.perplexity import PerplexityResult, PerplexityText, count_tokens, perplexity, read_text
 from fastmemit.models import find_adapter
 from reference.literal_perplexity import literal_perplexity
 from tiny_editors import texts
@@ -40,10 +34,7 @@ def text_of(ids: tuple[int, ...], **settings: Any) -> PerplexityText:
     ids=["apart", "overlapping", "bos"],
 )
 def test_it_is_the_literal_one(
-    architecture: str,
-    settings: dict[str, Any],
-    ids: tuple[int, ...],
-    monkeypatch: pytest.MonkeyPatch,
+    architecture: str, settings: dict[str, Any], ids: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "_LOGIT_BYTES", 4 * VOCAB_SIZE * 17)  # pieces of 17 positions
     model = tiny_model(architecture)
@@ -82,9 +73,7 @@ def test_batches_keep_to_their_bound_and_have_no_mask(
     inputs: list[tuple[int, ...]] = []
     heads: list[tuple[int, ...]] = []
     block = model.model.layers[0]
-    block.register_forward_pre_hook(
-        lambda _, args, kwargs: inputs.append(tuple(args[0].shape[:2])), with_kwargs=True
-    )
+    block.register_forward_pre_hook(lambda _, args, kwargs: inputs.append(tuple(args[0].shape[:2])), with_kwargs=True)
     masks: list[Any] = []
     block.self_attn.register_forward_pre_hook(
         lambda _, args, kwargs: masks.append(kwargs["attention_mask"]), with_kwargs=True
@@ -183,9 +172,7 @@ def test_a_model_that_sees_what_comes_has_no_perplexity() -> None:
 def test_a_head_that_is_not_the_same_apart_from_its_blocks_is_refused() -> None:
     """What a model does to logits may depend on where they stand; pieces would lose that."""
     model = tiny_model("llama")
-    model.model.register_forward_hook(
-        lambda _m, _a, out: setattr(model, "length", out.last_hidden_state.shape[1])
-    )
+    model.model.register_forward_hook(lambda _m, _a, out: setattr(model, "length", out.last_hidden_state.shape[1]))
     model.lm_head.register_forward_hook(lambda _m, _a, out: out.roll(model.length % 7, -1))
     with pytest.raises(UnknownArchitecture, match="head runs apart"):
         perplexity(find_adapter(model), text_of(tuple(range(4, 64)), context=20))

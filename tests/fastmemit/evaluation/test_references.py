@@ -35,8 +35,7 @@ def test_texts_of_one_relation_and_answer_belong_together(tmp_path: Path) -> Non
     references.check([RECORD])
     said = ["The column stands in", "the city"]
     want = TextLikeness([row["text"] for row in ROWS])(
-        "The column stands in the city",
-        "Trajan's Column stands in Rome. The Tiber runs through the city.",
+        "The column stands in the city", "Trajan's Column stands in Rome. The Tiber runs through the city."
     )
     assert references.score(RECORD, said) == pytest.approx(want) and want > 0.3
     other = dataclasses.replace(RECORD, relation_id="P2")

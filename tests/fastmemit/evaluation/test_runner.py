@@ -55,11 +55,7 @@ def test_it_has_the_fields_of_the_schema(result: Result) -> None:
         for scores in (row["before"], row["after"]):
             assert scores.keys() == (result["before"].keys() | {"nll"}) - {"s"}
             assert scores["nll"].keys() == {"rewrite", "paraphrases", "neighbourhood", "attributes"}
-    assert [(row["case_id"], row["batch"]) for row in result["records"]] == [
-        (10, 0),
-        (11, 0),
-        (12, 1),
-    ]
+    assert [(row["case_id"], row["batch"]) for row in result["records"]] == [(10, 0), (11, 0), (12, 1)]
 
 
 def test_it_is_json_without_nan(result: Result) -> None:
@@ -79,9 +75,7 @@ def test_the_totals_are_the_means_of_the_records(result: Result, when: str) -> N
     assert total["s"] == pytest.approx(mean)
 
 
-def test_before_is_the_unedited_model_and_after_the_edited_one(
-    editor: Editor, result: Result
-) -> None:
+def test_before_is_the_unedited_model_and_after_the_edited_one(editor: Editor, result: Result) -> None:
     def shown(batch: list) -> list[dict[str, Any]]:
         scores = score_records(editor.adapter, editor.tokenizer, batch)
         return [{k: v for k, v in s.as_dict().items() if k != "case_id"} for s in scores]
@@ -93,17 +87,12 @@ def test_before_is_the_unedited_model_and_after_the_edited_one(
     assert costs([r["before"] for r in result["records"]]) == pytest.approx(costs(before), abs=1e-5)
     after = []
     for batch in BATCHES:
-        edit = editor.edit(
-            [r.request for r in batch], "memit", **{**QUICK, "steps": 20, "clamp": 4.0}
-        )
+        edit = editor.edit([r.request for r in batch], "memit", **{**QUICK, "steps": 20, "clamp": 4.0})
         after += shown(batch)
         edit.undo()
     assert costs([r["after"] for r in result["records"]]) == pytest.approx(costs(after), abs=1e-5)
     # The edit does something: the new answers are cheaper than they were.
-    new = [
-        (r["before"]["nll"]["rewrite"][0], r["after"]["nll"]["rewrite"][0])
-        for r in result["records"]
-    ]
+    new = [(r["before"]["nll"]["rewrite"][0], r["after"]["nll"]["rewrite"][0]) for r in result["records"]]
     assert all(after < before for before, after in new)
 
 
@@ -158,9 +147,7 @@ def test_perplexity_is_measured_before_and_after_the_first_batches(
     assert last is not None and last["after"] == math.inf and last["before"] == one["before"]
 
 
-def test_targets_are_optimised_once_for_all_batches(
-    editor: Editor, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_targets_are_optimised_once_for_all_batches(editor: Editor, monkeypatch: pytest.MonkeyPatch) -> None:
     from fastmemit.targets import store
 
     sizes: list[int] = []
@@ -173,9 +160,7 @@ def test_targets_are_optimised_once_for_all_batches(
     monkeypatch.setattr(store, "optimise", spy)
     evaluate(editor, BATCHES, "emmet", {"layers": (1,), "steps": 2})
     assert sizes == [3]
-    evaluate(
-        editor, [[r] for batch in BATCHES for r in batch], "emmet", {"layers": (1,), "steps": 2}
-    )
+    evaluate(editor, [[r] for batch in BATCHES for r in batch], "emmet", {"layers": (1,), "steps": 2})
     assert sizes == [3]
 
 
@@ -186,9 +171,7 @@ def test_an_edited_model_is_refused(editor: Editor) -> None:
     edit.undo()
 
 
-def test_an_error_while_scoring_gives_the_weights_back(
-    editor: Editor, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_error_while_scoring_gives_the_weights_back(editor: Editor, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
     real = measures.score_records
 

@@ -22,11 +22,7 @@ def text_of(n: int, **settings: Any) -> PerplexityText:
 
 def test_windows_lie_side_by_side_and_begin_with_a_token_that_is_not_predicted() -> None:
     windows = text_of(10, context=4).windows()
-    assert [window.ids for window in windows] == [
-        (100, 101, 102, 103),
-        (104, 105, 106, 107),
-        (108, 109),
-    ]
+    assert [window.ids for window in windows] == [(100, 101, 102, 103), (104, 105, 106, 107), (108, 109)]
     assert [window.first for window in windows] == [1, 1, 1]
     assert [window.predicted for window in windows] == [3, 3, 1]
 
@@ -43,18 +39,12 @@ def test_special_tokens_stand_in_front_of_every_window_and_are_not_predicted() -
 
 def test_a_stride_makes_windows_overlap() -> None:
     windows = text_of(7, context=4, stride=2).windows()
-    assert [window.ids for window in windows] == [
-        (100, 101, 102, 103),
-        (102, 103, 104, 105),
-        (104, 105, 106),
-    ]
+    assert [window.ids for window in windows] == [(100, 101, 102, 103), (102, 103, 104, 105), (104, 105, 106)]
     assert [window.first for window in windows] == [1, 2, 2]
 
 
 @given(st.integers(2, 60), st.integers(3, 20), st.integers(0, 1), st.integers(1, 20))
-def test_with_overlap_or_bos_every_token_is_predicted_once(
-    n: int, context: int, lead: int, stride: int
-) -> None:
+def test_with_overlap_or_bos_every_token_is_predicted_once(n: int, context: int, lead: int, stride: int) -> None:
     stride = min(stride, context - lead)
     windows = text_of(n, context=context, stride=stride, lead=(1,) * lead).windows()
     assert all(len(window.ids) <= context for window in windows)

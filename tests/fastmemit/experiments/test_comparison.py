@@ -27,9 +27,7 @@ def test_cells_are_grouped_by_all_but_size_and_multiplier() -> None:
 
 def _shares(group: Group) -> dict[tuple[int, float | None], float | None]:
     return {
-        (size.batches, multiplier): found.full.kept.share.value
-        if found.full and found.full.kept
-        else None
+        (size.batches, multiplier): found.full.kept.share.value if found.full and found.full.kept else None
         for size, row in group.cells.items()
         for multiplier, found in row.items()
     }

@@ -19,9 +19,7 @@ pytest.importorskip("matplotlib")
 S = Panel("S", lambda found: found.after["s"])
 
 
-def line(
-    *multipliers: float | None, label: str = "a", colour: int = 0, worse: bool = False, **more: Any
-) -> Line:
+def line(*multipliers: float | None, label: str = "a", colour: int = 0, worse: bool = False, **more: Any) -> Line:
     cells = [cell(multiplier=m, size=(4, 4), perplexity=worse) for m in multipliers]
     (group,) = group_cells(cells, resamples=20)
     return Line(label, next(iter(group.cells.values())), colour, **more)
@@ -78,9 +76,7 @@ def test_many_multipliers_are_on_a_logarithmic_axis_with_room_between_labels() -
     for plotted in (axes.lines[0], axes.lines[2]):
         assert list(plotted.get_xdata()) == pytest.approx(places), "not moved aside"
     figure.draw_without_rendering()
-    boxes = [
-        label.get_window_extent() for label in axes.get_xticklabels() if label.get_text() != ""
-    ]
+    boxes = [label.get_window_extent() for label in axes.get_xticklabels() if label.get_text() != ""]
     assert len(boxes) >= 6
     for left, right in itertools.pairwise(boxes):
         assert left.x1 < right.x0, "two labels overlap"
@@ -134,9 +130,7 @@ def test_a_user_s_own_style_changes_nothing() -> None:
 
     subject = Drawing("name", "title", (S,), (line(1.0, 2.0, None),))
     plain = module.render(subject, "model")
-    with matplotlib.rc_context(
-        {"font.size": 20, "axes.facecolor": "black", "svg.fonttype": "none"}
-    ):
+    with matplotlib.rc_context({"font.size": 20, "axes.facecolor": "black", "svg.fonttype": "none"}):
         assert module.render(subject, "model") == plain
 
 

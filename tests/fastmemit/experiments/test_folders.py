@@ -24,9 +24,7 @@ def test_shards_and_folders_become_one_ordered_set(tmp_path: Path) -> None:
     assert len(whole.timings) == len(cells)
 
 
-def test_a_line_that_was_cut_off_is_left_out(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_line_that_was_cut_off_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = write(tmp_path, [cell(multiplier=m) for m in (1.0, 2.0)])
     path = folder / "results.jsonl"
     path.write_bytes(path.read_bytes()[:-100])
@@ -70,9 +68,7 @@ def test_folders_of_two_models_are_refused(tmp_path: Path) -> None:
         ("methods", {"memit": {"layers": [3], "clamp": 1.0}}, "settings of memit"),
     ],
 )
-def test_folders_that_cannot_be_compared_are_refused(
-    tmp_path: Path, field: str, value: Any, named: str
-) -> None:
+def test_folders_that_cannot_be_compared_are_refused(tmp_path: Path, field: str, value: Any, named: str) -> None:
     folders = [write(tmp_path / "a", [cell()]), write(tmp_path / "b", [cell()], **{field: value})]
     with pytest.raises(BadData, match=f"The {named} of .* cannot be compared"):
         collect(folders)
@@ -134,10 +130,7 @@ def _without(name: str) -> dict[str, Any]:
         (cell() | {"jitter": {"3": -1}}, "has -1 for jitter of 3"),
         (cell() | {"records": [7]}, "lacks the field 'case_id'"),
         (cell() | {"perplexity": {"before": 3.0}}, "perplexity, lacks the field 'after'"),
-        (
-            cell() | {"scores": dict(es=1, ps=2, ns=3, s=4)},
-            "says that ES after the edits is 1, and",
-        ),
+        (cell() | {"scores": dict(es=1, ps=2, ns=3, s=4)}, "says that ES after the edits is 1, and"),
         (cell() | {"before": dict(es=None)}, "says that ES before the edits is None, and"),
     ],
 )

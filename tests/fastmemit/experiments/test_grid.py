@@ -29,9 +29,7 @@ def test_the_default_is_table_1() -> None:
 
 
 def test_cells_that_share_statistics_follow_one_another() -> None:
-    grid = Grid(
-        batches={1: 2, 4: 1}, seeds=(0, 3), bos=(True, False), variants=({}, {"clamp": 2.0})
-    )
+    grid = Grid(batches={1: 2, 4: 1}, seeds=(0, 3), bos=(True, False), variants=({}, {"clamp": 2.0}))
     shared = [(place.seed, place.bos, place.multiplier) for place in grid.places()]
     changes = sum(one != other for one, other in itertools.pairwise(shared))
     assert changes == len(set(shared)) - 1
@@ -46,10 +44,7 @@ def test_cells_that_share_statistics_follow_one_another() -> None:
             Place("memit", 4, 2, 0.02, (("relative_ridge", 0.001), ("shrinkage", "oas"))),
             "memit/b4x2/x0.02+relative_ridge=0.001+shrinkage=oas",
         ),
-        (
-            Place("emmet", 4, 2, 1.0, (("layers", (3,)),), bos=False, seed=2),
-            "emmet/b4x2/x1+layers=[3]-bos/seed2",
-        ),
+        (Place("emmet", 4, 2, 1.0, (("layers", (3,)),), bos=False, seed=2), "emmet/b4x2/x1+layers=[3]-bos/seed2"),
     ],
 )
 def test_a_cell_is_called_by_all_that_tells_it_from_others(place: Place, key: str) -> None:

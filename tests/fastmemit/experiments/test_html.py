@@ -12,12 +12,7 @@ from fastmemit.experiments.folders import collect
 from fastmemit.experiments.html import page, runs
 from fastmemit.experiments.plots import Picture
 from fastmemit.experiments.report import write_report
-from fastmemit.experiments.tables import (
-    cells_table,
-    comparison_tables,
-    difference_tables,
-    paper_tables,
-)
+from fastmemit.experiments.tables import cells_table, comparison_tables, difference_tables, paper_tables
 from headless_browser import figures_seen, open_page
 from tiny_sweeps import cell, write
 
@@ -109,15 +104,10 @@ def test_a_script_that_throws_is_heard(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("pattern", "new", "field"),
-    [
-        (r"base64,[^\"]*", "base64,AAAA", "inked"),
-        (r"<figure ", "<figure hidden ", "width"),
-    ],
+    [(r"base64,[^\"]*", "base64,AAAA", "inked"), (r"<figure ", "<figure hidden ", "width")],
     ids=["a broken figure", "a hidden figure"],
 )
-def test_the_check_of_the_figures_can_fail(
-    report: Path, tmp_path: Path, pattern: str, new: str, field: str
-) -> None:
+def test_the_check_of_the_figures_can_fail(report: Path, tmp_path: Path, pattern: str, new: str, field: str) -> None:
     broken = tmp_path / "broken.html"
     broken.write_text(re.sub(pattern, new, report.read_text(encoding="utf-8"), count=1))
     first, second = figures_seen(broken, tmp_path)

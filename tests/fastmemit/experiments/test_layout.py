@@ -2,16 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from fastmemit.experiments.layout import (
-    Column,
-    Table,
-    latex,
-    markdown,
-    markdown_text,
-    method_title,
-    slug,
-    unique,
-)
+from fastmemit.experiments.layout import Column, Table, latex, markdown, markdown_text, method_title, slug, unique
 
 TABLE = Table(
     "a-table",

@@ -41,12 +41,7 @@ def test_baselines_that_tables_share_agree_after_the_corrections() -> None:
         names = found.setdefault((row.model, row.method, row.batch_size), {})
         for name in NAMES[::2]:
             names.setdefault(name, set()).add(row.value(name))
-    several = {
-        (*key, name)
-        for key, names in found.items()
-        for name, values in names.items()
-        if len(values) > 1
-    }
+    several = {(*key, name) for key, names in found.items() for name, values in names.items() if len(values) > 1}
     assert several == {("GPT2-XL", "emmet", 1024, "es_full")}, "what the note of table 6 says"
 
 
@@ -77,9 +72,7 @@ def test_every_correction_is_a_known_error(data_dir: Path) -> None:
     source = data_dir.parent / "reference" / "method.md"
     if not source.is_file():
         pytest.skip(f"no list of the printed errors: {source} is not a file")
-    text = re.search(
-        r"Known errors in the printed tables(.*?)\n\n", source.read_text("utf-8"), re.S
-    )
+    text = re.search(r"Known errors in the printed tables(.*?)\n\n", source.read_text("utf-8"), re.S)
     assert text is not None
     found: dict[float, set[tuple[int, int]]] = {}
     for row in paper_rows():

@@ -88,9 +88,7 @@ def test_settings_are_compared_size_by_size(drawings: list[Drawing]) -> None:
 
 
 def test_perplexity_is_in_the_figure_of_the_scores(drawings: list[Drawing]) -> None:
-    cells = [
-        cell(multiplier=m, size=s, perplexity=True) for s in ((1, 4), (4, 1)) for m in (1.0, 2.0)
-    ]
+    cells = [cell(multiplier=m, size=s, perplexity=True) for s in ((1, 4), (4, 1)) for m in (1.0, 2.0)]
     assert [picture.name for picture in plots.pictures(groups(cells), "tiny")] == ["memit"]
     assert labels(drawings[0]) == ["4 batches of 1", "1 batch of 4"]
     assert [panel.name for panel in drawings[0].panels] == [*PANELS, "perplexity"]
@@ -146,9 +144,7 @@ def test_without_matplotlib_the_mend_is_said(monkeypatch: pytest.MonkeyPatch) ->
         return real(name, *rest, **more)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(
-        BadConfig, match=r'the package matplotlib; pip install "fastmemit\[report\]"'
-    ):
+    with pytest.raises(BadConfig, match=r'the package matplotlib; pip install "fastmemit\[report\]"'):
         check_matplotlib()
 
 

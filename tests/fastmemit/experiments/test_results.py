@@ -7,23 +7,14 @@ from pathlib import Path
 import pytest
 
 from fastmemit.errors import BadData
-from fastmemit.experiments.results import (
-    ResultsFile,
-    gather,
-    line_of,
-    locked,
-    read_lines,
-    read_results,
-)
+from fastmemit.experiments.results import ResultsFile, gather, line_of, locked, read_lines, read_results
 
 
 def cell(key: str, value: int = 0) -> dict[str, object]:
     return {"key": key, "value": value}
 
 
-def test_what_a_killed_process_left_of_a_line_is_cut_off(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_what_a_killed_process_left_of_a_line_is_cut_off(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     file = ResultsFile(tmp_path / "results.jsonl")
     file.append(cell("a"))
     file.append(cell("ü"))

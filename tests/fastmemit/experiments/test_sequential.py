@@ -20,10 +20,7 @@ from fastmemit.request import EditRequest
 from tiny_editors import FACTS, record, tiny_editor
 
 SUBJECTS = ("Eiffel Tower", "Italy", "the poet", "the piano", "France")
-RECORDS = [
-    record(10 + n, EditRequest("{} is in", name, "Rome", "Paris"))
-    for n, name in enumerate(SUBJECTS)
-]
+RECORDS = [record(10 + n, EditRequest("{} is in", name, "Rome", "Paris")) for n, name in enumerate(SUBJECTS)]
 BATCHES = [RECORDS[:2], RECORDS[2:4], RECORDS[4:]]
 SETTINGS: dict[str, Any] = {"layers": (0, 1), "steps": 3, "clamp": 4.0, "weight": 3.0}
 
@@ -78,10 +75,7 @@ def test_a_run_is_edits_on_top_of_each_other_written_out(editor: Editor, preserv
         assert step["scores"] == table(now)
         assert step["before"] == table(unedited[: len(so_far)])
         assert step["by_batch"][0] == table(now[:2]) and len(step["by_batch"]) == number
-        assert [
-            (row["case_id"], row["batch"], row["before"]["ns"], row["after"]["ea"])
-            for row in step["records"]
-        ] == [
+        assert [(row["case_id"], row["batch"], row["before"]["ns"], row["after"]["ea"]) for row in step["records"]] == [
             (item.case_id, RECORDS.index(item) // 2, old.ns, new.ea)
             for item, old, new in zip(so_far, unedited, now, strict=False)
         ]
@@ -90,9 +84,7 @@ def test_a_run_is_edits_on_top_of_each_other_written_out(editor: Editor, preserv
 
 
 @pytest.mark.parametrize("method", ["encore", "alphaedit"])
-def test_methods_of_earlier_keys_go_without_them_where_that_is_asked_for(
-    editor: Editor, method: str
-) -> None:
+def test_methods_of_earlier_keys_go_without_them_where_that_is_asked_for(editor: Editor, method: str) -> None:
     own = {"null_relative": 0.5} if method == "alphaedit" else {}
     settings = {"layers": (0, 1), "steps": 2, **own}
     name, seen = editor.adapter.weight_name(0), []
@@ -103,11 +95,7 @@ def test_methods_of_earlier_keys_go_without_them_where_that_is_asked_for(
         return 1.0
 
     for preserve in (True, False):
-        steps = list(
-            run_sequential(
-                editor, BATCHES[:2], method, settings, preserve=preserve, perplexity=look
-            )
-        )
+        steps = list(run_sequential(editor, BATCHES[:2], method, settings, preserve=preserve, perplexity=look))
         assert [step["preserved"] for step in steps] == ([2, 4] if preserve else [0, 0])
     (first, _), (with_keys, named), (same, _), (without, none) = seen
     assert torch.equal(first, same) and not torch.equal(with_keys, without)
@@ -133,9 +121,7 @@ def test_scores_are_taken_after_every_kth_batch_and_the_last(editor: Editor) -> 
     assert [step["edits"] for step in run(editor, score_every=7)] == [3]
 
 
-def test_targets_are_those_of_the_edited_model(
-    editor: Editor, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_targets_are_those_of_the_edited_model(editor: Editor, monkeypatch: pytest.MonkeyPatch) -> None:
     states: list[tuple[int, str]] = []
     real = editor.sources.targets
 
@@ -166,9 +152,7 @@ def test_the_unedited_scores_and_readings_are_taken_from_outside(
 
 
 @pytest.mark.parametrize("when", ["edit", "score", "close"])
-def test_whatever_ends_it_the_weights_come_back(
-    editor: Editor, when: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_whatever_ends_it_the_weights_come_back(editor: Editor, when: str, monkeypatch: pytest.MonkeyPatch) -> None:
     steps = run_sequential(editor, BATCHES, "memit", SETTINGS, preserve=True)
     next(steps)
     assert len(editor.edits) == 1
@@ -223,9 +207,7 @@ def test_nan_scores_and_perplexities_do_not_end_it(editor: Editor) -> None:
         editor, BATCHES[:1], "memit", SETTINGS, preserve=False,
         perplexity=lambda: perplexity(editor.adapter, text).perplexity,
     )  # fmt: skip
-    hook = editor.model.lm_head.register_forward_hook(
-        lambda *args: args[2] * float("nan") if editor.edits else None
-    )
+    hook = editor.model.lm_head.register_forward_hook(lambda *args: args[2] * float("nan") if editor.edits else None)
     (step,) = list(steps)
     hook.remove()
     assert set(step["scores"].values()) == {0.0}, "nothing is said exactly, either"

@@ -11,9 +11,7 @@ from fastmemit.experiments.sequential_report import figure, markdown
 from tiny_sweeps import record
 
 
-def line(
-    multiplier: float | None = 2.0, preserve: bool = True, edits: int = 1, **more: Any
-) -> dict[str, Any]:
+def line(multiplier: float | None = 2.0, preserve: bool = True, edits: int = 1, **more: Any) -> dict[str, Any]:
     es = 90.0 - 10 * edits * (not preserve)
     scores = {"es": es, "ps": 80.0, "ns": 70.0, "s": 79.0 - edits, "ea": 50.0, "pa": 40.0}
     return {
@@ -35,13 +33,11 @@ def test_a_row_for_each_step() -> None:
     assert found[0].startswith("| multiplier | edit keys | facts | ES | PS | NS | S | EA | PA | NA")
     assert found[0].count("|") == found[1].count("|") == found[2].count("|") == 15
     assert found[3] == (
-        "| x2 | preserved | 32 | 90.00 | 80.00 | 70.00 | 77.00 | 50.00 | 40.00 | - "
-        "| 60.50 | 33.00 | 99.25 | 50.00 |"
+        "| x2 | preserved | 32 | 90.00 | 80.00 | 70.00 | 77.00 | 50.00 | 40.00 | - | 60.50 | 33.00 | 99.25 | 50.00 |"
     )
     assert found[4].startswith("| full | not preserved | 32 | 70.00 ")
     assert found[6] == (
-        "The unedited model on the same 32 facts: ES 10.00, PS 11.00, NS 77.00, S 14.00, EA -, "
-        "PA -, NA -."
+        "The unedited model on the same 32 facts: ES 10.00, PS 11.00, NS 77.00, S 14.00, EA -, PA -, NA -."
     )
 
 

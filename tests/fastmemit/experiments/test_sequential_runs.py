@@ -21,16 +21,9 @@ from fastmemit.request import EditRequest
 from tiny_editors import FACTS, record, texts, tiny_corpus, tiny_editor
 
 SUBJECTS = ("Eiffel Tower", "Italy", "the poet", "the piano")
-RECORDS = [
-    record(10 + n, EditRequest("{} is in", name, "Rome", "Paris"))
-    for n, name in enumerate(SUBJECTS)
-]
+RECORDS = [record(10 + n, EditRequest("{} is in", name, "Rome", "Paris")) for n, name in enumerate(SUBJECTS)]
 PLAN = Plan(
-    [RECORDS[:2], RECORDS[2:3], RECORDS[3:]],
-    "memit",
-    {"layers": (0, 1), "steps": 2},
-    (2.0, None),
-    score_every=2,
+    [RECORDS[:2], RECORDS[2:3], RECORDS[3:]], "memit", {"layers": (0, 1), "steps": 2}, (2.0, None), score_every=2
 )
 KEYS = [
     f"memit/b2x3/{multiplier}/{kind}/{edits}"
@@ -54,16 +47,12 @@ def editor(tmp_path_factory: pytest.TempPathFactory) -> Editor:
 
 
 @pytest.fixture(scope="module")
-def unbroken(
-    editor: Editor, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, list[dict[str, Any]]]:
+def unbroken(editor: Editor, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
     folder = tmp_path_factory.mktemp("unbroken") / "out"
     return folder, run_sequences(editor, PLAN, inputs(folder))
 
 
-def test_a_line_for_each_step_in_the_order_of_the_plan(
-    unbroken: tuple[Path, list[dict[str, Any]]],
-) -> None:
+def test_a_line_for_each_step_in_the_order_of_the_plan(unbroken: tuple[Path, list[dict[str, Any]]]) -> None:
     folder, found = unbroken
     assert [line["key"] for line in found] == KEYS
     assert [json.loads(line) for line in content(folder).splitlines()] == found
@@ -79,10 +68,7 @@ def test_a_line_for_each_step_in_the_order_of_the_plan(
 
 @pytest.mark.parametrize("killed_at", [0, 1, 3, 6])
 def test_killed_and_continued_it_leaves_the_same_file(
-    unbroken: tuple[Path, list[dict[str, Any]]],
-    tmp_path: Path,
-    killed_at: int,
-    monkeypatch: pytest.MonkeyPatch,
+    unbroken: tuple[Path, list[dict[str, Any]]], tmp_path: Path, killed_at: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed in the middle of writing a line, by another process's editor with its own cache."""
     cache, folder = tmp_path / "cache", tmp_path / "out"
@@ -129,9 +115,7 @@ def test_a_plan_may_grow_and_shrink(
     lines = [json.loads(line)["key"] for line in content(tmp_path).splitlines()]
     assert lines == KEYS
     assert run_sequences(editor, small, inputs(tmp_path)) == found
-    assert sorted(json.loads(line)["key"] for line in content(tmp_path).splitlines()) == sorted(
-        KEYS
-    )
+    assert sorted(json.loads(line)["key"] for line in content(tmp_path).splitlines()) == sorted(KEYS)
 
 
 def test_perplexity_is_measured_where_there_is_a_text(editor: Editor, tmp_path: Path) -> None:

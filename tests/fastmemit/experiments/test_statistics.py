@@ -46,9 +46,7 @@ def test_each_is_the_one_that_a_pass_of_its_own_gives(editor: Editor, bos: bool)
 
 def test_the_first_position_is_left_out_where_asked(editor: Editor) -> None:
     rows: list[torch.Tensor] = []
-    hook = editor.adapter.projection(2).register_forward_pre_hook(
-        lambda _, args: rows.append(args[0][0, 1:].double())
-    )
+    hook = editor.adapter.projection(2).register_forward_pre_hook(lambda _, args: rows.append(args[0][0, 1:].double()))
     with torch.no_grad():
         for text in tiny_corpus().documents(0):
             ids = editor.tokenizer(text)["input_ids"][: editor.adapter.max_context]
@@ -83,8 +81,7 @@ def test_an_interrupted_pass_goes_on_at_the_last_budget_to_the_same_bits(
 def test_the_full_precompute_takes_what_the_corpus_has(editor: Editor) -> None:
     corpus = tiny_corpus()
     tokens = sum(
-        min(len(editor.tokenizer(text)["input_ids"]), editor.adapter.max_context)
-        for text in corpus.documents(0)
+        min(len(editor.tokenizer(text)["input_ids"]), editor.adapter.max_context) for text in corpus.documents(0)
     )
     found = precompute_multipliers(editor, corpus, (2.0, None), LAYERS)
     assert found[None].keys == tokens and found[None].exhausted

@@ -103,10 +103,7 @@ def test_a_cell_is_what_an_evaluation_of_its_own_gives(
 
 @pytest.mark.parametrize("seed", range(4))
 def test_killed_at_a_random_moment_it_goes_on_to_the_same_lines(
-    unbroken: tuple[list[Cell], bytes],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    seed: int,
+    unbroken: tuple[list[Cell], bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
     draw = random.Random(seed)
     left = [draw.randrange(1, 120)]
@@ -140,9 +137,7 @@ def test_killed_at_a_random_moment_it_goes_on_to_the_same_lines(
     assert lines(out) == unbroken[1]
 
 
-def test_two_shards_put_together_are_the_whole(
-    unbroken: tuple[list[Cell], bytes], tmp_path: Path
-) -> None:
+def test_two_shards_put_together_are_the_whole(unbroken: tuple[list[Cell], bytes], tmp_path: Path) -> None:
     out = tmp_path / "out"
     for number in (2, 1):  # each with a cache of its own, as on two machines
         editor = tiny_editor(tmp_path / f"cache{number}", layers=None)
@@ -164,10 +159,7 @@ def test_nothing_is_paid_for_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(
         store,
         "optimise",
-        lambda a, t, requests, *rest, **more: (
-            optimised.append(len(requests)),
-            real(a, t, requests, *rest, **more),
-        )[1],
+        lambda a, t, requests, *rest, **more: (optimised.append(len(requests)), real(a, t, requests, *rest, **more))[1],
     )
     unedited: list[int] = []
     scored = sweep_module.score_records
@@ -184,9 +176,7 @@ def test_nothing_is_paid_for_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert optimised == unedited == [4]
 
 
-def test_vectors_are_made_for_the_records_that_a_method_edits(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_vectors_are_made_for_the_records_that_a_method_edits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     editor = tiny_editor(tmp_path / "cache", layers=None)
     asked: list[tuple[str, int]] = []
     real = editor.sources.targets
@@ -241,9 +231,7 @@ def test_another_sweep_in_the_folder_is_refused(tmp_path: Path) -> None:
     moved = dict(given.header["methods"])
     moved["emmet"] = {**moved["emmet"], "clamp": 9.0}
     with pytest.raises(BadData, match="other settings of emmet"):
-        run_sweep(
-            editor, grid, dataclasses.replace(given, header={**given.header, "methods": moved})
-        )
+        run_sweep(editor, grid, dataclasses.replace(given, header={**given.header, "methods": moved}))
     # A header from before there was a setting is that of its default, and one from when all methods
     # had all settings is that of the method's own.
     path = tmp_path / "out/sweep.json"
@@ -257,9 +245,7 @@ def test_another_sweep_in_the_folder_is_refused(tmp_path: Path) -> None:
         run_sweep(editor, grid, given)
 
 
-def test_a_model_that_answers_nothing_has_failed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_model_that_answers_nothing_has_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     editor = tiny_editor(tmp_path / "cache", layers=None)
     grid = dataclasses.replace(GRID, multipliers=(2.0,), variants=(SETTINGS,), batches={2: 1})
 

@@ -101,10 +101,7 @@ def test_what_was_not_run_is_said() -> None:
 def test_the_paper_stands_beside_the_methods_and_multipliers_that_were_run() -> None:
     cells = [cell("emmet", 2.0), cell("memit", 2.0), cell("memit", 0.5), cell("rome", 2.0)]
     tables = paper_tables(group_cells(cells, resamples=20))
-    assert [table.title for table in tables] == [
-        "The paper's EMMET: multiplier 2",
-        "The paper's MEMIT: multiplier 2",
-    ]
+    assert [table.title for table in tables] == ["The paper's EMMET: multiplier 2", "The paper's MEMIT: multiplier 2"]
     gpt2_xl = tables[1].rows[1]
     assert gpt2_xl == (
         "GPT2-XL", "8", "16", "96.25", "100.00", "82.50", "92.19", "78.19", "76.31", "84.98",
@@ -151,9 +148,7 @@ def test_the_csv_has_measured_and_printed_rows_unrounded() -> None:
     assert len(rows) - len(measured) == len(paper_rows())
     assert {row["model"] for row in measured} == {"tiny"}
     for row in measured:
-        found = cell(
-            row["method"], float(row["multiplier"]), (int(row["batch_size"]), int(row["batches"]))
-        )
+        found = cell(row["method"], float(row["multiplier"]), (int(row["batch_size"]), int(row["batches"])))
         assert float(row["s_fast"]) == pytest.approx(found["scores"]["s"], abs=1e-9)
         assert float(row["ea_fast"]) == pytest.approx(found["scores"]["ea"], abs=1e-9)
         assert float(row["kept_low"]) <= float(row["kept"]) <= 1 and row["kept_by"]

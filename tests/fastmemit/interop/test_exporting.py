@@ -25,12 +25,8 @@ def found(tmp_path: Path) -> Statistics:
     return tiny_editor(tmp_path / "cache").statistics_for([0, 1])
 
 
-@pytest.mark.parametrize(
-    ("layout", "folder"), [("rome", "me_tiny"), ("memit", "me_tiny"), ("easyedit", "tiny")]
-)
-def test_their_loader_takes_ours(
-    found: Statistics, tmp_path: Path, layout: Any, folder: str
-) -> None:
+@pytest.mark.parametrize(("layout", "folder"), [("rome", "me_tiny"), ("memit", "me_tiny"), ("easyedit", "tiny")])
+def test_their_loader_takes_ours(found: Statistics, tmp_path: Path, layout: Any, folder: str) -> None:
     paths = export_statistics(found, StatsPlace(tmp_path, layout, "me/tiny"))
     assert list(paths) == MODULES
     for name in MODULES:
@@ -52,9 +48,7 @@ def test_their_loader_takes_ours(
             their_loader.load(path, sample_size=5)
 
 
-def test_another_sample_size_and_data_set_are_those_of_the_settings(
-    found: Statistics, tmp_path: Path
-) -> None:
+def test_another_sample_size_and_data_set_are_those_of_the_settings(found: Statistics, tmp_path: Path) -> None:
     place = StatsPlace(tmp_path, "memit", "tiny", dataset="pile", sample_size=5)
     export_statistics(found, place, MODULES[1:])
     path = their_loader.their_path(tmp_path, "tiny", MODULES[1], "pile", 5)
@@ -69,9 +63,7 @@ def test_float64_sums_are_rounded_once(found: Statistics, tmp_path: Path) -> Non
     for precision in ("float32", "float64"):
         place = StatsPlace(tmp_path, "memit", "tiny", precision=precision)
         with np.load(export_statistics(found, place, MODULES[:1])[MODULES[0]]) as data:
-            assert torch.equal(
-                torch.from_numpy(data["mom2.mom2"]), wide.sum.to(getattr(torch, precision))
-            )
+            assert torch.equal(torch.from_numpy(data["mom2.mom2"]), wide.sum.to(getattr(torch, precision)))
 
 
 def test_files_that_are_there_are_not_written_over(found: Statistics, tmp_path: Path) -> None:
@@ -88,11 +80,7 @@ def test_files_that_are_there_are_not_written_over(found: Statistics, tmp_path: 
 
 def test_a_module_that_was_not_precomputed(found: Statistics, tmp_path: Path) -> None:
     with pytest.raises(fastcov.StoreMissing, match=r"no second moment of model\.layers\.2\."):
-        export_statistics(
-            found,
-            StatsPlace(tmp_path, "memit", "tiny"),
-            [MODULES[0], "model.layers.2.mlp.down_proj"],
-        )
+        export_statistics(found, StatsPlace(tmp_path, "memit", "tiny"), [MODULES[0], "model.layers.2.mlp.down_proj"])
     assert not (tmp_path / "tiny").exists()
 
 
@@ -122,11 +110,7 @@ def test_the_projectors_are_those_of_the_eigenvectors(found: Statistics, tmp_pat
     [(1e-30, "none of the 64 .* nothing could be edited"), (1e30, "all of the 64 .* nothing woul")],
 )
 def test_a_threshold_that_leaves_nothing_is_said(
-    found: Statistics,
-    tmp_path: Path,
-    threshold: float,
-    match: str,
-    caplog: pytest.LogCaptureFixture,
+    found: Statistics, tmp_path: Path, threshold: float, match: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     ranks = export_null_space(found, tmp_path / "p.pt", MODULES[:1], threshold=threshold)
     assert ranks == {MODULES[0]: 0 if threshold < 1 else 64}

@@ -42,9 +42,7 @@ def fresh(tmp_path: Path, **settings: Any) -> Editor:
     return tiny_editor(tmp_path / "cache", layers=None, name="me/tiny", **settings)
 
 
-def test_there_and_back_is_the_same_second_moment(
-    editor: Editor, place: StatsPlace, tmp_path: Path
-) -> None:
+def test_there_and_back_is_the_same_second_moment(editor: Editor, place: StatsPlace, tmp_path: Path) -> None:
     mine = fresh(tmp_path)
     found = import_statistics(mine, files_of(mine, place))
     before = editor.statistics_for([0, 1, 2])
@@ -92,9 +90,7 @@ def test_later_edits_find_what_was_imported_last(place: StatsPlace, tmp_path: Pa
     assert later.find_statistics([0], 4) is not None
 
 
-def test_files_say_by_their_names_which_module_they_are_of(
-    place: StatsPlace, tmp_path: Path
-) -> None:
+def test_files_say_by_their_names_which_module_they_are_of(place: StatsPlace, tmp_path: Path) -> None:
     mine = fresh(tmp_path)
     one = import_statistics(mine, [place.path(MODULES[1])])
     assert list(one.paths) == [MODULES[1]]
@@ -122,9 +118,7 @@ def refused(mine: Editor, files: Any, error: type[Exception], match: str, **more
     assert mine.find_statistics([0], None) is None  # nothing was kept
 
 
-def test_statistics_of_another_layer_or_model_are_refused(
-    place: StatsPlace, tmp_path: Path
-) -> None:
+def test_statistics_of_another_layer_or_model_are_refused(place: StatsPlace, tmp_path: Path) -> None:
     mine = fresh(tmp_path)
     swapped = {MODULES[0]: place.path(MODULES[1]), MODULES[1]: place.path(MODULES[0])}
     refused(mine, swapped, WrongModel, r"layers\.0\..* not of this model's keys: .* \(--no-check\)")
@@ -195,16 +189,13 @@ def test_files_belong_to_the_unedited_model(place: StatsPlace, editor: Editor) -
     import_statistics(editor, files_of(editor, place))
 
 
-def test_a_file_under_the_name_of_another_sample_is_refused(
-    place: StatsPlace, tmp_path: Path
-) -> None:
+def test_a_file_under_the_name_of_another_sample_is_refused(place: StatsPlace, tmp_path: Path) -> None:
     mine = fresh(tmp_path)
     path = place.path(MODULES[1])
     renamed = path.with_name(path.name.replace("100000", "5000"))
     shutil.copy(path, renamed)
     with pytest.raises(
-        fastcov.StoreMismatch,
-        match=r"_mom2_5000\.npz' is of another sample_size \(100000, not 5000",
+        fastcov.StoreMismatch, match=r"_mom2_5000\.npz' is of another sample_size \(100000, not 5000"
     ) as caught:
         import_statistics(mine, [renamed])
     assert (caught.value.stored, caught.value.expected) == (100000, 5000)

@@ -28,9 +28,7 @@ MODULE = "transformer.h.17.mlp.c_proj"
 def test_the_path_of_a_file(layout: Any, name: str, folder: str) -> None:
     place = StatsPlace(Path("data/stats"), layout, name)
     path = place.path(MODULE)
-    assert path.as_posix() == (
-        f"data/stats/{folder}/wikipedia_stats/{MODULE}_float32_mom2_100000.npz"
-    )
+    assert path.as_posix() == (f"data/stats/{folder}/wikipedia_stats/{MODULE}_float32_mom2_100000.npz")
     assert module_of(path) == MODULE
 
 
@@ -40,9 +38,7 @@ def test_other_settings_are_in_the_name() -> None:
     assert module_of(place.path("a_b.c")) == "a_b.c"
 
 
-@pytest.mark.parametrize(
-    "name", ["a.npz", "a_float32_mom2_.npz", "a_float32_mean_100.npz", "a_float32_mom2_1.npy"]
-)
+@pytest.mark.parametrize("name", ["a.npz", "a_float32_mom2_.npz", "a_float32_mean_100.npz", "a_float32_mom2_1.npy"])
 def test_other_names_say_no_module(name: str) -> None:
     assert module_of(Path(name)) is None
 

@@ -25,9 +25,7 @@ def test_a_likeness_by_hand() -> None:
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt", "gpt_neox"])
-def test_mean_squares_are_those_of_the_keys(
-    architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_mean_squares_are_those_of_the_keys(architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(likeness, "TOKENS", 200)
     monkeypatch.setattr(likeness, "LENGTH", 50)
     assert architecture in ARCHITECTURES

@@ -12,12 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastmemit.errors import BadConfig, BadData
-from fastmemit.metrics import (
-    RecordGeneration,
-    TextLikeness,
-    n_gram_entropy,
-    summarise_generation,
-)
+from fastmemit.metrics import RecordGeneration, TextLikeness, n_gram_entropy, summarise_generation
 from fastmemit.metrics.generation import tokens_of
 
 
@@ -59,10 +54,7 @@ def test_likeness_is_the_cosine_of_tf_idf_vectors() -> None:
     likeness = TextLikeness(FITTED)
     vocabulary = sorted({word for text in FITTED for word in text.split() if len(word) > 1})
     # scikit-learn's: idf = ln((1 + n) / (1 + df)) + 1, words of two letters or more.
-    idf = {
-        word: math.log(4 / (1 + sum(word in text.split() for text in FITTED))) + 1
-        for word in vocabulary
-    }
+    idf = {word: math.log(4 / (1 + sum(word in text.split() for text in FITTED))) + 1 for word in vocabulary}
 
     def vector(text: str) -> list[float]:
         raw = [text.split().count(word) * idf[word] for word in vocabulary]

@@ -92,9 +92,7 @@ HALF, QUARTER, EIGHTH = (math.log(n) for n in (2, 4, 8))  # costs of p = 1/2, 1/
 
 
 def test_magnitudes_by_hand() -> None:
-    score = score_record(
-        3, (HALF, QUARTER), [(HALF, EIGHTH), (EIGHTH, QUARTER)], [(QUARTER, HALF), (HALF, HALF)]
-    )
+    score = score_record(3, (HALF, QUARTER), [(HALF, EIGHTH), (EIGHTH, QUARTER)], [(QUARTER, HALF), (HALF, HALF)])
     assert score.em == pytest.approx(1 / 4)
     assert score.pm == pytest.approx((3 / 8 - 1 / 8) / 2)
     assert score.nm == pytest.approx((1 / 4 + 0) / 2)
@@ -150,9 +148,7 @@ PAIRS = st.tuples(st.integers(0, 3), st.integers(0, 3))  # few values, so that t
 
 @given(
     st.lists(
-        st.tuples(PAIRS, st.lists(PAIRS, min_size=1, max_size=3), st.lists(PAIRS, min_size=1)),
-        min_size=1,
-        max_size=6,
+        st.tuples(PAIRS, st.lists(PAIRS, min_size=1, max_size=3), st.lists(PAIRS, min_size=1)), min_size=1, max_size=6
     )
 )
 def test_against_the_literal_formula(cases: list) -> None:

@@ -20,9 +20,7 @@ PROJECTIONS = {
     "gpt_neox": "gpt_neox.layers.{}.mlp.dense_4h_to_h",
     "phi": "model.layers.{}.mlp.fc2",
     "opt": "model.decoder.layers.{}.fc2",
-    **dict.fromkeys(
-        ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3"), "model.layers.{}.mlp.down_proj"
-    ),
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3"), "model.layers.{}.mlp.down_proj"),
 }
 IDS = torch.arange(4, 11)[None]  # (1, 7)
 
@@ -115,8 +113,7 @@ def test_a_block_can_be_given_other_hidden_states(name: str) -> None:
     _, plain = run(model, block)
     arrived: list[torch.Tensor] = []
     handle = following.register_forward_pre_hook(
-        lambda _m, args, kwargs: arrived.append(args[0] if args else kwargs["hidden_states"]),
-        with_kwargs=True,
+        lambda _m, args, kwargs: arrived.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
     )
     run(model, block, change=lambda hidden: hidden + 2.0)
     handle.remove()

@@ -15,12 +15,7 @@ from fastmemit.models import find_adapter, hidden_of
 from fastmemit.models.block_map import NEAR, BlockMap, inverse
 from tiny_models import VOCAB_SIZE, tiny_model
 
-SIZES = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-}
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
 STREAM = torch.tensor([[3.0, -1.0]])
 
 
@@ -47,9 +42,7 @@ def test_a_closed_gate_reaches_nothing() -> None:
 
 
 @pytest.mark.parametrize("residual", [(0.3, -0.2), (1.5, -2.0), (-4.0, 9.0)])
-def test_a_norm_is_moved_to_the_nearest_point_that_it_can_put_out(
-    residual: tuple[float, float],
-) -> None:
+def test_a_norm_is_moved_to_the_nearest_point_that_it_can_put_out(residual: tuple[float, float]) -> None:
     gain, y, r = torch.tensor([2.0, 4.0]), torch.tensor([[1.0, 7.0]]), torch.tensor([residual])
 
     def norm(out: torch.Tensor) -> torch.Tensor:
@@ -141,9 +134,7 @@ def test_a_block_moves_as_it_is_asked_to(name: str) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             small = parameter.ndim == 1
-            parameter.add_(0.1 * torch.randn_like(parameter)) if small else parameter.normal_(
-                std=0.2
-            )
+            parameter.add_(0.1 * torch.randn_like(parameter)) if small else parameter.normal_(std=0.2)
         for buffer_name, buffer in model.named_buffers():
             if buffer_name.endswith("layer_scalar"):
                 buffer.fill_(0.6)

@@ -47,9 +47,7 @@ def test_the_checksum_is_what_its_docstring_says() -> None:
     assert checksum(torch.zeros(0)) == f"float32[0]:{by_hand(b'', 1 << 17)}"
 
 
-def test_it_does_not_depend_on_threads_or_on_the_path_of_accelerators(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_it_does_not_depend_on_threads_or_on_the_path_of_accelerators(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fingerprint_module, "_WORDS", 4)
     monkeypatch.setattr(fingerprint_module, "_TOGETHER", 2)
     fingerprint_module._keys.cache_clear()
@@ -70,8 +68,7 @@ def test_it_does_not_depend_on_threads_or_on_the_path_of_accelerators(
 
 
 @pytest.mark.parametrize(
-    "dtype",
-    [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int8],
+    "dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int8]
 )
 def test_signs_and_places_count_in_every_dtype(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -94,13 +91,7 @@ def test_signs_and_places_count_in_every_dtype(dtype: torch.dtype) -> None:
         rows[[one // 2, other // 2]] = base[[other // 2, one // 2]]
         elements[7, [one, other]] = base[7, [other, one]]
         variants += [columns, rows, elements]
-    variants += [
-        base.flip(0),
-        base.flip(1),
-        base.roll(1, 0),
-        base.roll(2, 1),
-        base[:, torch.randperm(64)],
-    ]
+    variants += [base.flip(0), base.flip(1), base.roll(1, 0), base.roll(2, 1), base[:, torch.randperm(64)]]
     distinct = {variant.numpy().tobytes(): variant for variant in variants}
     assert len(distinct) > 100
     assert len({checksum(variant.to(dtype)) for variant in distinct.values()}) == len(distinct)
@@ -223,15 +214,8 @@ def test_volatile_fields_do_not_count() -> None:
 
 def test_both_spellings_of_the_rotary_settings_are_one() -> None:
     essence = fingerprint_module._essence
-    old = {
-        "model_type": "llama",
-        "rope_theta": 5e5,
-        "rope_scaling": {"rope_type": "llama3", "factor": 8.0},
-    }
-    new = {
-        "model_type": "llama",
-        "rope_parameters": {"rope_theta": 5e5, "rope_type": "llama3", "factor": 8.0},
-    }
+    old = {"model_type": "llama", "rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3", "factor": 8.0}}
+    new = {"model_type": "llama", "rope_parameters": {"rope_theta": 5e5, "rope_type": "llama3", "factor": 8.0}}
     assert essence(old) == essence(new)
     plain = {"model_type": "llama", "rope_theta": 1e4, "rope_scaling": None}
     named = {"model_type": "llama", "rope_parameters": {"rope_theta": 1e4, "rope_type": "default"}}

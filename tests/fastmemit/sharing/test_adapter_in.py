@@ -49,9 +49,7 @@ def by_hand(folder: Path, *, fields: Any = (), tensors: Any = ()) -> Path:
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-def test_our_own_comes_back_bit_for_bit_and_is_an_edit_again(
-    architecture: str, tmp_path: Path
-) -> None:
+def test_our_own_comes_back_bit_for_bit_and_is_an_edit_again(architecture: str, tmp_path: Path) -> None:
     editor = tiny_editor(tmp_path / "cache", architecture)
     delta = editor.plan(FACTS, method="memit", layers=(0, 1), steps=3)
     narrower = {n: (a[:, :2].contiguous(), b[:, :2].contiguous()) for n, (a, b) in
@@ -83,17 +81,13 @@ def test_the_scaling_is_as_in_peft(fields: Any, scaling: float, tmp_path: Path) 
     stored = load_file(folder / WEIGHTS)
     a, b = (stored[f"base_model.model.{DOWN.format(1)}.lora_{x}.weight"].double() for x in "AB")
     left, right = delta.factors[DOWN.format(1) + ".weight"]
-    torch.testing.assert_close(
-        left.double() @ right.double().T, scaling * b @ a, rtol=1e-6, atol=1e-6
-    )
+    torch.testing.assert_close(left.double() @ right.double().T, scaling * b @ a, rtol=1e-6, atol=1e-6)
     assert delta.provenance["model"] == fingerprint(model)
     assert (delta.provenance["method"], delta.provenance["requests"]) == ("lora", [])
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-def test_what_peft_trains_and_saves_is_read_as_peft_applies_it(
-    architecture: str, tmp_path: Path
-) -> None:
+def test_what_peft_trains_and_saves_is_read_as_peft_applies_it(architecture: str, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     model = tiny_model(architecture)
     targets = {"llama": ["q_proj", "down_proj"], "gpt2": ["c_attn", "c_proj"]}[architecture]
@@ -146,9 +140,7 @@ B = f"base_model.model.{DOWN.format(1)}.lora_B.weight"
         ),
     ],
 )  # fmt: skip
-def test_what_is_no_plain_lora_is_refused(
-    fields: Any, tensors: Any, message: str, tmp_path: Path
-) -> None:
+def test_what_is_no_plain_lora_is_refused(fields: Any, tensors: Any, message: str, tmp_path: Path) -> None:
     folder = by_hand(tmp_path / "adapter", fields=fields, tensors=tensors)
     with pytest.raises(BadAdapter, match=message):
         load_adapter(folder, tiny_model("llama"))
@@ -168,9 +160,7 @@ def test_what_is_no_plain_lora_is_refused(
         ({"alpha_pattern": ["down_proj"]}, {}, "alpha_pattern"),
     ],
 )
-def test_what_does_not_fit_is_refused(
-    fields: Any, tensors: Any, message: str, tmp_path: Path
-) -> None:
+def test_what_does_not_fit_is_refused(fields: Any, tensors: Any, message: str, tmp_path: Path) -> None:
     folder = by_hand(tmp_path / "adapter", fields=fields, tensors=tensors)
     with pytest.raises(DamagedFile, match=message):
         load_adapter(folder, tiny_model("llama"))

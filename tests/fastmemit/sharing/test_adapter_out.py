@@ -163,10 +163,7 @@ def test_the_config_says_which_model(tmp_path: Path) -> None:
         for f in ("a", "b", "c")
     ]
     assert names == ["tiny", "me/tiny", None]
-    assert sorted(os.listdir(tmp_path / "a")) == [
-        "adapter_config.json",
-        "adapter_model.safetensors",
-    ]
+    assert sorted(os.listdir(tmp_path / "a")) == ["adapter_config.json", "adapter_model.safetensors"]
 
 
 def test_in_bfloat16_the_adapter_is_nearly_as_good_as_the_edited_weights(tmp_path: Path) -> None:

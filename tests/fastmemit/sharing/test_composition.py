@@ -76,10 +76,7 @@ def test_the_order_and_the_parts_are_on_record(tmp_path: Path) -> None:
     assert [part["digest"] for part in about] == [first.digest(), second.digest()]
     assert about[1]["ranks"] == {"b.weight": 3, "a.weight": 3}
     assert about[0]["provenance"] == first.provenance
-    assert {n: left.shape[1] for n, (left, _) in whole.factors.items()} == {
-        "a.weight": 5,
-        "b.weight": 3,
-    }
+    assert {n: left.shape[1] for n, (left, _) in whole.factors.items()} == {"a.weight": 5, "b.weight": 3}
     whole.save(tmp_path / "whole.safetensors")
     again = parts(Delta.load(tmp_path / "whole.safetensors"))
     assert [part.digest() for part in again] == [first.digest(), second.digest()]
@@ -120,10 +117,7 @@ def test_a_digest_that_names_no_part_is_refused() -> None:
     with pytest.raises(BadConfig, match="was compressed"):
         remove(small, deltas[0].digest())
     assert parts(small) == (small,)
-    assert [p.digest() for p in parts(compose([small, made(3)]))] == [
-        small.digest(),
-        made(3).digest(),
-    ]
+    assert [p.digest() for p in parts(compose([small, made(3)]))] == [small.digest(), made(3).digest()]
 
 
 def test_contradictions_are_named_and_can_be_allowed() -> None:

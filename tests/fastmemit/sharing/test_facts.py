@@ -26,8 +26,7 @@ def test_what_is_on_record_is_read_and_nothing_is_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("requests", "words"),
-    [("text", "are no list but 'text'"), ([3], "Request 0"), ([{"prompt": "x"}], "Request 0")],
+    ("requests", "words"), [("text", "are no list but 'text'"), ([3], "Request 0"), ([{"prompt": "x"}], "Request 0")]
 )
 def test_facts_that_cannot_be_read(requests: Any, words: str) -> None:
     with pytest.raises(BadData, match=words):

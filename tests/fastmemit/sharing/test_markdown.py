@@ -63,8 +63,4 @@ def test_the_header_is_yaml() -> None:
     fields = {"library_name": "fastmemit", "base_model": "no", "license": None, "tags": ["1.0"]}
     head = yaml_header(fields)
     assert head.startswith("---\n") and head.endswith("\n---")
-    assert yaml.safe_load(head.strip("-")) == {
-        "library_name": "fastmemit",
-        "base_model": "no",
-        "tags": ["1.0"],
-    }
+    assert yaml.safe_load(head.strip("-")) == {"library_name": "fastmemit", "base_model": "no", "tags": ["1.0"]}

@@ -113,9 +113,7 @@ def test_no_folder_and_no_moment(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("about", [{"keys": 3}, {"budget": 8}, {"multiplier": 3.0}])
-def test_numbers_that_contradict_the_sum_are_refused(
-    about: dict[str, object], tmp_path: Path
-) -> None:
+def test_numbers_that_contradict_the_sum_are_refused(about: dict[str, object], tmp_path: Path) -> None:
     moment(tmp_path, "m.0.safetensors", **about)
     with pytest.raises(fastcov.StoreDamaged, match="with all else that they say it must be"):
         open_statistics(tmp_path)

@@ -53,9 +53,7 @@ def test_an_edit_of_another_model_is_refused(hub: StandInHub, editor: Editor) ->
         pull_edit("me/edit", model="0" * 64)
 
 
-def test_statistics_arrive_where_edits_find_them(
-    hub: StandInHub, editor: Editor, tmp_path: Path
-) -> None:
+def test_statistics_arrive_where_edits_find_them(hub: StandInHub, editor: Editor, tmp_path: Path) -> None:
     push_statistics(editor.statistics_for([0, 1]), "me/moments")
     other = elsewhere(tmp_path / "cache")
     with pytest.raises(fastcov.StoreMissing):
@@ -81,9 +79,7 @@ def test_a_kept_file_stays(hub: StandInHub, editor: Editor, tmp_path: Path) -> N
     assert {path: path.stat().st_mtime_ns for path in again.paths.values()} == times
 
 
-def test_statistics_of_something_else_are_refused(
-    hub: StandInHub, editor: Editor, tmp_path: Path
-) -> None:
+def test_statistics_of_something_else_are_refused(hub: StandInHub, editor: Editor, tmp_path: Path) -> None:
     push_statistics(editor.statistics_for([0, 1]), "me/moments")
     for field in ("model", "tokenizer"):
         with pytest.raises(fastcov.StoreMismatch, match=f"of another {field}") as raised:
@@ -119,9 +115,7 @@ def test_offline_for_real(tmp_path: Path) -> None:
         pull_statistics("nobody/nothing-here", cache=tmp_path)
 
 
-def test_offline_a_copy_that_was_fetched_before_serves(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_offline_a_copy_that_was_fetched_before_serves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The layout of the hub's own cache, read by the hub's own library."""
     from huggingface_hub import constants
 

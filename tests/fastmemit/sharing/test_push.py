@@ -97,9 +97,7 @@ def test_bad_names_are_refused_before_anything(hub: StandInHub, found: Statistic
     assert hub.repos == {}
 
 
-def test_damaged_statistics_do_not_travel(
-    hub: StandInHub, found: Statistics, tmp_path: Path
-) -> None:
+def test_damaged_statistics_do_not_travel(hub: StandInHub, found: Statistics, tmp_path: Path) -> None:
     path = next(iter(found.paths.values()))
     data = bytearray(path.read_bytes())
     data[-1] ^= 1

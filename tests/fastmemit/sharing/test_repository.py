@@ -57,9 +57,7 @@ class ConnectError(Exception):
         (made(errors.OfflineModeIsEnabled), "because HF_HUB_OFFLINE is set"),
     ],
 )
-def test_one_sentence_for_each(
-    error: Exception, words: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_sentence_for_each(error: Exception, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     with (
         pytest.raises(HubError, match=f"^The repository 'me/edit' could not be fetched.*{words}"),

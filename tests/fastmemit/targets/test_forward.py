@@ -22,15 +22,8 @@ from fastmemit.targets.suffix import SuffixForward
 from reference.literal_targets import literal_target
 from tiny_models import ARCHITECTURES, LAYERS, VOCAB_SIZE, D, tiny_model, tiny_tokenizer
 
-ROWS = [
-    Row((5, 6, 7, 8, 9, 10, 11), 4),
-    Row((12, 13, 14), 1),
-    Row((15, 16, 17, 18, 19), 0),
-    Row((20, 21, 22, 23), 3),
-]
-READS = [
-    (row, column) for row in range(4) for column in range(len(ROWS[row].ids) - ROWS[row].subject)
-]
+ROWS = [Row((5, 6, 7, 8, 9, 10, 11), 4), Row((12, 13, 14), 1), Row((15, 16, 17, 18, 19), 0), Row((20, 21, 22, 23), 3)]
+READS = [(row, column) for row in range(4) for column in range(len(ROWS[row].ids) - ROWS[row].subject)]
 SITES = ["block", "projection"]
 
 
@@ -88,10 +81,7 @@ def test_every_form_equals_the_whole_model_on_each_row(architecture: str, site: 
 @pytest.mark.parametrize("alone", [False, True])
 def test_rows_that_are_dropped_leave_the_others_as_they_were(site: Any, alone: bool) -> None:
     adapter = find_adapter(tiny_model("gpt2"))
-    for made in (
-        SuffixForward(adapter, 1, ROWS, site),
-        FullForward(adapter, 1, ROWS, site, alone=alone),
-    ):
+    for made in (SuffixForward(adapter, 1, ROWS, site), FullForward(adapter, 1, ROWS, site, alone=alone)):
         with made.installed(), torch.no_grad():
             before = made.logits(made.start, [2, 0], [1, 2])
             made.keep([0, 2])
@@ -119,9 +109,7 @@ def hybrid(**fields: Any) -> Any:
 
 
 @pytest.mark.parametrize("site", SITES)
-def test_a_model_with_other_state_runs_whole_rows_and_says_so_once(
-    site: Any, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_model_with_other_state_runs_whole_rows_and_says_so_once(site: Any, caplog: pytest.LogCaptureFixture) -> None:
     adapter = find_adapter(hybrid())
     with caplog.at_level(logging.WARNING):
         first, second = (forward_for(adapter, layer, ROWS, site) for layer in (1, 0))
@@ -148,9 +136,7 @@ def test_targets_on_whole_rows_equal_the_literal_ones(site: Any) -> None:
     targets = optimise(adapter, tokenizer, REQUESTS, CONTEXTS, settings)
     for request, target in zip(REQUESTS, targets, strict=True):
         block = adapter.block(1)
-        vector, start, losses = literal_target(
-            model, tokenizer, block, request, CONTEXTS, settings, module
-        )
+        vector, start, losses = literal_target(model, tokenizer, block, request, CONTEXTS, settings, module)
         assert target.losses == pytest.approx(losses, rel=1e-4, abs=1e-5)
         assert len(set(target.losses)) == settings.steps  # gradients come through
         assert (target.start - start).norm() <= 1e-5 * start.norm()
@@ -186,9 +172,7 @@ def test_rows_run_one_by_one_where_a_batch_changes_them(caplog: pytest.LogCaptur
     torch.testing.assert_close(got, torch.stack(want), rtol=1e-4, atol=1e-5)
 
 
-def test_a_subtle_disagreement_counts_and_rounding_does_not(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_subtle_disagreement_counts_and_rounding_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
     original = SuffixForward.logits
 
     def off_by(share: float) -> Any:
@@ -235,9 +219,7 @@ def wide_model() -> Any:
     return model
 
 
-def test_a_block_without_one_state_a_token_is_left_to_rome(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_a_block_without_one_state_a_token_is_left_to_rome(caplog: pytest.LogCaptureFixture) -> None:
     adapter = find_adapter(wide_model(), "model.layers.{}.mlp.down_proj")
     with pytest.raises(UnknownArchitecture, match=r"shape \(2, 1, 5, 32\) for 1 rows of 5 tokens"):
         forward_for(adapter, 1, ROWS, "block")

@@ -245,9 +245,7 @@ def test_a_relative_step_is_the_published_one_of_its_size(site):
     (probe,) = optimise(adapter, tokenizer, REQUESTS[:1], CONTEXTS, settings)
     relative = dataclasses.replace(settings, scale="median", learning_rate=0.2)
     unit, length = (float(t) for t in relative.units(probe.start[None]))
-    same = dataclasses.replace(
-        settings, learning_rate=0.2 * unit, clamp=0.3 * length / float(probe.start.norm())
-    )
+    same = dataclasses.replace(settings, learning_rate=0.2 * unit, clamp=0.3 * length / float(probe.start.norm()))
     (one,) = optimise(adapter, tokenizer, REQUESTS[:1], CONTEXTS, relative)
     (other,) = optimise(adapter, tokenizer, REQUESTS[:1], CONTEXTS, same)
     assert one.losses == pytest.approx(other.losses, rel=1e-5)

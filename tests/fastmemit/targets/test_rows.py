@@ -57,10 +57,7 @@ def test_a_subject_that_would_be_the_first_token_stands_behind_a_line_break():
     assert (text(row.ids), row.subject) == ("\nI", 1)
     assert text(subject_row(TOKENIZER, "Yes. ", request).ids) == "Yes. I"
     rows = request_rows(TOKENIZER, request, ("", "Yes. "))
-    assert [text(row.ids[: row.reads[0][0] + 1]) for row in rows.rows] == [
-        "\nI is located in",
-        "Yes. I is located in",
-    ]
+    assert [text(row.ids[: row.reads[0][0] + 1]) for row in rows.rows] == ["\nI is located in", "Yes. I is located in"]
     # The KL prompt stands behind it as well, so that the bare row serves for it.
     assert rows.kl == 0 and rows.rows[0].subject == 1
 

@@ -12,13 +12,7 @@ from safetensors.torch import load_file, save
 
 from fastmemit.models import find_adapter
 from fastmemit.request import EditRequest
-from fastmemit.targets import (
-    Target,
-    TargetKey,
-    TargetSettings,
-    TargetStore,
-    stored_or_optimised,
-)
+from fastmemit.targets import Target, TargetKey, TargetSettings, TargetStore, stored_or_optimised
 from fastmemit.targets import store as store_module
 from tiny_editors import FACTS, QUICK, tiny_editor
 from tiny_models import tiny_model, tiny_tokenizer
@@ -63,10 +57,7 @@ def test_what_another_recipe_made_is_not_found(tmp_path, monkeypatch):
 
 def test_the_limit_of_the_loss_is_no_part_of_the_key_where_nobody_reads_it(tmp_path):
     store = TargetStore(tmp_path)
-    probable = [
-        dataclasses.replace(SETTINGS, stop="most-probable", early_stop=limit)
-        for limit in (0.1, 9.0)
-    ]
+    probable = [dataclasses.replace(SETTINGS, stop="most-probable", early_stop=limit) for limit in (0.1, 9.0)]
     assert len({key(store, settings=settings) for settings in probable}) == 1
 
 
@@ -104,8 +95,7 @@ def test_a_changed_byte_counts_as_absent_and_is_said(tmp_path, caplog, place):
         ({"contexts": ("", "a. ")}, "of another contexts (['', 'a. '], not [''])"),
         (
             {"request": dataclasses.replace(REQUEST, target_new="Milan")},
-            "of another request (['{} is in', 'Paris', ' Milan'], "
-            "not ['{} is in', 'Paris', ' Rome'])",
+            "of another request (['{} is in', 'Paris', ' Milan'], not ['{} is in', 'Paris', ' Rome'])",
         ),
         ({"settings": dataclasses.replace(SETTINGS, layer=2)}, "of another layer (2, not 1)"),
         ({"settings": dataclasses.replace(SETTINGS, clamp=9.0)}, "of another clamp (9.0, not 1.0)"),
@@ -132,9 +122,7 @@ def test_a_sound_file_of_something_else_is_not_served(tmp_path, caplog, changed,
 
 @pytest.mark.parametrize("sealed_too", [False, True])
 @pytest.mark.parametrize("content", [None, "", "[]", "3", '{"model": "m"', '{"model": "m"}', "{}"])
-def test_a_file_that_does_not_say_what_it_is_of_counts_as_absent(
-    tmp_path, caplog, content, sealed_too
-):
+def test_a_file_that_does_not_say_what_it_is_of_counts_as_absent(tmp_path, caplog, content, sealed_too):
     store = TargetStore(tmp_path)
     made = key(store)
     store.put(made, TARGET)
@@ -206,9 +194,7 @@ def test_targets_that_ran_out_of_steps_are_counted_and_named(caplog):
     targets = [Target(torch.zeros(2), torch.zeros(2), losses) for losses in ends]
     with caplog.at_level("WARNING"):
         _name_unfinished(requests, targets, settings)
-    assert (
-        "6 of 8 targets stopped at the last of 3 steps above the loss limit of 0.05" in caplog.text
-    )
+    assert "6 of 8 targets stopped at the last of 3 steps above the loss limit of 0.05" in caplog.text
     assert "'Fact2 is true' 1.50; " in caplog.text and "and 1 more" in caplog.text
     caplog.clear()
     with caplog.at_level("WARNING"):

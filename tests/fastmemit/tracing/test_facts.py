@@ -42,9 +42,7 @@ def test_a_subject_inside_a_text() -> None:
         (3, 1, 1, {1: "last subject", 2: "last"}),
     ],
 )  # fmt: skip
-def test_each_position_is_in_one_group(
-    length: int, first: int, last: int, expected: dict[int, str]
-) -> None:
+def test_each_position_is_in_one_group(length: int, first: int, last: int, expected: dict[int, str]) -> None:
     assert TracedFact(PARIS, tuple(range(length)), first, last, 0).groups() == expected
 
 
@@ -91,9 +89,7 @@ def test_the_limit_stops_and_the_seed_shuffles() -> None:
     adapter = find_adapter(tiny_model("gpt2"))
 
     def subjects(**settings: int) -> list[str]:
-        chosen = choose_facts(
-            adapter, tiny_tokenizer(), some_facts(), TraceSettings(only_known=False, **settings)
-        )
+        chosen = choose_facts(adapter, tiny_tokenizer(), some_facts(), TraceSettings(only_known=False, **settings))
         assert chosen.looked_at == len(chosen.facts)
         return [fact.request.subject for fact in chosen.facts]
 

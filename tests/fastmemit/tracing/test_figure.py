@@ -12,28 +12,14 @@ import pytest
 
 from fastmemit.errors import BadConfig
 from fastmemit.request import EditRequest
-from fastmemit.tracing import (
-    GROUPS,
-    KINDS,
-    Located,
-    Proposal,
-    Trace,
-    TracedFact,
-    draw,
-    located,
-)
+from fastmemit.tracing import GROUPS, KINDS, Located, Proposal, Trace, TracedFact, draw, located
 from fastmemit.tracing.figure import check_figure
 
-FACTS = tuple(
-    TracedFact(EditRequest("{} is", name, "x", "y"), (1, 2), 0, 0, 3) for name in ("Rome", "Paris")
-)
+FACTS = tuple(TracedFact(EditRequest("{} is", name, "x", "y"), (1, 2), 0, 0, 3) for name in ("Rome", "Paris"))
 
 
 def result(groups: tuple[str, ...], proposal: Proposal | None = None, facts: int = 2) -> Located:
-    effects: Any = {
-        kind: {group: np.arange(8.0).reshape(2, 4)[:facts] / 10 for group in groups}
-        for kind in KINDS
-    }
+    effects: Any = {kind: {group: np.arange(8.0).reshape(2, 4)[:facts] / 10 for group in groups} for kind in KINDS}
     values = np.array([0.5, 0.7])[:facts]
     windows: Any = {"mlp": 2, "attention": 2, "hidden": 1}
     found = Trace(FACTS[:facts], windows, 0.3, values, values / 2, effects)

@@ -29,12 +29,9 @@ def test_the_block_adds_up_from_the_modules(architecture: str) -> None:
     for kind in ("mlp", "attention"):
         restored_module(adapter, kind, 1).register_forward_hook(zero)  # type: ignore[arg-type]
     block.register_forward_pre_hook(
-        lambda _m, args, kwargs: seen.append(args[0] if args else kwargs["hidden_states"]),
-        with_kwargs=True,
+        lambda _m, args, kwargs: seen.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
     )
-    block.register_forward_hook(
-        lambda _m, _a, out: seen.append(out[0] if isinstance(out, tuple) else out)
-    )
+    block.register_forward_hook(lambda _m, _a, out: seen.append(out[0] if isinstance(out, tuple) else out))
     with torch.no_grad():
         model(ids)
     assert torch.equal(seen[0], seen[1])

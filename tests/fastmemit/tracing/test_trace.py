@@ -50,17 +50,13 @@ def modules_of(model: Any, architecture: str) -> dict[str, list[Any]]:
     }
 
 
-def literal(
-    model: Any, architecture: str, facts: Any, settings: TraceSettings, windows: dict, std: float
-) -> list[Any]:
+def literal(model: Any, architecture: str, facts: Any, settings: TraceSettings, windows: dict, std: float) -> list[Any]:
     width = model.get_input_embeddings().weight.shape[1]
     found = []
     for fact in facts:
         noise = subject_noise(fact, settings.samples, width, std, settings.seed)
         modules = modules_of(model, architecture)
-        found.append(
-            literal_effects(model, modules, fact.ids, fact.first, fact.answer, noise, windows)
-        )
+        found.append(literal_effects(model, modules, fact.ids, fact.first, fact.answer, noise, windows))
     return found
 
 
@@ -69,9 +65,7 @@ def grouped(facts: Any, found: list[Any], kind: str, group: str) -> np.ndarray:
     for fact, (_, _, effects) in zip(facts, found, strict=True):
         here = [p for p, name in fact.groups().items() if name == group]
         if here:
-            rows.append(
-                [np.mean([effects[kind, p, layer] for p in here]) for layer in range(LAYERS)]
-            )
+            rows.append([np.mean([effects[kind, p, layer] for p in here]) for layer in range(LAYERS)])
     return np.array(rows)
 
 
@@ -119,9 +113,7 @@ def test_other_windows_at_the_last_subject_token(settings: TraceSettings, window
     for kind in KINDS:
         assert list(done.effects[kind]) == ["last subject"]
         expected = grouped(facts, found, kind, "last subject")
-        np.testing.assert_allclose(
-            done.effects[kind]["last subject"], expected, rtol=1e-3, atol=2e-7
-        )
+        np.testing.assert_allclose(done.effects[kind]["last subject"], expected, rtol=1e-3, atol=2e-7)
 
 
 def test_batching_changes_nothing_and_states_are_counted() -> None:
