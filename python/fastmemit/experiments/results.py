@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import lzma
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +21,8 @@ log = printable_logger(__name__)
 
 RESULTS, TIMINGS = "results.jsonl", "timings.jsonl"
 _UNBOUNDED = "inf"
+_LARGEST = 1 << 30  # bytes of lines that a compressed file may hold
+_MEMORY = 1 << 27  # bytes that decompressing may take besides
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -31,7 +34,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     """
     if not path.is_file():
         raise BadData(f"{str(path)!r} is not a file; put the results there that a sweep wrote.")
-    lines = path.read_bytes().split(b"\n")
+    lines = _content(path).split(b"\n")
     found = []
     for number, line in enumerate(lines, 1):
         if not line:
@@ -53,8 +56,23 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return found
 
 
+def _content(path: Path) -> bytes:
+    """The bytes of a plain file, or of one that `xz` compressed."""
+    data = path.read_bytes()
+    if path.suffix != ".xz":
+        return data
+    try:
+        reader = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=_MEMORY)
+        found = reader.decompress(data, max_length=_LARGEST)
+    except lzma.LZMAError as error:
+        raise BadData(f"{str(path)!r} cannot be decompressed ({error}); restore it from a copy.") from None
+    if not reader.eof or reader.unused_data:
+        raise BadData(f"{str(path)!r} is cut short, or holds more than {_LARGEST >> 30} GiB; restore it from a copy.")
+    return found
+
+
 def read_results(folder: Path, name: str = RESULTS) -> dict[str, dict[str, Any]]:
-    """The finished cells of a folder by key, those of shards included.
+    """The finished cells of a folder by key, those of shards and of files that `xz` compressed included.
 
     Args:
         folder: The sweep's.
@@ -66,7 +84,7 @@ def read_results(folder: Path, name: str = RESULTS) -> dict[str, dict[str, Any]]
     stem = name.removesuffix(".jsonl")
     found: dict[str, dict[str, Any]] = {}
     where: dict[str, Path] = {}
-    for path in sorted(folder.glob(f"{stem}*.jsonl")):
+    for path in sorted([*folder.glob(f"{stem}*.jsonl"), *folder.glob(f"{stem}*.jsonl.xz")]):
         for value in read_lines(path):
             key = value["key"]
             if key in found and found[key] != value and name == RESULTS:

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import logging
+import lzma
 import math
 from pathlib import Path
 
 import pytest
 
 from fastmemit.errors import BadData
+from fastmemit.experiments import results
+from fastmemit.experiments.folders import collect
 from fastmemit.experiments.results import ResultsFile, gather, line_of, locked, read_lines, read_results
 
 
@@ -108,3 +111,51 @@ def test_a_perplexity_without_bound_comes_back_and_another_number_is_not_written
     path.write_text('{"key": "a", "perplexity": Infinity}\n')
     with pytest.raises(BadData, match="Infinity is no number"):
         read_lines(path)
+
+
+def test_compressed_lines_are_read_as_plain_ones(tmp_path: Path) -> None:
+    lines = b"".join(line_of(cell(key)) for key in "ab")
+    (tmp_path / "results.jsonl.xz").write_bytes(lzma.compress(lines))
+    ResultsFile(tmp_path / "results.jsonl").append(cell("c"))
+    assert list(read_results(tmp_path)) == ["c", "a", "b"]
+    (tmp_path / "results.jsonl").write_bytes(line_of(cell("a", 1)))
+    with pytest.raises(BadData, match="have different results of a"):
+        read_results(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda data: data[:-9], "is cut short"),
+        (lambda data: data + data, "is cut short"),
+        (lambda data: data[:20] + b"spoilt" + data[26:], "cannot be decompressed"),
+        (lambda data: b"{}", "cannot be decompressed|is cut short"),
+    ],
+)
+def test_damaged_compressed_lines_are_refused(tmp_path: Path, spoil, words: str) -> None:
+    path = tmp_path / "results.jsonl.xz"
+    path.write_bytes(spoil(lzma.compress(line_of(cell("a")))))
+    with pytest.raises(BadData, match=rf"results.jsonl.xz' ({words})"):
+        read_lines(path)
+
+
+def test_what_grows_without_bound_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "results.jsonl.xz"
+    path.write_bytes(lzma.compress(b"\n" * 10_000))
+    assert read_lines(path) == []
+    monkeypatch.setattr(results, "_LARGEST", 9_999)
+    with pytest.raises(BadData, match="or holds more than"):
+        read_lines(path)
+
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@pytest.mark.parametrize("folder", sorted({path.parent.name for path in ROOT.glob("docs/results/*/results.jsonl.xz")}))
+def test_the_recorded_sweeps_can_be_read(folder: str) -> None:
+    assert collect([ROOT / "docs" / "results" / folder]).cells
+
+
+def test_what_is_recorded_stays_small() -> None:
+    files = [path for path in ROOT.glob("docs/results/**/*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 2_000_000
