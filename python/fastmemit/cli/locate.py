@@ -9,14 +9,14 @@ import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fastmemit.cli.options import above_zero, add_model, check_writable, make_editor
 
 if TYPE_CHECKING:
     from fastmemit.editor import Editor
-    from fastmemit.tracing import Located, TraceSettings
-    from fastmemit.tracing.schema import Effect
+    from fastmemit.tracing import TraceSettings
+    from fastmemit.tracing_report import Effect
 
 HELP = "Trace facts through the layers (ROME's causal tracing) and propose layers to edit."
 EPILOG = """examples:
@@ -71,8 +71,8 @@ def run(args: argparse.Namespace) -> None:
     from fastmemit.data import load_records
     from fastmemit.progress import bar
     from fastmemit.statistics import versions
-    from fastmemit.tracing import TraceSettings, choose_facts, count_states, located, propose, trace
-    from fastmemit.tracing.figure import check_figure, draw
+    from fastmemit.tracing import TraceSettings, choose_facts, count_states, trace
+    from fastmemit.tracing_report import check_figure, draw, located, propose
 
     check_writable(args.json, args.figure)
     check_figure(args.figure)
@@ -129,7 +129,7 @@ def run(args: argparse.Namespace) -> None:
         print(f"drawn in {args.figure}")
 
 
-def _report(result: Located, editor: Editor) -> list[str]:
+def _report(result: dict[str, Any], editor: Editor) -> list[str]:
     """What a person reads."""
     traced, looked_at = result["facts"], result["looked_at"]
     clean, corrupted = 100 * result["clean"]["mean"][0], 100 * result["corrupted"]["mean"][0]
@@ -147,7 +147,7 @@ def _report(result: Located, editor: Editor) -> list[str]:
     return lines + _proposed(result, editor)
 
 
-def _table(result: Located) -> list[str]:
+def _table(result: dict[str, Any]) -> list[str]:
     heads = []
     for kind in result["effects"]:
         window = result["windows"][kind]
@@ -177,7 +177,7 @@ def _groups(groups: dict[str, Effect]) -> list[str]:
     return lines
 
 
-def _proposed(result: Located, editor: Editor) -> list[str]:
+def _proposed(result: dict[str, Any], editor: Editor) -> list[str]:
     if "mlp" not in result["effects"]:
         return ["no layers proposed: the MLP was not traced (--kinds)"]
     proposal = result["proposal"]

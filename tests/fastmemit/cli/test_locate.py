@@ -60,10 +60,10 @@ def test_the_recorded_command_is_one(place: Place, capsys: Capture) -> None:
 
 
 def test_the_proposal_is_printed_as_options(place: Place, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastmemit import tracing
+    from fastmemit import tracing_report
 
-    chosen = tracing.Proposal(2, (1, 2), 1, 2)
-    monkeypatch.setattr(tracing, "propose", lambda effects, seed: chosen)
+    chosen = tracing_report.Proposal(2, (1, 2), 1, 2)
+    monkeypatch.setattr(tracing_report, "propose", lambda effects, seed: chosen)
     out = run(capsys, *locate(place, "--unknown-too"))
     assert "the MLP's effect is largest at layer 2 (95 % interval of its place: 1 to 2)" in out
     assert "proposed: --method memit --set layers=1-2" in out

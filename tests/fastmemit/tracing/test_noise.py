@@ -8,8 +8,7 @@ import torch
 from fastmemit.errors import BadRequest
 from fastmemit.models import find_adapter
 from fastmemit.request import EditRequest
-from fastmemit.tracing import TracedFact, subject_noise
-from fastmemit.tracing.noise import added_to_embeddings, subject_embeddings
+from fastmemit.tracing import TracedFact, added_to_embeddings, subject_embeddings, subject_noise
 from tiny_models import tiny_model
 
 REQUEST = EditRequest("{} is", "a", "b", "c")

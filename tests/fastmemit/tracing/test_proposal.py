@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fastmemit.tracing import propose
+from fastmemit.tracing_report import propose
 
 
 def effects(means: list[float], spread: float = 0.01, facts: int = 50) -> np.ndarray:

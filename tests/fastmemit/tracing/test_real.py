@@ -10,8 +10,7 @@ import torch
 
 from fastmemit.data import builtin_facts
 from fastmemit.models import find_adapter
-from fastmemit.tracing import TraceSettings, choose_facts, subject_noise, trace
-from fastmemit.tracing.settings import window_at
+from fastmemit.tracing import TraceSettings, choose_facts, subject_noise, trace, window_at
 from reference.literal_tracing import literal_effects
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]

@@ -8,8 +8,7 @@ import torch
 from fastmemit.errors import UnknownArchitecture
 from fastmemit.models import find_adapter
 from fastmemit.request import EditRequest
-from fastmemit.tracing import KINDS, encode_fact, subject_noise
-from fastmemit.tracing.runs import Runs, Spot, check_tracing
+from fastmemit.tracing import KINDS, Runs, Spot, check_tracing, encode_fact, subject_noise
 from tiny_models import ARCHITECTURES, LAYERS, tiny_model, tiny_tokenizer
 
 REQUESTS = (

@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 
 from fastmemit.errors import BadConfig
-from fastmemit.tracing import TraceSettings
-from fastmemit.tracing.settings import window_at
+from fastmemit.tracing import TraceSettings, window_at
 
 
 @pytest.mark.parametrize(

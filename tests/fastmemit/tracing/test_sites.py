@@ -7,8 +7,7 @@ import torch
 from torch import nn
 
 from fastmemit.models import find_adapter
-from fastmemit.tracing import restored_module
-from fastmemit.tracing.sites import replaced_output
+from fastmemit.tracing import replaced_output, restored_module
 from tiny_models import ARCHITECTURES, tiny_model
 
 

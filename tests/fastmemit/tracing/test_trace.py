@@ -8,19 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from fastmemit.errors import BadConfig, BadRequest
+from fastmemit.errors import BadConfig, BadRequest, FastmemitError
 from fastmemit.models import find_adapter
 from fastmemit.request import EditRequest
-from fastmemit.tracing import (
-    GROUPS,
-    KINDS,
-    NonFiniteProbability,
-    TraceSettings,
-    choose_facts,
-    count_states,
-    subject_noise,
-    trace,
-)
+from fastmemit.tracing import GROUPS, KINDS, TraceSettings, choose_facts, count_states, subject_noise, trace
 from reference.literal_tracing import literal_effects
 from tiny_models import ARCHITECTURES, LAYERS, tiny_model, tiny_tokenizer
 
@@ -156,7 +147,7 @@ def test_nan_is_refused_and_the_place_is_named() -> None:
     facts = choose_facts(adapter, tiny_tokenizer(), REQUESTS, settings).facts
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight[0, 0] = float("nan")
-    with pytest.raises(NonFiniteProbability, match="is not finite in the clean run; load"):
+    with pytest.raises(FastmemitError, match="is not finite in the clean run; load"):
         trace(adapter, facts, settings)
     assert all(not module._forward_hooks for module in model.modules())
 
