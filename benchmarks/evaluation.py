@@ -31,7 +31,7 @@ for folder in (ROOT, ROOT / "python", ROOT / "tests"):
 
 from fastmemit.data import batches, builtin_facts, load_records  # noqa: E402
 from fastmemit.evaluation import score_records  # noqa: E402
-from fastmemit.metrics import RecordScore  # noqa: E402
+from fastmemit.evaluation.scores import RecordScore  # noqa: E402
 from fastmemit.models import find_adapter, load_model  # noqa: E402
 from reference.literal_evaluation import literal_record  # noqa: E402
 

@@ -20,7 +20,7 @@ from fastmemit import Editor
 from fastmemit.data import batches, builtin_facts, load_records
 from fastmemit.editors import PreservedKeys
 from fastmemit.evaluation import score_records
-from fastmemit.metrics import summarise
+from fastmemit.evaluation.scores import summarise
 
 
 def main() -> None:
@@ -62,7 +62,7 @@ def main() -> None:
 
     edited = score_records(editor.adapter, editor.tokenizer, facts)
     for name, scores in (("before", unedited), ("after", edited)):
-        shown = summarise(scores).as_dict()
+        shown = summarise(scores)
         found = {k.upper(): shown[k] for k in ("es", "ps", "ns", "s") if shown[k] is not None}
         print(f"{name}: {'  '.join(f'{k} {value:.1f}' for k, value in found.items())}")
 

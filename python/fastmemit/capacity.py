@@ -7,12 +7,16 @@ everywhere in this project.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from fastcov.mode import isolated
-from fastmemit.errors import BadConfig
-from fastmemit.models.shape import Shape
+from fastmemit.errors import BadConfig, ModelNotFound
+from fastmemit.models.adapter import find_adapter
+from fastmemit.models.loading import load_skeleton
+from fastmemit.models.structure import text_config
 
 #: What MEMIT's authors ran for each layer; see arXiv 2506.04226.
 FULL_KEYS = 44_000_000
@@ -20,67 +24,124 @@ _F32, _F64 = 4, 8  # bytes
 
 
 @dataclass(frozen=True)
-class Machine:
-    """Rates of one process's device and of what connects it.
+class Shape:
+    """The numbers of a decoder that decide what it costs."""
 
-    Attributes:
-        flops: Operations a second of its matrix products.
-        share: The part of them that a collect reaches.
-        float64: Operations a second of a Cholesky factorisation in float64.
-        memory: Bytes of the device.
-        bandwidth: Bytes a second between its memory and its arithmetic.
-        link: Bytes a second that a process can send to the next while it receives as many.
-        disk: Bytes a second of writing moments, hashed and synced.
-        tokenise: Tokens a second that a process reads and tokenises.
-        dtype_bytes: Of a weight.
-        source: Where the rates are from.
+    layers: int  # blocks
+    d: int  # hidden size
+    d_k: int  # width of the keys: of the MLP inside
+    heads: int  # attention heads
+    kv_heads: int  # heads of keys and values, fewer with grouped queries
+    head: int  # width of a head
+    vocabulary: int  # tokens
+    gated: bool  # whether the MLP has a gate beside its way up
+    tied: bool  # whether the output head is the embeddings
+
+    @property
+    def attention(self) -> int:
+        """Weights of a block's attention: queries and outputs, keys and values."""
+        return 2 * self.d * self.heads * self.head + 2 * self.d * self.kv_heads * self.head
+
+    @property
+    def before_key(self) -> int:
+        """Weights of a block's MLP that are used before its key is there."""
+        return (2 if self.gated else 1) * self.d * self.d_k
+
+    @property
+    def block(self) -> int:
+        """Weights of a block, without norms and biases (under a thousandth)."""
+        return self.attention + self.before_key + self.d * self.d_k
+
+    @property
+    def weights(self) -> int:
+        """Weights of the model."""
+        return self.layers * self.block + (1 if self.tied else 2) * self.vocabulary * self.d
+
+    def run(self, last: int) -> int:
+        """Weights that a pass uses which ends at the key of block `last`, embeddings aside."""
+        return last * self.block + self.attention + self.before_key
+
+
+#: Shapes of published models, by name.
+SHAPES = {
+    "gpt2-xl": Shape(48, 1600, 6400, 25, 25, 64, 50257, False, True),
+    "gpt-j-6b": Shape(28, 4096, 16384, 16, 16, 256, 50400, False, False),
+    "llama-2-7b": Shape(32, 4096, 11008, 32, 32, 128, 32000, True, False),
+    "llama-3-8b": Shape(32, 4096, 14336, 32, 8, 128, 128256, True, False),
+    "llama-3-70b": Shape(80, 8192, 28672, 64, 8, 128, 128256, True, False),
+    "smollm2": Shape(30, 576, 1536, 9, 3, 64, 49152, True, True),
+}
+
+
+def shape_of(name: str) -> Shape:
+    """A shape by its name in `SHAPES`, or of a model's folder, of which only config.json is read.
+
+    Raises:
+        BadConfig: It is neither.
+        UnknownArchitecture: The edited projection of that model cannot be told.
     """
+    if name in SHAPES:
+        return SHAPES[name]
+    if not (Path(name) / "config.json").is_file():
+        raise BadConfig(
+            f"There is no shape {name!r}; choose {', '.join(SHAPES)}, or name a folder with a model's config.json."
+        )
+    try:
+        model = load_skeleton(name)
+    except ModelNotFound as error:
+        said = str(error.__cause__).strip().splitlines() or [type(error.__cause__).__name__]
+        raise BadConfig(
+            f"The config.json of {name!r} describes no model that can be built ({said[0]:.120}); "
+            f"choose {', '.join(SHAPES)}, or name another folder."
+        ) from error
+    adapter, text = find_adapter(model), text_config(model)
+    heads = int(text.num_attention_heads)
+    d, d_k = adapter.d, adapter.d_k(adapter.layers[0])
+    head = int(getattr(text, "head_dim", None) or text.hidden_size // heads)
+    kv_heads = int(getattr(text, "num_key_value_heads", None) or heads)
+    shape = Shape(adapter.n_layers, d, d_k, heads, kv_heads, head, text.vocab_size, False, False)
+    whole = sum(p.numel() for p in adapter.block(0).parameters())
+    embeddings = model.get_input_embeddings().weight
+    return dataclasses.replace(
+        shape,
+        gated=whole > shape.block + d * d_k // 2,
+        tied=adapter.lm_head.weight is embeddings or bool(text.tie_word_embeddings),
+    )
 
-    flops: float
-    share: float
-    float64: float
-    memory: float
-    bandwidth: float
-    link: float
-    disk: float
-    tokenise: float
-    dtype_bytes: int
-    source: str
+
+@dataclass(frozen=True)
+class Machine:
+    """Rates of one process's device and of what connects it."""
+
+    flops: float  # operations a second of its matrix products
+    share: float  # the part of them that a collect reaches
+    float64: float  # operations a second of a Cholesky factorisation in float64
+    memory: float  # bytes of the device
+    bandwidth: float  # bytes a second between its memory and its arithmetic
+    link: float  # bytes a second that a process can send to the next while it receives as many
+    disk: float  # bytes a second of writing moments, hashed and synced
+    tokenise: float  # tokens a second that a process reads and tokenises
+    dtype_bytes: int  # bytes of a weight
+    source: str  # where the rates are from
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What one collect and its factors take; bytes and seconds of one process.
+    """What one collect and its factors take; bytes and seconds of one process."""
 
-    Attributes:
-        keys: Of each layer.
-        weights: Bytes of the whole model, over all of a process's devices.
-        weights_run: Bytes of the part that the pass uses, embeddings included.
-        activations: Bytes that a batch needs at most.
-        moments: Bytes of the sums of all layers.
-        factor: Bytes of one layer's factor in float64; refined in float32, half of that.
-        file: Bytes of one layer's file.
-        flops: Operations of all processes together: the forward passes.
-        triangles: And those of the sums.
-        read: Bytes of weights and sums that the device reads and writes.
-        sent: Bytes that a process sends to add up the sums.
-        seconds: By step.
-        factor_seconds: Of one layer.
-    """
-
-    keys: int
-    weights: int
-    weights_run: int
-    activations: int
-    moments: int
-    factor: int
-    file: int
-    flops: float
-    triangles: float
-    read: float
-    sent: float
-    seconds: dict[str, float]
-    factor_seconds: float
+    keys: int  # keys of each layer
+    weights: int  # bytes of the whole model, over all of a process's devices
+    weights_run: int  # bytes of the part that the pass uses, embeddings included
+    activations: int  # bytes that a batch needs at most
+    moments: int  # bytes of the sums of all layers
+    factor: int  # bytes of one layer's factor in float64; refined in float32, half of that
+    file: int  # bytes of one layer's file
+    flops: float  # operations of all processes together: the forward passes
+    triangles: float  # and those of the sums
+    read: float  # bytes of weights and sums that the device reads and writes
+    sent: float  # bytes that a process sends to add up the sums
+    seconds: dict[str, float]  # by step
+    factor_seconds: float  # for one layer
 
     @property
     def memory(self) -> int:
@@ -112,21 +173,21 @@ def plan(
     N`` of what is added up, which is a little more than the triangle (`fastcov.processes.add_up_lower`).
 
     Args:
-        shape: The model's.
+        shape: Shape of the model.
         machine: What each process has.
         layers: The edited layers.
-        keys: How many, of each.
+        keys: Keys of each layer.
         processes: How many divide the text.
-        batch_tokens: Of a batch.
-        length: Of a document as the model sees it, in tokens.
+        batch_tokens: Tokens of a batch.
+        length: Tokens of a document as the model sees it.
 
     Raises:
         BadConfig: A layer that the model does not have, or a number below 1.
     """
     if not layers or min(layers) < 0 or max(layers) >= shape.layers:
         raise BadConfig(
-            f"The layers {list(layers)} are not among the {shape.layers} of this model; name some "
-            f"from 0 to {shape.layers - 1}."
+            f"The layers {list(layers)} are not among the {shape.layers} of this model; name some from 0 to "
+            f"{shape.layers - 1}."
         )
     least = min(keys, processes, batch_tokens, length)
     if least < 1:

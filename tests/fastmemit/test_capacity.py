@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from fastmemit.capacity import FULL_KEYS, MACHINES, Machine, plan
+from fastmemit.capacity import FULL_KEYS, MACHINES, SHAPES, Machine, Shape, plan
 from fastmemit.errors import BadConfig
-from fastmemit.models.shape import SHAPES, Shape
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 # Two blocks, d 4, d_k 8, two heads of width 2 on one of keys and values, 10 tokens.

@@ -17,10 +17,9 @@ from fastmemit.cli.table import MEANING, interval_table
 from fastmemit.errors import FastmemitError
 
 if TYPE_CHECKING:
-    from fastmemit.evaluation.perplexity import PerplexityText
-    from fastmemit.evaluation.schema import Perplexity
+    from fastmemit.evaluation.perplexity import Perplexity, PerplexityText
+    from fastmemit.evaluation.scores import RecordScore
     from fastmemit.experiments.intervals import Estimate
-    from fastmemit.metrics.score import RecordScore
 
 HELP = "Edit two dozen facts of SmolLM2-135M, score, save and undo; no network is needed."
 EPILOG = """examples:
@@ -45,8 +44,8 @@ def run(args: argparse.Namespace) -> None:
     import torch
 
     from fastmemit.data import builtin_facts
-    from fastmemit.evaluation.counterfact import count_questions, score_records
     from fastmemit.evaluation.perplexity import before_and_after, edited_nll, perplexity
+    from fastmemit.evaluation.scores import count_questions, score_records
     from fastmemit.outcomes import compare, verdict
     from fastmemit.progress import bar
 

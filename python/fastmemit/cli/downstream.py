@@ -13,8 +13,7 @@ from fastmemit.cli.options import above_zero, add_model, check_writable, make_ed
 from fastmemit.errors import BadConfig, BadData
 
 if TYPE_CHECKING:
-    from fastmemit.downstream import Downstream
-    from fastmemit.downstream.comparison import State
+    from fastmemit.evaluation.downstream import Downstream, State
 
 HELP = "Perplexity on a text and lm-evaluation-harness's tasks, before and after saved edits."
 EPILOG = """examples:
@@ -70,7 +69,7 @@ def run(args: argparse.Namespace) -> None:
 
     from fastcov.store import atomic_file
     from fastmemit.data.reading import check_file
-    from fastmemit.downstream import compare, find_tasks
+    from fastmemit.evaluation.downstream import compare, find_tasks
     from fastmemit.evaluation.perplexity import read_text
 
     if args.text is not None:

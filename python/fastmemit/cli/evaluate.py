@@ -104,8 +104,8 @@ def run(args: argparse.Namespace) -> None:
     from fastmemit.data.reading import check_file
     from fastmemit.data.zsre import is_zsre, load_zsre
     from fastmemit.evaluation import evaluate, load_references
-    from fastmemit.evaluation.measures import Measures
     from fastmemit.evaluation.perplexity import read_text
+    from fastmemit.evaluation.runner import Measures
     from fastmemit.experiments.results import unbounded_as_text
 
     check_writable(args.json)

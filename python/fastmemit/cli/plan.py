@@ -43,10 +43,9 @@ def run(args: argparse.Namespace) -> None:
     import dataclasses
 
     import fastcov
-    from fastmemit.capacity import FULL_KEYS, MACHINES, plan
+    from fastmemit.capacity import FULL_KEYS, MACHINES, plan, shape_of
     from fastmemit.editors.layers import parse_layers
     from fastmemit.errors import BadConfig
-    from fastmemit.models.shape import shape_of
 
     shape = shape_of(args.shape)
     machine = MACHINES[args.machine]

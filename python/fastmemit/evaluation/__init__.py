@@ -1,12 +1,9 @@
-"""CounterFact and zsRE on a model before and after editing it."""
+"""CounterFact, zsRE, running text and lm-evaluation-harness's tasks on a model before and after editing it."""
 
 from fastmemit.answers import Answer, answer_nlls, judge_answers
-from fastmemit.evaluation.counterfact import score_records
-from fastmemit.evaluation.generation import generate_records
-from fastmemit.evaluation.references import References, load_references
-from fastmemit.evaluation.runner import evaluate
-from fastmemit.evaluation.schema import Result
-from fastmemit.evaluation.zsre import judge_zsre
+from fastmemit.evaluation.generation import References, generate_records, load_references, n_gram_entropy
+from fastmemit.evaluation.runner import Result, evaluate
+from fastmemit.evaluation.scores import judge_zsre, score_records, summarise, summarise_accuracy
 
 __all__ = [
     "Answer",
@@ -18,5 +15,8 @@ __all__ = [
     "judge_answers",
     "judge_zsre",
     "load_references",
+    "n_gram_entropy",
     "score_records",
+    "summarise",
+    "summarise_accuracy",
 ]

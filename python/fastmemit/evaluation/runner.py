@@ -3,21 +3,172 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypedDict, cast
 
-from fastmemit.data import Record
+from fastmemit.data import Record, ZsreRecord
 from fastmemit.editor import Editor
 from fastmemit.editors import EditConfig
-from fastmemit.errors import WrongModel
-from fastmemit.evaluation.measures import Measured, Measures, table
-from fastmemit.evaluation.perplexity import PerplexityText, before_and_after, edited_nll, perplexity
-from fastmemit.evaluation.references import References
-from fastmemit.evaluation.schema import RecordResult, Result
+from fastmemit.errors import BadConfig, BadData, WrongModel
+from fastmemit.evaluation.generation import (
+    RecordGeneration,
+    References,
+    check_generations,
+    generate_records,
+    summarise_generation,
+)
+from fastmemit.evaluation.perplexity import Perplexity, PerplexityText, before_and_after, edited_nll, perplexity
+from fastmemit.evaluation.scores import (
+    RecordAccuracy,
+    RecordScore,
+    count_questions,
+    count_zsre_questions,
+    judge_zsre,
+    score_records,
+    summarise,
+    summarise_accuracy,
+)
 from fastmemit.factors import resolved
 from fastmemit.progress import bar
 from fastmemit.statistics import versions
+
+#: What can be asked for. The first three are read from the same answers.
+METRICS = ("score", "magnitude", "accuracy", "attributes", "generation")
+
+
+class RecordResult(TypedDict):
+    """One record before and after the edit of its batch.
+
+    Shares of CounterFact: those of `FullScoreTable`, and nll: [new, true] of each prompt; of zsRE: ea, pa and na;
+    "generation" with ge in bits, rs as a share and the texts if it was asked for.
+    """
+
+    case_id: int
+    batch: int  # counted from 0
+    before: dict[str, Any]
+    after: dict[str, Any]
+
+
+class Result(TypedDict):
+    """Everything that an evaluation found (``fastmemit evaluate --json``)."""
+
+    before: dict[str, float | None]  # unedited model, same records: FullScoreTable (and GenerationTable), AccuracyTable
+    after: dict[str, float | None]
+    records: list[RecordResult]
+    perplexity: Perplexity | None  # None where it was not asked for
+    settings: dict[str, Any]  # of the method, the batches, the model and the statistics
+    seconds: dict[str, float]  # wall time per stage
+    versions: dict[str, str]
+
+
+class Measured(NamedTuple):
+    """One record's measures."""
+
+    answers: RecordScore | RecordAccuracy
+    written: RecordGeneration | None = None
+
+    def shown(self) -> dict[str, Any]:
+        """As in the result file; the record's number stands beside it there."""
+        row = {name: value for name, value in self.answers.as_dict().items() if name != "case_id"}
+        return row if self.written is None else {**row, "generation": self.written.as_dict()}
+
+
+@dataclass(frozen=True)
+class Measures:
+    """Which measures are taken."""
+
+    attributes: bool = False  # ask CounterFact's attribute prompts too
+    generation: bool = False  # continue the openings, sampled with the editor's seed
+    references: References | None = None  # texts to compare these with
+
+    @classmethod
+    def of(cls, metrics: Iterable[str], references: References | None = None) -> Measures:
+        """The measures with these names.
+
+        Raises:
+            BadConfig: A name is unknown, or references come without generation.
+        """
+        wanted = list(metrics)
+        for name in wanted:
+            if name not in METRICS:
+                raise BadConfig(f"There is no metric {name!r}; choose from {', '.join(METRICS)}.")
+        if references is not None and "generation" not in wanted:
+            raise BadConfig(
+                "References are compared with generated text; ask for the metric generation too, or name no references."
+            )
+        return cls("attributes" in wanted, "generation" in wanted, references)
+
+    def check(self, records: Sequence[Record]) -> None:
+        """See that the records have what is asked for, before any work is done.
+
+        Raises:
+            BadData: zsRE and CounterFact records are mixed, or a prompt or a text is missing.
+        """
+        zsre = sum(isinstance(record, ZsreRecord) for record in records)
+        if 0 < zsre < len(records):
+            raise BadData(
+                f"{zsre} of {len(records)} records are zsRE's, the others CounterFact's, and their scores are not the "
+                "same; evaluate them apart."
+            )
+        if zsre and (self.attributes or self.generation):
+            raise BadData("zsRE has neither attribute nor generation prompts; leave these metrics out.")
+        if self.attributes and not any(record.attributes for record in records):
+            raise BadData(
+                "No record has attribute_prompts; give CounterFact in its full schema, or leave out the metric "
+                "attributes."
+            )
+        if self.generation:
+            check_generations(records, self.references)
+
+    def take(self, editor: Editor, records: Sequence[Record], what: str, progress: bool) -> list[Measured]:
+        """Measure the editor's model as it is now.
+
+        Args:
+            editor: The editor.
+            records: The records, checked.
+            what: What the progress bar is called.
+            progress: Show a bar.
+        """
+        model = (editor.adapter, editor.tokenizer)
+        if records and isinstance(records[0], ZsreRecord):
+            questions = cast(Sequence[ZsreRecord], records)
+            with bar(what, count_zsre_questions(questions), progress) as advance:
+                return [Measured(a) for a in judge_zsre(*model, questions, progress=advance)]
+        with bar(what, count_questions(records, self.attributes), progress) as advance:
+            scores = score_records(*model, records, attributes=self.attributes, progress=advance)
+        if not self.generation:
+            return [Measured(score) for score in scores]
+        openings = sum(len(record.generations) for record in records)
+        with bar(f"{what}: texts", openings, progress) as advance:
+            written = generate_records(
+                editor.model, editor.tokenizer, records, references=self.references, seed=editor.seed, progress=advance
+            )
+        return [Measured(*pair) for pair in zip(scores, written, strict=True)]
+
+
+def table(measured: Sequence[Measured]) -> dict[str, float | None]:
+    """The means over records: `FullScoreTable`, with `GenerationTable`, or `AccuracyTable`.
+
+    Raises:
+        BadData: There is no record.
+    """
+    answers: list[Any] = [one.answers for one in measured]
+    if answers and isinstance(answers[0], RecordAccuracy):
+        return cast("dict[str, float | None]", summarise_accuracy(answers))
+    written = [one.written for one in measured if one.written is not None]
+    return cast("dict[str, float | None]", {**summarise(answers), **(summarise_generation(written) if written else {})})
+
+
+@contextmanager
+def stage(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Add the wall time inside to a stage."""
+    begun = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - begun
 
 
 def evaluate(
@@ -66,28 +217,27 @@ def evaluate(
     records = [record for batch in batches for record in batch]
     measures.check(records)
     seconds: dict[str, float] = {}
-    with _stage(seconds, "before"):
+    with stage(seconds, "before"):
         before = measures.take(editor, records, "unedited scores", progress)
     unedited, costs = None, []
     if text is not None:
-        with _stage(seconds, "perplexity"):
+        with stage(seconds, "perplexity"):
             unedited = perplexity(editor.adapter, text)
-    with _stage(seconds, "targets"):
+    with stage(seconds, "targets"):
         editor.targets([record.request for record in records], config)
     after: list[Measured] = []
     with bar("edited batches", len(batches), progress) as advance:
         for number, batch in enumerate(batches):
-            with _stage(seconds, "edit"):
-                requests = [record.request for record in batch]
-                edit = editor.edit(requests, config, verify=False)
+            with stage(seconds, "edit"):
+                edit = editor.edit([record.request for record in batch], config, verify=False)
             try:
-                with _stage(seconds, "after"):
+                with stage(seconds, "after"):
                     after += measures.take(editor, batch, "edited scores", False)
                 if text is not None and number < perplexity_batches:
-                    with _stage(seconds, "perplexity"):
+                    with stage(seconds, "perplexity"):
                         costs.append(edited_nll(editor.adapter, text))
             finally:
-                with _stage(seconds, "undo"):
+                with stage(seconds, "undo"):
                     edit.undo()
             advance(1)
     numbers = [index for index, batch in enumerate(batches) for _ in batch]
@@ -114,13 +264,3 @@ def evaluate(
         seconds={name: round(value, 3) for name, value in seconds.items()},
         versions=versions(),
     )
-
-
-@contextmanager
-def _stage(seconds: dict[str, float], name: str) -> Iterator[None]:
-    """Add the wall time inside to a stage."""
-    begun = time.perf_counter()
-    try:
-        yield
-    finally:
-        seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - begun

@@ -16,15 +16,13 @@ from fastmemit.data import Corpus, Record
 from fastmemit.editor import Editor
 from fastmemit.editors.subjects import ReadCache
 from fastmemit.errors import BadData
-from fastmemit.evaluation.counterfact import score_records
 from fastmemit.evaluation.perplexity import PerplexityResult, PerplexityText, before_and_after, edited_nll
-from fastmemit.evaluation.schema import ScoreTable
+from fastmemit.evaluation.scores import Exact, NllPair, RecordScore, ScoreTable, score_records
 from fastmemit.experiments.folders import score_means
 from fastmemit.experiments.grid import Place
 from fastmemit.experiments.header import as_published, hardware
 from fastmemit.experiments.schema import Cell, CellRecord, Sweep, Timing
 from fastmemit.experiments.statistics import FULL_KEYS
-from fastmemit.metrics.score import Exact, NllPair, RecordScore
 from fastmemit.statistics import Statistics, versions
 
 log = logging.getLogger(__name__)

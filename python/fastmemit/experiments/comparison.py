@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, cast
 
 from fastmemit.errors import BadData
-from fastmemit.evaluation.schema import Perplexity
+from fastmemit.evaluation.perplexity import Perplexity
 from fastmemit.experiments.folders import settings_name
 from fastmemit.experiments.intervals import (
     PERPLEXITY,

@@ -13,10 +13,10 @@ from typing import Any, cast
 from fastcov.parsing import parse_json
 from fastcov.printable import printable
 from fastmemit.errors import BadData, DamagedFile, WrongModel
+from fastmemit.evaluation.scores import harmonic_mean
 from fastmemit.experiments.intervals import HARMONIC, SCORES, SHARES
 from fastmemit.experiments.results import RESULTS, TIMINGS, read_results
 from fastmemit.experiments.schema import Cell, Sweep, Timing
-from fastmemit.metrics.score import harmonic_mean
 
 # What a report reads of sweep.json.
 _READ = {"format": int, "model": str, "fingerprint": str, "methods": dict}

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from typing import Any, TypedDict
 
-from fastmemit.evaluation.schema import Perplexity, ScoreTable
+from fastmemit.evaluation.perplexity import Perplexity
+from fastmemit.evaluation.scores import ScoreTable
 
 
 class CellRecord(TypedDict):

@@ -18,12 +18,10 @@ from fastmemit.data import Record
 from fastmemit.editor import Editor
 from fastmemit.editors import PRESERVING, EditConfig, PreservedKeys, ReadCache
 from fastmemit.errors import BadConfig, BadData, DamagedFile, FastmemitError, WrongModel
-from fastmemit.evaluation.counterfact import score_records
-from fastmemit.evaluation.schema import ScoreTable
+from fastmemit.evaluation.scores import RecordScore, ScoreTable, score_records
 from fastmemit.experiments.cell import scored_or_failed, table_of
 from fastmemit.experiments.header import as_published
 from fastmemit.experiments.intervals import SCORES, SHARES
-from fastmemit.metrics.score import RecordScore
 from fastmemit.request import check_batch
 from fastmemit.targets.rows import request_rows
 

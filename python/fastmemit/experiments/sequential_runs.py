@@ -23,14 +23,13 @@ from fastmemit.data import Corpus, Record
 from fastmemit.editor import Editor
 from fastmemit.editors import ReadCache
 from fastmemit.errors import BadData, WrongModel
-from fastmemit.evaluation.counterfact import count_questions, score_records
 from fastmemit.evaluation.perplexity import PerplexityText, perplexity
+from fastmemit.evaluation.scores import RecordScore, count_questions, score_records
 from fastmemit.experiments.grid import multiplier_name
 from fastmemit.experiments.header import as_published, hardware, make_header, with_defaults
 from fastmemit.experiments.results import ResultsFile, line_of, locked, read_lines
 from fastmemit.experiments.sequential import check_step, run_sequential
 from fastmemit.experiments.statistics import FULL_KEYS, precompute_multipliers
-from fastmemit.metrics.score import RecordScore
 from fastmemit.progress import bar
 from fastmemit.statistics import versions
 

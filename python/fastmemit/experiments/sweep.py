@@ -18,8 +18,8 @@ from fastmemit.data import Record, batches
 from fastmemit.editor import Editor
 from fastmemit.editors import EditConfig
 from fastmemit.errors import WrongModel
-from fastmemit.evaluation.counterfact import count_questions, score_records
 from fastmemit.evaluation.perplexity import perplexity
+from fastmemit.evaluation.scores import count_questions, score_records
 from fastmemit.experiments.cell import SweepInputs, SweepRun, run_cell
 from fastmemit.experiments.grid import Grid, Place
 from fastmemit.experiments.header import check_header

@@ -13,7 +13,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from fastmemit.evaluation.schema import Perplexity
+from fastmemit.evaluation.perplexity import Perplexity
 from fastmemit.experiments.comparison import KEPT, MARGIN, Against, Group, Measured, further_means
 from fastmemit.experiments.folders import multiplier_text
 from fastmemit.experiments.intervals import PERPLEXITY, SCORES, Estimate

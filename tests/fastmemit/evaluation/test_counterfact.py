@@ -11,9 +11,9 @@ import pytest
 from fastmemit.answers import Answer, answer_nlls
 from fastmemit.data import Record
 from fastmemit.errors import BadData
-from fastmemit.evaluation import counterfact as module
 from fastmemit.evaluation import score_records
-from fastmemit.evaluation.counterfact import count_questions
+from fastmemit.evaluation import scores as module
+from fastmemit.evaluation.scores import count_questions
 from fastmemit.models import find_adapter
 from fastmemit.request import EditRequest
 from reference.literal_evaluation import literal_costs, literal_record
@@ -37,7 +37,7 @@ def test_each_prompt_is_asked_with_both_answers_in_its_place(monkeypatch: pytest
     (score,) = score_records(None, None, [FULL])  # type: ignore[arg-type]
     assert (score.case_id, score.es, score.ps, score.ns) == (7, 1.0, 1.0, 0.0)
     # Of the neighbourhood the true answer counts, which is not exact here.
-    assert (score.ea, score.pa, score.na) == (1.0, 1.0, 0.0)
+    assert [score.shares()[name] for name in ("ea", "pa", "na")] == [1.0, 1.0, 0.0]
     costs.update(Rome=3.0)
     (score,) = score_records(None, None, [FULL])  # type: ignore[arg-type]
     assert (score.es, score.ps, score.ns) == (0.0, 0.0, 1.0)
@@ -119,12 +119,12 @@ def test_attribute_prompts_are_asked_if_wanted() -> None:
     adapter = find_adapter(model)
     (plain,) = score_records(adapter, tokenizer, [asked])
     (score,) = score_records(adapter, tokenizer, [asked], attributes=True)
-    assert plain.as_ is None and plain.attributes == ()
+    assert plain.shares()["as"] is None and plain.attributes == ()
     assert count_questions([asked]) == 12 and count_questions([asked], attributes=True) == 16
     found = literal_costs(model, tokenizer, asked.attributes, [" Rome", " Paris"])
     for pair, (new, true) in zip(score.attributes, found, strict=True):
         assert pair == pytest.approx((new[0], true[0]), abs=1e-5)
-    assert score.as_ == sum(new[0] < true[0] for new, true in found) / 2
+    assert score.shares()["as"] == sum(new[0] < true[0] for new, true in found) / 2
     assert score.rewrite == pytest.approx(plain.rewrite, abs=1e-5)
 
 

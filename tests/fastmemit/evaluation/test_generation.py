@@ -11,7 +11,7 @@ from fastmemit.data import Record
 from fastmemit.errors import BadConfig, BadData
 from fastmemit.evaluation import generate_records
 from fastmemit.evaluation import generation as module
-from fastmemit.metrics import n_gram_entropy
+from fastmemit.evaluation.generation import n_gram_entropy
 from fastmemit.sampling import continue_texts
 from tiny_editors import FACTS
 from tiny_models import tiny_model, tiny_tokenizer

@@ -11,8 +11,9 @@ from fastmemit.data import Record, ZsreRecord
 from fastmemit.editor import Editor
 from fastmemit.errors import BadConfig, BadData
 from fastmemit.evaluation import References, evaluate, generate_records, judge_zsre, score_records
-from fastmemit.evaluation.measures import METRICS, Measured, Measures, table
-from fastmemit.metrics import summarise, summarise_accuracy, summarise_generation
+from fastmemit.evaluation.generation import summarise_generation
+from fastmemit.evaluation.runner import METRICS, Measured, Measures, table
+from fastmemit.evaluation.scores import summarise, summarise_accuracy
 from fastmemit.request import EditRequest
 from tiny_editors import FACTS, QUICK, record, tiny_editor
 
@@ -47,10 +48,10 @@ def test_scores_and_what_is_asked_besides(editor: Editor) -> None:
     written = generate_records(editor.model, editor.tokenizer, FULL, seed=editor.seed)
     assert [one.answers for one in found] == scores
     assert [one.written for one in found] == written
-    assert table(found) == {**summarise(scores).as_dict(), **summarise_generation(written).as_dict()}
+    assert table(found) == {**summarise(scores), **summarise_generation(written)}
     row = found[0].shown()
     assert row["generation"] == written[0].as_dict() and "case_id" not in row
-    assert row["as"] == scores[0].as_
+    assert row["as"] == scores[0].shares()["as"]
 
 
 def test_nothing_more_is_asked_by_default(editor: Editor) -> None:
@@ -64,7 +65,7 @@ def test_zsre_has_its_accuracies(editor: Editor) -> None:
     result = evaluate(editor, [ZSRE], "memit", {**QUICK, "steps": 20, "clamp": 4.0})
     assert result["before"].keys() == {"ea", "pa", "na", "a"}
     judged = judge_zsre(editor.adapter, editor.tokenizer, ZSRE)
-    assert result["before"] == summarise_accuracy(judged).as_dict()
+    assert result["before"] == summarise_accuracy(judged)
     assert result["records"][0]["before"] == {name: getattr(judged[0], name) for name in ("ea", "pa", "na")}
 
 
@@ -110,6 +111,6 @@ def test_references_are_checked_before_any_work(editor: Editor) -> None:
 
 
 def test_measured_without_texts_shows_none() -> None:
-    from fastmemit.metrics import accuracy_record
+    from fastmemit.evaluation.scores import accuracy_record
 
     assert Measured(accuracy_record(1, [True])).shown() == {"ea": 1.0, "pa": None, "na": None}

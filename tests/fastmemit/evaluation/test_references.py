@@ -14,7 +14,6 @@ pytest.importorskip("sklearn")
 from fastmemit.data import Record
 from fastmemit.errors import BadData
 from fastmemit.evaluation import References, load_references
-from fastmemit.metrics import TextLikeness
 from tiny_editors import FACTS
 
 ROWS = [
@@ -34,7 +33,7 @@ def test_texts_of_one_relation_and_answer_belong_together(tmp_path: Path) -> Non
     references = load_references(write(tmp_path / "a.jsonl", *ROWS))
     references.check([RECORD])
     said = ["The column stands in", "the city"]
-    want = TextLikeness([row["text"] for row in ROWS])(
+    want = References({("", ""): [row["text"] for row in ROWS]}).likeness(
         "The column stands in the city", "Trajan's Column stands in Rome. The Tiber runs through the city."
     )
     assert references.score(RECORD, said) == pytest.approx(want) and want > 0.3

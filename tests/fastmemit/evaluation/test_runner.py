@@ -14,9 +14,9 @@ import torch
 
 from fastmemit.editor import Editor
 from fastmemit.errors import DuplicateRequest, FastmemitError, WrongModel
-from fastmemit.evaluation import evaluate, measures, score_records
-from fastmemit.evaluation.schema import FullScoreTable, RecordResult, Result
-from fastmemit.metrics.score import summarise
+from fastmemit.evaluation import evaluate, runner, score_records
+from fastmemit.evaluation.runner import RecordResult, Result
+from fastmemit.evaluation.scores import FullScoreTable, summarise
 from fastmemit.statistics import versions
 from tiny_editors import FACTS, QUICK, record, tiny_editor
 
@@ -173,7 +173,7 @@ def test_an_edited_model_is_refused(editor: Editor) -> None:
 
 def test_an_error_while_scoring_gives_the_weights_back(editor: Editor, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
-    real = measures.score_records
+    real = runner.score_records
 
     def fails_later(*args: Any, **kwargs: Any) -> Any:
         calls.append(len(editor.edits))
@@ -181,7 +181,7 @@ def test_an_error_while_scoring_gives_the_weights_back(editor: Editor, monkeypat
             raise KeyboardInterrupt
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(measures, "score_records", fails_later)
+    monkeypatch.setattr(runner, "score_records", fails_later)
     with pytest.raises(KeyboardInterrupt):
         evaluate(editor, BATCHES, "memit", QUICK)
     assert calls == [0, 1, 1]  # `_restored` looks at the weights
@@ -223,4 +223,4 @@ def test_bars_are_drawn_on_a_terminal_and_if_asked(
 
 def test_summarise_is_what_the_totals_are(editor: Editor, result: Result) -> None:
     scores = score_records(editor.adapter, editor.tokenizer, [r for b in BATCHES for r in b])
-    assert summarise(scores).as_dict() == pytest.approx(result["before"])
+    assert summarise(scores) == pytest.approx(result["before"])

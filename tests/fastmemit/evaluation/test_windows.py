@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastmemit.errors import BadConfig, BadData
-from fastmemit.evaluation.windows import DEFAULT_CONTEXT, PerplexityText, _ids, read_text
+from fastmemit.evaluation.perplexity import DEFAULT_CONTEXT, PerplexityText, _ids, read_text
 from tiny_editors import texts
 from tiny_tokenizers import tiny_tokenizer
 

@@ -10,8 +10,8 @@ import torch
 from fastmemit.answers import Answer
 from fastmemit.data import ZsreRecord
 from fastmemit.evaluation import judge_zsre
-from fastmemit.evaluation import zsre as module
-from fastmemit.evaluation.zsre import count_zsre_questions
+from fastmemit.evaluation import scores as module
+from fastmemit.evaluation.scores import count_zsre_questions
 from fastmemit.models import find_adapter
 from fastmemit.request import EditRequest
 from fastmemit.tokens import encode_with_target

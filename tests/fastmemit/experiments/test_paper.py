@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from fastmemit.evaluation.scores import harmonic_mean
 from fastmemit.experiments.paper import NAMES, PaperRow, paper_rows, rows_for
-from fastmemit.metrics.score import harmonic_mean
 
 # Rows whose printed S is not the harmonic mean of their columns by a few hundredths: (table, batch
 # size, side). They are no error that could be put right, and are left as printed.

@@ -14,8 +14,8 @@ from fastmemit.editor import Editor
 from fastmemit.editors import PreservedKeys, ReadCache
 from fastmemit.errors import BadConfig, BadData, DuplicateRequest, WrongModel
 from fastmemit.evaluation import score_records
+from fastmemit.evaluation.scores import RecordScore, summarise
 from fastmemit.experiments.sequential import Step, run_sequential
-from fastmemit.metrics.score import RecordScore, summarise
 from fastmemit.request import EditRequest
 from tiny_editors import FACTS, record, tiny_editor
 
@@ -40,7 +40,7 @@ def editor(shared: Editor) -> Iterator[Editor]:
 
 
 def table(scores: list[RecordScore]) -> dict[str, Any]:
-    found = summarise(scores).as_dict()
+    found = summarise(scores)
     return {name: found[name] for name in ("es", "ps", "ns", "s", "ea", "pa", "na")}
 
 
@@ -76,7 +76,7 @@ def test_a_run_is_edits_on_top_of_each_other_written_out(editor: Editor, preserv
         assert step["before"] == table(unedited[: len(so_far)])
         assert step["by_batch"][0] == table(now[:2]) and len(step["by_batch"]) == number
         assert [(row["case_id"], row["batch"], row["before"]["ns"], row["after"]["ea"]) for row in step["records"]] == [
-            (item.case_id, RECORDS.index(item) // 2, old.ns, new.ea)
+            (item.case_id, RECORDS.index(item) // 2, old.ns, new.shares()["ea"])
             for item, old, new in zip(so_far, unedited, now, strict=False)
         ]
     for edit in reversed(edits):

@@ -12,8 +12,8 @@ import torch
 
 pytest.importorskip("lm_eval")
 
-from fastmemit.downstream import evaluate_tasks, find_tasks
 from fastmemit.errors import BadConfig
+from fastmemit.evaluation.downstream import evaluate_tasks, find_tasks
 from tiny_editors import FACTS, tiny_editor
 from tiny_models import tiny_model, tiny_tokenizer
 from tiny_tasks import QUESTIONS, task_folder

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from fastmemit.downstream import find_tasks
 from fastmemit.errors import BadConfig, BadData
+from fastmemit.evaluation.downstream import find_tasks
 from tiny_tasks import task_folder
 
 

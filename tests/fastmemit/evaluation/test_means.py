@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fastmemit.metrics.means import harmonic_mean, mean, percent
+from fastmemit.evaluation.scores import harmonic_mean, mean
 
 
 def test_mean() -> None:
@@ -17,8 +17,3 @@ def test_harmonic_mean() -> None:
     assert harmonic_mean([0.5]) == 0.5
     assert harmonic_mean([0.0, 1.0]) == 0.0
     assert harmonic_mean([0.0, None]) is None
-
-
-def test_percent() -> None:
-    assert percent(0.25) == 25.0
-    assert percent(None) is None

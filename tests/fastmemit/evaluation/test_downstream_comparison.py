@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from fastmemit.downstream import compare, find_tasks
 from fastmemit.editor import Editor
 from fastmemit.errors import BadConfig, WrongModel
+from fastmemit.evaluation.downstream import compare, find_tasks
 from fastmemit.evaluation.perplexity import PerplexityText, perplexity, read_text
 from fastmemit.models import fingerprint
 from tiny_editors import FACTS, QUICK, texts, tiny_editor
@@ -81,7 +81,7 @@ def test_an_error_gives_the_weights_back(editor: Editor, text: PerplexityText, m
             raise KeyboardInterrupt
         return perplexity(*args, **kwargs)
 
-    monkeypatch.setattr("fastmemit.downstream.comparison.perplexity", break_when_edited)
+    monkeypatch.setattr("fastmemit.evaluation.downstream.perplexity", break_when_edited)
     with pytest.raises(KeyboardInterrupt):
         compare(editor, made, text=text)
     assert fingerprint(editor.model) == unedited and editor.edits == ()

@@ -12,8 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastmemit.errors import BadConfig, BadData
-from fastmemit.metrics import RecordGeneration, TextLikeness, n_gram_entropy, summarise_generation
-from fastmemit.metrics.generation import tokens_of
+from fastmemit.evaluation.generation import (
+    RecordGeneration,
+    References,
+    n_gram_entropy,
+    summarise_generation,
+    tokens_of,
+)
 
 
 def test_entropy_by_hand() -> None:
@@ -51,7 +56,7 @@ FITTED = ["the tower is in rome", "the river runs through paris", "a poet wrote 
 
 
 def test_likeness_is_the_cosine_of_tf_idf_vectors() -> None:
-    likeness = TextLikeness(FITTED)
+    likeness = References({("P1", "Rome"): FITTED}).likeness
     vocabulary = sorted({word for text in FITTED for word in text.split() if len(word) > 1})
     # scikit-learn's: idf = ln((1 + n) / (1 + df)) + 1, words of two letters or more.
     idf = {word: math.log(4 / (1 + sum(word in text.split() for text in FITTED))) + 1 for word in vocabulary}
@@ -70,7 +75,7 @@ def test_likeness_is_the_cosine_of_tf_idf_vectors() -> None:
 
 def test_texts_without_words() -> None:
     with pytest.raises(BadData, match=r"reference texts cannot be compared with .*give texts"):
-        TextLikeness(["", "!"])
+        References({("P1", "Rome"): ["", "!"]})
 
 
 def test_without_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,12 +90,12 @@ def test_without_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [n for n in sys.modules if n.startswith("sklearn")]:
         monkeypatch.delitem(sys.modules, name)
     with pytest.raises(BadConfig, match=r"needs scikit-learn.*fastmemit\[eval\]"):
-        TextLikeness(FITTED)
+        References({("P1", "Rome"): FITTED})
 
 
 def test_summary() -> None:
     rows = [RecordGeneration(0, 6.0, 0.5, ("a",)), RecordGeneration(1, 4.0, None, ("b",))]
     found = summarise_generation(rows)
-    assert found.as_dict() == {"ge": 5.0, "rs": 50.0}
+    assert found == {"ge": 5.0, "rs": 50.0}
     assert rows[0].as_dict() == {"ge": 6.0, "rs": 0.5, "texts": ["a"]}
-    assert summarise_generation([]).as_dict() == {"ge": None, "rs": None}
+    assert summarise_generation([]) == {"ge": None, "rs": None}

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
+from fastmemit.capacity import SHAPES, Shape, shape_of
 from fastmemit.errors import BadConfig, ModelNotFound
 from fastmemit.models import find_adapter, load_skeleton
-from fastmemit.models.shape import SHAPES, Shape, shape_of
 from tiny_models import ARCHITECTURES, tiny_model
 
 # Two blocks, d 4, d_k 8, two heads of width 2 on one of keys and values, 10 tokens.

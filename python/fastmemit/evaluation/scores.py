@@ -1,0 +1,386 @@
+"""CounterFact's and zsRE's scores: the questions put to a model, many records at once, and what its answers are worth.
+
+`score_record`, `accuracy_record` and the summaries are pure functions of what a model said; `score_records` and
+`judge_zsre` ask one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypedDict, cast
+
+from fastmemit.answers import Answer, Question, judge_answers
+from fastmemit.data import Record, ZsreRecord
+from fastmemit.errors import BadData
+from fastmemit.models import ModelAdapter
+
+#: What a record of CounterFact is scored by, each a share of its prompts.
+SHARES = ("es", "ps", "ns", "ea", "pa", "na")
+#: The scores in the order in which they are shown: S beside what it is made of.
+SCORES = ("es", "ps", "ns", "s", "ea", "pa", "na")
+#: Harmonic means of the others: S of CounterFact, A of zsRE.
+HARMONIC = {"s": ("es", "ps", "ns"), "a": ("ea", "pa", "na")}
+_ALL = ("es", "ps", "ns", "s", "em", "pm", "nm", "ea", "pa", "na", "as")
+
+# A field of this name cannot be written as a class's, because "as" is a word of Python's own.
+_AttributeScore = TypedDict("_AttributeScore", {"as": float | None}, total=False)
+
+
+class ScoreTable(_AttributeScore):
+    """CounterFact's scores in percent; None where no record has such prompts or none was asked."""
+
+    es: float  # efficacy: the rewrite prompt gives the new answer
+    ps: float | None  # the paraphrases give it
+    ns: float | None  # the neighbourhood prompts keep the true answer
+    s: float | None  # harmonic mean of the three; 0 if one of them is 0
+    ea: float | None  # exact match: the wanted answer is what greedy decoding gives
+    pa: float | None
+    na: float | None
+
+
+class FullScoreTable(ScoreTable):
+    """The scores, and what else the same answers tell; all in percent, "as" included."""
+
+    em: float | None  # magnitudes: p(new) - p(true), at the rewrite prompt; in [-100, 100]
+    pm: float | None  # at the paraphrases
+    nm: float | None  # p(true) - p(new), at the neighbourhood prompts
+
+
+class AccuracyTable(TypedDict):
+    """zsRE's accuracies per answer token, in percent; None where no record has such questions."""
+
+    ea: float  # the question gets the new answer
+    pa: float | None  # the rephrased question gets it
+    na: float | None  # the unrelated question gets its own answer
+    a: float | None  # harmonic mean of the three
+
+
+class NllPair(NamedTuple):
+    """What one prompt costs with either answer: mean negative log-likelihood per token, in nats."""
+
+    new: float  # of " " + target_new
+    true: float  # of " " + target_true
+
+    @property
+    def magnitude(self) -> float:
+        """``p(new) - p(true)`` with p = exp(-NLL), the geometric mean probability of a token."""
+        return math.exp(-self.new) - math.exp(-self.true)
+
+
+class Exact(NamedTuple):
+    """Whether each prompt's wanted answer is the model's own, every token the most probable one."""
+
+    rewrite: bool  # of target_new
+    paraphrases: tuple[bool, ...] = ()  # of target_new
+    neighbourhood: tuple[bool, ...] = ()  # of target_true
+
+
+@dataclass(frozen=True)
+class RecordScore:
+    """The outcome of one record of CounterFact; each share is in [0, 1], None where there are no such prompts."""
+
+    case_id: int
+    es: float  # efficacy: 1.0 if the rewrite prompt gives the new answer
+    ps: float | None  # share of the paraphrases that give the new answer
+    ns: float | None  # share of the neighbourhood prompts that keep the true answer
+    rewrite: NllPair  # the costs behind es, ps and ns
+    paraphrases: tuple[NllPair, ...] = ()
+    neighbourhood: tuple[NllPair, ...] = ()
+    attributes: tuple[NllPair, ...] = ()  # of the attribute prompts, where they were asked
+    exact: Exact | None = None  # which answers are exact, where that is known
+
+    def shares(self) -> dict[str, float | None]:
+        """Every score by name: successes, magnitudes (in [-1, 1]), exact matches and the attribute score."""
+        exact = self.exact
+        return {
+            "es": self.es,
+            "ps": self.ps,
+            "ns": self.ns,
+            "em": self.rewrite.magnitude,
+            "pm": mean([costs.magnitude for costs in self.paraphrases]),
+            "nm": mean([-costs.magnitude for costs in self.neighbourhood]),
+            "ea": None if exact is None else float(exact.rewrite),
+            "pa": None if exact is None else mean([float(found) for found in exact.paraphrases]),
+            "na": None if exact is None else mean([float(found) for found in exact.neighbourhood]),
+            "as": mean([float(costs.new < costs.true) for costs in self.attributes]),
+        }
+
+    def as_dict(self) -> dict[str, Any]:
+        """The score for a JSON file; a pair becomes ``[new, true]``, a cost without bound None."""
+
+        def pair(costs: NllPair) -> list[float | None]:
+            return [cost if math.isfinite(cost) else None for cost in costs]
+
+        groups = ("paraphrases", "neighbourhood", "attributes")
+        nll = {"rewrite": pair(self.rewrite), **{name: [pair(x) for x in getattr(self, name)] for name in groups}}
+        return {"case_id": self.case_id, **self.shares(), "nll": nll}
+
+
+@dataclass(frozen=True)
+class RecordAccuracy:
+    """The outcome of one zsRE record; each share is in [0, 1], None where there are no such questions."""
+
+    case_id: int
+    ea: float  # share of the new answer's tokens that are the most probable ones, each after those before it
+    pa: float | None  # the same at the rephrased questions, averaged over them
+    na: float | None  # the same of the unrelated questions' own answers
+
+    def shares(self) -> dict[str, float | None]:
+        """The accuracies by name."""
+        return {"ea": self.ea, "pa": self.pa, "na": self.na}
+
+    def as_dict(self) -> dict[str, Any]:
+        """The accuracies for a JSON file."""
+        return {"case_id": self.case_id, **self.shares()}
+
+
+def mean(values: Sequence[float]) -> float | None:
+    """The arithmetic mean; None of nothing."""
+    return math.fsum(values) / len(values) if values else None
+
+
+def harmonic_mean(values: Sequence[float | None]) -> float | None:
+    """``n / sum(1 / value)`` of values >= 0; None if one is None, and 0 if one is 0, which is the limit."""
+    known = [value for value in values if value is not None]
+    if len(known) < len(values):
+        return None
+    return 0.0 if 0 in known else len(known) / math.fsum(1 / value for value in known)
+
+
+def score_means(shares: Sequence[Mapping[str, float | None]], names: Sequence[str] = SCORES) -> dict[str, float | None]:
+    """Means over the records that have a share, each record once, and their harmonic means; in percent."""
+    found: dict[str, float | None] = {}
+    for name in names:
+        if name in HARMONIC:
+            found[name] = harmonic_mean([found[part] for part in HARMONIC[name]])
+        else:
+            found[name] = mean([share for record in shares if (share := record.get(name)) is not None])
+    return {name: None if value is None else 100 * value for name, value in found.items()}
+
+
+def summarise(records: Iterable[RecordScore]) -> FullScoreTable:
+    """Average the scores over records, so that each record counts once however many prompts it has.
+
+    Raises:
+        BadData: There is no record.
+    """
+    shares = [record.shares() for record in records]
+    if not shares:
+        raise BadData("There is no record to average scores over; evaluate at least one.")
+    return cast(FullScoreTable, score_means(shares, _ALL))
+
+
+def summarise_accuracy(records: Iterable[RecordAccuracy]) -> AccuracyTable:
+    """Average the accuracies over records, each of which counts once.
+
+    Raises:
+        BadData: There is no record.
+    """
+    shares = [record.shares() for record in records]
+    if not shares:
+        raise BadData("There is no record to average accuracies over; evaluate at least one.")
+    return cast(AccuracyTable, score_means(shares, ("ea", "pa", "na", "a")))
+
+
+def score_record(
+    case_id: int,
+    rewrite: Sequence[float],
+    paraphrases: Iterable[Sequence[float]] = (),
+    neighbourhood: Iterable[Sequence[float]] = (),
+    *,
+    attributes: Iterable[Sequence[float]] = (),
+    exact: Exact | None = None,
+) -> RecordScore:
+    """Judge one record of CounterFact by the costs of its prompts, each ``(NLL(new), NLL(true))`` in nats a token.
+
+    A rewrite prompt or paraphrase succeeds when NLL(new) < NLL(true), a neighbourhood prompt when NLL(true) < NLL(new).
+    Both are strict: a tie is a failure, so a model that has collapsed to one output for everything scores nothing.
+
+    Args:
+        case_id: The record's number, for errors and for the result.
+        rewrite: The costs of the rewrite prompt.
+        paraphrases: The costs of each paraphrase.
+        neighbourhood: The costs of each neighbourhood prompt, in the same order: new, then true.
+        attributes: The costs of each attribute prompt.
+        exact: Which wanted answers are the model's own.
+
+    Raises:
+        BadData: A cost is NaN, or `exact` is not of these prompts.
+    """
+    asked = _pair(case_id, "the rewrite prompt", rewrite)
+    said_otherwise = _pairs(case_id, "paraphrase", paraphrases)
+    nearby = _pairs(case_id, "neighbourhood prompt", neighbourhood)
+    if exact is not None and (len(exact.paraphrases), len(exact.neighbourhood)) != (len(said_otherwise), len(nearby)):
+        raise BadData(
+            f"Case {case_id} has {len(said_otherwise)} paraphrases and {len(nearby)} neighbourhood prompts, but exact "
+            f"answers of {len(exact.paraphrases)} and {len(exact.neighbourhood)}; give one for each prompt."
+        )
+    return RecordScore(
+        case_id,
+        es=float(asked.new < asked.true),
+        ps=mean([float(costs.new < costs.true) for costs in said_otherwise]),
+        ns=mean([float(costs.true < costs.new) for costs in nearby]),
+        rewrite=asked,
+        paraphrases=said_otherwise,
+        neighbourhood=nearby,
+        attributes=_pairs(case_id, "attribute prompt", attributes),
+        exact=exact,
+    )
+
+
+def _pairs(case_id: int, prompt: str, costs: Iterable[Sequence[float]]) -> tuple[NllPair, ...]:
+    return tuple(_pair(case_id, f"{prompt} {index}", pair) for index, pair in enumerate(costs))
+
+
+def _pair(case_id: int, prompt: str, costs: Sequence[float]) -> NllPair:
+    new, true = (float(cost) for cost in costs)
+    for name, cost in (("target_new", new), ("target_true", true)):
+        if math.isnan(cost):
+            raise BadData(
+                f"The negative log-likelihood of {name} at {prompt} of case {case_id} is NaN, so the model's output is "
+                "broken; run it in float32, or undo the edit that broke it."
+            )
+    return NllPair(new, true)
+
+
+def accuracy_record(
+    case_id: int,
+    rewrite: Sequence[bool],
+    paraphrases: Iterable[Sequence[bool]] = (),
+    neighbourhood: Iterable[Sequence[bool]] = (),
+) -> RecordAccuracy:
+    """Judge one zsRE record by which tokens of its answers are the most probable ones.
+
+    Args:
+        case_id: The record's number, for errors and for the result.
+        rewrite: One for each token of the new answer.
+        paraphrases: The same at each rephrased question.
+        neighbourhood: The same of each unrelated question's own answer.
+
+    Raises:
+        BadData: An answer has no token.
+    """
+
+    def share(where: str, tokens: Sequence[bool]) -> float:
+        found = mean([float(token) for token in tokens])
+        if found is None:
+            raise BadData(f"The answer to {where} of case {case_id} has no token; give a word.")
+        return found
+
+    return RecordAccuracy(
+        case_id,
+        ea=share("the question", rewrite),
+        pa=mean([share("a rephrased question", tokens) for tokens in paraphrases]),
+        na=mean([share("an unrelated question", tokens) for tokens in neighbourhood]),
+    )
+
+
+def score_records(
+    adapter: ModelAdapter,
+    tokenizer: Any,
+    records: Sequence[Record],
+    *,
+    attributes: bool = False,
+    batch_tokens: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> list[RecordScore]:
+    """Score the model, as it is now, on the rewrite, paraphrase and neighbourhood prompts of CounterFact.
+
+    Args:
+        adapter: The model.
+        tokenizer: Its tokenizer.
+        records: The records; each needs a true answer.
+        attributes: Ask the attribute prompts too, which are as many again in CounterFact.
+        batch_tokens: See `judge_answers`.
+        progress: Called with the number of questions done since the last call; `count_questions` are asked in all.
+
+    Raises:
+        BadData: A record has no true answer.
+    """
+    questions: list[Question] = []
+    for record in records:
+        if record.request.target_true is None:
+            raise BadData(f"Record {record.case_id} has no target_true, which scores compare with; add it.")
+        answers = (record.request.target_new, record.request.target_true)
+        for prompt in _prompts(record, attributes):
+            questions += [(prompt, record.request.answer_to(prompt, each)) for each in answers]
+    judged = iter(judge_answers(adapter, tokenizer, questions, batch_tokens=batch_tokens, progress=progress))
+
+    def take(prompts: Sequence[str]) -> list[tuple[Answer, Answer]]:  # new and true, of each prompt
+        return [(next(judged), next(judged)) for _ in prompts]
+
+    def costs(pairs: Sequence[tuple[Answer, Answer]]) -> list[tuple[float, float]]:
+        return [(new.nll, true.nll) for new, true in pairs]
+
+    scores = []
+    for record in records:
+        ((new, true),) = take([record.request.text])
+        said_otherwise, nearby = take(record.paraphrases), take(record.neighbourhood)
+        related = take(record.attributes) if attributes else []
+        exact = Exact(new.exact, tuple(n.exact for n, _ in said_otherwise), tuple(t.exact for _, t in nearby))
+        scores.append(
+            score_record(
+                record.case_id,
+                (new.nll, true.nll),
+                costs(said_otherwise),
+                costs(nearby),
+                attributes=costs(related),
+                exact=exact,
+            )
+        )
+    return scores
+
+
+def count_questions(records: Sequence[Record], attributes: bool = False) -> int:
+    """How many questions `score_records` asks: two for each prompt."""
+    return sum(2 * len(_prompts(record, attributes)) for record in records)
+
+
+def _prompts(record: Record, attributes: bool) -> list[str]:
+    asked = [record.request.text, *record.paraphrases, *record.neighbourhood]
+    return [*asked, *record.attributes] if attributes else asked
+
+
+def judge_zsre(
+    adapter: ModelAdapter,
+    tokenizer: Any,
+    records: Sequence[ZsreRecord],
+    *,
+    batch_tokens: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> list[RecordAccuracy]:
+    """Which tokens of its answers the model finds, as it is now, under teacher forcing.
+
+    Args:
+        adapter: The model.
+        tokenizer: Its tokenizer.
+        records: The records.
+        batch_tokens: See `judge_answers`.
+        progress: Called with the number of questions done since the last call; `count_zsre_questions` are asked in all.
+    """
+    questions = [question for record in records for question in _zsre_questions(record)]
+    judged = iter(judge_answers(adapter, tokenizer, questions, batch_tokens=batch_tokens, progress=progress))
+
+    def take(prompts: Sequence[str]) -> list[tuple[bool, ...]]:
+        return [next(judged).matches for _ in prompts]
+
+    return [
+        accuracy_record(record.case_id, next(judged).matches, take(record.paraphrases), take(record.neighbourhood))
+        for record in records
+    ]
+
+
+def count_zsre_questions(records: Sequence[ZsreRecord]) -> int:
+    """How many questions `judge_zsre` asks."""
+    return sum(len(_zsre_questions(record)) for record in records)
+
+
+def _zsre_questions(record: ZsreRecord) -> list[Question]:
+    asked = [record.request.text, *record.paraphrases]
+    unrelated = zip(record.neighbourhood, record.neighbourhood_answers, strict=True)
+    return [
+        *((text, record.request.answer_to(text, record.request.target_new)) for text in asked),
+        *((prompt, " " + answer.strip()) for prompt, answer in unrelated),
+    ]
