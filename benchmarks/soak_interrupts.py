@@ -32,6 +32,7 @@ import torch
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 
+from fastcov.bench.machine import versions
 from fastmemit.applied import Edit
 from fastmemit.evaluation import evaluate
 from fastmemit.experiments.cell import SweepInputs
@@ -180,6 +181,7 @@ def run(rounds: int, seed: int, folder: Path) -> dict[str, Any]:
     def terminated(*_: object) -> None:
         raise Terminated
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what runs in its background without it
     signal.signal(signal.SIGTERM, terminated)
     signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(chosen))
     tally: collections.Counter[str] = collections.Counter()
@@ -225,12 +227,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--interrupts", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     logging.disable(logging.CRITICAL)
     torch.set_num_threads(1)
+    begun = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         found = run(args.interrupts, args.seed, Path(folder))
+    found |= {"seed": args.seed, "seconds": round(time.monotonic() - begun, 1), "versions": versions()}
+    if args.json is not None:
+        args.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(found, indent=1))
     return bool(found["defects"])
 
