@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastmemit.compat.hparams import read_hparams
 from fastmemit.compat.live import live
-from fastmemit.planning import plan_edit
+from fastmemit.editor import plan_edit
 from fastmemit.request import EditRequest, check_batch
 
 log = logging.getLogger(__name__)
