@@ -22,12 +22,11 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from fastcov import SecondMoment, bucket  # noqa: E402
-from fastcov.batches import chained  # noqa: E402
+from fastcov.accumulate import Tally  # noqa: E402
+from fastcov.batching import chained  # noqa: E402
 from fastcov.bench.machine import machine  # noqa: E402
-from fastcov.checkpoint import SHARE, Checkpoint  # noqa: E402
-from fastcov.checkpoint_file import Taken, read_checkpoint  # noqa: E402
+from fastcov.checkpoint import SHARE, Checkpoint, Taken, read_checkpoint  # noqa: E402  # noqa: E402
 from fastcov.store import atomic_file  # noqa: E402
-from fastcov.tally import Tally  # noqa: E402
 
 
 def main() -> None:

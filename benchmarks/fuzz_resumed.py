@@ -14,7 +14,7 @@ from benchmarks import fuzz_samples as samples
 from benchmarks.fuzz_mutations import damaged_header
 from benchmarks.fuzz_readers import Absent, Reader
 from fastcov import SecondMoment
-from fastcov.checkpoint_file import Taken, read_checkpoint, write_checkpoint
+from fastcov.checkpoint import Taken, read_checkpoint, write_checkpoint
 from fastmemit.experiments.sequential_report import markdown
 from fastmemit.experiments.sequential_runs import STEPS, _check_header, _finished
 

@@ -31,7 +31,7 @@ from fastcov.bench.machine import machine, versions  # noqa: E402
 WIDTH = 4096  # of the moment that is written, read and added up
 WORKER = """
 import sys, time, torch, torch.distributed as dist
-from fastcov.processes import add_up_lower
+from fastcov.distributed import add_up_lower
 rank, d = int(sys.argv[1]), int(sys.argv[3])
 dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
 matrix, times = torch.ones(d, d), []

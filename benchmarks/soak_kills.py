@@ -238,7 +238,7 @@ def _contents(folder: Path) -> dict[Path, bytes]:
 def _inspect(folder: Path, kills: Kills) -> None:
     """Read whatever a killed process left."""
     import fastcov
-    from fastcov.checkpoint_file import read_checkpoint
+    from fastcov.checkpoint import read_checkpoint
 
     checkpoints = list(folder.rglob("*.checkpoint"))
     kills.kept += bool(checkpoints)

@@ -6,13 +6,11 @@ the file format.
 """
 
 from fastcov import closed_form
-from fastcov.ahead import Ahead
-from fastcov.alphaedit import alphaedit
-from fastcov.batches import bucket, take
-from fastcov.budget import budget, minimum_keys
+from fastcov.batching import Ahead, Span, between, bucket, take
 from fastcov.checkpoint import Checkpoint
-from fastcov.closed_form import LowRank
-from fastcov.collect import collect
+from fastcov.closed_form import LowRank, NullSpace, alphaedit, null_space
+from fastcov.collecting import collect_moments
+from fastcov.distributed import Processes
 from fastcov.errors import (
     BadBudget,
     BadInput,
@@ -36,15 +34,11 @@ from fastcov.errors import (
     UnknownModule,
     WrongWidth,
 )
-from fastcov.keys import KeyHooks, flatten_keys, key_rows
-from fastcov.linalg import CholeskyFactor, RefinedFactor, factorize, regularised
+from fastcov.hooks import KeyHooks, flatten_keys, key_rows
+from fastcov.linalg import CholeskyFactor, RefinedFactor, factorize, ledoit_wolf, oas, regularised, shrunk
 from fastcov.moments import SecondMoment
-from fastcov.null_space import NullSpace, null_space
 from fastcov.ops import rank_k_update
-from fastcov.processes import Processes
-from fastcov.shrinkage import ledoit_wolf, oas, shrunk
-from fastcov.spans import Span, between
-from fastcov.stopping import StoppingRule, checkpoints
+from fastcov.sizing import StoppingRule, budget, checkpoints, minimum_keys
 from fastcov.store import load_moment, read_provenance, save_moment
 from fastcov.throughput import Throughput
 
@@ -88,7 +82,7 @@ __all__ = [
     "budget",
     "checkpoints",
     "closed_form",
-    "collect",
+    "collect_moments",
     "factorize",
     "flatten_keys",
     "key_rows",

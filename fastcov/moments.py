@@ -8,12 +8,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastcov.distributed import add_up_lower, reducing_device
 from fastcov.errors import BadInput, EmptyCorpus, NonFiniteKeys, WrongWidth
+from fastcov.hooks import isolated, key_rows
 from fastcov.inputs import matrix, shares_entries, square
-from fastcov.keys import key_rows
-from fastcov.mode import isolated
 from fastcov.ops import rank_k_update
-from fastcov.processes import add_up_lower, reducing_device
 
 _BLOCK = 1024  # rows mirrored at a time: the temporary is one block, not a second matrix
 _NORMED = 128  # rows of 16 bits whose norms a CPU takes at a time: it converts them first

@@ -19,10 +19,9 @@ import torch
 from torch import Tensor
 
 from fastcov.errors import BadInput, KernelUnavailable, WrongWidth
+from fastcov.hooks import isolated, key_rows
 from fastcov.inputs import matrix, shares_entries
 from fastcov.kernels import cpu, cuda, panels, reference, selfcheck, table, triton
-from fastcov.keys import key_rows
-from fastcov.mode import isolated
 
 # (C (d, d), X (n, d), mask (n,) bool or None, rows (m,) int64 or None, alpha): C changes in place.
 Run = Callable[[Tensor, Tensor, Tensor | None, Tensor | None, float], None]

@@ -27,9 +27,9 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from fastcov.batches import raw_bytes
+from fastcov.batching import raw_bytes
 from fastcov.errors import StoreDamaged, StoreMismatch, StoreMissing
-from fastcov.mode import isolated
+from fastcov.hooks import isolated
 from fastcov.moments import SecondMoment, check_moment
 from fastcov.parsing import parse_json
 from fastcov.printable import printable_logger

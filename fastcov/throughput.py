@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from fastcov.hooks import isolated
 from fastcov.kernels import cpu
-from fastcov.mode import isolated
 
 if TYPE_CHECKING:
-    from fastcov.tally import Tally
+    from fastcov.accumulate import Tally
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ _LARGEST = 8192  # width of the largest product tried
 
 
 class Throughput:
-    """What one `fastcov.collect` has done, in keys, operations and seconds.
+    """What one `fastcov.collect_moments` has done, in keys, operations and seconds.
 
     Args:
         peak: The machine's speed in floating point operations a second (a multiply-add is two). None measures it by

@@ -7,8 +7,8 @@ import os
 import pytest
 import torch
 
-from fastcov import Checkpoint, bucket, collect
-from fastcov.spans import Span
+from fastcov import Checkpoint, bucket, collect_moments
+from fastcov.batching import Span
 from reference.tiny import Tiny, paths
 
 GENERATOR = torch.Generator().manual_seed(3)
@@ -50,7 +50,7 @@ def run(path, *, kill_after=None, model=None, seconds=0.0, given=None, modules=M
     model.seen.clear()
     checkpoint = None if path is None else Checkpoint(path, identity, seconds)
     try:
-        found = collect(model, modules, batches() if given is None else given, budget,
+        found = collect_moments(model, modules, batches() if given is None else given, budget,
                         progress=progress, checkpoint=checkpoint, **more)  # fmt: skip
     except Killed:
         found = None

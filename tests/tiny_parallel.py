@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from fastcov import Checkpoint, FastcovError, Processes, bucket, collect
+from fastcov import Checkpoint, FastcovError, Processes, bucket, collect_moments
 from reference.tiny import Tiny, paths
 
 DOCUMENTS = [
@@ -50,7 +50,7 @@ def fails(case, rank, processes):
         with torch.no_grad():
             model.layers[0].up.weight[0, 0] = float("nan")
     try:
-        collect(model, MODULES, batches(documents), budget, processes=processes)
+        collect_moments(model, MODULES, batches(documents), budget, processes=processes)
     except FastcovError as error:
         return [type(error).__name__, str(error)]
     return ["nothing", ""]
@@ -68,9 +68,11 @@ def interrupted(rank, folder, processes):
 
     model = Tiny(dtype=torch.float32)
     with contextlib.suppress(OSError, FastcovError):
-        collect(model, MODULES, broken(), 301, checkpoint=checkpoint, processes=processes("broken"))
+        collect_moments(model, MODULES, broken(), 301, checkpoint=checkpoint, processes=processes("broken"))
     before = len(model.seen)
-    moments = collect(model, MODULES, batches(DOCUMENTS), 301, checkpoint=checkpoint, processes=processes("again"))
+    moments = collect_moments(
+        model, MODULES, batches(DOCUMENTS), 301, checkpoint=checkpoint, processes=processes("again")
+    )
     return sums(moments), [before, len(model.seen) - before]
 
 
@@ -85,7 +87,7 @@ def main(rank, folder):
     for name, (budget, n) in SOUND.items():
         model = Tiny(dtype=torch.float32)
         done = [] if name == "exact" else None
-        moments = collect(
+        moments = collect_moments(
             model, MODULES, batches(DOCUMENTS[:n]), budget, processes=processes(name),
             progress=None if done is None else done.append,
         )  # fmt: skip

@@ -85,7 +85,7 @@ def case(
 
     def ours(throughput: Throughput | None = None) -> dict[str, Tensor]:
         batches = fastcov.bucket(fastcov.take(texts, budget, max(map(len, texts))), settings.batch_tokens)
-        moments = fastcov.collect(model, modules, batches, budget, causal=True, throughput=throughput)
+        moments = fastcov.collect_moments(model, modules, batches, budget, causal=True, throughput=throughput)
         return {path: moment.lower for path, moment in moments.items()}
 
     def theirs() -> dict[str, Tensor]:
@@ -104,7 +104,7 @@ def case(
         return _agreement(sums, once(), _AGREE[dtype])
 
     contenders = [
-        Contender("fastcov.collect", "ours", check_ours, ours),
+        Contender("fastcov.collect_moments", "ours", check_ours, ours),
         Contender(
             _RELEASED,
             "released",

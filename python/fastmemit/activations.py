@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastcov.mode import evaluation_mode, isolated
+from fastcov.hooks import evaluation_mode, isolated
 from fastmemit.errors import FastmemitError, UnknownArchitecture
 from fastmemit.models import ModelAdapter, agrees, check_lengths, hidden_of, probe_ids, token_states
 from fastmemit.targets.rows import Row

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastcov.mode import evaluation_mode, isolated
+from fastcov.hooks import evaluation_mode, isolated
 from fastmemit.errors import BadRequest
 from fastmemit.logits import head_reads
 from fastmemit.models import ModelAdapter, check_lengths

@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from fastcov.mode import isolated
+from fastcov.hooks import isolated
 from fastmemit.chain import Chain
 from fastmemit.delta import Delta, add_low_rank, restore
 from fastmemit.errors import BadUndo, WrongModel

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from fastcov.stopping import LIMIT, StoppingRule, checkpoints
+from fastcov.sizing import LIMIT, StoppingRule, checkpoints
 from fastmemit.data.corpora import Corpus
 from fastmemit.statistics import Statistics
 
@@ -29,7 +29,7 @@ def precompute_auto(
     """Collect until the stopping rule of every layer says that it is enough.
 
     The sum is stored at every look, so an interrupted pass goes on at the last one, and the looks are the same the next
-    time. See `fastcov.stopping` for what is looked at.
+    time. See `fastcov.sizing` for what is looked at.
 
     Args:
         sources: Of the unedited model.

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastcov.mode import isolated
+from fastcov.hooks import isolated
 from fastmemit.errors import BadConfig, ModelNotFound
 from fastmemit.models.adapter import find_adapter
 from fastmemit.models.loading import load_skeleton
@@ -170,7 +170,7 @@ def plan(
 
     A token costs ``2 run(last)`` operations in the weights' products, ``4 heads head`` in each block's attention for
     each earlier token, and ``d_k (d_k + 1)`` for one triangle of each layer. A ring of N processes sends ``2 (N - 1) /
-    N`` of what is added up, which is a little more than the triangle (`fastcov.processes.add_up_lower`).
+    N`` of what is added up, which is a little more than the triangle (`fastcov.distributed.add_up_lower`).
 
     Args:
         shape: Shape of the model.

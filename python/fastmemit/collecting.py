@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import fastcov
-from fastcov.checkpoint_file import read_checkpoint
+from fastcov.checkpoint import read_checkpoint
 from fastcov.throughput import Throughput
 from fastmemit import parallel
 from fastmemit.data.corpora import Corpus
@@ -107,7 +107,7 @@ def collected(
                 reading=reading,
             ) as batches,
         ):
-            more = fastcov.collect(
+            more = fastcov.collect_moments(
                 adapter.model,
                 list(budgets),
                 batches,

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Literal
 
-from fastcov.mode import isolated
+from fastcov.hooks import isolated
 from fastmemit.errors import WrongModel
 from fastmemit.sampling import continue_rows
 from fastmemit.tokens import encode

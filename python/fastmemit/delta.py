@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastcov.mode import isolated
+from fastcov.hooks import isolated
 from fastcov.parsing import parse_json
 from fastcov.store import atomic_file, write_safetensors
 from fastmemit.errors import DamagedFile, NonFiniteEdit, OffloadedWeight, QuantisedWeight, WrongModel

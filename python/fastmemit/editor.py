@@ -11,9 +11,9 @@ from typing import Any, Literal
 
 import torch
 
-from fastcov.mode import isolated
+from fastcov.hooks import isolated
 from fastcov.printable import printable_logger
-from fastcov.stopping import LIMIT
+from fastcov.sizing import LIMIT
 from fastmemit.applied import Edit, EditStack
 from fastmemit.auto import AUTO, precompute_auto
 from fastmemit.cache import cache_dir
@@ -279,7 +279,7 @@ class Editor:
             corpus: ``"wikipedia"`` (from the hub), ``"builtin"``, ``"self"`` (text that the model writes), a text or
                 JSON file, ``"hub:NAME[:CONFIG][@SPLIT]"``, or a `Corpus`.
             multiplier: d_m: each layer gets ``round(d_m * d_k)`` keys. ``"auto"`` collects until an edit's solution is
-                near its limit, at most 10 (see `fastcov.stopping`).
+                near its limit, at most 10 (see `fastcov.sizing`).
             layers: Which layers; None takes those of the method.
             method: Whose layers, where `layers` is None: see `config`. None: all methods'.
             allow_fewer: Take a corpus that ends early for what it has.

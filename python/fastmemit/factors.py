@@ -9,7 +9,7 @@ import torch
 
 import fastcov
 from fastcov import CholeskyFactor, NullSpace
-from fastcov.shrinkage import SHRINKAGES
+from fastcov.linalg import SHRINKAGES
 from fastmemit.editors.config import AlphaEditConfig, Config, CovarianceConfig
 from fastmemit.models import ModelAdapter
 from fastmemit.statistics import Statistics

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastcov.mode import isolated
+from fastcov.hooks import isolated
 from fastcov.printable import printable
 from fastmemit.answers import judge_answers
 from fastmemit.models import ModelAdapter

@@ -3,7 +3,7 @@
     torchrun --nproc-per-node 8 -m fastmemit precompute --model NAME --corpus articles.jsonl
 
 Each has the whole model on a device of its own and runs its share of the batches; the first one writes the files. See
-`fastcov.parallel` for the division.
+`fastcov.collect_moments` for the division.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 
 import fastcov
 from fastcov import FailedElsewhere, Processes
-from fastcov.processes import TIMEOUT
+from fastcov.distributed import TIMEOUT
 from fastmemit.errors import BadConfig
 
 _ENTERED = count()

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fastcov.mode import evaluation_mode, isolated, random_state_kept
+from fastcov.hooks import evaluation_mode, isolated, random_state_kept
 from fastmemit.errors import BadConfig, BadRequest, FastmemitError
 from fastmemit.models import check_lengths, input_device
 from fastmemit.models.running import padding

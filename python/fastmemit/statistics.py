@@ -15,7 +15,7 @@ import transformers
 from torch import Tensor
 
 import fastcov
-from fastcov.mode import isolated
+from fastcov.hooks import isolated
 from fastcov.throughput import Throughput
 from fastmemit import parallel
 from fastmemit.cache import shared_folder

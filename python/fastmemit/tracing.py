@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 
-from fastcov.mode import evaluation_mode, isolated
+from fastcov.hooks import evaluation_mode, isolated
 from fastmemit.errors import BadConfig, BadRequest, FastmemitError, UnknownArchitecture
 from fastmemit.logits import head_reads
 from fastmemit.models import ModelAdapter, agrees, check_lengths, hidden_of, probe_ids, token_states, with_hidden

@@ -219,7 +219,7 @@ class Gives(nn.Module):
 
 def collected(keys: Tensor, dtype: torch.dtype = torch.float32) -> SecondMoment:
     model = Gives(keys.shape[-1], keys.dtype)
-    return fastcov.collect(model, ["down"], [{"x": keys[None]}], len(keys), dtype=dtype)["down"]
+    return fastcov.collect_moments(model, ["down"], [{"x": keys[None]}], len(keys), dtype=dtype)["down"]
 
 
 def test_half_precision_that_has_overflown_already() -> None:

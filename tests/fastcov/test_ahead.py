@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from fastcov.ahead import Ahead
+from fastcov.batching import Ahead
 
 
 def reading_threads():

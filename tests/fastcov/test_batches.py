@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastcov import BadBudget, bucket, take
-from fastcov.batches import pinned, sent
+from fastcov.batching import pinned, sent
 
 documents_of = st.lists(st.lists(st.integers(1, 99), max_size=40), max_size=40)
 

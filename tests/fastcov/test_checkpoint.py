@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 
-from fastcov import Checkpoint, collect
+from fastcov import Checkpoint, collect_moments
 from reference.tiny import Tiny
 from tiny_checkpoints import (
     IDENTITY,
@@ -42,7 +42,7 @@ def test_killed_after_every_batch_in_turn_it_gives_the_same_bits(tmp_path, setti
         if kept.exists():  # not behind the last batch, when nothing is left to do
             copies.append(shutil.copy(kept, tmp_path / str(len(copies))))
 
-    collect(model, MODULES, batches(), **{"budget": None, **settings},
+    collect_moments(model, MODULES, batches(), **{"budget": None, **settings},
             progress=copy, checkpoint=Checkpoint(kept, IDENTITY, 0))  # fmt: skip
     assert len(copies) >= number - 1
     for after, path in enumerate(copies[: number - 1], 1):
@@ -73,10 +73,10 @@ def test_progress_counts_every_key_once(tmp_path):
 
     model, given = Tiny(dtype=torch.float32), batches()
     with pytest.raises(Killed):
-        collect(model, MODULES, given, None, progress=progress,
+        collect_moments(model, MODULES, given, None, progress=progress,
                 checkpoint=Checkpoint(tmp_path / "c", IDENTITY, 0))  # fmt: skip
     before, again = sum(told), []
-    found = collect(model, MODULES, given, None, progress=again.append,
+    found = collect_moments(model, MODULES, given, None, progress=again.append,
                     checkpoint=Checkpoint(tmp_path / "c", IDENTITY, 0))  # fmt: skip
     assert again[0] == before and sum(again) == found[MODULES[0]].count
 

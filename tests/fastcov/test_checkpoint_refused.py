@@ -16,8 +16,8 @@ from safetensors import safe_open
 
 from fastcov import Checkpoint, NonFiniteKeys, StaleCheckpoint, StoreDamaged
 from fastcov import checkpoint as checkpoint_module
-from fastcov.checkpoint_file import read_checkpoint
-from fastcov.tally import Tally
+from fastcov.accumulate import Tally
+from fastcov.checkpoint import read_checkpoint
 from reference.tiny import Tiny, paths
 from tiny_checkpoints import (
     IDENTITY,

@@ -15,7 +15,7 @@ from fastcov import (
     UnknownModule,
     WrongWidth,
     bucket,
-    collect,
+    collect_moments,
     take,
 )
 from reference import closed_form as literal
@@ -31,7 +31,7 @@ TOTAL = sum(map(len, DOCUMENTS))
 
 def moments(model, batches, budget=None, modules=None, **more):
     modules = modules or paths(0, 2)
-    return collect(model, modules, batches, budget, dtype=torch.float64, **more)
+    return collect_moments(model, modules, batches, budget, dtype=torch.float64, **more)
 
 
 def close(a, b):
@@ -137,7 +137,7 @@ def test_the_cache_is_off_by_configuration_where_it_is_no_argument():
 
     model = Plain()
     batch = {"input_ids": torch.ones(1, 2), "position_ids": torch.zeros(1, 2)}
-    got = collect(model, ["down"], [batch], None)["down"]
+    got = collect_moments(model, ["down"], [batch], None)["down"]
     assert got.sum.tolist() == [[2.0, 2.0], [2.0, 2.0]] and model.config.use_cache
 
 
@@ -199,13 +199,13 @@ def test_squares_that_overflow_are_named():
             return self.down(x)
 
     with pytest.raises(NonFiniteKeys, match="overflow"):
-        collect(Large(), ["down"], [{"x": torch.full((1, 2), 1e30)}], None)
-    got = collect(Large(), ["down"], [{"x": torch.full((1, 2), 1e30)}], None, dtype=torch.float64)
+        collect_moments(Large(), ["down"], [{"x": torch.full((1, 2), 1e30)}], None)
+    got = collect_moments(Large(), ["down"], [{"x": torch.full((1, 2), 1e30)}], None, dtype=torch.float64)
     assert got["down"].second_moment.isfinite().all()
     with pytest.raises(WrongWidth, match=r"'down'.*batch 0.*2"):
-        collect(Large(), ["down"], [{"x": torch.ones(1, 3)}], None)
+        collect_moments(Large(), ["down"], [{"x": torch.ones(1, 3)}], None)
     with pytest.raises(ValueError, match="floating point"):
-        collect(Large(), ["down"], [{"x": torch.ones(1, 2).long()}], None)
+        collect_moments(Large(), ["down"], [{"x": torch.ones(1, 2).long()}], None)
 
 
 def test_a_width_that_changes_is_named():
@@ -218,7 +218,7 @@ def test_a_width_that_changes_is_named():
             return self.down(x)
 
     with pytest.raises(WrongWidth, match=r"'down'.*batch 1.*must be 2"):
-        collect(Any(), ["down"], [{"x": torch.ones(1, 2)}, {"x": torch.ones(1, 3)}], None)
+        collect_moments(Any(), ["down"], [{"x": torch.ones(1, 2)}, {"x": torch.ones(1, 3)}], None)
 
 
 @pytest.mark.parametrize("budget", [0, -5, 2.5, True, {}, {"layers.0.down_proj": 5}])
@@ -240,7 +240,7 @@ def test_bad_modules_are_named():
 
 def test_sums_of_bfloat16_keys_are_float32():
     model = Tiny(dtype=torch.bfloat16)
-    got = collect(model, paths(0), bucket(DOCUMENTS, 64), None)[paths(0)[0]]
+    got = collect_moments(model, paths(0), bucket(DOCUMENTS, 64), None)[paths(0)[0]]
     assert got.dtype == torch.float32
     wanted = literal.second_moment(keys_of(model, DOCUMENTS, 0).double().numpy())
     torch.testing.assert_close(got.second_moment.double(), torch.from_numpy(wanted), rtol=1e-5, atol=1e-6)

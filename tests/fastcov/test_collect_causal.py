@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from fastcov import bucket, collect
-from fastcov.collect import _only_pads_right
+from fastcov import bucket, collect_moments
+from fastcov.collecting import _only_pads_right
 
 DOCUMENTS = [[1, 2, 3], [4, 5, 6, 7, 8], [9]]
 
@@ -34,7 +34,7 @@ def test_a_mask_that_only_pads_on_the_right_is_not_given_to_a_causal_model():
     sums = []
     for causal in (False, True):
         batches = bucket(DOCUMENTS, 100, max_padding=0.9)
-        sums.append(collect(model, ["down_proj"], batches, None, causal=causal)["down_proj"])
+        sums.append(collect_moments(model, ["down_proj"], batches, None, causal=causal)["down_proj"])
     assert model.masks[0] is not None and model.masks[1] is None
     assert sums[0].count == sums[1].count == 9  # the keys are cut by the mask all the same
     assert torch.equal(sums[0].sum, sums[1].sum)
@@ -42,7 +42,7 @@ def test_a_mask_that_only_pads_on_the_right_is_not_given_to_a_causal_model():
 
 def test_any_other_mask_is_given_to_it():
     model = Heard()
-    got = collect(model, ["down_proj"], [left_padded()], None, causal=True)
+    got = collect_moments(model, ["down_proj"], [left_padded()], None, causal=True)
     assert model.masks[0] is not None and got["down_proj"].count == 9
 
 

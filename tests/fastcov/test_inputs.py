@@ -10,8 +10,8 @@ import torch
 
 import fastcov
 from fastcov import FastcovError, NonFiniteKeys, NonFiniteMatrix, SecondMoment, closed_form, npz
+from fastcov.factor import updated
 from fastcov.inputs import matrix, shares_entries, square
-from fastcov.updated_factor import updated
 
 # Halves of small whole numbers: exact in every floating dtype that is taken.
 DRAW = torch.Generator().manual_seed(0)

@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastcov.intact import intact
-from fastcov.mode import evaluation_mode
+from fastcov.hooks import evaluation_mode, intact
 
 
 class Boom(BaseException):

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from fastcov import FastcovError, HookNeverRan, KeyHooks, UnknownModule, WrongWidth, flatten_keys
-from fastcov.keys import key_rows
+from fastcov.hooks import key_rows
 from reference.tiny import Tiny, paths
 
 IDS = {"input_ids": torch.tensor([[1, 2, 3]]), "position_ids": torch.arange(3)[None]}

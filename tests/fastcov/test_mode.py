@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import fastcov
-from fastcov.mode import evaluation_mode, isolated, random_state_kept
+from fastcov.hooks import evaluation_mode, isolated, random_state_kept
 from torch_states import STATES, random_states, settings
 
 
@@ -144,7 +144,7 @@ FUNCTIONS = {
     "rome": lambda: _low(fastcov.closed_form.rome(FACTOR, K[:, 0], R[:, 0])),
     "null_space": lambda: [fastcov.null_space(MOMENT, relative=1.0).projector()],
     "alphaedit": lambda: _low(fastcov.alphaedit(NULL, K, R, 10.0, X[:4].T)),
-    "collect": lambda: [m.sum for m in fastcov.collect(MODEL, ["0", "1"], BATCHES, 40).values()],
+    "collect": lambda: [m.sum for m in fastcov.collect_moments(MODEL, ["0", "1"], BATCHES, 40).values()],
     "KeyHooks": _hooked,
     "StoppingRule": lambda: [
         float(fastcov.StoppingRule().update(m)) for m in (MOMENT, fastcov.SecondMoment(6).merge(MOMENT))
@@ -181,7 +181,7 @@ def test_batches_are_made_with_the_settings_of_the_caller():
 
     torch.set_default_dtype(torch.float64)
     try:
-        fastcov.collect(MODEL, ["0"], batches(), None)
+        fastcov.collect_moments(MODEL, ["0"], batches(), None)
     finally:
         torch.set_default_dtype(torch.float32)
 
@@ -190,8 +190,8 @@ def test_a_model_of_inference_tensors_is_read():
     with torch.inference_mode():
         model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
         model.load_state_dict(MODEL.state_dict())
-    (moment,) = fastcov.collect(model, ["1"], BATCHES, 40).values()
-    (wanted,) = fastcov.collect(MODEL, ["1"], BATCHES, 40).values()
+    (moment,) = fastcov.collect_moments(model, ["1"], BATCHES, 40).values()
+    (wanted,) = fastcov.collect_moments(MODEL, ["1"], BATCHES, 40).values()
     assert torch.equal(moment.sum, wanted.sum)
 
 

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastcov import collect, take
-from fastcov.batches import bucket
+from fastcov import collect_moments, take
+from fastcov.accumulate import Tally
+from fastcov.batching import bucket
+from fastcov.collecting import Division
+from fastcov.distributed import Processes
 from fastcov.errors import FastcovError
-from fastcov.parallel import Division
-from fastcov.processes import Processes
-from fastcov.tally import Tally
 from reference.tiny import Tiny, keys_of
 from tiny_parallel import DOCUMENTS, FAILING, MODULES, SOUND, batches, sums
 
@@ -49,7 +49,7 @@ def two(tmp_path_factory):
 def test_two_processes_have_the_keys_of_one(two, case):
     budget, n = SOUND[case]
     model = Tiny(dtype=torch.float32)
-    one = sums(collect(model, MODULES, batches(DOCUMENTS[:n]), budget))
+    one = sums(collect_moments(model, MODULES, batches(DOCUMENTS[:n]), budget))
     both = [torch.load(two / f"sums{rank}.pt")[case] for rank in range(2)]
     for name, layer in zip(MODULES, (0, 2), strict=True):
         alone, count, quartic = one[name]
@@ -80,7 +80,7 @@ def test_the_bound_would_show_a_single_key(two):
 def test_each_runs_half_and_counts_all(two):
     steps = [json.loads((two / f"said{rank}.json").read_text())["steps"] for rank in range(2)]
     whole = Tiny(dtype=torch.float32)
-    collect(whole, MODULES, batches(DOCUMENTS), 301)
+    collect_moments(whole, MODULES, batches(DOCUMENTS), 301)
     assert [keys for keys, _, _ in steps] == [301, 301]
     assert [n for _, n, _ in steps] == [len(whole.seen)] * 2
     assert [ran for _, _, ran in steps] == [-(-len(whole.seen) // 2), len(whole.seen) // 2]

@@ -9,9 +9,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from fastcov import processes
+from fastcov import distributed
+from fastcov.distributed import Processes, add_up_lower
 from fastcov.errors import FailedElsewhere, FastcovError, ProcessLost
-from fastcov.processes import Processes, add_up_lower
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
 
@@ -170,7 +170,7 @@ def test_lower_triangles_are_added_up_in_panels(monkeypatch, d):
         panel *= 3
 
     monkeypatch.setattr(dist, "all_reduce", threefold)
-    monkeypatch.setattr(processes, "_PANEL_ROWS", 4)
+    monkeypatch.setattr(distributed, "_PANEL_ROWS", 4)
     whole = torch.arange(d * d, dtype=torch.float64).reshape(d, d)
     mine = torch.where(torch.ones(d, d).tril() > 0, whole, float("nan"))
     add_up_lower(mine, "these")
@@ -181,7 +181,7 @@ def test_lower_triangles_are_added_up_in_panels(monkeypatch, d):
 
 def test_a_panel_has_a_row_at_least(monkeypatch):
     monkeypatch.setattr(dist, "all_reduce", lambda panel, group: panel.mul_(2))
-    monkeypatch.setattr(processes, "_PANEL_BYTES", 1)
+    monkeypatch.setattr(distributed, "_PANEL_BYTES", 1)
     mine = torch.ones(3, 3)
     add_up_lower(mine)
     assert mine.tril().tolist() == [[2, 0, 0], [2, 2, 0], [2, 2, 2]]

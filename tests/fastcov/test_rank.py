@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastcov.rank import pivots_
+from fastcov.linalg import pivots_
 
 
 def keys(n, d, seed=0):

@@ -5,8 +5,7 @@ import torch
 
 from fastcov import factorize
 from fastcov.errors import ResidualTooLarge
-from fastcov.factor import CholeskyFactor
-from fastcov.refinement import place_of_float64, refined_solve, upper_product
+from fastcov.factor import CholeskyFactor, place_of_float64, refined_solve, upper_product
 
 
 def conditioned(d, exponent, seed=0):

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastcov.ring import Ring
+from fastcov.accumulate import Ring
 
 
 class Given:

@@ -15,8 +15,8 @@ from fastcov import (
     SecondMoment,
     WrongWidth,
     ledoit_wolf,
+    linalg,
     oas,
-    shrinkage,
     shrunk,
 )
 from reference import shrinkage as literal
@@ -87,7 +87,7 @@ def test_streaming_equals_batch_and_masked_keys_do_not_count():
 def test_the_sums_are_taken_block_by_block(monkeypatch):
     moment = moment_of(keys(30, 17))
     wanted = ledoit_wolf(moment), oas(moment)
-    monkeypatch.setattr(shrinkage, "_BLOCK", 5)
+    monkeypatch.setattr(linalg, "_BLOCK", 5)
     moment.lower[torch.ones(17, 17).triu(1).bool()] = math.nan  # nobody reads these
     assert (ledoit_wolf(moment), oas(moment)) == pytest.approx(wanted, rel=1e-12)
 

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from fastcov import BadBudget, Span, between, bucket, collect
+from fastcov import BadBudget, Span, between, bucket, collect_moments
 from fastmemit.models import find_adapter
 from tiny_models import tiny_model
 
@@ -48,7 +48,7 @@ def test_the_parts_of_a_budget_add_up_to_it(splits, skip):
 
     def part(start, stop):
         batches = bucket(between(documents, start, stop, 16, skip), 40)
-        return collect(model, [name], batches, stop - start, dtype=torch.float64)[name]
+        return collect_moments(model, [name], batches, stop - start, dtype=torch.float64)[name]
 
     total = part(splits[0], splits[1])
     for start, stop in itertools.pairwise(splits[1:]):

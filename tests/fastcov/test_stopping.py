@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from fastcov import BadBudget, SecondMoment, WrongWidth, stopping
-from fastcov.stopping import StoppingRule, checkpoints
+from fastcov import BadBudget, SecondMoment, WrongWidth, sizing
+from fastcov.sizing import StoppingRule, checkpoints
 from reference import stopping as literal
 
 D = 128
@@ -136,7 +136,7 @@ def test_a_float32_sum_of_one_triangle_is_enough(monkeypatch):
     X = gaussian(3 * D, spectrum())
     wanted, got = StoppingRule(tolerance=1e-9), StoppingRule(tolerance=1e-9)
     looked_at(wanted, X, [2 * D, 3 * D])
-    monkeypatch.setattr(stopping, "_BLOCK", 50)
+    monkeypatch.setattr(sizing, "_BLOCK", 50)
     moment = SecondMoment(D)
     moment.lower[torch.ones(D, D).triu(1).bool()] = math.nan
     for part in (X[: 2 * D], X[2 * D :]):

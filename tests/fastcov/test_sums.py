@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fastcov.sums import not_a_sum
+from fastcov.npz import not_a_sum
 
 
 def test_sums_of_float32_are_sums_whatever_their_scale() -> None:

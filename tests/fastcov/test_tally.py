@@ -8,10 +8,10 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fastcov import NonFiniteKeys, bucket, collect, ops, take
+from fastcov import NonFiniteKeys, bucket, collect_moments, ops, take
+from fastcov.accumulate import Kept, Tally
 from fastcov.kernels import cpu
 from fastcov.ops import Kernel
-from fastcov.tally import Kept, Tally
 from reference import closed_form as literal
 from reference.tiny import Tiny, keys_of, paths
 
@@ -94,7 +94,7 @@ def test_the_kernel_gets_the_keys_themselves(monkeypatch, dtype, budget, masked)
         del batch["attention_mask"]
     kernel = Recorder(monkeypatch)
     with Allocations() as made:
-        got = collect(Direct(), ["down"], [batch], budget)["down"]
+        got = collect_moments(Direct(), ["down"], [batch], budget)["down"]
     ((place, shape, given, mask),) = kernel.calls
     assert place == batch["x"].data_ptr() and shape == (120, D) and given == dtype
     assert made.sizes and max(made.sizes) < 120 * D
@@ -119,7 +119,7 @@ def test_keys_of_other_strides_are_not_copied_either(monkeypatch, view, pieces):
     mask = torch.rand(tokens, generator=torch.Generator().manual_seed(1)) < 0.8
     kernel = Recorder(monkeypatch)
     with Allocations() as made:
-        got = collect(Direct(view), ["down"], [{"x": x, "attention_mask": mask}], None)["down"]
+        got = collect_moments(Direct(view), ["down"], [{"x": x, "attention_mask": mask}], None)["down"]
     assert len(kernel.calls) == pieces and sum(kernel.kept) == got.count == int(mask.sum())
     assert max(made.sizes) < mask.numel() * D
     end = x.data_ptr() + x.nbytes
@@ -131,7 +131,7 @@ def test_the_sum_of_keys_of_other_strides_is_right():
     mask = torch.rand(6, 19) < 0.7
     model = Direct(lambda x: x[:, 1:])
     batch = {"x": x, "attention_mask": mask}
-    got = collect(model, ["down"], [batch], 31, dtype=torch.float64)["down"]
+    got = collect_moments(model, ["down"], [batch], 31, dtype=torch.float64)["down"]
     rows = x[:, 1:][mask][:31]
     assert got.count == 31
     torch.testing.assert_close(got.sum, rows.T @ rows, rtol=1e-12, atol=1e-12)
@@ -144,7 +144,7 @@ def test_the_best_native_kernel_allocates_no_copy_inside_either(dtype):
         pytest.skip(f"no native kernel here: the best is {best}")
     batch = padded(dtype=dtype)
     with torch.profiler.profile(profile_memory=True) as profile:
-        collect(Direct(), ["down"], [batch], 40)
+        collect_moments(Direct(), ["down"], [batch], 40)
     taken = [event.cpu_memory_usage for event in profile.events() if "fastcov::" in event.name]
     largest = max(abs(event.self_cpu_memory_usage) for event in profile.events())
     assert taken and largest < 120 * D * batch["x"].element_size()
@@ -156,14 +156,14 @@ def test_small_batches_wait_for_each_other_and_the_sum_is_the_same(monkeypatch, 
     documents = [list(range(1, 2 + n)) for n in (3, 9, 1, 14, 6, 2, 30, 8, 5)]
     batches = list(bucket(documents, 16, max_padding=0.9, window=2))
     wanted = {paths(0)[0]: 50, paths(2)[0]: None}
-    got = collect(model, list(wanted), batches, wanted, dtype=torch.float64,
+    got = collect_moments(model, list(wanted), batches, wanted, dtype=torch.float64,
                   launch_rows=launch_rows)  # fmt: skip
-    direct = collect(model, list(wanted), batches, wanted, dtype=torch.float64)
+    direct = collect_moments(model, list(wanted), batches, wanted, dtype=torch.float64)
     for name, moment in direct.items():
         assert got[name].count == moment.count == (wanted[name] or sum(map(len, documents)))
         torch.testing.assert_close(got[name].sum, moment.sum, rtol=1e-12, atol=1e-12)
     kernel = Recorder(monkeypatch)
-    collect(model, paths(1), batches, 60, launch_rows=launch_rows)
+    collect_moments(model, paths(1), batches, 60, launch_rows=launch_rows)
     assert sum(kernel.kept) == 60
     if launch_rows > 1:  # all launches but those at the end have their rows
         assert all(kept >= launch_rows for kept in kernel.kept[:-1])
@@ -175,7 +175,7 @@ def test_batches_that_are_large_enough_bypass_the_ring_without_a_copy(monkeypatc
     kernel = Recorder(monkeypatch)
     large, small = padded(), padded(batch=2)
     with Allocations() as made:
-        collect(Direct(), ["down"], [large, small, large], None, launch_rows=60)
+        collect_moments(Direct(), ["down"], [large, small, large], None, launch_rows=60)
     assert kernel.kept == [75, 75, 38]
     assert [call[0] for call in kernel.calls[:2]] == [large["x"].data_ptr()] * 2
     assert sum(size >= 60 * D for size in made.sizes) == 1  # the ring itself, once
@@ -258,7 +258,7 @@ def test_the_first_keys_of_a_batch_by_hand():
 def test_keys_of_a_bfloat16_model_are_summed_as_they_are():
     model = Tiny(dtype=torch.bfloat16)
     documents = [[1, 2, 3, 4], [5, 6]]
-    got = collect(model, paths(0), bucket(documents, 100, max_padding=0.9), 5)[paths(0)[0]]
+    got = collect_moments(model, paths(0), bucket(documents, 100, max_padding=0.9), 5)[paths(0)[0]]
     first = keys_of(model, list(take(documents, 5, 64)), 0).double().numpy()
     wanted = torch.from_numpy(literal.second_moment(first))
     torch.testing.assert_close(got.second_moment.double(), wanted, rtol=1e-5, atol=1e-6)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastcov import bucket, collect, throughput
+from fastcov import bucket, collect_moments, throughput
 from fastcov.throughput import Throughput, measured_peak
 from reference.tiny import Tiny, paths
 from tiny_models import D_K, VOCAB_SIZE, D, tiny_model
@@ -23,7 +23,7 @@ def test_operations_of_a_small_model_by_hand():
     meter = Throughput(peak=1e9)
     # 7 tokens in a batch of 8; one block whole (6 x 8 up, 8 x 6 down), then up of the second.
     batches = bucket([[1, 2, 3, 4], [5, 6, 7]], 8, max_padding=0.9)
-    got = collect(Tiny(), paths(0, 1), batches, None, throughput=meter)
+    got = collect_moments(Tiny(), paths(0, 1), batches, None, throughput=meter)
     assert [moment.count for moment in got.values()] == [7, 7]
     forward = 2 * (6 * 8 + 8 * 6 + 6 * 8)  # for a token
     assert meter.flops == 7 * forward + 2 * triangle(7, 8)
@@ -40,7 +40,7 @@ def test_budgets_that_differ_count_what_each_module_took():
     meter = Throughput(peak=1e9)
     first, second = paths(0, 1)
     batches = bucket([[1, 2, 3, 4]] * 5, 8)
-    collect(Tiny(), [first, second], batches, {first: 3, second: 10}, throughput=meter)
+    collect_moments(Tiny(), [first, second], batches, {first: 3, second: 10}, throughput=meter)
     forward = 2 * (6 * 8 + 8 * 6 + 6 * 8)
     # The second batch of 8 tokens was the last, and all of it went through the model.
     assert meter.flops == 16 * forward + triangle(3, 8) + triangle(10, 8)
@@ -54,7 +54,7 @@ def test_operations_of_a_llama_by_hand(attention):
     meter = Throughput(peak=1e9)
     shapes = [(3, 8), (2, 5)]  # the second batch is reckoned from the first
     documents = [list(range(1, 1 + length)) for n, length in shapes for _ in range(n)]
-    collect(model, names, bucket(documents, 24, max_padding=0), None, throughput=meter)
+    collect_moments(model, names, bucket(documents, 24, max_padding=0), None, throughput=meter)
     heads, key_heads, inner = 4, 2, D // 4
     mixed = D * heads * inner + 2 * D * key_heads * inner + heads * inner * D  # q, k and v, out
     block = mixed + 3 * D * D_K
@@ -75,7 +75,7 @@ def test_operations_of_smollm2_by_hand(smollm2):
     meter = Throughput(peak=1e9)
     names = [f"model.layers.{i}.mlp.down_proj" for i in (1, 3)]
     documents = [[100 + i for i in range(64)]] * 4
-    collect(model, names, bucket(documents, 256), None, throughput=meter)
+    collect_moments(model, names, bucket(documents, 256), None, throughput=meter)
     d, d_k, heads, key_heads, inner = 576, 1536, 9, 3, 64
     mixed = d * heads * inner + 2 * d * key_heads * inner + heads * inner * d
     forward = 2 * 256 * (4 * (mixed + 3 * d * d_k) - d * d_k)
@@ -88,8 +88,8 @@ def test_the_sums_are_the_same_bit_for_bit_with_and_without():
     model = tiny_model("llama")
     names = [f"model.layers.{i}.mlp.down_proj" for i in (0, 2)]
     batches = list(bucket([list(range(1, n)) for n in range(2, 30)], 64))
-    plain = collect(model, names, batches, 200)
-    measured = collect(model, names, batches, 200, throughput=Throughput())
+    plain = collect_moments(model, names, batches, 200)
+    measured = collect_moments(model, names, batches, 200, throughput=Throughput())
     for name in names:
         assert torch.equal(plain[name].sum, measured[name].sum)
 
@@ -110,7 +110,7 @@ def test_rates_by_hand(monkeypatch):
     model.forward = lambda x: down(x)
     model.add_module("down", down)
     batches = [{"x": torch.ones(1, 5, 4)}] * 2
-    collect(model, ["down"], batches, None, progress=progress, throughput=meter)
+    collect_moments(model, ["down"], batches, None, progress=progress, throughput=meter)
     assert steps == [(5, 5, 2.0, 2.5), (5, 10, 4.0, 2.5)]
     now[0] += 1000.0  # the time was taken when it ended
     assert meter.flops == triangle(10, 4) == 200  # nothing before the projection
@@ -127,7 +127,7 @@ def test_a_machine_whose_peak_cannot_be_measured_is_no_failure(monkeypatch, capl
     monkeypatch.setattr(throughput, "measured_peak", fails)
     meter = Throughput()
     with caplog.at_level(logging.WARNING):
-        collect(Tiny(), paths(0), bucket([[1, 2, 3]], 8), None, throughput=meter)
+        collect_moments(Tiny(), paths(0), bucket([[1, 2, 3]], 8), None, throughput=meter)
     assert meter.peak is None and meter.share is None and "no products" in caplog.text
     assert "the machine's limit was not measured" in str(meter) and "%" not in meter.rate()
 
@@ -144,13 +144,13 @@ def test_the_dtype_of_the_peak_is_that_of_the_model(monkeypatch):
     asked = []
     monkeypatch.setattr(throughput, "measured_peak", lambda *args: asked.append(args) or 1.0)
     model = Tiny(dtype=torch.bfloat16)
-    collect(model, paths(0), bucket([[1, 2, 3]], 8), None, throughput=Throughput())
+    collect_moments(model, paths(0), bucket([[1, 2, 3]], 8), None, throughput=Throughput())
     assert asked == [(torch.bfloat16, CPU)]
 
 
 def test_an_error_in_the_first_batch_leaves_no_counter_behind():
     meter = Throughput(peak=1.0)
     with pytest.raises(IndexError):
-        collect(Tiny(), paths(0), bucket([[99]], 8), None, throughput=meter)
+        collect_moments(Tiny(), paths(0), bucket([[99]], 8), None, throughput=meter)
     assert torch.utils._python_dispatch._get_current_dispatch_mode() is None
     assert not torch.nn.modules.module._global_forward_hooks

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from fastcov import CholeskyFactor, WrongWidth, closed_form, factorize
-from fastcov.updated_factor import UpdatedFactor, updated
+from fastcov.factor import UpdatedFactor, updated
 from reference import closed_form as literal
 
 D_K, D = 24, 11

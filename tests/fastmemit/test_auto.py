@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import fastcov
-from fastcov.stopping import StoppingRule, checkpoints
+from fastcov.sizing import StoppingRule, checkpoints
 from fastmemit import auto
 from fastmemit.data import corpus_from_texts
 from fastmemit.editor import Editor

@@ -17,7 +17,7 @@ def test_sums_without_the_padding_mask_are_the_same(architecture: str) -> None:
     adapter = find_adapter(tiny_model(architecture))
     names = [adapter.projection_name(layer) for layer in (0, 1)]
     masked, causal, alone = (
-        fastcov.collect(
+        fastcov.collect_moments(
             adapter.model,
             names,
             fastcov.bucket(DOCUMENTS, tokens, max_padding=0.9),

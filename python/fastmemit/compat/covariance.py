@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 import fastcov
-from fastcov.mode import isolated
+from fastcov.hooks import isolated
 from fastmemit.compat.hparams import fields_of, multiplier_of, whole_numbers
 from fastmemit.compat.live import Live, forget, live
 from fastmemit.compat.settings import current

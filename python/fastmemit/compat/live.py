@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 import fastcov
-from fastcov.mode import isolated
-from fastcov.stopping import LIMIT
+from fastcov.hooks import isolated
+from fastcov.sizing import LIMIT
 from fastmemit.auto import AUTO, precompute_auto
 from fastmemit.cache import cache_dir
 from fastmemit.compat.settings import MULTIPLIER, Settings, current

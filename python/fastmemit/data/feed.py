@@ -10,8 +10,7 @@ from typing import Any
 import torch
 
 import fastcov
-from fastcov.ahead import Ahead
-from fastcov.batches import pinned
+from fastcov.batching import Ahead, pinned
 from fastmemit.data.corpora import Corpus
 from fastmemit.data.self_written import SelfWritten
 
@@ -41,7 +40,7 @@ def corpus_batches(
     skip: int = 0,
     reading: Callable[[int], None] | None = None,
 ) -> Iterator[Iterator[Mapping[str, Any]]]:
-    """Batches of the first tokens of a corpus, for `fastcov.collect`.
+    """Batches of the first tokens of a corpus, for `fastcov.collect_moments`.
 
     Text is read, tokenised, padded and pinned by a thread, which is gone when the context is left; nothing else may use
     the tokenizer inside. A corpus that the model writes is read by the caller's own thread, as the batches are asked

@@ -212,7 +212,7 @@ class CovarianceConfig(EditConfig):
             C has fewer keys than `SMALL_BUDGET` times the width, `ridge` is 0 and nothing is shrunk, else 0
             (docs/below-minimum.md).
         shrinkage: How C is moved towards a multiple of the identity before: ``"none"``, ``"ledoit-wolf"`` or ``"oas"``
-            (see `fastcov.shrinkage`).
+            (see `fastcov.linalg`).
     """
 
     weight: float | None = None

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastcov import CholeskyFactor
-from fastcov.updated_factor import updated
+from fastcov.factor import updated
 from fastmemit.applied import Edit
 
 Blocks = tuple[Tensor, ...]

@@ -19,7 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypedDict
 
-from fastcov.mode import evaluation_mode, isolated, random_state_kept
+from fastcov.hooks import evaluation_mode, isolated, random_state_kept
 from fastmemit.editor import Edit, Editor
 from fastmemit.errors import BadConfig, BadData, WrongModel
 from fastmemit.evaluation.perplexity import PerplexityText, count_tokens, perplexity

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, TypedDict
 import torch
 from torch import Tensor
 
-from fastcov.mode import evaluation_mode, isolated
+from fastcov.hooks import evaluation_mode, isolated
 from fastmemit.data.reading import MAX_WHOLE_FILE, check_file, decode
 from fastmemit.errors import BadConfig, BadData, FastmemitError, UnknownArchitecture
 from fastmemit.logits import head_reads

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 
 import fastcov
-from fastcov.mode import isolated
+from fastcov.closed_form import THRESHOLD
+from fastcov.hooks import isolated
 from fastcov.npz import save_npz
-from fastcov.null_space import THRESHOLD
 from fastcov.store import atomic_file
 from fastmemit.errors import BadConfig
 from fastmemit.interop.layouts import StatsPlace

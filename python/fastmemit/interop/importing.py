@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import fastcov
-from fastcov.mode import isolated
+from fastcov.hooks import isolated
 from fastcov.npz import NpzMoment, load_npz
 from fastmemit.editor import Editor
 from fastmemit.errors import BadConfig

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from fastcov import KeyHooks, SecondMoment
-from fastcov.keys import key_rows
-from fastcov.mode import evaluation_mode, isolated
+from fastcov.hooks import evaluation_mode, isolated, key_rows
 from fastmemit.data import load_corpus
 from fastmemit.data.feed import corpus_batches
 from fastmemit.editor import Editor

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastcov.mode import evaluation_mode, isolated
+from fastcov.hooks import evaluation_mode, isolated
 from fastmemit.errors import BadLayer, OffloadedWeight, QuantisedWeight, UnknownArchitecture
 from fastmemit.models.block_map import PROBE, BlockMap, inverse
 from fastmemit.models.context import context_limit

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fastcov.mode import isolated
+from fastcov.hooks import isolated
 from fastmemit.models.outputs import hidden_of
 from fastmemit.tokens import pad_batch
 

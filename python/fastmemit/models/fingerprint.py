@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastcov.mode import isolated
+from fastcov.hooks import isolated
 from fastmemit.errors import OffloadedWeight
 from fastmemit.models.stored import stored_tensors
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fastcov.mode import isolated, random_state_kept
+from fastcov.hooks import isolated, random_state_kept
 from fastmemit.errors import BadConfig, DamagedFile, ModelNotFound
 from fastmemit.models.dispatch import checked_map, memory_of_own_gpus, needs_accelerate, quantised
 from fastmemit.models.gguf import DEMO_MODEL, demo_file, expanded_folder

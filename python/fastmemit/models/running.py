@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fastcov.mode import evaluation_mode, isolated
+from fastcov.hooks import evaluation_mode, isolated
 from fastmemit.models.context import context_limit
 from fastmemit.models.outputs import hidden_of
 from fastmemit.tokens import pad_batch

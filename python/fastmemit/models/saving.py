@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from fastcov.mode import isolated
+from fastcov.hooks import isolated
 from fastmemit.errors import QuantisedWeight
 
 

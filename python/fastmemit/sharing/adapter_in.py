@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastcov.mode import isolated
+from fastcov.hooks import isolated
 from fastcov.parsing import parse_json
 from fastmemit.delta import Delta
 from fastmemit.errors import BadAdapter, DamagedFile

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastcov.mode import isolated
+from fastcov.hooks import isolated
 from fastcov.store import write_safetensors
 from fastmemit.delta import Delta
 from fastmemit.errors import BadAdapter

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastcov.mode import isolated
+from fastcov.hooks import isolated
 from fastmemit.delta import Delta
 from fastmemit.errors import BadConfig
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastcov.mode import evaluation_mode, isolated
+from fastcov.hooks import evaluation_mode, isolated
 from fastmemit.errors import FastmemitError, UnknownArchitecture
 from fastmemit.logits import head_reads
 from fastmemit.models import ModelAdapter, hidden_of, probe_ids, token_states, with_hidden

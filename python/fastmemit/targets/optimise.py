@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fastcov.mode import evaluation_mode, isolated
+from fastcov.hooks import evaluation_mode, isolated
 from fastmemit.errors import FastmemitError
 from fastmemit.models import ModelAdapter, check_lengths
 from fastmemit.request import EditRequest

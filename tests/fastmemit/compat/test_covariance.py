@@ -29,11 +29,11 @@ def get_cov(model: Any, tok: Any, layer: int, **more: Any) -> torch.Tensor:
 
 
 def unedited(layers: tuple[int, ...] = (0, 1, 2), architecture: str = "llama") -> Any:
-    """C of each layer by `fastcov.collect` alone, on a model of its own."""
+    """C of each layer by `fastcov.collect_moments` alone, on a model of its own."""
     model, tok = tiny_model(architecture), tiny_tokenizer()
     ids = (tok(text)["input_ids"] for text in tiny_corpus().documents(0))
     batches = fastcov.bucket(fastcov.take(ids, 256, 256), 4096)
-    found = fastcov.collect(model, [NAME.format(i) for i in layers], batches, 256, causal=True)
+    found = fastcov.collect_moments(model, [NAME.format(i) for i in layers], batches, 256, causal=True)
     return [moment.second_moment for moment in found.values()]
 
 

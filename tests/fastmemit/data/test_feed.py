@@ -83,7 +83,7 @@ def test_the_model_writes_only_in_the_thread_that_runs_it(monkeypatch: pytest.Mo
     corpus = self_written.self_written(model, tokenizer, "f")
     with corpus_batches(corpus, tokenizer, CPU, tokens=60, context=32) as batches:
         name = find_adapter(model).projection_name(0)
-        assert fastcov.collect(model, [name], batches, 60)[name].count == 60
+        assert fastcov.collect_moments(model, [name], batches, 60)[name].count == 60
     assert set(threads) == {threading.get_ident()}
 
 

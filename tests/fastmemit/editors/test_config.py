@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fastcov.shrinkage import SHRINKAGES
+from fastcov.linalg import SHRINKAGES
 from fastmemit.editors import (
     CONFIGS,
     METHODS,

@@ -64,7 +64,7 @@ def test_an_interrupted_pass_goes_on_at_the_last_budget_to_the_same_bits(
     unbroken = moments(tiny_editor(tmp_path / "other", layers=None), *MULTIPLIERS)
     moments(editor, *MULTIPLIERS[:2])
     budgets = []
-    real = fastcov.collect
+    real = fastcov.collect_moments
 
     def counted(model, modules, batches, budget, **settings):
         budgets.append(max(budget.values()))

@@ -6,21 +6,180 @@ on the device, and looked at there once in many batches.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastcov.batches import sent
-from fastcov.checkpoint_file import Taken
-from fastcov.errors import BadInput, WrongWidth
-from fastcov.finite import Finite
-from fastcov.keys import key_rows
-from fastcov.mode import isolated
+from fastcov.batching import sent
+from fastcov.checkpoint import Taken
+from fastcov.errors import BadInput, NonFiniteKeys, WrongWidth
+from fastcov.hooks import isolated, key_rows
 from fastcov.moments import SecondMoment
-from fastcov.ring import Ring
+
+
+class Ring:
+    """A buffer of keys that is handed on whenever it is full, and then filled from its start again.
+
+    It takes ``size * d_k`` times the bytes of a key's number, allocated with the first keys: 268 MB for 8192 keys of
+    GPT-J (d_k = 16384) in 16 bits.
+
+    Args:
+        size: How many rows to hand on at once.
+        full: Called with rows (n, d_k), a view of the buffer, to be used before it returns (on a GPU: before what is
+            launched later).
+    """
+
+    def __init__(self, size: int, full: Callable[[Tensor], None]) -> None:
+        if size < 1:
+            raise ValueError(f"A ring must hold at least 1 row but the size is {size}; pass more.")
+        self._size = size
+        self._full = full
+        self._buffer: Tensor | None = None
+        self._held = 0
+
+    @property
+    def held(self) -> int:
+        """How many rows wait."""
+        return self._held
+
+    @property
+    def rows(self) -> Tensor | None:
+        """Those that wait (held, d_k), a view of the buffer; None where none does."""
+        return self._buffer[: self._held] if self._held and self._buffer is not None else None
+
+    def add(self, rows: Tensor, mask: Tensor | None = None) -> None:
+        """Copy the kept rows, once, behind those that wait; the device is not waited for.
+
+        Args:
+            rows: Keys (n, d_k).
+            mask: What to keep, bool (n,) on the CPU; None keeps all.
+        """
+        buffer = self._ready(rows)
+        # Indices are made on the CPU: to find them on a GPU would be to wait for it.
+        index = None if mask is None else sent(mask.nonzero().squeeze(1), rows.device)  # (m,)
+        left = rows.shape[0] if index is None else index.shape[0]
+        start = 0
+        while left:
+            fits = min(left, self._size - self._held)
+            free = buffer[self._held : self._held + fits]
+            if index is None:
+                free.copy_(rows[start : start + fits])
+            else:
+                torch.index_select(rows, 0, index[start : start + fits], out=free)
+            self._held += fits
+            start += fits
+            left -= fits
+            if self._held == self._size:
+                self.flush()
+
+    def flush(self) -> None:
+        """Hand on what waits, however little it is."""
+        held, self._held = self._held, 0
+        if held and self._buffer is not None:
+            self._full(self._buffer[:held])
+
+    def close(self) -> None:
+        """Hand on what waits, and give the memory back."""
+        self.flush()
+        self._buffer = None
+
+    def _ready(self, rows: Tensor) -> Tensor:
+        """The buffer, made anew where it does not fit these rows."""
+        buffer = self._buffer
+        same = buffer is not None and (buffer.dtype, buffer.device, buffer.shape[1]) == (
+            rows.dtype,
+            rows.device,
+            rows.shape[1],
+        )
+        if buffer is None or not same:
+            self.close()
+            buffer = rows.new_empty(self._size, rows.shape[1])
+            self._buffer = buffer
+        return buffer
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """Whether a module's sum was finite after what it was given from some batches."""
+
+    name: str
+    dtype: torch.dtype
+    first: int
+    last: int
+    finite: Tensor  # (), bool, on the device of the sum
+
+
+class Finite:
+    """Answers that were asked for and not looked at yet."""
+
+    def __init__(self) -> None:
+        self._answers: list[_Answer] = []
+
+    @property
+    def oldest(self) -> int | None:
+        """The batch after which the oldest of them was asked for."""
+        return self._answers[0].last if self._answers else None
+
+    def ask(self, name: str, moment: SecondMoment, first: int, last: int) -> None:
+        """Ask about a module's sum, to which keys of some batches were just added."""
+        finite = moment.lower.diagonal().isfinite().all()
+        self._answers.append(_Answer(name, moment.dtype, first, last, finite))
+
+    def look(self, name: str = "", batch: int = -1, x: Tensor | None = None, mask: Tensor | None = None) -> None:
+        """Look at all answers; this waits for their devices, once each.
+
+        Args:
+            name: A module whose keys are at hand, if there is one.
+            batch: Which batch they are from.
+            x: These keys (..., d_k), of which the message then says more.
+            mask: Which of them count; None says that all do.
+
+        Raises:
+            NonFiniteKeys: Keys hold NaN or infinity, or their squares overflow the sum.
+        """
+        answers, self._answers = self._answers, []
+        good: dict[int, bool] = {}
+        for device in {answer.finite.device for answer in answers}:
+            here = [i for i, answer in enumerate(answers) if answer.finite.device == device]
+            read = torch.stack([answers[i].finite for i in here]).tolist()
+            good.update(zip(here, read, strict=True))
+        for i, answer in enumerate(answers):
+            if not good[i]:
+                at_hand = (answer.name, answer.first, answer.last) == (name, batch, batch)
+                message = _late(answer) if x is None or not at_hand else _now(answer, x, mask)
+                raise NonFiniteKeys(message)
+
+
+def _now(answer: _Answer, x: Tensor, mask: Tensor | None) -> str:
+    bad = ~x.isfinite().all(-1)
+    if mask is not None:
+        bad &= mask.to(x.device).reshape(bad.shape)
+    rows = int(bad.sum())
+    if rows == 0:
+        return (
+            f"The squares of the keys of {answer.name!r} overflow {answer.dtype} in batch "
+            f"{answer.last} (largest key {float(x.abs().max()):.3g}); pass dtype=torch.float64."
+        )
+    return (
+        f"{rows} of {bad.numel()} keys of {answer.name!r} hold NaN or infinity in batch "
+        f"{answer.last}; "
+        "run the model in another dtype (bfloat16 or float32)."
+    )
+
+
+def _late(answer: _Answer) -> str:
+    where = (
+        f"batch {answer.last}" if answer.first == answer.last else f"one of the batches {answer.first} to {answer.last}"
+    )
+    return (
+        f"Keys of {answer.name!r} hold NaN or infinity, or their squares overflow {answer.dtype}, "
+        f"in {where}; run the model in another dtype (bfloat16 or float32), or pass "
+        "dtype=torch.float64."
+    )
+
 
 # Rows that one launch should have. On a CPU a kernel is efficient with a few hundred.
 LAUNCH_ROWS = 8192
@@ -147,7 +306,7 @@ class Tally:
         """What every module has given, between two batches; views, not copies.
 
         Raises:
-            NonFiniteKeys: See `fastcov.finite.Finite.look`.
+            NonFiniteKeys: See `fastcov.accumulate.Finite.look`.
         """
         self._finite.look()
         taken = dict(self._earlier)
@@ -210,7 +369,7 @@ class Tally:
         Raises:
             WrongWidth: x is not as wide as the module, or the mask does not fit it.
             BadInput: x is not floating point.
-            NonFiniteKeys: See `fastcov.finite.Finite.look`.
+            NonFiniteKeys: See `fastcov.accumulate.Finite.look`.
         """
         self._check(name, x)
         limit = self._wanted[name]
@@ -241,7 +400,7 @@ class Tally:
         """Sum what still waits, and look for the last time.
 
         Raises:
-            NonFiniteKeys: See `fastcov.finite.Finite.look`.
+            NonFiniteKeys: See `fastcov.accumulate.Finite.look`.
         """
         for name in list(self._earlier):  # not one key more came
             self._begin(name, self._earlier[name].moment.d, self._earlier[name].device)

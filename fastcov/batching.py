@@ -7,15 +7,83 @@ passes through a bounded window; `pinned` makes their batches ready to be sent t
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import islice
-from typing import Any
+from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from fastcov.errors import BadBudget
-from fastcov.spans import Span
+
+
+class Span(list[int]):
+    """Token ids of which the first few are read by the model but are no keys.
+
+    `fastcov.bucket` puts such documents into batches with a ``key_mask`` beside the mask of the padding, and
+    `fastcov.collect_moments` takes the keys that it names.
+
+    Attributes:
+        first_key: The position of the first key.
+    """
+
+    def __init__(self, ids: Iterable[int], first_key: int = 0) -> None:
+        super().__init__(ids)
+        self.first_key = first_key
+
+
+def between(
+    documents: Iterable[Sequence[int]], start: int, stop: int | None, max_length: int, skip: int = 0
+) -> Iterator[Span]:
+    """The documents that hold the keys from number `start` up to and without number `stop`.
+
+    Keys are counted over all documents, in their order, each truncated to `max_length`. Documents that lie before
+    `start` are read and left out; none is asked for after `stop` is reached.
+
+    Args:
+        documents: Token ids, one sequence a document.
+        start: How many keys to pass over, 0 or more.
+        stop: The number of the first key that is not wanted any more; None takes all.
+        max_length: The longest document that the model takes, in tokens.
+        skip: How many tokens at the beginning of every document are never keys. 1 leaves out the position that many
+            models use to park attention, with or without a token for it.
+
+    Returns:
+        An iterator of documents with ``(stop or all) - start`` keys in total, each with at least one.
+
+    Raises:
+        BadBudget: start is below 0, or stop is not above start.
+        ValueError: max_length is below 1, or skip is below 0 or leaves no key of max_length.
+    """
+    if start < 0 or (stop is not None and stop <= start):
+        raise BadBudget(f"The keys from {start} to {stop} are none; pass 0 or more and a larger number.")
+    if max_length < 1 or not 0 <= skip < max_length:
+        raise ValueError(
+            f"max_length must be at least 1 token and above skip but they are {max_length} and "
+            f"{skip}; pass the model's context length."
+        )
+    return _between(documents, start, stop, max_length, skip)
+
+
+def _between(
+    documents: Iterable[Sequence[int]], start: int, stop: int | None, max_length: int, skip: int
+) -> Iterator[Span]:
+    position = 0
+    for document in documents:
+        keys = min(len(document), max_length) - skip
+        if keys <= 0:
+            continue
+        first = max(start - position, 0)
+        last = keys if stop is None else min(keys, stop - position)
+        position += keys
+        if first < last:
+            yield Span(document[: skip + last], skip + first)
+        if stop is not None and position >= stop:
+            return
+
 
 Document = Sequence[int]
 
@@ -29,7 +97,7 @@ def take(documents: Iterable[Document], budget: int | None, max_length: int) -> 
 
     Each document is truncated to `max_length`, the last one is cut so that the count is exact, and empty documents are
     skipped. No document is asked for after the budget is met. A corpus that ends before gives what it has;
-    `fastcov.collect` reports it.
+    `fastcov.collect_moments` reports it.
 
     Args:
         documents: Token ids, one sequence a document.
@@ -88,8 +156,8 @@ def bucket(
     Returns:
         An iterator of batches: ``input_ids``, ``attention_mask`` and ``position_ids``, all int64 of shape (documents,
         length of the longest), longest batch of a window first. Padded positions have id 0 and mask 0. Where documents
-        are `fastcov.Span` with tokens that are no keys, also ``key_mask`` of the same shape, which `fastcov.collect`
-        reads.
+        are `fastcov.Span` with tokens that are no keys, also ``key_mask`` of the same shape, which
+        `fastcov.collect_moments` reads.
 
     Raises:
         ValueError: tokens_per_batch or window below 1, or max_padding outside of [0, 1).
@@ -162,8 +230,8 @@ def _pad(rows: Sequence[Document]) -> dict[str, Tensor]:
 def pinned(batches: Iterable[Mapping[str, Any]], device: torch.device) -> Iterator[Mapping[str, Any]]:
     """Batches in page-locked memory where they will go to a CUDA device, else as they are.
 
-    From there `fastcov.collect` sends them without waiting. Pinning is a copy of its own, so do it where batches are
-    read ahead (`fastcov.ahead`).
+    From there `fastcov.collect_moments` sends them without waiting. Pinning is a copy of its own, so do it where
+    batches are read ahead (`fastcov.batching`).
 
     Args:
         batches: The model's keyword arguments.
@@ -218,3 +286,132 @@ def raw_bytes(tensor: Tensor) -> memoryview:
     """The bytes of a tensor, in C order on the CPU."""
     flat: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     return memoryview(flat)
+
+
+Item = TypeVar("Item")
+P = ParamSpec("P")
+
+
+class Ahead(Generic[Item]):
+    """Reads a source in a thread of its own, a bounded number of items ahead.
+
+    Items come in the order of the source. Only the thread touches the source, so it may be a generator; what it raises
+    is raised where the item would have come. Leaving the context stops the thread and waits until it is gone, whether
+    the source was read to its end or not.
+
+    Do not read what runs the same model or tokenizer as the consumer does meanwhile.
+
+    Example:
+        >>> with Ahead(4).read(batches) as items:
+        ...     moments = collect_moments(model, modules, items, budget)
+
+    Args:
+        depth: How many items may wait, besides the one that the thread is working on.
+
+    Raises:
+        ValueError: A depth below 1.
+    """
+
+    def __init__(self, depth: int) -> None:
+        if depth < 1:
+            raise ValueError(
+                f"At least 1 item must be read ahead but depth is {depth}; "
+                "to read none ahead, iterate over the source itself."
+            )
+        self._depth = depth
+        self._changed = threading.Condition()
+        self._waiting: deque[Item] = deque()
+        self._calls: deque[Callable[[], None]] = deque()
+        self._error: BaseException | None = None
+        self._begun = False
+        self._ended = False
+        self._stopped = False
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the consumer has left; a source that works long on one item may look at it."""
+        return self._stopped
+
+    def relayed(self, function: Callable[P, object]) -> Callable[P, None]:
+        """A function for the source to call, run by the consumer before its next item.
+
+        So a progress bar is moved by the thread that draws it, and what the function raises reaches the consumer. A
+        consumer that waits for an item runs it at once.
+        """
+
+        def later(*args: P.args, **kwargs: P.kwargs) -> None:
+            with self._changed:
+                self._calls.append(lambda: (function(*args, **kwargs), None)[1])
+                self._changed.notify_all()
+
+        return later
+
+    @contextmanager
+    def read(self, source: Iterable[Item]) -> Iterator[Iterator[Item]]:
+        """Start to read, and stop on leaving.
+
+        Args:
+            source: What to read; it is asked for its first item at once.
+
+        Yields:
+            An iterator over its items.
+
+        Raises:
+            RuntimeError: This object has read a source already.
+        """
+        if self._begun:
+            raise RuntimeError("An Ahead reads one source only; make another for the next.")
+        self._begun = True
+        thread = threading.Thread(target=self._fill, args=(source,), name="fastcov-ahead", daemon=True)
+        thread.start()
+        try:
+            yield self._items()
+        finally:
+            with self._changed:
+                self._stopped = True
+                self._changed.notify_all()
+            thread.join()
+            self._waiting.clear()
+            self._calls.clear()
+            self._error = None  # its traceback holds the frames of the source
+
+    def _items(self) -> Iterator[Item]:
+        while True:
+            with self._changed:
+                while not (self._calls or self._waiting or self._ended or self._stopped):
+                    self._changed.wait()
+                calls = list(self._calls)
+                self._calls.clear()
+                ready = bool(self._waiting) and not calls
+                item = self._waiting.popleft() if ready else None
+                error = self._error
+                over = not (calls or ready)
+                self._changed.notify_all()
+            for call in calls:
+                call()
+            if ready:
+                yield item  # type: ignore[misc]
+            elif over and error is not None and not self._stopped:
+                raise error
+            elif over:
+                return
+
+    def _fill(self, source: Iterable[Item]) -> None:
+        error: BaseException | None = None
+        try:
+            items = iter(source)
+            for item in items:
+                with self._changed:
+                    while len(self._waiting) >= self._depth and not self._stopped:
+                        self._changed.wait()
+                    if self._stopped:
+                        break
+                    self._waiting.append(item)
+                    self._changed.notify_all()
+            # A generator ends where it was read, its `finally` included.
+            getattr(items, "close", lambda: None)()
+        except BaseException as raised:
+            error = raised
+        with self._changed:
+            self._error, self._ended = error, True
+            self._changed.notify_all()

@@ -1,0 +1,512 @@
+"""From a hooked module to key rows.
+
+A key is the input of an edited projection at one token. This file is the only one that knows how to read a module: it
+hooks the projections' inputs, and lets no forward pass run further than the last of them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import random
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ContextDecorator, contextmanager
+from functools import partial
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from fastcov.errors import BadInput, FastcovError, HookNeverRan, UnknownModule, WrongWidth
+from fastcov.inputs import matrix
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+
+
+class intact:
+    """Where something is raised inside, the model has afterwards what it had before.
+
+    An interrupt can come between the registration of a hook and the note of how to remove it, or just as a context is
+    left, before it could do anything. A hook that stays would make every later forward raise. So whatever contexts
+    inside were stopped at, here hooks that are new go, a replaced ``forward`` goes, and modules, parameters and
+    gradients have the modes that they had.
+
+    Hooks that somebody else puts on the model inside go as well if something is raised.
+
+    Args:
+        model: The model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        # Hooks are numbered in the order in which they come.
+        self._first = RemovableHandle.next_id
+        self._gradients = torch.is_grad_enabled()
+        self._modules = [(m, m.training, m.__dict__.get("forward")) for m in model.modules()]
+        self._parameters = [(p, p.requires_grad) for p in model.parameters()]
+
+    def __enter__(self) -> None:
+        """Nothing: what there is was noted when this was made."""
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Put back what is not as it was, if something was raised."""
+        if error is None:
+            return
+        torch.set_grad_enabled(self._gradients)  # torch.no_grad may be stopped as it is left
+        for module, training, forward in self._modules:
+            for name in _HOOKS:
+                hooks: dict[int, object] = module.__dict__.get(name) or {}
+                for number in [each for each in hooks if each >= self._first]:
+                    hooks.pop(number, None)
+            if module.training is not training:
+                module.training = training
+            if module.__dict__.get("forward") is not forward:
+                if forward is None:
+                    del module.forward
+                else:
+                    module.forward = forward
+        for parameter, asks in self._parameters:
+            if parameter.requires_grad is not asks:
+                parameter.requires_grad_(asks)
+
+
+_cuda: Any = torch.cuda  # in part untyped
+_AUTOCAST = tuple(
+    kind for kind in ("cpu", "cuda", "mps", "xpu", "hpu", "mtia", "xla") if torch.amp.is_autocast_available(kind)
+)
+# torch's own values. Named by the attributes of torch.backends.cuda.matmul; older torch lacks some.
+_CUDA_PRODUCTS = {
+    "allow_fp16_reduced_precision_reduction": True,
+    "allow_bf16_reduced_precision_reduction": True,
+    "allow_fp16_accumulation": False,
+}
+
+
+class isolated(ContextDecorator):
+    """Torch as it is when it has just been imported, with gradients off.
+
+    Inside, autocast, inference mode, TF32 and other short products of float32 are off on every device, the default
+    dtype is float32, the default device is the CPU, and reductions of 16-bit products are as torch has them by default.
+    All of it is afterwards as it was, also after an exception. ``torch.use_deterministic_algorithms`` is left as it is:
+    nothing here needs an operator that it forbids. Gradients, inference mode, autocast and the default device are those
+    of the running thread; the other settings are the whole process's.
+
+    A decorator or a with statement. It must not enclose a ``yield`` to a caller, whose settings are the caller's own; a
+    decorated generator would not run inside it at all.
+
+    Args:
+        gradients: Whether operations are recorded for a backward pass.
+
+    Example:
+        >>> with isolated():
+        ...     total = keys.mT @ keys
+    """
+
+    def __init__(self, *, gradients: bool = False) -> None:
+        self._gradients = gradients
+        self._undo: list[Callable[[], object]] = []
+
+    def _recreate_cm(self) -> isolated:  # one for every call of a decorated function
+        return isolated(gradients=self._gradients)
+
+    def __enter__(self) -> None:
+        try:
+            self._change()
+        except BaseException:
+            self._restore()
+            raise
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._restore()
+
+    def _change(self) -> None:
+        """Set what is not as it should be; how to undo it is noted before it is done."""
+        undo = self._undo
+        if torch.is_inference_mode_enabled():
+            normal = torch.inference_mode(False)
+            normal.__enter__()
+            undo.append(partial(normal.__exit__, None, None, None))
+        if torch.is_grad_enabled() is not self._gradients:
+            undo.append(partial(torch.set_grad_enabled, not self._gradients))
+            torch.set_grad_enabled(self._gradients)
+        for kind in _AUTOCAST:
+            if torch.is_autocast_enabled(kind):
+                undo.append(partial(torch.set_autocast_enabled, kind, True))
+                torch.set_autocast_enabled(kind, False)
+        dtype = torch.get_default_dtype()
+        if dtype is not torch.float32:
+            undo.append(partial(torch.set_default_dtype, dtype))
+            torch.set_default_dtype(torch.float32)
+        # A default device is a mode on this stack; to ask for the device itself takes far longer.
+        if torch._C._len_torch_function_stack() and torch.get_default_device().type != "cpu":
+            cpu = torch.device("cpu")
+            cpu.__enter__()
+            undo.append(partial(cpu.__exit__, None, None, None))
+        precision = _matmul_precision()
+        if precision != "highest":
+            undo.append(_precision_restorer(precision))
+            _full_precision(precision)
+        if _cuda.is_initialized():
+            products: Any = torch.backends.cuda.matmul
+            for name, value in _CUDA_PRODUCTS.items():
+                if hasattr(products, name) and getattr(products, name) is not value:
+                    before = _reduction(products, name)
+                    undo.append(partial(setattr, products, name, before))
+                    setattr(products, name, value)
+
+    def _restore(self) -> None:
+        try:
+            while self._undo:
+                self._undo.pop()()
+        except BaseException:  # an interrupt comes once
+            self._restore()
+            raise
+
+
+def _matmul_precision() -> str | None:
+    """What ``torch.get_float32_matmul_precision`` says; None where newer settings contradict it."""
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:
+        return None
+
+
+def _newer_settings() -> list[Any]:
+    """Where torch 2.9 and newer keep the precision of float32 products, for each backend."""
+    found = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
+    return [where for where in found if hasattr(where, "fp32_precision")]
+
+
+def _full_precision(precision: str | None) -> None:
+    if precision is not None:
+        torch.set_float32_matmul_precision("highest")
+    for where in _newer_settings():
+        where.fp32_precision = "ieee"
+
+
+def _precision_restorer(precision: str | None) -> Callable[[], None]:
+    newer = [(where, where.fp32_precision) for where in _newer_settings()]
+
+    def restore() -> None:
+        if precision is not None:
+            torch.set_float32_matmul_precision(precision)
+        for where, before in newer:
+            # "none" stands for what is set for the backend or for all of them, and so reads alike.
+            where.fp32_precision = "none"
+            if where.fp32_precision != before:
+                where.fp32_precision = before
+
+    return restore
+
+
+def _reduction(products: Any, name: str) -> Any:
+    """A setting of CUDA's products; newer torch has a second one beside each reduction."""
+    split = f"{name}_split_k"
+    value = getattr(products, name)
+    return (value, getattr(products, split)) if hasattr(products, split) else value
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module, *, frozen: bool = False) -> Iterator[None]:
+    """No submodule trains inside; afterwards each is in the mode that it was in before.
+
+    Only those that train are touched: setting the mode of all of them several times took a tenth of planning the edit
+    of one fact.
+
+    Args:
+        model: The model.
+        frozen: Whether no parameter asks for a gradient inside either.
+    """
+    training = [module for module in model.modules() if module.training]
+    asking = [p for p in model.parameters() if p.requires_grad] if frozen else []
+    with intact(model):
+        try:
+            for module in training:
+                module.training = False
+            for parameter in asking:
+                parameter.requires_grad_(False)
+            yield
+        finally:
+            for parameter in asking:
+                parameter.requires_grad_(True)
+            for module in training:
+                module.training = True
+
+
+@contextmanager
+def random_state_kept(seed: int | None = None) -> Iterator[None]:
+    """The random states of Python, NumPy and torch, on every device, are afterwards as before.
+
+    Args:
+        seed: What torch's generators begin with inside; None leaves them where they are.
+    """
+    numpy: Any = sys.modules.get("numpy")  # who has not imported it has no state of it either
+    python, arrays = random.getstate(), None if numpy is None else numpy.random.get_state()
+    devices: list[Any] = [torch.cuda, torch.xpu]
+    devices = [device for device in devices if device.is_initialized()]
+    states = [(device, device.get_rng_state_all()) for device in devices]
+    mps = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
+    cpu = torch.get_rng_state()
+    try:
+        if seed is not None:
+            # Not torch.manual_seed: what it notes down for a device that was never used comes
+            # true when the caller first uses it.
+            torch.default_generator.manual_seed(seed)
+            for device in devices:
+                device.manual_seed_all(seed)
+            if mps is not None:
+                torch.mps.manual_seed(seed)
+        yield
+    finally:
+        torch.set_rng_state(cpu)
+        if mps is not None:
+            torch.mps.set_rng_state(mps)
+        for device, state in states:
+            device.set_rng_state_all(state)
+        if arrays is not None:
+            numpy.random.set_state(arrays)
+        random.setstate(python)
+
+
+OnKeys = Callable[[str, Tensor, Tensor | None], None]
+
+
+def flatten_keys(x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """View keys as rows.
+
+    Rows and mask are permuted together where only that spares a copy (a transposed batch), so row i always belongs to
+    mask entry i, but the rows need not be in row-major order. A copy is made only where the strides allow no view at
+    all, as in ``x[:, 1:]``; `key_rows` makes none there either.
+
+    Args:
+        x: Keys, shape (..., d_k).
+        mask: What to keep, shape (...) or any shape with as many entries (some models flatten tokens before the
+            projection); non-zero means kept. None keeps all.
+
+    Returns:
+        The rows (n, d_k), and the mask as bool (n,) on the rows' device, or None.
+
+    Raises:
+        WrongWidth: x is a scalar, or the mask has another number of entries than x has rows.
+    """
+    x, mask = _outermost_first(x, mask)
+    if mask is not None:
+        mask = mask.to(x.device).reshape(-1)
+    return x.reshape(-1, x.shape[-1]), mask
+
+
+def key_rows(x: Tensor, mask: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """View keys as rows without ever copying them: in one piece where the strides allow it.
+
+    Where they do not, as in ``x[:, 1:]``, each entry of the outermost dimension is a piece of its own: one sequence of
+    the batch. As in `flatten_keys`, a row and its mask entry stay together and the order is that of the memory.
+
+    Args:
+        x: Keys, shape (..., d_k).
+        mask: As in `flatten_keys`.
+
+    Yields:
+        A view of some rows (n, d_k) and their mask as bool (n,), on the device of the mask that was given, or None.
+        Every row is in exactly one piece.
+
+    Raises:
+        WrongWidth: As in `flatten_keys`.
+    """
+    x, mask = _outermost_first(x, mask)
+    pieces = [(x, mask)]
+    while pieces:
+        x, mask = pieces.pop()
+        try:
+            rows = x.view(x.shape[:-1].numel(), x.shape[-1])
+        except RuntimeError:  # a matrix has a view always, so this ends
+            masks = [None] * len(x) if mask is None else list(mask)
+            pieces.extend(reversed(list(zip(x, masks, strict=True))))
+        else:
+            yield rows, None if mask is None else mask.reshape(-1)
+
+
+def _outermost_first(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Keys (..., d_k) and mask (...) with dimensions in the order of the memory."""
+    x = matrix(x, "Keys") if not isinstance(x, Tensor) or x.layout is not torch.strided else x
+    if x.dim() == 0:
+        raise WrongWidth("Keys must have shape (..., d_k) but are a scalar; pass the projection's input.")
+    if mask is not None:
+        mask = _as_mask(mask)
+        if mask.numel() * x.shape[-1] != x.numel():
+            raise WrongWidth(
+                f"A mask of shape {tuple(mask.shape)} does not fit keys of shape {tuple(x.shape)}; "
+                "it needs one entry for each row."
+            )
+        mask = mask.to(torch.bool).reshape(x.shape[:-1])
+    if x.dim() > 2:
+        order = sorted(range(x.dim() - 1), key=x.stride, reverse=True)
+        x = x.permute(*order, x.dim() - 1)
+        mask = None if mask is None else mask.permute(order)
+    return x, mask
+
+
+def _as_mask(mask: Any) -> Tensor:
+    """A mask as a tensor of any real dtype, of an array too."""
+    if not isinstance(mask, Tensor):
+        numpy: Any = sys.modules.get("numpy")
+        if numpy is None or not isinstance(mask, numpy.ndarray) or mask.dtype.kind not in "biuf":
+            raise BadInput(
+                f"A mask must be a tensor or a NumPy array but is a {type(mask).__name__}; "
+                "convert it with torch.as_tensor."
+            )
+        return torch.from_numpy(mask != 0)
+    if mask.layout is not torch.strided or mask.is_complex():
+        raise BadInput(f"A mask must be a dense tensor of truth values but is {mask.layout}, {mask.dtype}; convert it.")
+    return mask
+
+
+class KeyHooks:
+    """Reads the inputs of named modules during a forward pass that ends at the last of them.
+
+    The pass ends before the last hooked module computes anything: neither its own product nor a module above it runs.
+    Hooks are removed on leaving the context, whatever happened inside.
+
+    Example:
+        >>> with KeyHooks(model, ["layers.0.mlp.down_proj"], print) as hooks:
+        ...     hooks.run({"input_ids": ids, "attention_mask": mask})
+
+    Args:
+        model: The model, called as ``model(**batch)``.
+        modules: Paths of the modules, as in ``model.named_modules()``.
+        on_keys: Called as ``on_keys(path, x, mask)`` with the module's input x (..., d_k) and the mask that `run` was
+            given. It must not keep x without a copy: the tensor is the model's.
+
+    Raises:
+        UnknownModule: A path is not in the model.
+        ValueError: No path at all, or two paths that are the same module.
+    """
+
+    def __init__(self, model: nn.Module, modules: Sequence[str], on_keys: OnKeys) -> None:
+        if isinstance(modules, str) or not modules:
+            raise ValueError(
+                f"modules must be a list of at least one module path but is {modules!r}; "
+                'write ["model.layers.4.mlp.down_proj"], for example.'
+            )
+        self._model = model
+        self._on_keys = on_keys
+        self._targets: dict[str, nn.Module] = {}
+        known = dict(model.named_modules(remove_duplicate=False))
+        for path in modules:
+            if path not in known:
+                raise UnknownModule(_unknown(path, known))
+            for other, module in self._targets.items():
+                if module is known[path]:
+                    raise ValueError(f"The paths {other!r} and {path!r} are the same module; name it once.")
+            self._targets[path] = known[path]
+        self._handles: list[RemovableHandle] = []
+        self._fired: set[str] = set()
+        self._mask: Tensor | None = None
+        self._running = False
+
+    @property
+    def attached(self) -> int:
+        """How many hooks are on the model now."""
+        return len(self._handles)
+
+    def __enter__(self) -> KeyHooks:
+        """Put the hooks on."""
+        if self._handles:
+            raise FastcovError("These hooks are on the model already; enter the context once.")
+        for path, module in self._targets.items():
+            # Registered last and with keywords: the key is the input after every other pre-hook had
+            # its way, wherever the caller puts it.
+            hook = module.register_forward_pre_hook(self._hook(path), with_kwargs=True)
+            self._handles.append(hook)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Take the hooks off."""
+        while self._handles:
+            self._handles.pop().remove()
+
+    @isolated()
+    def run(self, batch: Mapping[str, Any], mask: Tensor | None = None) -> None:
+        """Run the model on one batch, up to the last hooked module, without gradients.
+
+        Args:
+            batch: The model's keyword arguments.
+            mask: Which tokens are keys, handed on to ``on_keys``; by default the batch's ``attention_mask`` where it
+                has one.
+
+        Raises:
+            HookNeverRan: The forward pass ended and a hooked module was never called.
+            FastcovError: The hooks are not on the model, or a hooked module was called twice before the last one was
+                reached.
+        """
+        if not self._handles:
+            raise FastcovError("The hooks are not on the model; use KeyHooks in a with statement.")
+        self._mask = batch.get("attention_mask") if mask is None else mask
+        self._fired.clear()
+        self._running = True
+        try:
+            self._model(**batch)
+        except _Reached as reached:
+            if reached.by is not self:
+                raise
+        finally:
+            self._running = False
+            self._mask = None
+        missing = [path for path in self._targets if path not in self._fired]
+        if missing:
+            raise HookNeverRan(
+                f"The module {', '.join(map(repr, missing))} was never called in a complete "
+                "forward pass; name the projection that the model really runs."
+            )
+
+    def _hook(self, path: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if not self._running:  # somebody else's forward, while the hooks happen to be on
+                return
+            if path in self._fired:
+                raise FastcovError(
+                    f"The module {path!r} was called twice in one forward pass, so its keys cannot "
+                    "be told apart; name modules that run once."
+                )
+            x = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)
+            if x is None:
+                raise FastcovError(f"The module {path!r} was called without a tensor; name a projection.")
+            self._fired.add(path)
+            self._on_keys(path, x.detach(), self._mask)
+            if len(self._fired) == len(self._targets):
+                raise _Reached(self)
+
+        return hook
+
+
+class _Reached(BaseException):
+    """The last hooked module was reached. Not an Exception, so that no model catches it."""
+
+    def __init__(self, by: KeyHooks) -> None:
+        super().__init__("the last hooked module was reached")
+        self.by = by
+
+
+def _unknown(path: str, known: Mapping[str, nn.Module]) -> str:
+    near = difflib.get_close_matches(path, [name for name in known if name], n=3, cutoff=0.5)
+    hint = (
+        f"did you mean {' or '.join(map(repr, near))}?"
+        if near
+        else ("look at model.named_modules() for the paths that exist.")
+    )
+    return f"The model has no module {path!r}; {hint}"
