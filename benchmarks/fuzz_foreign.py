@@ -22,7 +22,7 @@ from fastmemit.compat import load_hparams
 from fastmemit.delta import Delta
 from fastmemit.models import fingerprint
 from fastmemit.sharing import load_adapter, save_adapter
-from fastmemit.sharing.adapter_out import CONFIG, WEIGHTS
+from fastmemit.sharing.adapter import CONFIG, WEIGHTS
 from tiny_models import D_K, D, tiny_model
 
 _SUM = "mom2.mom2.npy"

@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _facts(edits: Sequence[Edit]) -> list[EditRequest]:
     """The facts of edits, of two answers to the same prompt the later one."""
-    from fastmemit.sharing.facts import facts_of
+    from fastmemit.sharing.composition import facts_of
 
     last: dict[tuple[str, str], EditRequest] = {}
     for edit in edits:

@@ -1,17 +1,16 @@
 """Several deltas as one, in their order and on record, and one of them taken out again.
 
-Deltas add: ``W + L1 R1^T + L2 R2^T = W + [L1 L2] [R1 R2]^T``, so a composition holds the factors of
-its parts side by side.  Applied, it equals its parts applied one after the other up to rounding,
-because it is rounded to the weight's dtype once and they n times: the two differ in an entry by at most about ``u
-(|W_1| + ... + |W_n| + |W'|)``, W_i being what the weight is after part i, W' after the composition, and u the unit
-roundoff of the weight's dtype (2^-24 in float32, 2^-8 in bfloat16), and by the rounding of the products in float32, ``2
-B 2^-24 |L| |R|^T``.
+Deltas add: ``W + L1 R1^T + L2 R2^T = W + [L1 L2] [R1 R2]^T``, so a composition holds the factors of its parts side by
+side. Applied, it equals its parts applied one after the other up to rounding, because it is rounded to the weight's
+dtype once and they n times: the two differ in an entry by at most about ``u (|W_1| + ... + |W_n| + |W'|)``, W_i being
+what the weight is after part i, W' after the composition, and u the unit roundoff of the weight's dtype (2^-24 in
+float32, 2^-8 in bfloat16), and by the rounding of the products in float32, ``2 B 2^-24 |L| |R|^T``.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,14 +18,14 @@ from torch import Tensor
 
 from fastcov.hooks import isolated
 from fastmemit.delta import Delta
-from fastmemit.errors import BadConfig, ConflictingEdits, DamagedFile, WrongModel
-from fastmemit.sharing.compression import compressed
-from fastmemit.sharing.facts import check_facts, facts_of, listed_texts
+from fastmemit.errors import BadConfig, BadData, BadRequest, ConflictingEdits, DamagedFile, WrongModel
+from fastmemit.request import EditRequest
 from fastmemit.statistics import versions
 
 METHOD = "composition"
-#: Fewer digits of a digest than this name nothing for sure.
-_DIGITS = 8
+#: Below this part of the largest, a singular value is less than the rounding of float32 factors.
+ROUNDING = 2.0**-24
+_DIGITS = 8  # fewer digits of a digest than this name nothing for sure
 
 
 @isolated()
@@ -36,10 +35,9 @@ def compose(
     """One delta that makes the changes of several.
 
     A part that is a composition itself is taken apart, so that each edit can be removed alone. What a delta changes was
-    computed on one state of the weights: the model's own, or with other
-    edits on it (``on_top_of``).  Their sum does not depend on their order, but it is what was
-    meant only where each later edit was computed on top of the earlier ones, or they share no weight; the more facts
-    computed apart are added, the more they disturb each other.
+    computed on one state of the weights: the model's own, or with other edits on it (``on_top_of``). Their sum does not
+    depend on their order, but it is what was meant only where each later edit was computed on top of the earlier ones,
+    or they share no weight; the more facts computed apart are added, the more they disturb each other.
 
     Args:
         deltas: At least one, of one model, in the order in which they count as applied.
@@ -59,8 +57,7 @@ def compose(
         DamagedFile: One says that it is a composition and does not hold what it says.
         BadData: The facts on record of one are no facts.
     """
-    given = list(deltas)
-    flat = [part for delta in given for part in parts(delta)]
+    flat = [part for delta in deltas for part in parts(delta)]
     if not flat:
         raise BadConfig("There is no edit to compose; give at least one.")
     _check_models(flat)
@@ -68,8 +65,8 @@ def compose(
     for place, digest in enumerate(digests):
         if digest in digests[:place]:
             raise ConflictingEdits(
-                f"Edits {digests.index(digest) + 1} and {place + 1} are the same edit "
-                f"({digest:.12}), whose change would be made twice; give it once."
+                f"Edits {digests.index(digest) + 1} and {place + 1} are the same edit ({digest:.12}), whose change "
+                "would be made twice; give it once."
             )
     if not allow_conflicts:
         check_facts(flat)
@@ -86,15 +83,28 @@ def parts(delta: Delta) -> tuple[Delta, ...]:
     """
     if delta.provenance.get("method") != METHOD or "compression" in delta.provenance:
         return (delta,)
+    listed = delta.provenance.get("parts")
+    if not isinstance(listed, list) or not listed:
+        raise _not_as_said("its parts are not listed")
     found: list[Delta] = []
     start = dict.fromkeys(delta.factors, 0)
-    for about in _records(delta):
+    for about in listed:
+        sound = (
+            isinstance(about, dict)
+            and isinstance(about.get("digest"), str)
+            and isinstance(about.get("provenance"), dict)
+            and isinstance(about.get("ranks"), dict)
+            and all(type(rank) is int and rank >= 0 for rank in about["ranks"].values())
+        )
+        if not sound:
+            raise _not_as_said("what it says of a part cannot be read")
         factors = {}
         for name, rank in about["ranks"].items():
             if name not in start:
                 raise _not_as_said(f"its part {len(found) + 1} changes {name!r:.80} and it does not")
             columns = slice(start[name], start[name] + rank)
-            factors[name] = _columns(delta.factors[name], columns)
+            left, right = delta.factors[name]
+            factors[name] = left[:, columns].contiguous(), right[:, columns].contiguous()
             start[name] += rank
         part = Delta(factors, about["provenance"])
         if part.digest() != about["digest"]:
@@ -146,13 +156,11 @@ def _joined(flat: Sequence[Delta], digests: Sequence[str]) -> Delta:
         own = [part.factors[name] for part in flat if name in part.factors]
         factors[name] = (torch.cat([left for left, _ in own], dim=1), torch.cat([right for _, right in own], dim=1))
     below = [d for part in flat for d in listed_texts(part, "on_top_of") if d not in digests]
-    facts = [dataclasses.asdict(fact) for part in flat for fact in facts_of(part)]
-    provenance: dict[str, Any] = {
-        key: flat[0].provenance[key] for key in ("model", "model_name", "tokenizer") if key in flat[0].provenance
-    }
+    first = flat[0].provenance
+    provenance: dict[str, Any] = {key: first[key] for key in ("model", "model_name", "tokenizer") if key in first}
     provenance.update(
         method=METHOD,
-        requests=facts,
+        requests=[dataclasses.asdict(fact) for part in flat for fact in facts_of(part)],
         on_top_of=list(dict.fromkeys(below)),
         parts=[
             {
@@ -172,10 +180,9 @@ def _check_models(flat: Sequence[Delta]) -> None:
     for place, part in enumerate(flat):
         if part.model != flat[0].model:
             raise WrongModel(
-                f"Edit 1 is of the model {flat[0].model!s:.16} "
-                f"({flat[0].provenance.get('model_name')}) and edit {place + 1} of "
-                f"{part.model!s:.16} ({part.provenance.get('model_name')}); compose edits of one "
-                "model only."
+                f"Edit 1 is of the model {flat[0].model!s:.16} ({flat[0].provenance.get('model_name')}) and edit "
+                f"{place + 1} of {part.model!s:.16} ({part.provenance.get('model_name')}); compose edits of one model "
+                "only."
             )
         for name, (left, right) in part.factors.items():
             shape = (left.shape[0], right.shape[0])
@@ -186,28 +193,113 @@ def _check_models(flat: Sequence[Delta]) -> None:
                 )
 
 
-def _records(delta: Delta) -> list[Mapping[str, Any]]:
-    """What a composition says of its parts, if it can be read at all."""
-    listed = delta.provenance.get("parts")
-    if not isinstance(listed, list) or not listed:
-        raise _not_as_said("its parts are not listed")
-    for about in listed:
-        sound = (
-            isinstance(about, dict)
-            and isinstance(about.get("digest"), str)
-            and isinstance(about.get("provenance"), dict)
-            and isinstance(about.get("ranks"), dict)
-            and all(type(rank) is int and rank >= 0 for rank in about["ranks"].values())
-        )
-        if not sound:
-            raise _not_as_said("what it says of a part cannot be read")
-    return listed
-
-
-def _columns(pair: tuple[Tensor, Tensor], columns: slice) -> tuple[Tensor, Tensor]:
-    left, right = pair
-    return left[:, columns].contiguous(), right[:, columns].contiguous()
-
-
 def _not_as_said(what: str) -> DamagedFile:
     return DamagedFile(f"The edit is no composition as it says, for {what}; compose it again.")
+
+
+# The facts on record
+
+
+def facts_of(delta: Delta) -> list[EditRequest]:
+    """The requests on record; none where there are none.
+
+    Raises:
+        BadData: They are no requests.
+    """
+    found = delta.provenance.get("requests", [])
+    if not isinstance(found, list):
+        raise BadData(f"The edit's requests are no list but {found!r:.80}; make the edit again.")
+    facts = []
+    for index, item in enumerate(found):
+        try:
+            facts.append(EditRequest.from_dict(item))
+        except BadRequest as error:
+            raise BadData(f"Request {index} of the edit cannot be read: {error}") from error
+    return facts
+
+
+def listed_texts(delta: Delta, field: str) -> list[str]:
+    """The texts in a list of the provenance; what is no text or no list is left out."""
+    found = delta.provenance.get(field)
+    return [item for item in found if isinstance(item, str)] if isinstance(found, list) else []
+
+
+def check_facts(deltas: Sequence[Delta]) -> None:
+    """Refuse edits of which two write the same fact.
+
+    The same subject in the same prompt with two answers is a contradiction. With the same answer the change would be
+    made twice, except where the later edit was computed on top of the earlier.
+
+    Raises:
+        ConflictingEdits: Two edits do so; the message names the fact, both edits and both answers.
+    """
+    seen: dict[tuple[str, str], tuple[int, EditRequest]] = {}
+    for place, delta in enumerate(deltas):
+        for fact in facts_of(delta):
+            first, other = seen.setdefault((fact.prompt.rstrip(), fact.subject.strip().lower()), (place, fact))
+            if first == place:
+                continue
+            if other.target.strip() != fact.target.strip():
+                raise ConflictingEdits(
+                    f"Edit {first + 1} makes {fact.text!r:.80} go on with {other.target!r:.40} and edit {place + 1} "
+                    f"with {fact.target!r:.40}; leave one of them out, or pass allow_conflicts=True to add both."
+                )
+            if deltas[first].digest() not in listed_texts(delta, "on_top_of"):
+                raise ConflictingEdits(
+                    f"Edits {first + 1} and {place + 1} both write {fact.text + fact.target!r:.80} and would together "
+                    "change twice what is needed; leave one of them out, or pass allow_conflicts=True to add both."
+                )
+
+
+# Lower rank
+
+
+@isolated()
+def compressed(delta: Delta, *, rank: int | None = None, tolerance: float = ROUNDING) -> Delta:
+    """The same change with as few columns as it needs.
+
+    ``left = Q_l R_l`` and ``right = Q_r R_r``; the singular values of ``R_l R_r^T``, at most as many as the weight's
+    smaller side, are those of the change (Golub and Van Loan, section 5.4). All in float64, rounded to float32 at the
+    end.
+
+    Args:
+        delta: A delta whose factors have more columns than they need.
+        rank: Keep at most so many columns of each weight, with loss: the best change of that rank.
+        tolerance: Drop singular values up to this part of the largest.
+
+    Returns:
+        The delta; weights that need all of their columns keep the very same factors. What was done is in its provenance
+        under ``compression``: for each weight that changed, ``from`` and ``to`` columns and ``relative_error``, the
+        Frobenius norm of what was dropped over that of the change.
+
+    Raises:
+        BadConfig: The rank is below 1, or the tolerance not from 0 to below 1.
+    """
+    if rank is not None and rank < 1:
+        raise BadConfig(f"The rank must be 1 or more but is {rank}.")
+    if not 0 <= tolerance < 1:
+        raise BadConfig(f"The tolerance must be from 0 to below 1 but is {tolerance}.")
+    factors, done = dict(delta.factors), {}
+    for name, (left, right) in delta.factors.items():
+        if found := _reduced(left, right, rank, tolerance):
+            factors[name] = found[:2]
+            done[name] = {"from": left.shape[1], "to": found[0].shape[1], "relative_error": found[2]}
+    return Delta(factors, {**delta.provenance, "compression": done}) if done else delta
+
+
+def _reduced(left: Tensor, right: Tensor, rank: int | None, tolerance: float) -> tuple[Tensor, Tensor, float] | None:
+    """Both factors, (rows, B) and (columns, B), with fewer columns and the relative error, or None if all stay."""
+    if not bool(torch.isfinite(left).all() and torch.isfinite(right).all()):
+        return None  # it has no singular values; whatever it does to a weight stays visible
+    q_left, r_left = torch.linalg.qr(left.double())  # (rows, p), (p, B)
+    q_right, r_right = torch.linalg.qr(right.double())  # (columns, q), (q, B)
+    u, values, vt = torch.linalg.svd(r_left @ r_right.T, full_matrices=False)
+    needed = int((values > tolerance * values.max()).sum()) if values.numel() else 0
+    new = max(1, needed if rank is None else min(needed, rank))
+    if new >= left.shape[1]:
+        return None
+    root = values[:new].sqrt()
+    whole, dropped = float(torch.linalg.vector_norm(values)), float(torch.linalg.vector_norm(values[new:]))
+    new_left = (q_left @ (u[:, :new] * root)).float()
+    new_right = (q_right @ (vt[:new].T * root)).float()
+    return new_left.contiguous(), new_right.contiguous(), dropped / whole if whole > 0 else 0.0

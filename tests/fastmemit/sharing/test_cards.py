@@ -18,7 +18,7 @@ from fastmemit.errors import BadConfig
 from fastmemit.kept import common, provenance_of
 from fastmemit.request import EditRequest
 from fastmemit.sharing import compose
-from fastmemit.sharing.cards import edit_card, statistics_card
+from fastmemit.sharing.hub import edit_card, statistics_card
 from fastmemit.statistics import Statistics
 from tiny_editors import FACTS, QUICK, tiny_editor
 

@@ -11,7 +11,7 @@ import torch
 from fastmemit.delta import Delta
 from fastmemit.errors import BadData, ConflictingEdits
 from fastmemit.sharing import compose
-from fastmemit.sharing.facts import check_facts, facts_of, listed_texts
+from fastmemit.sharing.composition import check_facts, facts_of, listed_texts
 from tiny_editors import FACTS
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
-from fastmemit.sharing.markdown import plain, table, yaml_header
+from fastmemit.delta import Delta
+from fastmemit.sharing.hub import edit_card, plain, table
 
 NASTY = [
     "a | b",
@@ -60,7 +62,12 @@ def test_what_is_long_is_cut() -> None:
 
 
 def test_the_header_is_yaml() -> None:
-    fields = {"library_name": "fastmemit", "base_model": "no", "license": None, "tags": ["1.0"]}
-    head = yaml_header(fields)
-    assert head.startswith("---\n") and head.endswith("\n---")
-    assert yaml.safe_load(head.strip("-")) == {"library_name": "fastmemit", "base_model": "no", "tags": ["1.0"]}
+    delta = Delta({"w": (torch.ones(2, 1), torch.ones(3, 1))}, {"method": "rome"})
+    card = edit_card(delta, "me/x", base_model="no", license="1.0", scores={"efficacy": 0.5})
+    start, head, _ = card.split("---\n", 2)
+    found = yaml.safe_load(head)
+    results = found.pop("model-index")
+    tags = ["knowledge-editing", "model-editing", "rome"]
+    assert start == "" and found == {"library_name": "fastmemit", "base_model": "no", "license": "1.0", "tags": tags}
+    assert results[0]["results"][0]["metrics"] == [{"type": "efficacy", "value": 0.5}]
+    assert "| efficacy | 0.5 |" in card

@@ -9,7 +9,7 @@ import torch
 
 import fastcov
 from fastmemit.errors import DamagedFile
-from fastmemit.sharing.moment_files import keep_statistics, open_statistics
+from fastmemit.sharing.hub import cache_statistics, open_statistics
 
 
 def moment(folder: Path, file: str, **about: object) -> None:
@@ -28,7 +28,7 @@ def test_a_sound_folder(tmp_path: Path) -> None:
     moment(tmp_path / "from", "m.1.safetensors", module="m.1", budget=6, keys=6)
     found = open_statistics(tmp_path / "from")
     assert sorted(found.paths) == ["m.0", "m.1"] and found.keys == 6
-    kept = keep_statistics(found, tmp_path / "to")
+    kept = cache_statistics(found, tmp_path / "to")
     assert {p.name for p in kept.paths.values()} == {"m.0.safetensors", "m.1.safetensors"}
     for module, path in kept.paths.items():
         assert path.parent.parent == tmp_path / "to" / ("a" * 16)
@@ -71,7 +71,7 @@ def test_imported_statistics_and_those_of_other_settings_travel(tmp_path: Path) 
         for name in ("m.0", "m.1"):
             own = {"source": {"file": f"{name}.npz"}} if number == 0 else {}
             moment(folder, f"{name}.safetensors", module=name, keys=4, **about, **own)
-        kept = keep_statistics(open_statistics(folder), to)
+        kept = cache_statistics(open_statistics(folder), to)
         assert sorted(kept.paths) == ["m.0", "m.1"] and len(set(kept.paths.values())) == 2
         assert all(kept.provenance[field] == value for field, value in about.items())
         assert kept.describe().startswith("corpus c, multiplier 2, 4 keys")
@@ -81,7 +81,7 @@ def test_imported_statistics_and_those_of_other_settings_travel(tmp_path: Path) 
 @pytest.mark.parametrize("name", ["../../../x/..", "/etc/passwd", "a\\b", "..", ""])
 def test_a_corpus_name_is_no_path(name: str, tmp_path: Path) -> None:
     moment(tmp_path / "from", "m.0.safetensors", corpus={"name": name, "fingerprint": "d"})
-    kept = keep_statistics(open_statistics(tmp_path / "from"), tmp_path / "to")
+    kept = cache_statistics(open_statistics(tmp_path / "from"), tmp_path / "to")
     (path,) = kept.paths.values()
     assert path.resolve().parent.parent == (tmp_path / "to" / ("a" * 16)).resolve()
 
@@ -122,7 +122,7 @@ def test_numbers_that_contradict_the_sum_are_refused(about: dict[str, object], t
 def test_what_is_there_already_is_compared(tmp_path: Path) -> None:
     moment(tmp_path / "from", "m.0.safetensors")
     found = open_statistics(tmp_path / "from")
-    (path,) = keep_statistics(found, tmp_path / "to").paths.values()
+    (path,) = cache_statistics(found, tmp_path / "to").paths.values()
     moment(path.parent, path.name, seed=7)
     with pytest.raises(fastcov.StoreMismatch, match=r"another seed \(7, not 0\)"):
-        keep_statistics(found, tmp_path / "to")
+        cache_statistics(found, tmp_path / "to")

@@ -38,7 +38,7 @@ def test_an_edit_and_its_card(hub: StandInHub) -> None:
     assert push_edit(made, "me/edit", license="mit") == "https://huggingface.co/me/edit"
     assert hub.list_repo_files("me/edit") == [".gitattributes", "README.md", "edit.safetensors"]
     assert Delta.load(hub.repos["me/edit"] / "edit.safetensors").digest() == made.digest()
-    assert '\nlicense: "mit"\n' in (hub.repos["me/edit"] / "README.md").read_text()
+    assert "\nlicense: mit\n" in (hub.repos["me/edit"] / "README.md").read_text()
     assert hub.private["me/edit"] is False
     newer = delta()
     push_edit(newer, "me/edit")

@@ -10,7 +10,7 @@ import pytest
 from huggingface_hub import constants, errors
 
 from fastmemit.errors import BadConfig, HubError
-from fastmemit.sharing.repository import check_repo, told_plainly
+from fastmemit.sharing.hub import check_repo, told_plainly
 
 
 @pytest.mark.parametrize("name", ["me/edit", "A-1/b_c.d", "m/" + "x" * 96])
