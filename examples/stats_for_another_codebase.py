@@ -15,7 +15,7 @@ import argparse
 import numpy as np
 
 from fastmemit import Editor
-from fastmemit.interop import LAYOUTS, StatsPlace, export_statistics
+from fastmemit.compat import LAYOUTS, StatsPlace, export_statistics
 
 
 def main() -> None:

@@ -56,10 +56,8 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Find or collect, write, and say where the files are."""
+    from fastmemit.compat.npz_files import check_new, export_null_space, export_statistics, layers_by_name
     from fastmemit.editors.layers import parse_layers
-    from fastmemit.interop import export_null_space, export_statistics
-    from fastmemit.interop.exporting import check_new
-    from fastmemit.interop.importing import layers_by_name
     from fastmemit.progress import bar
 
     layers = None if args.layers is None else parse_layers(args.layers)

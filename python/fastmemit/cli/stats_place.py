@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from fastmemit.cli.options import above_zero
 
 if TYPE_CHECKING:
+    from fastmemit.compat import StatsPlace
     from fastmemit.editor import Editor
-    from fastmemit.interop import StatsPlace
 
 LAYOUT_NAMES = ("rome", "memit", "easyedit", "alphaedit")
 
@@ -42,7 +42,7 @@ def add_place(verb: argparse.ArgumentParser, *, required: bool) -> None:
 
 def make_place(args: argparse.Namespace, editor: Editor) -> StatsPlace:
     """The place that the options name, for a model."""
-    from fastmemit.interop import StatsPlace
+    from fastmemit.compat import StatsPlace
 
     return StatsPlace(
         args.stats_dir,

@@ -1,33 +1,56 @@
-"""Functions that other editing codebases call, with their signatures, on statistics made here.
+"""What other editing codebases call and read: their functions, their hyper-parameters, their files of statistics.
 
-    from fastmemit import compat compat.configure(corpus="articles.jsonl") memit.memit_main.get_cov = compat.get_cov
-
+The functions have their signatures and work on statistics made here, ``memit_main.get_cov = fastmemit.compat.get_cov``.
 See docs/other-codebases.md.
 """
 
-from __future__ import annotations
-
-from fastmemit.compat.applying import apply_emmet_to_model, apply_memit_to_model, apply_rome_to_model
-from fastmemit.compat.covariance import LayerMoment, LayerStats, get_cov, get_inv_cov, layer_stats
-from fastmemit.compat.files import load_hparams, open_hparams
-from fastmemit.compat.hparams import Hparams, read_hparams
-from fastmemit.compat.live import forget
-from fastmemit.compat.settings import Settings, configure
+from fastmemit.compat.drop_in import (
+    LayerMoment,
+    LayerStats,
+    Settings,
+    apply_emmet_to_model,
+    apply_memit_to_model,
+    apply_rome_to_model,
+    configure,
+    forget,
+    get_cov,
+    get_inv_cov,
+    layer_stats,
+)
+from fastmemit.compat.hparams import Hparams, load_hparams, open_hparams, read_hparams
+from fastmemit.compat.npz_files import (
+    LAYOUTS,
+    SAMPLE_SIZE,
+    StatsPlace,
+    export_null_space,
+    export_statistics,
+    files_of,
+    import_statistics,
+    module_of,
+)
 
 __all__ = [
+    "LAYOUTS",
+    "SAMPLE_SIZE",
     "Hparams",
     "LayerMoment",
     "LayerStats",
     "Settings",
+    "StatsPlace",
     "apply_emmet_to_model",
     "apply_memit_to_model",
     "apply_rome_to_model",
     "configure",
+    "export_null_space",
+    "export_statistics",
+    "files_of",
     "forget",
     "get_cov",
     "get_inv_cov",
+    "import_statistics",
     "layer_stats",
     "load_hparams",
+    "module_of",
     "open_hparams",
     "read_hparams",
 ]

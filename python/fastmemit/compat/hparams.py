@@ -1,14 +1,17 @@
-"""Hyper-parameters of the ROME family and of EasyEdit as our settings."""
+"""Hyper-parameters of the ROME family and of EasyEdit as our settings, from objects and from JSON and YAML files."""
 
 from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from fastcov.printable import printable_logger
+from fastmemit.data.reading import check_file, decode, parse_json
 from fastmemit.editors import CONFIGS, EditConfig
 from fastmemit.editors.config import Method
 from fastmemit.errors import BadConfig
@@ -19,6 +22,8 @@ METHODS: tuple[Method, ...] = ("rome", "emmet", "memit")
 
 log = printable_logger(__name__)
 
+MAX_BYTES = 1 << 16  # a file of hyper-parameters has one or two thousand
+_DEEPEST = 8
 _OURS = {
     "v_num_grad_steps": "steps",
     "v_lr": "v_lr",
@@ -51,21 +56,13 @@ _PASSED = {
 
 @dataclass(frozen=True)
 class Hparams:
-    """What hyper-parameters of another codebase say.
-
-    Attributes:
-        config: The settings.
-        module: The edited projection with ``{}`` for the layer; None where it is not named.
-        loss_layer: The block whose output the loss reads, which must be the last.
-        dataset: What C is to be collected on.
-        multiplier: d_m, where they say it (``dynamic`` with ``dynamic_multiplier``).
-    """
+    """What hyper-parameters of another codebase say."""
 
     config: EditConfig
-    module: str | None = None
-    loss_layer: int | None = None
-    dataset: str = "wikipedia"
-    multiplier: float | None = None
+    module: str | None = None  # the edited projection with ``{}`` for the layer, where it is named
+    loss_layer: int | None = None  # the block whose output the loss reads, which must be the last
+    dataset: str = "wikipedia"  # what C is to be collected on
+    multiplier: float | None = None  # d_m, where they say it (``dynamic`` with ``dynamic_multiplier``)
 
     def check(self, adapter: ModelAdapter) -> None:
         """Refuse a model that these are not for.
@@ -79,9 +76,8 @@ class Hparams:
         last = adapter.n_layers - 1
         if self.loss_layer not in (None, last):
             raise BadConfig(
-                f"v_loss_layer is {self.loss_layer} but the last block of this model is {last}, "
-                "and the loss is read from the model's own output; set it to that if the settings "
-                "are for this model."
+                f"v_loss_layer is {self.loss_layer} but the last block of this model is {last}, and the loss is read "
+                "from the model's own output; set it to that if the settings are for this model."
             )
         if self.module not in (None, adapter.template):
             raise BadConfig(
@@ -117,8 +113,8 @@ def read_hparams(hparams: Any, method: str | None = None, name: str = "hparams")
     for field, (value, why) in _FIXED.items():
         if field in fields and fields[field] is not None and _plain(fields[field]) != value:
             raise BadConfig(
-                f"{field} of {name} is {_shown(fields[field])}, which cannot be honoured, for "
-                f"{why}; set it to {json.dumps(value)}."
+                f"{field} of {name} is {_shown(fields[field])}, which cannot be honoured, for {why}; set it to "
+                f"{json.dumps(value)}."
             )
     if fields.get("layers") in (None, [], ()):
         raise BadConfig(f"{name} has no layers; add them, such as [4, 5, 6, 7, 8].")
@@ -145,20 +141,12 @@ def read_hparams(hparams: Any, method: str | None = None, name: str = "hparams")
 
 
 def fields_of(hparams: Any) -> dict[str, Any]:
-    """Names and values of hyper-parameters, whatever holds them.
-
-    Raises:
-        BadConfig: Nothing that could be hyper-parameters.
-    """
+    """Names and values of hyper-parameters, whatever holds them; a `BadConfig` where nothing does."""
     if isinstance(hparams, EditConfig):
         return {"layers": list(hparams.layers)}
     if isinstance(hparams, Hparams):
-        return {
-            **fields_of(hparams.config),
-            "mom2_dataset": hparams.dataset,
-            "dynamic": True,
-            "dynamic_multiplier": hparams.multiplier,
-        }
+        about = {"mom2_dataset": hparams.dataset, "dynamic": True, "dynamic_multiplier": hparams.multiplier}
+        return fields_of(hparams.config) | about
     if has_names(hparams):
         return dict(hparams)
     names = [name for name in dir(hparams) if not name.startswith("_")]
@@ -199,24 +187,16 @@ def _method(fields: Mapping[str, Any], method: str | None, name: str) -> Method:
 def _number(value: Any, field: str, name: str) -> float:
     """A number; YAML reads ``5e-1`` as text."""
     try:
-        if not isinstance(value, bool | int | float | str) or isinstance(value, bool):
+        if isinstance(value, bool) or not isinstance(value, int | float | str) or not math.isfinite(float(value)):
             raise ValueError
-        number = float(value)
-        if not math.isfinite(number):
-            raise ValueError
-        return number
+        return float(value)
     except (ValueError, OverflowError) as error:
         raise BadConfig(f"{field} of {name} must be a finite number but is {_shown(value)}.") from error
 
 
 def whole_numbers(values: Any, name: str) -> tuple[int, ...]:
-    """Layers, or the one layer, that somebody names.
-
-    Raises:
-        BadConfig: One is no whole number.
-    """
-    alone = isinstance(values, str | bytes) or not isinstance(values, Sequence)
-    listed = [values] if alone else values
+    """Layers, or the one layer, that somebody names; a `BadConfig` where one is no whole number."""
+    listed = values if isinstance(values, Sequence) and not isinstance(values, str | bytes) else [values]
     for value in listed:
         if isinstance(value, bool) or not isinstance(value, int):
             raise BadConfig(f"layers of {name} must be whole numbers but are {_shown(values)}.")
@@ -242,3 +222,76 @@ def _plain(value: Any) -> Any:
 
 def _shown(value: Any) -> str:
     return f"{value!r:.60}"
+
+
+# Files
+
+
+def open_hparams(path: str | os.PathLike[str], method: str | None = None) -> Hparams:
+    """Read a file of hyper-parameters: JSON (ROME, MEMIT, EMMET) or YAML (EasyEdit).
+
+    Args:
+        path: A .json, .yaml or .yml file.
+        method: Which method they are for; None takes ``alg_name``, else the folder's name
+            (``hparams/MEMIT/gpt2-xl.json``), else what the fields tell.
+
+    Raises:
+        BadConfig: The file is not there, too large, or not an object of names and values; or see `read_hparams`.
+    """
+    path = Path(path)
+    check_file(path, BadConfig)
+    size = path.stat().st_size
+    if size > MAX_BYTES:
+        raise BadConfig(f"{path} has {size} bytes, which is no file of hyper-parameters.")
+    text = decode(path.read_bytes(), path, 0, BadConfig)
+    yaml = path.suffix.lower() in (".yaml", ".yml")
+    values = _parse_yaml(text, path) if yaml else parse_json(text, str(path), BadConfig)
+    if not has_names(values):
+        raise BadConfig(f"{path} holds no names with values; give a file of hyper-parameters.")
+    folder = path.resolve().parent.name.lower()
+    if method is None and values.get("alg_name") is None and folder in METHODS:
+        method = folder
+    return read_hparams(values, method, path.name)
+
+
+def load_hparams(path: str | os.PathLike[str], method: str | None = None) -> EditConfig:
+    """The settings in a file of hyper-parameters; see `open_hparams`."""
+    return open_hparams(path, method).config
+
+
+def _parse_yaml(text: str, path: Path) -> Any:
+    import yaml
+
+    depth = 0
+    try:
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            # An alias may stand for a list of aliases, and so on: a small text of a large value.
+            if isinstance(event, yaml.AliasEvent):
+                raise BadConfig(f"{path} uses YAML aliases, which are not read; write values out.")
+            depth += isinstance(event, yaml.CollectionStartEvent)
+            depth -= isinstance(event, yaml.CollectionEndEvent)
+            if depth > _DEEPEST:
+                raise BadConfig(f"{path} is nested too deep for hyper-parameters.")
+        _refuse_twice(yaml.compose(text, Loader=yaml.SafeLoader), path)
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        if isinstance(error, BadConfig):
+            raise
+        said = " ".join(str(error).split())
+        raise BadConfig(f"{path} is not YAML ({said:.160}); correct it.") from error
+
+
+def _refuse_twice(node: Any, path: Path) -> None:
+    """Refuse a name that is there twice in one place, of which YAML takes the last."""
+    import yaml
+
+    if isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            _refuse_twice(item, path)
+    elif isinstance(node, yaml.MappingNode):
+        names = [name.value for name, _ in node.value if isinstance(name, yaml.ScalarNode)]
+        for place, name in enumerate(names):
+            if name in names[:place]:
+                raise BadConfig(f"{path} has {name!r:.80} twice in one place; keep one of the two.")
+        for _, value in node.value:
+            _refuse_twice(value, path)

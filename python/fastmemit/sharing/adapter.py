@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastcov.mode import isolated
+from fastcov.hooks import isolated
 from fastcov.parsing import parse_json
 from fastcov.store import write_safetensors
 from fastmemit.delta import Delta

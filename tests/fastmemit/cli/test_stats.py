@@ -12,8 +12,8 @@ import torch
 import their_loader
 from fastmemit.cli import parser
 from fastmemit.cli.stats_place import LAYOUT_NAMES
+from fastmemit.compat import LAYOUTS, SAMPLE_SIZE
 from fastmemit.delta import Delta
-from fastmemit.interop import LAYOUTS, SAMPLE_SIZE
 from tiny_commands import EDIT, Place, refused, run
 
 Capture = pytest.CaptureFixture[str]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fastmemit.compat import settings
+from fastmemit.compat import drop_in
 from tiny_editors import tiny_corpus
 from tiny_models import tiny_model, tiny_tokenizer
 
@@ -16,8 +16,8 @@ from tiny_models import tiny_model, tiny_tokenizer
 @pytest.fixture(autouse=True)
 def _configured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Statistics of a tiny corpus in a folder of the test."""
-    chosen = settings.Settings(corpus=tiny_corpus(), multiplier=4, cache=tmp_path / "cache")
-    monkeypatch.setattr(settings, "_chosen", chosen)
+    chosen = drop_in.Settings(corpus=tiny_corpus(), multiplier=4, cache=tmp_path / "cache")
+    monkeypatch.setattr(drop_in, "_chosen", chosen)
     yield
 
 

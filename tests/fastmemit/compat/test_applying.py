@@ -13,7 +13,7 @@ import torch
 
 import fastcov
 from fastmemit import compat
-from fastmemit.compat import live
+from fastmemit.compat import drop_in
 from fastmemit.editors import MemitConfig, RomeConfig
 from fastmemit.editors.config import SMALL_BUDGET_RIDGE
 from fastmemit.errors import BadConfig, BadLayer, BadRequest, DuplicateRequest
@@ -206,7 +206,7 @@ def test_somebody_elses_edit_lies_below(model: Any, tok: Any, tmp_path: Path) ->
     APPLY["memit"](model, tok, MEMIT_STYLE, hparams("memit"))
     changed = [n for n, tensor in state(model).items() if not torch.equal(tensor, after[n])]
     assert changed == [f"model.layers.{i}.mlp.down_proj.weight" for i in (0, 1)]
-    found = live.live(model, tok, None)
+    found = drop_in.live(model, tok, None)
     assert found.sources.statistics_for([0, 1]).provenance["model"] == found.baseline
     assert found.stack.edits[0].delta.digest().startswith("unknown:")
 

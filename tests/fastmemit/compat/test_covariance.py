@@ -15,7 +15,7 @@ import torch
 
 import fastcov
 from fastmemit import compat
-from fastmemit.compat import live
+from fastmemit.compat import drop_in
 from fastmemit.errors import BadConfig, BadCorpus, BadLayer, UnknownArchitecture, WrongModel
 from tiny_editors import tiny_corpus, tiny_editor
 from tiny_models import tiny_model, tiny_tokenizer
@@ -225,7 +225,7 @@ def test_one_layer_need_not_be_a_list_and_words_are_refused(model: Any, tok: Any
 def test_a_copy_of_a_copy_does_not_take_itself_for_the_original(model: Any, tok: Any) -> None:
     before = get_cov(model, tok, 1)
     twin = copy.deepcopy(copy.deepcopy(model))
-    held = twin.__dict__[live._PLACE]
+    held = twin.__dict__[drop_in._PLACE]
     assert held._opened_with[0] is None  # an object's number may be had again
     assert torch.equal(get_cov(twin, tok, 1), before)
 
@@ -268,8 +268,8 @@ def test_names_that_lead_nowhere(model: Any, tok: Any, name: str, error: type[Ex
 
 
 def test_few_matrices_are_held(model: Any, tok: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(live, "CAPACITY", 2 * 64 * 64 * 4)
+    monkeypatch.setattr(drop_in, "CAPACITY", 2 * 64 * 64 * 4)
     expected = [get_cov(model, tok, layer) for layer in (0, 1, 2)]
-    held = live.live(model, tok, None)._matrices
+    held = drop_in.live(model, tok, None)._matrices
     assert [name for name, _ in held] == [NAME.format(1), NAME.format(2)]
     assert all(torch.equal(get_cov(model, tok, i), expected[i]) for i in (0, 1, 2))

@@ -12,8 +12,8 @@ import torch
 
 import fastcov
 import their_loader
+from fastmemit.compat import StatsPlace, export_null_space, export_statistics
 from fastmemit.errors import BadConfig
-from fastmemit.interop import StatsPlace, export_null_space, export_statistics
 from fastmemit.statistics import Statistics
 from tiny_editors import tiny_corpus, tiny_editor
 

@@ -14,9 +14,9 @@ import torch
 
 import fastcov
 import their_loader
+from fastmemit.compat import StatsPlace, export_statistics, files_of, import_statistics
 from fastmemit.editor import Editor
 from fastmemit.errors import BadConfig, WrongModel
-from fastmemit.interop import StatsPlace, export_statistics, files_of, import_statistics
 from tiny_editors import FACTS, tiny_corpus, tiny_editor
 from tiny_models import tiny_model
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from fastmemit.compat import StatsPlace, module_of
 from fastmemit.errors import BadConfig
-from fastmemit.interop import StatsPlace, module_of
 
 MODULE = "transformer.h.17.mlp.c_proj"
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastmemit.interop import likeness
-from fastmemit.interop.likeness import Likeness, mean_squares
+from fastmemit.compat import npz_files
+from fastmemit.compat.npz_files import Likeness, mean_squares
 from tiny_editors import tiny_editor
 from tiny_models import ARCHITECTURES
 
@@ -16,18 +16,18 @@ from tiny_models import ARCHITECTURES
 def test_a_likeness_by_hand() -> None:
     mine = torch.tensor([1.0, 2.0, 4.0, 0.0, 8.0])
     theirs = torch.tensor([3.0, 6.0, 12.0, 5.0, 0.0])  # the last two are left out
-    alike = likeness.likeness(theirs, mine)
+    alike = npz_files.likeness(theirs, mine)
     assert alike.correlation == pytest.approx(1) and alike.times == pytest.approx(3)
-    turned = likeness.likeness(torch.tensor([4.0, 2.0, 1.0]), mine[:3])
+    turned = npz_files.likeness(torch.tensor([4.0, 2.0, 1.0]), mine[:3])
     assert turned.correlation == pytest.approx(-1) and turned.times == pytest.approx(1)
-    assert likeness.likeness(torch.ones(3), torch.tensor([0.0, 0.0, 1.0])) == Likeness(0, 0)
-    assert likeness.likeness(torch.ones(2), torch.tensor([1.0, 2.0])).correlation == 0
+    assert npz_files.likeness(torch.ones(3), torch.tensor([0.0, 0.0, 1.0])) == Likeness(0, 0)
+    assert npz_files.likeness(torch.ones(2), torch.tensor([1.0, 2.0])).correlation == 0
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt", "gpt_neox"])
 def test_mean_squares_are_those_of_the_keys(architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(likeness, "TOKENS", 200)
-    monkeypatch.setattr(likeness, "LENGTH", 50)
+    monkeypatch.setattr(npz_files, "TOKENS", 200)
+    monkeypatch.setattr(npz_files, "LENGTH", 50)
     assert architecture in ARCHITECTURES
     editor = tiny_editor(tmp_path, architecture, layers=None)
     names = [editor.adapter.projection_name(layer) for layer in (0, 2)]

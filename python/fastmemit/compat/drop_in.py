@@ -1,0 +1,643 @@
+"""Functions that other editing codebases call, with their signatures: C in seconds, and whole edits.
+
+Other codebases write into the weights between two calls, inside the layer loop of one edit too, and put them back or do
+not. So a model object is identified once, when it is first seen, and everything that belongs to the unedited model
+stays that of this moment. What is in the weights at a later moment is read off the weights.
+"""
+
+from __future__ import annotations
+
+import copy as copying
+import dataclasses
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+import fastcov
+from fastcov.hooks import isolated
+from fastcov.sizing import LIMIT
+from fastmemit.applied import Edit, EditStack
+from fastmemit.auto import AUTO, precompute_auto
+from fastmemit.cache import cache_dir
+from fastmemit.compat.hparams import Hparams, fields_of, multiplier_of, read_hparams, whole_numbers
+from fastmemit.contexts import Contexts, Kind
+from fastmemit.data import Corpus
+from fastmemit.data.self_written import open_corpus
+from fastmemit.delta import Delta
+from fastmemit.editor import plan_edit
+from fastmemit.editors import find_config
+from fastmemit.errors import BadConfig, BadCorpus, BadLayer, WrongModel
+from fastmemit.kept import there
+from fastmemit.models import ModelAdapter, find_adapter, fingerprint
+from fastmemit.models.structure import unwrapped
+from fastmemit.request import EditRequest, check_batch
+from fastmemit.sources import Sources
+from fastmemit.statistics import Statistics
+
+log = logging.getLogger(__name__)
+
+MULTIPLIER = 10.0
+CAPACITY = 8 << 30  # bytes of matrices held
+IN_A_ROW = 6  # layers collected together where only the first is known: MEMIT edits five or six in a row
+#: The data sets that these codebases name, as the hub has them today.
+DATASETS = {"wikipedia": "wikipedia", "wikitext": "hub:Salesforce/wikitext:wikitext-103-raw-v1"}
+_PLACE = "_fastmemit_compat"  # in the model's own __dict__, so that both go together
+
+
+# What their signatures have no argument for
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How statistics are come by in this process; see `configure`.
+
+    Args:
+        corpus: As for `fastmemit.Editor.precompute`: a file, ``"self"``, ``"builtin"``, a hub name. None:
+            ``$FASTMEMIT_CORPUS``, else the newest statistics that are cached of the model, else the data set that the
+            caller names (``mom2_dataset``), from the hub.
+        multiplier: d_m, or ``"auto"``; None: ``$FASTMEMIT_MULTIPLIER``, else that of the hparams where they are
+            ``dynamic``, else 10.
+        cache: The folder for statistics and targets; None: `fastmemit.cache.cache_dir`.
+        layers: Those to collect together on the unedited model, where the caller does not pass its hparams; None: see
+            `get_cov`.
+        max_length: Cut documents at so many tokens.
+        allow_fewer: Take a corpus that ends early for what it has.
+        field: The text's field in a JSON corpus.
+        seed: Seed for the contexts and the corpus's order.
+        progress: Show bars.
+    """
+
+    corpus: str | os.PathLike[str] | Corpus | None = None
+    multiplier: float | Literal["auto"] | None = None
+    cache: str | os.PathLike[str] | None = None
+    layers: tuple[int, ...] | None = None
+    max_length: int | None = None
+    allow_fewer: bool = False
+    field: str = "text"
+    seed: int = 0
+    progress: bool = False
+
+
+_chosen = Settings()
+
+
+def configure(**settings: Any) -> Settings:
+    """Choose some `Settings` by name; what is not named stays as it is, None brings back the default.
+
+    Returns:
+        The settings that hold now.
+
+    Raises:
+        BadConfig: The multiplier is neither a number nor ``"auto"``, or a layer no whole number.
+        TypeError: There is no setting of a name.
+    """
+    global _chosen
+    named = {name: getattr(Settings(), name, None) if value is None else value for name, value in settings.items()}
+    if named.get("layers") is not None:
+        named["layers"] = whole_numbers(named["layers"], "configure")
+    if named.get("multiplier") is not None:
+        named["multiplier"] = _multiplier(named["multiplier"], "multiplier")
+    _chosen = dataclasses.replace(_chosen, **named)
+    return _chosen
+
+
+def _current() -> Settings:
+    """The settings that hold now, those of the environment included."""
+    found: dict[str, Any] = {}
+    if _chosen.corpus is None:
+        found["corpus"] = os.environ.get("FASTMEMIT_CORPUS") or None
+    if _chosen.multiplier is None and (text := os.environ.get("FASTMEMIT_MULTIPLIER")):
+        found["multiplier"] = _multiplier(text, "FASTMEMIT_MULTIPLIER")
+    return dataclasses.replace(_chosen, **found)
+
+
+def _multiplier(value: Any, name: str) -> Any:
+    try:
+        return AUTO if value == AUTO else float(value)
+    except (TypeError, ValueError) as error:
+        raise BadConfig(f"{name} must be a number or 'auto' but is {value!r}.") from error
+
+
+# What is remembered of a model
+
+
+class _Unknown(Delta):
+    """What others have written into the weights."""
+
+    def digest(self) -> str:
+        """What the weights are with it."""
+        return f"unknown:{self.provenance['weights']}"
+
+
+class LiveStack(EditStack):
+    """The edits in a model that others edit too, read off the weights; `baseline` is the unedited model's fingerprint.
+
+    Without a baseline the model as it is counts as unedited.
+    """
+
+    def __init__(self, model: nn.Module, baseline: str | None) -> None:
+        super().__init__(model)
+        self._now = fingerprint(model)
+        self._looked = True  # so that what was just looked at is not looked at again
+        self._fingerprint = baseline or self._now
+
+    @property
+    def fingerprint(self) -> str:
+        """The fingerprint of the model when it was first seen."""
+        assert self._fingerprint is not None
+        return self._fingerprint
+
+    def changed(self) -> list[str]:
+        """Nothing: whatever changes the weights is an edit here."""
+        return []
+
+    def look(self) -> None:
+        """See what is in the weights now."""
+        if not self._looked:
+            self._now = fingerprint(self._model)
+        self._looked = False
+
+    @property
+    def edits(self) -> tuple[Edit, ...]:
+        """Nothing if the weights are the unedited ones, else whatever it is that is in them."""
+        return () if self._now == self.fingerprint else (Edit(_Unknown({}, {"weights": self._now}), self),)
+
+    def digests(self) -> list[str]:
+        """What the weights are with what is in them, if anything is."""
+        return [edit.delta.digest() for edit in self.edits]
+
+    def state(self) -> str:
+        """What identifies the weights as they were when last looked at."""
+        return self._now
+
+
+class Live:
+    """What is remembered of one model object: which it was at first, and its statistics.
+
+    A deep copy of the model is the same model at another place, and its memory is that of the original; a pickled one
+    has none.
+    """
+
+    def __init__(self) -> None:
+        self.baseline: str | None = None
+        self._written: dict[Kind, tuple[str, ...]] = {}  # contexts
+        self._statistics: Statistics | None = None
+        self._matrices: dict[tuple[str, bool], Tensor] = {}
+        # Which model object, its tokenizer and the settings, at the last call.
+        self._opened_with: tuple[int | None, Any, Settings] = (None, None, Settings())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Live:
+        copy = Live()
+        copy.baseline, copy._statistics = self.baseline, self._statistics
+        copy._written, copy._matrices = dict(self._written), dict(self._matrices)
+        # Of no object yet: the original's number may be the copy's when the original is gone.
+        copy._opened_with = (None, *self._opened_with[1:])
+        return copy
+
+    def __reduce__(self) -> Any:
+        return (_nothing, ())
+
+    def open(self, model: nn.Module, tokenizer: Any, module: str | None) -> None:
+        """Get ready for a call; what was remembered stays where it still holds."""
+        settings = _current()
+        at, before, last = self._opened_with
+        same = before is tokenizer
+        if same and (at, last) == (id(model), settings) and module in (None, self.adapter.template):
+            return
+        if not same or last.seed != settings.seed:
+            self._written = {}
+        # Layers and bars do not decide on what statistics are of.
+        if not same or dataclasses.replace(last, layers=settings.layers, progress=settings.progress) != settings:
+            self._statistics = None
+            self._matrices.clear()
+        self.settings: Settings = settings
+        self.tokenizer = tokenizer
+        self.adapter: ModelAdapter = find_adapter(model, module)
+        self.stack = LiveStack(model, self.baseline)
+        self.baseline = self.stack.fingerprint
+        name = str(getattr(model.config, "_name_or_path", "") or "model")
+        self.name = Path(name).resolve().name if Path(name).is_dir() else name
+        self.sources = Sources(
+            self.adapter,
+            tokenizer,
+            self.stack,
+            cache_dir() if settings.cache is None else Path(settings.cache),
+            name=self.name,
+            seed=settings.seed,
+            batch_tokens=None,
+            progress=settings.progress,
+            # As in the other codebases: of the model at the first call that needs them.
+            contexts=Contexts(model, tokenizer, settings.seed, lambda: False, self._written),
+        )
+        self._opened_with = (id(model), tokenizer, settings)
+
+    def covers(self, layers: Sequence[int]) -> bool:
+        """Whether there are statistics of these layers already."""
+        names = {self.adapter.projection_name(layer) for layer in layers}
+        return self._statistics is not None and names <= self._statistics.paths.keys()
+
+    def cover(
+        self, layers: Sequence[int], dataset: str, multiplier: float | None = None, needed: Sequence[int] | None = None
+    ) -> None:
+        """Have statistics of the unedited model with these layers.
+
+        Args:
+            layers: Which to collect, if they must be collected.
+            dataset: What the caller would collect them on.
+            multiplier: d_m where the settings do not say it.
+            needed: Which there must be; None means all of `layers`.
+
+        Raises:
+            WrongModel: They were not collected while the model was unedited, and it is edited now.
+            BadCorpus: There is no text to collect them on.
+            BadLayer: A layer that the model does not have.
+        """
+        if self._statistics is not None and self.covers(layers):
+            self.sources.use(self._statistics)
+            return
+        wanted = {self.adapter.projection_name(layer) for layer in layers}
+        wanted |= set() if self._statistics is None else self._statistics.paths.keys()
+        every = [i for i in range(self.adapter.n_layers) if self.adapter.template.replace("{}", str(i)) in wanted]
+        self.stack.look()
+        found = self._cached(every) or self._cached(layers if needed is None else needed)
+        if found is None and self.stack.edits:
+            raise WrongModel(
+                f"The layers {sorted(needed or layers)} of {self.name} were not among those collected while it was "
+                "unedited, and its weights have changed since; name all layers with "
+                "fastmemit.compat.configure(layers=[...]), or pass hparams, before the first edit."
+            )
+        if found is not None:
+            log.info("C of %s is a cached one: %s", self.name, found.describe())
+        else:
+            found = self._collected(every, dataset, multiplier)
+        self.sources.use(found)
+        self._statistics = found
+        self._matrices.clear()
+
+    def _cached(self, layers: Sequence[int]) -> Statistics | None:
+        """Cached statistics that have some layers, with all others that were collected with them.
+
+        None where they would have to be of a corpus that was named: if they are, nothing is collected a second time
+        either.
+        """
+        multiplier = self.settings.multiplier
+        if self.settings.corpus is not None or isinstance(multiplier, str):
+            if not self.stack.edits:
+                return None
+            multiplier = None if isinstance(multiplier, str) else multiplier
+        found = self.sources.find(layers, multiplier)
+        if found is None:
+            return None
+        home = next(iter(found.paths.values())).parent
+        return Statistics({name: home / f"{name}.safetensors" for name in there(home)}, found.provenance)
+
+    def _collected(self, layers: Sequence[int], dataset: str, multiplier: float | None) -> Statistics:
+        settings = self.settings
+        chosen = settings.multiplier or multiplier or MULTIPLIER
+        most = LIMIT if chosen == AUTO else float(chosen)
+        self.sources.largest_budget(layers, most)  # refuses before a corpus is looked for
+        spec = DATASETS.get(dataset) if settings.corpus is None else settings.corpus
+        if spec is None:
+            raise BadCorpus(
+                f"The data set {dataset!r} is not known here; name a text with "
+                'fastmemit.compat.configure(corpus="FILE.jsonl").'
+            )
+        try:
+            corpus = open_corpus(spec, self.adapter.model, self.tokenizer, self.stack.fingerprint, settings.field)
+        except BadCorpus as error:
+            if settings.corpus is not None:
+                raise
+            raise BadCorpus(
+                f"{str(error).partition(';')[0].rstrip('.')}; name a text of your own with "
+                'fastmemit.compat.configure(corpus="FILE.jsonl"), or corpus="self".'
+            ) from error
+        collect = precompute_auto if chosen == AUTO else Sources.precompute
+        return collect(self.sources, corpus, list(layers), most, settings.allow_fewer, settings.max_length)
+
+    def moment(self, layer: int) -> fastcov.SecondMoment:
+        """The moment of a layer that is covered, on the CPU."""
+        assert self._statistics is not None
+        return self._statistics.moment(self.adapter.projection_name(layer))
+
+    @isolated()
+    def matrix(self, layer: int, *, inverse: bool = False) -> Tensor:
+        """C of a layer that is covered, or its inverse: float32 (d_k, d_k), the caller's own, where the weight is.
+
+        Raises:
+            fastcov.NotPositiveDefinite: C has no inverse, with any jitter that is allowed.
+        """
+        assert self._statistics is not None
+        device = next((p.device for p in self.adapter.projection(layer).parameters()), None)
+        device = self.adapter.device if device is None or device.type == "meta" else device
+        key = (self.adapter.projection_name(layer), inverse)
+        if key not in self._matrices:
+            C = self._statistics.second_moment(key[0])
+            if inverse:
+                place = "cpu" if device.type == "mps" else device  # Apple's GPUs have no float64
+                C = torch.cholesky_inverse(fastcov.factorize(C.to(place).double(), in_place=True).L)
+            self._matrices[key] = C.float().cpu()
+        self._matrices[key] = self._matrices.pop(key)  # the last one used
+        while len(self._matrices) > 1 and sum(m.numel() * m.element_size() for m in self._matrices.values()) > CAPACITY:
+            del self._matrices[next(iter(self._matrices))]
+        return self._matrices[key].to(device, copy=True)
+
+
+def live(model: nn.Module, tokenizer: Any, module: str | None) -> Live:
+    """What is remembered of a model, ready for a call; one that was never seen is unedited.
+
+    `module` is the edited projection with ``{}`` for the layer; None finds it.
+
+    Raises:
+        UnknownArchitecture: The model has no such projection.
+    """
+    model = unwrapped(model)
+    found = model.__dict__.get(_PLACE)
+    if not isinstance(found, Live):
+        found = Live()
+    found.open(model, tokenizer, module)
+    model.__dict__[_PLACE] = found
+    return found
+
+
+def forget(model: nn.Module) -> None:
+    """Forget a model: it counts as unedited, as it is, at the next call.
+
+    To be called after other weights were loaded into the same object.
+    """
+    unwrapped(model).__dict__.pop(_PLACE, None)
+
+
+def _nothing() -> None:
+    """What is left of a memory in a file."""
+
+
+# Their functions for C
+
+
+@isolated()
+def get_cov(
+    model: nn.Module,
+    tok: Any,
+    layer_name: str,
+    mom2_dataset: str,
+    mom2_n_samples: int | str | None,
+    mom2_dtype: str,
+    inv: bool = False,
+    force_recompute: bool = False,
+    hparams: Any = None,
+) -> Tensor:
+    """The second moment C of a layer's keys, as MEMIT's function of this name returns it.
+
+    It is the mean of ``k k^T`` over 10 d_k tokens, or as `configure` has it, of the model as it was when it was first
+    seen: MEMIT asks for the second layer when the first is written already. So all layers that will be asked for are
+    collected at the first call, in one pass: those of `hparams`, else those of ``configure(layers=...)``, else those
+    that our settings of MEMIT have for this model if the layer is one of them, else the layer and the next five.
+
+    Args:
+        model: The model. At the first call it is taken for unedited.
+        tok: Its tokenizer.
+        layer_name: The module whose input is meant, ``"transformer.h.13.mlp.c_proj"``.
+        mom2_dataset: What to collect on, where nothing is configured and nothing is cached.
+        mom2_n_samples: Not used: the number of keys is the multiplier's.
+        mom2_dtype: Not used: sums are float32, of products in float32 or wider.
+        inv: Return the inverse of C.
+        force_recompute: Take the model as it is now for unedited, and forget what it was.
+        hparams: The caller's, of which ``layers`` and ``dynamic_multiplier`` are read.
+
+    Returns:
+        C or its inverse, float32 (d_k, d_k), on the device of the layer's weight; the caller's own.
+
+    Raises:
+        WrongModel: The layer was not collected while the model was unedited.
+        BadCorpus: There is no text to collect on; ``configure(corpus=FILE)`` names one.
+        BadConfig: The name has no layer's number, or hparams have layers that are no numbers.
+        UnknownArchitecture: The model has no such module.
+        fastcov.NotPositiveDefinite: There is no inverse.
+    """
+    found, layer = _covered(model, tok, layer_name, mom2_dataset, hparams, force_recompute)
+    return found.matrix(layer, inverse=inv)
+
+
+@isolated()
+def get_inv_cov(
+    model: nn.Module,
+    tok: Any,
+    layer_name: str,
+    mom2_dataset: str,
+    mom2_n_samples: int | str | None,
+    mom2_dtype: str,
+    hparams: Any = None,
+) -> Tensor:
+    """The inverse of C, as ROME's function of this name returns it; see `get_cov`.
+
+    Only this layer is collected, where neither `hparams` nor ``configure`` name more. The inverse is made in float64
+    and with a jitter only where there is none without, which is logged.
+    """
+    found, layer = _covered(model, tok, layer_name, mom2_dataset, hparams, alone=True)
+    return found.matrix(layer, inverse=True)
+
+
+class LayerMoment:
+    """What ``layer_stats(...).mom2`` is; `count` is how many keys were summed."""
+
+    def __init__(self, moment: fastcov.SecondMoment) -> None:
+        self._moment = moment
+        self.count = moment.count
+
+    @property
+    def mom2(self) -> Tensor:
+        """The sum of ``k k^T``, (d_k, d_k) on the CPU."""
+        return self._moment.sum
+
+    def moment(self) -> Tensor:
+        """The mean of ``k k^T``, (d_k, d_k) on the CPU."""
+        return self._moment.second_moment
+
+
+@dataclass(frozen=True)
+class LayerStats:
+    """What `layer_stats` returns: as much of the other codebases' object as their callers use."""
+
+    mom2: LayerMoment
+
+
+@isolated()
+def layer_stats(
+    model: nn.Module,
+    tokenizer: Any,
+    layer_name: str,
+    stats_dir: str | os.PathLike[str] | None,
+    ds_name: str,
+    to_collect: Sequence[str],
+    model_name: str | None = None,
+    sample_size: int | None = None,
+    precision: str | None = None,
+    batch_tokens: int | None = None,
+    download: bool = True,
+    progress: Any = None,
+    force_recompute: bool = False,
+    hparams: Any = None,
+) -> LayerStats:
+    """The statistics of a layer's keys, as ROME's function of this name returns them; see `get_cov`.
+
+    Files in `stats_dir` are neither read nor written: what is there can be imported once, and what is here exported.
+    Nor are `model_name`, `sample_size`, `precision`, `batch_tokens`, `download` and `progress` used;
+    ``configure(progress=True)`` shows bars.
+
+    Raises:
+        BadConfig: Anything else than ``["mom2"]`` shall be collected.
+    """
+    if list(to_collect) != ["mom2"]:
+        raise BadConfig(
+            f"Only 'mom2' is collected here but to_collect is {list(to_collect)!r}; use the "
+            "original layer_stats for other statistics."
+        )
+    found, layer = _covered(model, tokenizer, layer_name, ds_name, hparams, force_recompute)
+    return LayerStats(LayerMoment(found.moment(layer)))
+
+
+def _covered(
+    model: nn.Module,
+    tokenizer: Any,
+    layer_name: str,
+    dataset: str,
+    hparams: Any,
+    force_recompute: bool = False,
+    alone: bool = False,
+) -> tuple[Live, int]:
+    """The model's memory with statistics of a layer in it, and the layer's number."""
+    names = layer_name.split(".")
+    place = next((place for place, part in enumerate(names) if part.isdecimal()), None)
+    if place is None:
+        raise BadConfig(
+            f"The module {layer_name!r} has no layer's number in its name; name one such as "
+            '"transformer.h.13.mlp.c_proj".'
+        )
+    layer = int(names[place])
+    if force_recompute:
+        forget(model)
+    found = live(model, tokenizer, ".".join([*names[:place], "{}", *names[place + 1 :]]))
+    found.adapter.check_layer(layer)
+    fields = {} if hparams is None else fields_of(hparams)
+    if not found.covers([layer]):
+        layers = _together(found, layer, fields, alone)
+        log.info("the second moments of the layers %s of %s", layers, found.name)
+        found.cover(layers, dataset, multiplier_of(fields), needed=[layer])
+    return found, layer
+
+
+def _together(found: Live, layer: int, fields: dict[str, Any], alone: bool) -> list[int]:
+    """The layers to collect with one; see `get_cov`."""
+    named = fields.get("layers") or found.settings.layers
+    if named:
+        return sorted({*whole_numbers(named, "hparams"), layer})
+    if alone:
+        return [layer]
+    usual = find_config(found.adapter, "memit")
+    if usual.preset != "default" and layer in usual.layers:
+        return list(usual.layers)
+    row = []
+    for other in range(layer, min(layer + IN_A_ROW, found.adapter.n_layers)):
+        try:
+            found.adapter.check_layer(other)
+        except BadLayer:  # a block without this projection
+            continue
+        row.append(other)
+    return row
+
+
+# Their functions for edits
+
+
+def _applying(method: str, about: str) -> Callable[..., tuple[nn.Module, dict[str, Tensor]]]:
+    """The function of one method; see `apply_memit_to_model`."""
+
+    def apply(
+        model: nn.Module,
+        tok: Any,
+        requests: Sequence[Mapping[str, Any] | EditRequest] | Mapping[str, Any] | EditRequest,
+        hparams: Any,
+        copy: bool = False,
+        return_orig_weights: bool = False,
+        cache_template: str | os.PathLike[str] | None = None,
+        keep_original_weight: bool = False,
+        **kwargs: Any,
+    ) -> tuple[nn.Module, dict[str, Tensor]]:
+        theirs = read_hparams(hparams, method)
+        listed = [requests] if isinstance(requests, Mapping | EditRequest) else requests
+        batch = check_batch(one if isinstance(one, EditRequest) else EditRequest.from_dict(one) for one in listed)
+        if kwargs:
+            log.info("not used here: %s", ", ".join(sorted(kwargs)))
+        found = _ready(model, tok, theirs)
+        if copy:  # with all that is remembered, so that both go on with the same contexts
+            found.sources.contexts(method)
+            model = copying.deepcopy(model)
+            found = _ready(model, tok, theirs)
+        found.stack.look()
+        delta, _ = plan_edit(found.sources, found.stack, batch, theirs.config)
+        before = {}
+        if return_orig_weights or keep_original_weight:
+            weights = dict(model.named_parameters(remove_duplicate=False))
+            before = {name: weights[name].detach().clone() for name in delta.factors}
+        delta.add_to(model)
+        log.info("%d facts written by %s into %s", len(batch), method, ", ".join(delta.factors))
+        return model, before
+
+    apply.__name__ = apply.__qualname__ = f"apply_{method}_to_model"
+    apply.__doc__ = about
+    return apply
+
+
+def _ready(model: nn.Module, tokenizer: Any, theirs: Hparams) -> Live:
+    """The model's memory with statistics of the layers to edit."""
+    found = live(model, tokenizer, theirs.module)
+    theirs.check(found.adapter)
+    found.cover(theirs.config.layers, theirs.dataset, theirs.multiplier)
+    return found
+
+
+apply_memit_to_model = _applying(
+    "memit",
+    """Write facts into a model by MEMIT, as the other codebases' function of this name does.
+
+    C is that of the model when it was first seen (see `get_cov`), so edits may lie one on the other, and weights may be
+    put back in between.
+
+    Args:
+        model: The model; it is edited in place.
+        tok: Its tokenizer.
+        requests: The facts, in the spelling of MEMIT, EasyEdit or FastEdit (see `fastmemit.EditRequest.from_dict`), or
+            `EditRequest`.
+        hparams: Hyper-parameters of the ROME family, or a `MemitConfig`, whose defaults are then ours, the ridge for
+            few keys among them; see `fastmemit.compat.read_hparams`.
+        copy: Edit a copy instead; the model stays as it is.
+        return_orig_weights: Return what the edited weights were before.
+        cache_template: Not used: target vectors are cached by what they depend on.
+        keep_original_weight: The same as `return_orig_weights`.
+        kwargs: Not used; named in the log where there are any.
+
+    Returns:
+        The edited model, and weight name -> the weight before, which is empty unless asked for. To copy them back
+        undoes the edit bit for bit.
+
+    Raises:
+        BadRequest: A request that cannot be carried out, or two that contradict each other.
+        BadConfig: Hyper-parameters that cannot be honoured.
+        WrongModel: The layers were not collected while the model was unedited.
+        BadCorpus: There is no text to collect C on.
+    """,
+)
+apply_emmet_to_model = _applying("emmet", "Write facts into a model by EMMET; see `apply_memit_to_model`.")
+apply_rome_to_model = _applying(
+    "rome",
+    """Write facts into a model by ROME, one after the other; see `apply_memit_to_model`.
+
+    One key is used everywhere, as in r-ROME; a `RomeConfig` with ``keys="original"`` does as ROME was first released.
+    """,
+)
