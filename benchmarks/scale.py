@@ -60,7 +60,7 @@ def tokenising(folder: str, text: Path) -> float:
     from transformers import AutoTokenizer
 
     from fastmemit.data import load_corpus
-    from fastmemit.data.feed import _TOKENISED_TOGETHER
+    from fastmemit.data.corpora import _TOKENISED_TOGETHER
     from fastmemit.models.loading import _source
 
     tokenizer = AutoTokenizer.from_pretrained(str(_source(folder)))

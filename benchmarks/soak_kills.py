@@ -191,14 +191,14 @@ def _precompute(folder: Path, seconds: float, multiplier: float, phase: Any, ste
 
     import fastcov
     from fastcov import checkpoint
-    from fastmemit.data import feed
+    from fastmemit.data import corpora
     from fastmemit.models import find_adapter
     from fastmemit.statistics import precompute
     from tiny_editors import tiny_corpus
     from tiny_models import tiny_model, tiny_tokenizer
 
     torch.set_num_threads(1)
-    feed.BATCH_TOKENS = 256  # many batches, so many moments
+    corpora.BATCH_TOKENS = 256  # many batches, so many moments
     write, save, remove = checkpoint.atomic_file, fastcov.save_moment, checkpoint.Checkpoint.remove
 
     @contextlib.contextmanager

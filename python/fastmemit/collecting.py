@@ -14,8 +14,7 @@ import fastcov
 from fastcov.checkpoint import read_checkpoint
 from fastcov.throughput import Throughput
 from fastmemit import parallel
-from fastmemit.data.corpora import Corpus
-from fastmemit.data.feed import corpus_batches, tokens_per_batch
+from fastmemit.data.corpora import Corpus, corpus_batches, tokens_per_batch
 from fastmemit.errors import UnknownArchitecture
 from fastmemit.locks import alone, lock_of
 from fastmemit.models import ModelAdapter

@@ -17,8 +17,7 @@ from fastcov.sizing import LIMIT
 from fastmemit.applied import Edit, EditStack
 from fastmemit.auto import AUTO, precompute_auto
 from fastmemit.cache import cache_dir
-from fastmemit.data.corpora import Corpus
-from fastmemit.data.self_written import open_corpus
+from fastmemit.data.corpora import Corpus, open_corpus
 from fastmemit.delta import Delta
 from fastmemit.editors import METHODS, PLANS, PRESERVING, EditConfig, PreservedKeys, ReadCache, find_config
 from fastmemit.editors.base import EditKeys

@@ -16,7 +16,7 @@ import pytest
 
 import fastcov
 from fastmemit import statistics
-from fastmemit.data import Corpus, corpus_from_texts, feed
+from fastmemit.data import Corpus, corpora, corpus_from_texts
 from fastmemit.locks import alone, lock_of
 from fastmemit.models import find_adapter
 from fastmemit.statistics import Statistics, find, precompute
@@ -36,7 +36,7 @@ class Killed(Exception):
 
 @pytest.fixture(autouse=True)
 def _small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(feed, "BATCH_TOKENS", 120)
+    monkeypatch.setattr(corpora, "BATCH_TOKENS", 120)
 
 
 def run(folder: Path, kill_after: float = math.inf, seconds: float = 0, **more: Any) -> Any:
@@ -138,7 +138,7 @@ def test_a_checkpoint_that_does_not_fit_is_left_out(
         changed = {**statistics.versions(), "torch": "9.9"}
         monkeypatch.setattr(statistics, "versions", lambda: changed)
     elif change == "batches":
-        monkeypatch.setattr(feed, "BATCH_TOKENS", 60)
+        monkeypatch.setattr(corpora, "BATCH_TOKENS", 60)
     else:
         (path,) = files(tmp_path / "parts")
         path.write_bytes(path.read_bytes()[:-1])

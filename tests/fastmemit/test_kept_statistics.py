@@ -13,7 +13,7 @@ import torch
 
 import fastcov
 from fastmemit import statistics
-from fastmemit.data import Corpus, load_corpus, self_written
+from fastmemit.data import Corpus, corpora, load_corpus
 from fastmemit.errors import BadCorpus, WrongModel
 from fastmemit.statistics import Statistics
 from tiny_editors import FACTS, texts, tiny_corpus, tiny_editor
@@ -51,7 +51,7 @@ def test_the_same_again_is_not_collected_again(tmp_path: Path) -> None:
 
 
 def test_text_that_the_model_writes_is_not_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(self_written, "TOKENS", 4)
+    monkeypatch.setattr(corpora, "WRITTEN_TOKENS", 4)
     editor = tiny_editor(tmp_path, layers=None)
     found = editor.precompute("self", multiplier=0.5, layers=[1])
     counter = Forwards(editor.model)

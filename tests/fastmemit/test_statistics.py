@@ -11,7 +11,7 @@ import torch
 
 import fastcov
 from fastmemit.data import Corpus, corpus_from_texts
-from fastmemit.data import self_written as self_written_module
+from fastmemit.data import corpora as corpora_module
 from fastmemit.editor import Editor
 from fastmemit.errors import BadConfig, BadLayer
 from fastmemit.models import find_adapter
@@ -62,10 +62,10 @@ def test_it_is_the_literal_second_moment(
 
 def test_text_that_the_model_writes_is_collected_the_same_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # The model writes while its keys are being collected: what it writes with must not count.
-    monkeypatch.setattr(self_written_module, "TOKENS", 6)
+    monkeypatch.setattr(corpora_module, "WRITTEN_TOKENS", 6)
     editor = tiny_editor(tmp_path, layers=None)
     found = editor.precompute("self", multiplier=10, layers=[1])
-    corpus = self_written_module.self_written(editor.model, editor.tokenizer, editor.fingerprint)
+    corpus = corpora_module.self_written(editor.model, editor.tokenizer, editor.fingerprint)
     got = found.second_moment(editor.adapter.projection_name(1)).double()
     want = literal(editor, corpus, 1, 640, editor.adapter.max_context)
     assert torch.allclose(got, want, rtol=1e-4, atol=1e-6 * float(want.abs().max()))

@@ -6,7 +6,6 @@ See docs/other-codebases.md.
 
 from fastmemit.compat.drop_in import (
     LayerMoment,
-    LayerStats,
     Settings,
     apply_emmet_to_model,
     apply_memit_to_model,
@@ -34,7 +33,6 @@ __all__ = [
     "SAMPLE_SIZE",
     "Hparams",
     "LayerMoment",
-    "LayerStats",
     "Settings",
     "StatsPlace",
     "apply_emmet_to_model",

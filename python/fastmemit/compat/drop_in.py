@@ -14,6 +14,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
@@ -28,7 +29,7 @@ from fastmemit.cache import cache_dir
 from fastmemit.compat.hparams import Hparams, fields_of, multiplier_of, read_hparams, whole_numbers
 from fastmemit.contexts import Contexts, Kind
 from fastmemit.data import Corpus
-from fastmemit.data.self_written import open_corpus
+from fastmemit.data.corpora import open_corpus
 from fastmemit.delta import Delta
 from fastmemit.editor import plan_edit
 from fastmemit.editors import find_config
@@ -55,33 +56,24 @@ _PLACE = "_fastmemit_compat"  # in the model's own __dict__, so that both go tog
 
 @dataclass(frozen=True)
 class Settings:
-    """How statistics are come by in this process; see `configure`.
+    """How statistics are come by in this process; see `configure`."""
 
-    Args:
-        corpus: As for `fastmemit.Editor.precompute`: a file, ``"self"``, ``"builtin"``, a hub name. None:
-            ``$FASTMEMIT_CORPUS``, else the newest statistics that are cached of the model, else the data set that the
-            caller names (``mom2_dataset``), from the hub.
-        multiplier: d_m, or ``"auto"``; None: ``$FASTMEMIT_MULTIPLIER``, else that of the hparams where they are
-            ``dynamic``, else 10.
-        cache: The folder for statistics and targets; None: `fastmemit.cache.cache_dir`.
-        layers: Those to collect together on the unedited model, where the caller does not pass its hparams; None: see
-            `get_cov`.
-        max_length: Cut documents at so many tokens.
-        allow_fewer: Take a corpus that ends early for what it has.
-        field: The text's field in a JSON corpus.
-        seed: Seed for the contexts and the corpus's order.
-        progress: Show bars.
-    """
-
+    #: As for `fastmemit.Editor.precompute`: a file, "self", "builtin", a hub name. None: $FASTMEMIT_CORPUS, else the
+    #: newest statistics that are cached of the model, else the data set that the caller names, from the hub.
     corpus: str | os.PathLike[str] | Corpus | None = None
+    #: None: $FASTMEMIT_MULTIPLIER, else that of the hparams where they are `dynamic`, else 10.
     multiplier: float | Literal["auto"] | None = None
-    cache: str | os.PathLike[str] | None = None
-    layers: tuple[int, ...] | None = None
-    max_length: int | None = None
-    allow_fewer: bool = False
-    field: str = "text"
-    seed: int = 0
-    progress: bool = False
+    cache: str | os.PathLike[str] | None = (
+        None  # the folder for statistics and targets; None: `fastmemit.cache.cache_dir`
+    )
+    layers: tuple[int, ...] | None = (
+        None  # to collect together, where the caller does not pass its hparams; see `get_cov`
+    )
+    max_length: int | None = None  # cut documents at so many tokens
+    allow_fewer: bool = False  # take a corpus that ends early for what it has
+    field: str = "text"  # of a JSON corpus
+    seed: int = 0  # for the contexts and the corpus's order
+    progress: bool = False  # show bars
 
 
 _chosen = Settings()
@@ -89,9 +81,6 @@ _chosen = Settings()
 
 def configure(**settings: Any) -> Settings:
     """Choose some `Settings` by name; what is not named stays as it is, None brings back the default.
-
-    Returns:
-        The settings that hold now.
 
     Raises:
         BadConfig: The multiplier is neither a number nor ``"auto"``, or a layer no whole number.
@@ -245,13 +234,9 @@ class Live:
     def cover(
         self, layers: Sequence[int], dataset: str, multiplier: float | None = None, needed: Sequence[int] | None = None
     ) -> None:
-        """Have statistics of the unedited model with these layers.
+        """Have statistics of the unedited model with these layers, or at least those `needed`.
 
-        Args:
-            layers: Which to collect, if they must be collected.
-            dataset: What the caller would collect them on.
-            multiplier: d_m where the settings do not say it.
-            needed: Which there must be; None means all of `layers`.
+        `dataset` is what the caller would collect them on, `multiplier` its d_m where the settings do not say it.
 
         Raises:
             WrongModel: They were not collected while the model was unedited, and it is edited now.
@@ -399,19 +384,12 @@ def get_cov(
     collected at the first call, in one pass: those of `hparams`, else those of ``configure(layers=...)``, else those
     that our settings of MEMIT have for this model if the layer is one of them, else the layer and the next five.
 
-    Args:
-        model: The model. At the first call it is taken for unedited.
-        tok: Its tokenizer.
-        layer_name: The module whose input is meant, ``"transformer.h.13.mlp.c_proj"``.
-        mom2_dataset: What to collect on, where nothing is configured and nothing is cached.
-        mom2_n_samples: Not used: the number of keys is the multiplier's.
-        mom2_dtype: Not used: sums are float32, of products in float32 or wider.
-        inv: Return the inverse of C.
-        force_recompute: Take the model as it is now for unedited, and forget what it was.
-        hparams: The caller's, of which ``layers`` and ``dynamic_multiplier`` are read.
+    `force_recompute` takes the model as it is now for unedited, and forgets what it was. Of `hparams` the ``layers``
+    and ``dynamic_multiplier`` are read; `mom2_n_samples` and `mom2_dtype` are not used, for the number of keys is the
+    multiplier's and sums are float32, of products in float32 or wider.
 
     Returns:
-        C or its inverse, float32 (d_k, d_k), on the device of the layer's weight; the caller's own.
+        C, or with `inv` its inverse, float32 (d_k, d_k), on the device of the layer's weight; the caller's own.
 
     Raises:
         WrongModel: The layer was not collected while the model was unedited.
@@ -460,13 +438,6 @@ class LayerMoment:
         return self._moment.second_moment
 
 
-@dataclass(frozen=True)
-class LayerStats:
-    """What `layer_stats` returns: as much of the other codebases' object as their callers use."""
-
-    mom2: LayerMoment
-
-
 @isolated()
 def layer_stats(
     model: nn.Module,
@@ -483,12 +454,11 @@ def layer_stats(
     progress: Any = None,
     force_recompute: bool = False,
     hparams: Any = None,
-) -> LayerStats:
-    """The statistics of a layer's keys, as ROME's function of this name returns them; see `get_cov`.
+) -> SimpleNamespace:
+    """The statistics of a layer's keys, as ROME's function of this name returns them, ``mom2`` alone; see `get_cov`.
 
     Files in `stats_dir` are neither read nor written: what is there can be imported once, and what is here exported.
-    Nor are `model_name`, `sample_size`, `precision`, `batch_tokens`, `download` and `progress` used;
-    ``configure(progress=True)`` shows bars.
+    Nor is all else used that has a default, but for `force_recompute` and `hparams`.
 
     Raises:
         BadConfig: Anything else than ``["mom2"]`` shall be collected.
@@ -499,7 +469,7 @@ def layer_stats(
             "original layer_stats for other statistics."
         )
     found, layer = _covered(model, tokenizer, layer_name, ds_name, hparams, force_recompute)
-    return LayerStats(LayerMoment(found.moment(layer)))
+    return SimpleNamespace(mom2=LayerMoment(found.moment(layer)))
 
 
 def _covered(
@@ -610,17 +580,14 @@ apply_memit_to_model = _applying(
     put back in between.
 
     Args:
-        model: The model; it is edited in place.
+        model: The model; it is edited in place, or with `copy` a copy of it.
         tok: Its tokenizer.
         requests: The facts, in the spelling of MEMIT, EasyEdit or FastEdit (see `fastmemit.EditRequest.from_dict`), or
             `EditRequest`.
         hparams: Hyper-parameters of the ROME family, or a `MemitConfig`, whose defaults are then ours, the ridge for
             few keys among them; see `fastmemit.compat.read_hparams`.
-        copy: Edit a copy instead; the model stays as it is.
-        return_orig_weights: Return what the edited weights were before.
-        cache_template: Not used: target vectors are cached by what they depend on.
-        keep_original_weight: The same as `return_orig_weights`.
-        kwargs: Not used; named in the log where there are any.
+        return_orig_weights: Return what the edited weights were before; so does `keep_original_weight`.
+        cache_template: Not used, as all else: target vectors are cached by what they depend on.
 
     Returns:
         The edited model, and weight name -> the weight before, which is empty unless asked for. To copy them back

@@ -25,7 +25,7 @@ from fastcov.hooks import evaluation_mode, isolated, key_rows
 from fastcov.npz import NpzMoment, load_npz, save_npz
 from fastcov.store import atomic_file
 from fastmemit.data import load_corpus
-from fastmemit.data.feed import corpus_batches
+from fastmemit.data.corpora import corpus_batches
 from fastmemit.editor import Editor
 from fastmemit.errors import BadConfig, WrongModel
 from fastmemit.models import ModelAdapter
@@ -55,26 +55,18 @@ _SHOWN = 6
 class StatsPlace:
     """The files of one model, data set and setting in a folder of statistics.
 
-    Args:
-        stats_dir: The codebase's own folder, ``data/stats`` in all of them as released.
-        layout: Whose: ``"rome"``, ``"memit"``, ``"easyedit"`` or ``"alphaedit"``.
-        model_name: The name that the codebase loads the model by. ROME and MEMIT write "_" for its "/", EasyEdit and
-            AlphaEdit keep what follows the last one.
-        dataset: The name of the corpus there (``mom2_dataset``).
-        precision: ``mom2_dtype`` there, ``"float32"`` or ``"float64"``.
-        sample_size: ``mom2_n_samples`` there. It is part of the name and is compared with what is in the file; it says
-            nothing of the number of keys.
-
     Raises:
         BadConfig: One of them makes no sense, or would leave the folder.
     """
 
-    stats_dir: Path
-    layout: Layout
-    model_name: str
-    dataset: str = "wikipedia"
-    precision: str = "float32"
-    sample_size: int = SAMPLE_SIZE
+    stats_dir: Path  # the codebase's own folder, data/stats in all of them as released
+    layout: Layout  # whose
+    model_name: (
+        str  # as the codebase loads it; ROME and MEMIT write "_" for its "/", the others keep what follows the last
+    )
+    dataset: str = "wikipedia"  # mom2_dataset there
+    precision: str = "float32"  # mom2_dtype there, or float64
+    sample_size: int = SAMPLE_SIZE  # mom2_n_samples there: in the name and in the file, and not the number of keys
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stats_dir", Path(self.stats_dir))
@@ -161,9 +153,6 @@ def export_statistics(
         overwrite: Replace files that are there. They may be what took somebody days.
         progress: Called after each file with how many it is, 1.
 
-    Returns:
-        Module name -> file.
-
     Raises:
         BadConfig: A file is there already.
         fastcov.StoreMissing: A module was not precomputed.
@@ -205,7 +194,7 @@ def export_null_space(
         path: The file, ``null_space_project.pt`` in AlphaEdit as released.
         modules: Which of them and in which order; None takes all as they are.
         threshold: See `fastcov.null_space`.
-        relative: See there.
+        relative: Instead of `threshold`, a multiple of the mean of C's diagonal.
         overwrite: Replace a file that is there.
         progress: Called after each layer with how many it is, 1.
 

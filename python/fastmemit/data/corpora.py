@@ -1,26 +1,65 @@
-"""Text to collect statistics on: files, the package's own prose, or a data set from the hub."""
+"""Text to collect statistics on, of files, the package, the hub or the model itself, and the batches made of it."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
-from collections.abc import Callable, Iterable, Iterator
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.resources import files
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
+from tqdm import tqdm
+
+import fastcov
+from fastcov.batching import Ahead, pinned
 from fastcov.printable import printable_logger
-from fastmemit.data import hub
-from fastmemit.data.reading import check_file, is_clean_text, is_json_list, read_values
-from fastmemit.data.textfiles import index_json_lines, index_paragraphs, text_of
+from fastmemit import parallel
+from fastmemit.data.reading import (
+    MAX_LINE,
+    PREFIX,
+    Line,
+    check_file,
+    decode,
+    is_clean_text,
+    is_json_list,
+    open_stream,
+    parse_json,
+    read_lines,
+    read_values,
+)
 from fastmemit.errors import BadCorpus
+from fastmemit.sampling import continue_texts
 
 logger = printable_logger(__name__)
 
 #: English Wikipedia as the hub has it today; the older ``wikipedia`` data set is gone.
 WIKIPEDIA_HUB = "hub:wikimedia/wikipedia:20231101.en"
+#: Tokens of a batch, padding included: on a CPU, and elsewhere, where a batch feeds one launch.
+BATCH_TOKENS = 4096
+DEVICE_BATCH_TOKENS = 16384
+
+# Beginnings that lead to different subjects and kinds of text.
+OPENINGS = (
+    "The history of", "In mathematics,", "She was born in", "The city lies", "According to", "The recipe calls for",
+    "During the war,", "A new species of", "The company announced", "Dear Sir,", "In the first half of the match,",
+    "The river", "Scientists at", "The novel tells the story of", "To install the", "He played", "The island of",
+    "The law was passed in", "Many people believe that", "The temperature of", "Once upon a time,", "The orchestra",
+    "Question: What is", "The patient", "Our team", "The church was built", "Prices rose", "The human body",
+    "When I was young,", "The capital of", "An engine", "The king", "In computer science,", "The bird",
+    "Breaking news:", "The festival takes place", "Step 1:", "The painting", "The language is spoken",
+    "On the morning of", "The planet", "The school", "Chapter 1", "The president", "For dinner,", "The train",
+    "Music", "The mountain",
+)  # fmt: skip
+#: Tokens that the model adds to an opening, openings at a time, most probable tokens that it samples among.
+WRITTEN_TOKENS, WRITTEN_TOGETHER, TOP_K = 120, 24, 200
 
 _JSON = (".json", ".jsonl", ".ndjson")
 _CHOICES = (
@@ -28,29 +67,24 @@ _CHOICES = (
     "or hub:NAME[:CONFIG][@SPLIT]."
 )
 _OFFLINE = "without a network, pass a text file, --corpus self or --corpus builtin."
-
 # Documents held back while a hub stream is shuffled: some 30 MB of Wikipedia, a few seconds. The
 # stream's files are shuffled as well, so that two seeds do not read the same shelf.
 _SHUFFLE_BUFFER = 10_000
+_BAR_AFTER_SECONDS = 2.0  # a bar for an index that takes longer; most files need no time at all
+_READ_AHEAD = 4  # batches
+_TOKENISED_TOGETHER = 16
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """A set of documents that can be read again and again in a seeded random order.
+    """A set of documents that can be read again and again in a seeded random order."""
 
-    Args:
-        name: How the corpus was asked for; of a file its name alone, because the name goes into files that people share
-            and folders are nobody else's business.
-        fingerprint: SHA-256 in hex of the content, or for a hub data set of its name, revision and field; the same text
-            gives the same one wherever the file lies.
-        read: Yields all documents once, in the order of a seed.
-        n_documents: How many there are; None where only reading them would tell.
-    """
-
+    #: How it was asked for; of a file its name alone: it goes into files that people share, and folders are private.
     name: str
+    #: SHA-256 in hex of the content, wherever a file lies; of a hub data set that of its name, revision and field.
     fingerprint: str
-    read: Callable[[int], Iterator[str]] = field(repr=False, compare=False)
-    n_documents: int | None = None
+    read: Callable[[int], Iterator[str]] = field(repr=False, compare=False)  # all documents once, in a seed's order
+    n_documents: int | None = None  # None where only reading them would tell
 
     def documents(self, seed: int = 0) -> Iterator[str]:
         """Yield every document that is not only white space, once, in an order drawn from `seed`.
@@ -61,11 +95,6 @@ class Corpus:
         return self.read(seed)
 
     def __len__(self) -> int:
-        """The number of documents.
-
-        Raises:
-            TypeError: It is not known.
-        """
         if self.n_documents is None:
             raise TypeError(f"The number of documents of {self.name} is not known before reading.")
         return self.n_documents
@@ -110,7 +139,7 @@ def is_at_hand(spec: str | Path) -> bool:
 
 
 def _on_hub(name: str) -> bool:
-    return name == "wikipedia" or name.startswith(hub.PREFIX)
+    return name == "wikipedia" or name.startswith(PREFIX)
 
 
 def corpus_from_texts(name: str, texts: Iterable[str]) -> Corpus:
@@ -144,6 +173,10 @@ def _builtin() -> Corpus:
     return corpus_from_texts("builtin", prose.split("\n\n"))
 
 
+# Files may be larger than memory, so documents are indexed in one pass and then read one by one. The pass checks every
+# byte and every field, so that a bad line is reported before the model has run, and hashes the content.
+
+
 def _from_file(name: str, path: Path, field: str) -> Corpus:
     suffix = path.suffix.lower()
     if not path.exists():
@@ -154,57 +187,242 @@ def _from_file(name: str, path: Path, field: str) -> Corpus:
         ending = f"ends in {suffix!r}" if suffix else "has no ending"
         raise BadCorpus(f"The corpus file {name!r} {ending}; {_CHOICES}")
     if suffix in _JSON and is_json_list(path):
-        values = read_values(path, BadCorpus)
-        return corpus_from_texts(
-            path.name, [text_of(value, field, f"Item {i} of {path}") for i, (_, value) in enumerate(values)]
-        )
-    indexed = index_json_lines(path, field) if suffix in _JSON else index_paragraphs(path)
-    count = len(indexed.starts)
-    if count == 0:
+        values = enumerate(read_values(path, BadCorpus))
+        return corpus_from_texts(path.name, [_text_of(v.value, field, f"Item {i} of {path}") for i, v in values])
+
+    def parse(text: str, place: str) -> str:
+        if suffix == ".txt":
+            return text.replace("\r\n", "\n").strip()
+        return _text_of(parse_json(text, place, BadCorpus), field, place).strip()
+
+    state = _state(path)
+    digest = hashlib.sha256(b"paragraphs\0" if suffix == ".txt" else f"json\0{field}\0".encode())
+    starts, sizes = array("q"), array("q")  # bytes
+    inside = False  # a paragraph
+    for line in _lines(path):
+        digest.update(line.text.encode())
+        blank = not line.text.strip()
+        if suffix == ".txt" and inside and not blank:
+            sizes[-1] = line.offset + line.size - starts[-1]
+        elif not blank and (suffix == ".txt" or parse(line.text, f"Line {line.number} of {path}")):
+            starts.append(line.offset)
+            sizes.append(line.size)
+        inside = not blank
+        if sizes and sizes[-1] > MAX_LINE:
+            raise BadCorpus(
+                f"The document at byte {starts[-1]} of {path} is larger than {MAX_LINE >> 20} MiB; put blank lines "
+                "between documents."
+            )
+    if not starts:
         raise BadCorpus(f"The corpus {name} holds no text; give one with words in it.")
-    if count == 1 and suffix == ".txt":
+    if len(starts) == 1 and suffix == ".txt":
         logger.warning(
             "%s has no blank line and so is one document, of which no more than the model's "
             "context is read; put blank lines between documents.",
             path,
         )
-    return Corpus(path.name, indexed.fingerprint, indexed.documents, count)
+
+    def read(seed: int) -> Iterator[str]:
+        if not path.exists() or _state(path) != state:
+            raise BadCorpus(f"{path} has changed since it was opened; open the corpus again.")
+        order = list(range(len(starts)))
+        random.Random(seed).shuffle(order)
+        with path.open("rb") as file:
+            for index in order:
+                start = starts[index]  # a byte order mark is dropped at the file's alone
+                file.seek(start)
+                text = decode(file.read(sizes[index]), path, start, BadCorpus)
+                yield parse(text, f"Byte {start} of {path}")
+
+    return Corpus(path.name, digest.hexdigest(), read, len(starts))
+
+
+def _state(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
+
+
+def _lines(path: Path) -> Iterator[Line]:
+    size = path.stat().st_size
+    about = f"Indexing {path.name}"
+    with tqdm(total=size, desc=about, unit="B", unit_scale=True, delay=_BAR_AFTER_SECONDS, leave=False) as bar:
+        for line in read_lines(path, BadCorpus):
+            yield line
+            bar.update(line.size)
+
+
+def _text_of(value: Any, name: str, place: str) -> str:
+    """The document in a JSON value: the text itself, or the field `name` of an object."""
+    found = value
+    if isinstance(value, dict):
+        if name not in value:
+            fields = ", ".join(map(str, value))[:120] or "none"
+            raise BadCorpus(
+                f"{place} has no field {name!r} (its fields: {fields}); name the one that holds the text with field=."
+            )
+        found = value[name]
+    if not is_clean_text(found):
+        where = f"Field {name!r} of {place[0].lower()}{place[1:]}" if found is not value else place
+        kind = "broken Unicode" if isinstance(found, str) else "not text"
+        raise BadCorpus(
+            f"{where} is {kind} ({found!r:.40}); write each document as text, or name the field "
+            "that holds it with field=."
+        )
+    return str(found)
+
+
+# The hub
 
 
 def _from_hub(name: str, spec: str, field: str) -> Corpus:
-    stream, found, revision = hub.open_stream(spec, BadCorpus, _OFFLINE)
+    stream, found, revision = open_stream(spec, BadCorpus, _OFFLINE)
     columns = stream.column_names
     if columns is not None and field not in columns:
         raise BadCorpus(
-            f"The hub data set {found.spec.removeprefix(hub.PREFIX)} has no field {field!r} "
+            f"The hub data set {found.spec.removeprefix(PREFIX)} has no field {field!r} "
             f"(its fields: {', '.join(columns)}); name the one that holds the text with field=."
         )
     recipe = {"hub": found.spec, "revision": revision, "split": found.split, "field": field}
-    digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
 
     def read(seed: int) -> Iterator[str]:
-        rows = iter(stream.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER))
-        for index, row in enumerate(_unbroken(rows, name)):
-            text = text_of(dict(row), field, f"Row {index} of {name}").strip()
+        rows = enumerate(stream.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER))
+        done = 0
+        while True:
+            try:
+                index, row = next(rows)
+            except StopIteration:
+                return
+            except Exception as bad:  # whatever a download may raise
+                reason = str(bad).strip().partition("\n")[0][:160]
+                raise BadCorpus(
+                    f"The corpus {name} broke off after {done} documents "
+                    f"({type(bad).__name__}: {reason}); run it again, or {_OFFLINE}"
+                ) from bad
+            done = index + 1
+            text = _text_of(dict(row), field, f"Row {index} of {name}").strip()
             if text:
                 yield text
 
-    return Corpus(name, digest, read)
+    return Corpus(name, hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest(), read)
 
 
-def _unbroken(rows: Iterator[Any], name: str) -> Iterator[Any]:
-    """The rows, with whatever a download may raise as one sentence."""
-    done = 0
-    while True:
-        try:
-            row = next(rows)
-        except StopIteration:
-            return
-        except Exception as bad:
-            reason = str(bad).strip().partition("\n")[0][:160]
-            raise BadCorpus(
-                f"The corpus {name} broke off after {done} documents "
-                f"({type(bad).__name__}: {reason}); run it again, or {_OFFLINE}"
-            ) from bad
-        done += 1
-        yield row
+# Text that the model writes itself: no network, no file, and in the model's own language
+
+
+class SelfWritten(Corpus):
+    """A corpus whose documents the model writes as they are asked for.
+
+    Who asks for them runs the model. So they are not to be read in another thread while it runs.
+    """
+
+
+def self_written(model: Any, tokenizer: Any, fingerprint: str) -> SelfWritten:
+    """Text without end that an unedited model writes, document by document, as it is asked for.
+
+    Each document continues one of `OPENINGS`. The model's fingerprint is part of the corpus's own.
+    """
+    recipe = [fingerprint, OPENINGS, WRITTEN_TOKENS, WRITTEN_TOGETHER, TOP_K]
+
+    def read(seed: int) -> Iterator[str]:
+        number = 0
+        while True:
+            openings = [OPENINGS[(number + i) % len(OPENINGS)] for i in range(WRITTEN_TOGETHER)]
+            # A seed of its own for each batch, so that a corpus can be read on at any place.
+            batch_seed = (seed * 1_000_003 + number) % 2**63
+            new = continue_texts(model, tokenizer, openings, WRITTEN_TOKENS, top_k=TOP_K, seed=batch_seed)
+            yield from (begin + rest for begin, rest in zip(openings, new, strict=True))
+            number += WRITTEN_TOGETHER
+
+    return SelfWritten("self", hashlib.sha256(json.dumps(recipe).encode()).hexdigest(), read)
+
+
+def open_corpus(
+    corpus: str | os.PathLike[str] | Corpus, model: Any, tokenizer: Any, fingerprint: str, field: str
+) -> Corpus:
+    """A corpus by its name as `load_corpus` takes it, or ``"self"``; one that is open already is given back.
+
+    Raises:
+        BadCorpus: It cannot be read, or not by several processes.
+    """
+    if isinstance(corpus, Corpus):
+        return corpus
+    if corpus != "self":
+        return load_corpus(str(corpus), field=field)
+    if parallel.current() is not None:
+        raise BadCorpus(
+            "The corpus 'self' is written by one model as it goes and cannot be divided "
+            "between processes; give a file, or run in one process."
+        )
+    return self_written(model, tokenizer, fingerprint)
+
+
+# Batches, made while the model runs the ones before
+
+
+def tokens_per_batch(device: torch.device) -> int:
+    """How many tokens a batch has where the model takes its input on this device."""
+    return BATCH_TOKENS if device.type == "cpu" else DEVICE_BATCH_TOKENS
+
+
+@contextmanager
+def corpus_batches(
+    corpus: Corpus,
+    tokenizer: Any,
+    device: torch.device,
+    *,
+    tokens: int,
+    context: int,
+    seed: int = 0,
+    start: int = 0,
+    skip: int = 0,
+    reading: Callable[[int], None] | None = None,
+) -> Iterator[Iterator[Mapping[str, Any]]]:
+    """Batches of the first tokens of a corpus, for `fastcov.collect_moments`.
+
+    Text is read, tokenised, padded and pinned by a thread, which is gone when the context is left; nothing else may use
+    the tokenizer inside. A corpus that the model writes is read by the caller's own thread, as the batches are asked
+    for. The batches are the same either way.
+
+    Args:
+        corpus: Where the text comes from.
+        tokenizer: The model's tokenizer.
+        device: Where the model takes its input; how large the batches are depends on it.
+        tokens: How many tokens there shall be in all, padding aside, those before `start` included.
+        context: Cut documents at so many tokens.
+        seed: Seed for the document order.
+        start: How many of them to pass over: they are read and tokenised, and not in the batches but where later ones
+            of their document need them.
+        skip: How many at the beginning of each document are no keys, and not counted either.
+        reading: Called, in the caller's thread, with the number of tokens of each document read.
+
+    Raises:
+        BadCorpus: The corpus cannot be read (raised where the batches are asked for).
+    """
+    ahead: Ahead[Mapping[str, Any]] = Ahead(_READ_AHEAD)
+    threaded = not isinstance(corpus, SelfWritten)
+    told = ahead.relayed(reading) if threaded and reading is not None else reading
+    ids = _tokenised(tokenizer, corpus.documents(seed), context, told, lambda: ahead.stopped)
+    taken: Iterator[Sequence[int]] = (
+        fastcov.between(ids, start, tokens, context, skip) if start or skip else fastcov.take(ids, tokens, context)
+    )
+    batches = pinned(fastcov.bucket(taken, tokens_per_batch(device)), device)
+    if threaded:
+        with ahead.read(batches) as read:
+            yield read
+    else:
+        yield batches
+
+
+def _tokenised(
+    tokenizer: Any,
+    texts: Iterator[str],
+    context: int,
+    reading: Callable[[int], None] | None,
+    stopped: Callable[[], bool],
+) -> Iterator[list[int]]:
+    """Token ids of each text, special tokens as the tokenizer adds them, cut at the context."""
+    while not stopped() and (chunk := list(islice(texts, _TOKENISED_TOGETHER))):
+        for ids in tokenizer(chunk, truncation=True, max_length=context)["input_ids"]:
+            if reading is not None:
+                reading(len(ids))
+            yield ids

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fastcov.printable import printable_logger
-from fastmemit.data import hub
-from fastmemit.data.reading import Value, is_clean_text, read_values
+from fastmemit.data.reading import PREFIX, Value, is_clean_text, load_splits, read_values
 from fastmemit.errors import BadData, BadRequest
 from fastmemit.request import EditRequest
 
@@ -26,32 +25,25 @@ _SHOWN = 10  # problems listed in one error
 
 @dataclass(frozen=True)
 class Record:
-    """One fact to edit, with the prompts that say how well the edit went.
+    """One fact to edit, with the prompts that say how well the edit went."""
 
-    Args:
-        case_id: The record's number, unique in its file.
-        request: The edit; its ``target_true`` is always there.
-        paraphrases: The same question in other words; they should give the new answer.
-        neighbourhood: The same relation of other subjects whose answer is ``target_true`` as well; they should keep it.
-        attributes: Prompts about subjects whose answer is ``target_new``.
-        generations: Openings of free text about the subject.
-        relation_id: Wikidata's number of the relation, such as ``"P19"``.
-    """
-
-    case_id: int
-    request: EditRequest
-    paraphrases: tuple[str, ...] = ()
-    neighbourhood: tuple[str, ...] = ()
-    attributes: tuple[str, ...] = ()
-    generations: tuple[str, ...] = ()
-    relation_id: str | None = None
+    case_id: int  # unique in its file
+    request: EditRequest  # the edit; its ``target_true`` is always there
+    paraphrases: tuple[str, ...] = ()  # the same question in other words; they should give the new answer
+    neighbourhood: tuple[str, ...] = ()  # the same relation of others whose answer is ``target_true`` too, and stays so
+    attributes: tuple[str, ...] = ()  # prompts about subjects whose answer is ``target_new``
+    generations: tuple[str, ...] = ()  # openings of free text about the subject
+    relation_id: str | None = None  # Wikidata's number of the relation, such as ``"P19"``
 
 
-class _Problem(Exception):
+class Problem(Exception):
     """A field of one record that cannot be read."""
 
     def __init__(self, field: str, reason: str) -> None:
         super().__init__(f"{field}: {reason}")
+
+
+_Some = TypeVar("_Some", bound=Record)
 
 
 def load_records(source: str | Path, *, skip_malformed: bool = False) -> list[Record]:
@@ -76,17 +68,17 @@ def load_records(source: str | Path, *, skip_malformed: bool = False) -> list[Re
         return builtin_facts()
     if spec == "counterfact":
         spec = COUNTERFACT_HUB
-    if spec.startswith(hub.PREFIX):
-        return _read_all(spec, _hub_rows(spec), skip_malformed)
+    if spec.startswith(PREFIX):
+        return read_all(spec, _hub_rows(spec), _record, skip_malformed)
     values = list(read_values(Path(source), BadData))
     _refuse_wrapped(spec, values)
-    return _read_all(spec, values, skip_malformed)
+    return read_all(spec, values, _record, skip_malformed)
 
 
 def builtin_facts() -> list[Record]:
     """The facts that the package ships for its demonstration, in the full schema."""
     with as_file(files("fastmemit.data") / "facts.jsonl") as path:
-        return _read_all("builtin", read_values(path, BadData), skip_malformed=False)
+        return read_all("builtin", read_values(path, BadData), _record, skip_malformed=False)
 
 
 def load_requests(path: str | Path) -> list[EditRequest]:
@@ -120,7 +112,7 @@ def batches(
         records: Where to choose from.
         batch_size: Records in a batch.
         n_batches: How many batches; by default all that there are, the last one maybe shorter.
-        seed: Of the shuffle; the same seed and records give the same batches everywhere.
+        seed: Seed for the shuffle; the same seed and records give the same batches everywhere.
 
     Raises:
         BadData: There are too few records with different subjects, or a number is below 1.
@@ -145,7 +137,7 @@ def batches(
 
 
 def _hub_rows(spec: str) -> Iterator[Value]:
-    for split, rows in hub.load_splits(spec, BadData, _OFFLINE).items():
+    for split, rows in load_splits(spec, BadData, _OFFLINE).items():
         for index, row in enumerate(rows):
             yield Value(f"{split} row {index}", row)
 
@@ -164,25 +156,29 @@ def _refuse_wrapped(source: str, values: Sequence[Value]) -> None:
         )
 
 
-def _read_all(source: str, values: Iterable[Value], skip_malformed: bool) -> list[Record]:
-    records: list[Record] = []
+def read_all(
+    source: str, values: Iterable[Value], parse: Callable[[int, Any], _Some], skip_malformed: bool
+) -> list[_Some]:
+    """The records in values, each parsed by its place in the source; see `load_records` for what is malformed."""
+    records: list[_Some] = []
     problems: list[str] = []
     first_with: dict[int, int] = {}
     total = 0
     for index, (place, value) in enumerate(values):
         total += 1
         try:
-            record = _record(value)
+            if not isinstance(value, Mapping):
+                raise Problem("(all)", f"a record must be an object, not {type(value).__name__}")
+            record = parse(index, value)
             first = first_with.setdefault(record.case_id, index)
             if first != index:
-                raise _Problem("case_id", f"{record.case_id} is also that of record {first}")
+                raise Problem("case_id", f"{record.case_id} is also that of record {first}")
             records.append(record)
-        except _Problem as bad:
+        except Problem as bad:
             problems.append(f"record {index} ({place}), field {bad}")
     if problems and not skip_malformed:
-        raise BadData(
-            _listed(source, problems, total, "records") + " Correct them, or skip them with skip_malformed=True."
-        )
+        listed = _listed(source, problems, total, "records")
+        raise BadData(f"{listed} Correct them, or skip them with skip_malformed=True.")
     for problem in problems:
         logger.warning("%s: skipped %s", source, problem)
     if not records:
@@ -197,16 +193,14 @@ def _listed(source: str, problems: list[str], total: int, what: str) -> str:
     return f"{source} has {len(problems)} malformed {what} of {total}: {shown}{more}."
 
 
-def _record(value: Any) -> Record:
-    if not isinstance(value, Mapping):
-        raise _Problem("(all)", f"a record must be an object, not {type(value).__name__}")
+def _record(index: int, value: Mapping[str, Any]) -> Record:
     case_id = value.get("case_id")
     if isinstance(case_id, bool) or not isinstance(case_id, int):
-        raise _Problem("case_id", f"must be a whole number, not {case_id!r:.40}")
+        raise Problem("case_id", f"must be a whole number, not {case_id!r:.40}")
     if "requested_rewrite" in value:
         rewrite = value["requested_rewrite"]
         if not isinstance(rewrite, Mapping):
-            raise _Problem("requested_rewrite", f"must be an object, not {rewrite!r:.40}")
+            raise Problem("requested_rewrite", f"must be an object, not {rewrite!r:.40}")
         return Record(
             case_id,
             _request(rewrite, "requested_rewrite."),
@@ -217,14 +211,14 @@ def _record(value: Any) -> Record:
             relation_id=_relation(rewrite, "requested_rewrite."),
         )
     if not {"prompt", "subject"} & set(value):
-        raise _Problem("requested_rewrite", f"is missing (fields: {_fields(value)})")
+        raise Problem("requested_rewrite", f"is missing (fields: {_fields(value)})")
     if "target_true" not in value and "ground_truth" in value:
         value = {**value, "target_true": value["ground_truth"]}
     request = _request(value, "")
     truth = value.get("locality_ground_truth")
     if isinstance(truth, str) and truth.strip() != str(request.target_true).strip():
         # Neighbourhood success compares target_true with target_new, so another answer would lie.
-        raise _Problem("locality_ground_truth", f"is {truth!r:.40}, not {request.target_true!r:.40}")
+        raise Problem("locality_ground_truth", f"is {truth!r:.40}, not {request.target_true!r:.40}")
     return Record(
         case_id,
         request,
@@ -238,17 +232,13 @@ def _request(fields: Mapping[str, Any], prefix: str) -> EditRequest:
     for name in ("prompt", "subject", "target_new", "target_true"):
         found = fields.get(name)
         if isinstance(found, Mapping):
-            found, label = found.get("str"), f"{prefix}{name}.str"
+            text(found.get("str"), f"{prefix}{name}.str")
         else:
-            label = prefix + name
-        if found is None:
-            raise _Problem(label, "is missing")
-        if not is_clean_text(found) or not found.strip():
-            raise _Problem(label, f"must be text that is not empty, not {found!r:.40}")
+            text(found, prefix + name)
     try:
         return EditRequest.from_dict(fields)
     except BadRequest as bad:
-        raise _Problem(f"{prefix}prompt", str(bad)) from None
+        raise Problem(f"{prefix}prompt", str(bad)) from None
 
 
 def _prompts(record: Mapping[str, Any], name: str) -> tuple[str, ...]:
@@ -258,18 +248,25 @@ def _prompts(record: Mapping[str, Any], name: str) -> tuple[str, ...]:
         return ()
     prompts = [found] if isinstance(found, str) else found
     if not isinstance(prompts, list):
-        raise _Problem(name, f"must be a list of texts, not {type(found).__name__}")
+        raise Problem(name, f"must be a list of texts, not {type(found).__name__}")
     for index, prompt in enumerate(prompts):
-        if not is_clean_text(prompt) or not prompt.strip():
-            label = name if isinstance(found, str) else f"{name}[{index}]"
-            raise _Problem(label, f"must be text that is not empty, not {prompt!r:.40}")
+        text(prompt, name if isinstance(found, str) else f"{name}[{index}]", missing=False)
     return tuple(prompts)
+
+
+def text(found: Any, field: str, missing: bool = True) -> str:
+    """What a field holds, if it is text that is not empty."""
+    if found is None and missing:
+        raise Problem(field, "is missing")
+    if not is_clean_text(found) or not found.strip():
+        raise Problem(field, f"must be text that is not empty, not {found!r:.40}")
+    return str(found)
 
 
 def _relation(fields: Mapping[str, Any], prefix: str) -> str | None:
     found = fields.get("relation_id")
     if found is not None and not isinstance(found, str):
-        raise _Problem(f"{prefix}relation_id", f"must be text or null, not {found!r:.40}")
+        raise Problem(f"{prefix}relation_id", f"must be text or null, not {found!r:.40}")
     return found
 
 

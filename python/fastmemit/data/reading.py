@@ -1,21 +1,25 @@
-"""Text and JSON files as they come from other people: read once, checked, never guessed at."""
+"""Text and JSON files as they come from other people, and data sets of the hub: checked, never guessed at.
+
+What is wrong is raised as the `error` that a caller names.
+"""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastcov import parsing
 
-#: A file that must be parsed whole (a JSON list) may not be larger than this, in bytes.
-MAX_WHOLE_FILE = 1 << 30
-
-#: One line or one document may not be larger than this, in bytes.
-MAX_LINE = 1 << 28
+MAX_WHOLE_FILE = 1 << 30  # bytes of a file that must be parsed whole (a JSON list)
+MAX_LINE = 1 << 28  # bytes of one line or one document
+#: How a hub data set is named where a file could stand too.
+PREFIX = "hub:"
 
 _BOM = b"\xef\xbb\xbf"
+_SPLIT = re.compile(r"[A-Za-z0-9_.]+")
 
 
 class Line(NamedTuple):
@@ -35,11 +39,7 @@ class Value(NamedTuple):
 
 
 def check_file(path: Path, error: type[Exception]) -> None:
-    """Make sure that `path` is a file with something in it.
-
-    Raises:
-        error: It does not exist, is a folder, or is empty.
-    """
+    """Make sure that `path` is a file with something in it."""
     if path.is_dir():
         raise error(f"{path} is a folder; give one file.")
     if not path.exists():
@@ -49,14 +49,9 @@ def check_file(path: Path, error: type[Exception]) -> None:
 
 
 def read_lines(path: Path, error: type[Exception]) -> Iterator[Line]:
-    """Yield the lines of a UTF-8 file; a byte order mark at the start is dropped.
-
-    Raises:
-        error: A byte is not UTF-8 (its position is named), or a line is over `MAX_LINE`.
-    """
-    offset = 0
+    """Yield the lines of a UTF-8 file, of `MAX_LINE` bytes at most; a byte order mark at the start is dropped."""
+    offset = number = 0
     with path.open("rb") as file:
-        number = 0
         while raw := file.readline(MAX_LINE + 1):
             number += 1
             if len(raw) > MAX_LINE:
@@ -69,11 +64,7 @@ def read_lines(path: Path, error: type[Exception]) -> Iterator[Line]:
 
 
 def decode(raw: bytes, path: Path, offset: int, error: type[Exception]) -> str:
-    """`raw`, found `offset` bytes into the file, as text.
-
-    Raises:
-        error: It is not UTF-8.
-    """
+    """`raw`, found `offset` bytes into the file, as text, if it is UTF-8."""
     try:
         return (raw.removeprefix(_BOM) if offset == 0 else raw).decode("utf-8")
     except UnicodeDecodeError as bad:
@@ -86,11 +77,7 @@ def decode(raw: bytes, path: Path, offset: int, error: type[Exception]) -> str:
 
 
 def parse_json(text: str, place: str, error: type[Exception]) -> Any:
-    """The JSON value in `text`.
-
-    Raises:
-        error: It is not JSON; the message carries `place`.
-    """
+    """The JSON value in `text`; a message of what is wrong carries `place`."""
     try:
         return parsing.parse_json(text)
     except json.JSONDecodeError as bad:
@@ -105,36 +92,25 @@ def parse_json(text: str, place: str, error: type[Exception]) -> Any:
 def is_json_list(path: Path) -> bool:
     """Whether the file's first character that is not white space opens a list."""
     with path.open("rb") as file:
-        head = file.read(4096).removeprefix(_BOM).lstrip()
-    return head.startswith(b"[")
-
-
-def read_whole(path: Path, error: type[Exception]) -> str:
-    """A whole UTF-8 file of at most `MAX_WHOLE_FILE` bytes.
-
-    Raises:
-        error: It is larger, or not UTF-8.
-    """
-    size = path.stat().st_size
-    if size > MAX_WHOLE_FILE:
-        raise error(
-            f"{path} is a JSON list of {size / 2**30:.1f} GiB, more than the "
-            f"{MAX_WHOLE_FILE >> 30} GiB that are parsed in one piece; write one object a line."
-        )
-    return decode(path.read_bytes(), path, 0, error)
+        return file.read(4096).removeprefix(_BOM).lstrip().startswith(b"[")
 
 
 def read_values(path: Path, error: type[Exception]) -> Iterator[Value]:
     """Yield the values of a JSON list, or of a file with one JSON value a line.
 
-    Which of the two it is shows in its first character, not in its name. White lines are skipped.
-
-    Raises:
-        error: The file is missing, empty, not UTF-8, not JSON, or one object over several lines.
+    Which of the two it is shows in its first character, not in its name. White lines are skipped; one object over
+    several lines is refused.
     """
     check_file(path, error)
     if is_json_list(path):
-        for index, value in enumerate(parse_json(read_whole(path, error), str(path), error)):
+        size = path.stat().st_size
+        if size > MAX_WHOLE_FILE:
+            raise error(
+                f"{path} is a JSON list of {size / 2**30:.1f} GiB, more than the "
+                f"{MAX_WHOLE_FILE >> 30} GiB that are parsed in one piece; write one object a line."
+            )
+        text = decode(path.read_bytes(), path, 0, error)
+        for index, value in enumerate(parse_json(text, str(path), error)):
             yield Value(f"item {index}", value)
         return
     for line in read_lines(path, error):
@@ -151,10 +127,97 @@ def read_values(path: Path, error: type[Exception]) -> Iterator[Value]:
 
 def is_clean_text(value: object) -> bool:
     """Whether `value` is text that can be encoded (JSON can spell half of a surrogate pair)."""
-    if not isinstance(value, str):
-        return False
     try:
-        value.encode("utf-8")
+        return isinstance(value, str) and value.encode("utf-8") is not None
     except UnicodeEncodeError:
         return False
-    return True
+
+
+# The Hugging Face hub, through `datasets`, imported only when asked for
+
+
+class HubName(NamedTuple):
+    """What ``hub:NAME[:CONFIG][@SPLIT]`` names."""
+
+    name: str  # the data set, such as ``wikimedia/wikipedia``, or a local folder of files
+    config: str | None  # one of its configurations, such as ``20231101.en``
+    split: str | None  # one of its splits
+
+    def __str__(self) -> str:
+        return self.name if self.config is None else f"{self.name} ({self.config})"
+
+    @property
+    def spec(self) -> str:
+        """The name and the configuration as they are written, without the split."""
+        return PREFIX + (self.name if self.config is None else f"{self.name}:{self.config}")
+
+
+def parse_name(spec: str, error: type[Exception]) -> HubName:
+    """Take ``hub:NAME``, ``hub:NAME:CONFIG`` or either with ``@SPLIT`` apart."""
+    rest, split = spec.removeprefix(PREFIX).strip(), None
+    # A folder may have an @ in its name; a data set on the hub has none.
+    if "@" in rest and not Path(rest).is_dir():
+        rest, _, split = rest.rpartition("@")
+        if not _SPLIT.fullmatch(split):
+            raise error(
+                f"{spec!r} names no split behind its @; write hub:NAME[:CONFIG]@SPLIT with one "
+                "split's name, such as train."
+            )
+    name, _, config = rest.partition(":")
+    if not name.strip():
+        raise error(f"{spec!r} names no data set; write hub:NAME[:CONFIG][@SPLIT].")
+    return HubName(name.strip(), config.strip() or None, split)
+
+
+def load_splits(spec: str, error: type[Exception], fix: str) -> dict[str, Any]:
+    """The split that is named, or all, of a hub data set, downloaded (and cached by `datasets`).
+
+    `fix` ends the sentence that says that `datasets` cannot load it.
+    """
+    wanted = parse_name(spec, error)
+    try:
+        import datasets
+
+        loaded = dict(datasets.load_dataset(wanted.name, wanted.config))
+    except Exception as bad:
+        raise error(_cannot_load(wanted, bad, fix)) from bad
+    if wanted.split is None:
+        return loaded
+    if wanted.split not in loaded:
+        raise error(_no_split(wanted, wanted.split, list(loaded)))
+    return {wanted.split: loaded[wanted.split]}
+
+
+def open_stream(spec: str, error: type[Exception], fix: str) -> tuple[Any, HubName, str]:
+    """One split as a stream, ``train`` where none is named; nothing is downloaded as a whole.
+
+    Returns:
+        The stream, what it is of (with its split), and the revision of the data set.
+    """
+    wanted = parse_name(spec, error)
+    split = wanted.split or "train"
+    try:
+        import datasets
+
+        builder = datasets.load_dataset_builder(wanted.name, wanted.config)
+        stream = builder.as_streaming_dataset(split=split)
+    except Exception as bad:
+        known = re.search(r"Bad split: .*Available splits: \[(.*)\]", str(bad))
+        if known:
+            splits = [name.strip(" '\"") for name in known.group(1).split(",")]
+            raise error(_no_split(wanted, split, splits)) from bad
+        raise error(_cannot_load(wanted, bad, fix)) from bad
+    return stream, wanted._replace(split=split), str(builder.hash)
+
+
+def _no_split(wanted: HubName, split: str, known: list[str]) -> str:
+    return (
+        f"The hub data set {wanted} has no split {split!r} (its splits: {', '.join(known)}); name "
+        f"one of them, as in {wanted.spec}@{known[0]}."
+    )
+
+
+def _cannot_load(wanted: HubName, bad: Exception, fix: str) -> str:
+    lines = str(bad).strip().splitlines()
+    reason = f"{type(bad).__name__}: {lines[0][:160]}" if lines else type(bad).__name__
+    return f"The hub data set {wanted} could not be loaded ({reason.rstrip('.')}); {fix}"

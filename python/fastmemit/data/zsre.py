@@ -2,43 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastcov.printable import printable_logger
-from fastmemit.data.counterfact import Record
-from fastmemit.data.reading import is_clean_text, read_values
+from fastmemit.data.counterfact import Problem, Record, read_all, text
+from fastmemit.data.reading import read_values
 from fastmemit.errors import BadData, BadRequest
 from fastmemit.request import EditRequest
-
-logger = printable_logger(__name__)
 
 #: How a zsRE file is named where another file could stand too.
 PREFIX = "zsre:"
 
 _LOC = "nq question: "
-_SHOWN = 10  # problems listed in one error
 
 
 @dataclass(frozen=True)
 class ZsreRecord(Record):
-    """One question to answer anew, a rephrased one, and an unrelated one with an answer of its own.
+    """One question to answer anew, a rephrased one, and an unrelated one with an answer of its own."""
 
-    Args:
-        neighbourhood_answers: The answers of `neighbourhood`, in its order; there is no ``target_true`` that they would
-            share.
-    """
-
+    #: The answers of `neighbourhood`, in its order; there is no ``target_true`` that they would share.
     neighbourhood_answers: tuple[str, ...] = ()
-
-
-class _Problem(Exception):
-    """A field of one record that cannot be read."""
-
-    def __init__(self, field: str, reason: str) -> None:
-        super().__init__(f"field {field}: {reason}")
 
 
 def load_zsre(source: str | Path, *, skip_malformed: bool = False) -> list[ZsreRecord]:
@@ -57,26 +42,7 @@ def load_zsre(source: str | Path, *, skip_malformed: bool = False) -> list[ZsreR
             and field, and says how many there are.
     """
     path = Path(str(source).removeprefix(PREFIX))
-    values = list(read_values(path, BadData))
-    records, problems = [], []
-    for index, (place, value) in enumerate(values):
-        try:
-            records.append(_record(index, value))
-        except _Problem as bad:
-            problems.append(f"record {index} ({place}), {bad}")
-    if problems and not skip_malformed:
-        shown = "; ".join(problem.rstrip(".") for problem in problems[:_SHOWN])
-        rest = len(problems) - _SHOWN
-        more = f"; and {rest} more" if rest > 0 else ""
-        raise BadData(
-            f"{path} has {len(problems)} malformed records of {len(values)}: {shown}{more}. "
-            "Correct them, or skip them with skip_malformed=True."
-        )
-    for problem in problems:
-        logger.warning("%s: skipped %s", path, problem)
-    if not records:
-        raise BadData(f"{path} holds no readable record ({len(values)} looked at); give another file.")
-    return records
+    return read_all(str(path), list(read_values(path, BadData)), _record, skip_malformed)
 
 
 def is_zsre(source: str | Path) -> bool:
@@ -94,42 +60,27 @@ def is_zsre(source: str | Path) -> bool:
     return first is not None and isinstance(first.value, Mapping) and {"src", "loc"} <= set(first.value)
 
 
-def _record(index: int, value: Any) -> ZsreRecord:
-    if not isinstance(value, Mapping):
-        raise _Problem("(all)", f"a record must be an object, not {type(value).__name__}")
-    subject, question = _text(value, "subject"), _text(value, "src")
+def _record(index: int, value: Mapping[str, Any]) -> ZsreRecord:
+    subject, question = text(value.get("subject"), "subject"), text(value.get("src"), "src")
     if subject not in question:
-        raise _Problem("src", f"{question!r:.60} does not contain the subject {subject!r:.40}")
+        raise Problem("src", f"{question!r:.60} does not contain the subject {subject!r:.40}")
     if question.count(subject) > 1:
-        raise _Problem("src", f"{question!r:.60} contains the subject {subject!r:.40} twice")
-    answer = _answers(value)[0]
+        raise Problem("src", f"{question!r:.60} contains the subject {subject!r:.40} twice")
+    answers = value.get("answers")
+    if not isinstance(answers, list) or not answers:
+        raise Problem("answers", f"must be a list of one text or more, not {answers!r:.40}")
+    answer = text(answers[0], "answers[0]")
     try:
         request = EditRequest(question.replace(subject, "{}"), subject, answer)
     except BadRequest as bad:
-        raise _Problem("src", str(bad)) from None
-    unrelated = _text(value, "loc")
+        raise Problem("src", str(bad)) from None
+    unrelated = text(value.get("loc"), "loc")
     if not unrelated.startswith(_LOC):
-        raise _Problem("loc", f"{unrelated!r:.60} does not begin with {_LOC!r}")
+        raise Problem("loc", f"{unrelated!r:.60} does not begin with {_LOC!r}")
     return ZsreRecord(
         index,
         request,
-        paraphrases=(_text(value, "rephrase"),),
+        paraphrases=(text(value.get("rephrase"), "rephrase"),),
         neighbourhood=(unrelated + "?",),
-        neighbourhood_answers=(_text(value, "loc_ans"),),
+        neighbourhood_answers=(text(value.get("loc_ans"), "loc_ans"),),
     )
-
-
-def _answers(record: Mapping[str, Any]) -> Sequence[str]:
-    found = record.get("answers")
-    if not isinstance(found, list) or not found:
-        raise _Problem("answers", f"must be a list of one text or more, not {found!r:.40}")
-    return [_text({"answers[0]": found[0]}, "answers[0]")]
-
-
-def _text(record: Mapping[str, Any], name: str) -> str:
-    found = record.get(name)
-    if found is None:
-        raise _Problem(name, "is missing")
-    if not is_clean_text(found) or not found.strip():
-        raise _Problem(name, f"must be text that is not empty, not {found!r:.40}")
-    return found

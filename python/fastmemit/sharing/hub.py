@@ -54,7 +54,7 @@ def push_edit(
     dry_run: _Path | None = None,
     token: str | None = None,
 ) -> str:
-    """Put an edit on the hub: ``edit.safetensors`` and a card that says what it changes.
+    """Put an edit on the hub, ``edit.safetensors`` and a card that says what it changes; returns where it is.
 
     Everything on record goes with it: prompts, subjects, answers, settings, contexts.
 
@@ -67,9 +67,6 @@ def push_edit(
         private: Only you may see it.
         dry_run: Write what would be pushed into this new folder, and ask nobody.
         token: A token of the hub; None takes the one that you are logged in with.
-
-    Returns:
-        Where it is: an address, or the folder.
 
     Raises:
         BadConfig: A name that is none.
@@ -157,17 +154,13 @@ def _push(
 
 
 def pull_edit(repo: str, *, revision: str | None = None, model: str | None = None, token: str | None = None) -> Delta:
-    """Fetch an edit from the hub; a copy that was fetched before serves without a network.
+    """Fetch an edit from the hub, verified; a copy that was fetched before serves without a network.
 
     Args:
         repo: ``USER/NAME``.
         revision: A branch, a tag or a commit; None takes the newest.
-        model: The fingerprint that it must be of (`fastmemit.Editor.fingerprint`); None takes any, and
-            `fastmemit.Editor.load` will compare.
+        model: The fingerprint that it must be of (`fastmemit.Editor.fingerprint`); None takes any.
         token: A token of the hub; None takes the one that you are logged in with.
-
-    Returns:
-        The edit, verified; not applied.
 
     Raises:
         BadConfig: The name is none.
@@ -199,16 +192,8 @@ def pull_statistics(
 ) -> Statistics:
     """Fetch second moments from the hub to where edits of their model find them.
 
-    Args:
-        repo: ``USER/NAME``.
-        revision: A branch, a tag or a commit; None takes the newest.
-        model: The fingerprint that they must be of (`fastmemit.Editor.fingerprint`); None takes any.
-        tokenizer: The fingerprint of the tokenizer that they must be of, likewise.
-        cache: The cache folder; None takes `fastmemit.cache.cache_dir`.
-        token: A token of the hub; None takes the one that you are logged in with.
-
-    Returns:
-        The statistics in the cache, for `fastmemit.Editor.use`.
+    `model` and `tokenizer` are fingerprints that they must be of, `cache` the cache folder; all else is as for
+    `pull_edit`. What is returned is in the cache, for `fastmemit.Editor.use`.
 
     Raises:
         BadConfig: The name is none.

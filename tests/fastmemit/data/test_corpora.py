@@ -138,7 +138,7 @@ def test_no_texts() -> None:
 
 
 def test_a_document_too_large_to_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastmemit.data.textfiles.MAX_LINE", 64)
+    monkeypatch.setattr("fastmemit.data.corpora.MAX_LINE", 64)
     path = write(tmp_path / "a.txt", "short\n\n" + "a line\n" * 20)
     with pytest.raises(BadCorpus, match=r"document at byte 7 of .* blank lines between"):
         load_corpus(path)

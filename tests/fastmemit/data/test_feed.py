@@ -11,9 +11,8 @@ import pytest
 import torch
 
 import fastcov
-from fastmemit.data import Corpus, feed, self_written
-from fastmemit.data.feed import corpus_batches
-from fastmemit.data.self_written import SelfWritten
+from fastmemit.data import Corpus, corpora
+from fastmemit.data.corpora import SelfWritten, corpus_batches
 from fastmemit.models import find_adapter
 from tiny_editors import texts, tiny_corpus, tiny_editor
 from tiny_models import tiny_model, tiny_tokenizer
@@ -41,7 +40,7 @@ def given(corpus: Corpus, tokens: int = 700, **more: Any) -> list[dict[str, Any]
 
 
 def test_the_batches_are_the_same_whoever_reads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(feed, "BATCH_TOKENS", 128)
+    monkeypatch.setattr(corpora, "BATCH_TOKENS", 128)
     ahead, here = given(tiny_corpus()), given(unthreaded(tiny_corpus()))
     assert len(ahead) == len(here) > 3
     for one, other in zip(ahead, here, strict=True):
@@ -76,11 +75,11 @@ def test_only_text_that_the_model_does_not_write_is_read_by_a_thread() -> None:
 
 
 def test_the_model_writes_only_in_the_thread_that_runs_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(self_written, "TOKENS", 3)
+    monkeypatch.setattr(corpora, "WRITTEN_TOKENS", 3)
     model, tokenizer = tiny_model("llama"), tiny_tokenizer()
     threads: list[int] = []
     model.register_forward_pre_hook(lambda *_: threads.append(threading.get_ident()))
-    corpus = self_written.self_written(model, tokenizer, "f")
+    corpus = corpora.self_written(model, tokenizer, "f")
     with corpus_batches(corpus, tokenizer, CPU, tokens=60, context=32) as batches:
         name = find_adapter(model).projection_name(0)
         assert fastcov.collect_moments(model, [name], batches, 60)[name].count == 60
@@ -147,9 +146,9 @@ def test_an_interrupted_collect_leaves_no_hook_and_no_thread(tmp_path: Path, err
 
 
 def test_batches_are_larger_where_launches_must_be_fed() -> None:
-    assert feed.BATCH_TOKENS == 4096
-    assert feed.DEVICE_BATCH_TOKENS >= 8192
+    assert corpora.BATCH_TOKENS == 4096
+    assert corpora.DEVICE_BATCH_TOKENS >= 8192
     corpus = Corpus("words", "0" * 64, lambda seed: iter(["a b c d e f g h"] * 4000))
     with corpus_batches(corpus, tiny_tokenizer(), torch.device("meta"), tokens=20_000, context=8) as batches:
         sizes = [batch["input_ids"].numel() for batch in batches]
-    assert max(sizes) > feed.BATCH_TOKENS and max(sizes) <= feed.DEVICE_BATCH_TOKENS
+    assert max(sizes) > corpora.BATCH_TOKENS and max(sizes) <= corpora.DEVICE_BATCH_TOKENS

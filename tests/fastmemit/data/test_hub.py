@@ -12,7 +12,7 @@ import pytest
 
 from fastcov import between
 from fastmemit.data import Corpus, load_corpus, load_records
-from fastmemit.data.hub import parse_name
+from fastmemit.data.reading import parse_name
 from fastmemit.errors import BadCorpus, BadData
 
 

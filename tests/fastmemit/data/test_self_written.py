@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from fastmemit.data import self_written as module
-from fastmemit.data.self_written import OPENINGS, self_written
+from fastmemit.data import corpora as module
+from fastmemit.data.corpora import OPENINGS, self_written
 from tiny_models import tiny_model, tiny_tokenizer
 
 PRINT = "a" * 64
@@ -18,7 +18,7 @@ PRINT = "a" * 64
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Short documents: a hundred steps for each would show nothing more."""
-    monkeypatch.setattr(module, "TOKENS", 6)
+    monkeypatch.setattr(module, "WRITTEN_TOKENS", 6)
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,7 @@ def test_its_fingerprint_is_the_model_and_the_recipe(monkeypatch: pytest.MonkeyP
         return self_written(None, None, of).fingerprint
 
     prints = {fingerprint(), fingerprint("b" * 64)}
-    for name, value in (("TOKENS", 7), ("ROWS", 12), ("TOP_K", 5), ("OPENINGS", ("Once",))):
+    for name, value in (("WRITTEN_TOKENS", 7), ("WRITTEN_TOGETHER", 12), ("TOP_K", 5), ("OPENINGS", ("Once",))):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, value)
             prints.add(fingerprint())
