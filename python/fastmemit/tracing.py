@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 
 from fastcov.hooks import evaluation_mode, isolated
+from fastmemit.answers import judge_answers
 from fastmemit.errors import BadConfig, BadRequest, FastmemitError, UnknownArchitecture
 from fastmemit.logits import head_reads
 from fastmemit.models import ModelAdapter, agrees, check_lengths, hidden_of, probe_ids, token_states, with_hidden
@@ -34,7 +35,7 @@ from fastmemit.models.structure import linear_shape
 from fastmemit.request import EditRequest
 from fastmemit.targets.rows import Row
 from fastmemit.targets.suffix import PrefixLayer, align, forward_as
-from fastmemit.tokens import encode_with_target, length_batches, pad_batch, subject_end
+from fastmemit.tokens import encode_with_target, pad_batch, subject_end
 
 Kind = Literal["mlp", "attention", "hidden"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -57,15 +58,11 @@ class TraceSettings:
 
     samples: int = 10  # corrupted runs per fact, each with noise of its own
     noise: float = 3.0  # standard deviation of the noise, in standard deviations of the subjects' embeddings
-    window: int | None = (
-        None  # layers whose MLP or attention is restored together; None: 10 of 48 in proportion, 1 to 10
-    )
+    window: int | None = None  # layers whose MLP or attention is restored together; None: the paper's share, 1 to 10
     hidden_window: int = 1  # of hidden states one is enough: it replaces all that the blocks below wrote at this token
     limit: int | None = None  # trace at most so many facts
     only_known: bool = True  # leave out facts of which the model does not predict the answer
-    positions: Positions = (
-        "last-subject"  # that token decides which layers to edit; "all" is every one from the subject on
-    )
+    positions: Positions = "last-subject"  # decides which layers to edit; "all" are those from the subject on
     kinds: tuple[Kind, ...] = KINDS  # restored are outputs of the MLP, of attention, or of the block ("hidden")
     seed: int = 0  # for the noise, the facts' order and the intervals
     batch_tokens: int | None = None  # padded tokens of a corrupted run at most (one fact always runs); None: by device
@@ -117,9 +114,6 @@ def window_at(layer: int, window: int, n_layers: int) -> tuple[int, int]:
     return max(0, first), min(n_layers, first + window) - 1
 
 
-# The facts
-
-
 @dataclass(frozen=True)
 class TracedFact:
     """One fact as the model reads it."""
@@ -161,7 +155,7 @@ def encode_fact(tokenizer: Any, request: EditRequest) -> TracedFact:
             f"The fact {request.text!r:.80} has no target_true, whose probability is traced; "
             "add the answer that the model gives."
         )
-    truth = request.answer_to(request.text, request.target_true)
+    truth = _truth(request)
     encoded, n_answer = encode_with_target(tokenizer, request.text, truth)
     ids = encoded.ids[:-n_answer]
     start, end = len(request.before), len(request.before) + len(request.subject)
@@ -180,6 +174,10 @@ def encode_fact(tokenizer: Any, request: EditRequest) -> TracedFact:
     return TracedFact(request, tuple(ids), first, last, encoded.ids[-n_answer])
 
 
+def _truth(request: EditRequest) -> str:
+    return request.answer_to(request.text, str(request.target_true))
+
+
 @isolated()
 def choose_facts(
     adapter: ModelAdapter, tokenizer: Any, requests: Sequence[EditRequest], settings: TraceSettings
@@ -191,8 +189,6 @@ def choose_facts(
 
     Raises:
         BadRequest: A fact cannot be traced, there is none, or none is known.
-        BadConfig: A window is more than the model's layers.
-        UnknownArchitecture: The model's attention cannot be told.
     """
     for kind in settings.kinds:
         settings.window_of(kind, adapter.n_layers)
@@ -207,37 +203,22 @@ def choose_facts(
         facts = tuple(order[: settings.limit])
         return Chosen(facts, len(facts))
     known: list[TracedFact] = []
-    with evaluation_mode(adapter.model):
-        for begin in range(0, len(order), _CHUNK):
-            chunk = order[begin : begin + _CHUNK]
-            said = _predictions(adapter, [fact.ids for fact in chunk], settings.tokens_on(adapter.device))
-            for index, fact in enumerate(chunk, begin + 1):
-                if said[fact.ids] == fact.answer:
-                    known.append(fact)
-                if len(known) == settings.limit:
-                    return Chosen(tuple(known), index)
+    batch_tokens = settings.tokens_on(adapter.device)
+    for begin in range(0, len(order), _CHUNK):
+        chunk = order[begin : begin + _CHUNK]
+        asked = [(fact.request.text, _truth(fact.request)) for fact in chunk]
+        answers = judge_answers(adapter, tokenizer, asked, batch_tokens=batch_tokens)
+        for index, (fact, answer) in enumerate(zip(chunk, answers, strict=True), begin + 1):
+            if answer.matches[0]:
+                known.append(fact)
+            if len(known) == settings.limit:
+                return Chosen(tuple(known), index)
     if not known:
         raise BadRequest(
-            f"The model knows none of the {len(order)} facts: its most probable next token is "
-            "never the first of target_true; give facts that it knows, or trace unknown ones too "
-            "with only_known=False (--unknown-too)."
+            f"The model knows none of the {len(order)} facts: its most probable next token is never the first of "
+            "target_true; give facts that it knows, or trace unknown ones too with only_known=False (--unknown-too)."
         )
     return Chosen(tuple(known), len(order))
-
-
-def _predictions(
-    adapter: ModelAdapter, prompts: Sequence[tuple[int, ...]], batch_tokens: int
-) -> dict[tuple[int, ...], int]:
-    """The most probable next token of each prompt."""
-    said: dict[tuple[int, ...], int] = {}
-    for rows in length_batches(dict.fromkeys(prompts), batch_tokens):
-        with head_reads(adapter, range(len(rows)), [len(row) - 1 for row in rows]):
-            logits = adapter.run(**pad_batch(rows, device=adapter.device), use_cache=False).logits[0]
-        said.update(zip(rows, logits.argmax(1).tolist(), strict=True))
-    return said
-
-
-# The noise that hides a subject from the model
 
 
 @isolated()
@@ -283,14 +264,10 @@ def _input_embeddings(adapter: ModelAdapter) -> Any:
     return model.get_input_embeddings()
 
 
-# Where a state is put back
-
-
 def restored_module(adapter: ModelAdapter, kind: Kind, layer: int) -> nn.Module:
     """The module whose output is a layer's hidden state, MLP output (the edited projection's) or attention output.
 
     Raises:
-        BadLayer: The model has no such layer.
         UnknownArchitecture: The block's attention cannot be told.
     """
     block = adapter.block(layer)
@@ -326,9 +303,6 @@ def replaced_output(
         return with_hidden(out, changed.reshape(hidden.shape))
 
     return module.register_forward_hook(put)
-
-
-# The runs
 
 
 class Spot(NamedTuple):
@@ -504,9 +478,6 @@ def _run_whole(adapter: ModelAdapter, ids: tuple[int, ...], position: int, layer
             adapter.run(**batch, use_cache=False)
 
 
-# The trace
-
-
 @dataclass(frozen=True)
 class Trace:
     """What a trace found of n facts."""
@@ -539,9 +510,6 @@ def trace(
 
     Raises:
         BadRequest: There is no fact.
-        BadConfig: A window is more than the model's layers.
-        UnknownArchitecture: The model's attention cannot be told, or part of the model does not stand for the whole.
-        FastmemitError: The model gives NaN or infinity.
     """
     if not facts:
         raise BadRequest("There is no fact to trace; give at least one.")
@@ -556,9 +524,9 @@ def trace(
         std = settings.noise * embedding_std
         for batch in _batches(facts, places, settings.samples, settings.tokens_on(adapter.device)):
             numbers = [places[index].number for index in batch]
+            noises = [subject_noise(facts[n], settings.samples, width, std, settings.seed) for n in numbers]
             spots = [
-                Spot(fact, position, subject_noise(fact, settings.samples, width, std, settings.seed))
-                for fact, position in ((facts[places[index].number], places[index].position) for index in batch)
+                Spot(facts[n], places[i].position, noise) for i, n, noise in zip(batch, numbers, noises, strict=True)
             ]
             runs = Runs(adapter, spots, settings.kinds)
             clean[numbers] = _finite(runs.clean, "the clean run", spots)

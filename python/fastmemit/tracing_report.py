@@ -161,9 +161,6 @@ def draw(result: dict[str, Any], path: Path) -> None:
 
     Where all positions were traced, a map of positions and layers for each kind stands below. The path's ending chooses
     SVG or PNG.
-
-    Raises:
-        BadConfig: See `check_figure`.
     """
     check_figure(path)
     import matplotlib

@@ -29,26 +29,8 @@ from fastmemit.compat.npz_files import (
 )
 
 __all__ = [
-    "LAYOUTS",
-    "SAMPLE_SIZE",
-    "Hparams",
-    "LayerMoment",
-    "Settings",
-    "StatsPlace",
-    "apply_emmet_to_model",
-    "apply_memit_to_model",
-    "apply_rome_to_model",
-    "configure",
-    "export_null_space",
-    "export_statistics",
-    "files_of",
-    "forget",
-    "get_cov",
-    "get_inv_cov",
-    "import_statistics",
-    "layer_stats",
-    "load_hparams",
-    "module_of",
-    "open_hparams",
-    "read_hparams",
-]
+    "LAYOUTS", "SAMPLE_SIZE", "Hparams", "LayerMoment", "Settings", "StatsPlace", "apply_emmet_to_model",
+    "apply_memit_to_model", "apply_rome_to_model", "configure", "export_null_space", "export_statistics",
+    "files_of", "forget", "get_cov", "get_inv_cov", "import_statistics", "layer_stats", "load_hparams", "module_of",
+    "open_hparams", "read_hparams",
+]  # fmt: skip

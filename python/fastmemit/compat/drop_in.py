@@ -80,12 +80,7 @@ _chosen = Settings()
 
 
 def configure(**settings: Any) -> Settings:
-    """Choose some `Settings` by name; what is not named stays as it is, None brings back the default.
-
-    Raises:
-        BadConfig: The multiplier is neither a number nor ``"auto"``, or a layer no whole number.
-        TypeError: There is no setting of a name.
-    """
+    """Choose some `Settings` by name; what is not named stays as it is, None brings back the default."""
     global _chosen
     named = {name: getattr(Settings(), name, None) if value is None else value for name, value in settings.items()}
     if named.get("layers") is not None:
@@ -240,8 +235,6 @@ class Live:
 
         Raises:
             WrongModel: They were not collected while the model was unedited, and it is edited now.
-            BadCorpus: There is no text to collect them on.
-            BadLayer: A layer that the model does not have.
         """
         if self._statistics is not None and self.covers(layers):
             self.sources.use(self._statistics)
@@ -312,11 +305,7 @@ class Live:
 
     @isolated()
     def matrix(self, layer: int, *, inverse: bool = False) -> Tensor:
-        """C of a layer that is covered, or its inverse: float32 (d_k, d_k), the caller's own, where the weight is.
-
-        Raises:
-            fastcov.NotPositiveDefinite: C has no inverse, with any jitter that is allowed.
-        """
+        """C of a layer that is covered, or its inverse: float32 (d_k, d_k), the caller's own, where the weight is."""
         assert self._statistics is not None
         device = next((p.device for p in self.adapter.projection(layer).parameters()), None)
         device = self.adapter.device if device is None or device.type == "meta" else device
@@ -337,9 +326,6 @@ def live(model: nn.Module, tokenizer: Any, module: str | None) -> Live:
     """What is remembered of a model, ready for a call; one that was never seen is unedited.
 
     `module` is the edited projection with ``{}`` for the layer; None finds it.
-
-    Raises:
-        UnknownArchitecture: The model has no such projection.
     """
     model = unwrapped(model)
     found = model.__dict__.get(_PLACE)
@@ -390,13 +376,6 @@ def get_cov(
 
     Returns:
         C, or with `inv` its inverse, float32 (d_k, d_k), on the device of the layer's weight; the caller's own.
-
-    Raises:
-        WrongModel: The layer was not collected while the model was unedited.
-        BadCorpus: There is no text to collect on; ``configure(corpus=FILE)`` names one.
-        BadConfig: The name has no layer's number, or hparams have layers that are no numbers.
-        UnknownArchitecture: The model has no such module.
-        fastcov.NotPositiveDefinite: There is no inverse.
     """
     found, layer = _covered(model, tok, layer_name, mom2_dataset, hparams, force_recompute)
     return found.matrix(layer, inverse=inv)

@@ -69,7 +69,6 @@ class Hparams:
 
         Raises:
             BadConfig: The loss is read from another block than the last, or another module is edited.
-            BadLayer: The model does not have one of the layers.
         """
         for layer in self.config.layers:
             adapter.check_layer(layer)
@@ -224,9 +223,6 @@ def _shown(value: Any) -> str:
     return f"{value!r:.60}"
 
 
-# Files
-
-
 def open_hparams(path: str | os.PathLike[str], method: str | None = None) -> Hparams:
     """Read a file of hyper-parameters: JSON (ROME, MEMIT, EMMET) or YAML (EasyEdit).
 
@@ -262,36 +258,32 @@ def load_hparams(path: str | os.PathLike[str], method: str | None = None) -> Edi
 def _parse_yaml(text: str, path: Path) -> Any:
     import yaml
 
-    depth = 0
-    try:
-        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+    class Loader(yaml.SafeLoader):  # type: ignore[misc]
+        depth = 0
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
             # An alias may stand for a list of aliases, and so on: a small text of a large value.
-            if isinstance(event, yaml.AliasEvent):
+            if self.check_event(yaml.AliasEvent):
                 raise BadConfig(f"{path} uses YAML aliases, which are not read; write values out.")
-            depth += isinstance(event, yaml.CollectionStartEvent)
-            depth -= isinstance(event, yaml.CollectionEndEvent)
-            if depth > _DEEPEST:
+            if self.depth >= _DEEPEST and not self.check_event(yaml.ScalarEvent):
                 raise BadConfig(f"{path} is nested too deep for hyper-parameters.")
-        _refuse_twice(yaml.compose(text, Loader=yaml.SafeLoader), path)
-        return yaml.safe_load(text)
+            self.depth += 1
+            node = super().compose_node(parent, index)
+            self.depth -= 1
+            return node
+
+        def compose_mapping_node(self, anchor: Any) -> Any:
+            node = super().compose_mapping_node(anchor)
+            names = [name.value for name, _ in node.value if isinstance(name, yaml.ScalarNode)]
+            for place, name in enumerate(names):
+                if name in names[:place]:  # of which YAML takes the last
+                    raise BadConfig(f"{path} has {name!r:.80} twice in one place; keep one of the two.")
+            return node
+
+    try:
+        return yaml.load(text, Loader)
+    except BadConfig:
+        raise
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        if isinstance(error, BadConfig):
-            raise
         said = " ".join(str(error).split())
         raise BadConfig(f"{path} is not YAML ({said:.160}); correct it.") from error
-
-
-def _refuse_twice(node: Any, path: Path) -> None:
-    """Refuse a name that is there twice in one place, of which YAML takes the last."""
-    import yaml
-
-    if isinstance(node, yaml.SequenceNode):
-        for item in node.value:
-            _refuse_twice(item, path)
-    elif isinstance(node, yaml.MappingNode):
-        names = [name.value for name, _ in node.value if isinstance(name, yaml.ScalarNode)]
-        for place, name in enumerate(names):
-            if name in names[:place]:
-                raise BadConfig(f"{path} has {name!r:.80} twice in one place; keep one of the two.")
-        for _, value in node.value:
-            _refuse_twice(value, path)

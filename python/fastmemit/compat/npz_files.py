@@ -152,13 +152,6 @@ def export_statistics(
         modules: Which of them; None takes all.
         overwrite: Replace files that are there. They may be what took somebody days.
         progress: Called after each file with how many it is, 1.
-
-    Raises:
-        BadConfig: A file is there already.
-        fastcov.StoreMissing: A module was not precomputed.
-        fastcov.StoreDamaged: A stored file is not what was written.
-        fastcov.NonFiniteMatrix: A sum is too large for float32; ``precision="float64"`` holds it.
-        OSError: A file cannot be written; those that were written are whole.
     """
     for name in modules or ():
         if name not in found.paths:
@@ -204,8 +197,6 @@ def export_null_space(
 
     Raises:
         BadConfig: The file is there already, the layers differ in width, or a threshold is not above 0.
-        fastcov.StoreMissing: A module was not precomputed.
-        OSError: The file cannot be written; nothing is left of the attempt.
     """
     if not overwrite:
         check_new(Path(path))
@@ -256,7 +247,6 @@ def files_of(editor: Editor, place: StatsPlace, layers: Sequence[int] | None = N
 
     Raises:
         fastcov.StoreMissing: There is none for a layer, or none at all; the message says what is.
-        BadLayer: A layer that the model does not have.
     """
     adapter = editor.adapter
     names = list(layers_by_name(adapter)) if layers is None else [adapter.projection_name(layer) for layer in layers]
@@ -292,13 +282,6 @@ def import_statistics(editor: Editor, files: Mapping[str, Path] | Sequence[Path]
     Raises:
         BadConfig: There is no file, a name says no module of this model, two files are of one module or the same for
             two, or they count different numbers of keys.
-        WrongModel: The keys that they were made of are unlike this model's.
-        fastcov.StoreMissing: A file is not there.
-        fastcov.WrongWidth: The keys are of another width than the model's.
-        fastcov.NonFiniteMatrix: A sum holds NaN or infinity.
-        fastcov.StoreDamaged: A file is not what it should be.
-        fastcov.StoreMismatch: A file is of another sample size than its name says.
-        OSError: A file cannot be written; those that were written are whole.
     """
     named = _named(editor, files)
     layers = layers_by_name(editor.adapter)

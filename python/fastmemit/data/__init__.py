@@ -8,15 +8,6 @@ from fastmemit.data.counterfact import COUNTERFACT_HUB, Record, batches, builtin
 from fastmemit.data.zsre import ZsreRecord, load_zsre
 
 __all__ = [
-    "COUNTERFACT_HUB",
-    "Corpus",
-    "Record",
-    "ZsreRecord",
-    "batches",
-    "builtin_facts",
-    "corpus_from_texts",
-    "load_corpus",
-    "load_records",
-    "load_requests",
-    "load_zsre",
-]
+    "COUNTERFACT_HUB", "Corpus", "Record", "ZsreRecord", "batches", "builtin_facts", "corpus_from_texts",
+    "load_corpus", "load_records", "load_requests", "load_zsre",
+]  # fmt: skip

@@ -87,11 +87,7 @@ class Corpus:
     n_documents: int | None = None  # None where only reading them would tell
 
     def documents(self, seed: int = 0) -> Iterator[str]:
-        """Yield every document that is not only white space, once, in an order drawn from `seed`.
-
-        Raises:
-            BadCorpus: The source broke off, or its file has changed.
-        """
+        """Yield every document that is not only white space, once, in an order drawn from `seed`."""
         return self.read(seed)
 
     def __len__(self) -> int:
@@ -394,9 +390,6 @@ def corpus_batches(
             of their document need them.
         skip: How many at the beginning of each document are no keys, and not counted either.
         reading: Called, in the caller's thread, with the number of tokens of each document read.
-
-    Raises:
-        BadCorpus: The corpus cannot be read (raised where the batches are asked for).
     """
     ahead: Ahead[Mapping[str, Any]] = Ahead(_READ_AHEAD)
     threaded = not isinstance(corpus, SelfWritten)

@@ -58,10 +58,6 @@ def load_records(source: str | Path, *, skip_malformed: bool = False) -> list[Re
         source: A JSON list or JSONL file; ``"builtin"`` for the facts that the package ships; ``"counterfact"`` for
             CounterFact from the hub; or ``"hub:NAME[:CONFIG][@SPLIT]"``.
         skip_malformed: Log records that cannot be read and go on without them.
-
-    Raises:
-        BadData: The file is not readable, or records in it are malformed: the message lists the first ten with index
-            and field, and says how many there are.
     """
     spec = str(source)
     if spec == "builtin":

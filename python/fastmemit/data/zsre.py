@@ -36,21 +36,13 @@ def load_zsre(source: str | Path, *, skip_malformed: bool = False) -> list[ZsreR
     Args:
         source: A JSON list or JSONL file, with or without ``zsre:`` before its path.
         skip_malformed: Log records that cannot be read and go on without them.
-
-    Raises:
-        BadData: The file is not readable, or records in it are malformed: the message lists the first ten with index
-            and field, and says how many there are.
     """
     path = Path(str(source).removeprefix(PREFIX))
     return read_all(str(path), list(read_values(path, BadData)), _record, skip_malformed)
 
 
 def is_zsre(source: str | Path) -> bool:
-    """Whether records are asked for as zsRE, or their file's first one has zsRE's fields.
-
-    Raises:
-        BadData: It is a file that is not UTF-8 or not JSON.
-    """
+    """Whether records are asked for as zsRE, or their file's first one has zsRE's fields."""
     if str(source).startswith(PREFIX):
         return True
     path = Path(source)

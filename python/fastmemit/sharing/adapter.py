@@ -72,10 +72,7 @@ def save_adapter(
         pad: Pad ranks; else modules have their own ranks in ``rank_pattern`` and ``alpha_pattern``.
 
     Raises:
-        WrongModel: The model lacks a weight or has it in another shape.
         BadAdapter: The delta changes nothing, a weight of no linear map, or one that several modules share.
-        FileExistsError: `folder` holds something already.
-        OSError: The disk refused; nothing is left of the attempt.
     """
     net = model.model if isinstance(model, ModelAdapter) else model
     delta.check(net)
@@ -169,13 +166,6 @@ def load_adapter(folder: _Path, model: nn.Module) -> Delta:
     Returns:
         A delta; not applied. From `save_adapter` it comes back bit for bit with its provenance, from elsewhere it says
         that it is of this model.
-
-    Raises:
-        FileNotFoundError: One of the two files is not there.
-        DamagedFile: A file cannot be read, or its tensors do not fit each other.
-        BadAdapter: It is not plain LoRA on linear maps (DoRA, biases, embeddings, whole modules).
-        WrongModel: The model lacks a module, or has it in another shape.
-        QuantisedWeight: A weight to change is not stored in floating point.
     """
     config, tensors, ours = _read(Path(folder))
     _check_config(folder, config)

@@ -52,10 +52,7 @@ def compose(
 
     Raises:
         BadConfig: There is no delta, or a rank below 1.
-        WrongModel: They are of different models, or have a weight in different shapes.
         ConflictingEdits: Two write the same fact, or two are the same edit.
-        DamagedFile: One says that it is a composition and does not hold what it says.
-        BadData: The facts on record of one are no facts.
     """
     flat = [part for delta in deltas for part in parts(delta)]
     if not flat:
@@ -76,11 +73,7 @@ def compose(
 
 @isolated()
 def parts(delta: Delta) -> tuple[Delta, ...]:
-    """The deltas that a composition is made of, oldest first; the delta itself if it is none.
-
-    Raises:
-        DamagedFile: It says that it is a composition and does not hold what it says.
-    """
+    """The deltas that a composition is made of, oldest first; the delta itself if it is none."""
     if delta.provenance.get("method") != METHOD or "compression" in delta.provenance:
         return (delta,)
     listed = delta.provenance.get("parts")
@@ -128,7 +121,6 @@ def remove(delta: Delta, digest: str) -> Delta:
 
     Raises:
         BadConfig: No part, or no single one, has this digest; or it is the only part.
-        DamagedFile: The composition does not hold what it says.
     """
     if "compression" in delta.provenance:
         raise BadConfig(
@@ -197,9 +189,6 @@ def _not_as_said(what: str) -> DamagedFile:
     return DamagedFile(f"The edit is no composition as it says, for {what}; compose it again.")
 
 
-# The facts on record
-
-
 def facts_of(delta: Delta) -> list[EditRequest]:
     """The requests on record; none where there are none.
 
@@ -249,9 +238,6 @@ def check_facts(deltas: Sequence[Delta]) -> None:
                     f"Edits {first + 1} and {place + 1} both write {fact.text + fact.target!r:.80} and would together "
                     "change twice what is needed; leave one of them out, or pass allow_conflicts=True to add both."
                 )
-
-
-# Lower rank
 
 
 @isolated()

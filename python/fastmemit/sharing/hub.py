@@ -40,9 +40,6 @@ _TURNS = set("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")  # turn t
 _Path = str | os.PathLike[str]
 
 
-# To the hub
-
-
 def push_edit(
     delta: Delta,
     repo: str,
@@ -67,13 +64,6 @@ def push_edit(
         private: Only you may see it.
         dry_run: Write what would be pushed into this new folder, and ask nobody.
         token: A token of the hub; None takes the one that you are logged in with.
-
-    Raises:
-        BadConfig: A name that is none.
-        BadData: The facts on record are no facts.
-        HubError: The hub refuses, or cannot be reached; or the repository is not for this: it holds other files, or is
-            public though `private` is wanted.
-        FileExistsError: `dry_run` holds something already.
     """
     card = edit_card(delta, check_repo(repo), license=license, base_model=base_model, scores=scores)
     with tempfile.TemporaryDirectory() as folder:
@@ -95,11 +85,6 @@ def push_statistics(
     """Put second moments on the hub, what `fastmemit.Editor.precompute` gave or a folder of moments, and a card.
 
     All else is as for `push_edit`.
-
-    Raises:
-        FileNotFoundError: There is no moment in the folder.
-        StoreDamaged: A file is not what was written.
-        DamagedFile: The files do not belong together.
     """
     if not isinstance(found, Statistics):
         found = open_statistics(found)
@@ -150,9 +135,6 @@ def _push(
     return f"https://huggingface.co/{repo}"
 
 
-# From the hub
-
-
 def pull_edit(repo: str, *, revision: str | None = None, model: str | None = None, token: str | None = None) -> Delta:
     """Fetch an edit from the hub, verified; a copy that was fetched before serves without a network.
 
@@ -163,9 +145,7 @@ def pull_edit(repo: str, *, revision: str | None = None, model: str | None = Non
         token: A token of the hub; None takes the one that you are logged in with.
 
     Raises:
-        BadConfig: The name is none.
         HubError: It cannot be fetched, or the repository holds no edit.
-        DamagedFile: The file is not what was written.
         WrongModel: It is of another model.
     """
     folder = _fetched(repo, revision, token, EDIT)
@@ -196,12 +176,8 @@ def pull_statistics(
     `pull_edit`. What is returned is in the cache, for `fastmemit.Editor.use`.
 
     Raises:
-        BadConfig: The name is none.
         HubError: They cannot be fetched, or the repository holds none.
-        StoreDamaged: A file is not what was written.
         StoreMismatch: They are of another model or tokenizer, or of a newer format.
-        DamagedFile: The files do not belong together, or do not say what they are of.
-        OSError: The cache cannot be written.
     """
     folder = _fetched(repo, revision, token, f"{MOMENTS}/*.safetensors") / MOMENTS
     if not any(folder.glob("*.safetensors")):
@@ -238,9 +214,6 @@ def open_statistics(folder: _Path) -> Statistics:
 
     Raises:
         FileNotFoundError: There is no such folder, or no moment in it.
-        StoreDamaged: A file is not what was written, or counts other keys than it says.
-        StoreMismatch: A file is of a newer format.
-        DamagedFile: The files do not belong together, or do not say what they are of.
     """
     files = sorted(Path(folder).glob("*.safetensors"))
     if not files:
@@ -274,9 +247,6 @@ def cache_statistics(found: Statistics, folder: Path) -> Statistics:
 
     The names come from what the files say and what was checked, not from how they were called. A file that is there
     already stays.
-
-    Raises:
-        OSError: A file cannot be written.
     """
     home = home_of(folder / found.provenance["model"][:16], shared_of(found.provenance))
     return Statistics(copied(found.paths, found.provenance, home.parent, home.name), found.provenance)
@@ -284,9 +254,6 @@ def cache_statistics(found: Statistics, folder: Path) -> Statistics:
 
 def _damaged(file: Path, what: str) -> DamagedFile:
     return DamagedFile(f"The moment {str(file)!r} {what}, so it belongs to no statistics; get it again.")
-
-
-# Names and refusals
 
 
 def check_repo(repo: str) -> str:
@@ -326,35 +293,32 @@ def _reason(repo: str, error: Exception) -> str | None:
     offline = constants.HF_HUB_OFFLINE or "OfflineModeIsEnabled" in kinds
     if offline and kinds & {"OfflineModeIsEnabled", "LocalEntryNotFoundError"}:
         return ", because HF_HUB_OFFLINE is set and no copy is kept; unset it, or work from files."
-    if "GatedRepoError" in kinds:
-        return f", because it is gated; ask for access at {page} and log in (hf auth login)."
-    if "RepositoryNotFoundError" in kinds:
-        login = "log in (hf auth login) as somebody who may see it"
-        return f", because there is none of this name, or it is private; correct the name, or {login}."
-    if "RevisionNotFoundError" in kinds:
-        return ", because it has no such revision; name a branch, a tag or a commit of it."
-    if "LocalTokenNotFoundError" in kinds or status == 401:
-        return ", because you are not logged in; run hf auth login, or set HF_TOKEN."
-    if status == 403:
-        login = f"log in with one that may write to {repo.partition('/')[0]} (hf auth login)"
-        return f", because your token may not do this; {login}."
-    if kinds & {
+    why = {
+        "GatedRepoError": f"it is gated; ask for access at {page} and log in (hf auth login)",
+        "RepositoryNotFoundError": "there is none of this name, or it is private; correct the name, or log in (hf auth "
+        "login) as somebody who may see it",
+        "RevisionNotFoundError": "it has no such revision; name a branch, a tag or a commit of it",
+        "LocalTokenNotFoundError": "you are not logged in; run hf auth login, or set HF_TOKEN",
+        403: f"your token may not do this; log in with one that may write to {repo.partition('/')[0]} (hf auth login)",
+    }
+    why[401] = why["LocalTokenNotFoundError"]
+    unreachable = (
         "LocalEntryNotFoundError",
         "ConnectionError",
         "ConnectError",
         "Timeout",
         "TimeoutException",
         "TimeoutError",
-    }:
-        return ", because the hub cannot be reached from here; try again with a network."
+    )
+    why |= dict.fromkeys(unreachable, "the hub cannot be reached from here; try again with a network")
+    for kind, reason in why.items():
+        if kind in kinds or kind == status:
+            return f", because {reason}."
     if kinds & {"HfHubHTTPError", "HTTPError", "EntryNotFoundError", "TransportError"}:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = lines[0][:160].rstrip(".") if lines else type(error).__name__
         return f" ({reason}); try again later, or see {page}."
     return None
-
-
-# Cards
 
 
 def edit_card(
