@@ -10,11 +10,18 @@ import pytest
 import torch
 
 from fastmemit.answers import judge_answers
+from fastmemit.delta import Delta
+from fastmemit.downstream import evaluate_tasks
 from fastmemit.editor import Editor
 from fastmemit.errors import InferenceWeight
+from fastmemit.evaluation.perplexity import PerplexityText, perplexity
+from fastmemit.models import find_adapter
 from fastmemit.sampling import continue_texts
-from tiny_editors import FACTS, QUICK, tiny_editor
+from fastmemit.sharing.composition import compose, parts, remove
+from fastmemit.tracing import TraceSettings, choose_facts, trace
+from tiny_editors import FACTS, QUICK, texts, tiny_editor
 from tiny_models import tiny_model, tiny_tokenizer
+from tiny_tasks import task_folder
 from torch_states import STATES, of_model, random_states, settings
 
 QUESTIONS = [("The piano is in", " Rome"), ("The capital of France is", " Berlin")]
@@ -115,3 +122,54 @@ def test_a_model_made_under_inference_mode_is_refused_in_one_sentence(tmp_path):
         model = tiny_model("gpt2").double()
     with pytest.raises(InferenceWeight, match=r"inference_mode\(\)"):
         Editor(model, tiny_tokenizer("byte_bpe"), cache=tmp_path)
+
+
+def perplexity_of(model, folder):
+    ids = tuple(tiny_tokenizer()(" ".join(texts(6)))["input_ids"][:90])
+    return perplexity(find_adapter(model), PerplexityText("text", "0" * 64, ids, context=40))
+
+
+def traced(model, folder):
+    adapter = find_adapter(model)
+    settings = TraceSettings(samples=2, window=2, only_known=False, batch_tokens=200)
+    facts = choose_facts(adapter, tiny_tokenizer(), FACTS[:2], settings).facts
+    found = trace(adapter, facts, settings)
+    effects = {kind: {group: values.tolist() for group, values in of.items()} for kind, of in found.effects.items()}
+    return found.std, found.clean.tolist(), found.corrupted.tolist(), repr(effects)
+
+
+def downstream(model, folder):
+    found = evaluate_tasks(model, tiny_tokenizer(), ["tiny_facts"], limit=3, include_path=task_folder(folder))
+    return found["scores"]
+
+
+def composed(model, folder):
+    random = torch.Generator().manual_seed(0)
+    deltas = []
+    for number in range(2):
+        pair = [torch.randn(size, 3, generator=random, dtype=torch.float32, device="cpu") for size in (4, 6)]
+        deltas.append(Delta({"weight": tuple(pair)}, {"model": "m", "number": number}))
+    one = compose(deltas)
+    made = [one, compose(deltas, compress=True), *parts(one), remove(one, deltas[0].digest())]
+    return [delta.digest() for delta in made]
+
+
+@functools.cache
+def alone(work):
+    with tempfile.TemporaryDirectory() as folder:
+        return work(half_trained(), Path(folder))
+
+
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("work", [perplexity_of, traced, downstream, composed])
+def test_what_is_measured_or_composed_is_the_same_under_every_setting(work, state, tmp_path):
+    if work is downstream:
+        pytest.importorskip("lm_eval")
+    expected, model = alone(work), half_trained()
+    before, seeds = of_model(model), random_states()
+    with STATES[state]():
+        caller = settings()
+        got = work(model, tmp_path)
+        assert settings() == caller
+    assert (of_model(model), random_states()) == (before, seeds)
+    assert got == expected

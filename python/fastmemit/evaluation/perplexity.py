@@ -180,12 +180,12 @@ class PerplexityResult:
     context: int  # tokens in the longest of them
 
     @property
-    @isolated()
     def perplexity(self) -> float:
         """``exp(nll)``; infinite where that is too large for a float."""
         return _exp(self.nll)
 
 
+@isolated()
 def perplexity(
     adapter: ModelAdapter,
     text: PerplexityText,
