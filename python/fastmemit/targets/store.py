@@ -16,10 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fastcov.parsing import parse_json
 from fastcov.printable import printable_logger
 from fastcov.store import atomic_file, write_safetensors
 from fastmemit.cache import shared_folder
+from fastmemit.errors import FastmemitError
 from fastmemit.models import ModelAdapter
 from fastmemit.request import EditRequest
 from fastmemit.targets.optimise import Target, TargetSettings, optimise
@@ -113,6 +116,9 @@ class TargetStore:
         if not _fit(parts) or metadata.get("sha256") != _seal(parts, content):
             log.warning("the stored target %s has changed on the disk and is made again", path)
             return None
+        if not _finite(parts):
+            log.warning("the stored target %s has values that are not finite and is made again", path)
+            return None
         if content != key.content:
             log.warning("the stored target %s is %s and is made again", path, _other(content, key))
             return None
@@ -124,18 +130,23 @@ class TargetStore:
         """Keep a target.
 
         Raises:
+            FastmemitError: A value of it is not finite; nothing is kept.
             OSError: The file cannot be written; the target is in memory all the same.
         """
-        self._remember(key, target)
-        if self._folder is None:
-            return
-        import torch
-
         parts = {
             "vector": target.vector.contiguous(),
             "start": target.start.contiguous(),
             "losses": torch.tensor(target.losses, dtype=torch.float64),
         }
+        if not _finite(parts):
+            request = json.loads(key.content)["request"]
+            raise FastmemitError(
+                f"The target vector of {request[0]!r:.80} about {request[1]!r:.80} is not finite; load the model in "
+                "float32 or bfloat16, or lower v_lr or clamp."
+            )
+        self._remember(key, target)
+        if self._folder is None:
+            return
         shared_folder(self._path(key).parent)
         with atomic_file(self._path(key)) as file:
             metadata = {"content": key.content, "sha256": _seal(parts, key.content)}
@@ -252,6 +263,10 @@ def _fit(parts: dict[str, Any]) -> bool:
         and all(part.dim() == 1 for part in parts.values())
         and parts["vector"].shape == parts["start"].shape
     )
+
+
+def _finite(parts: dict[str, Any]) -> bool:
+    return all(bool(torch.isfinite(part).all()) for part in parts.values())
 
 
 def _flat(content: dict[str, Any]) -> dict[str, Any]:

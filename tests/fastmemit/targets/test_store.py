@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save
 
+from fastmemit.errors import FastmemitError
 from fastmemit.models import find_adapter
 from fastmemit.request import EditRequest
 from fastmemit.targets import Target, TargetKey, TargetSettings, TargetStore, stored_or_optimised
@@ -226,3 +227,23 @@ def test_a_cache_that_cannot_be_written_serves_what_it_has(tmp_path, monkeypatch
     monkeypatch.setattr(store_module, "atomic_file", full)
     with pytest.raises(OSError, match="No space"):
         tiny_editor(tmp_path, layers=None).edit(FACTS[1:], "memit", **QUICK)
+
+
+@pytest.mark.parametrize(("part", "value"), [("vector", "nan"), ("start", "inf"), ("losses", "nan")])
+def test_what_is_not_finite_is_neither_stored_nor_served(tmp_path, caplog, part, value):
+    store = TargetStore(tmp_path)
+    asked = key(store)
+    good = {"vector": TARGET.vector, "start": TARGET.start, "losses": torch.tensor(TARGET.losses, dtype=torch.float64)}
+    bad = {**good, part: good[part].clone().index_fill_(0, torch.tensor([1]), float(value))}
+    target = Target(bad["vector"], bad["start"], tuple(bad["losses"].tolist()))
+    for place in (store, TargetStore(None)):
+        with pytest.raises(FastmemitError, match=r"'\{\} is in' about 'Paris' is not finite; load the model"):
+            place.put(asked, target)
+        assert place.get(asked) is None
+    assert list(tmp_path.iterdir()) == []
+    store.put(asked, TARGET)
+    (path,) = tmp_path.rglob("*.safetensors")
+    metadata = {"content": asked.content, "sha256": store_module._seal(bad, asked.content)}
+    path.write_bytes(save(bad, metadata))
+    assert TargetStore(tmp_path).get(asked) is None
+    assert "has values that are not finite and is made again" in caplog.text
