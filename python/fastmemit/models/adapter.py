@@ -22,6 +22,8 @@ log = logging.getLogger(__name__)
 CONTEXT_LIMIT = 2048
 #: Mean shares of a wanted change, below which a layer is refused or warned of.
 REFUSED, WARNED = 0.1, 0.5
+#: Share of a move by which it may be another one among other tokens.
+ROWS_MATTER = 0.1
 
 
 class ModelAdapter:
@@ -239,13 +241,24 @@ class ModelAdapter:
                 the block does behind its MLP does not depend on them.
 
         Raises:
-            BadLayer: The block's output cannot be moved so, not even by a tenth.
+            BadLayer: The block's output cannot be moved so, not even by a tenth; or it depends on tokens that were not
+                given.
         """
         if self.adds_plainly(layer):
             return residual
+        named = rows is not None
         rows = self._any_rows(len(output)) if rows is None else rows
         with evaluation_mode(self.model):
-            change, share = inverse(BlockMap(self, layer, rows), output, residual)
+            block = BlockMap(self, layer, rows)
+            change, share = inverse(block, output, residual)
+            if not named:  # what the change does here, and what among the same tokens in another order
+                other = BlockMap(self, layer, [row[::-1] for row in rows])
+                here, there = (f(output + change) - f(output) for f in (block, other))
+                if float((there - here).norm()) > ROWS_MATTER * float(here.norm()):
+                    raise BadLayer(
+                        f"What {type(self.block(layer)).__name__} {layer} makes of its projection's output depends on "
+                        "the tokens; name them (rows=...)."
+                    )
         reached = float(share.mean())
         if reached < REFUSED:
             raise BadLayer(

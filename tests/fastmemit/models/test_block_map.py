@@ -232,3 +232,16 @@ def test_a_layer_that_carries_little_is_named(caplog: pytest.LogCaptureFixture) 
     with caplog.at_level("WARNING"):
         adapter.projection_residual(1, y, wanted)
     assert "layer 1 reaches 0." in caplog.text
+
+
+def test_what_depends_on_tokens_is_refused_where_none_are_named() -> None:
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(BLOCKS["qwen2_moe"]()).float().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.2)
+    adapter = find_adapter(model, "model.layers.{}.mlp.shared_expert.down_proj")
+    y, wanted = torch.randn(2, adapter.d), 0.01 * torch.randn(2, adapter.d)
+    with pytest.raises(BadLayer, match=r"Qwen2MoeDecoderLayer 1 .* depends on the tokens; name them \(rows="):
+        adapter.projection_residual(1, y, wanted)
+    adapter.projection_residual(1, y, wanted, [[5, 9, 3], [14, 2]])
