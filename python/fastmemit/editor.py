@@ -348,7 +348,7 @@ class Editor:
         """Target vectors on the model as it is, from the store where they are in it."""
         with self._stack.lock:
             self._stack.settle()
-            return self.sources.targets(requests, config)
+            return self.sources.targets(requests, self.config(config))
 
     @isolated()
     def plan(

@@ -222,10 +222,11 @@ def test_the_default_layers_are_those_of_all_methods(editor: Editor, tmp_path: P
 
 def test_settings_of_ones_own_take_the_place_of_a_methods_name(editor: Editor, tmp_path: Path) -> None:
     own = MemitConfig(layers=(0, 1), clamp=0.75, steps=2)
-    # Those of the class, and not what a model without a preset gets.
     usual: dict[str, Any] = {"layers": (0, 1), "clamp": 0.75, "steps": 2}
-    assert editor.config("memit", **usual).scale == "median" and own.scale == "published"
-    named = editor.plan(FACTS[:2], "memit", **usual, scale="published", v_lr=0.5)
+    assert editor.config(own) == editor.config("memit", **usual)
+    named = editor.plan(FACTS[:2], "memit", **usual)
+    released = MemitConfig(**usual, scale="published", v_lr=0.5)
+    assert editor.plan(FACTS[:2], released).digest() != named.digest()
     assert editor.plan(FACTS[:2], own).digest() == named.digest()
     assert editor.plan(FACTS[:2], own).provenance["settings"] == named.provenance["settings"]
     with editor.applied(editor.edit(FACTS[:2], own, steps=3)) as edit:
@@ -234,7 +235,9 @@ def test_settings_of_ones_own_take_the_place_of_a_methods_name(editor: Editor, t
         assert settings.keys() == MemitConfig.settings().keys() | {"method", "preset"}
     rome = RomeConfig(layers=1, steps=2, keys="original")
     assert editor.plan(FACTS[:1], rome).provenance["settings"]["keys"] == "original"
-    assert editor.config(own) == own and editor.config(own, clamp=2).clamp == 2
+    assert editor.config(released) == released and editor.config(own, clamp=2).clamp == 2
+    vectors = [editor.targets(FACTS[:1], config)[0].vector for config in (own, editor.config(own))]
+    assert torch.equal(*vectors)
     result = evaluate(editor, [[record(0, FACTS[0])]], own)
     assert result["settings"]["method"] == "memit" and result["settings"]["clamp"] == 0.75
     fresh = tiny_editor(tmp_path, layers=None)

@@ -529,7 +529,7 @@ def _applying(method: str, about: str) -> Callable[..., tuple[nn.Module, dict[st
             model = copying.deepcopy(model)
             found = _ready(model, tok, theirs)
         found.stack.look()
-        delta, _ = plan_edit(found.sources, found.stack, batch, theirs.config)
+        delta, _ = plan_edit(found.sources, found.stack, batch, find_config(found.adapter, theirs.config))
         before = {}
         if return_orig_weights or keep_original_weight:
             weights = dict(model.named_parameters(remove_duplicate=False))

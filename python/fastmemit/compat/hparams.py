@@ -119,7 +119,7 @@ def read_hparams(hparams: Any, method: str | None = None, name: str = "hparams")
         raise BadConfig(f"{name} has no layers; add them, such as [4, 5, 6, 7, 8].")
     # As theirs: nothing is added to few keys, or relaxed, that the file does not name.
     layers = whole_numbers(fields["layers"], name)
-    values: dict[str, Any] = {"layers": layers, "relative_ridge": 0.0}
+    values: dict[str, Any] = {"layers": layers, "relative_ridge": 0.0, "scale": "published", "v_lr": 0.5}
     values |= {"lambda_e": 0.0} if chosen == "emmet" else {}
     for theirs, ours in _OURS.items():
         if fields.get(theirs) is None or (ours == "lambda_e" and chosen != "emmet"):

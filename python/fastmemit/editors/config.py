@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeVar, get_args
 
-from fastmemit.editors.defaults import defaults
+from fastmemit.editors.defaults import defaults, units
 from fastmemit.editors.layers import parse_layers
 from fastmemit.errors import BadConfig
 from fastmemit.models import ModelAdapter
@@ -64,10 +64,10 @@ class EditConfig:
         scale: What `clamp`, `v_lr` and `weight_decay` are measured by. ``"published"``: as above. ``"median"``: by a
             typical coordinate of v0, ``m = median |v0| / 0.6745``: Adam's steps are ``v_lr * m``, and ``m * sqrt(d)``
             stands for ``||v0||``, so that a few coordinates that are hundreds of times larger than the rest (Gemma) do
-            not count. The default where a model has no preset, with a v_lr of 0.2: on SmolLM2 that is the published
-            0.5.
+            not count. None takes ``"published"`` where the model has a preset for the method, else ``"median"``.
         steps: Loss evaluations for a target vector at most.
-        v_lr: Adam's learning rate for target vectors.
+        v_lr: Adam's learning rate for target vectors. None takes the published 0.5, or 0.2 where the scale is
+            ``"median"``: on SmolLM2 the two are the same.
         weight_decay: Factor of ``||delta|| / ||v0||^2``.
         kl_factor: Factor of the KL term.
         early_stop: A target is finished once its loss is below this; of ``stop="loss"`` alone.
@@ -85,12 +85,12 @@ class EditConfig:
     layers: tuple[int, ...]
     clamp: float = 1.0
     steps: int = 25
-    v_lr: float = 0.5
+    v_lr: float | None = None
     weight_decay: float = 0.5
     kl_factor: float = 0.0625
     early_stop: float = 0.05
     stop: Stop = "loss"
-    scale: Scale = "published"
+    scale: Scale | None = None
     preset: str = "default"
 
     def __post_init__(self) -> None:
@@ -153,7 +153,8 @@ class EditConfig:
         return {"method": self.method, **vars(self)}
 
     def targets(self) -> TargetSettings:
-        """The part of the settings that target vectors depend on."""
+        """The part of the settings that target vectors depend on, once `find_config` has put in the model's part."""
+        assert self.v_lr is not None and self.scale is not None
         return TargetSettings(
             layer=self.layers[-1],
             steps=self.steps,
@@ -189,11 +190,13 @@ class EditConfig:
             raise BadConfig(f"steps must be a whole number above 0 but is {self.steps!r}.")
         for name, kind in _kinds(type(self)).items():
             value = getattr(self, name)
+            if value is None and kind.endswith("| None"):
+                continue
             if name in _WORDS:
                 if value not in _WORDS[name]:
                     known = ", ".join(_WORDS[name])
                     raise BadConfig(f"{name} must be one of {known} but is {value!r}.")
-            elif name in ("layers", "steps") or (value is None and kind == "float | None"):
+            elif name in ("layers", "steps"):
                 continue
             elif not _is_number(value) or value < 0 or (name in _ABOVE_ZERO and value == 0):
                 bound = "above 0" if name in _ABOVE_ZERO else "0 or above"
@@ -368,7 +371,7 @@ def find_config(
 
     Args:
         adapter: The model.
-        method: One of `METHODS`, or settings, which are taken as they are.
+        method: One of `METHODS`, or settings, which are taken as they are but for what they leave to the model.
         changes: Values by name that replace the preset's, or those of the settings.
 
     Raises:
@@ -382,6 +385,7 @@ def find_config(
         asked = (changes or {}).get("layers")
         config = cls(**defaults(adapter, cls, None if asked is None else _layers(asked)))
     config = config.replaced(changes or {})
+    config = config.replaced(units(adapter, config))
     for layer in config.layers:
         adapter.check_layer(layer)
     return config
@@ -416,10 +420,10 @@ def parse_overrides(pairs: Iterable[str], methods: str | Sequence[str]) -> dict[
 def _parse(name: str, kind: str, text: str) -> Any:
     if name == "layers":
         return parse_layers(text)
+    if kind.endswith("| None") and text.lower() == "none":
+        return None
     if name in _WORDS:
         return text
-    if kind == "float | None" and text.lower() == "none":
-        return None
     try:
         return int(text) if kind == "int" else float(text)
     except ValueError as error:

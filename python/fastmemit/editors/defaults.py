@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 #: Adam's step in typical coordinates of v0, where nobody has tuned it: the published 0.5 is 0.2 of
 #: them on SmolLM2, whose typical coordinate is 2.3 to 2.8 in the blocks that are edited.
-RELATIVE_STEP = 0.2
+PUBLISHED_STEP, RELATIVE_STEP = 0.5, 0.2
 #: A layer that can move its block by less than this share of what is usual is no default.
 FAR_LESS = 0.1
 
@@ -104,9 +104,24 @@ def _able(adapter: ModelAdapter, found: list[int]) -> list[int]:
     return [layer for layer in found if not reach[layer] < FAR_LESS * usual]
 
 
+def units(adapter: ModelAdapter, config: EditConfig) -> dict[str, Any]:
+    """The scale and the learning rate that settings leave to the model, by name.
+
+    Where nobody has tuned the method for the model, they ask nothing of the size of its activations.
+    """
+    scale, v_lr = config.scale, config.v_lr
+    if scale is None:
+        preset = _preset(adapter)
+        known = {config.method} if config.single_layer else {config.method, "memit"}
+        scale = "published" if preset is not None and known & preset["methods"].keys() else "median"
+    if v_lr is None:
+        v_lr = PUBLISHED_STEP if scale == "published" else RELATIVE_STEP
+    return {"scale": scale, "v_lr": v_lr}
+
+
 def _untuned(adapter: ModelAdapter, cls: type[EditConfig], layer: int) -> dict[str, Any]:
-    """Settings of target vectors that ask nothing of the size of a model's activations."""
-    values: dict[str, Any] = {"scale": "median", "v_lr": RELATIVE_STEP}
+    """The site of target vectors that asks for nothing that the projection cannot put out."""
+    values: dict[str, Any] = {}
     editable = layer in adapter.layers  # of another one the caller is told elsewhere
     if "site" in cls.settings() and editable and not adapter.adds_plainly(layer):
         values["site"] = "projection"

@@ -88,7 +88,7 @@ class Grid:
     snapshots: tuple[float | None, ...] = ()
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
-    def of_model(self, config: Callable[[str], EditConfig]) -> Grid:
+    def of_model(self, config: Callable[[str | EditConfig], EditConfig]) -> Grid:
         """The grid with names for methods, and what settings change of a model's in `settings`.
 
         Args:
@@ -98,8 +98,8 @@ class Grid:
         for given in self.methods:
             if isinstance(given, EditConfig):
                 usual = config(given.method).as_dict()
-                own = {name: getattr(given, name) for name in given.settings()}
-                own = {name: value for name, value in own.items() if value != usual[name]}
+                own = config(given).as_dict()
+                own = {name: own[name] for name in given.settings() if own[name] != usual[name]}
                 changed[given.method] = {**own, **self.settings.get(given.method, {})}
         return dataclasses.replace(self, methods=tuple(map(_name, self.methods)), settings=changed)
 

@@ -49,7 +49,7 @@ def test_memits_fields() -> None:
     assert found == Hparams(
         MemitConfig(
             layers=(3, 4, 5, 6, 7, 8), weight=15000.0, clamp=0.75, steps=25, v_lr=0.5,
-            weight_decay=0.5, kl_factor=0.0625, relative_ridge=0.0, preset="hparams",
+            weight_decay=0.5, kl_factor=0.0625, relative_ridge=0.0, scale="published", preset="hparams",
         ),
         module="transformer.h.{}.mlp.fc_out", loss_layer=27,
     )  # fmt: skip

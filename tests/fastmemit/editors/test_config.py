@@ -97,6 +97,7 @@ def test_defaults_follow_the_depth(n_layers, memit, single):
 
 def test_relatives_take_what_is_known_of_memit_and_keep_what_makes_them_others():
     shared = {"layers": (4, 5, 6, 7, 8), "clamp": 4, "weight_decay": 0.001, "preset": "llama-2-7b"}
+    shared |= {"scale": "published", "v_lr": 0.5}
     of_a = {"weight": 15000.0, "ridge": 0.01}
     expected = {
         "memit": MemitConfig(**shared, **of_a),
@@ -282,7 +283,8 @@ def test_each_class_has_the_settings_of_its_method():
         made = cls(layers=(3,))
         assert set(made.as_dict()) == TARGETS | own | {"method", "preset"}
         assert made.as_dict()["method"] == cls.method
-        assert find_config(shaped("new", 32, 64, 256), made) == made
+        measured = dataclasses.replace(made, scale="median", v_lr=0.2)
+        assert find_config(shaped("new", 32, 64, 256), made) == measured
     with pytest.raises(TypeError, match="use MemitConfig"):
         EditConfig(layers=(3,))
     assert VALUES.keys() == set.union(*OWN.values())
@@ -368,9 +370,10 @@ def test_one_layer_may_be_a_number_and_a_range_is_layers():
 
 def test_settings_of_ones_own_are_not_mixed_with_the_presets():
     own = MemitConfig(layers=(3, 4, 5), clamp=0.75)
-    assert find_config(LLAMA_2, own) is not None and find_config(LLAMA_2, own) == own
+    tuned = dataclasses.replace(own, scale="published", v_lr=0.5)
+    assert find_config(LLAMA_2, own) == find_config(LLAMA_2, tuned) == tuned
     assert find_config(LLAMA_2, own).weight is None
-    assert find_config(LLAMA_2, own, {"weight": 3}) == dataclasses.replace(own, weight=3)
+    assert find_config(LLAMA_2, own, {"weight": 3}) == dataclasses.replace(tuned, weight=3)
     with pytest.raises(BadLayer, match="9"):
         find_config(find_adapter(tiny_model("llama")), MemitConfig(layers=(0, 9)))
 
@@ -436,6 +439,26 @@ def test_a_model_without_a_preset_has_settings_relative_to_its_own_size():
     assert find_config(shaped("new", 32, 64, 256), "emmet").site == "block"
     assert find_config(GPT2_XL, "emmet").scale == "published"
     assert find_config(GPT2_XL, "emmet").v_lr == 0.5
+
+
+def test_settings_of_ones_own_are_measured_as_the_model_wants_it():
+    new = shaped("new", 32, 64, 256)
+    assert find_config(new, MemitConfig(layers=(4, 5))) == find_config(new, "memit", {"layers": (4, 5)})
+    expected = {
+        (None, None): ("median", 0.2),
+        ("published", None): ("published", 0.5),
+        ("median", None): ("median", 0.2),
+        (None, 0.3): ("median", 0.3),
+        ("published", 0.3): ("published", 0.3),
+    }
+    for (scale, v_lr), wanted in expected.items():
+        found = find_config(new, PmetConfig(layers=(4, 5), scale=scale, v_lr=v_lr))
+        assert (found.scale, found.v_lr) == wanted
+        assert find_config(new, found) == found
+    # A preset is of the methods that it names, and of MEMIT's relatives.
+    assert find_config(LLAMA_2, PmetConfig(layers=(4, 5))).scale == "published"
+    assert find_config(LLAMA_2, RomeConfig(layers=5)).scale == find_config(LLAMA_2, "rome").scale
+    assert parse_overrides(["scale=none", "v_lr=none"], "memit") == {"scale": None, "v_lr": None}
 
 
 def test_where_a_norm_lies_behind_the_projection_emmets_target_lies_before_it():

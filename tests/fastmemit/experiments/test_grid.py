@@ -111,7 +111,9 @@ def test_bad_batches_are_refused(sizes: str | None, counts: str | None, said: st
 
 
 def test_settings_of_ones_own_stand_for_a_method() -> None:
-    def usual(method: str) -> EditConfig:
+    def usual(method: str | EditConfig) -> EditConfig:
+        if isinstance(method, EditConfig):
+            return method
         return CONFIGS[method](layers=(5,) if method == "emmet" else (3, 4), clamp=0.75)
 
     own = MemitConfig(layers=(3, 4), clamp=1.0, weight=5.0)
