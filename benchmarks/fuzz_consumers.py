@@ -16,11 +16,11 @@ import torch
 import fastcov
 from benchmarks.fuzz_readers import Absent, Reader, seal_delta, seal_moment
 from fastmemit import statistics
-from fastmemit.applied import Edit, EditStack
 from fastmemit.cli import main
 from fastmemit.delta import Delta
+from fastmemit.edits import Edit, EditStack
 from fastmemit.experiments import report
-from fastmemit.kept import stored
+from fastmemit.provenance import stored
 from fastmemit.sharing import compose, compressed, parts, remove
 from tiny_models import D_K, D, tiny_model
 from tiny_sweeps import made, record, write

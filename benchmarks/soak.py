@@ -143,7 +143,7 @@ def slope(values: Sequence[float]) -> dict[str, float]:
 
 def _come_and_go(editor: Any, requests: list[Any], method: str, way: str, path: Path, settings: dict[str, Any]) -> None:
     """One edit in one of `WAYS`, in the weights and out of them again."""
-    from fastmemit.applied import Edit
+    from fastmemit.edits import Edit
 
     if way == "plan":
         delta = editor.plan(requests, method, **settings)

@@ -33,7 +33,7 @@ import torch
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 
 from fastcov.bench.machine import versions
-from fastmemit.applied import Edit
+from fastmemit.edits import Edit
 from fastmemit.evaluation import evaluate
 from fastmemit.experiments.cell import SweepInputs
 from fastmemit.experiments.grid import Grid

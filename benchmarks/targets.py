@@ -25,9 +25,9 @@ ROOT = Path(__file__).resolve().parents[1]
 for folder in (ROOT, ROOT / "python", ROOT / "tests"):
     sys.path.insert(0, str(folder))
 
-from fastmemit.contexts import generate_contexts  # noqa: E402
 from fastmemit.data import batches, builtin_facts, load_records  # noqa: E402
 from fastmemit.models import find_adapter, load_model  # noqa: E402
+from fastmemit.sampling import generate_contexts  # noqa: E402
 from fastmemit.targets import TargetSettings, optimise  # noqa: E402
 from reference.literal_targets import literal_target  # noqa: E402
 

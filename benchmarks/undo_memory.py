@@ -21,8 +21,8 @@ import torch
 from torch import nn
 
 from fastcov.bench.machine import versions
-from fastmemit.applied import Edit, EditStack
 from fastmemit.delta import Delta
+from fastmemit.edits import Edit, EditStack
 from fastmemit.models import checksum
 
 ROWS, COLUMNS, LAYERS = 576, 1536, 6

@@ -18,9 +18,9 @@ from pathlib import Path
 
 from fastmemit import Editor
 from fastmemit.data import batches, builtin_facts, load_records
-from fastmemit.editors import PreservedKeys
 from fastmemit.evaluation import score_records
 from fastmemit.evaluation.scores import summarise
+from fastmemit.methods import PreservedKeys
 
 
 def main() -> None:

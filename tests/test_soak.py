@@ -38,7 +38,7 @@ def test_edits_come_and_go(soak: Any) -> None:
 
 def test_an_undo_that_leaves_a_bit_is_found(soak: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The check can fail."""
-    from fastmemit import applied
+    from fastmemit import edits as applied
 
     restore = applied.restore
 

@@ -10,7 +10,7 @@ from fastmemit.request import EditRequest
 if TYPE_CHECKING:
     from fastmemit.delta import Delta
     from fastmemit.editor import Edit, Editor
-    from fastmemit.editors import (
+    from fastmemit.methods import (
         AlphaEditConfig,
         EditConfig,
         EmmetConfig,
@@ -41,13 +41,13 @@ _HOMES = {
     "Delta": "fastmemit.delta",
     "Edit": "fastmemit.editor",
     "Editor": "fastmemit.editor",
-    "AlphaEditConfig": "fastmemit.editors",
-    "EditConfig": "fastmemit.editors",
-    "EmmetConfig": "fastmemit.editors",
-    "EncoreConfig": "fastmemit.editors",
-    "MemitConfig": "fastmemit.editors",
-    "PmetConfig": "fastmemit.editors",
-    "RomeConfig": "fastmemit.editors",
+    "AlphaEditConfig": "fastmemit.methods",
+    "EditConfig": "fastmemit.methods",
+    "EmmetConfig": "fastmemit.methods",
+    "EncoreConfig": "fastmemit.methods",
+    "MemitConfig": "fastmemit.methods",
+    "PmetConfig": "fastmemit.methods",
+    "RomeConfig": "fastmemit.methods",
 }
 
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from fastcov.hooks import evaluation_mode, isolated
 from fastmemit.errors import BadRequest
-from fastmemit.logits import head_reads
 from fastmemit.models import ModelAdapter, check_lengths
+from fastmemit.partial_forward import head_reads
 from fastmemit.tokens import encode_with_target, length_batches, pad_batch
 
 Question = tuple[str, str]  # (prompt, answer with its leading space)

@@ -14,23 +14,21 @@ import torch
 from fastcov.hooks import isolated
 from fastcov.printable import printable_logger
 from fastcov.sizing import LIMIT
-from fastmemit.applied import Edit, EditStack
-from fastmemit.auto import AUTO, precompute_auto
-from fastmemit.cache import cache_dir
 from fastmemit.data.corpora import Corpus, open_corpus
 from fastmemit.delta import Delta
-from fastmemit.editors import METHODS, PLANS, PRESERVING, EditConfig, PreservedKeys, ReadCache, find_config
-from fastmemit.editors.base import EditKeys
+from fastmemit.edits import Edit, EditStack
 from fastmemit.errors import BadConfig, InferenceWeight, MissedFacts, WrongModel
-from fastmemit.factors import resolved
+from fastmemit.files import cache_dir
+from fastmemit.methods import METHODS, PLANS, PRESERVING, EditConfig, PreservedKeys, ReadCache, find_config
+from fastmemit.methods.base import EditKeys
 from fastmemit.models import find_adapter, load_model, save_model
 from fastmemit.outcomes import Reply, compare, verdict
+from fastmemit.partial_forward import check_targets
 from fastmemit.request import EditRequest, check_batch
 from fastmemit.sampling import continue_texts
-from fastmemit.sources import Sources
+from fastmemit.sources import AUTO, Sources, precompute_auto, resolved
 from fastmemit.statistics import Statistics, versions
 from fastmemit.targets import Target
-from fastmemit.targets.forward import check_targets
 from fastmemit.tokens import text_tokenizer
 
 __all__ = ["Edit", "Editor"]
@@ -149,7 +147,7 @@ class Editor:
         tokenizer: Its tokenizer, or the processor that holds it.
         module: The edited projection with ``{}`` for the layer, where the model's structure leaves doubt.
         seed: Of the contexts that the model writes, and of the corpus's order.
-        cache: The folder for statistics and targets; None takes `fastmemit.cache.cache_dir`.
+        cache: The folder for statistics and targets; None takes `fastmemit.files.cache_dir`.
         target_batch_tokens: Bound on the padded tokens of target vectors optimised together, and so on the memory; None
             takes 1024 on a CPU, where like lengths count, else 16384.
         progress: Show a progress bar for each long step.

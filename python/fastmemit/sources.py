@@ -2,26 +2,151 @@
 
 from __future__ import annotations
 
+import logging
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import torch
+
 import fastcov
+from fastcov import CholeskyFactor, NullSpace
+from fastcov.linalg import SHRINKAGES
+from fastcov.sizing import LIMIT, StoppingRule, checkpoints
 from fastcov.throughput import Throughput
 from fastmemit import statistics
-from fastmemit.applied import EditStack
-from fastmemit.contexts import Contexts
 from fastmemit.data.corpora import Corpus
-from fastmemit.editors import AlphaEditConfig, CovarianceConfig, EditConfig, PreservedKeys, ReadCache, Workspace
+from fastmemit.edits import EditStack
 from fastmemit.errors import BadConfig, WrongModel
-from fastmemit.factors import FactorCache
-from fastmemit.kept import common, copied, provenance_of, stored
+from fastmemit.methods import AlphaEditConfig, CovarianceConfig, EditConfig, PreservedKeys, ReadCache, Workspace
+from fastmemit.methods.config import Config
 from fastmemit.models import ModelAdapter, tokenizer_fingerprint
 from fastmemit.outcomes import Reply, ask
 from fastmemit.progress import bar
+from fastmemit.provenance import common, copied, provenance_of, stored
 from fastmemit.request import EditRequest
+from fastmemit.sampling import Contexts
 from fastmemit.statistics import Statistics
 from fastmemit.targets import Target, TargetStore, stored_or_optimised
+
+log = logging.getLogger(__name__)
+
+
+CAPACITY = 8 << 30  # bytes; GPT-J's six layers in float64 are 13 GB, so big models factor again
+
+
+# The layer, and all settings that A depends on.
+_Key = tuple[int, float, float, float, str]
+_SpaceKey = tuple[int, float, float | None]
+
+
+def resolved(adapter: ModelAdapter, used: Statistics, config: Config) -> Config:
+    """The settings with the relative ridge that they come to, one for all layers.
+
+    Layers of unlike widths may have unlike multipliers where the corpus ended early: the widest one has fewest keys for
+    its width and decides.
+    """
+    widest = max(adapter.d_k(layer) for layer in config.layers)
+    return config.resolved(used.multiplier_of(widest))
+
+
+class FactorCache:
+    """Factors of ``A = w C + ridge I`` and null spaces of C, by all that they are made with.
+
+    The least recently used go first.
+
+    Args:
+        capacity: Bytes to hold at most; one of them is always held.
+    """
+
+    def __init__(self, capacity: int = CAPACITY) -> None:
+        self._capacity = capacity
+        self._held: OrderedDict[_Key | _SpaceKey, CholeskyFactor | NullSpace] = OrderedDict()
+
+    def clear(self) -> None:
+        """Forget all; to be called when the statistics change."""
+        self._held.clear()
+
+    def get(self, adapter: ModelAdapter, used: Statistics, config: CovarianceConfig, layer: int) -> CholeskyFactor:
+        """The factor of a layer's ``A = w C + ridge I`` in float64, on the weight's device.
+
+        C is shrunk first where the settings say so, and the relative ridge joins the ridge.
+
+        Raises:
+            fastcov.NotPositiveDefinite: No jitter was enough.
+            fastcov.QuarticUnknown: The file is older than what Ledoit-Wolf needs.
+            fastcov.StoreDamaged: The second moment's file is not what was written.
+        """
+        weight = float(adapter.d_k(layer)) if config.weight is None else config.weight
+        relative = resolved(adapter, used, config).relative_ridge or 0.0
+        key = (layer, weight, config.ridge, relative, config.shrinkage)
+        found = self._held.get(key)
+        if not isinstance(found, CholeskyFactor):
+            moment = used.moment(adapter.projection_name(layer))
+            matrix = fastcov.regularised(
+                moment.second_moment.to(_place(adapter, layer)),
+                weight,
+                config.ridge,
+                relative_ridge=relative,
+                shrinkage=SHRINKAGES[config.shrinkage](moment),
+            )
+            del moment  # its sum is not held beside the factorisation
+            if relative and config.relative_ridge is None:
+                log.info(
+                    "C of layer %d has few keys (%s) and gets a ridge of %g of its mean diagonal; "
+                    "relative_ridge=0 leaves it as it is",
+                    layer,
+                    used.describe(),
+                    relative,
+                )
+            found = fastcov.factorize(matrix, in_place=True)
+        self._hold(key, found)
+        return found
+
+    def null_space(self, adapter: ModelAdapter, used: Statistics, config: AlphaEditConfig, layer: int) -> NullSpace:
+        """The null space of a layer's C in float64, on the weight's device, for AlphaEdit.
+
+        A symmetric eigenproblem of the key width: about a second at 1,536 on one core, and the time grows with the cube
+        of the width. It takes four to five matrices of float64 while it is made, and after that the basis, at most one
+        matrix.
+
+        Raises:
+            fastcov.StoreDamaged: The second moment's file is not what was written.
+        """
+        relative = config.null_relative
+        key = (layer, config.null_threshold if relative is None else 0.0, relative)
+        found = self._held.get(key)
+        if not isinstance(found, NullSpace):
+            C = used.moment(adapter.projection_name(layer)).second_moment
+            found = fastcov.null_space(C.to(_place(adapter, layer)), threshold=config.null_threshold, relative=relative)
+            d_k = found.basis.shape[0]
+            say = log.warning if found.rank == d_k else log.info
+            say(
+                "%d of %d directions of C of layer %d are below %g and count as its null space%s",
+                found.rank,
+                d_k,
+                layer,
+                found.threshold,
+                ": edits preserve nothing" if found.rank == d_k else "",
+            )
+        self._hold(key, found)
+        return found
+
+    def _hold(self, key: _Key | _SpaceKey, found: CholeskyFactor | NullSpace) -> None:
+        self._held[key] = found
+        self._held.move_to_end(key)
+        while len(self._held) > 1 and self._bytes() > self._capacity:
+            self._held.popitem(last=False)
+
+    def _bytes(self) -> int:
+        return sum(held.nbytes for held in self._held.values())
+
+
+def _place(adapter: ModelAdapter, layer: int) -> torch.device:
+    """Where a layer's statistics are worked on: with its weight, but Apple's GPUs lack float64."""
+    device = adapter.weight(layer).device
+    return torch.device("cpu") if device.type == "mps" else device
 
 
 class Sources:
@@ -287,3 +412,55 @@ class Sources:
             reads=None if self._stack.edits else reads,
             state=f"{self._stack.fingerprint}/{self._tokenizer_is}",
         )
+
+
+AUTO = "auto"
+
+
+def precompute_auto(
+    sources: Sources,
+    corpus: Corpus,
+    layers: Sequence[int],
+    limit: float = LIMIT,
+    allow_fewer: bool = False,
+    max_length: int | None = None,
+) -> Statistics:
+    """Collect until the stopping rule of every layer says that it is enough.
+
+    The sum is stored at every look, so an interrupted pass goes on at the last one, and the looks are the same the next
+    time. See `fastcov.sizing` for what is looked at.
+
+    Args:
+        sources: Of the unedited model.
+        corpus: Where the text comes from.
+        layers: Whose keys.
+        limit: The multiplier at which it is enough in any case.
+        allow_fewer: Take a corpus that ends early for what it has.
+        max_length: Cut documents at so many tokens.
+
+    Raises:
+        BudgetNotMet: The corpus ended before, and `allow_fewer` is not set.
+    """
+    rules: dict[str, StoppingRule] = {}
+    before: Statistics | None = None
+    d_k = sources.widest(layers)
+    for keys in checkpoints(d_k, limit):
+        after = sources.precompute(corpus, list(layers), keys / d_k, allow_fewer, max_length, after=before, aside=True)
+        if not rules:
+            rules = {name: StoppingRule(limit=limit) for name in after.paths}
+        enough = [rule.update(after.moment(name)) for name, rule in rules.items()]
+        before = after
+        if all(enough) or after.exhausted:
+            break
+    assert before is not None
+    for name, rule in rules.items():
+        if not rule.settled:
+            log.warning(
+                "with %d keys an edit of %s still disturbs about %.2f times more than it must; a "
+                "multiplier above %g, or more and shorter documents, would settle it",
+                before.keys,
+                name,
+                rule.looks[-1].excess,
+                limit,
+            )
+    return sources.keep(before)

@@ -29,13 +29,11 @@ from transformers import Cache, DynamicCache
 from fastcov.hooks import evaluation_mode, isolated
 from fastmemit.answers import judge_answers
 from fastmemit.errors import BadConfig, BadRequest, FastmemitError, UnknownArchitecture
-from fastmemit.logits import head_reads
 from fastmemit.models import ModelAdapter, agrees, check_lengths, hidden_of, probe_ids, token_states, with_hidden
 from fastmemit.models.structure import linear_shape
+from fastmemit.partial_forward import PrefixLayer, align, forward_as, head_reads
 from fastmemit.request import EditRequest
-from fastmemit.targets.rows import Row
-from fastmemit.targets.suffix import PrefixLayer, align, forward_as
-from fastmemit.tokens import encode_with_target, pad_batch, subject_end
+from fastmemit.tokens import Row, encode_with_target, pad_batch, subject_end
 
 Kind = Literal["mlp", "attention", "hidden"]
 KINDS: tuple[Kind, ...] = get_args(Kind)

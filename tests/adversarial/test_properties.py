@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 import fastcov
 from fastcov import BadBudget, SecondMoment, budget, load_moment, read_provenance, save_moment
-from fastmemit.applied import Edit, EditStack
 from fastmemit.delta import Delta
+from fastmemit.edits import Edit, EditStack
 from fastmemit.errors import NonFiniteEdit
 
 # Each example writes over the same file; derandomised, so that a run is like the one before it.

@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastmemit.applied import Edit, EditStack
 from fastmemit.delta import Delta
 from fastmemit.editor import Editor
+from fastmemit.edits import Edit, EditStack
 from fastmemit.errors import BadUndo, FastmemitError, WrongModel
 from fastmemit.models import fingerprint
 from tiny_editors import FACTS, QUICK, tiny_editor
@@ -594,8 +594,8 @@ def test_what_a_second_interrupt_has_left_is_put_right_by_the_next_use(
         raise _Interrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("fastmemit.applied.checksums", stopped)
-        patch.setattr("fastmemit.applied.restore", stopped)
+        patch.setattr("fastmemit.edits.checksums", stopped)
+        patch.setattr("fastmemit.edits.restore", stopped)
         with pytest.raises(_Interrupt):
             edit.apply()
     assert changed(editor.model, before) != [] and not edit.applied
@@ -603,7 +603,7 @@ def test_what_a_second_interrupt_has_left_is_put_right_by_the_next_use(
     assert changed(editor.model, before) == []
     edit.apply()
     with monkeypatch.context() as patch:
-        patch.setattr("fastmemit.applied.restore", stopped)
+        patch.setattr("fastmemit.edits.restore", stopped)
         with pytest.raises(_Interrupt):
             edit.undo()
     editor._stack.settle()
@@ -620,7 +620,7 @@ def test_an_error_between_the_write_and_the_record_takes_the_write_back(
         assert changed(editor.model, before) != []
         raise error("simulated")
 
-    monkeypatch.setattr("fastmemit.applied.checksums", failing)
+    monkeypatch.setattr("fastmemit.edits.checksums", failing)
     with pytest.raises(error):
         random_edit(editor, 0, 1).apply()
     assert changed(editor.model, before) == [] and editor.edits == ()

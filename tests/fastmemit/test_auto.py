@@ -9,7 +9,7 @@ import pytest
 
 import fastcov
 from fastcov.sizing import StoppingRule, checkpoints
-from fastmemit import auto
+from fastmemit import sources as auto
 from fastmemit.data import corpus_from_texts
 from fastmemit.editor import Editor
 from fastmemit.errors import BadConfig

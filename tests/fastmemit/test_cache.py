@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fastmemit.cache import shared_folder
+from fastmemit.files import shared_folder
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="modes are those of POSIX")
 

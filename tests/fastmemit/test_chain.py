@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-import fastmemit.chain as chain_module
-from fastmemit.chain import COPIES, PINNED, Chain
+import fastmemit.edits as chain_module
 from fastmemit.delta import add_low_rank
+from fastmemit.edits import COPIES, PINNED, Chain
 from fastmemit.errors import BadUndo
 from fastmemit.models import checksum
 

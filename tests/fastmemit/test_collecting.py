@@ -17,7 +17,7 @@ import pytest
 import fastcov
 from fastmemit import statistics
 from fastmemit.data import Corpus, corpora, corpus_from_texts
-from fastmemit.locks import alone, lock_of
+from fastmemit.files import alone, lock_of
 from fastmemit.models import find_adapter
 from fastmemit.statistics import Statistics, find, precompute
 from tiny_editors import texts, tiny_corpus

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from fastmemit import contexts as contexts_module
-from fastmemit.contexts import OPENINGS, generate_contexts
+from fastmemit import sampling as contexts_module
 from fastmemit.errors import WrongModel
+from fastmemit.sampling import OPENINGS, generate_contexts
 from tiny_editors import FACTS, tiny_editor
 from tiny_models import tiny_model, tiny_tokenizer
 

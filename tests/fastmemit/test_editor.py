@@ -128,7 +128,7 @@ def test_bad_edits_change_nothing(
 def test_an_error_in_the_middle_changes_nothing(
     editor: Editor, monkeypatch: pytest.MonkeyPatch, method: str, settings: dict[str, Any]
 ) -> None:
-    from fastmemit.editors.base import Workspace
+    from fastmemit.methods.base import Workspace
 
     before = bits(editor)
     real = Workspace.write
@@ -147,7 +147,7 @@ def test_an_error_in_the_middle_changes_nothing(
 
 
 def test_targets_are_made_once(editor: Editor, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastmemit.targets import store
+    from fastmemit import targets as store
 
     made: list[int] = []
     real = store.optimise

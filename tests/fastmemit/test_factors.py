@@ -10,9 +10,9 @@ import torch
 
 import fastcov
 from fastcov.errors import QuarticUnknown
-from fastmemit import factors
-from fastmemit.editors import MemitConfig, find_config
-from fastmemit.factors import FactorCache, resolved
+from fastmemit import sources as factors
+from fastmemit.methods import MemitConfig, find_config
+from fastmemit.sources import FactorCache, resolved
 from fastmemit.statistics import Statistics
 from reference import closed_form as literal
 from reference import shrinkage as literal_shrinkage

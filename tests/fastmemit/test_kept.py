@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import fastcov
-from fastmemit.kept import OWN, copied, provenances_in
+from fastmemit.provenance import OWN, copied, provenances_in
 from fastmemit.statistics import Statistics
 from tiny_editors import FACTS, tiny_corpus, tiny_editor
 from tiny_models import tiny_model

@@ -16,13 +16,13 @@ from pathlib import Path
 
 import pytest
 
-from fastmemit import locks
-from fastmemit.locks import alone
+from fastmemit import files as locks
+from fastmemit.files import alone
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from fastmemit.locks import alone
+from fastmemit.files import alone
 with alone(Path(sys.argv[1]), "testing"):
     print("inside", flush=True)
     time.sleep(600)
@@ -130,7 +130,7 @@ def test_a_folder_that_takes_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyP
 ANOTHER_USER = """
 import os, sys
 from pathlib import Path
-from fastmemit.locks import alone
+from fastmemit.files import alone
 os.setgid(2000), os.setuid(2001)
 with alone(Path(sys.argv[1]), "testing") as ours:
     print(ours)

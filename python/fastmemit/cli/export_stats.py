@@ -57,7 +57,7 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Find or collect, write, and say where the files are."""
     from fastmemit.compat.npz_files import check_new, export_null_space, export_statistics, layers_by_name
-    from fastmemit.editors.layers import parse_layers
+    from fastmemit.methods.config import parse_layers
     from fastmemit.progress import bar
 
     layers = None if args.layers is None else parse_layers(args.layers)
@@ -131,7 +131,7 @@ def _statistics(editor: Editor, args: argparse.Namespace, layers: tuple[int, ...
         fastcov.StoreMissing: None are kept.
     """
     from fastcov import StoreMissing
-    from fastmemit.editors import METHODS
+    from fastmemit.methods import METHODS
 
     if args.corpus is not None or args.multiplier == "auto":
         every = sorted({layer for method in METHODS for layer in editor.config(method).layers})

@@ -40,7 +40,7 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Read, check, keep, and say where."""
     from fastmemit.compat import files_of, import_statistics
-    from fastmemit.editors.layers import parse_layers
+    from fastmemit.methods.config import parse_layers
 
     if bool(args.file) == (args.layout is not None):
         raise BadConfig("Name the files either by --layout and --stats-dir or by --file.")

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from fastmemit.editor import Editor
     from fastmemit.statistics import Statistics
 
-# Those of fastmemit.editors, which to import takes a second.
+# Those of fastmemit.methods, which to import takes a second.
 METHOD_NAMES = ("rome", "emmet", "memit", "pmet", "encore", "alphaedit")
 DEFAULT_MULTIPLIER = 10.0
 
@@ -89,7 +89,7 @@ class _Setting(argparse.Action):
     ) -> None:
         """Add a setting to those before it."""
         if values == "help":
-            from fastmemit.editors.config import describe
+            from fastmemit.methods.config import describe
 
             print(describe(getattr(namespace, "method", None)))
             parser.exit()
@@ -105,7 +105,7 @@ def chosen_settings(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
         BadConfig: A file or a setting that makes no sense, or a file for another method.
     """
-    from fastmemit.editors import parse_overrides
+    from fastmemit.methods import parse_overrides
 
     if args.hparams is None:
         args.method = args.method or "memit"

@@ -44,8 +44,8 @@ def run(args: argparse.Namespace) -> None:
 
     import fastcov
     from fastmemit.capacity import FULL_KEYS, MACHINES, plan, shape_of
-    from fastmemit.editors.layers import parse_layers
     from fastmemit.errors import BadConfig
+    from fastmemit.methods.config import parse_layers
 
     shape = shape_of(args.shape)
     machine = MACHINES[args.machine]

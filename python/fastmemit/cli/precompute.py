@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> None:
     """Collect, and say where the files are; of several processes, the first one does."""
     from fastmemit import parallel
     from fastmemit.data.corpora import is_at_hand, load_corpus
-    from fastmemit.editors.layers import parse_layers
+    from fastmemit.methods.config import parse_layers
 
     processes = parallel.current()
     if processes is not None:

@@ -167,7 +167,7 @@ def _row(cell: Cell) -> dict[str, Any]:
 
 
 def _variants(vary: list[str], only: bool, methods: Sequence[str]) -> tuple[dict[str, Any], ...]:
-    from fastmemit.editors import parse_overrides
+    from fastmemit.methods import parse_overrides
 
     try:
         varied = [parse_overrides(_settings(text), methods) for text in vary]

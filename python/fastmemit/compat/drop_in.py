@@ -23,22 +23,21 @@ from torch import Tensor, nn
 import fastcov
 from fastcov.hooks import isolated
 from fastcov.sizing import LIMIT
-from fastmemit.applied import Edit, EditStack
-from fastmemit.auto import AUTO, precompute_auto
-from fastmemit.cache import cache_dir
 from fastmemit.compat.hparams import Hparams, fields_of, multiplier_of, read_hparams, whole_numbers
-from fastmemit.contexts import Contexts, Kind
 from fastmemit.data import Corpus
 from fastmemit.data.corpora import open_corpus
 from fastmemit.delta import Delta
 from fastmemit.editor import plan_edit
-from fastmemit.editors import find_config
+from fastmemit.edits import Edit, EditStack
 from fastmemit.errors import BadConfig, BadCorpus, BadLayer, WrongModel
-from fastmemit.kept import there
+from fastmemit.files import cache_dir
+from fastmemit.methods import find_config
 from fastmemit.models import ModelAdapter, find_adapter, fingerprint
 from fastmemit.models.structure import unwrapped
+from fastmemit.provenance import there
 from fastmemit.request import EditRequest, check_batch
-from fastmemit.sources import Sources
+from fastmemit.sampling import Contexts, Kind
+from fastmemit.sources import AUTO, Sources, precompute_auto
 from fastmemit.statistics import Statistics
 
 log = logging.getLogger(__name__)
@@ -64,7 +63,7 @@ class Settings:
     #: None: $FASTMEMIT_MULTIPLIER, else that of the hparams where they are `dynamic`, else 10.
     multiplier: float | Literal["auto"] | None = None
     cache: str | os.PathLike[str] | None = (
-        None  # the folder for statistics and targets; None: `fastmemit.cache.cache_dir`
+        None  # the folder for statistics and targets; None: `fastmemit.files.cache_dir`
     )
     layers: tuple[int, ...] | None = (
         None  # to collect together, where the caller does not pass its hparams; see `get_cov`

@@ -12,9 +12,9 @@ from typing import Any
 
 from fastcov.printable import printable_logger
 from fastmemit.data.reading import check_file, decode, parse_json
-from fastmemit.editors import CONFIGS, EditConfig
-from fastmemit.editors.config import Method
 from fastmemit.errors import BadConfig
+from fastmemit.methods import CONFIGS, EditConfig
+from fastmemit.methods.config import Method
 from fastmemit.models import ModelAdapter
 
 #: Whose files are read; those of PMET and AlphaEdit say more than our methods can honour.

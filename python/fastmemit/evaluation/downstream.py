@@ -24,7 +24,7 @@ from fastmemit.editor import Edit, Editor
 from fastmemit.errors import BadConfig, BadData, WrongModel
 from fastmemit.evaluation.perplexity import PerplexityText, count_tokens, perplexity
 from fastmemit.evaluation.runner import stage
-from fastmemit.models.context import context_limit
+from fastmemit.models.running import context_limit
 from fastmemit.progress import bar
 from fastmemit.statistics import versions
 

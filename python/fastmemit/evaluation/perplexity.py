@@ -23,10 +23,9 @@ from torch import Tensor
 from fastcov.hooks import evaluation_mode, isolated
 from fastmemit.data.reading import MAX_WHOLE_FILE, check_file, decode
 from fastmemit.errors import BadConfig, BadData, FastmemitError, UnknownArchitecture
-from fastmemit.logits import head_reads
 from fastmemit.models import ModelAdapter, agrees, hidden_of, with_hidden
-from fastmemit.models.context import context_limit
-from fastmemit.targets.suffix import forward_as
+from fastmemit.models.running import context_limit
+from fastmemit.partial_forward import forward_as, head_reads
 from fastmemit.tokens import encode
 
 log = logging.getLogger(__name__)

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple, TypedDict, cast
 
 from fastmemit.data import Record, ZsreRecord
 from fastmemit.editor import Editor
-from fastmemit.editors import EditConfig
 from fastmemit.errors import BadConfig, BadData, WrongModel
 from fastmemit.evaluation.generation import (
     RecordGeneration,
@@ -30,8 +29,9 @@ from fastmemit.evaluation.scores import (
     summarise,
     summarise_accuracy,
 )
-from fastmemit.factors import resolved
+from fastmemit.methods import EditConfig
 from fastmemit.progress import bar
+from fastmemit.sources import resolved
 from fastmemit.statistics import versions
 
 #: What can be asked for. The first three are read from the same answers.
@@ -191,7 +191,7 @@ def evaluate(
     Args:
         editor: The editor of an unedited model, with its statistics precomputed.
         batches: Records to be edited together, batch by batch; CounterFact's or zsRE's.
-        method: One of `fastmemit.editors.METHODS`, or settings, see `Editor.plan`.
+        method: One of `fastmemit.methods.METHODS`, or settings, see `Editor.plan`.
         overrides: Settings that replace the preset's.
         metrics: ``"attributes"`` asks the attribute prompts too, ``"generation"`` continues the openings; the rest of
             `METRICS` is read from the same answers and always there.

@@ -12,9 +12,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, cast
 
+from fastmemit.activations import ReadCache
 from fastmemit.data import Corpus, Record
 from fastmemit.editor import Editor
-from fastmemit.editors.subjects import ReadCache
 from fastmemit.errors import BadData
 from fastmemit.evaluation.perplexity import PerplexityResult, PerplexityText, before_and_after, edited_nll
 from fastmemit.evaluation.scores import Exact, NllPair, RecordScore, ScoreTable, score_records

@@ -110,7 +110,7 @@ class Group:
     """One method with its settings.
 
     Attributes:
-        method: One of `fastmemit.editors.METHODS`.
+        method: One of `fastmemit.methods.METHODS`.
         settings: The overrides, as ``name=value``; "" where there are none.
         bos: Whether the first position of a document is a key.
         seed: Of the corpus' order.

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastmemit.editors import METHODS, EditConfig
 from fastmemit.errors import BadConfig
 from fastmemit.experiments.schema import CellPlace
+from fastmemit.methods import METHODS, EditConfig
 
 #: How many batches of each size Table 1 of arXiv 2506.04226 edits and scores.
 TABLE_1 = {1: 1000, 16: 10, 64: 5, 256: 5, 1024: 3}
@@ -24,7 +24,7 @@ class Place:
     """One cell of the grid.
 
     Attributes:
-        method: One of `fastmemit.editors.METHODS`.
+        method: One of `fastmemit.methods.METHODS`.
         batch_size: Records edited together.
         batches: How many such batches, each on the unedited weights.
         multiplier: d_m; None is the full precompute.

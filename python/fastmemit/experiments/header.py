@@ -15,10 +15,10 @@ from fastcov.parsing import parse_json
 from fastcov.store import atomic_file
 from fastmemit.data import Corpus
 from fastmemit.editor import Editor
-from fastmemit.editors import CONFIGS, EditConfig
-from fastmemit.editors.config import config_class
 from fastmemit.errors import BadData
 from fastmemit.experiments.schema import Sweep
+from fastmemit.methods import CONFIGS, EditConfig
+from fastmemit.methods.config import config_class
 
 FORMAT = 1
 HEADER = "sweep.json"

@@ -15,7 +15,7 @@ from fastcov.parsing import parse_json
 from fastcov.printable import printable_logger
 from fastcov.store import atomic_file
 from fastmemit.errors import BadData
-from fastmemit.locks import alone
+from fastmemit.files import alone
 
 log = printable_logger(__name__)
 

@@ -25,7 +25,7 @@ class CellRecord(TypedDict):
 class CellPlace(TypedDict):
     """Where a cell stands in the grid: all that tells it from the others of its sweep."""
 
-    method: str  # one of fastmemit.editors.METHODS
+    method: str  # one of fastmemit.methods.METHODS
     batch_size: int
     batches: int  # edited one after the other, each on the unedited weights
     multiplier: float | None  # d_m; None: the full precompute

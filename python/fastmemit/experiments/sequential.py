@@ -16,14 +16,14 @@ from typing import Any, TypedDict
 from fastcov.errors import NonFiniteKeys, NonFiniteMatrix
 from fastmemit.data import Record
 from fastmemit.editor import Editor
-from fastmemit.editors import PRESERVING, EditConfig, PreservedKeys, ReadCache
 from fastmemit.errors import BadConfig, BadData, DamagedFile, FastmemitError, WrongModel
 from fastmemit.evaluation.scores import RecordScore, ScoreTable, score_records
 from fastmemit.experiments.cell import scored_or_failed, table_of
 from fastmemit.experiments.header import as_published
 from fastmemit.experiments.intervals import SCORES, SHARES
+from fastmemit.methods import PRESERVING, EditConfig, PreservedKeys, ReadCache
 from fastmemit.request import check_batch
-from fastmemit.targets.rows import request_rows
+from fastmemit.tokens import request_rows
 
 log = logging.getLogger(__name__)
 
@@ -135,7 +135,7 @@ def run_sequential(
     Args:
         editor: The editor of an unedited model, with its statistics precomputed.
         batches: Records to be edited together, in the order in which they are written.
-        method: One of `fastmemit.editors.METHODS`, or settings, see `fastmemit.Editor.plan`.
+        method: One of `fastmemit.methods.METHODS`, or settings, see `fastmemit.Editor.plan`.
         settings: What replaces the preset's settings.
         preserve: Whether each batch preserves the keys of the earlier ones too, ``A = w C + ridge I + sum K_p K_p^T``.
         score_every: k.

@@ -21,7 +21,6 @@ from fastcov.parsing import parse_json
 from fastcov.store import atomic_file
 from fastmemit.data import Corpus, Record
 from fastmemit.editor import Editor
-from fastmemit.editors import ReadCache
 from fastmemit.errors import BadData, WrongModel
 from fastmemit.evaluation.perplexity import PerplexityText, perplexity
 from fastmemit.evaluation.scores import RecordScore, count_questions, score_records
@@ -30,6 +29,7 @@ from fastmemit.experiments.header import as_published, hardware, make_header, wi
 from fastmemit.experiments.results import ResultsFile, line_of, locked, read_lines
 from fastmemit.experiments.sequential import check_step, run_sequential
 from fastmemit.experiments.statistics import FULL_KEYS, precompute_multipliers
+from fastmemit.methods import ReadCache
 from fastmemit.progress import bar
 from fastmemit.statistics import versions
 
@@ -42,7 +42,7 @@ class Plan:
 
     Attributes:
         batches: Records to be edited together, in the order in which they are written.
-        method: One of `fastmemit.editors.METHODS`.
+        method: One of `fastmemit.methods.METHODS`.
         settings: What replaces the preset's settings.
         multipliers: In ascending order; None, which comes last, is the full precompute.
         preserve: With the keys of earlier edits among the preserved ones, without, or both.

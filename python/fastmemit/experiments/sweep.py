@@ -16,7 +16,6 @@ from typing import Any, cast
 from fastcov.store import atomic_file
 from fastmemit.data import Record, batches
 from fastmemit.editor import Editor
-from fastmemit.editors import EditConfig
 from fastmemit.errors import WrongModel
 from fastmemit.evaluation.perplexity import perplexity
 from fastmemit.evaluation.scores import count_questions, score_records
@@ -26,6 +25,7 @@ from fastmemit.experiments.header import check_header
 from fastmemit.experiments.results import ResultsFile, gather, locked, read_results, read_unedited
 from fastmemit.experiments.schema import Cell
 from fastmemit.experiments.statistics import precompute_multipliers
+from fastmemit.methods import EditConfig
 from fastmemit.progress import bar
 from fastmemit.statistics import Statistics
 

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from fastmemit.models.adapter import ModelAdapter, find_adapter
-from fastmemit.models.context import check_lengths
-from fastmemit.models.fingerprint import checksum, checksums, fingerprint, tokenizer_fingerprint
+from fastmemit.models.fingerprint import Watch, checksum, checksums, fingerprint, tokenizer_fingerprint
 from fastmemit.models.loading import load_model, load_skeleton
-from fastmemit.models.outputs import hidden_of, token_states, with_hidden
-from fastmemit.models.running import agrees, input_device, probe_ids, run_model
+from fastmemit.models.running import (
+    agrees,
+    check_lengths,
+    hidden_of,
+    input_device,
+    probe_ids,
+    run_model,
+    token_states,
+    with_hidden,
+)
 from fastmemit.models.saving import new_folder, save_model
-from fastmemit.models.watch import Watch
 
 __all__ = [
     "ModelAdapter",

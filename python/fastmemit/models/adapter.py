@@ -13,8 +13,7 @@ from torch import nn
 from fastcov.hooks import evaluation_mode, isolated
 from fastmemit.errors import BadLayer, OffloadedWeight, QuantisedWeight, UnknownArchitecture
 from fastmemit.models.block_map import PROBE, BlockMap, inverse
-from fastmemit.models.context import context_limit
-from fastmemit.models.running import Padding, input_device, is_causal, padding, run_model
+from fastmemit.models.running import Padding, context_limit, input_device, is_causal, padding, run_model
 from fastmemit.models.structure import find_template, linear_maps, linear_shape, text_config, unwrapped
 
 log = logging.getLogger(__name__)

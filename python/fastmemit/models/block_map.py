@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fastcov.hooks import isolated
-from fastmemit.models.outputs import hidden_of
+from fastmemit.models.running import hidden_of
 from fastmemit.tokens import pad_batch
 
 if TYPE_CHECKING:

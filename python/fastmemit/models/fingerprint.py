@@ -9,16 +9,96 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from fastcov.hooks import isolated
 from fastmemit.errors import OffloadedWeight
-from fastmemit.models.stored import stored_tensors
+
+_PLAIN = (nn.Parameter, torch.Tensor)
+
+
+def stored_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters, persistent buffers and scales of quantised weights, sorted, each storage once.
+
+    What accelerate has offloaded is read where it lies, one tensor at a time. What cannot be read comes as it is, on
+    the device meta.
+    """
+    found: dict[str, Tensor] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for name, tensor in _own(module):
+            found[f"{prefix}.{name}".lstrip(".")] = tensor
+    tied = _tied(model, found)
+    seen: set[Any] = set()
+    for name in sorted(found):
+        tensor = found[name]
+        place: Any = (tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
+        if name in tied:
+            place = "tied"
+        elif tensor.is_meta or tensor.numel() == 0:
+            place = name
+        if place not in seen:
+            seen.add(place)
+            yield name, _value(model, name, tensor)
+
+
+def _own(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """A module's own tensors: parts of packed ones, and what its weights need beside them."""
+    for name, parameter in module._parameters.items():
+        if parameter is not None:
+            yield from _parts(name, parameter)
+    for name, buffer in module._buffers.items():
+        if buffer is not None and name not in module._non_persistent_buffers_set:
+            yield from _parts(name, buffer)
+    # bitsandbytes keeps scales neither as parameters nor as buffers, but saves them.
+    packed = (p for p in module._parameters.values() if p is not None and type(p) not in _PLAIN)
+    if any(not hasattr(p, "__tensor_flatten__") for p in packed):
+        for name, value in module.state_dict().items():
+            if isinstance(value, Tensor) and name not in module._parameters:
+                yield name, value
+
+
+def _parts(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """The tensors that a tensor of a class of its own is made of (torchao), or itself."""
+    flatten = getattr(tensor, "__tensor_flatten__", None)
+    if type(tensor) in _PLAIN or flatten is None:
+        yield name, tensor
+        return
+    for inner in flatten()[0]:
+        yield from _parts(f"{name}.{inner}", getattr(tensor, inner))
+
+
+def _tied(model: nn.Module, found: dict[str, Tensor]) -> set[str]:
+    """Names of embeddings and head where they are one matrix but offloading took them apart."""
+    config = getattr(model, "config", None)
+    if not getattr(config, "tie_word_embeddings", False):
+        return set()
+    both = []
+    for get in ("get_input_embeddings", "get_output_embeddings"):
+        module = getattr(model, get, lambda: None)()
+        weight = getattr(module, "weight", None)
+        both += [name for name, tensor in found.items() if tensor is weight]
+    return set(both) if any(found[name].is_meta for name in both) else set()
+
+
+def _value(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
+    """A tensor's values, from where accelerate has put them if they are not in it."""
+    if not tensor.is_meta:
+        return tensor
+    path, _, own = name.rpartition(".")
+    hook = getattr(model.get_submodule(path), "_hf_hook", None)
+    for each in getattr(hook, "hooks", (hook,)):
+        weights = getattr(each, "weights_map", None)
+        if weights is not None:
+            value: Tensor = weights[own]
+            return value
+    return tensor
+
 
 #: Goes up with every change of how a fingerprint is computed.
 RECIPE = 2
@@ -239,3 +319,92 @@ def _without(config: dict[str, Any], names: set[str]) -> dict[str, Any]:
 
 def _canonical(content: Any) -> bytes:
     return json.dumps(content, sort_keys=True, ensure_ascii=True, default=str).encode()
+
+
+class Watch:
+    """The checksums of a model's stored tensors when it was identified, and where they lay then.
+
+    Writes that no version counter sees (``weight.data``, NumPy arrays of the same memory) are not noticed here; an edit
+    looks at the bytes of the weights that it touches as well.
+    """
+
+    def __init__(self) -> None:
+        self._checksums: dict[str, str] = {}
+        self._marks: dict[int, Any] = {}  # id of a tensor -> its mark when its content was known
+        # Kept, so that no other storage gets the number of one that is gone.
+        self._storages: dict[int, StorageWeakRef] = {}
+
+    def identify(self, model: nn.Module) -> str:
+        """Read all tensors; the model is the one to be watched from now on.
+
+        Returns:
+            Its fingerprint.
+
+        Raises:
+            OffloadedWeight: Some weight is neither in memory nor where accelerate offloads to.
+        """
+        tensors = _own_tensors(model)
+        self._checksums = checksums(stored_tensors(model))
+        self._note(tensors)
+        return fingerprint_of(model, self._checksums)
+
+    def trust(self, tensors: Iterable[Tensor]) -> None:
+        """Take it that these of the watched tensors have the content that they shall have."""
+        for tensor in tensors:
+            if id(tensor) in self._marks:
+                self._marks[id(tensor)] = mark = _mark(tensor)
+                if mark is not None:
+                    self._storages[id(tensor)] = StorageWeakRef(tensor.untyped_storage())
+
+    def _note(self, tensors: list[Tensor]) -> None:
+        self._marks, self._storages = {id(tensor): None for tensor in tensors}, {}
+        self.trust(tensors)
+
+    def changed(self, model: nn.Module, edited: Mapping[str, tuple[Tensor, str]]) -> list[str]:
+        """The tensors that have other content than when the model was identified, by name.
+
+        Args:
+            model: The model.
+            edited: Parameter -> (itself, the checksum that it shall have instead).
+        """
+        tensors = _own_tensors(model)
+        if len(tensors) == len(self._marks) and all(map(self._known, tensors)):
+            return []
+        stored = dict(stored_tensors(model))
+        if stored.keys() != self._checksums.keys():
+            return sorted(stored.keys() ^ self._checksums.keys())
+        # An edited parameter may be stored under the name of another that shares its memory.
+        instead = {weight.data_ptr(): wanted for weight, wanted in edited.values()}
+        found = checksums((name, t) for name, t in stored.items() if not self._known(t))
+        wanted = {name: instead.get(stored[name].data_ptr(), self._checksums[name]) for name in found}
+        differ = sorted(name for name in found if found[name] != wanted[name])
+        if not differ:
+            self._note(tensors)
+        return differ
+
+    def _known(self, tensor: Tensor) -> bool:
+        mark = self._marks.get(id(tensor))
+        return mark is not None and mark == _mark(tensor)
+
+
+def _own_tensors(model: nn.Module) -> list[Tensor]:
+    """The tensors of a model, each once: parameters and persistent buffers."""
+    found: dict[int, Tensor] = {}
+    for module in model.modules():
+        for tensor in module._parameters.values():
+            if tensor is not None:
+                found[id(tensor)] = tensor
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in module._non_persistent_buffers_set:
+                found[id(buffer)] = buffer
+    return list(found.values())
+
+
+def _mark(tensor: Tensor) -> Any:
+    """What differs when a tensor was written or replaced; None where that cannot be told."""
+    try:
+        storage = tensor.untyped_storage()
+        where = (storage._cdata, storage.data_ptr(), tensor.storage_offset(), tensor.device)
+        return (*where, tensor._version, tensor.dtype, tensor.shape, tensor.stride())
+    except (RuntimeError, NotImplementedError):  # of inference mode, or of a class of its own
+        return None

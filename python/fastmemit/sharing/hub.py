@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import fastcov
-from fastmemit.cache import cache_dir
 from fastmemit.delta import Delta
-from fastmemit.editors import METHODS
 from fastmemit.errors import BadConfig, DamagedFile, HubError, WrongModel
-from fastmemit.kept import check_moment, common, compare, copied, home_of, lacking, shared_of
+from fastmemit.files import cache_dir
+from fastmemit.methods import METHODS
 from fastmemit.models import new_folder
+from fastmemit.provenance import check_moment, common, compare, copied, home_of, lacking, shared_of
 from fastmemit.sharing.composition import facts_of, parts
 from fastmemit.statistics import Statistics
 

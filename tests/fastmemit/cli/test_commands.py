@@ -19,7 +19,7 @@ import fastmemit.cli
 from fastmemit import __version__
 from fastmemit.cli import VERBS, main
 from fastmemit.delta import Delta
-from fastmemit.editors import CONFIGS
+from fastmemit.methods import CONFIGS
 from tiny_commands import EDIT, Place, run
 
 

@@ -59,7 +59,7 @@ def test_it_ends_with_commands_that_work_as_they_stand(place: Place, capsys: pyt
 def test_it_says_if_the_weights_do_not_come_back(
     place: Place, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fastmemit.applied import Edit
+    from fastmemit.edits import Edit
 
     monkeypatch.setattr(Edit, "undo", lambda self: None)
     assert main([str(word) for word in demo(place)]) == 2

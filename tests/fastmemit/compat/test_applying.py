@@ -14,9 +14,9 @@ import torch
 import fastcov
 from fastmemit import compat
 from fastmemit.compat import drop_in
-from fastmemit.editors import MemitConfig, RomeConfig
-from fastmemit.editors.config import SMALL_BUDGET_RIDGE
 from fastmemit.errors import BadConfig, BadLayer, BadRequest, DuplicateRequest
+from fastmemit.methods import MemitConfig, RomeConfig
+from fastmemit.methods.config import SMALL_BUDGET_RIDGE
 from tiny_editors import FACTS, tiny_editor
 from tiny_models import tiny_model, tiny_tokenizer
 

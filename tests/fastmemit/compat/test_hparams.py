@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from fastmemit.compat import Hparams, read_hparams
-from fastmemit.editors import MemitConfig, RomeConfig
 from fastmemit.errors import BadConfig
+from fastmemit.methods import MemitConfig, RomeConfig
 from fastmemit.models import find_adapter
 from tiny_models import tiny_model
 

@@ -148,7 +148,7 @@ def test_perplexity_is_measured_before_and_after_the_first_batches(
 
 
 def test_targets_are_optimised_once_for_all_batches(editor: Editor, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastmemit.targets import store
+    from fastmemit import targets as store
 
     sizes: list[int] = []
     real = store.optimise

@@ -4,7 +4,6 @@ import itertools
 
 import pytest
 
-from fastmemit.editors import CONFIGS, EditConfig, MemitConfig
 from fastmemit.errors import BadConfig
 from fastmemit.experiments.grid import (
     TABLE_1,
@@ -16,6 +15,7 @@ from fastmemit.experiments.grid import (
     parse_seeds,
     parse_shard,
 )
+from fastmemit.methods import CONFIGS, EditConfig, MemitConfig
 
 
 def test_the_default_is_table_1() -> None:

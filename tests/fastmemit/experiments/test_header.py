@@ -9,10 +9,10 @@ from typing import Any, cast
 
 import pytest
 
-from fastmemit.editors import find_config
 from fastmemit.errors import BadData
 from fastmemit.experiments import header
 from fastmemit.experiments.header import check_header, with_defaults
+from fastmemit.methods import find_config
 from fastmemit.models import ModelAdapter
 
 RESULTS = Path(__file__).parents[3] / "docs" / "results"

@@ -11,11 +11,11 @@ import torch
 from fastcov.errors import NonFiniteKeys
 from fastmemit.data import Record
 from fastmemit.editor import Editor
-from fastmemit.editors import PreservedKeys, ReadCache
 from fastmemit.errors import BadConfig, BadData, DuplicateRequest, WrongModel
 from fastmemit.evaluation import score_records
 from fastmemit.evaluation.scores import RecordScore, summarise
 from fastmemit.experiments.sequential import Step, run_sequential
+from fastmemit.methods import PreservedKeys, ReadCache
 from fastmemit.request import EditRequest
 from tiny_editors import FACTS, record, tiny_editor
 

@@ -153,7 +153,7 @@ def test_two_shards_put_together_are_the_whole(unbroken: tuple[list[Cell], bytes
 def test_nothing_is_paid_for_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     editor = tiny_editor(tmp_path / "cache", layers=None)
     optimised: list[int] = []
-    from fastmemit.targets import store
+    from fastmemit import targets as store
 
     real = store.optimise
     monkeypatch.setattr(

@@ -8,16 +8,16 @@ from typing import Any
 
 import pytest
 
+from fastmemit import targets as store
 from fastmemit.data import Record
-from fastmemit.editors import AlphaEditConfig
 from fastmemit.errors import BadConfig
 from fastmemit.evaluation import evaluate
 from fastmemit.experiments.cell import SweepInputs
 from fastmemit.experiments.grid import Grid, parse_methods
 from fastmemit.experiments.header import make_header
 from fastmemit.experiments.sweep import run_sweep
+from fastmemit.methods import AlphaEditConfig
 from fastmemit.request import EditRequest
-from fastmemit.targets import store
 from tiny_editors import record, tiny_corpus, tiny_editor
 
 RECORDS: list[Record] = [

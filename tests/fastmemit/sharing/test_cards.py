@@ -15,7 +15,7 @@ from huggingface_hub import ModelCard
 import fastcov
 from fastmemit.delta import Delta
 from fastmemit.errors import BadConfig
-from fastmemit.kept import common, provenance_of
+from fastmemit.provenance import common, provenance_of
 from fastmemit.request import EditRequest
 from fastmemit.sharing import compose
 from fastmemit.sharing.hub import edit_card, statistics_card

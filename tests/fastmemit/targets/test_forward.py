@@ -11,14 +11,14 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from fastmemit import partial_forward as forward
 from fastmemit.errors import UnknownArchitecture
 from fastmemit.models import find_adapter
 from fastmemit.models.running import tolerance
+from fastmemit.partial_forward import FullForward, SuffixForward, check_targets, forward_for
 from fastmemit.request import EditRequest
-from fastmemit.targets import TargetSettings, forward, optimise
-from fastmemit.targets.forward import FullForward, check_targets, forward_for
-from fastmemit.targets.rows import Row
-from fastmemit.targets.suffix import SuffixForward
+from fastmemit.targets import TargetSettings, optimise
+from fastmemit.tokens import Row
 from reference.literal_targets import literal_target
 from tiny_models import ARCHITECTURES, LAYERS, VOCAB_SIZE, D, tiny_model, tiny_tokenizer
 

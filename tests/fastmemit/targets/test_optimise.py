@@ -146,7 +146,7 @@ def test_groups_do_not_change_the_result():
 
 
 def test_a_group_stays_within_its_tokens(monkeypatch):
-    from fastmemit.targets import suffix
+    from fastmemit import partial_forward as suffix
 
     model, tokenizer = tiny_model("llama"), tiny_tokenizer("byte_bpe")
     sizes = []
@@ -207,7 +207,7 @@ def test_a_loss_that_is_not_finite_names_the_request():
 
 
 def test_a_subject_that_merges_with_the_target_is_refused(monkeypatch):
-    from fastmemit.targets import rows
+    from fastmemit import tokens as rows
     from fastmemit.tokens import Encoded
 
     def merged(_tokenizer, text, target):
@@ -219,7 +219,7 @@ def test_a_subject_that_merges_with_the_target_is_refused(monkeypatch):
 
 
 def test_contexts_must_begin_with_the_bare_prompt():
-    from fastmemit.targets.rows import request_rows
+    from fastmemit.tokens import request_rows
 
     with pytest.raises(ValueError, match="bare prompt"):
         request_rows(tiny_tokenizer("byte_bpe"), REQUESTS[0], ("The end. ",))

@@ -10,11 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save
 
+from fastmemit import targets as store_module
 from fastmemit.errors import FastmemitError
 from fastmemit.models import find_adapter
 from fastmemit.request import EditRequest
 from fastmemit.targets import Target, TargetKey, TargetSettings, TargetStore, stored_or_optimised
-from fastmemit.targets import store as store_module
 from tiny_editors import FACTS, QUICK, tiny_editor
 from tiny_models import tiny_model, tiny_tokenizer
 
@@ -187,7 +187,7 @@ def test_memory_does_not_grow_with_the_folder(tmp_path: Path) -> None:
 
 
 def test_targets_that_ran_out_of_steps_are_counted_and_named(caplog):
-    from fastmemit.targets.store import _name_unfinished
+    from fastmemit.targets import _name_unfinished
 
     settings = TargetSettings(layer=0, steps=3, early_stop=0.05)
     requests = [EditRequest("{} is", f"Fact{n}", "true") for n in range(8)]

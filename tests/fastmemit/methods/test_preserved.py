@@ -1,0 +1,202 @@
+"""The keys of earlier edits in A: the literal formula, and in and out with the edits themselves."""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import pytest
+import torch
+
+from fastcov import factorize
+from fastmemit.editor import Editor
+from fastmemit.errors import WrongModel
+from fastmemit.methods import PLANS, PreservedKeys
+from fastmemit.methods.base import averaged_keys
+from reference import closed_form as literal
+from tiny_editors import FACTS, tiny_editor
+
+LAYERS = (0, 1, 2)
+A: dict[str, Any] = {"steps": 2, "weight": 5.0, "ridge": 0.01}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "memit": {**A, "layers": (0, 1)},
+    "emmet": {**A, "layers": (1,), "lambda_e": 0.1},
+    "rome": {**A, "layers": (1,)},
+}
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Editor:
+    editor = tiny_editor(tmp_path_factory.mktemp("editor"), layers=LAYERS)
+    for method in SETTINGS:
+        editor.contexts(method)
+    return editor
+
+
+def literal_A(editor: Editor, layer: int, blocks: Any) -> Any:
+    statistics = editor.statistics_for([layer])
+    moment = statistics.second_moment(editor.adapter.projection_name(layer)).double()
+    base = literal.regularised(moment.numpy(), A["weight"], A["ridge"])
+    return literal.preserving(base, [block.numpy() for block in blocks])
+
+
+@pytest.mark.parametrize("method", SETTINGS)
+def test_a_later_batch_equals_the_formula_with_the_earlier_keys(
+    editor: Editor, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Keys and residuals that the closed form was given, put into the literal float64 formula."""
+    from fastcov import closed_form
+
+    settings, preserved = SETTINGS[method], PreservedKeys()
+    given: list[tuple[Any, Any]] = []
+    real = getattr(closed_form, method)
+
+    def spy(factor: Any, K: Any, R: Any, *args: Any, **kwargs: Any) -> Any:
+        given.append((K.reshape(64, -1).numpy(), R.reshape(32, -1).numpy()))
+        return real(factor, K, R, *args, **kwargs)
+
+    monkeypatch.setattr(closed_form, method, spy)
+    first = editor.edit(FACTS[:1], method, preserved=preserved, **settings)
+    earlier = {layer: preserved.blocks(layer) for layer in settings["layers"]}
+    assert [len(blocks) for blocks in earlier.values()] == [1] * len(earlier)
+    assert all((earlier[i][0].numpy() == k).all() for i, (k, _) in zip(earlier, given, strict=True))
+    given.clear()
+    second = editor.edit(FACTS[1:], method, preserved=preserved, **settings)
+    for layer in settings["layers"]:
+        (left, right) = second.delta.factors[editor.adapter.weight_name(layer)]
+        change = (left @ right.T).double().numpy()
+        if method == "rome":  # two facts, the second on top of the first's key as well
+            (k, r), (k2, r2) = given
+            wanted = literal.rome(literal_A(editor, layer, earlier[layer]), k[:, 0], r[:, 0])
+            total = literal_A(editor, layer, (*earlier[layer], torch.tensor(k)))
+            wanted = wanted + literal.rome(total, k2[:, 0], r2[:, 0])
+        else:
+            k, r = given[settings["layers"].index(layer)]
+            total = literal_A(editor, layer, earlier[layer])
+            more = (0.1,) if method == "emmet" else ()
+            wanted = getattr(literal, method)(total, k, r, *more)
+        assert abs(change - wanted).max() <= 1e-5 * abs(wanted).max()
+    # The earlier key is moved less than where nothing preserves it.
+    second.undo()
+    plain = editor.edit(FACTS[1:], method, **settings)
+    name = editor.adapter.weight_name(settings["layers"][0])
+    key = earlier[settings["layers"][0]][0].float()
+    moved = [
+        float((left @ (right.T @ key)).norm())
+        for left, right in (second.delta.factors[name], plain.delta.factors[name])
+    ]
+    assert moved[0] < moved[1]
+    assert second.delta.provenance["preserved"] == [first.delta.digest()]
+    assert "preserved" not in plain.delta.provenance
+
+
+@pytest.mark.parametrize("method", SETTINGS)
+def test_the_first_edit_is_the_same_as_without(editor: Editor, method: str) -> None:
+    facts = FACTS[:1] if method == "rome" else FACTS
+    one = editor.plan(facts, method, preserved=PreservedKeys(), **SETTINGS[method])
+    assert one.digest() == editor.plan(facts, method, **SETTINGS[method]).digest()
+
+
+def test_rome_of_three_facts_is_three_edits(editor: Editor) -> None:
+    settings, one, other = SETTINGS["rome"], PreservedKeys(), PreservedKeys()
+    together = editor.edit(FACTS, "rome", preserved=one, **settings)
+    weight = editor.adapter.weight(1).clone()
+    assert len(one) == 3
+    together.undo()
+    for fact in FACTS:
+        editor.edit([fact], "rome", preserved=other, **settings)
+    assert len(other) == 3
+    assert (editor.adapter.weight(1) - weight).norm() <= 1e-4 * weight.norm()
+
+
+def test_keys_count_while_their_edit_is_in_the_weights(editor: Editor) -> None:
+    preserved = PreservedKeys()
+    settings = SETTINGS["memit"]
+    first = editor.edit(FACTS[:1], "memit", preserved=preserved, **settings)
+    second = editor.edit(FACTS[1:], "memit", preserved=preserved, **settings)
+    assert preserved.edits == (first, second) and len(preserved) == 3
+    assert [k.shape for k in preserved.blocks(1)] == [(64, 1), (64, 2)]
+    assert preserved.blocks(2) == ()
+    second.undo()
+    assert preserved.edits == (first,) and len(preserved) == 1
+    second.apply()
+    assert len(preserved) == 3
+    second.undo()
+    first.undo()
+    assert len(preserved) == 0 and preserved.blocks(0) == ()
+    # What is undone and forgotten is not held for ever.
+    del first, second
+    gc.collect()
+    assert len(preserved._keys) == 0
+
+
+def test_nothing_joins_where_nothing_was_applied(editor: Editor, monkeypatch: pytest.MonkeyPatch) -> None:
+    preserved = PreservedKeys()
+    editor.plan(FACTS, "memit", preserved=preserved, **SETTINGS["memit"])
+    assert len(preserved._keys) == 0
+
+    def fails(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(PLANS, "memit", fails)
+    with pytest.raises(KeyboardInterrupt):
+        editor.edit(FACTS, "memit", preserved=preserved, **SETTINGS["memit"])
+    assert len(preserved._keys) == 0
+
+
+def test_keys_of_another_editor_are_refused(editor: Editor, tmp_path: Any) -> None:
+    other, preserved = tiny_editor(tmp_path, layers=(0, 1)), PreservedKeys()
+    edit = other.edit(FACTS[:1], "memit", preserved=preserved, **SETTINGS["memit"])
+    with pytest.raises(WrongModel, match="belongs to another editor"):
+        editor.plan(FACTS[1:], "memit", preserved=preserved, **SETTINGS["memit"])
+    edit.undo()
+    editor.plan(FACTS[1:], "memit", preserved=preserved, **SETTINGS["memit"])
+
+
+def test_a_factor_is_updated_by_what_is_new_and_made_again_for_another_A(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastmemit.methods import base as module
+
+    widths: list[int] = []
+    real = module.updated
+
+    def spy(factor: Any, P: Any) -> Any:
+        widths.append(P.shape[1])
+        return real(factor, P)
+
+    class Applied:
+        applied = True
+
+    monkeypatch.setattr(module, "updated", spy)
+    preserved, base = PreservedKeys(), factorize(torch.eye(6).double())
+    one, other = Applied(), Applied()
+    blocks = [torch.randn(6, n).double() for n in (2, 1, 3)]
+    assert preserved.factor(4, base) is base and widths == []
+    assert preserved._held == {}  # without keys the factor belongs to its cache alone
+    preserved.add(one, {4: blocks[:1]})  # type: ignore[arg-type]
+    preserved.factor(4, base)
+    preserved.add(other, {4: blocks[1:2]})  # type: ignore[arg-type]
+    factor = preserved.factor(4, base)
+    assert preserved.factor(4, base) is factor and widths == [2, 1]
+    preserved.factor(4, base, [blocks[2]])
+    assert widths == [2, 1, 3]
+    again = factorize(2 * torch.eye(6).double())
+    found = preserved.factor(4, again)
+    assert widths == [2, 1, 3, 3]
+    joined = torch.cat(blocks[:2], 1)
+    wanted = torch.linalg.inv(2 * torch.eye(6).double() + joined @ joined.T)
+    torch.testing.assert_close(found.solve(torch.eye(6).double()), wanted)
+    one.applied = False
+    found = preserved.factor(4, again)
+    assert widths == [2, 1, 3, 3, 1]
+    torch.testing.assert_close(
+        found.solve(blocks[1]), torch.linalg.solve(2 * torch.eye(6).double() + blocks[1] @ blocks[1].T, blocks[1])
+    )
+
+
+def test_averaged_keys_are_what_is_kept(editor: Editor) -> None:
+    preserved = PreservedKeys()
+    work = editor.sources.workspace(editor.config("emmet", **SETTINGS["emmet"]))
+    keys = averaged_keys(work.context_outputs(1, FACTS).keys)
+    editor.edit(FACTS, "emmet", preserved=preserved, **SETTINGS["emmet"])
+    (block,) = preserved.blocks(1)
+    assert block.dtype == torch.float64 and (block - keys).norm() <= 1e-6 * keys.norm()
