@@ -138,7 +138,7 @@ def test_source_files_keep_the_house_rules() -> None:
     roots = [*SOURCES.values(), ROOT / "benchmarks"]
     for path in (p for root in roots for p in files_of(root) if p.suffix == ".py"):
         lines = len(path.read_text(encoding="utf-8").splitlines())
-        assert lines <= 600, f"{path.relative_to(ROOT)} has {lines} lines"
+        assert lines <= 700, f"{path.relative_to(ROOT)} has {lines} lines"
         assert not any(fnmatch(path.stem, f"*{word}*") for word in ("utils", "helpers")), path
 
 

@@ -60,7 +60,7 @@ def test_its_statistics_serve_edits_and_are_those_of_a_pass_to_that_multiplier(
     def never(*_args, **_more):
         raise AssertionError("collected again")
 
-    monkeypatch.setattr(fastcov, "collect", never)
+    monkeypatch.setattr(fastcov, "collect_moments", never)
     again = editor.precompute(tiny_corpus(200), multiplier="auto", layers=LAYERS)
     assert again.keys == found.keys
 

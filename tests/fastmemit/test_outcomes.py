@@ -156,7 +156,7 @@ def test_an_edit_knows_what_became_of_its_facts(editor: Editor, caplog: pytest.L
         assert edit.outcomes == compare(FACTS, before, after)
         assert [o.request for o in edit.outcomes] == list(FACTS)
         missed = [o for o in edit.outcomes if not o.said]
-        said = [r.message for r in caplog.records if r.name != "fastmemit.targets.optimise"]
+        said = [r.message for r in caplog.records if r.name != "fastmemit.targets"]
         assert said == ([verdict(edit.outcomes)] if missed else [])
         assert f"{3 - len(missed)} of them said" in repr(edit)
     finally:

@@ -70,7 +70,7 @@ def test_an_interrupted_pass_goes_on_at_the_last_budget_to_the_same_bits(
         budgets.append(max(budget.values()))
         return real(model, modules, batches, budget, **settings)
 
-    monkeypatch.setattr(fastcov, "collect", counted)
+    monkeypatch.setattr(fastcov, "collect_moments", counted)
     resumed = moments(editor, *MULTIPLIERS)
     keys = [fastcov.budget(multiplier, D_K) for multiplier in MULTIPLIERS]
     assert budgets == [keys[2] - keys[1], keys[3] - keys[2]]
