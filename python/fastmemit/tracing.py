@@ -287,7 +287,7 @@ def restored_module(adapter: ModelAdapter, kind: Kind, layer: int) -> nn.Module:
 
 
 def replaced_output(
-    module: nn.Module, shape: tuple[int, int], value: Tensor, column: int = 0
+    module: nn.Module, shape: Sequence[int], value: Tensor, column: int = 0
 ) -> AbstractContextManager[Any]:
     """Put `value` (rows, d) in place of the module's output at one token inside the block.
 

@@ -81,7 +81,9 @@ _chosen = Settings()
 def configure(**settings: Any) -> Settings:
     """Choose some `Settings` by name; what is not named stays as it is, None brings back the default."""
     global _chosen
-    named = {name: getattr(Settings(), name, None) if value is None else value for name, value in settings.items()}
+    named: dict[str, Any] = {
+        n: getattr(Settings(), n, None) if value is None else value for n, value in settings.items()
+    }
     if named.get("layers") is not None:
         named["layers"] = whole_numbers(named["layers"], "configure")
     if named.get("multiplier") is not None:

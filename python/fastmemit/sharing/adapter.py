@@ -182,7 +182,7 @@ def load_adapter(folder: _Path, model: nn.Module) -> Delta:
     delta.check(model)
     if ours:
         return delta
-    about = {
+    about: dict[str, Any] = {
         "model": fingerprint(model),
         "model_name": config.get("base_model_name_or_path"),
         "method": "lora",
