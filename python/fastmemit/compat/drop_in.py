@@ -50,9 +50,6 @@ DATASETS = {"wikipedia": "wikipedia", "wikitext": "hub:Salesforce/wikitext:wikit
 _PLACE = "_fastmemit_compat"  # in the model's own __dict__, so that both go together
 
 
-# What their signatures have no argument for
-
-
 @dataclass(frozen=True)
 class Settings:
     """How statistics are come by in this process; see `configure`."""
@@ -62,12 +59,8 @@ class Settings:
     corpus: str | os.PathLike[str] | Corpus | None = None
     #: None: $FASTMEMIT_MULTIPLIER, else that of the hparams where they are `dynamic`, else 10.
     multiplier: float | Literal["auto"] | None = None
-    cache: str | os.PathLike[str] | None = (
-        None  # the folder for statistics and targets; None: `fastmemit.files.cache_dir`
-    )
-    layers: tuple[int, ...] | None = (
-        None  # to collect together, where the caller does not pass its hparams; see `get_cov`
-    )
+    cache: str | os.PathLike[str] | None = None  # for statistics and targets; None: `fastmemit.files.cache_dir`
+    layers: tuple[int, ...] | None = None  # collected together, where the caller passes no hparams; see `get_cov`
     max_length: int | None = None  # cut documents at so many tokens
     allow_fewer: bool = False  # take a corpus that ends early for what it has
     field: str = "text"  # of a JSON corpus
@@ -81,14 +74,12 @@ _chosen = Settings()
 def configure(**settings: Any) -> Settings:
     """Choose some `Settings` by name; what is not named stays as it is, None brings back the default."""
     global _chosen
-    named: dict[str, Any] = {
-        n: getattr(Settings(), n, None) if value is None else value for n, value in settings.items()
-    }
-    if named.get("layers") is not None:
-        named["layers"] = whole_numbers(named["layers"], "configure")
-    if named.get("multiplier") is not None:
-        named["multiplier"] = _multiplier(named["multiplier"], "multiplier")
-    _chosen = dataclasses.replace(_chosen, **named)
+    given: dict[str, Any] = {n: getattr(Settings(), n, None) if v is None else v for n, v in settings.items()}
+    if given.get("layers") is not None:
+        given["layers"] = whole_numbers(given["layers"], "configure")
+    if given.get("multiplier") is not None:
+        given["multiplier"] = _multiplier(given["multiplier"], "multiplier")
+    _chosen = dataclasses.replace(_chosen, **given)
     return _chosen
 
 
@@ -107,9 +98,6 @@ def _multiplier(value: Any, name: str) -> Any:
         return AUTO if value == AUTO else float(value)
     except (TypeError, ValueError) as error:
         raise BadConfig(f"{name} must be a number or 'auto' but is {value!r}.") from error
-
-
-# What is remembered of a model
 
 
 class _Unknown(Delta):
@@ -349,9 +337,6 @@ def _nothing() -> None:
     """What is left of a memory in a file."""
 
 
-# Their functions for C
-
-
 @isolated()
 def get_cov(
     model: nn.Module,
@@ -502,9 +487,6 @@ def _together(found: Live, layer: int, fields: dict[str, Any], alone: bool) -> l
     return row
 
 
-# Their functions for edits
-
-
 def _applying(method: str, about: str) -> Callable[..., tuple[nn.Module, dict[str, Tensor]]]:
     """The function of one method; see `apply_memit_to_model`."""
 
@@ -525,7 +507,7 @@ def _applying(method: str, about: str) -> Callable[..., tuple[nn.Module, dict[st
         if kwargs:
             log.info("not used here: %s", ", ".join(sorted(kwargs)))
         found = _ready(model, tok, theirs)
-        if copy:  # with all that is remembered, so that both go on with the same contexts
+        if copy:  # with all that is remembered, so that both have the same contexts
             found.sources.contexts(method)
             model = copying.deepcopy(model)
             found = _ready(model, tok, theirs)
@@ -561,7 +543,7 @@ apply_memit_to_model = _applying(
 
     Args:
         model: The model; it is edited in place, or with `copy` a copy of it.
-        tok: Its tokenizer.
+        tok: The model's tokenizer.
         requests: The facts, in the spelling of MEMIT, EasyEdit or FastEdit (see `fastmemit.EditRequest.from_dict`), or
             `EditRequest`.
         hparams: Hyper-parameters of the ROME family, or a `MemitConfig`, whose defaults are then ours, the ridge for

@@ -128,9 +128,6 @@ def check_new(*paths: Path) -> None:
             )
 
 
-# Ours for them
-
-
 @isolated()
 def export_statistics(
     found: Statistics,
@@ -237,9 +234,6 @@ def export_null_space(
     with atomic_file(path) as file:
         torch.save(stacked, file)
     return ranks
-
-
-# Theirs for us
 
 
 def files_of(editor: Editor, place: StatsPlace, layers: Sequence[int] | None = None) -> dict[str, Path]:
@@ -414,8 +408,7 @@ def likeness(diagonal: Tensor, mean_squares: Tensor) -> Likeness:
     return Likeness(float(correlation), float((logs[0] - logs[1]).median().exp()))
 
 
-@isolated()
-def check_likeness(editor: Editor, moments: Mapping[str, SecondMoment]) -> dict[str, Likeness]:
+def check_likeness(editor: Editor, moments: Mapping[str, SecondMoment]) -> None:
     """Refuse moments, by module, that are unlike those of the unedited model's own keys.
 
     Raises:
@@ -428,9 +421,8 @@ def check_likeness(editor: Editor, moments: Mapping[str, SecondMoment]) -> dict[
             "model; undo them first."
         )
     own = mean_squares(editor, list(moments))
-    found = {}
     for name, moment in moments.items():
-        found[name] = alike = likeness(moment.lower.diagonal() / moment.count, own[name])
+        alike = likeness(moment.lower.diagonal() / moment.count, own[name])
         if alike.correlation < LEAST_CORRELATION:
             raise WrongModel(
                 f"The statistics for {name} are not of this model's keys: the mean squares of the coordinates "
@@ -444,7 +436,6 @@ def check_likeness(editor: Editor, moments: Mapping[str, SecondMoment]) -> dict[
                 f"({moment.count}) is not that of their keys; get the file again, or pass check=False (--no-check) if "
                 "you know better."
             )
-    return found
 
 
 @isolated()

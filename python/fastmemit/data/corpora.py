@@ -85,6 +85,7 @@ class Corpus:
     fingerprint: str
     read: Callable[[int], Iterator[str]] = field(repr=False, compare=False)  # all documents once, in a seed's order
     n_documents: int | None = None  # None where only reading them would tell
+    by_model: bool = False  # who reads runs the model that writes; so not in another thread while it runs
 
     def documents(self, seed: int = 0) -> Iterator[str]:
         """Yield every document that is not only white space, once, in an order drawn from `seed`."""
@@ -144,22 +145,22 @@ def corpus_from_texts(name: str, texts: Iterable[str]) -> Corpus:
     Raises:
         BadCorpus: Nothing is left, or a text holds half of a surrogate pair.
     """
-    kept = [text.strip() for text in texts if text.strip()]
-    for index, text in enumerate(kept):
+    documents = [text.strip() for text in texts if text.strip()]
+    for index, text in enumerate(documents):
         if not is_clean_text(text):
             raise BadCorpus(f"Text {index} of {name} is broken Unicode ({text!r:.40}); correct it.")
-    if not kept:
+    if not documents:
         raise BadCorpus(f"The corpus {name} holds no text; give one with words in it.")
     digest = hashlib.sha256(b"texts\0")
-    for text in kept:
+    for text in documents:
         digest.update(len(text).to_bytes(8, "little") + text.encode())
 
     def read(seed: int) -> Iterator[str]:
-        order = list(range(len(kept)))
+        order = list(range(len(documents)))
         random.Random(seed).shuffle(order)
-        return (kept[index] for index in order)
+        return (documents[index] for index in order)
 
-    return Corpus(name, digest.hexdigest(), read, len(kept))
+    return Corpus(name, digest.hexdigest(), read, len(documents))
 
 
 def _builtin() -> Corpus:
@@ -267,9 +268,6 @@ def _text_of(value: Any, name: str, place: str) -> str:
     return str(found)
 
 
-# The hub
-
-
 def _from_hub(name: str, spec: str, field: str) -> Corpus:
     stream, found, revision = open_stream(spec, BadCorpus, _OFFLINE)
     columns = stream.column_names
@@ -302,17 +300,7 @@ def _from_hub(name: str, spec: str, field: str) -> Corpus:
     return Corpus(name, hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest(), read)
 
 
-# Text that the model writes itself: no network, no file, and in the model's own language
-
-
-class SelfWritten(Corpus):
-    """A corpus whose documents the model writes as they are asked for.
-
-    Who asks for them runs the model. So they are not to be read in another thread while it runs.
-    """
-
-
-def self_written(model: Any, tokenizer: Any, fingerprint: str) -> SelfWritten:
+def self_written(model: Any, tokenizer: Any, fingerprint: str) -> Corpus:
     """Text without end that an unedited model writes, document by document, as it is asked for.
 
     Each document continues one of `OPENINGS`. The model's fingerprint is part of the corpus's own.
@@ -329,7 +317,7 @@ def self_written(model: Any, tokenizer: Any, fingerprint: str) -> SelfWritten:
             yield from (begin + rest for begin, rest in zip(openings, new, strict=True))
             number += WRITTEN_TOGETHER
 
-    return SelfWritten("self", hashlib.sha256(json.dumps(recipe).encode()).hexdigest(), read)
+    return Corpus("self", hashlib.sha256(json.dumps(recipe).encode()).hexdigest(), read, by_model=True)
 
 
 def open_corpus(
@@ -350,9 +338,6 @@ def open_corpus(
             "between processes; give a file, or run in one process."
         )
     return self_written(model, tokenizer, fingerprint)
-
-
-# Batches, made while the model runs the ones before
 
 
 def tokens_per_batch(device: torch.device) -> int:
@@ -392,7 +377,7 @@ def corpus_batches(
         reading: Called, in the caller's thread, with the number of tokens of each document read.
     """
     ahead: Ahead[Mapping[str, Any]] = Ahead(_READ_AHEAD)
-    threaded = not isinstance(corpus, SelfWritten)
+    threaded = not corpus.by_model
     told = ahead.relayed(reading) if threaded and reading is not None else reading
     ids = _tokenised(tokenizer, corpus.documents(seed), context, told, lambda: ahead.stopped)
     taken: Iterator[Sequence[int]] = (

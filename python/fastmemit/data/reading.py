@@ -133,9 +133,6 @@ def is_clean_text(value: object) -> bool:
         return False
 
 
-# The Hugging Face hub, through `datasets`, imported only when asked for
-
-
 class HubName(NamedTuple):
     """What ``hub:NAME[:CONFIG][@SPLIT]`` names."""
 

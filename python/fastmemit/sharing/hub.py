@@ -302,15 +302,9 @@ def _reason(repo: str, error: Exception) -> str | None:
         403: f"your token may not do this; log in with one that may write to {repo.partition('/')[0]} (hf auth login)",
     }
     why[401] = why["LocalTokenNotFoundError"]
-    unreachable = (
-        "LocalEntryNotFoundError",
-        "ConnectionError",
-        "ConnectError",
-        "Timeout",
-        "TimeoutException",
-        "TimeoutError",
-    )
-    why |= dict.fromkeys(unreachable, "the hub cannot be reached from here; try again with a network")
+    unreachable = ("ConnectionError", "ConnectError", "Timeout", "TimeoutException", "TimeoutError")
+    away = "the hub cannot be reached from here; try again with a network"
+    why |= dict.fromkeys(("LocalEntryNotFoundError", *unreachable), away)
     for kind, reason in why.items():
         if kind in kinds or kind == status:
             return f", because {reason}."

@@ -12,7 +12,7 @@ import torch
 
 import fastcov
 from fastmemit.data import Corpus, corpora
-from fastmemit.data.corpora import SelfWritten, corpus_batches
+from fastmemit.data.corpora import corpus_batches
 from fastmemit.models import find_adapter
 from tiny_editors import texts, tiny_corpus, tiny_editor
 from tiny_models import tiny_model, tiny_tokenizer
@@ -30,8 +30,8 @@ def _no_thread_is_left() -> Iterator[None]:
     assert reading_threads() == []
 
 
-def unthreaded(corpus: Corpus) -> SelfWritten:
-    return SelfWritten(corpus.name, corpus.fingerprint, corpus.read, corpus.n_documents)
+def unthreaded(corpus: Corpus) -> Corpus:
+    return Corpus(corpus.name, corpus.fingerprint, corpus.read, corpus.n_documents, by_model=True)
 
 
 def given(corpus: Corpus, tokens: int = 700, **more: Any) -> list[dict[str, Any]]:
@@ -70,7 +70,7 @@ def test_only_text_that_the_model_does_not_write_is_read_by_a_thread() -> None:
     given(Corpus("mine", "0" * 64, read), tokens=100)
     assert set(readers) and threading.get_ident() not in readers
     readers.clear()
-    given(SelfWritten("self", "0" * 64, read), tokens=100)
+    given(Corpus("self", "0" * 64, read, by_model=True), tokens=100)
     assert set(readers) == {threading.get_ident()}
 
 
