@@ -217,17 +217,12 @@ def export_null_space(
             raise BadConfig(str(error)) from error
         stacked[place] = null.projector()
         ranks[name] = null.rank
-        if null.rank in (0, C.shape[0]):
+        if null.rank in (0, len(C)):
+            share, so = ("all", "nothing would be preserved") if null.rank else ("none", "nothing could be edited")
+            low, high = float(null.eigenvalues[0]), float(null.eigenvalues[-1])
             log.warning(
-                "%s of the %d directions of %s lie below the threshold %g (eigenvalues from %.2g to %.2g), so %s; "
-                "choose another threshold, or a relative one",
-                "none" if null.rank == 0 else "all",
-                C.shape[0],
-                name,
-                null.threshold,
-                float(null.eigenvalues[0]),
-                float(null.eigenvalues[-1]),
-                "nothing could be edited" if null.rank == 0 else "nothing would be preserved",
+                f"{share} of the {len(C)} directions of {name} lie below the threshold {null.threshold:g} (eigenvalues "
+                f"from {low:.2g} to {high:.2g}), so {so}; choose another threshold, or a relative one"
             )
         if progress is not None:
             progress(1)

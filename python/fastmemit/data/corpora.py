@@ -379,9 +379,19 @@ def corpus_batches(
     ahead: Ahead[Mapping[str, Any]] = Ahead(_READ_AHEAD)
     threaded = not corpus.by_model
     told = ahead.relayed(reading) if threaded and reading is not None else reading
-    ids = _tokenised(tokenizer, corpus.documents(seed), context, told, lambda: ahead.stopped)
+
+    def tokenised() -> Iterator[list[int]]:
+        texts = corpus.documents(seed)
+        while not ahead.stopped and (chunk := list(islice(texts, _TOKENISED_TOGETHER))):
+            for ids in tokenizer(chunk, truncation=True, max_length=context)["input_ids"]:
+                if told is not None:
+                    told(len(ids))
+                yield ids
+
     taken: Iterator[Sequence[int]] = (
-        fastcov.between(ids, start, tokens, context, skip) if start or skip else fastcov.take(ids, tokens, context)
+        fastcov.between(tokenised(), start, tokens, context, skip)
+        if start or skip
+        else fastcov.take(tokenised(), tokens, context)
     )
     batches = pinned(fastcov.bucket(taken, tokens_per_batch(device)), device)
     if threaded:
@@ -389,18 +399,3 @@ def corpus_batches(
             yield read
     else:
         yield batches
-
-
-def _tokenised(
-    tokenizer: Any,
-    texts: Iterator[str],
-    context: int,
-    reading: Callable[[int], None] | None,
-    stopped: Callable[[], bool],
-) -> Iterator[list[int]]:
-    """Token ids of each text, special tokens as the tokenizer adds them, cut at the context."""
-    while not stopped() and (chunk := list(islice(texts, _TOKENISED_TOGETHER))):
-        for ids in tokenizer(chunk, truncation=True, max_length=context)["input_ids"]:
-            if reading is not None:
-                reading(len(ids))
-            yield ids
