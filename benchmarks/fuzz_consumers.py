@@ -192,7 +192,7 @@ def _shown(*args: object) -> tuple[int, str]:
 
 def _shown_compose(path: Path) -> Any:
     whole = path.parent / "whole"
-    code, said = _shown("compose", "--edit", path, "--edit", path.parent / "other", "--save", whole)
+    code, said = _shown("compose", "--edit", path, "--edit", path.parent / "other", "--out", whole)
     if code:
         raise Absent
     return said.replace(str(path.parent), "")
@@ -208,6 +208,6 @@ def _requests(folder: Path) -> Path:
 def _shown_requests(path: Path) -> Any:
     """Refused in the end in any case: the file is read before the model is looked for."""
     folder = path.parent
-    code, said = _shown("edit", "--model", folder / "none", "--requests", path, "--save", folder / "e")
+    code, said = _shown("edit", "--model", folder / "none", "--facts", path, "--out", folder / "e")
     assert code == 2
     return said.replace(str(folder), "")

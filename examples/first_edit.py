@@ -4,7 +4,7 @@ Run it on the small model, or on another with text from the hub:
 
     python examples/first_edit.py python examples/first_edit.py --model gpt2-xl --corpus wikipedia
 
-The edit goes into tower.safetensors; --save names another file.
+The edit goes into tower.safetensors; --out names another file.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2", help="a hub name, a folder, or smollm2")
     parser.add_argument("--corpus", default="builtin", help="builtin, self, wikipedia or a file")
     parser.add_argument("--method", default="memit")
-    parser.add_argument("--save", default="tower.safetensors", help="the edit's file")
+    parser.add_argument("--out", default="tower.safetensors", help="the edit's file")
     args = parser.parse_args()
 
     editor = Editor.from_pretrained(args.model, progress=True)
@@ -36,11 +36,11 @@ def main() -> None:
     for prompt, old, new in zip(prompts, before, after, strict=True):
         print(f"{prompt}\n  before: {' '.join(old.split())}\n  after:  {' '.join(new.split())}")
 
-    edit.save(args.save)
+    edit.save(args.out)
     edit.undo()  # the weights have their bits back
-    print(f"undone; the edit is kept in {args.save}")
+    print(f"undone; the edit is kept in {args.out}")
 
-    editor.load(args.save).apply()  # later, or elsewhere
+    editor.load(args.out).apply()  # later, or elsewhere
     print(f"applied again from the file: {editor.generate([fact.text], new_tokens=8)[0]!r}")
 
 

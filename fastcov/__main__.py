@@ -16,15 +16,21 @@ and which one is chosen for each kind of keys. `python -m fastcov.bench` times t
 def main() -> int:
     """Print the kernels."""
     argparse.ArgumentParser(prog="python -m fastcov", description=HELP).parse_args()
-    # After the arguments: --help needs no torch.
+    show_kernels()
+    return 0
+
+
+def show_kernels() -> None:
+    """Print the versions, the kernels, and which one is chosen for each kind of keys."""
+    # Not at the top: --help needs no torch.
     import torch
 
     from fastcov import ops
     from fastcov.kernels import native
 
     build = native.build()
-    print(f"fastmemit {_version('fastmemit')}, torch {torch.__version__}, {platform.machine()}")
-    print(f"triton {_version('triton')}, Python {platform.python_version()}")
+    print(f"fastmemit {version('fastmemit')}, torch {torch.__version__}, {platform.machine()}")
+    print(f"triton {version('triton')}, Python {platform.python_version()}")
     if build is None:
         print(f"native module: none, {native.missing()}")
     else:
@@ -47,7 +53,6 @@ def main() -> int:
             C = torch.zeros(256, 256, device=device)
             X = torch.zeros(1, 256, device=device, dtype=dtype)
             print(f"    {str(dtype).removeprefix('torch.'):<10} {ops.chosen(C, X)}")
-    return 0
 
 
 def _threads() -> str:
@@ -56,7 +61,8 @@ def _threads() -> str:
     return f"{torch.get_num_threads()} threads"
 
 
-def _version(distribution: str) -> str:
+def version(distribution: str) -> str:
+    """The installed version of a distribution, for people."""
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:

@@ -40,7 +40,7 @@ def example(place: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 
 
 def test_a_first_edit(place: Any, example: Any) -> None:
-    said = example("first_edit.py", "--save", "one.safetensors")
+    said = example("first_edit.py", "--out", "one.safetensors")
     assert "before:" in said and "undone" in said and "applied again" in said
     assert (place.at / "one.safetensors").is_file()
 

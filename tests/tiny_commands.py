@@ -31,7 +31,7 @@ class Place:
     def edit(self, capsys: pytest.CaptureFixture[str], name: str, *more: str) -> Path:
         """An edit file made with the requests."""
         run(capsys, "edit", *self.model, *EDIT, *more, "--corpus", self.corpus, "--multiplier", "4",
-            "--requests", self.requests, "--save", self.at / name)  # fmt: skip
+            "--facts", self.requests, "--out", self.at / name)  # fmt: skip
         return self.at / name
 
     def other_model(self) -> tuple[str, ...]:
@@ -98,7 +98,7 @@ def files(place: Place) -> dict[Path, bytes]:
 def edit_args(place: Place, requests: Any, *more: Any) -> list[Any]:
     """A complete edit command for some requests."""
     return ["edit", *place.model, *EDIT, *more, "--corpus", place.corpus, "--multiplier", "4",
-            "--requests", requests, "--save", place.at / "edit.st"]  # fmt: skip
+            "--facts", requests, "--out", place.at / "edit.st"]  # fmt: skip
 
 
 def _counterfact(item: Any) -> dict[str, Any]:

@@ -29,7 +29,7 @@ def commands(at: Path) -> dict[str, list[str]]:
         "no corpus in one": [*begin, *absent, *cache, "--multiplier", "5"],
         "self": [*begin, "--corpus", "self", *cache, *four],
         "no model": ["precompute", "--model", str(at / "nothing"), *corpus],
-        "not divided": ["report", str(at)],
+        "not divided": ["experiment", "report", str(at)],
     }
 
 

@@ -104,7 +104,7 @@ def located(
     command: Sequence[str],
     **about: Any,
 ) -> dict[str, Any]:
-    """Everything that a trace found: the file that ``fastmemit locate --json`` writes.
+    """Everything that a trace found: the file that ``fastmemit experiment locate --json`` writes.
 
     `about` are its settings, versions and hardware, `seconds` those of the trace without loading the model.
     """

@@ -116,7 +116,7 @@ def test_looks_on_the_way_are_shared_too(two: Path) -> None:
         ("no corpus in one", "There is no file"),
         ("self", "cannot be divided between processes; give a file, or run in one process."),
         ("no model", "There is no model folder"),
-        ("not divided", "fastmemit report runs in one process but torchrun started 2; only"),
+        ("not divided", "fastmemit experiment report runs in one process but torchrun started 2; only"),
     ],
 )
 def test_what_fails_in_one_or_all_is_said_once(two: Path, name: str, sentence: str) -> None:

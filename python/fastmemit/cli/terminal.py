@@ -1,12 +1,23 @@
-"""What the command line writes: it commands no terminal, and its encoding always does."""
+"""What the command line writes: tables, and text that commands no terminal in whatever encoding it has."""
 
 from __future__ import annotations
 
 import re
 import sys
 import traceback
-from collections.abc import Callable
-from typing import Any, TextIO, cast
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TextIO, cast
+
+if TYPE_CHECKING:
+    from fastmemit.experiments.intervals import Estimate
+
+#: S beside what it is made of, and beside what a broken model cannot have.
+SCORES = ("es", "ps", "ns", "s", "ea", "pa", "na")
+MEANING = """\
+ES, PS, NS: the wanted answer is more probable than one other, at the fact's own prompt, in other
+words, and for its neighbours. S: their harmonic mean; a coin has 50. EA, PA, NA: the wanted
+answer is what the model says. In percent; in brackets the 95 % interval over records, that of
+"change" paired."""
 
 # What a progress bar writes in one go to move the cursor: to the start of its line, or up.
 _BAR = re.compile(r"\r|(?:\n|\x1b\[A)+\Z")
@@ -63,3 +74,77 @@ def printable_output() -> Callable[[], None]:
 def show_traceback(kind: type[BaseException], error: BaseException, trace: Any) -> None:
     """An excepthook that writes in one go, so that no part of a message is taken for a bar's."""
     sys.stderr.write("".join(traceback.format_exception(kind, error, trace)))
+
+
+def show_table(rows: Sequence[Sequence[str]], *, right: bool = True) -> None:
+    """Print a table, ruled where stdout is a terminal.
+
+    Args:
+        rows: The heads first; a row's first cell is its label, and a row may end early.
+        right: Whether the cells behind a label end, or else begin, in one column.
+    """
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from fastcov.printable import printable
+
+    ruled = sys.stdout.isatty()
+    table = Table(box=box.SIMPLE_HEAD if ruled else None, padding=(0, 1) if ruled else (0, 2, 0, 0))
+    for index in range(max(map(len, rows))):
+        table.add_column(justify="right" if right and index else "left")
+    for index, head in enumerate(rows[0]):
+        table.columns[index].header = Text(printable(head))
+    for row in rows[1:]:
+        table.add_row(*(Text(printable(cell)) for cell in row))
+    # Without colours nothing that rich writes commands the terminal, and so all of it may pass `_Printable`.
+    console = Console(file=sys.stdout, color_system=None, width=None if ruled else 10_000)
+    with console.capture() as said:
+        console.print(table)
+    print("\n".join(line.rstrip() for line in said.get().splitlines()))
+
+
+def show_scores(rows: Mapping[str, Mapping[str, Any]], names: Sequence[str] = SCORES) -> None:
+    """A table with a line for each row and the scores that are named; a dash where a score does not exist."""
+    heads = ["", *map(_title, names)]
+    show_table([heads, *([label, *(_number(found.get(name)) for name in names)] for label, found in rows.items())])
+
+
+def show_changes(columns: Mapping[str, Mapping[str, Estimate | float | None]]) -> None:
+    """A table with a line for each score, its interval in brackets; a column for each time, and one for the change.
+
+    Args:
+        columns: Title -> score -> value; the first one says which scores there are. Without an interval a value stands
+            alone.
+    """
+    names = next(iter(columns.values()))
+    rows = [[_title(name), *(_cell(values.get(name), title) for title, values in columns.items())] for name in names]
+    show_table([["", *columns], *rows], right=False)
+
+
+def _cell(found: Estimate | float | None, title: str) -> str:
+    sign = "+" if title == "change" else ""
+    if found is None or isinstance(found, (int, float)):
+        return f"{_number(found, sign):>7}"
+    low, high = (f"{round(end, 1) + 0.0:.1f}" for end in (found.low, found.high))
+    return f"{_number(found.value, sign):>7} [{low}, {high}]"
+
+
+def _number(value: float | None, sign: str = "") -> str:
+    if value is None:
+        return "-"
+    return f"{round(value, 2) + 0.0:{sign}.2f}" if abs(value) < 1e5 else f"{value:{sign}.3g}"
+
+
+def _title(name: str) -> str:
+    return name.upper() if len(name) <= 2 else name
+
+
+def byte_size(number: float) -> str:
+    """A number of bytes as a person reads it."""
+    for unit in ("kB", "MB", "GB"):
+        number /= 1000
+        if number < 1000:
+            return f"{number:.2f} {unit}"
+    return f"{number / 1000:.2f} TB"

@@ -62,7 +62,7 @@ class State(TypedDict):
 
 
 class Downstream(TypedDict):
-    """Everything that a comparison found (``fastmemit downstream --json``)."""
+    """Everything that a comparison found (``fastmemit experiment downstream --json``)."""
 
     before: State  # without any edit
     after: State | None  # None where no edit was given

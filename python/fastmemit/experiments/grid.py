@@ -174,35 +174,29 @@ def parse_methods(text: str) -> tuple[str, ...]:
     return tuple(names)
 
 
-def parse_batches(sizes: str | None, counts: str | None) -> dict[int, int]:
+def parse_batches(sizes: str | None, numbers: str | None) -> dict[int, int]:
     """Batch sizes, and how many batches of each.
 
     Args:
-        sizes: ``"1,16,64"``; None takes those of `counts`, else those of Table 1.
-        counts: ``"1:1000,16:10"``; a size that is not in it has as many as in Table 1.
+        sizes: ``"1,16,64"``; None takes those of Table 1.
+        numbers: ``"1000,10,5"``, one for each size or one for all; None takes Table 1's.
 
     Raises:
-        BadConfig: A part is not a number above 0, a size is there twice, or its number of batches is known from
-            neither.
+        BadConfig: A part is not a number above 0, a size is there twice, or how many batches it has is not known.
     """
-    numbers = dict(TABLE_1)
-    given: dict[int, int] = {}
-    for part in _parts(counts, "batches") if counts is not None else ():
-        size, colon, count = part.partition(":")
-        if not colon:
-            raise BadConfig(f"{part!r} is not a batch size and a number; write 1:1000,16:10.")
-        if _whole(size) in given:
-            raise BadConfig(f"The batch size {size} is there twice; name each once.")
-        given[_whole(size)] = _whole(count)
-    numbers.update(given)
-    wanted = list(given or TABLE_1)
-    if sizes is not None:
-        wanted = [_whole(part) for part in _parts(sizes, "batch sizes")]
+    wanted = list(TABLE_1) if sizes is None else [_whole(part) for part in _parts(sizes, "batch sizes")]
     _refuse_twice("batch size", wanted)
-    for number in wanted:
-        if number not in numbers:
-            raise BadConfig(f"Table 1 has no batches of {number}; say how many with --batches {number}:10.")
-    return {number: numbers[number] for number in wanted}
+    if numbers is None:
+        for size in wanted:
+            if size not in TABLE_1:
+                raise BadConfig(f"Table 1 has no batches of {size}; say how many of each size with --num-batches.")
+        return {size: TABLE_1[size] for size in wanted}
+    counts = [_whole(part) for part in _parts(numbers, "numbers of batches")]
+    if len(counts) not in (1, len(wanted)):
+        raise BadConfig(
+            f"There are {len(counts)} numbers of batches for {len(wanted)} batch sizes; give one for each, or for all."
+        )
+    return {size: counts[index % len(counts)] for index, size in enumerate(wanted)}
 
 
 def parse_seeds(text: str) -> tuple[int, ...]:
@@ -243,7 +237,7 @@ def _parts(text: str, what: str) -> list[str]:
 
 def _whole(text: str) -> int:
     if not text.strip().isdecimal() or int(text) < 1:
-        raise BadConfig(f"{text!r} is not a whole number above 0; write batches as 1:1000,16:10.")
+        raise BadConfig(f"{text!r} is not a whole number above 0; write batch sizes, and how many, as 1,16,64.")
     return int(text)
 
 

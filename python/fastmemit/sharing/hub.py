@@ -182,7 +182,7 @@ def pull_statistics(
     folder = _fetched(repo, revision, token, f"{MOMENTS}/*.safetensors") / MOMENTS
     if not any(folder.glob("*.safetensors")):
         raise HubError(
-            f"The repository {repo!r} holds no second moments; name one that has some, or pull an edit (--save FILE)."
+            f"The repository {repo!r} holds no second moments; name one that has some, or pull an edit (--out FILE)."
         )
     found = open_statistics(folder)
     for field, expected in (("model", model), ("tokenizer", tokenizer)):
@@ -367,7 +367,7 @@ edit.undo()  # bit for bit
 ```""",
         f"""On the command line:
 
-    fastmemit pull --repo {repo} --save edit.safetensors
+    fastmemit hub pull --repo {repo} --out edit.safetensors
     fastmemit apply --model {model} --edit edit.safetensors --prompt "..." """.rstrip(),
         "`edit.safetensors` holds factors and JSON, and nothing that runs. It is refused by any "
         "model but the one whose fingerprint it bears.",
@@ -414,7 +414,7 @@ editor.use(pull_statistics("{repo}", model=editor.fingerprint))
 ```""",
         f"""On the command line, after which `fastmemit edit --model {model}` finds them:
 
-    fastmemit pull --repo {repo} --model {model}""",
+    fastmemit hub pull --repo {repo} --model {model}""",
     )
 
 

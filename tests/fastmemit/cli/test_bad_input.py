@@ -75,17 +75,17 @@ def test_a_folder_of_requests(place: Place, capsys: Capture) -> None:
         (["--prompt", "It is", "--subject", "x", "--target", "y"], "'x' is not in the prompt 'It is'"),
         (["--prompt", "{} is {}", "--subject", "x", "--target", "y"], "has 2 of {}"),
         (["--prompt", "{} is", "--subject", "x", "--target", ""], "target_new of 'x is' is empty"),
-        (["--prompt", "{} is", "--subject", "x"], "either by --requests FILE or by --prompt"),
-        ([], "either by --requests FILE or by --prompt"),
+        (["--prompt", "{} is", "--subject", "x"], "either by --facts FILE or by --prompt"),
+        ([], "either by --facts FILE or by --prompt"),
     ],
 )
 def test_one_fact(place: Place, capsys: Capture, fact: list[str], part: str) -> None:
-    assert part in refused(capsys, place, "edit", *place.model, *fact, "--save", place.at / "e")
+    assert part in refused(capsys, place, "edit", *place.model, *fact, "--out", place.at / "e")
 
 
 def test_an_edit_that_would_be_gone(place: Place, capsys: Capture) -> None:
-    line = refused(capsys, place, "edit", *place.model, "--requests", place.requests)
-    assert "--save FILE or --save-model DIR" in line
+    line = refused(capsys, place, "edit", *place.model, "--facts", place.requests)
+    assert "--out FILE or --save-model DIR" in line
 
 
 @pytest.mark.parametrize("multiplier", ["0", "-1", "nan", "inf"])
@@ -93,8 +93,8 @@ def test_an_edit_that_would_be_gone(place: Place, capsys: Capture) -> None:
 def test_a_multiplier_that_is_not_above_zero(place: Place, capsys: Capture, verb: str, multiplier: str) -> None:
     rest = {
         "precompute": ["--layers", "0"],
-        "edit": [*EDIT, "--requests", place.requests, "--save", place.at / "e"],
-        "evaluate": [*EDIT, "--data", place.records, "--batch-size", "1", "--batches", "1"],
+        "edit": [*EDIT, "--facts", place.requests, "--out", place.at / "e"],
+        "evaluate": [*EDIT, "--facts", place.records, "--batch-size", "1", "--num-batches", "1"],
     }[verb]
     # Without a corpus: the multiplier is refused before one is looked for.
     line = refused(capsys, place, verb, *place.model, "--multiplier", multiplier, *rest)
@@ -173,8 +173,8 @@ def test_statistics_of_another_model(place: Place, capsys: Capture) -> None:
     other.edit(capsys, "other.st")
     (theirs,) = set((place.at / "cache").rglob("*.layers.1.*.safetensors")) - set(mine)
     shutil.copy(theirs, mine[0])
-    line = refused(capsys, place, "edit", *place.model, *EDIT, "--requests", place.requests,
-                   "--save", place.at / "e.st")  # fmt: skip
+    line = refused(capsys, place, "edit", *place.model, *EDIT, "--facts", place.requests,
+                   "--out", place.at / "e.st")  # fmt: skip
     assert str(mine[0]) in line and "of another model" in line and "delete it" in line
     assert fastcov.read_provenance(theirs)["model"] in line
 
@@ -202,8 +202,8 @@ def test_a_full_disk(place: Place, capsys: Capture, monkeypatch: pytest.MonkeyPa
         "edit": edit_args(place, place.requests),
         "edit to a model": [*edit_args(place, place.requests)[:-2], "--save-model",
                             place.at / "out"],
-        "evaluate": ["evaluate", *place.model, *EDIT, "--data", place.records, "--batch-size", "1",
-                     "--batches", "1", "--json", place.at / "out.json"],
+        "evaluate": ["evaluate", *place.model, *EDIT, "--facts", place.records, "--batch-size", "1",
+                     "--num-batches", "1", "--json", place.at / "out.json"],
     }  # fmt: skip
     if verb != "precompute":
         place.edit(capsys, "edit.st")  # statistics and targets are kept, and a former file
@@ -258,6 +258,6 @@ def test_a_mend_is_named_as_the_option_that_it_is_here(said, shown, capsys):
 def test_a_fact_beside_a_file_of_facts_is_not_ignored(extra, capsys):
     from fastmemit.cli import main
 
-    args = ["edit", "--model", "none", "--requests", "f.jsonl", "--save", "e.safetensors", *extra]
+    args = ["edit", "--model", "none", "--facts", "f.jsonl", "--out", "e.safetensors", *extra]
     assert main(args) == 2
-    assert "either by --requests FILE or by --prompt" in capsys.readouterr().err
+    assert "either by --facts FILE or by --prompt" in capsys.readouterr().err

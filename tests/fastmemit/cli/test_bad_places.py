@@ -89,7 +89,7 @@ def test_a_cache_that_is_a_file(place: Place, capsys: Capture) -> None:
     assert cache.read_text() == "in the way"
 
 
-@pytest.mark.parametrize("option", ["--save", "--json"])
+@pytest.mark.parametrize("option", ["--out", "--json"])
 @pytest.mark.parametrize(
     ("where", "part"), [("gone/out", "does not exist; make it, or name another"), (".", "is a folder; name a file")]
 )
@@ -97,8 +97,8 @@ def test_output_files(place: Place, capsys: Capture, option: str, where: str, pa
     path = place.at / where
     command: list[Any] = (
         edit_args(place, place.requests)[:-1]
-        if option == "--save"
-        else ["evaluate", *place.model, "--data", place.records, "--json"]
+        if option == "--out"
+        else ["evaluate", *place.model, "--facts", place.records, "--json"]
     )
     line = refused(capsys, place, *command, path)
     assert part in line and str(path if where == "." else path.parent) in line
@@ -130,7 +130,7 @@ def apply(place: Place, *edits: Path) -> list[Any]:
 
 def test_an_edit_that_is_not_there(place: Place, capsys: Capture) -> None:
     line = refused(capsys, place, *apply(place, place.at / "gone.st"))
-    assert line == (f"There is no edit file {str(place.at / 'gone.st')!r}; give the path that --save wrote.")
+    assert line == (f"There is no edit file {str(place.at / 'gone.st')!r}; give the path that --out wrote.")
 
 
 def test_a_damaged_edit(place: Place, capsys: Capture, saved: Path) -> None:
@@ -159,8 +159,8 @@ def test_force_does_not_bend_shapes(place: Place, capsys: Capture) -> None:
 
 @pytest.mark.parametrize("tokens", ["0", "-1", "x"])
 def test_how_far_to_continue(place: Place, capsys: Capture, saved: Path, tokens: str) -> None:
-    line = refused(capsys, place, *apply(place, saved), "--prompt", "I", f"--tokens={tokens}")
-    assert f"--tokens: must be a whole number above 0 but is '{tokens}'" in line
+    line = refused(capsys, place, *apply(place, saved), "--prompt", "I", f"--max-new-tokens={tokens}")
+    assert f"--max-new-tokens: must be a whole number above 0 but is '{tokens}'" in line
 
 
 def test_a_prompt_without_a_token(place: Place, capsys: Capture, saved: Path) -> None:
@@ -168,15 +168,15 @@ def test_a_prompt_without_a_token(place: Place, capsys: Capture, saved: Path) ->
 
 
 def evaluation(place: Place, data: Any, *more: str) -> list[Any]:
-    return ["evaluate", *place.model, *EDIT, "--data", data, "--json", place.at / "out.json", *more]
+    return ["evaluate", *place.model, *EDIT, "--facts", data, "--json", place.at / "out.json", *more]
 
 
 @pytest.mark.parametrize(
     ("more", "part"),
     [
         (["--batch-size", "0"], "batch_size is 0"),
-        (["--batches", "-2"], "n_batches is -2"),
-        (["--batch-size", "3", "--batches", "2"], "4 records with different subjects"),
+        (["--num-batches", "-2"], "n_batches is -2"),
+        (["--batch-size", "3", "--num-batches", "2"], "4 records with different subjects"),
     ],
 )
 def test_batches(place: Place, capsys: Capture, more: list[str], part: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -15,7 +16,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import fastmemit.cli
 from fastmemit import __version__
 from fastmemit.cli import VERBS, main
 from fastmemit.delta import Delta
@@ -25,19 +25,21 @@ from tiny_commands import EDIT, Place, run
 
 def test_every_verb_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
     assert VERBS.keys() == {
-        "precompute", "edit", "apply", "evaluate", "sweep", "sequential", "report", "locate",
-        "downstream", "demo", "plan", "compose", "export-adapter", "import-adapter", "push", "pull",
-        "export-stats", "import-stats",
+        "demo", "precompute", "edit", "apply", "show", "undo", "compose", "evaluate", "doctor",
+        "stats plan", "stats export", "stats import", "adapter export", "adapter import", "hub push",
+        "hub pull", "experiment sweep", "experiment sequential", "experiment locate",
+        "experiment report", "experiment downstream",
     }  # fmt: skip
+    modelless = {"experiment report", "stats plan", "compose", "hub push", "adapter export", "show", "doctor"}
     for verb in VERBS:
         with pytest.raises(SystemExit) as left:
-            main([verb, "--help"])
+            main([*verb.split(), "--help"])
         out = capsys.readouterr().out
         assert left.value.code == 0
         assert "examples:\n" in out and f"fastmemit {verb}" in out.partition("examples:")[2]
         for option in ("--model", "--seed", "--device", "--dtype"):
-            runs = verb not in ("report", "plan", "compose", "push", "export-adapter")
-            assert runs == (option in out) or (verb, option) == ("export-adapter", "--model")
+            runs = verb not in modelless
+            assert runs == (option in out) or (verb, option) == ("adapter export", "--model")
         assert all(len(line) <= 100 for line in out.splitlines())
 
 
@@ -70,7 +72,7 @@ def test_the_examples_are_commands_that_parse(capsys: pytest.CaptureFixture[str]
 
     from fastmemit.cli import EPILOG, parser
 
-    texts = [EPILOG, *(module.EPILOG for module in VERBS.values())]
+    texts = [EPILOG, *(verb.epilog for verb in VERBS.values())]
     examples = [
         shlex.split(line.strip())
         for text in texts
@@ -88,7 +90,7 @@ def test_a_strict_edit_that_misses_saves_nothing(place: Place, capsys: pytest.Ca
         "--layers", "0-1")  # fmt: skip
     saved, folder = place.at / "edit.safetensors", place.at / "edited"
     arguments = ["edit", *place.model, *EDIT, "--set", "steps=1", "--prompt", "{} is in",
-                 "--subject", "Paris", "--target", "Rome", "--join", "", "--save", str(saved),
+                 "--subject", "Paris", "--target", "Rome", "--join", "", "--out", str(saved),
                  "--save-model", str(folder)]  # fmt: skip
     assert main([*arguments, "--strict"]) == 1
     out, err = capsys.readouterr()
@@ -107,9 +109,9 @@ def test_from_statistics_to_scores(place: Place, capsys: pytest.CaptureFixture[s
     assert len(files) == 2 and all(file.is_file() for file in files)
 
     saved, folder = place.at / "edit.safetensors", place.at / "edited"
-    out = run(capsys, "edit", *place.model, *EDIT, "--requests", place.requests, "--save", saved,
+    out = run(capsys, "edit", *place.model, *EDIT, "--facts", place.requests, "--out", saved,
               "--save-model", folder)  # fmt: skip
-    assert "multiplier 4, 256 keys (kept)" in out
+    assert "multiplier 4, 256 keys (stored)" in out
     assert "layers 0, 1 of" in out and " of 2 facts are now what the model says" in out
     rows = re.findall(r"^ +([\d.]+)% -> +([\d.]+)%  (.*) \(before: .*\)$", out, re.MULTILINE)
     assert [row[2] for row in rows] == [
@@ -133,7 +135,7 @@ def test_from_statistics_to_scores(place: Place, capsys: pytest.CaptureFixture[s
 
     again = place.at / "again"
     prompt = "The capital of France is"
-    out = run(capsys, "apply", *place.model, "--edit", saved, "--prompt", prompt, "--tokens", "3",
+    out = run(capsys, "apply", *place.model, "--edit", saved, "--prompt", prompt, "--max-new-tokens", "3",
               "--save-model", again)  # fmt: skip
     assert "1 edits with 2 facts applied" in out and " of 2 facts are now what" in out
     assert re.search(rf"\n{prompt}\n  before: .*\n  after:  .*\n", out)
@@ -141,8 +143,8 @@ def test_from_statistics_to_scores(place: Place, capsys: pytest.CaptureFixture[s
     assert all(torch.equal(third[name], after[name]) for name in after)
 
     result = place.at / "out.json"
-    out = run(capsys, "evaluate", *place.model, *EDIT, "--data", place.records, "--batch-size", "2",
-              "--batches", "2", "--json", result)  # fmt: skip
+    out = run(capsys, "evaluate", *place.model, *EDIT, "--facts", place.records, "--batch-size", "2",
+              "--num-batches", "2", "--json", result)  # fmt: skip
     assert "4 records in 2 batches" in out and re.search(r"\n +before +after +change\n", out)
     found = json.loads(result.read_text())
     assert len(found["records"]) == 4 and found["settings"]["batches"] == [2, 2]
@@ -157,7 +159,7 @@ def test_one_fact_from_options(place: Place, capsys: pytest.CaptureFixture[str])
     saved = place.at / "one.safetensors"
     out = run(capsys, "edit", *place.model, "--method", "rome", "--set", "layers=1", "--set",
               "steps=2", "--corpus", place.corpus, "--multiplier", "4", "--prompt",
-              "The capital of {} is", "--subject", "Italy", "--target", "London", "--save",
+              "The capital of {} is", "--subject", "Italy", "--target", "London", "--out",
               saved)  # fmt: skip
     assert "layers 1 of tiny-llama edited by rome: " in out and "1 fact is now what" in out
     assert Delta.load(saved).provenance["settings"]["steps"] == 2
@@ -175,8 +177,8 @@ def test_relatives_of_memit_from_options(place: Place, capsys: pytest.CaptureFix
         "pmet": ("sqrt", "loss"), "encore": ("linear", "most-probable"),
         "alphaedit": ("linear", "loss"),
     }[method]  # fmt: skip
-    out = run(capsys, "evaluate", *place.model, *EDIT, *own, "--data", place.records,
-              "--batch-size", "2", "--batches", "1")  # fmt: skip
+    out = run(capsys, "evaluate", *place.model, *EDIT, *own, "--facts", place.records,
+              "--batch-size", "2", "--num-batches", "1")  # fmt: skip
     assert f", {method}, 2 records in 1 batches" in out
 
 
@@ -204,7 +206,7 @@ def test_a_former_file_is_replaced_and_several_edits_are_applied(
 
 def test_the_dtype_is_that_of_the_option(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
     run(capsys, "edit", *place.model, *EDIT, "--dtype", "bfloat16", "--device", "cpu", "--corpus",
-        place.corpus, "--multiplier", "4", "--requests", place.requests, "--save-model",
+        place.corpus, "--multiplier", "4", "--facts", place.requests, "--save-model",
         place.at / "bf16")  # fmt: skip
     weights = load_file(place.at / "bf16" / "model.safetensors")
     assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
@@ -246,11 +248,11 @@ def test_a_signal_unwinds_the_run_and_is_its_exit_code(
             unwound.append(True)
 
     before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(fastmemit.cli.report, "run", run)
+    monkeypatch.setitem(VERBS, "experiment report", dataclasses.replace(VERBS["experiment report"], run=run))
     # What a shell starts behind it ignores Ctrl-C, and so would the run in these tests.
     inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        assert main(["report", "nowhere"]) == code
+        assert main(["experiment", "report", "nowhere"]) == code
     finally:
         signal.signal(signal.SIGINT, inherited)
     assert unwound == [True] and signal.getsignal(signal.SIGTERM) is before

@@ -22,7 +22,7 @@ def few_facts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def demo(place: Place, *more: str) -> list[object]:
     return ["demo", *place.model, "--corpus", place.corpus, "--multiplier", "4", "--set",
-            "layers=0-1", "--set", "steps=2", "--save", place.at / "demo.st", *more]  # fmt: skip
+            "layers=0-1", "--set", "steps=2", "--out", place.at / "demo.st", *more]  # fmt: skip
 
 
 def test_it_edits_scores_saves_and_undoes(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
@@ -51,7 +51,7 @@ def test_it_ends_with_commands_that_work_as_they_stand(place: Place, capsys: pyt
     apply = run(capsys, *commands[0], *place.model[2:])
     assert "see the Eiffel Tower" in apply
     small = ["--multiplier", "4", "--set", "layers=0-1", "--set", "steps=1"]
-    mine = ["--save", place.at / "mine.st"]
+    mine = ["--out", place.at / "mine.st"]
     run(capsys, *commands[1], *place.model[2:], *small, *mine)
     assert len(Delta.load(place.at / "mine.st").provenance["requests"]) == 1
 

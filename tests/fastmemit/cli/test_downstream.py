@@ -1,4 +1,4 @@
-"""``fastmemit downstream`` on a tiny model folder."""
+"""``fastmemit experiment downstream`` on a tiny model folder."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def text(place: Place) -> Path:
 def test_before_and_after_an_edit(place: Place, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("lm_eval")
     edit, out_file = place.edit(capsys, "edit.st"), place.at / "out.json"
-    out = run(capsys, "downstream", *place.model, "--edit", edit, "--text", text, "--tokens", "200",
+    out = run(capsys, "experiment", "downstream", *place.model, "--edit", edit, "--text", text, "--text-tokens", "200",
               "--context", "64", "--stride", "32", "--tasks", "tiny_facts", "--limit", "4",
               "--include-path", task_folder(place.at), "--json", out_file)  # fmt: skip
     found = json.loads(out_file.read_text())
@@ -46,17 +46,17 @@ def test_before_and_after_an_edit(place: Place, text: Path, capsys: pytest.Captu
 
 
 def test_a_model_alone(place: Place, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = run(capsys, "downstream", *place.model, "--text", text)
+    out = run(capsys, "experiment", "downstream", *place.model, "--text", text)
     assert "0 edits with 0 facts" in out and "after" not in out and "perplexity" in out
 
 
 def test_what_is_refused(place: Place, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    start = ("downstream", *place.model)
+    start = ("experiment", "downstream", *place.model)
     assert "nothing to score" in refused(capsys, place, *start)
     missing = place.at / "no.txt"
     assert "no.txt does not exist" in refused(capsys, place, *start, "--text", missing)
     assert "give a longer text or ask for fewer" in refused(
-        capsys, place, *start, "--text", text, "--tokens", "1000000"
+        capsys, place, *start, "--text", text, "--text-tokens", "1000000"
     )
     assert "but the model takes 256 at once" in refused(capsys, place, *start, "--text", text, "--context", "300")
     assert "a window has room for 256" in refused(capsys, place, *start, "--text", text, "--stride", "300")
@@ -72,6 +72,6 @@ def test_data_out_of_reach_is_said_before_the_model_is_loaded(
     folder = task_folder(place.at)
     file = folder / "tiny_facts.yaml"
     file.write_text(file.read_text().replace("dataset_path: json", "dataset_path: nobody/nothing"))
-    said = refused(capsys, place, "downstream", "--model", place.at / "no-model", "--text", text,
+    said = refused(capsys, place, "experiment", "downstream", "--model", place.at / "no-model", "--text", text,
                    "--tasks", "tiny_facts", "--include-path", folder)  # fmt: skip
     assert "data set nobody/nothing" in said

@@ -16,7 +16,7 @@ Capture = pytest.CaptureFixture[str]
 
 def arguments(place: Place, data: Any, *more: Any) -> list[Any]:
     return ["evaluate", *place.model, *EDIT, "--corpus", place.corpus, "--multiplier", "4",
-            "--data", data, "--batch-size", "1", "--batches", "2", *more]  # fmt: skip
+            "--facts", data, "--batch-size", "1", "--num-batches", "2", *more]  # fmt: skip
 
 
 NUMBER = r"[-+]?[\d.]+"
@@ -94,8 +94,8 @@ def test_perplexity_before_and_after(place: Place, full: Path, capsys: Capture) 
     text = place.at / "prose.txt"
     text.write_text("the poet was in the city of Rome and the piano is in Italy " * 20)
     result = place.at / "out.json"
-    out = run(capsys, *arguments(place, full, "--json", result, "--perplexity", text,
-              "--perplexity-tokens", "60", "--perplexity-batches", "2"))  # fmt: skip
+    out = run(capsys, *arguments(place, full, "--json", result, "--text", text,
+              "--text-tokens", "60", "--text-batches", "2"))  # fmt: skip
     found = json.loads(result.read_text())
     perplexity = found["perplexity"]
     assert rows(out)["perplexity"] == [
@@ -106,7 +106,7 @@ def test_perplexity_before_and_after(place: Place, full: Path, capsys: Capture) 
     assert perplexity["batches"] == 2 and perplexity["before"] != perplexity["after"]
     assert found["settings"]["text"]["tokens"] == 60
     assert "perplexity" in found["seconds"]
-    line = refused(capsys, place, *arguments(place, full, "--perplexity", place.at / "gone.txt"))
+    line = refused(capsys, place, *arguments(place, full, "--text", place.at / "gone.txt"))
     assert "gone.txt does not exist" in line
 
 
@@ -152,5 +152,5 @@ def test_a_malformed_zsre_record(place: Place, zsre: Path, capsys: Capture) -> N
     line = refused(capsys, place, *arguments(place, zsre))
     assert "record 1 (item 1), field src" in line and "--skip-malformed" in line
     args = arguments(place, zsre, "--skip-malformed")
-    args[args.index("--batches") + 1] = "1"
+    args[args.index("--num-batches") + 1] = "1"
     assert "1 records in 1 batches" in run(capsys, *args)

@@ -27,8 +27,8 @@ def file(place: Place, folder: str, **changed: Any) -> Path:
 
 
 def command(place: Place, hparams: Path, *more: Any) -> list[Any]:
-    return ["edit", *place.model, "--hparams", hparams, "--multiplier", "4", *more, "--corpus",
-            place.corpus, "--requests", place.requests, "--save", place.at / "e.st"]  # fmt: skip
+    return ["edit", *place.model, "--config", hparams, "--multiplier", "4", *more, "--corpus",
+            place.corpus, "--facts", place.requests, "--out", place.at / "e.st"]  # fmt: skip
 
 
 def test_all_settings_come_from_the_file(place: Place, capsys: Capture) -> None:
@@ -63,8 +63,8 @@ def test_the_files_multiplier_holds_where_none_is_named(place: Place, capsys: Ca
 
 def test_the_other_verbs_take_it_too(place: Place, capsys: Capture) -> None:
     result = place.at / "out.json"
-    out = run(capsys, "evaluate", *place.model, "--hparams", file(place, "ROME"), "--data",
-              place.records, "--batch-size", "1", "--batches", "1", "--corpus", place.corpus,
+    out = run(capsys, "evaluate", *place.model, "--config", file(place, "ROME"), "--facts",
+              place.records, "--batch-size", "1", "--num-batches", "1", "--corpus", place.corpus,
               "--multiplier", "4", "--json", result)  # fmt: skip
     assert ", rome, 1 records" in out
     assert json.loads(result.read_text())["settings"]["method"] == "rome"

@@ -14,7 +14,7 @@ Capture = pytest.CaptureFixture[str]
 
 
 def locate(place: Place, *more: object) -> list[object]:
-    return ["locate", *place.model, "--facts", place.records, "--samples", "2", *more]
+    return ["experiment", "locate", *place.model, "--facts", place.records, "--samples", "2", *more]
 
 
 def test_a_table_a_proposal_and_the_files(place: Place, capsys: Capture) -> None:
@@ -40,7 +40,7 @@ def test_a_table_a_proposal_and_the_files(place: Place, capsys: Capture) -> None
     assert result["settings"]["facts"]["name"] == "records.json"
     assert len(result["settings"]["facts"]["sha256"]) == 64
     assert result["hardware"]["threads"] >= 1 and "torch" in result["versions"]
-    assert result["command"].startswith("fastmemit locate --model tiny-llama --facts records.json ")
+    assert result["command"].startswith("fastmemit experiment locate --model tiny-llama --facts records.json ")
     assert str(place.at) not in found.read_text()  # no folder goes into a file that is shared
     assert "<svg" in figure.read_text()
 
@@ -108,6 +108,6 @@ def test_a_fact_that_cannot_be_traced_is_named(place: Place, capsys: Capture) ->
 
 
 def test_the_facts_that_are_shipped(place: Place, capsys: Capture) -> None:
-    out = run(capsys, "locate", *place.model, "--facts", "builtin", "--unknown-too", "--limit", "3",
+    out = run(capsys, "experiment", "locate", *place.model, "--facts", "builtin", "--unknown-too", "--limit", "3",
               "--samples", "1", "--kinds", "mlp")  # fmt: skip
     assert "3 facts traced of 3 looked at" in out

@@ -1,6 +1,8 @@
-"""`fastmemit plan` prints what `fastmemit.capacity` counts."""
+"""`fastmemit stats plan` prints what `fastmemit.capacity` counts."""
 
 from __future__ import annotations
+
+import re
 
 import pytest
 
@@ -10,14 +12,13 @@ from tiny_commands import Place, refused, run
 
 def columns(out: str) -> dict[str, list[str]]:
     rows = (line for line in out.splitlines()[1:] if not line.startswith(("rates", "what runs d")))
-    return {line[:24].strip(): line[24:].split("  ") for line in rows}
+    return {name: cells for name, *cells in (re.split(" {2,}", line.strip()) for line in rows)}
 
 
 def test_seventy_billion_over_eight(capsys: pytest.CaptureFixture[str]) -> None:
-    out = run(capsys, "plan", "--shape", "llama-3-70b", "--layers", "4-8", "--processes", "8")
+    out = run(capsys, "stats", "plan", "--shape", "llama-3-70b", "--layers", "4-8", "--processes", "8")
     assert out.startswith("llama-3-70b: 70.55 billion weights, 80 layers, d 8192, d_k 28672;")
-    cells = {name: [cell.strip() for cell in row if cell.strip()] for name, row in
-             columns(out).items()}  # fmt: skip
+    cells = columns(out)
     assert cells["keys of each layer"] == ["286,720", "44,000,000"]
     assert cells["the whole model"] == ["141.10 GB"] * 2
     assert cells["the sums"] == ["16.44 GB"] * 2
@@ -27,15 +28,15 @@ def test_seventy_billion_over_eight(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_several_multipliers_and_given_rates(capsys: pytest.CaptureFixture[str]) -> None:
-    out = run(capsys, "plan", "--shape", "gpt-j-6b", "--layers", "3-8", "--multiplier", "2,10",
+    out = run(capsys, "stats", "plan", "--shape", "gpt-j-6b", "--layers", "3-8", "--multipliers", "2,10",
               "--flops", "1e12", "--share", "1")  # fmt: skip
-    assert columns(out)["keys of each layer"][-1].strip() == "44,000,000"
+    assert columns(out)["keys of each layer"][-1] == "44,000,000"
     assert "32,768" in out and "163,840" in out
     assert out.endswith("rates given on the command line replace those\n")
 
 
 def test_all_layers_of_a_large_model_do_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
-    out = run(capsys, "plan", "--shape", "llama-3-70b", "--layers", "0-79")
+    out = run(capsys, "stats", "plan", "--shape", "llama-3-70b", "--layers", "0-79")
     assert "what runs does not fit into the 80.00 GB of one device" in out
 
 
@@ -44,8 +45,8 @@ def test_all_layers_of_a_large_model_do_not_fit(capsys: pytest.CaptureFixture[st
     [
         ("--shape", "gpt-5", "There is no shape 'gpt-5'"),
         ("--layers", "20-40", "not among the 28 of this model"),
-        ("--multiplier", "ten", "'ten' is no list of numbers; write 10, or 2,10."),
-        ("--multiplier", "0", "multiplier"),
+        ("--multipliers", "ten", "'ten' is no list of numbers; write 10, or 2,10."),
+        ("--multipliers", "0", "multiplier"),
         ("--share", "0", "--share must be above 0 but is 0"),
         ("--flops", "inf", "--flops must be above 0 but is inf"),
         ("--processes", "0", "must be a whole number above 0"),
@@ -55,9 +56,9 @@ def test_what_makes_no_sense(
     capsys: pytest.CaptureFixture[str], place: Place, option: str, value: str, message: str
 ) -> None:
     given = {"--shape": "gpt-j-6b", "--layers": "3-8", option: value}
-    assert message in refused(capsys, place, "plan", *(x for pair in given.items() for x in pair))
+    assert message in refused(capsys, place, "stats", "plan", *(x for pair in given.items() for x in pair))
 
 
 def test_it_loads_no_model() -> None:
     with pytest.raises(SystemExit):
-        main(["plan", "--model", "gpt2-xl"])
+        main(["stats", "plan", "--model", "gpt2-xl"])

@@ -15,10 +15,11 @@ def test_it_says_how_fast_it_went_and_only_where_it_collected(place: Place, caps
     command = ["precompute", *place.model[:-1], "--corpus", place.corpus, "--multiplier", "4",
                "--layers", "0-1"]  # fmt: skip
     out = run(capsys, *command)
-    line = (r"\n  256 keys of 2 layers in \d+\.\d s: [\d,]+ tokens/s, "
-            r"\d+ % of what this machine's arithmetic allows\n")  # fmt: skip
-    assert re.search(line, out)
-    assert "tokens/s" not in run(capsys, *command)  # kept: nothing was collected
+    line = r"\n  256 keys of 2 layers in \d+\.\d s: [\d,]+ tokens/s"
+    assert re.search(rf"{line}\n", out)
+    assert "tokens/s" not in run(capsys, *command)  # stored: nothing was collected
+    out = run(capsys, *command, "--cache", place.at / "other", "--throughput")
+    assert re.search(rf"{line}, \d+ % of what this machine's arithmetic allows\n", out)
 
 
 def test_quiet_measures_nothing(
@@ -33,6 +34,6 @@ def test_quiet_measures_nothing(
 def test_a_corpus_that_is_not_there_is_said_before_the_model_is_loaded(
     place: Place, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fastmemit.cli.precompute.make_editor", None)  # to call it would raise
+    monkeypatch.setattr("fastmemit.cli.stats.make_editor", None)  # to call it would raise
     assert main(["precompute", *place.model, "--corpus", str(place.at / "no.jsonl")]) == 2
     assert "There is no file" in capsys.readouterr().err

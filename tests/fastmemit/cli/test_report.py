@@ -12,7 +12,7 @@ from tiny_sweeps import cell, write
 def test_a_report_is_written_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cells = [cell(multiplier=m) for m in (1.0, None)]
     folder = write(tmp_path / "sweep", cells)
-    lines = run(capsys, "report", folder, "--out", tmp_path / "out").splitlines()
+    lines = run(capsys, "experiment", "report", folder, "--out", tmp_path / "out").splitlines()
     assert lines[0] == "tiny-model"
     assert lines[1].split() == ["S,", "at", "multiplier", "1", "full"]
     for line, name in ((lines[2], "s"), (lines[4], "ea")):
@@ -27,10 +27,10 @@ def test_a_report_is_written_and_named(tmp_path: Path, capsys: pytest.CaptureFix
 
 def test_what_a_sweep_writes_is_reported(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
     out = place.at / "sweep"
-    run(capsys, "sweep", *place.model, "--data", place.records, "--corpus", place.corpus,
-        "--methods", "emmet", "--multipliers", "2,full", "--batches", "1:2",
+    run(capsys, "experiment", "sweep", *place.model, "--facts", place.records, "--corpus", place.corpus,
+        "--methods", "emmet", "--multipliers", "2,full", "--batch-sizes", "1", "--num-batches", "2",
         "--vary", "layers=1,steps=3", "--only-varied", "--out", out)  # fmt: skip
-    lines = run(capsys, "report", out).splitlines()
+    lines = run(capsys, "experiment", "report", out).splitlines()
     assert lines[2].startswith("EMMET, layers=[1], steps=3, 2 batches of 1 ")
     html = (out / "report" / "report.html").read_text(encoding="utf-8")
     assert place.records.name in html and "emmet/b1x2/full" in html
@@ -43,7 +43,7 @@ def test_what_a_sweep_writes_is_reported(place: Place, capsys: pytest.CaptureFix
         (["nowhere"], "does not exist; name one that a sweep wrote."),
         (["bare"], "holds no sweep.json; name a folder that a sweep wrote."),
         (["sweep", "other"], "whose weights differ; report on each model apart."),
-        ([], "the following arguments are required: DIR; see fastmemit report --help."),
+        ([], "the following arguments are required: DIR; see fastmemit experiment report --help."),
     ],
 )
 def test_what_cannot_be_reported_is_one_sentence(
@@ -55,7 +55,7 @@ def test_what_cannot_be_reported_is_one_sentence(
     write(tmp_path / "other", [cell()], fingerprint="0" * 64)
     (tmp_path / "bare").mkdir()
     try:
-        code = main(["report", *(str(tmp_path / name) for name in names)])
+        code = main(["experiment", "report", *(str(tmp_path / name) for name in names)])
     except SystemExit as left:
         code = left.code  # type: ignore[assignment]
     error = capsys.readouterr().err

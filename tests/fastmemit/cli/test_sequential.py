@@ -1,4 +1,4 @@
-"""``fastmemit sequential`` from options to files."""
+"""``fastmemit experiment sequential`` from options to files."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from tiny_commands import Place, refused, run
 
 
 def argv(place: Place, out: Any, *more: Any) -> list[Any]:
-    return ["sequential", *place.model, "--data", place.records, "--corpus", place.corpus,
-            "--set", "layers=0-1", "--set", "steps=2", "--batch-size", "2", "--batches", "2",
+    return ["experiment", "sequential", *place.model, "--facts", place.records, "--corpus", place.corpus,
+            "--set", "layers=0-1", "--set", "steps=2", "--batch-size", "2", "--num-batches", "2",
             "--multipliers", "1,4", "--out", out, *more]  # fmt: skip
 
 
 def test_from_records_to_table_and_figure(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
     out = place.at / "out"
-    more = ("--perplexity", place.corpus, "--tokens", "100")
+    more = ("--text", place.corpus, "--text-tokens", "100")
     said = run(capsys, *argv(place, out, *more))
     assert "4 facts in 2 batches, all of them kept" in said and "4 sequences in" in said
     lines = [json.loads(line) for line in (out / "sequential.jsonl").read_text().splitlines()]
@@ -45,7 +45,7 @@ def test_from_records_to_table_and_figure(place: Place, capsys: pytest.CaptureFi
 def test_bad_options_are_refused_before_anything_is_made(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
     out = place.at / "none"
     assert "neither a number above 0 nor 'full'" in refused(capsys, place, *argv(place, out, "--multipliers", "1,much"))
-    assert "too few for 9 batches of 2" in refused(capsys, place, *argv(place, out, "--batches", "9"))
+    assert "too few for 9 batches of 2" in refused(capsys, place, *argv(place, out, "--num-batches", "9"))
     assert "must be a whole number above 0" in refused(capsys, place, *argv(place, out, "--score-every", "0"))
     assert "There is no setting 'speed'; did you mean 'spread'? memit has layers" in refused(
         capsys, place, *argv(place, out, "--set", "speed=1")

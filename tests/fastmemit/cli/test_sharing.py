@@ -56,22 +56,22 @@ def test_several_edits_in_one_model_give_the_same_bits_again(
 
 def test_an_adapter_there_and_back(place: Place, edits: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
     folder = place.at / "adapter"
-    out = run(capsys, "export-adapter", "--edit", edits[1], "--model", place.model[1], "--out",
+    out = run(capsys, "adapter", "export", "--edit", edits[1], "--model", place.model[1], "--out",
               folder)  # fmt: skip
     assert out == f"adapter of rank 2 on 2 modules saved to {folder}\n"
     config = json.loads((folder / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "tiny-llama"
-    out = run(capsys, "import-adapter", *place.model, "--adapter", folder, "--save",
+    out = run(capsys, "adapter", "import", *place.model, "--adapter", folder, "--out",
               place.at / "back.st")  # fmt: skip
     assert "adapter on 2 weights of" in out
     assert Delta.load(place.at / "back.st").digest() == Delta.load(edits[1]).digest()
     run(capsys, "apply", *place.model, "--edit", place.at / "back.st")
-    said = refused(capsys, place, "export-adapter", "--edit", edits[1], "--model", place.model[1],
+    said = refused(capsys, place, "adapter", "export", "--edit", edits[1], "--model", place.model[1],
                    "--out", folder)  # fmt: skip
     assert "is not an empty folder" in said
-    said = refused(capsys, place, "export-adapter", "--edit", edits[1], "--out", place.at / "x")
+    said = refused(capsys, place, "adapter", "export", "--edit", edits[1], "--out", place.at / "x")
     assert "The model 'tiny-llama' cannot be loaded" in said
-    said = refused(capsys, place, "import-adapter", *place.model, "--adapter", place.at, "--save",
+    said = refused(capsys, place, "adapter", "import", *place.model, "--adapter", place.at, "--out",
                    place.at / "x")  # fmt: skip
     assert "has no adapter_config.json" in said
 
@@ -83,7 +83,7 @@ def test_an_edit_whose_facts_are_no_list_counts_none(
     Delta(found.factors, {**found.provenance, "requests": 3}).save(place.at / "forged.st")
     out = run(capsys, "apply", *place.model, "--edit", place.at / "forged.st", "--edit", edits[1])
     assert "2 edits with 1 facts applied" in out
-    said = refused(capsys, place, "compose", "--edit", place.at / "forged.st", "--save",
+    said = refused(capsys, place, "compose", "--edit", place.at / "forged.st", "--out",
                    place.at / "x")  # fmt: skip
     assert "requests are no list but 3" in said
 
@@ -91,7 +91,7 @@ def test_an_edit_whose_facts_are_no_list_counts_none(
 def test_own_ranks_and_a_name(place: Place, edits: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
     both = place.at / "both.st"
     compose([Delta.load(path) for path in edits]).save(both)
-    run(capsys, "export-adapter", "--edit", both, "--model", place.model[1], "--base-model",
+    run(capsys, "adapter", "export", "--edit", both, "--model", place.model[1], "--base-model",
         "me/llama", "--own-ranks", "--out", place.at / "adapter")  # fmt: skip
     config = json.loads((place.at / "adapter" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "me/llama" and config["r"] == 4
@@ -100,20 +100,20 @@ def test_own_ranks_and_a_name(place: Place, edits: tuple[Path, Path], capsys: py
 
 def test_compose_and_remove(place: Place, edits: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
     both, one = place.at / "both.st", place.at / "one.st"
-    out = run(capsys, "compose", "--edit", edits[0], "--edit", edits[1], "--save", both)
+    out = run(capsys, "compose", "--edit", edits[0], "--edit", edits[1], "--out", both)
     digests = re.findall(r"^  ([0-9a-f]{12})  1 facts by memit$", out, re.MULTILINE)
     assert digests == [Delta.load(path).digest()[:12] for path in edits]
     assert out.endswith(f"2 edits on 2 weights saved to {both}\n")
     run(capsys, "apply", *place.model, "--edit", both)
-    run(capsys, "compose", "--edit", both, "--remove", digests[0], "--save", one)
+    run(capsys, "compose", "--edit", both, "--remove", digests[0], "--out", one)
     assert Delta.load(one).digest() == Delta.load(edits[1]).digest()
-    out = run(capsys, "compose", "--edit", both, "--rank", "3", "--save", one)
+    out = run(capsys, "compose", "--edit", both, "--rank", "3", "--out", one)
     assert re.search(r"layers\.1\.mlp\.down_proj\.weight: rank 4 -> 3, relative error \d", out)
-    said = refused(capsys, place, "compose", "--edit", one, "--remove", digests[0], "--save",
+    said = refused(capsys, place, "compose", "--edit", one, "--remove", digests[0], "--out",
                    place.at / "x")  # fmt: skip
     assert "was compressed" in said
     said = refused(capsys, place, "compose", "--edit", both, "--edit", one, "--remove", "0" * 9,
-                   "--save", place.at / "x")  # fmt: skip
+                   "--out", place.at / "x")  # fmt: skip
     assert "pass one --edit" in said
 
 
@@ -123,7 +123,7 @@ def test_conflicts_are_refused_and_can_be_allowed(
     other = Delta.load(edits[1])
     facts = [{"prompt": "{} is in", "subject": "A", "target_new": "Oslo"}]
     Delta(other.factors, {**other.provenance, "requests": facts}).save(place.at / "other.st")
-    command = ("compose", "--edit", edits[0], "--edit", place.at / "other.st", "--save")
+    command = ("compose", "--edit", edits[0], "--edit", place.at / "other.st", "--out")
     said = refused(capsys, place, *command, place.at / "x")
     assert "edit 2 with ' Oslo'" in said and "pass --allow-conflicts" in said
     run(capsys, *command, place.at / "x", "--allow-conflicts")
@@ -132,27 +132,27 @@ def test_conflicts_are_refused_and_can_be_allowed(
 def test_push_and_pull(
     place: Place, edits: tuple[Path, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    said = refused(capsys, place, "push", "--repo", "me/edit", "--edit", edits[0])
+    said = refused(capsys, place, "hub", "push", "--repo", "me/edit", "--edit", edits[0])
     assert "HF_HUB_OFFLINE is set" in said and "--dry-run DIR" in said
-    said = refused(capsys, place, "pull", "--repo", "me/edit", "--save", place.at / "x")
+    said = refused(capsys, place, "hub", "pull", "--repo", "me/edit", "--out", place.at / "x")
     assert "no copy is kept" in said
-    out = run(capsys, "push", "--repo", "me/edit", "--edit", edits[0], "--license", "mit",
+    out = run(capsys, "hub", "push", "--repo", "me/edit", "--edit", edits[0], "--license", "mit",
               "--dry-run", place.at / "look")  # fmt: skip
     assert "would be pushed" in out and (place.at / "look" / "README.md").is_file()
 
     hub = stand_in_hub(monkeypatch, place.at)
-    out = run(capsys, "push", "--repo", "me/edit", "--edit", edits[0])
+    out = run(capsys, "hub", "push", "--repo", "me/edit", "--edit", edits[0])
     assert out == f"{edits[0]} pushed to https://huggingface.co/me/edit\n"
-    out = run(capsys, "pull", "--repo", "me/edit", "--save", place.at / "c.st", *place.model)
+    out = run(capsys, "hub", "pull", "--repo", "me/edit", "--out", place.at / "c.st", *place.model)
     assert "edit with 1 facts of me/edit saved" in out
     assert Delta.load(place.at / "c.st").digest() == Delta.load(edits[0]).digest()
     other = place.other_model()
     hub.at = place.at / "cache"  # where refused() looks at no files
     hub.at.mkdir(exist_ok=True)
-    said = refused(capsys, place, "pull", "--repo", "me/edit", "--save", place.at / "d", *other)
+    said = refused(capsys, place, "hub", "pull", "--repo", "me/edit", "--out", place.at / "d", *other)
     assert "was made for the model" in said
-    said = refused(capsys, place, "pull", "--repo", "me/edit", *place.model)
-    assert "holds no second moments" in said and "--save FILE" in said
+    said = refused(capsys, place, "hub", "pull", "--repo", "me/edit", *place.model)
+    assert "holds no second moments" in said and "--out FILE" in said
 
 
 def test_statistics_there_and_back(
@@ -162,10 +162,10 @@ def test_statistics_there_and_back(
     out = run(capsys, "precompute", *place.model, "--corpus", place.corpus, "--multiplier", "2",
               "--layers", "0-1")  # fmt: skip
     home = Path(re.findall(r"^  (/.*\.safetensors)$", out, re.MULTILINE)[0]).parent
-    run(capsys, "push", "--repo", "me/moments", "--statistics", home, "--private")
+    run(capsys, "hub", "push", "--repo", "me/moments", "--statistics", home, "--private")
     model: Any = (*place.model[:3], place.at / "elsewhere", "--quiet")
-    out = run(capsys, "pull", "--repo", "me/moments", *model)
+    out = run(capsys, "hub", "pull", "--repo", "me/moments", *model)
     assert "second moments of 2 layers: corpus corpus.jsonl, multiplier 2, 128 keys" in out
-    out = run(capsys, "edit", *model, "--set", "layers=0-1", "--set", "steps=2", "--requests",
-              place.requests, "--save", place.at / "edit.st")  # fmt: skip
-    assert "128 keys (kept)" in out
+    out = run(capsys, "edit", *model, "--set", "layers=0-1", "--set", "steps=2", "--facts",
+              place.requests, "--out", place.at / "edit.st")  # fmt: skip
+    assert "128 keys (stored)" in out

@@ -11,7 +11,7 @@ import torch
 
 import their_loader
 from fastmemit.cli import parser
-from fastmemit.cli.stats_place import LAYOUT_NAMES
+from fastmemit.cli.options import LAYOUT_NAMES
 from fastmemit.compat import LAYOUTS, SAMPLE_SIZE
 from fastmemit.delta import Delta
 from tiny_commands import EDIT, Place, refused, run
@@ -28,13 +28,13 @@ def kept(place: Place, capsys: Capture) -> Place:
 
 def test_the_options_name_what_there_is() -> None:
     assert LAYOUT_NAMES == LAYOUTS
-    words = ["export-stats", "--model", "m", "--layout", "rome"]
+    words = ["stats", "export", "--model", "m", "--layout", "rome"]
     assert parser().parse_args(words).sample_size == SAMPLE_SIZE
 
 
 def test_out_and_in_again(kept: Place, capsys: Capture) -> None:
     stats = kept.at / "data" / "stats"
-    out = run(capsys, "export-stats", *kept.model, "--layout", "memit", "--stats-dir", stats)
+    out = run(capsys, "stats", "export", *kept.model, "--layout", "memit", "--stats-dir", stats)
     name = Path(kept.model[1]).name
     paths = [their_loader.their_path(stats, name, f"model.layers.{i}.mlp.down_proj") for i in (0, 1)]
     assert [line.strip() for line in out.splitlines() if line.startswith("  ")] == list(map(str, paths))
@@ -44,31 +44,31 @@ def test_out_and_in_again(kept: Place, capsys: Capture) -> None:
 
     for number, corpus in enumerate([[], ["--cache", kept.at / "other"]]):
         if corpus:
-            out = run(capsys, "import-stats", *kept.model, *corpus, "--layout", "memit",
+            out = run(capsys, "stats", "import", *kept.model, *corpus, "--layout", "memit",
                       "--stats-dir", stats)  # fmt: skip
             assert f"{name} in float32: second moments of 2 layers taken over, corpus im" in out
-        out = run(capsys, "edit", *kept.model, *corpus, *EDIT, "--requests", kept.requests,
-                  "--save", kept.at / f"{number}.st")  # fmt: skip
+        out = run(capsys, "edit", *kept.model, *corpus, *EDIT, "--facts", kept.requests,
+                  "--out", kept.at / f"{number}.st")  # fmt: skip
         where = "imported:wikipedia_stats" if corpus else "corpus.jsonl"
-        assert f"statistics: corpus {where}, multiplier 4, 256 keys (kept)" in out
+        assert f"statistics: corpus {where}, multiplier 4, 256 keys (stored)" in out
     one, two = (Delta.load(kept.at / f"{number}.st") for number in (0, 1))
     assert one.digest() == two.digest()
 
 
 def test_single_files_are_named(kept: Place, capsys: Capture) -> None:
-    run(capsys, "export-stats", *kept.model, "--layout", "rome", "--stats-dir", kept.at,
+    run(capsys, "stats", "export", *kept.model, "--layout", "rome", "--stats-dir", kept.at,
         "--model-name", "me/tiny", "--layers", "1", "--dataset", "pile", "--sample-size", "7",
         "--precision", "float64")  # fmt: skip
     path = kept.at / "me_tiny" / "pile_stats" / "model.layers.1.mlp.down_proj_float64_mom2_7.npz"
     assert np.load(path)["mom2.mom2"].dtype == np.float64
     assert len(list(path.parent.iterdir())) == 1
-    out = run(capsys, "import-stats", *kept.model, "--file", path)
+    out = run(capsys, "stats", "import", *kept.model, "--file", path)
     assert "1 layers taken over, corpus imported:pile_stats, multiplier 4, 256 keys" in out
 
 
 def test_alphaedit_gets_its_projectors(kept: Place, capsys: Capture) -> None:
     stats = kept.at / "repo" / "data" / "stats"
-    common = ("export-stats", *kept.model, "--layout", "alphaedit", "--stats-dir", stats)
+    common = ("stats", "export", *kept.model, "--layout", "alphaedit", "--stats-dir", stats)
     out = run(capsys, *common, "--relative-threshold", "0.05")
     path = kept.at / "repo" / "null_space_project.pt"
     assert f"projectors onto the null spaces in {path}\n" in out
@@ -84,13 +84,13 @@ def test_alphaedit_gets_its_projectors(kept: Place, capsys: Capture) -> None:
     out = run(capsys, *common, "--overwrite", "--no-null-space")
     assert "projectors" not in out and not path.exists()
     elsewhere = kept.at / "p.pt"
-    run(capsys, "export-stats", *kept.model, "--layout", "easyedit", "--stats-dir", kept.at,
+    run(capsys, "stats", "export", *kept.model, "--layout", "easyedit", "--stats-dir", kept.at,
         "--null-space", elsewhere, "--threshold", "1000")  # fmt: skip
     assert torch.load(elsewhere, weights_only=True).shape == (2, 64, 64)
 
 
 def test_they_are_collected_where_a_corpus_is_named(place: Place, capsys: Capture) -> None:
-    common = ("export-stats", *place.model, "--layout", "memit", "--layers", "1", "--stats-dir")
+    common = ("stats", "export", *place.model, "--layout", "memit", "--layers", "1", "--stats-dir")
     line = refused(capsys, place, *common, place.at)
     assert "No second moments of the layers [1]" in line and "name a --corpus" in line
     run(capsys, *common, place.at, "--corpus", place.corpus, "--multiplier", "2")
@@ -115,7 +115,7 @@ def test_they_are_collected_where_a_corpus_is_named(place: Place, capsys: Captur
     ],
 )
 def test_what_cannot_be_exported(place: Place, capsys: Capture, options: list[str], part: str) -> None:
-    line = refused(capsys, place, "export-stats", *place.model, *options)
+    line = refused(capsys, place, "stats", "export", *place.model, *options)
     assert part in line and not (place.at / "cache").exists()
 
 
@@ -130,14 +130,14 @@ def test_what_cannot_be_exported(place: Place, capsys: Capture, options: list[st
     ],
 )
 def test_what_cannot_be_imported(place: Place, capsys: Capture, options: list[str], part: str) -> None:
-    assert part in refused(capsys, place, "import-stats", *place.model, *options)
+    assert part in refused(capsys, place, "stats", "import", *place.model, *options)
 
 
 def test_another_model_is_refused_and_taken_by_force(kept: Place, capsys: Capture) -> None:
-    run(capsys, "export-stats", *kept.model, "--layout", "rome", "--stats-dir", kept.at)
+    run(capsys, "stats", "export", *kept.model, "--layout", "rome", "--stats-dir", kept.at)
     files = sorted(kept.at.rglob("*.npz"))
     options = [word for path in files for word in ("--file", path)]
     other = kept.other_model()
-    line = refused(capsys, kept, "import-stats", *other, *options)
+    line = refused(capsys, kept, "stats", "import", *other, *options)
     assert "are not of this model's keys" in line and "or pass --no-check if" in line
-    assert "2 layers taken over" in run(capsys, "import-stats", *other, *options, "--no-check")
+    assert "2 layers taken over" in run(capsys, "stats", "import", *other, *options, "--no-check")

@@ -1,4 +1,4 @@
-"""``fastmemit sweep``: killed by the system and started again, divided, put together, refused."""
+"""``fastmemit experiment sweep``: killed by the system and started again, divided, put together, refused."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ import pytest
 
 from tiny_commands import Place, refused, run
 
-GRID = ("--methods", "emmet,memit", "--multipliers", "0.5,2,full", "--batches", "1:2,2:1",
-        "--vary", "layers=1,steps=3", "--vary", "layers=1,steps=3,relative_ridge=0.01",
+GRID = ("--methods", "emmet,memit", "--multipliers", "0.5,2,full", "--batch-sizes", "1,2",
+        "--num-batches", "2,1", "--vary", "layers=1,steps=3", "--vary", "layers=1,steps=3,relative_ridge=0.01",
         "--only-varied")  # fmt: skip
 
 
 def argv(place: Place, out: Path, *more: Any) -> list[Any]:
-    return ["sweep", *place.model, "--data", place.records, "--corpus", place.corpus, *GRID,
+    return ["experiment", "sweep", *place.model, "--facts", place.records, "--corpus", place.corpus, *GRID,
             "--out", out, *more]  # fmt: skip
 
 
@@ -94,9 +94,9 @@ def _finished(out: Path) -> int:
     [
         (("--methods", "memit,mend"), "'mend'"),
         (("--multipliers", "0"), "'0'"),
-        (("--batches", "16"), "not a batch size and a number"),
-        (("--batch-sizes", "7"), "--batches 7:10"),
-        (("--batches", "64:5"), "too few"),
+        (("--num-batches", "16:1"), "'16:1'"),
+        (("--batch-sizes", "7"), "2 numbers of batches for 1 batch sizes"),
+        (("--batch-sizes", "64", "--num-batches", "5"), "too few"),
         (("--shard", "3/2"), "'3/2'"),
         (("--seeds", "x"), "'x'"),
         (("--vary", "clamp"), "'clamp'"),
@@ -104,8 +104,8 @@ def _finished(out: Path) -> int:
         (("--vary", "layers=1,steps=3"), "twice"),
         (("--corpus", "self"), "many times"),
         (("--corpus", "nowhere.txt"), "nowhere.txt"),
-        (("--data", "nowhere.json"), "nowhere.json"),
-        (("--perplexity", "nowhere.txt"), "nowhere.txt"),
+        (("--facts", "nowhere.json"), "nowhere.json"),
+        (("--text", "nowhere.txt"), "nowhere.txt"),
     ],
 )
 def test_bad_input_is_refused_before_any_work(

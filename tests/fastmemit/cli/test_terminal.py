@@ -114,9 +114,9 @@ def test_no_field_of_an_edit_reaches_the_terminal_raw(place: Place, capsys: pyte
     evil_delta(model, 3, weight="model\x1b[2J.weight").save(d)
     both = place.at / "both.safetensors"
     capsys.readouterr()
-    code, text = silent(capsys, "compose", "--edit", a, "--edit", b, "--save", both)
+    code, text = silent(capsys, "compose", "--edit", a, "--edit", b, "--out", both)
     assert code == 0 and r"by rome\x1b]0;PWNED\x07" in text
-    code, text = silent(capsys, "compose", "--edit", a, "--edit", c, "--save", both)
+    code, text = silent(capsys, "compose", "--edit", a, "--edit", c, "--out", both)
     assert code == 2 and "m\\x1b]0;PWNED" in text
     code, text = silent(capsys, "apply", *place.model, "--edit", c)
     assert code == 2 and "made for the model" in text
@@ -124,9 +124,9 @@ def test_no_field_of_an_edit_reaches_the_terminal_raw(place: Place, capsys: pyte
     assert code == 2 and r"model\x1b[2J.weight" in text
     code, text = silent(capsys, "apply", *place.model, "--edit", place.at / "no\x1b[2J")
     assert code == 2 and "no edit file" in text
-    code, _ = silent(capsys, "push", "--repo", "a/b", "--edit", a, "--dry-run", place.at / "dry")
+    code, _ = silent(capsys, "hub", "push", "--repo", "a/b", "--edit", a, "--dry-run", place.at / "dry")
     assert code == 0
-    code, text = silent(capsys, "export-adapter", "--model", place.model[1], "--edit", a,
+    code, text = silent(capsys, "adapter", "export", "--model", place.model[1], "--edit", a,
                         "--out", place.at / "adapter\x1b[2J")  # fmt: skip
     assert code == 0 and r"adapter\x1b[2J" in text
 
@@ -136,22 +136,22 @@ def test_no_field_of_other_files_reaches_the_terminal_raw(
 ) -> None:
     sweep = write(tmp_path / "sweep\x1b[2J", [cell("memit", d, (2, 2)) for d in (2.0, None)],
                   model="m" + EVIL)  # fmt: skip
-    code, text = silent(capsys, "report", sweep)
+    code, text = silent(capsys, "experiment", "report", sweep)
     assert code == 0 and r"m\x1b]0;PWNED" in text and r"sweep\x1b[2J" in text
     requests = tmp_path / "r\x1b[2J.jsonl"
     requests.write_text(json.dumps({"prompt": "x", "subject": EVIL, "target_new": EVIL}) + "\n")
-    code, text = silent(capsys, "edit", *place.model, "--requests", requests, "--save",
+    code, text = silent(capsys, "edit", *place.model, "--facts", requests, "--out",
                         tmp_path / "e")  # fmt: skip
     assert code == 2 and r"r\x1b[2J.jsonl" in text
     hparams = tmp_path / "h.json"
     hparams.write_text(json.dumps({"alg_name": "MEMIT", "layers": [0], "field" + EVIL: 1}))
-    code, text = silent(capsys, "edit", *place.model, "--requests", place.requests, "--hparams",
-                        hparams, "--save", tmp_path / "e")  # fmt: skip
+    code, text = silent(capsys, "edit", *place.model, "--facts", place.requests, "--config",
+                        hparams, "--out", tmp_path / "e")  # fmt: skip
     assert code == 2
     code, text = silent(capsys, "edit", "--model", "x", "--no-such" + EVIL)
     assert code == 2 and r"--no-such\x1b]0;PWNED" in text
-    code, text = silent(capsys, "edit", "--model", "nowhere" + EVIL, "--requests", place.requests,
-                        "--save", tmp_path / "e")  # fmt: skip
+    code, text = silent(capsys, "edit", "--model", "nowhere" + EVIL, "--facts", place.requests,
+                        "--out", tmp_path / "e")  # fmt: skip
     assert code == 2
 
 
@@ -162,8 +162,8 @@ def test_an_output_that_is_not_utf8_loses_no_edit(place: Place, encoding: str) -
     saved = place.at / f"{encoding}.safetensors"
     found = os.pathsep.join(path for path in sys.path if path)
     done = subprocess.run(
-        [sys.executable, "-m", "fastmemit", "edit", *place.model, *EDIT, "--save", saved,
-         "--requests", place.requests, "--corpus", place.corpus, "--multiplier", "4"],
+        [sys.executable, "-m", "fastmemit", "edit", *place.model, *EDIT, "--out", saved,
+         "--facts", place.requests, "--corpus", place.corpus, "--multiplier", "4"],
         env={**os.environ, "LANG": "C", "LC_ALL": "C", "PYTHONUTF8": "0",
              "PYTHONIOENCODING": encoding, "PYTHONPATH": found},
         capture_output=True, check=False,
@@ -178,7 +178,7 @@ def test_a_place_that_is_no_file_is_written_into(place: Place, capsys: pytest.Ca
     pipe = place.at / "pipe"
     os.mkfifo(pipe)
     reader = subprocess.Popen(["cat", pipe], stdout=subprocess.PIPE)
-    assert silent(capsys, "compose", "--edit", edit, "--save", pipe)[0] == 0
+    assert silent(capsys, "compose", "--edit", edit, "--out", pipe)[0] == 0
     data = reader.communicate(timeout=30)[0]
     (place.at / "read.safetensors").write_bytes(data)
     assert Delta.load(place.at / "read.safetensors").digest() == Delta.load(edit).digest()

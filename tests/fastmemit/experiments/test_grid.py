@@ -64,8 +64,8 @@ def test_lists_are_read_as_they_are_written() -> None:
     assert parse_methods("memit, rome") == ("memit", "rome")
     assert parse_batches(None, None) == TABLE_1
     assert parse_batches("16,1", None) == {16: 10, 1: 1000}
-    assert parse_batches(None, "4:2,64:3") == {4: 2, 64: 3}
-    assert parse_batches("1,4", "4:2") == {1: 1000, 4: 2}
+    assert parse_batches("4,64", "2,3") == {4: 2, 64: 3}
+    assert parse_batches("1,4", "2") == {1: 2, 4: 2}
     assert parse_seeds("3,0") == (3, 0)
     assert parse_shard("2/4") == (2, 4) and parse_shard(None) == (1, 1)
 
@@ -97,12 +97,12 @@ def test_a_bad_list_is_refused(parse, text: str, said: str) -> None:
 @pytest.mark.parametrize(
     ("sizes", "counts", "said"),
     [
-        (None, "16", "not a batch size and a number"),
-        (None, "16:0", "'0'"),
-        (None, "a:1", "'a'"),
-        (None, "1:2,1:3", "twice"),
-        ("7", None, "--batches 7:10"),
-        ("4,4", "4:2", "twice"),
+        ("16", "1,2", "2 numbers of batches for 1 batch sizes"),
+        ("16", "0", "'0'"),
+        ("a", "1", "'a'"),
+        ("1,1", "2,3", "twice"),
+        ("7", None, "no batches of 7; say how many of each size with --num-batches"),
+        ("4,4", "2", "twice"),
     ],
 )
 def test_bad_batches_are_refused(sizes: str | None, counts: str | None, said: str) -> None:

@@ -52,7 +52,7 @@ def test_the_file_says_what_was_found() -> None:
     assert found["records"][1] == {
         "prompt": "{} is", "subject": "Paris", "answer": "y", "clean": 0.7, "corrupted": 0.35
     }  # fmt: skip
-    assert found["command"] == "fastmemit locate --facts 'two words.json'"
+    assert found["command"] == "fastmemit experiment locate --facts 'two words.json'"
 
 
 def test_one_fact_and_no_proposal() -> None:

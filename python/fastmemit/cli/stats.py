@@ -1,0 +1,295 @@
+"""Statistics: ``precompute``, what they take (``stats plan``), and other codebases' files (``stats export|import``)."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fastmemit.cli import options
+from fastmemit.cli.options import ensure_statistics, make_editor, verb
+from fastmemit.cli.terminal import byte_size, show_table
+from fastmemit.errors import BadConfig
+
+if TYPE_CHECKING:
+    from fastmemit.compat import StatsPlace
+    from fastmemit.editor import Editor
+    from fastmemit.statistics import Statistics
+
+NULL_SPACE = "null_space_project.pt"
+
+
+@verb("precompute", "--layers --throughput --corpus=wikipedia MODEL CORPUS")
+def _precompute(args: argparse.Namespace) -> None:
+    """Collect the second moments of a model's keys, once; edits find them by themselves.
+
+    Examples:
+      fastmemit precompute --model gpt2-xl
+      fastmemit precompute --model smollm2 --corpus articles.jsonl --multiplier 10
+      fastmemit precompute --model ./my-model --corpus self --layers 4-8
+
+    With several GPUs, each takes its share of the text and the result is the same to rounding:
+      torchrun --nproc-per-node 8 -m fastmemit precompute --model gpt2-xl --corpus articles.jsonl
+    """
+    from fastmemit import parallel
+    from fastmemit.data.corpora import is_at_hand, load_corpus
+    from fastmemit.methods.config import parse_layers
+
+    processes = parallel.current()
+    if processes is not None:
+        args.quiet = args.quiet or not processes.first
+        if args.device_map is None:
+            args.device = parallel.local_device(args.device)
+    layers = None if args.layers is None else parse_layers(args.layers)
+    corpus = args.corpus
+    if is_at_hand(corpus):  # the model takes minutes to load, and is not needed to look
+        corpus = load_corpus(corpus, field=args.field)
+    editor = make_editor(args)
+    begun = time.perf_counter()
+    found = options.precompute(editor, corpus, layers, args)
+    if processes is not None and not processes.first:
+        return
+    print(
+        f"{editor.name}: second moments of {len(found.paths)} layers, {found.describe()}, "
+        f"in {time.perf_counter() - begun:.1f} s"
+    )
+    speed = found.throughput
+    if speed is not None:
+        whose = "" if processes is None else f"process 0 of {processes.size}: "
+        # The line ends with the share of the limit, which is for those who look for it.
+        print(f"  {whose}{speed if args.throughput else str(speed).rpartition(', ')[0]}")
+    for path in found.paths.values():
+        print(f"  {path}")
+
+
+@verb(
+    "stats plan", "--shape! --layers=4-8 --multipliers=10 --machine --flops --share --processes --batch-tokens --length"
+)
+def _plan(args: argparse.Namespace) -> None:
+    """Count the memory, time and bytes that a model's statistics take, and load nothing.
+
+    Examples:
+      fastmemit stats plan --shape llama-3-70b --layers 4-8 --processes 8
+      fastmemit stats plan --shape ./my-model --layers 4-8 --multipliers 2,10 --machine h100 --share 0.4
+
+    Operations and bytes are counted as the code does them. Seconds divide them by a machine's rates;
+    the last line says which of these were measured and which are assumed.
+    """
+    import dataclasses
+
+    import fastcov
+    from fastmemit.capacity import FULL_KEYS, MACHINES, plan, shape_of
+    from fastmemit.methods.config import parse_layers
+
+    shape = shape_of(args.shape)
+    machine = MACHINES[args.machine]
+    for name in ("flops", "share"):
+        value = getattr(args, name)
+        if value is not None:
+            if not 0 < value < float("inf"):
+                raise BadConfig(f"--{name} must be above 0 but is {value:g}; give what is real.")
+            machine = dataclasses.replace(machine, **{name: value})
+    layers = parse_layers(args.layers)
+    try:
+        wanted = [fastcov.budget(float(m), shape.d_k) for m in args.multipliers.split(",")]
+    except ValueError as error:
+        if isinstance(error, fastcov.FastcovError):
+            raise
+        raise BadConfig(f"--multipliers {args.multipliers!r} is no list of numbers; write 10, or 2,10.") from error
+    plans = [
+        plan(shape, machine, layers, keys, processes=args.processes, batch_tokens=args.batch_tokens, length=args.length)
+        for keys in dict.fromkeys([*wanted, FULL_KEYS])
+    ]
+    print(
+        f"{args.shape}: {shape.weights / 1e9:.2f} billion weights, {shape.layers} layers, "
+        f"d {shape.d}, d_k {shape.d_k}; statistics of layers {args.layers}, "
+        f"{args.processes} x {args.machine}"
+    )
+    rows: list[tuple[str, list[str]]] = [
+        ("keys of each layer", [f"{p.keys:,}" for p in plans]),
+        ("memory of a process", []),
+        ("  the whole model", [byte_size(p.weights) for p in plans]),
+        ("  the part that runs", [byte_size(p.weights_run) for p in plans]),
+        ("  a batch", [byte_size(p.activations) for p in plans]),
+        ("  the sums", [byte_size(p.moments) for p in plans]),
+        ("  what runs, in all", [byte_size(p.memory) for p in plans]),
+        ("seconds", []),
+        *((f"  {step}", [_seconds(p.seconds[step]) for p in plans]) for step in plans[0].seconds),
+        ("  in all", [_seconds(p.total) for p in plans]),
+        ("operations", []),
+        ("  forward passes", [f"{p.flops:.2e}" for p in plans]),
+        ("  triangles", [f"{p.triangles:.2e}" for p in plans]),
+        ("bytes moved", []),
+        ("  device memory", [byte_size(p.read) for p in plans]),
+        ("  between processes", [byte_size(p.sent) for p in plans]),
+        ("  to disk, each layer", [byte_size(p.file) for p in plans]),
+        ("then, for each layer", []),
+        ("  a factor in float64", [byte_size(p.factor) for p in plans]),
+        ("  in float32, refined", [byte_size(p.factor / 2) for p in plans]),
+        ("  seconds in float64", [_seconds(p.factor_seconds) for p in plans]),
+    ]
+    show_table([[name, *cells] for name, cells in rows])
+    if plans[-1].memory > machine.memory:
+        print(
+            f"what runs does not fit into the {byte_size(machine.memory)} of one device: spread the "
+            "model (--device auto), or take fewer layers or a smaller batch"
+        )
+    print(f"rates: {machine.source}")
+    if args.flops is not None or args.share is not None:
+        print("rates given on the command line replace those")
+
+
+def _seconds(number: float) -> str:
+    return f"{number:.3g}" if number < 1000 else f"{number:,.0f}"
+
+
+def _place(args: argparse.Namespace, editor: Editor) -> StatsPlace:
+    from fastmemit.compat import StatsPlace
+
+    return StatsPlace(
+        args.stats_dir,
+        args.layout,
+        args.model_name or editor.name,
+        dataset=args.dataset,
+        precision=args.precision,
+        sample_size=args.sample_size,
+    )
+
+
+@verb(
+    "stats export",
+    "--layout! --layers --overwrite --null-space --no-null-space --threshold --relative-threshold PLACE MODEL CORPUS",
+)
+def _export(args: argparse.Namespace) -> None:
+    r"""Write second moments where ROME, MEMIT, EasyEdit or AlphaEdit look for theirs.
+
+    Examples:
+      fastmemit stats export --model gpt2-xl --layout memit --stats-dir memit/data/stats
+      fastmemit stats export --model gpt2-xl --layout rome --layers 17 --corpus wikipedia \
+          --multiplier 10
+      fastmemit stats export --model meta-llama/Meta-Llama-3-8B --model-name Llama3-8B \
+          --layout alphaedit --stats-dir AlphaEdit/data/stats --relative-threshold 0.01
+
+    Without --corpus the newest stored statistics are written. The other codebase takes the files as its
+    own where its settings say the same mom2_dataset, mom2_n_samples and mom2_dtype.
+    """
+    from fastmemit.compat.npz_files import check_new, export_null_space, export_statistics, layers_by_name
+    from fastmemit.methods.config import parse_layers
+    from fastmemit.progress import bar
+
+    layers = None if args.layers is None else parse_layers(args.layers)
+    null_space = _null_space(args)
+    if null_space is not None and not args.overwrite:
+        check_new(null_space)
+    editor = make_editor(args)
+    place = _place(args, editor)
+    found = _statistics(editor, args, layers)
+    modules = list(found.paths)
+    with bar("layers written", len(modules), not args.quiet) as written:
+        paths = export_statistics(found, place, modules, overwrite=args.overwrite, progress=written)
+    print(f"{editor.name}: second moments of {len(paths)} layers, {found.describe()}")
+    for path in paths.values():
+        print(f"  {path}")
+    print(
+        f"taken where mom2_dataset is {place.dataset}, mom2_n_samples {place.sample_size} and "
+        f"mom2_dtype {place.precision}"
+    )
+    if null_space is None:
+        return
+    with bar("layers decomposed", len(modules), not args.quiet) as decomposed:
+        ranks = export_null_space(
+            found,
+            null_space,
+            modules,
+            **({} if args.threshold is None else {"threshold": args.threshold}),
+            relative=args.relative_threshold,
+            overwrite=args.overwrite,
+            progress=decomposed,
+        )
+    print(f"projectors onto the null spaces in {null_space}")
+    layer_of = layers_by_name(editor.adapter)
+    for name, rank in ranks.items():
+        print(f"  {name}: {rank} of {editor.adapter.d_k(layer_of[name])} directions")
+
+
+def _null_space(args: argparse.Namespace) -> Path | None:
+    """Where AlphaEdit's projectors go, if they are to be written.
+
+    Raises:
+        BadConfig: Options that contradict each other, a threshold that is not above 0, or a folder for a file.
+    """
+    given = [args.threshold, args.relative_threshold]
+    if None not in given:
+        raise BadConfig("Give either --threshold or --relative-threshold.")
+    for value in given:
+        if value is not None and not 0 < value < float("inf"):
+            raise BadConfig(f"A threshold must be a finite number above 0 but is {value:g}.")
+    wanted = args.null_space is not None or args.layout == "alphaedit"
+    if args.no_null_space or not wanted:
+        if args.null_space is not None or given != [None, None]:
+            raise BadConfig(
+                "The projectors are not written, so --null-space and thresholds make no sense; "
+                "pass --null-space FILE without --no-null-space."
+            )
+        return None
+    if args.null_space is not None:
+        if args.null_space.is_dir():
+            raise BadConfig(f"{str(args.null_space)!r} is a folder; name a file (--null-space).")
+        return Path(args.null_space)
+    folder: Path = args.stats_dir
+    inside = folder.absolute().parts[-2:] == ("data", "stats")
+    return (folder.absolute().parent.parent if inside else folder) / NULL_SPACE
+
+
+def _statistics(editor: Editor, args: argparse.Namespace, layers: tuple[int, ...] | None) -> Statistics:
+    """The statistics to write: newly collected where a corpus is named, else stored ones.
+
+    Raises:
+        fastcov.StoreMissing: None are stored.
+    """
+    from fastcov import StoreMissing
+    from fastmemit.methods import METHODS
+
+    if args.corpus is not None or args.multiplier == "auto":
+        every = sorted({layer for method in METHODS for layer in editor.config(method).layers})
+        return ensure_statistics(editor, layers or every, args)
+    found = editor.find_statistics(layers, args.multiplier)
+    if found is not None:
+        return found
+    many = "" if args.multiplier is None else f" for the multiplier {args.multiplier:g}"
+    which = "" if layers is None else f" of the layers {list(layers)}"
+    raise StoreMissing(
+        f"No second moments{which} of {editor.name} are stored{many}; name a --corpus "
+        "to collect them from, or other --layers."
+    )
+
+
+@verb("stats import", "--layout --file --layers --no-check PLACE MODEL")
+def _import(args: argparse.Namespace) -> None:
+    r"""Take over second moments that ROME, MEMIT, EasyEdit or AlphaEdit collected.
+
+    Examples:
+      fastmemit stats import --model gpt2-xl --layout memit --stats-dir memit/data/stats
+      fastmemit stats import --model EleutherAI/gpt-j-6B --layout rome --layers 3-8
+      fastmemit stats import --model gpt2-xl \
+          --file transformer.h.17.mlp.c_proj_float32_mom2_100000.npz
+
+    Edits use what was imported or precomputed last. Import with the --dtype that you edit with: the
+    same weights in another dtype are another model.
+    """
+    from fastmemit.compat import files_of, import_statistics
+    from fastmemit.methods.config import parse_layers
+
+    if bool(args.file) == (args.layout is not None):
+        raise BadConfig("Name the files either by --layout and --stats-dir or by --file.")
+    layers = None if args.layers is None else parse_layers(args.layers)
+    if args.file and layers is not None:
+        raise BadConfig("The names of files say which layers they are of; leave --layers out.")
+    editor = make_editor(args)
+    files = args.file or files_of(editor, _place(args, editor), layers)
+    found = import_statistics(editor, files, check=not args.no_check)
+    dtype = str(editor.model.dtype).removeprefix("torch.")
+    print(f"{editor.name} in {dtype}: second moments of {len(found.paths)} layers taken over, {found.describe()}")
+    for path in found.paths.values():
+        print(f"  {path}")
