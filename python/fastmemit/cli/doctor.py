@@ -35,7 +35,7 @@ def _doctor(args: argparse.Namespace) -> None:
     from huggingface_hub import constants, get_token
 
     from fastcov.__main__ import show_kernels, version
-    from fastmemit.cache import cache_dir
+    from fastmemit.files import cache_dir
 
     show_kernels()
     print("\nlibraries")

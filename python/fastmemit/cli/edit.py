@@ -205,8 +205,8 @@ def _undo(args: argparse.Namespace) -> None:
     The weights come back but for the rounding of the sum. For the bits themselves keep the unedited
     model and the edit's file: apply puts them together when they are needed.
     """
-    from fastmemit.applied import Edit, EditStack
     from fastmemit.delta import Delta
+    from fastmemit.edits import Edit, EditStack
     from fastmemit.models import fingerprint
 
     check_free(args.save_model)
