@@ -27,7 +27,8 @@ EPILOG = """examples:
   fastmemit evaluate --model gpt2-xl --facts counterfact --batch-size 16 --num-batches 4
   fastmemit experiment sweep --model gpt2-xl --facts counterfact --out DIR
 """
-# Those without a description are verbs themselves.
+#: Verbs in the order of --help, and the groups behind them.
+ORDER = ("demo", "precompute", "edit", "apply", "show", "undo", "compose", "evaluate", "doctor")
 GROUPS = {
     "stats": "What statistics take, and those of other codebases: plan, export, import.",
     "adapter": "Edits as LoRA adapters: export, import.",
@@ -68,7 +69,7 @@ class _Parser(argparse.ArgumentParser):
             known = list(action.choices)
             near = meant(value, known)
             if isinstance(action, argparse._SubParsersAction) and not near:  # it may be a verb of a group
-                full = [verb for verb in VERBS if value in verb.split()]
+                full = [f"{group} {value}" for group in GROUPS if f"{group} {value}" in VERBS]
                 near = f" Did you mean {' or '.join(map(repr, full))}?" if full else ""
             raise argparse.ArgumentError(action, f"invalid choice: {value!r} (choose from {', '.join(known)}).{near}")
 
@@ -78,8 +79,8 @@ def parser() -> argparse.ArgumentParser:
     top = _Parser(prog="fastmemit", description=DESCRIPTION, epilog=EPILOG)
     top.add_argument("--version", action="version", version=f"fastmemit {__version__}")
     verbs = {"": top.add_subparsers(metavar="VERB", required=True)}
-    for name, verb in VERBS.items():
-        group, _, word = name.rpartition(" ")
+    for name in sorted(VERBS, key=lambda name: (*ORDER, *GROUPS).index(name.split()[0])):
+        verb, (group, _, word) = VERBS[name], name.rpartition(" ")
         if group not in verbs:
             within = verbs[""].add_parser(group, help=GROUPS[group], description=GROUPS[group])
             verbs[group] = within.add_subparsers(metavar="VERB", required=True)

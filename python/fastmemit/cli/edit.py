@@ -171,7 +171,7 @@ def _edit_shown(path: Path) -> tuple[str, list[tuple[str, object]]]:
         ("weights", len(delta.factors)),
         ("rank", max((left.shape[1] for left, _ in delta.factors.values()), default=0)),
         ("digest", delta.digest()),
-        *(("part", f"{part.digest():.12}  {len(part.requests)} facts") for part in found if len(found) > 1),
+        *(("part", f"{part.digest():.12} with {len(part.requests)} facts") for part in found if len(found) > 1),
     ]
     try:
         facts = [f"{fact.text} -> {fact.target.strip()}" for fact in facts_of(delta)]

@@ -31,7 +31,7 @@ def test_show_says_what_is_in_an_edit_and_in_a_model(place: Place, capsys: Captu
     assert "class      LlamaForCausalLM" in out and "keys       of width 64" in out
     other = place.edit(capsys, "other.st", "--set", "steps=1")
     run(capsys, "compose", "--edit", saved, "--edit", other, "--out", both, "--allow-conflicts")
-    assert f"part       {Delta.load(other).digest():.12}  2 facts" in run(capsys, "show", both)
+    assert f"part       {Delta.load(other).digest():.12} with 2 facts" in run(capsys, "show", both)
     assert "There is no edit file" in refused(capsys, place, "show", place.at / "gone.st")
 
 
