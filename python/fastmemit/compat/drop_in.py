@@ -120,12 +120,6 @@ class LiveStack(EditStack):
         self._looked = True  # so that what was just looked at is not looked at again
         self._fingerprint = baseline or self._now
 
-    @property
-    def fingerprint(self) -> str:
-        """The fingerprint of the model when it was first seen."""
-        assert self._fingerprint is not None
-        return self._fingerprint
-
     def changed(self) -> list[str]:
         """Nothing: whatever changes the weights is an edit here."""
         return []
