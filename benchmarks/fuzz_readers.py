@@ -22,13 +22,17 @@ from fastcov.bench import schema as bench
 from fastmemit.data import load_corpus, load_records, load_requests, load_zsre
 from fastmemit.delta import Delta
 from fastmemit.evaluation.perplexity import read_text
-from fastmemit.experiments.comparison import group_cells
-from fastmemit.experiments.folders import collect
-from fastmemit.experiments.header import check_header
-from fastmemit.experiments.html import page
-from fastmemit.experiments.layout import latex, markdown
-from fastmemit.experiments.results import read_lines, read_unedited
-from fastmemit.experiments.tables import cells_csv, cells_table, comparison_tables, difference_tables
+from fastmemit.experiments.report import page
+from fastmemit.experiments.results import check_header, collect, read_lines, read_unedited
+from fastmemit.experiments.tables import (
+    cells_csv,
+    cells_table,
+    comparison_tables,
+    difference_tables,
+    group_cells,
+    latex,
+    markdown,
+)
 from fastmemit.targets import Target, TargetKey, TargetStore
 from tiny_sweeps import made, record, write
 from tiny_tokenizers import SENTENCES, tiny_tokenizer
@@ -237,14 +241,14 @@ def _read_report(path: Path) -> Any:
     found = collect([path.parent])
     groups = group_cells(found.cells, resamples=20)
     tables = [*comparison_tables(groups), *difference_tables(groups)]
-    html = page(found, [], tables, [], [], cells_table(groups))
+    html = page(found, [], {"comparisons": tables, "differences": [], "paper": [], "all": [cells_table(groups)]})
     return html, markdown(tables), latex(tables), cells_csv(groups)
 
 
 def _read_header(path: Path) -> Any:
     if not path.is_file():
         raise FileNotFoundError(path)  # a header would be written, and none was read
-    check_header(path.parent, samples.HEADER)  # type: ignore[arg-type]
+    check_header(path, samples.HEADER)
     return json.loads(path.read_text(encoding="utf-8"))
 
 

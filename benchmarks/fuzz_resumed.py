@@ -15,8 +15,9 @@ from benchmarks.fuzz_mutations import damaged_header
 from benchmarks.fuzz_readers import Absent, Reader
 from fastcov import SecondMoment
 from fastcov.checkpoint import Taken, read_checkpoint, write_checkpoint
-from fastmemit.experiments.sequential_report import markdown
-from fastmemit.experiments.sequential_runs import STEPS, _check_header, _finished
+from fastmemit.experiments.results import check_header
+from fastmemit.experiments.sequential import STEPS, read_sequences
+from fastmemit.experiments.tables import sequence_table
 
 _BATCHES = 2
 _DIGEST = 32  # bytes, the last ones of a checkpoint
@@ -63,14 +64,14 @@ _SEQUENCE = {**samples.HEADER, "batches": [[1, 2], [3]], "score_every": 1}
 
 def _header(folder: Path) -> Path:
     path = folder / "sequential.json"
-    _check_header(path, _SEQUENCE)
+    check_header(path, _SEQUENCE, "sequences")
     return path
 
 
 def _read_header(path: Path) -> Any:
     if not path.is_file():
         raise FileNotFoundError(path)  # a header would be written, and none was read
-    _check_header(path, _SEQUENCE)
+    check_header(path, _SEQUENCE, "sequences")
     return json.loads(path.read_text(encoding="utf-8"))
 
 
@@ -101,7 +102,7 @@ def _steps(folder: Path) -> Path:
 
 
 def _read_steps(path: Path) -> Any:
-    found = _finished(path, _BATCHES)
+    found = read_sequences(path, _BATCHES)
     if not found:
         raise Absent
-    return found, markdown([line for lines in found.values() for line in lines])
+    return found, sequence_table([line for lines in found.values() for line in lines])

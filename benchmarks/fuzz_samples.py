@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from fastmemit.experiments.header import with_defaults
+from fastmemit.experiments.results import with_defaults
 from tiny_sweeps import SWEEP
 from tiny_tokenizers import SENTENCES
 

@@ -35,10 +35,8 @@ sys.path.append(str(Path(__file__).parents[1] / "tests"))
 from fastcov.bench.machine import versions
 from fastmemit.edits import Edit
 from fastmemit.evaluation import evaluate
-from fastmemit.experiments.cell import SweepInputs
-from fastmemit.experiments.grid import Grid
-from fastmemit.experiments.header import make_header
-from fastmemit.experiments.sweep import run_sweep
+from fastmemit.experiments.results import Inputs
+from fastmemit.experiments.sweep import Grid, run_sweep
 from tiny_editors import FACTS, QUICK, record, tiny_corpus, tiny_editor
 
 KINDS = ("SIGINT", "SIGTERM", "KeyboardInterrupt at a line", "MemoryError at a line")
@@ -112,10 +110,8 @@ class Soak:
         self.number += 1
         grid = Grid(methods=("memit",), batches={2: 1}, multipliers=(2.0,), variants=(dict(QUICK),))
         corpus = tiny_corpus()
-        header = make_header(self.editor, {"name": "tiny"}, corpus, grid.methods)
         folder = self.folder / f"sweep{self.number}"
-        inputs = SweepInputs(self.records, corpus, folder, header)
-        run_sweep(self.editor, grid, inputs)
+        run_sweep(self.editor, grid, self.records, Inputs(corpus, folder, {"name": "tiny"}))
 
     def posture(self) -> dict[str, object]:
         """What must be as it was, but for weights."""

@@ -10,9 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from fastmemit.experiments.folders import score_means
-from fastmemit.experiments.intervals import SHARES
-from fastmemit.experiments.schema import Cell
+from fastmemit.evaluation.scores import SHARES, score_means
+from fastmemit.experiments.results import Cell
 
 #: How many prompts of each kind a record has.
 PROMPTS = np.array([1, 2, 10])
@@ -106,8 +105,7 @@ def made(
 
 
 def percent(shares: Iterable[Mapping[str, Any]]) -> dict[str, float | None]:
-    means = score_means(list(shares))
-    return {name: None if mean is None else 100 * mean for name, mean in means.items()}
+    return score_means(list(shares))
 
 
 def record(

@@ -20,9 +20,7 @@ from fastcov.parsing import MAX_DEPTH, parse_json
 from fastmemit.data import load_requests
 from fastmemit.delta import Delta
 from fastmemit.errors import BadData, DamagedFile
-from fastmemit.experiments.folders import collect
-from fastmemit.experiments.header import check_header
-from fastmemit.experiments.results import read_lines, read_unedited
+from fastmemit.experiments.results import check_header, collect, read_lines, read_unedited
 from fastmemit.targets import Target, TargetKey, TargetStore
 from tiny_sweeps import SWEEP, cell, write
 
@@ -82,7 +80,7 @@ def test_deep_values_are_refused_by_every_reader(tmp_path: Path, levels: int) ->
     with pytest.raises(DamagedFile, match=r"sweep\.json is not JSON .*100 deep"):
         collect([folder])
     with pytest.raises(BadData, match=r"not the header of a sweep .*100 deep"):
-        check_header(folder, SWEEP)  # type: ignore[arg-type]
+        check_header(folder / "sweep.json", SWEEP)
     path.write_text(deep(levels))
     with pytest.raises(BadData, match=r"not what was written .*100 deep"):
         read_unedited(path, "f", [1])

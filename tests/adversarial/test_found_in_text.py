@@ -13,7 +13,7 @@ from benchmarks.fuzz_readers import readers
 from fastcov.bench import schema
 from fastmemit.data import load_corpus
 from fastmemit.errors import BadData, BadRequest, DamagedFile
-from fastmemit.experiments.folders import collect
+from fastmemit.experiments.results import collect
 from fastmemit.request import EditRequest
 from tiny_sweeps import cell, write
 

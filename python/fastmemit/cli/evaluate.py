@@ -120,7 +120,8 @@ def _changes(
         names: The scores.
         perplexity: Before and after, where it was measured.
     """
-    from fastmemit.experiments.intervals import HARMONIC, SHARES, difference_intervals, score_intervals
+    from fastmemit.evaluation.scores import HARMONIC, SHARES
+    from fastmemit.experiments.intervals import difference_intervals, score_intervals
 
     sure = [name for name in names if name in SHARES or name in HARMONIC]
     before, after = ({name: result[when].get(name) for name in names} for when in ("before", "after"))

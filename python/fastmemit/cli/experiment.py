@@ -18,7 +18,7 @@ from fastmemit.errors import BadConfig, BadData
 if TYPE_CHECKING:
     from fastmemit.editor import Editor
     from fastmemit.evaluation.downstream import State
-    from fastmemit.experiments.schema import Cell
+    from fastmemit.experiments.results import Cell
     from fastmemit.tracing_report import Effect
 
 PRESERVE = {"both": (True, False), "yes": (True,), "no": (False,)}
@@ -53,23 +53,20 @@ def _sweep(args: argparse.Namespace) -> None:
     same folder.
     """
     from fastmemit.data import load_corpus, load_records
-    from fastmemit.experiments import grid as grids
-    from fastmemit.experiments.cell import SweepInputs
-    from fastmemit.experiments.header import file_identity, make_header
-    from fastmemit.experiments.statistics import FULL_KEYS
-    from fastmemit.experiments.sweep import run_sweep
+    from fastmemit.experiments import sweep
+    from fastmemit.experiments.results import FULL_KEYS, Inputs, file_identity
 
-    methods = grids.parse_methods(args.methods)
-    grid = grids.Grid(
+    methods = sweep.parse_methods(args.methods)
+    grid = sweep.Grid(
         methods=methods,
-        batches=grids.parse_batches(args.batch_sizes, args.num_batches),
-        multipliers=grids.parse_multipliers(args.multipliers),
+        batches=sweep.parse_batches(args.batch_sizes, args.num_batches),
+        multipliers=sweep.parse_multipliers(args.multipliers),
         variants=_variants(args.vary, args.only_varied, methods),
         bos=BOS[args.bos],
-        seeds=grids.parse_seeds(args.seeds),
-        snapshots=grids.parse_multipliers(args.snapshots) if args.snapshots else (),
+        seeds=sweep.parse_seeds(args.seeds),
+        snapshots=sweep.parse_multipliers(args.snapshots) if args.snapshots else (),
     )
-    shard = grids.parse_shard(args.shard)
+    shard = sweep.parse_shard(args.shard)
     _check_inputs(args)
     records = load_records(args.facts, skip_malformed=args.skip_malformed)
     corpus = load_corpus(args.corpus, field=args.field)
@@ -78,27 +75,16 @@ def _sweep(args: argparse.Namespace) -> None:
         for variant in grid.variants:
             editor.config(method, **variant)
     text = read_text(args, editor)
-    inputs = SweepInputs(
-        records,
+    inputs = Inputs(
         corpus,
         args.out,
-        make_header(
-            editor,
-            file_identity(args.facts),
-            corpus,
-            methods,
-            max_length=args.max_length,
-            full_keys=args.full_keys or FULL_KEYS,
-            perplexity=None
-            if text is None
-            else {**file_identity(args.text), "tokens": args.text_tokens, "batches": args.text_batches},
-        ),
+        file_identity(args.facts),
         full_keys=args.full_keys or FULL_KEYS,
         max_length=args.max_length,
         text=text,
         perplexity_batches=args.text_batches,
     )
-    cells = run_sweep(editor, grid, inputs, shard=shard, progress=not args.quiet)
+    cells = sweep.run_sweep(editor, grid, records, inputs, shard=shard, progress=not args.quiet)
     show_scores({cell["key"]: _row(cell) for cell in cells}, (*SCORES, "perplexity"))
     number, of = shard
     if of == 1:
@@ -108,11 +94,10 @@ def _sweep(args: argparse.Namespace) -> None:
 
 
 def _row(cell: Cell) -> dict[str, Any]:
-    from fastmemit.experiments.cell import table_of
+    from fastmemit.experiments.sweep import table_of
 
     found = cell["perplexity"]
-    scores = table_of([record["after"] for record in cell["records"]])
-    return {**scores, "perplexity": None if found is None else found["after"]}
+    return {**table_of(cell["records"]), "perplexity": None if found is None else found["after"]}
 
 
 def _variants(vary: list[str], only: bool, methods: Sequence[str]) -> tuple[dict[str, Any], ...]:
@@ -167,13 +152,11 @@ def _sequential(args: argparse.Namespace) -> None:
     """
     from fastcov.store import atomic_file
     from fastmemit.data import batches, load_corpus, load_records
-    from fastmemit.experiments.drawing import check_matplotlib
-    from fastmemit.experiments.grid import parse_multipliers
-    from fastmemit.experiments.header import file_identity
-    from fastmemit.experiments.layout import method_title
-    from fastmemit.experiments.sequential_report import figure, markdown
-    from fastmemit.experiments.sequential_runs import Inputs, Plan, run_sequences
-    from fastmemit.experiments.statistics import FULL_KEYS
+    from fastmemit.experiments.plots import check_matplotlib, sequence_figure
+    from fastmemit.experiments.results import FULL_KEYS, Inputs, file_identity
+    from fastmemit.experiments.sequential import Plan, run_sequences
+    from fastmemit.experiments.sweep import parse_multipliers
+    from fastmemit.experiments.tables import method_title, sequence_table
 
     check_matplotlib()
     multipliers = parse_multipliers(args.multipliers)
@@ -196,8 +179,8 @@ def _sequential(args: argparse.Namespace) -> None:
     )
     lines = run_sequences(editor, plan, inputs, progress=not args.quiet)
     title = f"{editor.name}: {method_title(args.method)}, batches of {args.batch_size} in sequence"
-    svg, png = figure(lines, title)
-    written = {".md": markdown(lines).encode(), ".svg": svg, ".png": png}
+    svg, png = sequence_figure(lines, title)
+    written = {".md": sequence_table(lines).encode(), ".svg": svg, ".png": png}
     for ending, content in written.items():
         with atomic_file(args.out / f"sequential{ending}") as file:
             file.write(content)

@@ -78,12 +78,10 @@ class Downstream(TypedDict):
 def find_tasks(
     names: Sequence[str], *, include_path: str | os.PathLike[str] | None = None, progress: bool = False
 ) -> Tasks:
-    """Find tasks, groups or tags of lm-evaluation-harness, and fetch their data.
+    """Find tasks, groups or tags of lm-evaluation-harness by name, and fetch their data.
 
-    Args:
-        names: Names such as ``"hellaswag"``; ``*`` and ``?`` match as in file names.
-        include_path: A folder with task files (YAML) of your own, whose names go first.
-        progress: Let the harness draw its bars.
+    ``*`` and ``?`` match as in file names. `include_path` is a folder with task files (YAML) of your own, whose names
+    go first; with `progress` the harness draws its bars.
 
     Raises:
         BadConfig: lm-eval is not installed, no task is named, a name is unknown (the message lists what is near), or
@@ -180,18 +178,10 @@ def evaluate_tasks(
 ) -> TaskScores:
     """Score the model, as it is in memory now, on tasks of lm-evaluation-harness.
 
-    Neither the model's mode, the tokenizer nor the global random states are different afterwards.
-
-    Args:
-        model: An `Editor`, or a causal language model of transformers.
-        tokenizer: Its tokenizer; None takes the editor's.
-        tasks: Names, see `find_tasks`, or what `find_tasks` found.
-        limit: Ask so many questions of each task; None asks all.
-        num_fewshot: Examples in front of each question; None takes each task's own number.
-        include_path: See `find_tasks`.
-        batch_size: Sequences a forward takes, or ``"auto"``.
-        seed: Seed for the choice of examples.
-        progress: Let the harness draw its bars.
+    Neither the model's mode, the tokenizer nor the global random states are different afterwards. The model may be an
+    `Editor`, whose tokenizer None takes, or a causal language model of transformers; the tasks names or what
+    `find_tasks` found. Of each task `limit` questions are asked (None: all) with `num_fewshot` examples in front (None:
+    the task's own number), which `seed` chooses. A forward takes `batch_size` sequences, or ``"auto"``.
 
     Raises:
         BadConfig: See `find_tasks`; or a number that makes no sense, or no tokenizer.
@@ -225,10 +215,7 @@ def evaluate_tasks(
             limit=limit,
             task_manager=tasks.manager,
             log_samples=False,
-            random_seed=seed,
-            numpy_random_seed=seed,
-            torch_random_seed=seed,
-            fewshot_random_seed=seed,
+            **{f"{kind}_seed": seed for kind in ("random", "numpy_random", "torch_random", "fewshot_random")},
         )
     return TaskScores(
         scores={name: _metrics(scores) for name, scores in found["results"].items()},
@@ -260,19 +247,10 @@ def compare(
     batch_size: int | str = 1,
     progress: bool = False,
 ) -> Downstream:
-    """Score the unedited model, apply the edits, score again, undo them.
+    """Score the unedited model, apply the edits in order, each on top of the one before, score again, undo them.
 
-    The weights are the same before and after, bit for bit, whatever happens in between.
-
-    Args:
-        editor: The editor of an unedited model.
-        edits: Applied in this order, each on top of the one before.
-        text: Running text for a perplexity, see `read_text`.
-        tasks: Tasks of lm-evaluation-harness, see `find_tasks`.
-        limit: See `evaluate_tasks`.
-        num_fewshot: See `evaluate_tasks`.
-        batch_size: See `evaluate_tasks`.
-        progress: Show progress bars.
+    The weights are the same before and after, bit for bit, whatever happens in between. For the text see `read_text`,
+    for the tasks `find_tasks`, and `evaluate_tasks` for the settings of these.
 
     Raises:
         BadConfig: There is neither text nor task, or see `perplexity` and `evaluate_tasks`.
@@ -282,6 +260,7 @@ def compare(
         raise BadConfig("There is neither a text nor a task to score; give one of them.")
     if editor.edits:
         raise WrongModel("The model is edited already; undo its edits before a comparison.")
+    settings: dict[str, Any] = {"limit": limit, "num_fewshot": num_fewshot, "batch_size": batch_size}
     shape = None
     if text is not None:
         windows = text.windows(context_limit(editor.model))  # refuses before anything runs
@@ -303,9 +282,7 @@ def compare(
             found["perplexity"], found["nll"] = result.perplexity, result.nll
         if tasks is not None:
             with stage(found["seconds"], "tasks"):
-                found["tasks"] = evaluate_tasks(
-                    editor, None, tasks, limit=limit, num_fewshot=num_fewshot, batch_size=batch_size, progress=progress
-                )
+                found["tasks"] = evaluate_tasks(editor, None, tasks, progress=progress, **settings)
         found["seconds"] = {name: round(value, 3) for name, value in found["seconds"].items()}
         return found
 
@@ -323,12 +300,8 @@ def compare(
         after=after,
         text=shape,
         edits=[
-            {
-                "digest": edit.delta.digest(),
-                "method": edit.delta.provenance.get("method"),
-                "facts": len(edit.delta.requests),
-            }
-            for edit in edits
+            {"digest": d.digest(), "method": d.provenance.get("method"), "facts": len(d.requests)}
+            for d in (edit.delta for edit in edits)
         ],
         model=editor.name,
         fingerprint=editor.fingerprint,

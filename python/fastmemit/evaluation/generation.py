@@ -116,11 +116,7 @@ class References:
             ) from None
 
     def check(self, records: Iterable[Record]) -> None:
-        """See that there is a text for every record.
-
-        Raises:
-            BadData: There is none for some; the first of them are named.
-        """
+        """Raise BadData if there is no text for some of the records; the first of them are named."""
         lacking = [record for record in records if _place(record) not in self._texts]
         if lacking:
             named = "; ".join(
@@ -139,22 +135,16 @@ class References:
         return float((first @ second.T).sum())  # the rows have length 1, or 0 where no word is known
 
     def score(self, record: Record, texts: Sequence[str]) -> float:
-        """The reference score: the cosine of all generated texts with all reference texts.
-
-        Raises:
-            BadData: There is no reference text for the record.
-        """
+        """The reference score: the cosine of all generated texts with all reference texts; BadData without any."""
         self.check([record])
         return self.likeness(" ".join(texts), " ".join(self._texts[_place(record)]))
 
 
 def load_references(path: str | Path) -> References:
-    """Read reference texts.
+    """Read reference texts: a JSON list or JSONL file of ``{"relation_id": ..., "target_new": ..., "text": ...}``.
 
-    Args:
-        path: A JSON list or JSONL file of ``{"relation_id": ..., "target_new": ..., "text": ...}``; several items of
-            one relation and answer are several texts. Texts about things whose answer is ``target_new`` serve best,
-            such as articles about cities in Italy for an edit that moves something to Italy.
+    Several items of one relation and answer are several texts. Texts about things whose answer is ``target_new`` serve
+    best, such as articles about cities in Italy for an edit that moves something to Italy.
 
     Raises:
         BadConfig: scikit-learn is not installed.
@@ -195,22 +185,12 @@ def generate_records(
     batch_rows: int = 64,
     progress: Callable[[int], None] | None = None,
 ) -> list[RecordGeneration]:
-    """Continue every record's openings and measure the texts.
+    """Continue every record's openings by exactly `new_tokens`, and measure the texts.
 
-    Openings of like lengths run together. Sampled, an opening that a record has twice gives two texts; greedy, equal
-    openings of all records run once. The same seed gives the same texts for the same records in the same order; among
-    other records the draws are others.
-
-    Args:
-        model: A causal language model.
-        tokenizer: Its tokenizer.
-        records: The records; each needs an opening.
-        references: Texts to compare with, for the reference score.
-        new_tokens: Tokens added to each opening, exactly.
-        top_k: Sample among the k most probable tokens; None takes the most probable (greedy).
-        seed: Seed for the sampling.
-        batch_rows: Openings continued at once.
-        progress: Called with the number of openings done since the last call.
+    Each is sampled among the `top_k` most probable tokens; None takes the most probable (greedy). Openings of like
+    lengths run together, `batch_rows` at once. Sampled, an opening that a record has twice gives two texts; greedy,
+    equal openings of all records run once. The same seed gives the same texts for the same records in the same order;
+    among other records the draws are others. `progress` is called with the number of openings done since its last call.
 
     Raises:
         BadConfig: A number is below 1.
@@ -248,11 +228,7 @@ def generate_records(
 
 
 def check_generations(records: Sequence[Record], references: References | None = None) -> None:
-    """See that every record has an opening, and a reference text if there are any.
-
-    Raises:
-        BadData: One has not.
-    """
+    """Raise BadData if a record has no opening, or no reference text where there are any."""
     for record in records:
         if not record.generations:
             raise BadData(

@@ -85,10 +85,7 @@ class PerplexityText:
         """The windows, in the order of the text.
 
         Every token of the text is predicted once, except the first of a window that has nothing in front of it: without
-        overlap and without BOS that is one token a window.
-
-        Args:
-            limit: How many tokens the model takes at once; None: any number.
+        overlap and without BOS that is one token a window. The model takes `limit` tokens at once; None: any number.
 
         Raises:
             BadConfig: The context is longer than that, or the stride is longer than a window.
@@ -124,14 +121,7 @@ def read_text(
     context: int | None = None,
     stride: int | None = None,
 ) -> PerplexityText:
-    """Read and tokenise a text file; its line ends are read as one line feed each.
-
-    Args:
-        path: A UTF-8 file.
-        tokenizer: The model's tokenizer.
-        tokens: Use so many tokens from the beginning; None uses all.
-        context: See `PerplexityText`.
-        stride: See `PerplexityText`.
+    """Read and tokenise a UTF-8 file, so many tokens from its beginning; line ends become one line feed each.
 
     Raises:
         BadData: The file is missing, empty, not UTF-8, larger than 1 GiB, or has fewer tokens than asked for or than
@@ -194,11 +184,8 @@ def perplexity(
 ) -> PerplexityResult:
     """Perplexity of a text on the model as it is now: ``exp`` of the mean cost of its tokens.
 
-    Args:
-        adapter: The model.
-        text: See `read_text`.
-        batch_tokens: Tokens a forward takes at most (one window always runs).
-        progress: Called with the number of tokens predicted since the last call; they are `count_tokens` in all.
+    A forward takes `batch_tokens` at most (one window always runs). `progress` is called with the number of tokens
+    predicted since its last call; they are `count_tokens` in all.
 
     Raises:
         BadConfig: The text's context is longer than the model takes, or its stride than a window.
@@ -238,12 +225,7 @@ def edited_nll(adapter: ModelAdapter, text: PerplexityText) -> float:
 
 
 def before_and_after(unedited: PerplexityResult, costs: Sequence[float]) -> Perplexity:
-    """The perplexity of the unedited model, and after the edits of each of some batches.
-
-    Args:
-        unedited: Of the unedited model.
-        costs: `edited_nll` after each of the batches, at least one.
-    """
+    """The perplexity of the unedited model, and after some batches, at least one, each with its `edited_nll`."""
     after = _exp(math.fsum(costs) / len(costs))
     return Perplexity(before=unedited.perplexity, after=after, batches=len(costs), tokens=unedited.tokens)
 

@@ -85,11 +85,7 @@ class Measures:
 
     @classmethod
     def of(cls, metrics: Iterable[str], references: References | None = None) -> Measures:
-        """The measures with these names.
-
-        Raises:
-            BadConfig: A name is unknown, or references come without generation.
-        """
+        """The measures with these names; BadConfig for an unknown one, and for references without generation."""
         wanted = list(metrics)
         for name in wanted:
             if name not in METRICS:
@@ -123,14 +119,7 @@ class Measures:
             check_generations(records, self.references)
 
     def take(self, editor: Editor, records: Sequence[Record], what: str, progress: bool) -> list[Measured]:
-        """Measure the editor's model as it is now.
-
-        Args:
-            editor: The editor.
-            records: The records, checked.
-            what: What the progress bar is called.
-            progress: Show a bar.
-        """
+        """Measure the editor's model as it is now on checked records, with a progress bar of that name."""
         model = (editor.adapter, editor.tokenizer)
         if records and isinstance(records[0], ZsreRecord):
             questions = cast(Sequence[ZsreRecord], records)
@@ -149,11 +138,7 @@ class Measures:
 
 
 def table(measured: Sequence[Measured]) -> dict[str, float | None]:
-    """The means over records: `FullScoreTable`, with `GenerationTable`, or `AccuracyTable`.
-
-    Raises:
-        BadData: There is no record.
-    """
+    """The means over records, at least one: `FullScoreTable`, with `GenerationTable`, or `AccuracyTable`."""
     answers: list[Any] = [one.answers for one in measured]
     if answers and isinstance(answers[0], RecordAccuracy):
         return cast("dict[str, float | None]", summarise_accuracy(answers))
@@ -193,8 +178,7 @@ def evaluate(
         batches: Records to be edited together, batch by batch; CounterFact's or zsRE's.
         method: One of `fastmemit.methods.METHODS`, or settings, see `Editor.plan`.
         overrides: Settings that replace the preset's.
-        metrics: ``"attributes"`` asks the attribute prompts too, ``"generation"`` continues the openings; the rest of
-            `METRICS` is read from the same answers and always there.
+        metrics: Of `METRICS`, ``"attributes"`` and ``"generation"`` ask more; the rest is always there.
         references: Texts to compare generated ones with.
         text: What perplexity is measured on, before and after; None measures none.
         perplexity_batches: After how many of the batches, at most.

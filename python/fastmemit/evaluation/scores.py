@@ -198,20 +198,25 @@ def score_record(
     A rewrite prompt or paraphrase succeeds when NLL(new) < NLL(true), a neighbourhood prompt when NLL(true) < NLL(new).
     Both are strict: a tie is a failure, so a model that has collapsed to one output for everything scores nothing.
 
-    Args:
-        case_id: The record's number, for errors and for the result.
-        rewrite: The costs of the rewrite prompt.
-        paraphrases: The costs of each paraphrase.
-        neighbourhood: The costs of each neighbourhood prompt, in the same order: new, then true.
-        attributes: The costs of each attribute prompt.
-        exact: Which wanted answers are the model's own.
-
     Raises:
         BadData: A cost is NaN, or `exact` is not of these prompts.
     """
-    asked = _pair(case_id, "the rewrite prompt", rewrite)
-    said_otherwise = _pairs(case_id, "paraphrase", paraphrases)
-    nearby = _pairs(case_id, "neighbourhood prompt", neighbourhood)
+
+    def pair(prompt: str, costs: Sequence[float]) -> NllPair:
+        found = NllPair(*map(float, costs))
+        for name, cost in (("target_new", found.new), ("target_true", found.true)):
+            if math.isnan(cost):
+                raise BadData(
+                    f"The negative log-likelihood of {name} at {prompt} of case {case_id} is NaN, so the model's "
+                    "output is broken; run it in float32, or undo the edit that broke it."
+                )
+        return found
+
+    def pairs(prompt: str, costs: Iterable[Sequence[float]]) -> tuple[NllPair, ...]:
+        return tuple(pair(f"{prompt} {index}", each) for index, each in enumerate(costs))
+
+    asked, said_otherwise = pair("the rewrite prompt", rewrite), pairs("paraphrase", paraphrases)
+    nearby = pairs("neighbourhood prompt", neighbourhood)
     if exact is not None and (len(exact.paraphrases), len(exact.neighbourhood)) != (len(said_otherwise), len(nearby)):
         raise BadData(
             f"Case {case_id} has {len(said_otherwise)} paraphrases and {len(nearby)} neighbourhood prompts, but exact "
@@ -225,24 +230,9 @@ def score_record(
         rewrite=asked,
         paraphrases=said_otherwise,
         neighbourhood=nearby,
-        attributes=_pairs(case_id, "attribute prompt", attributes),
+        attributes=pairs("attribute prompt", attributes),
         exact=exact,
     )
-
-
-def _pairs(case_id: int, prompt: str, costs: Iterable[Sequence[float]]) -> tuple[NllPair, ...]:
-    return tuple(_pair(case_id, f"{prompt} {index}", pair) for index, pair in enumerate(costs))
-
-
-def _pair(case_id: int, prompt: str, costs: Sequence[float]) -> NllPair:
-    new, true = (float(cost) for cost in costs)
-    for name, cost in (("target_new", new), ("target_true", true)):
-        if math.isnan(cost):
-            raise BadData(
-                f"The negative log-likelihood of {name} at {prompt} of case {case_id} is NaN, so the model's output is "
-                "broken; run it in float32, or undo the edit that broke it."
-            )
-    return NllPair(new, true)
 
 
 def accuracy_record(
@@ -251,13 +241,7 @@ def accuracy_record(
     paraphrases: Iterable[Sequence[bool]] = (),
     neighbourhood: Iterable[Sequence[bool]] = (),
 ) -> RecordAccuracy:
-    """Judge one zsRE record by which tokens of its answers are the most probable ones.
-
-    Args:
-        case_id: The record's number, for errors and for the result.
-        rewrite: One for each token of the new answer.
-        paraphrases: The same at each rephrased question.
-        neighbourhood: The same of each unrelated question's own answer.
+    """Judge one zsRE record by which tokens of its answers, question by question, are the most probable ones.
 
     Raises:
         BadData: An answer has no token.
@@ -288,13 +272,8 @@ def score_records(
 ) -> list[RecordScore]:
     """Score the model, as it is now, on the rewrite, paraphrase and neighbourhood prompts of CounterFact.
 
-    Args:
-        adapter: The model.
-        tokenizer: Its tokenizer.
-        records: The records; each needs a true answer.
-        attributes: Ask the attribute prompts too, which are as many again in CounterFact.
-        batch_tokens: See `judge_answers`.
-        progress: Called with the number of questions done since the last call; `count_questions` are asked in all.
+    With `attributes` on the attribute prompts too, which are as many again in CounterFact. `batch_tokens` is that of
+    `judge_answers`; `progress` is called with the number of questions done since its last call, of `count_questions`.
 
     Raises:
         BadData: A record has no true answer.
@@ -351,15 +330,7 @@ def judge_zsre(
     batch_tokens: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> list[RecordAccuracy]:
-    """Which tokens of its answers the model finds, as it is now, under teacher forcing.
-
-    Args:
-        adapter: The model.
-        tokenizer: Its tokenizer.
-        records: The records.
-        batch_tokens: See `judge_answers`.
-        progress: Called with the number of questions done since the last call; `count_zsre_questions` are asked in all.
-    """
+    """Which tokens of zsRE's answers the model finds, as it is now, under teacher forcing; else as `score_records`."""
     questions = [question for record in records for question in _zsre_questions(record)]
     judged = iter(judge_answers(adapter, tokenizer, questions, batch_tokens=batch_tokens, progress=progress))
 

@@ -1,146 +1,346 @@
-"""Which figures a report has: scores and perplexity against the multiplier, as the paper's are.
+"""The figures of a report: scores and perplexity against the multiplier, as the paper's are, or against facts written.
 
 A score and what it misses stand side by side: ES, PS and NS ask which of two answers is more probable, EA, PA and NA
-what the model says; S is beside perplexity.
+what the model says; S is beside perplexity. The full precompute is at infinity. Dashed lines stand at 95 % of what it
+reaches, and at its perplexity over that share; 95 % intervals are bars or bands. Colours are those of Okabe and Ito,
+which readers with any colour vision can tell apart; markers differ as well. The same cells give the same bytes: no date
+is written, identifiers are salted with a constant, and the font comes with matplotlib.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import io
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-from fastmemit.experiments.comparison import Group, Measured, Size
-from fastmemit.experiments.drawing import Drawing, Line, Panel, check_matplotlib, render
-from fastmemit.experiments.folders import multiplier_text
-from fastmemit.experiments.intervals import Estimate
-from fastmemit.experiments.layout import method_title, slug, unique
+from fastmemit.errors import BadConfig
+from fastmemit.experiments.intervals import PERPLEXITY, Estimate, score_intervals
+from fastmemit.experiments.sweep import multiplier_name
+from fastmemit.experiments.tables import KEPT, Group, Measured, method_title, multiplier_text, slug, unique
 
-_PANELS = ("es", "ea", "ps", "pa", "ns", "na", "s")  # two columns
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = "os^DvPX"
+PANELS = ("es", "ea", "ps", "pa", "ns", "na", "s", PERPLEXITY)  # two columns
+_SIZE = (4.6, 3.1)  # of a panel, in inches
+_PNG_DPI = 150
+_EVENLY = 6  # above this many multipliers, or with one below 1, the axis is logarithmic, else evenly spaced
+_DECADES = 1e3  # up to this ratio of the ends of a logarithmic axis there is room between decades
+_LABEL = 0.085  # the least distance of two labels, as a share of the axis
+_STYLE: dict[str, Any] = {
+    "svg.hashsalt": "fastmemit",
+    "svg.fonttype": "path",
+    "text.parse_math": False,  # a name may hold a dollar sign
+    "font.family": "DejaVu Sans",
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "grid.color": "#dddddd",
+    "grid.linewidth": 0.6,
+}
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure as files.
+    """A figure as files."""
 
-    Attributes:
-        name: Of lower-case letters, digits and hyphens, unique in a report.
-        title: What it shows, for its caption.
-        alt: The same in words and numbers, for those who do not see it.
-        svg: The drawing.
-        png: The same in pixels.
-    """
-
-    name: str
-    title: str
-    alt: str
+    name: str  # lower-case letters, digits and hyphens, unique in a report
+    title: str  # what it shows, for its caption
+    alt: str  # the same in words and numbers, for those who do not see it
     svg: bytes
     png: bytes
 
 
+@dataclass(frozen=True)
+class Line:
+    """One line, in every panel."""
+
+    label: str
+    points: Mapping[float | None, Mapping[str, Estimate | None]]  # multiplier (None: full) or facts -> panel -> value;
+    # "unedited" is the perplexity before the edits
+    colour: int  # which colour and marker it has, counted from 0
+    dashed: bool = False
+    kept: bool = True  # whether a dashed line stands at 95 % of its full precompute
+
+    @property
+    def look(self) -> dict[str, Any]:
+        """Colour, marker and dash; another marker with the same colour in the second round."""
+        marker = MARKERS[(self.colour + self.colour // len(COLOURS)) % len(MARKERS)]
+        return {"color": COLOURS[self.colour % len(COLOURS)], "marker": marker, "ls": "--" if self.dashed else "-"}
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A figure before it is drawn: panels with the same lines, from left to right, then down."""
+
+    title: str
+    lines: tuple[Line, ...]  # in the order of the legend
+    facts: bool = False  # whether lines are over facts written, and not over multipliers
+
+    @property
+    def panels(self) -> list[str]:
+        """What any point has."""
+        points = [point for line in self.lines for point in line.points.values()]
+        return [panel for panel in PANELS if any(point.get(panel) for point in points)]
+
+
+def check_matplotlib() -> None:
+    """Refuse to begin without the library that draws.
+
+    Raises:
+        BadConfig: matplotlib is not installed.
+    """
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise BadConfig('Figures need the package matplotlib; pip install "fastmemit[report]".') from None
+
+
 def pictures(groups: Sequence[Group], model: str) -> list[Picture]:
-    """Every figure of a report.
+    """Every figure of a report on a model.
 
     For each method, with the settings of its preset, a line for each size; for each size of a method with several
     groups, a line for each group. Every figure has all scores and perplexity, as far as a cell has them. A figure
     without a line, because every multiplier is alone, is left out.
 
-    Args:
-        groups: As ``comparison.group_cells`` gives them.
-        model: Its name, for the titles.
-
     Raises:
         BadConfig: matplotlib is not installed.
     """
     check_matplotlib()
-    drawings = [_scores(group) for group in _plain(groups)] + _studies(groups)
-    drawings = [d for d in drawings if any(len(line.cells) > 1 for line in d.lines)]
-    names = unique(drawing.name for drawing in drawings)
-    return [
-        Picture(name, drawing.title, _alt(drawing), *render(drawing, model))
-        for name, drawing in zip(names, drawings, strict=True)
-    ]
-
-
-def _scores(group: Group) -> Drawing:
-    lines = _size_lines(group)
-    return Drawing(slug(group.title), group.title, _panels(lines), lines)
-
-
-def _studies(groups: Sequence[Group]) -> list[Drawing]:
-    found = []
+    found: list[tuple[str, str, list[Line]]] = []
+    bare = {group.method for group in groups if not group.settings}
+    for group in groups:
+        if not group.settings or group.method not in bare:  # overrides alone, or the preset's settings
+            sizes = sorted(group.cells.items())
+            lines = [Line(str(size), _points(cells), index) for index, (size, cells) in enumerate(sizes)]
+            found.append((slug(group.title), group.title, lines))
     for method in dict.fromkeys(group.method for group in groups):
         mine = [group for group in groups if group.method == method]
         for size in sorted({size for group in mine for size in group.cells}):
             chosen = [group for group in mine if size in group.cells]
-            if len(chosen) > 1:
-                lines = _variant_lines(chosen, size)
+            # A colour for each of the settings, broken without BOS; 95 % of the first one alone.
+            looks = list(dict.fromkeys((group.settings, group.seed) for group in chosen))
+            lines = [
+                Line(
+                    group.variant or "settings of the preset",
+                    _points(group.cells[size]),
+                    looks.index((group.settings, group.seed)),
+                    dashed=not group.bos,
+                    kept=group is chosen[0],
+                )
+                for group in chosen
+            ]
+            if len(lines) > 1:
                 title = f"{method_title(method)}, {size}: settings compared"
-                name = slug(f"{method} {size} settings")
-                found.append(Drawing(name, title, _panels(lines), lines))
-    return found
+                found.append((slug(f"{method} {size} settings"), title, lines))
+    found = [each for each in found if any(len(line.points) > 1 for line in each[2])]
+    drawings = [Drawing(f"{model}: {title}", tuple(lines)) for _, title, lines in found]
+    names = unique(name for name, _, _ in found)
+    return [
+        Picture(name, title, _alt(drawing), *render(drawing))
+        for name, (_, title, _), drawing in zip(names, found, drawings, strict=True)
+    ]
 
 
-def _panels(lines: Sequence[Line]) -> tuple[Panel, ...]:
-    """From left to right, then down; without what no cell has."""
-    wanted = [Panel(name.upper(), _score(name)) for name in _PANELS]
-    wanted.append(Panel("perplexity", _perplexity, perplexity=True))
-    cells = [cell for line in lines for cell in line.cells.values()]
-    return tuple(panel for panel in wanted if any(panel.read(cell) for cell in cells))
-
-
-def _size_lines(group: Group) -> tuple[Line, ...]:
-    sizes = sorted(group.cells.items())
-    return tuple(Line(str(size), cells, index) for index, (size, cells) in enumerate(sizes))
-
-
-def _variant_lines(groups: Sequence[Group], size: Size) -> tuple[Line, ...]:
-    """A colour for each of the settings, broken without BOS; 95 % of the first one alone."""
-    colours = {name: index for index, name in enumerate(dict.fromkeys(map(_colouring, groups)))}
-    return tuple(
-        Line(
-            group.variant or "settings of the preset",
-            group.cells[size],
-            colours[_colouring(group)],
-            dashed=not group.bos,
-            kept=index == 0,
-        )
-        for index, group in enumerate(groups)
-    )
-
-
-def _colouring(group: Group) -> tuple[str, int]:
-    return group.settings, group.seed
-
-
-def _plain(groups: Sequence[Group]) -> list[Group]:
-    """Of each method the groups without overrides of its settings, or all where there is none."""
-    bare = {group.method for group in groups if not group.settings}
-    return [group for group in groups if not group.settings or group.method not in bare]
+def _points(cells: Mapping[float | None, Measured]) -> dict[float | None, Mapping[str, Estimate | None]]:
+    return {m: {**cell.after, "unedited": cell.before[PERPLEXITY]} for m, cell in cells.items()}
 
 
 def _alt(drawing: Drawing) -> str:
     """The figure in words: its panels, and the numbers of S, EA and perplexity."""
-    names = ", ".join(each.name for each in drawing.panels)
-    sentences = [f"{names} against the multiplier."]
-    for panel in drawing.panels:
-        if panel.name not in ("S", "EA") and not panel.perplexity:
-            continue
+    sentences = [f"{', '.join(map(_panel_name, drawing.panels))} against the multiplier."]
+    for panel in (panel for panel in drawing.panels if panel in ("s", "ea", PERPLEXITY)):
         parts = []
         for line in drawing.lines:
             values = [
-                f"{found.value:.1f} at {multiplier_text(multiplier)}"
-                for multiplier, cell in line.cells.items()
-                if (found := panel.read(cell)) is not None
+                f"{found.value:.1f} at {multiplier_text(m)}"
+                for m, point in line.points.items()
+                if (found := point.get(panel)) is not None
             ]
             parts.append(f"{line.label}: {', '.join(values) or 'none'}")
-        sentences.append(f"{panel.name} of {'; '.join(parts)}.")
+        sentences.append(f"{_panel_name(panel)} of {'; '.join(parts)}.")
     return " ".join(sentences)
 
 
-def _score(name: str) -> Callable[[Measured], Estimate | None]:
-    return lambda cell: cell.after[name]
+def sequence_figure(lines: Sequence[Mapping[str, Any]], title: str) -> tuple[bytes, bytes]:
+    """Scores and perplexity of sequences against the number of facts written; as SVG and as PNG.
+
+    A colour and marker for each multiplier; solid where the keys of earlier edits are preserved, dashed where they are
+    not. A score that no line has gets no panel.
+
+    Args:
+        lines: As `run_sequences` gives them, at least one.
+        title: Above the panels.
+    """
+    multipliers = list(dict.fromkeys(line["multiplier"] for line in lines))
+    drawn = []
+    for preserve in (True, False):
+        for number, multiplier in enumerate(multipliers):
+            points: dict[float | None, Mapping[str, Estimate | None]] = {}
+            for line in lines:
+                if (line["multiplier"], line["preserve"]) == (multiplier, preserve):
+                    values = {**line["scores"], PERPLEXITY: line["perplexity"]}
+                    sure = score_intervals(line["records"]) if line.get("records") else {}
+                    points[line["facts"]] = {
+                        name: None if value is None else sure.get(name) or Estimate(value, value, value)
+                        for name, value in values.items()
+                    }
+            label = f"{multiplier_name(multiplier)}, edit keys {'preserved' if preserve else 'not preserved'}"
+            drawn += [Line(label, points, number, dashed=not preserve)] if points else []
+    return render(Drawing(title, tuple(drawn), facts=True))
 
 
-def _perplexity(cell: Measured) -> Estimate | None:
-    after = cell.perplexity["after"] if cell.perplexity else None
-    return None if after is None else Estimate(after, after, after)
+def render(drawing: Drawing) -> tuple[bytes, bytes]:
+    """Draw a figure, as SVG and as PNG."""
+    with paper_style():
+        figure = _draw(drawing)
+        figure.draw_without_rendering()  # lays everything out, once for both files
+        figure.set_layout_engine("none")
+        svg, png = io.BytesIO(), io.BytesIO()
+        figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
+        figure.savefig(png, format="png", dpi=_PNG_DPI, metadata={"Software": None})
+    return svg.getvalue(), png.getvalue()
+
+
+@contextmanager
+def paper_style() -> Iterator[None]:
+    """The library's defaults and ours, whatever the user's matplotlibrc says."""
+    import matplotlib.style
+
+    with matplotlib.style.context(["default", _STYLE]):
+        yield
+
+
+def _draw(drawing: Drawing) -> Figure:
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    columns = min(2, len(drawing.panels))
+    rows = math.ceil(len(drawing.panels) / columns)
+    height = rows * _SIZE[1] + 0.5 + 0.25 * math.ceil((len(drawing.lines) + 1) / 3)
+    figure = Figure(figsize=(columns * _SIZE[0], height), layout="constrained")
+    figure.suptitle(drawing.title, fontsize=11)
+    axis = _Axis(drawing)
+    grid = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for panel, axes in zip(drawing.panels, grid, strict=False):
+        _draw_panel(axes, panel, drawing.lines, axis)
+    for axes in grid[len(drawing.panels) :]:
+        axes.set_axis_off()
+    handles = [Line2D([], [], **line.look, label=line.label) for line in drawing.lines]
+    if axis.has_full:
+        label = f"{100 * KEPT:g} % of the full precompute"
+        handles.append(Line2D([], [], color="#555555", ls=(0, (5, 3)), lw=0.9, label=label))
+    short = all(len(line.label) < 28 for line in drawing.lines)
+    figure.legend(
+        handles=handles, loc="outside lower center", ncols=4 if short else 3, handlelength=3, frameon=False, fontsize=8
+    )
+    return figure
+
+
+class _Axis:
+    """Where multipliers or numbers of facts stand; the full precompute is the right end."""
+
+    def __init__(self, drawing: Drawing) -> None:
+        found = {place for line in drawing.lines for place in line.points}
+        self.facts, self.has_full = drawing.facts, None in found
+        self.values = sorted(value for value in found if value is not None)
+        self.logarithmic = bool(self.values) and (len(self.values) > _EVENLY or self.values[0] < 1) and not self.facts
+        places = [self._finite(value) for value in self.values]
+        self.first = places[0] if places else 0.0
+        last = places[-1] if places else -1.0
+        self.end = last + max(0.14 * (last - self.first), 0.25) if self.logarithmic else last + 1
+        self.last = self.end if self.has_full else last
+        self.width = max(self.last - self.first, 1e-9)
+        self.even = not self.facts and not self.logarithmic
+
+    def _finite(self, value: float) -> float:
+        if self.facts:
+            return value
+        return math.log10(value) if self.logarithmic else self.values.index(value)
+
+    def at(self, value: float | None) -> float:
+        return self.end if value is None else self._finite(value)
+
+    def label(self, axes: Axes) -> None:
+        """Ticks for all multipliers, labels for those that have room."""
+        if self.facts:
+            axes.set_xlabel("facts written")
+            axes.set_xlim(left=0)
+            return
+        ticks: list[float | None] = [*self.values, *([None] if self.has_full else [])]
+        labels, kept = [], math.inf
+        for tick in reversed(ticks):  # from the right, where the full precompute has its label
+            roomy = kept - self.at(tick) >= _LABEL * self.width or not self.logarithmic
+            labels.append(("\u221e" if tick is None else multiplier_text(tick)) if roomy else "")
+            kept = self.at(tick) if roomy else kept
+        axes.set_xticks([self.at(tick) for tick in ticks], labels[::-1])
+        margin = 0.05 * self.width + (0 if self.logarithmic else 0.1)
+        axes.set_xlim(self.first - margin, self.last + margin)
+        if self.has_full and self.values:
+            axes.axvline((self.at(self.values[-1]) + self.end) / 2, color="#bbbbbb", lw=0.8, ls=":")
+        axes.set_xlabel("multiplier" + (" (\u221e: full precompute)" if self.has_full else ""))
+
+
+def _draw_panel(axes: Axes, panel: str, lines: Sequence[Line], axis: _Axis) -> None:
+    heights: list[float] = []
+    # On an even axis the bars of lines that meet are set beside one another. Elsewhere a multiplier stands where it
+    # stands, and intervals are bands.
+    step = 0.012 * axis.width if axis.even else 0.0
+    for index, line in enumerate(lines):
+        shift = step * (index - (len(lines) - 1) / 2)
+        drawn = sorted(
+            (axis.at(place) + shift, found.value, found.low, found.high)
+            for place, point in line.points.items()
+            if (found := point.get(panel)) is not None and math.isfinite(found.value)
+        )
+        places, values, lows, highs = zip(*drawn, strict=True) if drawn else ((), (), (), ())
+        axes.plot(places, values, **line.look, ms=4, lw=1.3, zorder=3)
+        if axis.even:
+            axes.vlines(places, lows, highs, color=line.look["color"], lw=0.8)
+        else:
+            axes.fill_between(places, lows, highs, color=line.look["color"], alpha=0.12, lw=0)
+        heights += [*lows, *highs]
+        full = line.points[None].get(panel) if None in line.points else None
+        if line.kept and full is not None and math.isfinite(full.value):
+            kept = full.value / KEPT if panel == PERPLEXITY else KEPT * full.value
+            axes.axhline(kept, color=line.look["color"], ls=(0, (5, 3)), lw=0.7)
+            heights.append(kept)
+    axes.set_title(_panel_name(panel))
+    axis.label(axes)
+    if panel == PERPLEXITY:
+        points = [point for line in lines for point in line.points.values()]
+        unedited = {found.value for point in points if (found := point.get("unedited")) is not None}
+        for value in sorted(filter(math.isfinite, unedited)):
+            axes.axhline(value, color="#555555", ls=":", lw=1)
+        if heights and max(heights) > 5 * min(heights):
+            log_heights(axes)
+        axes.set_ylabel(f"{PERPLEXITY} (dotted: unedited)" if unedited else PERPLEXITY)
+    elif heights:
+        low, high = min(heights), max(heights)
+        room = max(0.06 * (high - low), 1.0)
+        axes.set_ylim(max(-1.5, low - room), min(101.5, high + room))
+        axes.set_ylabel("%")
+
+
+def _panel_name(panel: str) -> str:
+    return panel if panel == PERPLEXITY else panel.upper()
+
+
+def log_heights(axes: Axes) -> None:
+    """Make an axis of heights logarithmic, with plain numbers at it: mathematics is not parsed."""
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    axes.yaxis.set_minor_locator(LogLocator(subs=(2.0, 5.0) if high < _DECADES * low else ()))
+    for place in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        place(FuncFormatter(lambda value, _: f"{value:g}"))

@@ -1,43 +1,37 @@
-"""From the folders of sweeps to a report: tables, figures and one page with all of it."""
+"""From the folders of sweeps to a report: tables, figures and one page with all of it.
+
+The page needs nothing else: no network, no script, no file beside it. Figures are images inside it, so that their
+identifiers do not meet and nothing in them can run. A Content-Security-Policy forbids the browser to load anything. The
+template escapes all text that came from files.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import base64
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from fastcov.store import atomic_file
 from fastmemit.errors import BadConfig
-from fastmemit.experiments.comparison import Group, group_cells
-from fastmemit.experiments.drawing import check_matplotlib
-from fastmemit.experiments.folders import collect
-from fastmemit.experiments.html import page
+from fastmemit.experiments import tables
 from fastmemit.experiments.intervals import RESAMPLES
-from fastmemit.experiments.layout import latex, markdown, markdown_text
-from fastmemit.experiments.plots import pictures
-from fastmemit.experiments.tables import (
-    cells_csv,
-    cells_table,
-    comparison_csv,
-    comparison_tables,
-    difference_tables,
-    paper_tables,
-)
+from fastmemit.experiments.plots import Picture, check_matplotlib, pictures
+from fastmemit.experiments.results import Collected, collect
+from fastmemit.experiments.tables import Group, Table, group_cells, markdown_text
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a report was made of and where it lies.
-
-    Attributes:
-        model: The model's name.
-        groups: The cells with their intervals.
-        files: What was written, in this order.
-    """
+    """What a report was made of and where it lies."""
 
     model: str
-    groups: tuple[Group, ...]
-    files: tuple[Path, ...]
+    groups: tuple[Group, ...]  # the cells with their intervals
+    files: tuple[Path, ...]  # what was written, in this order
 
 
 def write_report(folders: Sequence[Path], out: Path | None = None, *, resamples: int = RESAMPLES) -> Report:
@@ -47,7 +41,7 @@ def write_report(folders: Sequence[Path], out: Path | None = None, *, resamples:
     them), ``cells.csv`` (every cell, unrounded, with intervals) and ``figures/NAME.svg`` and ``.png``.
 
     Args:
-        folders: Of sweeps of one model.
+        folders: Folders of sweeps of one model.
         out: Where to; ``report`` in the first folder if it is None.
         resamples: Draws behind every interval.
 
@@ -66,21 +60,64 @@ def write_report(folders: Sequence[Path], out: Path | None = None, *, resamples:
     model = found.sweeps[0]["model"]
     groups = group_cells(found.cells, resamples=resamples)
     drawn = pictures(groups, model)
-    comparisons, differences = comparison_tables(groups), difference_tables(groups)
-    paper, cells = paper_tables(groups), cells_table(groups)
-    tables = [*comparisons, *differences, *paper, cells]
-    texts = {
-        "report.html": page(found, drawn, comparisons, differences, paper, cells),
-        "tables.md": f"# {markdown_text(model)}\n\n{markdown(tables)}",
-        "tables.tex": latex(tables),
-        "tables.csv": comparison_csv(groups, model),
-        "cells.csv": cells_csv(groups),
+    parts = {
+        "comparisons": tables.comparison_tables(groups),
+        "differences": tables.difference_tables(groups),
+        "paper": tables.paper_tables(groups),
+        "all": [tables.cells_table(groups)],
     }
-    contents = {name: text.encode() for name, text in texts.items()}
+    shown = [table for part in parts.values() for table in part]
+    contents = {
+        "report.html": page(found, drawn, parts).encode(),
+        "tables.md": f"# {markdown_text(model)}\n\n{tables.markdown(shown)}".encode(),
+        "tables.tex": tables.latex(shown).encode(),
+        "tables.csv": tables.comparison_csv(groups, model).encode(),
+        "cells.csv": tables.cells_csv(groups).encode(),
+    }
     for picture in drawn:
-        contents[f"figures/{picture.name}.svg"] = picture.svg
-        contents[f"figures/{picture.name}.png"] = picture.png
+        contents |= {f"figures/{picture.name}.svg": picture.svg, f"figures/{picture.name}.png": picture.png}
     for name, content in contents.items():
         with atomic_file(target / name) as file:
             file.write(content)
     return Report(model, tuple(groups), tuple(target / name for name in contents))
+
+
+def page(found: Collected, drawn: Sequence[Picture], parts: Mapping[str, Sequence[Table]]) -> str:
+    """The page of some sweeps with their figures, and their tables as ``report.html`` names them."""
+    # torch needs jinja2, so it is there wherever fastmemit is.
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["base64"] = lambda content: base64.b64encode(content).decode()
+    template = (files("fastmemit.experiments") / "report.html").read_text(encoding="utf-8")
+    return environment.from_string(template).render(
+        model=found.sweeps[0]["model"], cells=len(found.cells), pictures=drawn, runs=runs(found), **parts
+    )
+
+
+def runs(found: Collected) -> list[tuple[str, list[tuple[str, str]]]]:
+    """What was run, as names and values under titles: each ``sweep.json``, then machines, versions and seconds."""
+    parts = []
+    for folder, sweep in zip(found.folders, found.sweeps, strict=True):
+        rows = [(name.replace("_", " "), _text(value)) for name, value in sweep.items()
+                if name != "methods" and value is not None]  # fmt: skip
+        rows += [(f"settings of {method}", _text(settings)) for method, settings in sweep["methods"].items()]
+        parts.append((str(folder), rows))
+    if found.timings:
+        rows = []
+        for name in ("hardware", "versions"):
+            counts = Counter(_text(timing[name]) for timing in found.timings)
+            rows += [(name, f"{value} ({cells} cells)") for value, cells in counts.items()]
+        stages: dict[str, float] = {}
+        for timing in found.timings:
+            for stage, seconds in timing["seconds"].items():
+                stages[stage] = stages.get(stage, 0.0) + seconds
+        rows += [(f"seconds: {stage}", f"{seconds:,.1f}") for stage, seconds in stages.items()]
+        parts.append(("Machines and time", [*rows, ("seconds: all", f"{sum(stages.values()):,.1f}")]))
+    return parts
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name}: {_text(part)}" for name, part in value.items())
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -1,28 +1,191 @@
-"""The results of a sweep on disk: a line a cell, written at once, and put in order at the end."""
+"""The files of sweeps and sequences: written a line at a time, put in order at the end, read back and checked.
+
+``sweep.json`` and ``sequential.json`` (`make_header`) say what all lines of a folder share. ``results.jsonl`` holds one
+finished cell (`Cell`) a line, and nothing that differs from run to run: the same plan gives the same lines. What
+differs, the seconds and the machine, is in ``timings.jsonl`` (`timing`). Shares of a sweep that several processes
+divide are in ``results-1of4.jsonl`` and so on. ``sequential.jsonl`` has the steps of sequences (`sequential.Step`).
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import lzma
 import math
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypedDict
 
+import torch
+
+from fastcov.bench.machine import machine
 from fastcov.parsing import parse_json
-from fastcov.printable import printable_logger
+from fastcov.printable import printable, printable_logger
 from fastcov.store import atomic_file
-from fastmemit.errors import BadData
+from fastmemit.data import Corpus
+from fastmemit.editor import Editor
+from fastmemit.errors import BadData, DamagedFile, WrongModel
+from fastmemit.evaluation.perplexity import Perplexity, PerplexityText
+from fastmemit.evaluation.scores import SHARES, ScoreTable, score_means
 from fastmemit.files import alone
+from fastmemit.methods import CONFIGS, EditConfig
+from fastmemit.methods.config import config_class
+from fastmemit.statistics import versions
 
 log = printable_logger(__name__)
 
-RESULTS, TIMINGS = "results.jsonl", "timings.jsonl"
+SWEEP, RESULTS, TIMINGS = "sweep.json", "results.jsonl", "timings.jsonl"
+#: Tokens that MEMIT's authors ran (100,000 Wikipedia articles), the full precompute of the paper.
+FULL_KEYS = 44_000_000
 _UNBOUNDED = "inf"
-_LARGEST = 1 << 30  # bytes of lines that a compressed file may hold
-_MEMORY = 1 << 27  # bytes that decompressing may take besides
+_MAX_BYTES = 1 << 30  # of lines in a compressed file
+_LARGEST = 2**53  # of whole numbers: all up to it are floats as well
+_PRINTED = 0.005  # stored scores and those of the records may differ by rounding, not in what is printed (0.01)
+# What must be equal for cells of two folders to stand in one table.
+_SHARED = ("format", "tokenizer", "dtype", "data", "corpus", "seed", "max_length")
+
+
+class Cell(TypedDict):
+    """One finished cell: where it stands in the grid, which tells it from the others, and what was found."""
+
+    key: str  # its name: memit/b16x10/x2, with +name=value, -bos and /seed1 where they apply
+    method: str
+    batch_size: int
+    batches: int  # edited one after the other, each on the unedited weights
+    multiplier: float | None  # d_m; None: the full precompute
+    settings: dict[str, Any]  # overrides of the method's settings, such as {"relative_ridge": 1e-3}
+    bos: bool  # whether the first position of a document is a key
+    seed: int  # seed for the order of the corpus, and so for which keys are preserved
+    keys: int  # preserved keys a layer (of the widest layer)
+    scores: ScoreTable  # after the edits, in percent
+    before: ScoreTable  # the unedited model, on the same records
+    #: case_id, batch (counted from 0), before and after: es, ps, ns, ea, pa, na and others as shares in [0, 1], None
+    #: where the record has no such prompts.
+    records: list[dict[str, Any]]
+    perplexity: Perplexity | None  # None where it was not asked for
+    jitter: dict[str, float]  # layer -> what its factor had to add, relative to the diagonal
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a sweep or sequences run on, and where their results go."""
+
+    corpus: Corpus  # where the statistics come from
+    folder: Path  # where the results go
+    data: Mapping[str, Any]  # name and sha256 of the records, see `file_identity`
+    full_keys: int = FULL_KEYS  # keys of the full precompute, if the corpus has so many
+    max_length: int | None = None  # cut documents at so many tokens
+    text: PerplexityText | None = None  # what perplexity is measured on; None measures none
+    perplexity_batches: int = 1  # measured after so many of a cell's batches, at most
+
+
+@dataclass(frozen=True)
+class Collected:
+    """The cells of one model, from one folder or several."""
+
+    folders: tuple[Path, ...]
+    sweeps: tuple[dict[str, Any], ...]  # sweep.json of each folder
+    cells: tuple[Cell, ...]  # every finished cell once, ordered by where it stands in the grid
+    timings: tuple[dict[str, Any], ...]  # what is known of their cost and of the machines
+
+
+def make_header(editor: Editor, inputs: Inputs, configs: Sequence[EditConfig]) -> dict[str, Any]:
+    """What all lines of a folder share: the unedited model, the inputs, and the settings of the methods."""
+    text = inputs.text
+    return {
+        "format": 1,
+        "model": editor.name,
+        "fingerprint": editor.fingerprint,
+        "tokenizer": str(editor.sources.identity()["tokenizer"]),
+        "dtype": str(editor.model.dtype).removeprefix("torch."),
+        "data": dict(inputs.data),
+        "corpus": {"name": inputs.corpus.name, "fingerprint": inputs.corpus.fingerprint},
+        "seed": editor.seed,  # for the choice and order of records, and for the contexts
+        "max_length": inputs.max_length,
+        "full_keys": inputs.full_keys,
+        "perplexity": None if text is None else {"name": text.name, "sha256": text.sha256, "tokens": len(text.ids)},
+        "methods": {config.method: config.as_dict() for config in configs},
+    }
+
+
+def as_published(method: str | EditConfig, settings: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Settings by name for an experiment, which takes few keys as they are, as the papers do."""
+    if isinstance(method, EditConfig) and getattr(method, "relative_ridge", None) is not None:
+        return dict(settings or {})
+    own = method if isinstance(method, EditConfig) else config_class(method)
+    return {**({"relative_ridge": 0.0} if "relative_ridge" in own.settings() else {}), **(settings or {})}
+
+
+def check_header(path: Path, header: Mapping[str, Any], what: str = "a sweep") -> None:
+    """Write the header of a new folder, or see that it is that of the lines in the folder; methods may be added.
+
+    Raises:
+        BadData: The folder holds something else, or its header cannot be read.
+    """
+    wanted = json.loads(json.dumps(header))
+    if path.is_file():
+        try:
+            stored = parse_json(path.read_bytes())
+            before = dict(stored["methods"])
+            known = {method: with_defaults(method, settings) for method, settings in before.items()}
+        except (ValueError, KeyError, TypeError) as error:
+            raise BadData(f"{str(path)!r} is not the header of {what} ({error}); name another folder.") from error
+        holds, mend = f"{str(path.parent)!r} holds {what} with", "name another folder, or give the same"
+        for name, value in wanted.items():
+            if name != "methods" and stored.get(name) != value:
+                there, now = (json.dumps(each, ensure_ascii=False) for each in (stored.get(name), value))
+                raise BadData(f"{holds} another {name}; {mend} (there {there:.80}, now {now:.80}).")
+        for method, settings in wanted["methods"].items():
+            full = with_defaults(method, settings)
+            if known.get(method, full) != full:
+                raise BadData(f"{holds} other settings of {method}; {mend}.")
+        wanted["methods"] = {**before, **wanted["methods"]}
+        if wanted == stored:
+            return
+    with atomic_file(path) as file:
+        file.write((json.dumps(wanted, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def with_defaults(method: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that were written down, with those that there were none of at that time.
+
+    And without those of other methods, which were written down too once, and changed nothing.
+    """
+    if not isinstance(settings, Mapping):
+        raise TypeError(f"the settings of {method:.40} are {settings!r:.40}")
+    own = {**CONFIGS[method].settings(), **as_published(method)}
+    own |= {"scale": "published", "v_lr": 0.5}  # there was no other before they were written down
+    known = {name: settings.get(name, value) for name, value in own.items()}
+    return {"method": method, **known, "preset": settings.get("preset", "default")}
+
+
+def file_identity(path: str | Path) -> dict[str, str]:
+    """Name and sha256 of a file, for a header; of what is no file the name alone."""
+    found = Path(path)
+    if not found.is_file():
+        return {"name": str(path)}
+    digest = hashlib.sha256()
+    with open(found, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return {"name": found.name, "sha256": digest.hexdigest()}
+
+
+def timing(editor: Editor, key: str, seconds: Any) -> dict[str, Any]:
+    """The seconds of a cell (by stage) or a sequence that ends now, and the processor that did the work, in words."""
+    device = editor.adapter.device
+    if device.type == "cuda":
+        hardware = str(torch.cuda.get_device_name(device))
+    else:
+        found = machine(device)
+        hardware = f"{found.cpu} ({', '.join(found.isa)}), {found.cores} cores, {torch.get_num_threads()} threads"
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return {"key": key, "seconds": seconds, "hardware": hardware, "versions": versions(), "finished": now}
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -30,7 +193,6 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
     Raises:
         BadData: Another line is not a JSON object with a key, or this is no file.
-        OSError: The file cannot be read.
     """
     if not path.is_file():
         raise BadData(f"{str(path)!r} is not a file; put the results there that a sweep wrote.")
@@ -43,16 +205,14 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
             value = parse_json(line)
             if not isinstance(value, dict) or not isinstance(value.get("key"), str):
                 raise ValueError("it has no key")
-            value = _with_perplexity(value, _UNBOUNDED, math.inf)
+            found.append(_with_perplexity(value, _UNBOUNDED, math.inf))
         except ValueError as error:
-            if number == len(lines):  # no end of line behind it: it was never finished
-                log.warning("%s ends in the middle of a line, which is left out", path)
-                break
-            raise BadData(
-                f"Line {number} of {str(path)!r} is not a result ({error}); delete the line, and "
-                "the sweep will run its cell again."
-            ) from error
-        found.append(value)
+            if number < len(lines):
+                raise BadData(
+                    f"Line {number} of {str(path)!r} is not a result ({error}); delete the line, and the sweep will "
+                    "run its cell again."
+                ) from error
+            log.warning("%s ends in the middle of a line, which is left out", path)  # no end of line behind it
     return found
 
 
@@ -62,51 +222,40 @@ def _content(path: Path) -> bytes:
     if path.suffix != ".xz":
         return data
     try:
-        reader = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=_MEMORY)
-        found = reader.decompress(data, max_length=_LARGEST)
+        reader = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=1 << 27)
+        found = reader.decompress(data, max_length=_MAX_BYTES)
     except lzma.LZMAError as error:
         raise BadData(f"{str(path)!r} cannot be decompressed ({error}); restore it from a copy.") from None
     if not reader.eof or reader.unused_data:
-        raise BadData(f"{str(path)!r} is cut short, or holds more than {_LARGEST >> 30} GiB; restore it from a copy.")
+        raise BadData(f"{str(path)!r} is cut short, or holds more than {_MAX_BYTES >> 30} GiB; restore it from a copy.")
     return found
 
 
-def read_results(folder: Path, name: str = RESULTS) -> dict[str, dict[str, Any]]:
-    """The finished cells of a folder by key, those of shards and of files that `xz` compressed included.
-
-    Args:
-        folder: The sweep's.
-        name: ``results.jsonl`` or ``timings.jsonl``.
+def read_results(*folders: Path, name: str = RESULTS) -> dict[str, dict[str, Any]]:
+    """The finished cells of sweeps by key, or their timings, those of shards and of compressed files included.
 
     Raises:
         BadData: A line is damaged, or two files have different results of one cell.
     """
-    stem = name.removesuffix(".jsonl")
     found: dict[str, dict[str, Any]] = {}
     where: dict[str, Path] = {}
-    for path in sorted([*folder.glob(f"{stem}*.jsonl"), *folder.glob(f"{stem}*.jsonl.xz")]):
+    stem = name.removesuffix(".jsonl")
+    for path in (
+        path for folder in folders for end in ("", ".xz") for path in sorted(folder.glob(f"{stem}*.jsonl{end}"))
+    ):
         for value in read_lines(path):
             key = value["key"]
-            if key in found and found[key] != value and name == RESULTS:
+            if found.setdefault(key, value) != value and name == RESULTS:
                 raise BadData(
-                    f"{str(where[key])!r} and {str(path)!r} have different results of {key}; "
-                    "delete the line that is not of this sweep."
+                    f"{str(where[key])!r} and {str(path)!r} have different results of {key}; delete the line that is "
+                    "not of this sweep, or report on them apart."
                 )
-            found.setdefault(key, value)
             where.setdefault(key, path)
     return found
 
 
 def read_unedited(path: Path, fingerprint: str, cases: Sequence[int]) -> dict[int, dict[str, Any]] | None:
-    """The unedited model's scores that a sweep kept, by case.
-
-    Args:
-        path: The file, ``unedited.json``.
-        fingerprint: Of the model.
-        cases: The records, in their order.
-
-    Returns:
-        The scores; None where there is no such file, or it is of another model or other records.
+    """The unedited model's scores in ``unedited.json``, by case; None if they are of another model or other cases.
 
     Raises:
         BadData: The file is not what was written.
@@ -128,11 +277,7 @@ def read_unedited(path: Path, fingerprint: str, cases: Sequence[int]) -> dict[in
 
 
 class ResultsFile:
-    """A file of lines that one process writes and that is whole after every line.
-
-    Args:
-        path: The file; it may be there already.
-    """
+    """A file of lines that one process writes and that is whole after every line; it may be there already."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -148,16 +293,11 @@ class ResultsFile:
                 file.truncate(whole)
 
     def append(self, value: Mapping[str, Any]) -> None:
-        """Add a line, and see that it is on the disk.
-
-        Raises:
-            OSError: It cannot be written; the lines before stay, and no part of this one.
-        """
-        line = line_of(value)
+        """Add a line, and see that it is on the disk; if that fails the lines before stay, and no part of this one."""
+        left = memoryview(line_of(value))
         with open(self.path, "ab", buffering=0) as file:  # closing has nothing left to write
             before = file.seek(0, os.SEEK_END)
             try:
-                left = memoryview(line)
                 while left:
                     left = left[file.write(left) :]
                 os.fsync(file.fileno())
@@ -168,20 +308,13 @@ class ResultsFile:
 
 
 def line_of(value: Mapping[str, Any]) -> bytes:
-    """One line of a results file.
-
-    A perplexity without bound, for which JSON has no number, is the text "inf" there.
-
-    Raises:
-        ValueError: Another number is not finite, which no reader takes.
-    """
-    value = unbounded_as_text(value)
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    """One line of a results file; ValueError if a number is not finite, other than a perplexity without bound."""
+    text = json.dumps(unbounded_as_text(value), ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     return (text + "\n").encode()
 
 
 def unbounded_as_text(value: Mapping[str, Any]) -> dict[str, Any]:
-    """A result with the text "inf" for a perplexity without bound, as files have it."""
+    """A result with the text "inf" for a perplexity without bound, for which JSON has no number."""
     return _with_perplexity(value, math.inf, _UNBOUNDED)
 
 
@@ -211,33 +344,215 @@ def gather(folder: Path, keys: Sequence[str]) -> None:
             else:
                 ended.append(path)
         for name in (RESULTS, TIMINGS):
-            _write_in_order(folder, name, keys)
+            write_in_order(folder / name, keys, read_results(folder, name=name))
         for path in ended:
-            for name in (RESULTS, TIMINGS):
-                of_shard = path.name.replace("results", name.removesuffix(".jsonl"), 1)
-                path.with_name(of_shard).unlink(missing_ok=True)
+            for name in ("results", "timings"):
+                path.with_name(path.name.replace("results", name, 1)).unlink(missing_ok=True)
 
 
-def _write_in_order(folder: Path, name: str, keys: Sequence[str]) -> None:
-    found = read_results(folder, name)
-    order = [*(key for key in keys if key in found), *(k for k in found if k not in set(keys))]
-    with atomic_file(folder / name) as file:
-        for key in order:
-            file.write(line_of(found[key]))
+def write_in_order(path: Path, keys: Sequence[str], found: Mapping[str, Any]) -> None:
+    """Write found lines, or lists of them, by key: those of the plan in its order, and the others behind them."""
+    planned = [key for key in keys if key in found]
+    with atomic_file(path) as file:
+        for key in [*planned, *(key for key in found if key not in set(planned))]:
+            for line in found[key] if isinstance(found[key], list) else [found[key]]:
+                file.write(line_of(line))
 
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Nobody else writes this file inside.
-
-    Raises:
-        BadData: Another process does so now.
-    """
+    """Nobody else writes this file inside; BadData if another process does so now."""
     lock = path.with_name(f".{path.name}.lock")
     with alone(lock, "writing these results", wait=False) as ours:
         if not ours and lock.exists():  # where there are no locks, no file of one stays
             raise BadData(
-                f"Another process is writing {str(path)!r}; wait for it, or divide the cells with "
-                "--shard 1/2 and --shard 2/2."
+                f"Another process is writing {str(path)!r}; wait for it, or divide the cells with --shard 1/2 and "
+                "--shard 2/2."
             )
         yield
+
+
+def collect(folders: Sequence[Path]) -> Collected:
+    """Read the folders of one or several sweeps of the same model.
+
+    Equal cells are merged. A last line without its end is what a killed process leaves; it is left out, with a warning.
+
+    Raises:
+        BadData: A folder does not exist or holds no sweep, no cell is finished, a line is damaged, or two files hold
+            different results of one cell.
+        DamagedFile: A cell is not what a sweep writes; the message names its key and the field.
+        WrongModel: The folders are of different models.
+    """
+    if not folders:
+        raise BadData("No folder to report on; name at least one that a sweep has written.")
+    sweeps = tuple(_read_sweep(folder) for folder in folders)
+    for folder, sweep in zip(folders[1:], sweeps[1:], strict=True):
+        _check_same(folders[0], sweeps[0], folder, sweep)
+    for folder in folders:  # each for itself, so that an error names it
+        for key, value in read_results(folder).items():
+            _check_cell(f"The cell {key!r} of {str(folder)!r}", value)
+        for key, value in read_results(folder, name=TIMINGS).items():
+            place = f"The timing of {key!r} in {str(folder)!r}"
+            check_fields(place, value, {"hardware": _TEXT, "versions": _OBJECT, "seconds": _OBJECT})
+            _check_numbers(place, "seconds", value["seconds"])
+    cells = sorted(_cleaned(read_results(*folders)).values(), key=_order)
+    timings = _cleaned(read_results(*folders, name=TIMINGS))
+    if not cells:
+        names = ", ".join(repr(str(folder)) for folder in folders)
+        raise BadData(f"No finished cell in {names}; run the sweep until there is one.")
+    known = tuple(timings[cell["key"]] for cell in cells if cell["key"] in timings)
+    return Collected(tuple(folders), sweeps, tuple(cells), known)
+
+
+def settings_name(settings: Mapping[str, Any]) -> str:
+    """``{"ridge": 0.1, "steps": 5}`` as ``ridge=0.1, steps=5``; the empty text for none."""
+    return ", ".join(
+        f"{name}={value if isinstance(value, str) else json.dumps(value, sort_keys=True)}"
+        for name, value in sorted(settings.items())
+    )
+
+
+def _cleaned(value: Any) -> Any:
+    """A value of a file with all text printable: whatever a report is written as, it is that."""
+    if isinstance(value, str):
+        return printable(value)
+    if isinstance(value, dict):
+        return {_cleaned(name): _cleaned(inner) for name, inner in value.items()}
+    return [_cleaned(inner) for inner in value] if isinstance(value, list) else value
+
+
+def _order(cell: Cell) -> tuple[Any, ...]:
+    multiplier = math.inf if cell["multiplier"] is None else cell["multiplier"]
+    group = (cell["method"], settings_name(cell["settings"]), not cell["bos"], cell["seed"])
+    return (*group, cell["batch_size"], cell["batches"], multiplier, cell["key"])
+
+
+def _read_sweep(folder: Path) -> dict[str, Any]:
+    path = folder / SWEEP
+    if not folder.is_dir():
+        raise BadData(f"The folder {str(folder)!r} does not exist; name one that a sweep wrote.")
+    if not path.is_file():
+        raise BadData(f"{str(folder)!r} holds no sweep.json; name a folder that a sweep wrote.")
+    try:
+        found = _cleaned(parse_json(path.read_bytes()))
+    except ValueError as bad:
+        raise DamagedFile(f"{path} is not JSON ({bad}); restore it from a copy.") from None
+    kinds = {"format": Kind((int,)), "model": _TEXT, "fingerprint": _TEXT, "methods": _OBJECT}
+    check_fields(str(path), found, kinds, "restore it from a copy")
+    methods = dict.fromkeys(found["methods"], _OBJECT)
+    check_fields(f"{path}, methods,", found["methods"], methods, "restore it from a copy")
+    return found
+
+
+def _check_same(first: Path, one: Mapping[str, Any], second: Path, other: Mapping[str, Any]) -> None:
+    if one["fingerprint"] != other["fingerprint"]:
+        raise WrongModel(
+            f"{str(first)!r} is of the model {one['model']} and {str(second)!r} of {other['model']}, whose weights "
+            "differ; report on each model apart."
+        )
+    pairs = [(name, one.get(name), other.get(name)) for name in _SHARED]
+    both = [method for method in one["methods"] if method in other["methods"]]
+    pairs += [(f"settings of {method}", one["methods"][method], other["methods"][method]) for method in both]
+    for name, a, b in pairs:
+        if a != b:
+            raise BadData(
+                f"The {name} of {str(first)!r} is {a!r} and of {str(second)!r} {b!r}, so their scores cannot be "
+                "compared; report on them apart."
+            )
+
+
+class Kind(NamedTuple):
+    """What a field of a file may be: one of these types, and a number in this range."""
+
+    types: tuple[type, ...]
+    low: float = -math.inf
+    high: float = math.inf
+
+
+COUNT, COUNT_FROM_1 = Kind((int,), 0, _LARGEST), Kind((int,), 1, _LARGEST)
+NUMBER, SHARE = Kind((int, float), 0, sys.float_info.max), Kind((int, float, type(None)), 0, 1)
+PERCENT = Kind((int, float, type(None)), 0, 100)
+MULTIPLIER = Kind((int, float, type(None)), math.ulp(0.0), sys.float_info.max)
+_TEXT, _OBJECT = Kind((str,)), Kind((dict,))
+_CELL = {
+    **dict.fromkeys(("method", "key"), _TEXT),
+    **dict.fromkeys(("batch_size", "batches", "keys"), COUNT_FROM_1),
+    **dict.fromkeys(("settings", "scores", "before"), _OBJECT),
+    "multiplier": MULTIPLIER,
+    "bos": Kind((bool,)),
+    "seed": COUNT,
+    "records": Kind((list,)),
+    "perplexity": Kind((dict, type(None))),
+}
+_RECORD = {"case_id": Kind((int,)), "before": _OBJECT, "after": _OBJECT}
+# The exponential of a mean cost is never below 1.
+_COST = Kind((int, float), 1.0)
+_MEND = "delete the line, and the sweep will run its cell again"
+
+
+def check_fields(place: str, value: Any, kinds: Mapping[str, Kind], mend: str = _MEND) -> None:
+    """Raise a DamagedFile that begins with `place` if an object lacks a field, or has one of another kind."""
+    for name, (types, low, high) in kinds.items():
+        if not isinstance(value, dict) or name not in value:
+            raise DamagedFile(f"{place} lacks the field {name!r}; {mend}.")
+        found = value[name]
+        fits = isinstance(found, types)
+        if isinstance(found, bool):  # an int to Python, not to this file
+            fits = bool in types
+        elif isinstance(found, int):  # a whole number in JSON has no largest, a float has
+            fits = fits and low <= found <= min(high, _LARGEST)
+        elif isinstance(found, float):
+            fits = fits and low <= found <= high
+        if not fits:
+            numeric = type(found) in (int, float) and math.isfinite(low)
+            bounds = f", which is not from {low:g} to {high:g}" if numeric else ""
+            raise DamagedFile(f"{place} has {name} = {found!r:.80}{bounds}; {mend}.")
+
+
+def check_records(place: str, records: Sequence[Any], mend: str = _MEND) -> None:
+    """Raise a DamagedFile for what are no records of a cell or step (see `Cell`), or name a case twice."""
+    seen: set[int] = set()
+    for record in records:
+        check_fields(f"{place}, a record,", record, _RECORD, mend)
+        case = record["case_id"]
+        for when in ("before", "after"):
+            known = dict.fromkeys((name for name in SHARES if name in record[when]), SHARE)
+            check_fields(f"{place}, {when} the edit of case {case},", record[when], known, mend)
+        if case in seen:
+            raise DamagedFile(f"{place} has case {case} twice; {mend}.")
+        seen.add(case)
+
+
+def _check_cell(place: str, value: dict[str, Any]) -> None:
+    check_fields(place, value, _CELL)
+    for name in ("method", "records"):
+        if not value[name]:
+            raise DamagedFile(f"{place} has no {name}; {_MEND}.")
+    check_records(place, value["records"])
+    records, wanted = value["records"], value["batch_size"] * value["batches"]
+    if len(records) != wanted:
+        raise DamagedFile(f"{place} has {len(records)} records, and its batches make {wanted:,}; {_MEND}.")
+    for when, scores in (("before", value["before"]), ("after", value["scores"])):
+        for name, right in score_means([record[when] for record in records]).items():
+            if name not in scores and name in ("ea", "pa", "na"):
+                continue  # the tables of earlier versions lack what the records have
+            said = scores.get(name)
+            if said is None or right is None:
+                same = said is right
+            else:  # without a difference: a whole number of hundreds of digits has none from a float
+                same = isinstance(said, (int, float)) and right - _PRINTED < said < right + _PRINTED
+            if not same:
+                raise DamagedFile(
+                    f"{place} says that {name.upper()} {when} the edits is {said!s:.40}, and its records make it "
+                    f"{right}; {_MEND}."
+                )
+    _check_numbers(place, "jitter", value.get("jitter", {}))
+    found = value["perplexity"]
+    if found is not None:
+        counts = dict.fromkeys((name for name in ("batches", "tokens") if name in found), COUNT_FROM_1)
+        check_fields(f"{place}, perplexity,", found, dict.fromkeys(("before", "after"), _COST) | counts)
+
+
+def _check_numbers(place: str, name: str, values: Any) -> None:
+    check_fields(place, {name: values}, {name: _OBJECT})
+    check_fields(f"{place}, {name},", values, dict.fromkeys(values, NUMBER))

@@ -1,40 +1,50 @@
 """Sequential editing: batch on batch into the same weights, scored over all that was written.
 
-The tables of arXiv 2506.04226 give the unedited weights back after every batch.  Here nothing is
-given back until the end, and the question is what becomes of the earlier facts: with a second moment of few keys, and
-with or without the keys of the earlier edits among the preserved ones.
+The tables of arXiv 2506.04226 give the unedited weights back after every batch. Here nothing is given back until the
+end, and the question is what becomes of the earlier facts: with a second moment of few keys, and with or without the
+keys of the earlier edits among the preserved ones.
+
+``sequential.jsonl`` has a line for each step of each run, and nothing that differs from time to time;
+``sequential-timings.jsonl`` says how long each run took, and where. A sequence cannot be taken up in its middle, since
+its weights are gone, so a run that was killed begins again; those that were finished stay.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-import sys
+import time
 from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypedDict
 
 from fastcov.errors import NonFiniteKeys, NonFiniteMatrix
 from fastmemit.data import Record
 from fastmemit.editor import Editor
 from fastmemit.errors import BadConfig, BadData, DamagedFile, FastmemitError, WrongModel
-from fastmemit.evaluation.scores import RecordScore, ScoreTable, score_records
-from fastmemit.experiments.cell import scored_or_failed, table_of
-from fastmemit.experiments.header import as_published
-from fastmemit.experiments.intervals import SCORES, SHARES
+from fastmemit.evaluation.perplexity import perplexity
+from fastmemit.evaluation.scores import SHARES, ScoreTable, score_records
+from fastmemit.experiments import results
+from fastmemit.experiments.results import COUNT, Inputs, Kind, as_published
+from fastmemit.experiments.sweep import (
+    multiplier_name,
+    precompute_multipliers,
+    scored_or_failed,
+    table_of,
+    unedited_scores,
+)
 from fastmemit.methods import PRESERVING, EditConfig, PreservedKeys, ReadCache
+from fastmemit.progress import bar
 from fastmemit.request import check_batch
 from fastmemit.tokens import request_rows
 
 log = logging.getLogger(__name__)
 
-
-class StepRecord(TypedDict):
-    """One fact of a step; shares in [0, 1], None where the record has no such prompts."""
-
-    case_id: int
-    batch: int  # counted from 0
-    before: dict[str, float | None]  # es, ps, ns, ea, pa, na of the unedited model
-    after: dict[str, float | None]  # of the model as it is now
+STEPS, TIMINGS, HEADER = "sequential.jsonl", "sequential-timings.jsonl", "sequential.json"
+_EDITED = "The model is edited already; undo its edits before a sequence."
+_MEND = "delete the lines of its run, which is then run again"
 
 
 class Step(TypedDict):
@@ -48,69 +58,142 @@ class Step(TypedDict):
     before: ScoreTable  # of the unedited model on the same records
     by_batch: list[ScoreTable]  # `scores` of each batch alone, the oldest first
     perplexity: float | None  # of the model as it is now; None where it was not asked for
-    records: list[StepRecord]  # of all facts so far; earlier versions wrote none
+    records: list[dict[str, Any]]  # see `Cell`; of all facts so far; earlier versions wrote none
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which sequences are run."""
+
+    batches: Sequence[Sequence[Record]]  # records to be edited together, in the order in which they are written
+    method: str  # one of `fastmemit.methods.METHODS`
+    settings: Mapping[str, Any]  # what replaces the preset's settings
+    multipliers: Sequence[float | None]  # in ascending order; None, which comes last, is the full precompute
+    preserve: Sequence[bool] = (
+        True,
+        False,
+    )  # with the keys of earlier edits among the preserved ones, without, or both
+    score_every: int = 1  # after how many batches scores are taken
+
+    def runs(self) -> dict[str, tuple[float | None, bool]]:
+        """Multiplier, and whether edit keys are preserved, by name, such as ``memit/b16x10/x2/preserved``."""
+        place = f"{self.method}/b{max(map(len, self.batches))}x{len(self.batches)}"
+        return {
+            f"{place}/{multiplier_name(multiplier)}/{'preserved' if preserve else 'plain'}": (multiplier, preserve)
+            for multiplier in self.multipliers
+            for preserve in self.preserve
+        }
+
+    def scored(self) -> int:
+        """How many records one run writes and scores."""
+        sizes = [len(batch) for batch in self.batches]
+        ends = [*range(self.score_every, len(sizes), self.score_every), len(sizes)]
+        return sum(sizes) + sum(sum(sizes[:end]) for end in ends)
+
+
+def run_sequences(editor: Editor, plan: Plan, inputs: Inputs, *, progress: bool = False) -> list[dict[str, Any]]:
+    """Run the sequences of a plan that are not finished on an unedited model, and append each step when it is done.
+
+    Returns:
+        The lines of all runs of the plan, in its order: a `Step` each, with ``key``, ``method``, ``batch_size``,
+        ``multiplier``, ``preserve`` and ``keys`` (of the corpus, a layer).
+
+    Raises:
+        WrongModel: The model is edited already.
+        BadData: The folder holds sequences of something else, or a line that is not JSON; or another process is writing
+            there.
+        DamagedFile: A line is not what a run writes.
+        FastcovError, FastmemitError: What can go wrong with statistics, targets and edits.
+    """
+    if editor.edits:
+        raise WrongModel(_EDITED)
+    folder, runs, text = inputs.folder, plan.runs(), inputs.text
+    folder.mkdir(parents=True, exist_ok=True)
+    lines, timings = results.ResultsFile(folder / STEPS), results.ResultsFile(folder / TIMINGS)
+    config = editor.config(plan.method, **as_published(plan.method, plan.settings))
+    cases = [[record.case_id for record in batch] for batch in plan.batches]
+    header = {**results.make_header(editor, inputs, [config]), "batches": cases, "score_every": plan.score_every}
+    with results.locked(lines.path):
+        results.check_header(folder / HEADER, header, "sequences")
+        lines.repair()
+        timings.repair()
+        finished = read_sequences(lines.path, len(cases))
+        results.write_in_order(lines.path, list(runs), finished)  # without the steps of a run that was killed
+        todo = {key: run for key, run in runs.items() if key not in finished}
+        if todo:
+            statistics = precompute_multipliers(editor, inputs, plan.multipliers, config.layers)
+            unedited = unedited_scores(editor, folder, [r for batch in plan.batches for r in batch], progress)
+            reads = ReadCache()  # the first batch is written into the unedited model, every time
+            with bar("records", plan.scored() * len(todo), progress) as advance:
+                for key, (multiplier, preserve) in todo.items():
+                    advance.note(key)
+                    editor.use(statistics[multiplier])
+                    begun = time.perf_counter()
+                    run = run_sequential(
+                        editor,
+                        plan.batches,
+                        plan.method,
+                        plan.settings,
+                        preserve=preserve,
+                        score_every=plan.score_every,
+                        perplexity=None if text is None else lambda: perplexity(editor.adapter, text).perplexity,
+                        unedited=unedited,
+                        reads=reads,
+                        progress=advance,
+                    )
+                    place = {"method": plan.method, "batch_size": max(map(len, cases)), "multiplier": multiplier}
+                    place |= {"preserve": preserve, "keys": statistics[multiplier].keys}
+                    with closing(run):
+                        for step in run:
+                            lines.append({"key": f"{key}/{step['edits']}", **place, **step})
+                    timings.append(results.timing(editor, key, round(time.perf_counter() - begun, 3)))
+            finished = read_sequences(lines.path, len(cases))
+            results.write_in_order(lines.path, list(runs), finished)
+    return [line for key in runs for line in finished.get(key, ())]
+
+
+def read_sequences(path: Path, batches: int) -> dict[str, list[dict[str, Any]]]:
+    """The lines of the runs that have reached their last batch, by the run's name.
+
+    Raises:
+        BadData: A line is not JSON.
+        DamagedFile: A line is not what a run writes.
+    """
+    found: dict[str, list[dict[str, Any]]] = {}
+    for line in results.read_lines(path) if path.is_file() else ():
+        check_step(f"The step {line['key']!r:.80} of {str(path)!r}", line)
+        found.setdefault(line["key"].rpartition("/")[0], []).append(line)
+    return {key: lines for key, lines in found.items() if lines[-1]["edits"] == batches}
 
 
 def check_step(place: str, line: Mapping[str, Any]) -> None:
     """Refuse what is no line of a file of steps: a `Step`, its multiplier and whether it preserves.
 
-    Args:
-        place: The line, for the message.
-        line: A JSON object.
-
     Raises:
-        DamagedFile: A field is missing or is something else.
+        DamagedFile: A field is missing or is something else; the message begins with `place`.
     """
-    kinds: dict[str, Callable[[Any], bool]] = {
-        **dict.fromkeys(("edits", "facts", "failed"), _is_count),
-        **dict.fromkeys(("scores", "before"), _is_table),
-        # The exponential of a mean cost, which is never below 0.
-        "perplexity": lambda found: found is None or _is_from(found, 1.0, math.inf),
-        "multiplier": lambda found: found is None or (_is_from(found, 0.0, sys.float_info.max) and found > 0),
-        "preserve": lambda found: isinstance(found, bool),
-        "by_batch": lambda found: bool(isinstance(found, list) and found and all(map(_is_table, found))),
+    kinds = {
+        **dict.fromkeys(("edits", "facts", "failed"), COUNT),
+        **dict.fromkeys(("scores", "before"), Kind((dict,))),
+        "perplexity": Kind((int, float, type(None)), 1.0),
+        "multiplier": results.MULTIPLIER,
+        "preserve": Kind((bool,)),
+        "by_batch": Kind((list,)),
+        **({"records": Kind((list,))} if "records" in line else {}),
     }
-    if "records" in line:
-        kinds["records"] = lambda found: isinstance(found, list) and all(map(_is_record, found))
-    for name, fits in kinds.items():
-        if name not in line or not fits(line[name]):
-            said = f"has {name} = {line[name]!r:.80}" if name in line else f"lacks {name}"
-            raise DamagedFile(f"{place} {said}; delete the lines of its run, which is then run again.")
-
-
-def _is_table(found: Any) -> bool:
-    if not isinstance(found, dict):
-        return False
-    # Lines of earlier versions have no exact matches.
-    names = ("es", "ps", "ns", "s", *(name for name in SCORES if name in found))
-    return all(name in found and _is_none_or(found[name], 100.0) for name in names)
-
-
-def _is_record(found: Any) -> bool:
-    return (
-        isinstance(found, dict)
-        and type(found.get("case_id")) is int
-        and all(
-            isinstance(shares := found.get(when), dict)
-            and all(name in shares and _is_none_or(shares[name], 1.0) for name in SHARES)
-            for when in ("before", "after")
-        )
-    )
-
-
-def _is_count(found: Any) -> bool:
-    return type(found) is int and 0 <= found <= 2**53
-
-
-def _is_none_or(found: Any, high: float) -> bool:
-    return found is None or _is_from(found, 0.0, high)
-
-
-def _is_from(found: Any, low: float, high: float) -> bool:
-    """Whether it is a number in a range; a whole number in JSON has no largest, a float has."""
-    if type(found) is int and abs(found) > sys.float_info.max:
-        return False
-    return type(found) in (int, float) and low <= found <= high
+    results.check_fields(place, line, kinds, _MEND)
+    if not line["by_batch"]:
+        raise DamagedFile(f"{place} has no by_batch; {_MEND}.")
+    tables = [
+        ("scores", line["scores"]),
+        ("before", line["before"]),
+        *(("by_batch", part) for part in line["by_batch"]),
+    ]
+    for name, table in tables:
+        # Lines of earlier versions have no exact matches.
+        known = ("es", "ps", "ns", "s", *(score for score in SHARES if isinstance(table, dict) and score in table))
+        results.check_fields(f"{place}, {name},", table, dict.fromkeys(known, results.PERCENT), _MEND)
+    results.check_records(place, line.get("records", ()), _MEND)
 
 
 def run_sequential(
@@ -122,30 +205,19 @@ def run_sequential(
     preserve: bool,
     score_every: int = 1,
     perplexity: Callable[[], float] | None = None,
-    unedited: Mapping[int, RecordScore] | None = None,
+    unedited: Mapping[int, Mapping[str, Any]] | None = None,
     reads: ReadCache | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Generator[Step]:
-    """Write batches one after the other, and score after every k-th and after the last.
+    """Write batches one after the other, and yield a `Step` after every k-th and after the last.
 
-    Target vectors are those of the model as it is when a batch is written, with the earlier edits
-    in it; contexts are those of the unedited model.  All edits are undone when the iterator ends,
-    is closed or fails: the weights have their bits back, last edit first.
+    Target vectors are those of the model as it is when a batch is written, with the earlier edits in it; contexts are
+    those of the unedited model. All edits are undone when the iterator ends, is closed or fails: the weights have their
+    bits back, last edit first. For the method, its settings and `reads` see `fastmemit.Editor.plan`.
 
-    Args:
-        editor: The editor of an unedited model, with its statistics precomputed.
-        batches: Records to be edited together, in the order in which they are written.
-        method: One of `fastmemit.methods.METHODS`, or settings, see `fastmemit.Editor.plan`.
-        settings: What replaces the preset's settings.
-        preserve: Whether each batch preserves the keys of the earlier ones too, ``A = w C + ridge I + sum K_p K_p^T``.
-        score_every: k.
-        perplexity: Measures the model as it is.
-        unedited: case_id -> the unedited model's score of every record, if it was taken already.
-        reads: See `fastmemit.Editor.plan`; of use where the first batch is written several times.
-        progress: Called with the number of records written or scored since the last call.
-
-    Yields:
-        A `Step` after each k-th batch and after the last.
+    With `preserve` each batch preserves the keys of the earlier ones too, ``A = w C + ridge I + sum K_p K_p^T``.
+    `perplexity` measures the model as it is; `unedited` are the unedited model's shares by case_id, if they were taken
+    already; `progress` is called with the number of records written or scored since its last call.
 
     Raises:
         WrongModel: The model is edited already.
@@ -155,7 +227,7 @@ def run_sequential(
         fastcov.StoreMissing: No statistics of the edited layers were precomputed.
     """
     if editor.edits:
-        raise WrongModel("The model is edited already; undo its edits before a sequence.")
+        raise WrongModel(_EDITED)
     if score_every < 1:
         raise BadConfig(f"Scores are taken after every {score_every} batches; give 1 or more.")
     if not batches or not all(batches):
@@ -168,95 +240,60 @@ def run_sequential(
             request_rows(editor.tokenizer, request, contexts)
     if unedited is None:
         records = [record for batch in batches for record in batch]
-        unedited = {s.case_id: s for s in score_records(editor.adapter, editor.tokenizer, records)}
-    run = _Run(editor, config, PreservedKeys() if preserve else None, reads)
+        unedited = {s.case_id: s.shares() for s in score_records(editor.adapter, editor.tokenizer, records)}
+    preserved = PreservedKeys() if preserve else None
+    failed = 0
     try:
         for number, batch in enumerate(batches, 1):
-            run.write(batch)
+            requests = [record.request for record in batch]
+            # Without a word, some methods take all earlier keys.
+            earlier = PreservedKeys() if preserved is None and config.method in PRESERVING else preserved
+            try:
+                # Their last bits depend on what vectors are optimised beside, so that a run that was interrupted may
+                # not take some from the store and make the others.
+                editor.sources.targets(requests, config, together=True)
+                editor.edit(requests, config, preserved=earlier, reads=reads, verify=False)
+            except (NonFiniteKeys, NonFiniteMatrix, FastmemitError) as broken:
+                # Requests were checked before, so that what is left of our own errors is a target whose loss is not
+                # finite.
+                if not editor.edits:
+                    raise  # not the work of earlier edits
+                log.warning("A batch was not written: %s", broken)
+                failed += 1
             if progress is not None:
                 progress(len(batch))
             if number % score_every == 0 or number == len(batches):
-                yield run.step(batches[:number], unedited, perplexity)
+                written = [(at, record) for at, batch in enumerate(batches[:number]) for record in batch]
+                scores = scored_or_failed(editor, [record for _, record in written])
+                scored = [
+                    {
+                        "case_id": record.case_id,
+                        "batch": at,
+                        "before": {name: unedited[record.case_id][name] for name in SHARES},
+                        "after": {name: share for name, share in score.shares().items() if name in SHARES},
+                    }
+                    for (at, record), score in zip(written, scores, strict=True)
+                ]
+                cost = None
+                if perplexity is not None:
+                    try:
+                        cost = perplexity()
+                    except FastmemitError as broken:  # the model's output is not finite
+                        log.warning("%s It counts as infinite.", broken)
+                        cost = math.inf
+                yield Step(
+                    edits=number,
+                    facts=len(written),
+                    failed=failed,
+                    preserved=0 if preserved is None else len(preserved),
+                    scores=table_of(scored),
+                    before=table_of(scored, "before"),
+                    by_batch=[table_of([row for row in scored if row["batch"] == at]) for at in range(number)],
+                    perplexity=cost,
+                    records=scored,
+                )
                 if progress is not None:
-                    progress(sum(map(len, batches[:number])))
+                    progress(len(written))
     finally:
         for edit in reversed(editor.edits):
             edit.undo()
-
-
-class _Run:
-    """A sequence while it runs."""
-
-    def __init__(
-        self, editor: Editor, config: EditConfig, preserved: PreservedKeys | None, reads: ReadCache | None
-    ) -> None:
-        self._editor, self._config = editor, config
-        self._preserved, self._reads = preserved, reads
-        self._failed = 0
-
-    def write(self, batch: Sequence[Record]) -> None:
-        """Edit one batch on top of the others."""
-        requests = [record.request for record in batch]
-        try:
-            # Their last bits depend on what vectors are optimised beside, so that a run that was
-            # interrupted may not take some from the store and make the others.
-            self._editor.sources.targets(requests, self._config, together=True)
-            self._editor.edit(requests, self._config, preserved=self._earlier(), reads=self._reads, verify=False)
-        except (NonFiniteKeys, NonFiniteMatrix, FastmemitError) as broken:
-            # Requests were checked before, so that what is left of our own errors is a target
-            # whose loss is not finite.
-            if not self._editor.edits:
-                raise  # not the work of earlier edits
-            log.warning("A batch was not written: %s", broken)
-            self._failed += 1
-
-    def _earlier(self) -> PreservedKeys | None:
-        """What the next batch preserves: without a word, some methods take all earlier keys."""
-        if self._preserved is None and self._config.method in PRESERVING:
-            return PreservedKeys()
-        return self._preserved
-
-    def step(
-        self,
-        batches: Sequence[Sequence[Record]],
-        unedited: Mapping[int, RecordScore],
-        perplexity: Callable[[], float] | None,
-    ) -> Step:
-        """Score all that was written."""
-        records = [record for batch in batches for record in batch]
-        numbers = [number for number, batch in enumerate(batches) for _ in batch]
-        scored = [
-            StepRecord(
-                case_id=record.case_id, batch=number, before=_shares(unedited[record.case_id]), after=_shares(score)
-            )
-            for record, number, score in zip(records, numbers, scored_or_failed(self._editor, records), strict=True)
-        ]
-        parts = [
-            table_of([record["after"] for record in scored if record["batch"] == number])
-            for number in range(len(batches))
-        ]
-        return Step(
-            edits=len(batches),
-            facts=len(records),
-            failed=self._failed,
-            preserved=0 if self._preserved is None else len(self._preserved),
-            scores=table_of([record["after"] for record in scored]),
-            before=table_of([record["before"] for record in scored]),
-            by_batch=parts,
-            perplexity=None if perplexity is None else _measured(perplexity),
-            records=scored,
-        )
-
-
-def _shares(score: RecordScore) -> dict[str, float | None]:
-    shares = score.shares()
-    return {name: shares[name] for name in SHARES}
-
-
-def _measured(perplexity: Callable[[], float]) -> float:
-    """A perplexity; infinite for a model whose output is not finite."""
-    try:
-        return perplexity()
-    except FastmemitError as broken:
-        log.warning("%s It counts as infinite.", broken)
-        return math.inf

@@ -8,47 +8,315 @@ once.
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Iterable, Iterator, Sequence
+import logging
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 from fastcov.store import atomic_file
 from fastmemit.data import Record, batches
 from fastmemit.editor import Editor
-from fastmemit.errors import WrongModel
-from fastmemit.evaluation.perplexity import perplexity
-from fastmemit.evaluation.scores import count_questions, score_records
-from fastmemit.experiments.cell import SweepInputs, SweepRun, run_cell
-from fastmemit.experiments.grid import Grid, Place
-from fastmemit.experiments.header import check_header
-from fastmemit.experiments.results import ResultsFile, gather, locked, read_results, read_unedited
-from fastmemit.experiments.schema import Cell
-from fastmemit.experiments.statistics import precompute_multipliers
-from fastmemit.methods import EditConfig
+from fastmemit.errors import BadConfig, BadData, WrongModel
+from fastmemit.evaluation.perplexity import PerplexityResult, before_and_after, edited_nll, perplexity
+from fastmemit.evaluation.runner import stage
+from fastmemit.evaluation.scores import (
+    Exact,
+    NllPair,
+    RecordScore,
+    ScoreTable,
+    count_questions,
+    score_means,
+    score_records,
+)
+from fastmemit.experiments import results
+from fastmemit.experiments.results import Cell, Inputs, as_published
+from fastmemit.methods import METHODS, EditConfig, ReadCache
 from fastmemit.progress import bar
 from fastmemit.statistics import Statistics
 
+log = logging.getLogger(__name__)
+
+#: How many batches of each size Table 1 of arXiv 2506.04226 edits and scores.
+TABLE_1 = {1: 1000, 16: 10, 64: 5, 256: 5, 1024: 3}
+MULTIPLIERS: tuple[float | None, ...] = (1.0, 2.0, 3.0, 4.0, 10.0, None)
+FULL = "full"
 _TARGETS_TOGETHER = 64  # requests between two times that target vectors are stored
 
 
+@dataclass(frozen=True)
+class Place:
+    """One cell of the grid, see `Cell`."""
+
+    method: str
+    batch_size: int
+    batches: int
+    multiplier: float | None
+    settings: tuple[tuple[str, Any], ...] = ()  # by name, in the order given
+    bos: bool = True
+    seed: int = 0
+
+    @property
+    def key(self) -> str:
+        """The cell's name, such as ``memit/b16x10/x2+relative_ridge=0.001``."""
+        name = f"{self.method}/b{self.batch_size}x{self.batches}/{multiplier_name(self.multiplier)}"
+        name += "".join(f"+{setting}={_shown(value)}" for setting, value in self.settings)
+        return name + ("" if self.bos else "-bos") + (f"/seed{self.seed}" if self.seed else "")
+
+    def as_dict(self) -> dict[str, Any]:
+        """The place as the results file has it."""
+        return {**vars(self), "settings": dict(self.settings)}
+
+
+@dataclass(frozen=True)
+class Grid:
+    """All cells of a sweep."""
+
+    #: In the order in which they run: names, or settings in the place of a model's preset, one for each method.
+    methods: tuple[str | EditConfig, ...] = ("emmet", "memit", "rome")
+    batches: Mapping[int, int] = field(default_factory=lambda: dict(TABLE_1))  # batch size -> how many batches
+    multipliers: tuple[float | None, ...] = MULTIPLIERS  # None stands for the full precompute
+    variants: tuple[Mapping[str, Any], ...] = ({},)  # settings that replace the methods' own; each set is a cell
+    bos: tuple[bool, ...] = (True,)  # with the first position of a document among the keys, without it, or both
+    seeds: tuple[int, ...] = (0,)  # seeds for the order of the corpus
+    #: Further multipliers at which sums are stored on the way. Sweeps with the same way share one pass over the corpus.
+    snapshots: tuple[float | None, ...] = ()
+    settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # method -> settings in all of its cells
+
+    def of_model(self, config: Callable[[str | EditConfig], EditConfig]) -> Grid:
+        """The grid with names for methods, and what settings change of a model's (`Editor.config`) in `settings`."""
+        changed = dict(self.settings)
+        for given in self.methods:
+            if isinstance(given, EditConfig):
+                usual = config(given.method).as_dict()
+                own = config(given).as_dict()
+                own = {name: own[name] for name in given.settings() if own[name] != usual[name]}
+                changed[given.method] = {**own, **self.settings.get(given.method, {})}
+        return dataclasses.replace(self, methods=tuple(map(_name, self.methods)), settings=changed)
+
+    def way(self, multiplier: float | None) -> list[float | None]:
+        """Where sums are stored on the way to a multiplier, itself the last.
+
+        It does not depend on what is finished: the last bits of a sum depend on it.
+        """
+        stops = {math.inf if m is None else m for m in (*self.multipliers, *self.snapshots)}
+        last = math.inf if multiplier is None else multiplier
+        return [None if m == math.inf else m for m in sorted(stops) if m <= last]
+
+    def places(self) -> list[Place]:
+        """The cells, those that share statistics one after the other, small multipliers first.
+
+        ROME writes one fact at a time, so it has cells of batch size 1 alone.
+        """
+        return [
+            Place(method, size, count, multiplier, tuple({**self.settings.get(method, {}), **variant}.items()), bos, s)
+            for s in self.seeds
+            for bos in self.bos
+            for multiplier in self.multipliers
+            for variant in self.variants
+            for method in map(_name, self.methods)
+            for size, count in self.batches.items()
+            if method != "rome" or size == 1
+        ]
+
+
+def _name(method: str | EditConfig) -> str:
+    return method.method if isinstance(method, EditConfig) else method
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:g}"
+    return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
+
+
+def multiplier_name(multiplier: float | None) -> str:
+    """``"x2"``, or ``"full"``."""
+    return FULL if multiplier is None else f"x{multiplier:g}"
+
+
+def parse_multipliers(text: str) -> tuple[float | None, ...]:
+    """``"1,2,10,full"`` in ascending order, ``full`` last, as None."""
+
+    def number(part: str) -> float:
+        try:
+            value = math.inf if part == FULL else float(part)
+        except ValueError:
+            value = math.nan
+        if not value > 0 or (value == math.inf and part != FULL):
+            raise BadConfig(f"The multiplier {part!r} is neither a number above 0 nor 'full'; write 1,2,10,full.")
+        return value
+
+    return tuple(None if value == math.inf else value for value in sorted(_each("multiplier", text, number)))
+
+
+def parse_methods(text: str) -> tuple[str, ...]:
+    """``"emmet,memit"`` as method names."""
+
+    def known(name: str) -> str:
+        if name not in METHODS:
+            raise BadConfig(f"There is no method {name!r}; choose from {', '.join(METHODS)}.")
+        return name
+
+    return _each("method", text, known)
+
+
+def parse_batches(sizes: str | None, numbers: str | None) -> dict[int, int]:
+    """``"1,16,64"`` and ``"1000,10,5"``, one for each size or one for all, as batch sizes and how many of each.
+
+    Without sizes they are those of Table 1, and without numbers as many as there.
+    """
+    wanted = tuple(TABLE_1) if sizes is None else _each("batch size", sizes, _whole)
+    if numbers is None:
+        for size in wanted:
+            if size not in TABLE_1:
+                raise BadConfig(f"Table 1 has no batches of {size}; say how many of each size with --num-batches.")
+        return {size: TABLE_1[size] for size in wanted}
+    counts = [_whole(part) for part in _parts("number of batches", numbers)]
+    if len(counts) not in (1, len(wanted)):
+        raise BadConfig(
+            f"There are {len(counts)} numbers of batches for {len(wanted)} batch sizes; give one for each, or for all."
+        )
+    return {size: counts[index % len(counts)] for index, size in enumerate(wanted)}
+
+
+def parse_seeds(text: str) -> tuple[int, ...]:
+    """``"0,1,2"`` as seeds."""
+
+    def seed(part: str) -> int:
+        if not part.isdecimal() or int(part) >= 2**32:
+            raise BadConfig(f"The seed {part!r} is not a whole number from 0 on; write 0,1,2.")
+        return int(part)
+
+    return _each("seed", text, seed)
+
+
+def parse_shard(text: str | None) -> tuple[int, int]:
+    """``"2/4"`` as (2, 4); None is the whole, (1, 1)."""
+    number, slash, of = (text or "1/1").partition("/")
+    if not slash or not number.isdecimal() or not of.isdecimal() or not 1 <= int(number) <= int(of):
+        raise BadConfig(f"The shard {text!r} is not a share such as 1/4 with 1 to 4 of 4.")
+    return int(number), int(of)
+
+
+def _whole(text: str) -> int:
+    if not text.strip().isdecimal() or int(text) < 1:
+        raise BadConfig(f"{text!r} is not a whole number above 0; write batch sizes, and how many, as 1,16,64.")
+    return int(text)
+
+
+def _parts(what: str, text: str) -> list[str]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(parts):
+        raise BadConfig(f"{text!r} has an empty part; separate each {what} by a single comma.")
+    return parts
+
+
+def _each(what: str, text: str, read: Callable[[str], Any]) -> tuple[Any, ...]:
+    """The parts of a list, read one by one; each is there once."""
+    found = tuple(map(read, _parts(what, text)))
+    for value in found:
+        if found.count(value) > 1:
+            raise BadConfig(f"The {what} {value} is there twice; name each once.")
+    return found
+
+
+def precompute_multipliers(
+    editor: Editor,
+    inputs: Inputs,
+    multipliers: Sequence[float | None],
+    layers: Sequence[int],
+    *,
+    bos: bool = True,
+    seed: int | None = None,
+) -> dict[float | None, Statistics]:
+    """Statistics of several multipliers, each with the keys of the smaller ones and some more.
+
+    A budget's keys are the first of the next one's. So the corpus is run once, up to the largest budget, and the sum is
+    stored at each of them. What is stored already is not run again: a pass that was interrupted goes on at the last
+    budget it met. Multipliers are in ascending order; None, which comes last, is the full precompute, or as much as the
+    corpus has.
+
+    Raises:
+        BudgetNotMet: The corpus is too short for one of the numbers.
+    """
+    width = max(editor.adapter.d_k(layer) for layer in layers)
+    found: dict[float | None, Statistics] = {}
+    before: Statistics | None = None
+    for multiplier in multipliers:
+        found[multiplier] = before = editor.sources.precompute(
+            inputs.corpus,
+            list(layers),
+            inputs.full_keys / width if multiplier is None else multiplier,
+            allow_fewer=multiplier is None,
+            max_length=inputs.max_length,
+            bos=bos,
+            after=before,
+            seed=seed,
+            aside=True,
+        )
+    return found
+
+
+def unedited_scores(
+    editor: Editor, folder: Path, records: Sequence[Record], progress: bool
+) -> dict[int, dict[str, Any]]:
+    """case_id -> the unedited model's score as a file has it, from the folder where it is there."""
+    path = folder / "unedited.json"
+    cases = [record.case_id for record in records]
+    stored = results.read_unedited(path, editor.fingerprint, cases)
+    if stored is not None:
+        return stored
+    with bar("unedited scores", count_questions(records), progress) as advance:
+        scores = score_records(editor.adapter, editor.tokenizer, records, progress=advance)
+    content = {"fingerprint": editor.fingerprint, "cases": cases, "scores": [score.as_dict() for score in scores]}
+    with atomic_file(path) as file:
+        file.write((json.dumps(content) + "\n").encode())
+    return {score.case_id: score.as_dict() for score in scores}
+
+
+def scored_or_failed(editor: Editor, batch: Sequence[Record]) -> list[RecordScore]:
+    """Scores of edited records; a model whose output is NaN answers nothing."""
+    try:
+        return score_records(editor.adapter, editor.tokenizer, batch)
+    except BadData as broken:
+        log.warning("%s Its records count as failures.", broken)
+        return [
+            RecordScore(
+                record.case_id,
+                es=0.0,
+                ps=0.0 if record.paraphrases else None,
+                ns=0.0 if record.neighbourhood else None,
+                rewrite=NllPair(math.inf, math.inf),
+                exact=Exact(False, (False,) * len(record.paraphrases), (False,) * len(record.neighbourhood)),
+            )
+            for record in batch
+        ]
+
+
+def table_of(records: Sequence[Mapping[str, Any]], when: str = "after") -> ScoreTable:
+    """The means over records, in percent."""
+    return cast(ScoreTable, score_means([record[when] for record in records]))
+
+
 def run_sweep(
-    editor: Editor, grid: Grid, inputs: SweepInputs, *, shard: tuple[int, int] = (1, 1), progress: bool = False
+    editor: Editor,
+    grid: Grid,
+    records: Sequence[Record],
+    inputs: Inputs,
+    *,
+    shard: tuple[int, int] = (1, 1),
+    progress: bool = False,
 ) -> list[Cell]:
     """Run the cells of a grid that are not finished yet, and append each one when it is.
 
-    Killed at any moment and started again it goes on where it was, and gives the same lines.
-
-    Args:
-        editor: Of the unedited model.
-        grid: Which cells.
-        inputs: What to run them on.
-        shard: (i, n): every n-th cell from the i-th on, into a file of its own. The whole sweep, run afterwards, finds
-            them finished and puts all into one file.
-        progress: Show bars.
-
-    Returns:
-        All finished cells of the grid, in its order; of a shard those that are finished so far.
+    Killed at any moment and started again it goes on where it was, and gives the same lines. Batches are dealt from
+    `records`. A shard (i, n) is every n-th cell from the i-th on, into a file of its own; the whole sweep, run
+    afterwards, finds them finished and puts all into one file. Returns all finished cells of the grid, in its order; of
+    a shard those that are finished so far.
 
     Raises:
         WrongModel: The model is edited already.
@@ -60,108 +328,118 @@ def run_sweep(
         raise WrongModel("The model is edited already; undo its edits before a sweep.")
     grid = grid.of_model(editor.config)
     places = grid.places()
-    dealt = {size: batches(inputs.records, size, count, seed=editor.seed) for size, count in grid.batches.items()}
+    dealt = {size: batches(records, size, count, seed=editor.seed) for size, count in grid.batches.items()}
     folder = inputs.folder
     folder.mkdir(parents=True, exist_ok=True)
+    configs = [editor.config(method, **as_published(method)) for method in map(_name, grid.methods)]
+    header = results.make_header(editor, inputs, configs)
+    if header["perplexity"] is not None:
+        header["perplexity"]["batches"] = inputs.perplexity_batches
     number, of = shard
     suffix = "" if of == 1 else f"-{number}of{of}"
-    results = ResultsFile(folder / f"results{suffix}.jsonl")
-    timings = ResultsFile(folder / f"timings{suffix}.jsonl")
-    with locked(results.path):
-        check_header(folder, inputs.header)
-        for file in (results, timings):
-            file.repair()
-        finished = read_results(folder)
-        todo = [p for p in places[number - 1 :: of] if p.key not in finished]
+    lines, timings = (results.ResultsFile(folder / f"{name}{suffix}.jsonl") for name in ("results", "timings"))
+    with results.locked(lines.path):
+        results.check_header(folder / results.SWEEP, header)
+        lines.repair()
+        timings.repair()
+        finished = results.read_results(folder)
+        todo = [place for place in places[number - 1 :: of] if place.key not in finished]
         if todo:
-            run = _prepared(editor, grid, inputs, dealt, todo, progress)
-            with bar("records", sum(map(_size, todo)), progress) as advance:
-                for place, used in _with_statistics(run, grid, todo):
+            run = _Run(editor, inputs, dealt, places, progress)
+            run.prepare(todo)
+            with bar("records", sum(place.batch_size * place.batches for place in todo), progress) as advance:
+                now = None
+                for place in todo:
+                    if now != (now := (place.seed, place.bos, place.multiplier)):
+                        # Collected no further than the next cell needs.
+                        way = grid.way(place.multiplier)
+                        used = precompute_multipliers(editor, inputs, way, run.layers, bos=place.bos, seed=place.seed)
+                        editor.use(used[place.multiplier])
                     advance.note(place.key)
-                    cell, timing = run_cell(run, place, used, advance)
-                    timings.append(timing)
-                    results.append(cell)
+                    cell, seconds = run.cell(place, used[place.multiplier].keys, advance)
+                    timings.append(results.timing(editor, place.key, seconds))
+                    lines.append(cell)
         if of == 1:
-            gather(folder, [place.key for place in places])
-        finished = read_results(folder)
+            results.gather(folder, [place.key for place in places])
+        finished = results.read_results(folder)
     return [cast(Cell, finished[place.key]) for place in places if place.key in finished]
 
 
-def _size(place: Place) -> int:
-    return place.batch_size * place.batches
+@dataclass
+class _Run:
+    """A running sweep: what its cells share."""
 
+    editor: Editor
+    inputs: Inputs
+    dealt: dict[int, list[list[Record]]]  # batch size -> batches
+    places: Sequence[Place]  # of the whole grid
+    progress: bool
+    before: dict[int, dict[str, Any]] = field(default_factory=dict)  # case_id -> the unedited model's stored score
+    unedited: PerplexityResult | None = None  # of the unedited model
+    reads: ReadCache = field(default_factory=ReadCache)  # of the unedited weights, the same at every multiplier
 
-def _config(editor: Editor, place: Place) -> EditConfig:
-    return editor.config(place.method, **dict(place.settings))
+    def config(self, place: Place) -> EditConfig:
+        return self.editor.config(place.method, **as_published(place.method, dict(place.settings)))
 
+    @property
+    def layers(self) -> list[int]:
+        return sorted({layer for place in self.places for layer in self.config(place).layers})
 
-def _distinct(dealt: Iterable[Sequence[Sequence[Record]]]) -> list[Record]:
-    """The records of some batches, each once, in the order in which they come."""
-    return list({r.case_id: r for sets in dealt for batch in sets for r in batch}.values())
+    def prepare(self, todo: Sequence[Place]) -> None:
+        """Unedited scores and target vectors, for the records of the whole grid.
 
+        Not only for what is left to do: rows of a batch differ in their last bits with what stands beside them, so the
+        same records are always run together.
+        """
 
-def _prepared(
-    editor: Editor,
-    grid: Grid,
-    inputs: SweepInputs,
-    dealt: dict[int, list[list[Record]]],
-    todo: Sequence[Place],
-    progress: bool,
-) -> SweepRun:
-    """Unedited scores and target vectors, for the records of the whole grid.
+        def distinct(sizes: Iterable[int]) -> list[Record]:  # each once, in the order in which they come
+            sets = (batch for size, sets in self.dealt.items() if size in sizes for batch in sets)
+            return list({record.case_id: record for batch in sets for record in batch}.values())
 
-    Not only for what is left to do: rows of a batch differ in their last bits with what stands beside them, so the same
-    records are always run together.
-    """
-    records = _distinct(dealt.values())
-    run = SweepRun(editor, inputs, dealt, _unedited(editor, inputs.folder, records, progress))
-    if inputs.text is not None:
-        run.unedited = perplexity(editor.adapter, inputs.text)
-    for settings in dict.fromkeys(_config(editor, place).targets() for place in todo):
-        # The batch sizes of the whole grid: ROME, for one, edits no batches but those of one.
-        using = [place for place in grid.places() if _config(editor, place).targets() == settings]
-        sizes = {place.batch_size for place in using}
-        wanted = _distinct(sets for size, sets in dealt.items() if size in sizes)
-        for start in range(0, len(wanted), _TARGETS_TOGETHER):
-            requests = [record.request for record in wanted[start : start + _TARGETS_TOGETHER]]
-            editor.sources.targets(requests, _config(editor, using[0]), together=True)
-    return run
+        self.before = unedited_scores(self.editor, self.inputs.folder, distinct(self.dealt), self.progress)
+        if self.inputs.text is not None:
+            self.unedited = perplexity(self.editor.adapter, self.inputs.text)
+        for settings in dict.fromkeys(self.config(place).targets() for place in todo):
+            # The batch sizes of the whole grid: ROME, for one, edits no batches but those of one.
+            using = [place for place in self.places if self.config(place).targets() == settings]
+            wanted = distinct({place.batch_size for place in using})
+            for start in range(0, len(wanted), _TARGETS_TOGETHER):
+                requests = [record.request for record in wanted[start : start + _TARGETS_TOGETHER]]
+                self.editor.sources.targets(requests, self.config(using[0]), together=True)
 
-
-def _unedited(editor: Editor, folder: Path, records: Sequence[Record], progress: bool) -> dict[int, dict[str, Any]]:
-    """The unedited model's scores, from the folder where they are there."""
-    path = folder / "unedited.json"
-    cases = [record.case_id for record in records]
-    stored = read_unedited(path, editor.fingerprint, cases)
-    if stored is not None:
-        return stored
-    with bar("unedited scores", count_questions(records), progress) as advance:
-        scored = score_records(editor.adapter, editor.tokenizer, records, progress=advance)
-    scores = [score.as_dict() for score in scored]
-    content = {"fingerprint": editor.fingerprint, "cases": cases, "scores": scores}
-    with atomic_file(path) as file:
-        file.write((json.dumps(content) + "\n").encode())
-    return {score["case_id"]: score for score in scores}
-
-
-def _with_statistics(run: SweepRun, grid: Grid, todo: Sequence[Place]) -> Iterator[tuple[Place, Statistics]]:
-    """The cells with their statistics in use, collected no further than the next cell needs."""
-    editor = run.editor
-    layers = sorted({i for place in grid.places() for i in _config(editor, place).layers})
-    now: tuple[int, bool, float | None] | None = None
-    used: Statistics | None = None
-    for place in todo:
-        if used is None or now != (place.seed, place.bos, place.multiplier):
-            now = (place.seed, place.bos, place.multiplier)
-            used = precompute_multipliers(
-                editor,
-                run.inputs.corpus,
-                grid.way(place.multiplier),
-                layers,
-                full_keys=run.inputs.full_keys,
-                max_length=run.inputs.max_length,
-                bos=place.bos,
-                seed=place.seed,
-            )[place.multiplier]
-            editor.use(used)
-        yield place, used
+    def cell(self, place: Place, keys: int, advance: Callable[[int], None]) -> tuple[dict[str, Any], dict[str, float]]:
+        """Edit and score the batches of a cell, each on the unedited weights; also the seconds of each stage."""
+        editor, text, config = self.editor, self.inputs.text, self.config(place)
+        seconds: dict[str, float] = {}
+        records: list[dict[str, Any]] = []
+        costs: list[float] = []
+        with stage(seconds, "factor"):
+            jitter = {str(layer): value for layer, value in editor.sources.prepare(config).items()}
+        for number, batch in enumerate(self.dealt[place.batch_size]):
+            with stage(seconds, "edit"):
+                edit = editor.edit([record.request for record in batch], config, reads=self.reads, verify=False)
+            try:
+                with stage(seconds, "evaluate"):
+                    scores = scored_or_failed(editor, batch)
+                if text is not None and number < self.inputs.perplexity_batches:
+                    with stage(seconds, "perplexity"):
+                        costs.append(edited_nll(editor.adapter, text))
+            finally:
+                with stage(seconds, "undo"):
+                    edit.undo()
+            for record, score in zip(batch, scores, strict=True):
+                stored = self.before[record.case_id]
+                before = {name: value for name, value in stored.items() if name not in ("case_id", "nll")}
+                records.append({"case_id": record.case_id, "batch": number, "before": before, "after": score.shares()})
+            advance(len(batch))
+        cell = {
+            "key": place.key,
+            **place.as_dict(),
+            "keys": keys,
+            "scores": table_of(records),
+            "before": table_of(records, "before"),
+            "records": records,
+            "perplexity": before_and_after(self.unedited, costs) if self.unedited and costs else None,
+            "jitter": jitter,
+        }
+        return cell, {name: round(value, 3) for name, value in seconds.items()}

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from fastmemit.errors import BadData
-from fastmemit.experiments.comparison import Group, Size, against, further_means, group_cells
+from fastmemit.experiments.tables import Group, Size, against, further_means, group_cells
 from tiny_sweeps import cell, grid, made, record, study
 
 

@@ -2,32 +2,47 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from typing import Any
 
 import pytest
 
-from fastmemit.experiments import drawing as module
-from fastmemit.experiments.comparison import group_cells
-from fastmemit.experiments.drawing import COLOURS, MARKERS, Drawing, Line, Panel
+from fastmemit.experiments import plots as module
 from fastmemit.experiments.intervals import Estimate
+from fastmemit.experiments.plots import COLOURS, MARKERS, Drawing, Line
+from fastmemit.experiments.tables import group_cells
 from tiny_sweeps import cell
 
 pytest.importorskip("matplotlib")
-
-S = Panel("S", lambda found: found.after["s"])
 
 
 def line(*multipliers: float | None, label: str = "a", colour: int = 0, worse: bool = False, **more: Any) -> Line:
     cells = [cell(multiplier=m, size=(4, 4), perplexity=worse) for m in multipliers]
     (group,) = group_cells(cells, resamples=20)
-    return Line(label, next(iter(group.cells.values())), colour, **more)
+    return Line(label, module._points(next(iter(group.cells.values()))), colour, **more)
 
 
-def drawn(*lines: Line, panels: tuple[Panel, ...] = (S,)) -> Any:
+def drawn(*lines: Line, panels: tuple[str, ...] = ("s",)) -> Any:
     with module.paper_style():
-        return module._draw(Drawing("name", "title", panels, lines), "model")
+        return module._draw(drawing(*lines, panels=panels))
+
+
+def drawing(*lines: Line, panels: tuple[str, ...] = ("s",)) -> Drawing:
+    """A drawing of lines that have no other panels."""
+    names = (*panels, "unedited")
+    shown = [
+        dataclasses.replace(one, points={m: {n: point[n] for n in names} for m, point in one.points.items()})
+        for one in lines
+    ]
+    return Drawing("title", tuple(shown))
+
+
+def estimate(found: Line, multiplier: float | None, panel: str = "s") -> Estimate:
+    value = found.points[multiplier][panel]
+    assert value is not None
+    return value
 
 
 def ticks(axes: Any) -> dict[str, float]:
@@ -47,15 +62,14 @@ def test_the_points_are_the_scores_and_dashes_are_at_95_percent() -> None:
     found = line(1.0, 2.0, None)
     axes = drawn(found).axes[0]
     plotted, dashed = axes.lines[0], axes.lines[1]
-    values = [found.cells[m].cell["scores"]["s"] for m in (1.0, 2.0, None)]
+    values = [estimate(found, m).value for m in (1.0, 2.0, None)]
     assert list(plotted.get_ydata()) == pytest.approx(values)
     assert list(plotted.get_xdata()) == [0, 1, 2]
     assert list(dashed.get_ydata()) == pytest.approx([0.95 * values[-1]] * 2)
     (bars,) = axes.collections
     for path, multiplier in zip(bars.get_paths(), (1.0, 2.0, None), strict=True):
-        estimate = found.cells[multiplier].after["s"]
-        assert estimate is not None
-        assert list(path.vertices[:, 1]) == pytest.approx([estimate.low, estimate.high])
+        ends = estimate(found, multiplier)
+        assert list(path.vertices[:, 1]) == pytest.approx([ends.low, ends.high])
     low, high = axes.get_ylim()
     assert low < min(values) and max(values) < high <= 101.5
 
@@ -63,7 +77,7 @@ def test_the_points_are_the_scores_and_dashes_are_at_95_percent() -> None:
 def test_the_line_at_95_percent_can_be_left_out_and_needs_a_full_precompute() -> None:
     for found in (line(1.0, 2.0, None, kept=False), line(1.0, 2.0)):
         # The line itself and, where there is a full precompute, the divider before infinity.
-        assert len(drawn(found).axes[0].lines) == 1 + (None in found.cells)
+        assert len(drawn(found).axes[0].lines) == 1 + (None in found.points)
 
 
 def test_many_multipliers_are_on_a_logarithmic_axis_with_room_between_labels() -> None:
@@ -83,30 +97,27 @@ def test_many_multipliers_are_on_a_logarithmic_axis_with_room_between_labels() -
 
 
 def test_perplexity_has_the_unedited_model_and_a_logarithmic_axis_where_it_explodes() -> None:
-    def read(factor: float) -> Panel:
-        def value(found: Any) -> Estimate:
-            after = found.perplexity["after"] * (factor if found.cell["multiplier"] == 1 else 1)
-            return Estimate(after, after, after)
-
-        return Panel("perplexity", value, perplexity=True)
+    def times(factor: float) -> Line:
+        after = factor * estimate(found, 1.0, "perplexity").value
+        point = {**found.points[1.0], "perplexity": Estimate(after, after, after)}
+        return dataclasses.replace(found, points={**found.points, 1.0: point})
 
     found = line(1.0, 2.0, None, worse=True)
-    axes = drawn(found, panels=(S, read(1.0))).axes[1]
+    panels = ("s", "perplexity")
+    axes = drawn(found, panels=panels).axes[1]
     assert axes.get_yscale() == "linear"
     assert any(list(each.get_ydata()) == [36.5, 36.5] for each in axes.lines)
-    full = found.cells[None].perplexity
-    assert full is not None
-    kept = full["after"] / 0.95
+    kept = estimate(found, None, "perplexity").value / 0.95
     assert any(list(each.get_ydata()) == pytest.approx([kept, kept]) for each in axes.lines)
-    assert drawn(found, panels=(S, read(100.0))).axes[1].get_yscale() == "log"
-    infinite = drawn(found, panels=(S, read(math.inf))).axes[1]
+    assert drawn(times(100.0), panels=panels).axes[1].get_yscale() == "log"
+    infinite = drawn(times(math.inf), panels=panels).axes[1]
     assert len(infinite.lines[0].get_xdata()) == 2, "what is not finite has no point"
 
 
 def test_a_score_that_does_not_exist_has_no_point() -> None:
-    panel = Panel("PS", lambda found: None)
-    axes = drawn(line(1.0, 2.0, None), panels=(panel,)).axes[0]
-    assert len(axes.lines[0].get_xdata()) == 0
+    lacking = Line("b", {m: {"s": None, "unedited": None} for m in (1.0, 2.0)}, 1)
+    axes = drawn(line(1.0, 2.0, None), lacking).axes[0]
+    assert [len(each.get_xdata()) for each in axes.lines if each.get_color() == COLOURS[1]] == [0]
 
 
 def test_lines_differ_in_colour_or_marker_or_dash() -> None:
@@ -128,10 +139,10 @@ def test_the_legend_has_the_dashes_where_there_is_a_full_precompute() -> None:
 def test_a_user_s_own_style_changes_nothing() -> None:
     import matplotlib
 
-    subject = Drawing("name", "title", (S,), (line(1.0, 2.0, None),))
-    plain = module.render(subject, "model")
+    subject = drawing(line(1.0, 2.0, None))
+    plain = module.render(subject)
     with matplotlib.rc_context({"font.size": 20, "axes.facecolor": "black", "svg.fonttype": "none"}):
-        assert module.render(subject, "model") == plain
+        assert module.render(subject) == plain
 
 
 def test_numbers_at_a_logarithmic_axis_are_plain() -> None:

@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 from fastmemit.errors import BadConfig
-from fastmemit.experiments.grid import (
+from fastmemit.experiments.sweep import (
     TABLE_1,
     Grid,
     Place,

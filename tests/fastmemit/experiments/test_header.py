@@ -10,8 +10,8 @@ from typing import Any, cast
 import pytest
 
 from fastmemit.errors import BadData
-from fastmemit.experiments import header
-from fastmemit.experiments.header import check_header, with_defaults
+from fastmemit.experiments import results
+from fastmemit.experiments.results import check_header, with_defaults
 from fastmemit.methods import find_config
 from fastmemit.models import ModelAdapter
 
@@ -34,7 +34,7 @@ def recorded(path: str) -> dict[str, Any]:
 
 
 def as_published(method: str, **settings: Any) -> dict[str, Any]:
-    config = find_config(SMOLLM2, method, header.as_published(method, settings))
+    config = find_config(SMOLLM2, method, results.as_published(method, settings))
     return cast(dict[str, Any], json.loads(json.dumps(config.as_dict())))
 
 
@@ -58,12 +58,12 @@ def test_a_recorded_sweep_goes_on_and_another_ridge_is_refused(tmp_path: Path) -
     header = recorded("smollm2/sweep.json")
     (tmp_path / "sweep.json").write_text(json.dumps(header))
     methods = {method: as_published(method) for method in ("memit", "rome")}
-    check_header(tmp_path, cast(Any, {**header, "methods": methods}))
+    check_header(tmp_path / "sweep.json", {**header, "methods": methods})
     stored = json.loads((tmp_path / "sweep.json").read_text())
     assert stored["methods"] == {"emmet": header["methods"]["emmet"], **methods}
     methods = {"memit": as_published("memit", relative_ridge=None)}
     with pytest.raises(BadData, match="other settings of memit"):
-        check_header(tmp_path, cast(Any, {**header, "methods": methods}))
+        check_header(tmp_path / "sweep.json", {**header, "methods": methods})
 
 
 @pytest.mark.parametrize("settings", ["x", [], None, 5])
@@ -71,4 +71,4 @@ def test_settings_that_are_no_object_are_refused(tmp_path: Path, settings: Any) 
     header = recorded("smollm2/sweep.json")
     (tmp_path / "sweep.json").write_text(json.dumps({**header, "methods": {"memit": settings}}))
     with pytest.raises(BadData, match=r"not the header of a sweep \(the settings of memit are"):
-        check_header(tmp_path, cast(Any, header))
+        check_header(tmp_path / "sweep.json", header)

@@ -7,12 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from fastmemit.experiments.comparison import group_cells
-from fastmemit.experiments.folders import collect
-from fastmemit.experiments.html import page, runs
 from fastmemit.experiments.plots import Picture
-from fastmemit.experiments.report import write_report
-from fastmemit.experiments.tables import cells_table, comparison_tables, difference_tables, paper_tables
+from fastmemit.experiments.report import page, runs, write_report
+from fastmemit.experiments.results import collect
+from fastmemit.experiments.tables import cells_table, comparison_tables, difference_tables, group_cells, paper_tables
 from headless_browser import figures_seen, open_page
 from tiny_sweeps import cell, write
 
@@ -154,12 +152,12 @@ def test_what_came_from_files_is_text(hostile: Path) -> None:
 def test_the_page_says_what_was_run(tmp_path: Path) -> None:
     folder = write(tmp_path, [cell(), cell(multiplier=None)])
     description, costs = runs(collect([folder]))
-    assert description.title == str(folder)
-    facts = dict(description.facts)
+    assert description[0] == str(folder)
+    facts = dict(description[1])
     assert facts["model"] == "tiny-model" and facts["dtype"] == "float32"
     assert facts["settings of memit"] == "layers: [3, 4, 5], clamp: 1.0"
     assert "max length" not in facts, "it was not set"
-    assert dict(costs.facts) == {
+    assert dict(costs[1]) == {
         "hardware": "2 cores of a test (2 cells)",
         "versions": "torch: 2.13.0, fastmemit: 0.1.0 (2 cells)",
         "seconds: plan": "3.0",
@@ -178,7 +176,8 @@ def test_every_table_and_picture_is_on_the_page(tmp_path: Path) -> None:
     comparisons, paper = comparison_tables(groups), paper_tables(groups)
     differences = difference_tables(groups)
     pictures = [Picture("a", "A picture", "seen", b"<svg/>", b"")]
-    elements = Elements(page(found, pictures, comparisons, differences, paper, cells_table(groups)))
+    tables = {"comparisons": comparisons, "differences": differences, "paper": paper, "all": [cells_table(groups)]}
+    elements = Elements(page(found, pictures, tables))
     for table in (*comparisons, *differences, *paper, cells_table(groups)):
         assert table.title in elements.text
         assert all(value in elements.text for row in table.rows for value in row)

@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fastmemit.experiments.intervals import SCORES, Estimate, difference_intervals, kept_share, score_intervals
+from fastmemit.evaluation.scores import SCORES
+from fastmemit.experiments.intervals import Estimate, difference_intervals, kept_share, score_intervals
 from tiny_sweeps import cell, record
 
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from fastmemit.experiments.layout import Column, Table, latex, markdown, markdown_text, method_title, slug, unique
+from fastmemit.experiments.tables import Column, Table, latex, markdown, markdown_text, method_title, slug, unique
 
 TABLE = Table(
     "a-table",
@@ -62,7 +62,7 @@ def test_a_wide_table_is_made_as_narrow_as_the_page() -> None:
 def test_columns_without_an_upper_head_have_no_second_row() -> None:
     plain = Table("t", "t", (Column("a"), Column("b")), (("1", "2"),))
     assert plain.spans == []
-    assert TABLE.spans == [("", 1), ("ES", 2), ("", 1)]
+    assert TABLE.spans == [("", 1, 1), ("ES", 2, 2), ("", 4, 1)]
     assert "multicolumn" not in latex([plain])
 
 

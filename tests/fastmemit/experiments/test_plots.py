@@ -9,9 +9,9 @@ import pytest
 
 from fastmemit.errors import BadConfig
 from fastmemit.experiments import plots
-from fastmemit.experiments.comparison import Group, Size, group_cells
-from fastmemit.experiments.drawing import COLOURS, Drawing, check_matplotlib
-from fastmemit.experiments.schema import Cell
+from fastmemit.experiments.plots import COLOURS, Drawing, check_matplotlib
+from fastmemit.experiments.results import Cell
+from fastmemit.experiments.tables import Group, Size, group_cells
 from tiny_sweeps import cell, grid, made, record, study
 
 
@@ -24,7 +24,7 @@ def drawings(monkeypatch: pytest.MonkeyPatch) -> list[Drawing]:
     """What `pictures` would draw, without the seconds that drawing takes."""
     seen: list[Drawing] = []
 
-    def note(drawing: Drawing, model: str) -> tuple[bytes, bytes]:
+    def note(drawing: Drawing) -> tuple[bytes, bytes]:
         seen.append(drawing)
         return b"svg", b"png"
 
@@ -36,28 +36,29 @@ def labels(drawing: Drawing) -> list[str]:
     return [line.label for line in drawing.lines]
 
 
-PANELS = ["ES", "EA", "PS", "PA", "NS", "NA", "S"]
+PANELS = ["es", "ea", "ps", "pa", "ns", "na", "s"]
 
 
 def test_each_method_has_every_score_and_a_line_for_each_size(drawings: list[Drawing]) -> None:
     found = plots.pictures(groups(grid()), "tiny")
     assert [picture.name for picture in found] == ["emmet", "memit"]
     for drawing in drawings:
-        assert [panel.name for panel in drawing.panels] == PANELS
+        assert drawing.panels == PANELS
         assert labels(drawing) == ["40 batches of 1", "10 batches of 4", "5 batches of 16"]
         assert len({line.colour for line in drawing.lines}) == 3
         assert all(line.kept for line in drawing.lines)
         for line in drawing.lines:
-            assert list(line.cells) == [1, 2, 3, 4, 10, None]
+            assert list(line.points) == [1, 2, 3, 4, 10, None]
 
 
 def test_a_panel_reads_its_own_score(drawings: list[Drawing]) -> None:
-    plots.pictures(groups(grid()), "tiny")
-    found = drawings[0].lines[0].cells[2.0]
-    for panel, name in zip(drawings[0].panels, map(str.lower, PANELS), strict=True):
-        estimate = panel.read(found)
+    found = groups(grid())
+    plots.pictures(found, "tiny")
+    scores = found[0].cells[Size(1, 40)][2.0].cell["scores"]
+    for panel in drawings[0].panels:
+        estimate = drawings[0].lines[0].points[2.0][panel]
         assert estimate is not None
-        assert estimate.value == pytest.approx(found.cell["scores"][name])  # type: ignore[literal-required]
+        assert estimate.value == pytest.approx(scores[panel])  # type: ignore[literal-required]
 
 
 def test_settings_are_compared_size_by_size(drawings: list[Drawing]) -> None:
@@ -69,10 +70,7 @@ def test_settings_are_compared_size_by_size(drawings: list[Drawing]) -> None:
         "memit-2-batches-of-16-settings",
     ], "sizes with one group have nothing to compare"
     drawing = drawings[-1]
-    assert [(panel.name, panel.perplexity) for panel in drawing.panels] == [
-        *((name, False) for name in PANELS),
-        ("perplexity", True),
-    ], "what a broken model cannot have stands beside S"
+    assert drawing.panels == [*PANELS, "perplexity"], "what a broken model cannot have stands beside S"
     assert [(line.label, line.colour, line.dashed, line.kept) for line in drawing.lines] == [
         ("settings of the preset", 0, False, True),
         ("without BOS", 0, True, False),
@@ -81,23 +79,21 @@ def test_settings_are_compared_size_by_size(drawings: list[Drawing]) -> None:
         ("shrinkage=oas", 2, False, False),
         ("shrinkage=oas, without BOS", 2, True, False),
     ]
-    at_one = drawing.lines[0].cells[1.0]
-    perplexity = drawing.panels[-1].read(at_one)
-    assert perplexity is not None and at_one.perplexity is not None
-    assert perplexity.value == at_one.perplexity["after"] > 60
+    perplexity = drawing.lines[0].points[1.0]["perplexity"]
+    assert perplexity is not None and perplexity.value > 60
 
 
 def test_perplexity_is_in_the_figure_of_the_scores(drawings: list[Drawing]) -> None:
     cells = [cell(multiplier=m, size=s, perplexity=True) for s in ((1, 4), (4, 1)) for m in (1.0, 2.0)]
     assert [picture.name for picture in plots.pictures(groups(cells), "tiny")] == ["memit"]
     assert labels(drawings[0]) == ["4 batches of 1", "1 batch of 4"]
-    assert [panel.name for panel in drawings[0].panels] == [*PANELS, "perplexity"]
+    assert drawings[0].panels == [*PANELS, "perplexity"]
 
 
 def test_what_was_not_recorded_has_no_panel(drawings: list[Drawing]) -> None:
     old = [made("memit", m, (1, 2), [record(0, 1.0), record(1, 0.0)]) for m in (1.0, 2.0)]
     plots.pictures(groups(old), "tiny")
-    assert [panel.name for panel in drawings[0].panels] == ["ES", "PS", "NS", "S"]
+    assert drawings[0].panels == ["es", "ps", "ns", "s"]
 
 
 def test_a_point_alone_is_not_drawn(drawings: list[Drawing]) -> None:

@@ -9,8 +9,7 @@ import pytest
 
 from fastmemit.errors import BadData
 from fastmemit.experiments import results
-from fastmemit.experiments.folders import collect
-from fastmemit.experiments.results import ResultsFile, gather, line_of, locked, read_lines, read_results
+from fastmemit.experiments.results import ResultsFile, collect, gather, line_of, locked, read_lines, read_results
 
 
 def cell(key: str, value: int = 0) -> dict[str, object]:
@@ -143,7 +142,7 @@ def test_what_grows_without_bound_is_refused(tmp_path: Path, monkeypatch: pytest
     path = tmp_path / "results.jsonl.xz"
     path.write_bytes(lzma.compress(b"\n" * 10_000))
     assert read_lines(path) == []
-    monkeypatch.setattr(results, "_LARGEST", 9_999)
+    monkeypatch.setattr(results, "_MAX_BYTES", 9_999)
     with pytest.raises(BadData, match="or holds more than"):
         read_lines(path)
 

@@ -145,7 +145,7 @@ def test_the_unedited_scores_and_readings_are_taken_from_outside(
     scores = score_records(editor.adapter, editor.tokenizer, RECORDS)
     monkeypatch.delattr(sequential, "score_records")
     reads = ReadCache()
-    unedited = {score.case_id: score for score in scores}
+    unedited = {score.case_id: score.shares() for score in scores}
     for _ in range(2):
         assert run(editor, unedited=unedited, reads=reads) == plain
     assert len(reads) == 1

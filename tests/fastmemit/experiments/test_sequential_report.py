@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from fastmemit.experiments.sequential_report import figure, markdown
+from fastmemit.experiments.plots import sequence_figure
+from fastmemit.experiments.tables import sequence_table
 from tiny_sweeps import record
 
 
@@ -29,7 +30,7 @@ def line(multiplier: float | None = 2.0, preserve: bool = True, edits: int = 1, 
 
 
 def test_a_row_for_each_step() -> None:
-    found = markdown([line(), line(edits=2), line(None, False, 2)]).splitlines()
+    found = sequence_table([line(), line(edits=2), line(None, False, 2)]).splitlines()
     assert found[0].startswith("| multiplier | edit keys | facts | ES | PS | NS | S | EA | PA | NA")
     assert found[0].count("|") == found[1].count("|") == found[2].count("|") == 15
     assert found[3] == (
@@ -42,20 +43,20 @@ def test_a_row_for_each_step() -> None:
 
 
 def test_perplexity_and_broken_models_are_said() -> None:
-    found = markdown([line(perplexity=36.5), line(edits=2, perplexity=math.inf, failed=1)])
+    found = sequence_table([line(perplexity=36.5), line(edits=2, perplexity=math.inf, failed=1)])
     assert "| perplexity |" in found and "| 36.50 |" in found and "| inf |" in found
     assert "1 batches could not be written" in found
     missing = {"es": 90.0, "ps": None, "ns": None, "s": None}
-    assert "| 90.00 | - | - | - |" in markdown([line(scores=missing)])
+    assert "| 90.00 | - | - | - |" in sequence_table([line(scores=missing)])
 
 
 def test_a_line_with_its_records_has_intervals() -> None:
     records = [record(i, float(i > 0), ea=float(i > 1)) for i in range(4)]
-    row = markdown([line(records=records)]).splitlines()[2]
+    row = sequence_table([line(records=records)]).splitlines()[2]
     assert "| 90.00 [25.00, 100.00] | 80.00 [100.00, 100.00] |" in row
     assert "| 50.00 [0.00, 100.00] | 40.00 | - |" in row
-    assert "In brackets the 95 % bootstrap interval" in markdown([line(records=records)])
-    assert "In brackets" not in markdown([line()])
+    assert "In brackets the 95 % bootstrap interval" in sequence_table([line(records=records)])
+    assert "In brackets" not in sequence_table([line()])
 
 
 @pytest.mark.parametrize("measured", [False, True])
@@ -67,11 +68,11 @@ def test_the_figure_draws_every_line_and_is_the_same_twice(measured: bool) -> No
         for preserve in (True, False)
         for edits in (1, 2)
     ]
-    svg, png = figure(lines, "tiny: MEMIT")
-    assert figure(lines, "tiny: MEMIT") == (svg, png)
+    svg, png = sequence_figure(lines, "tiny: MEMIT")
+    assert sequence_figure(lines, "tiny: MEMIT") == (svg, png)
     assert svg.startswith(b"<?xml") and png.startswith(b"\x89PNG")
     text = svg.decode()
-    assert ("Perplexity" in text) is measured
+    assert ("<!-- perplexity -->" in text) is measured
     # The names are drawn as paths, and stand in comments beside them.
     for name in ("x1, edit keys preserved", "full, edit keys not preserved", "tiny: MEMIT"):
         assert f"<!-- {name} -->" in text
@@ -81,4 +82,4 @@ def test_values_that_are_not_numbers_leave_a_gap() -> None:
     pytest.importorskip("matplotlib")
     lines = [line(edits=1, perplexity=math.inf), line(edits=2, perplexity=40.0)]
     missing = {"es": 90.0, "ps": None, "ns": None, "s": None}
-    assert figure(lines, "t") and figure([line(scores=missing)], "t")
+    assert sequence_figure(lines, "t") and sequence_figure([line(scores=missing)], "t")

@@ -13,10 +13,9 @@ import pytest
 from fastmemit.editor import Editor
 from fastmemit.errors import BadData, DamagedFile, WrongModel
 from fastmemit.evaluation.perplexity import read_text
-from fastmemit.experiments import sequential_runs
-from fastmemit.experiments.results import ResultsFile
-from fastmemit.experiments.sequential import Step, check_step
-from fastmemit.experiments.sequential_runs import Inputs, Plan, run_sequences
+from fastmemit.experiments import sequential
+from fastmemit.experiments.results import Inputs, ResultsFile
+from fastmemit.experiments.sequential import Plan, Step, check_step, run_sequences
 from fastmemit.request import EditRequest
 from tiny_editors import FACTS, record, texts, tiny_corpus, tiny_editor
 
@@ -90,13 +89,13 @@ def test_killed_and_continued_it_leaves_the_same_file(
     assert first.edits == ()
     monkeypatch.setattr(ResultsFile, "append", real)
     again: list[bool] = []
-    run_sequential = sequential_runs.run_sequential
+    run_sequential = sequential.run_sequential
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         again.append(kwargs["preserve"])
         return run_sequential(*args, **kwargs)
 
-    monkeypatch.setattr(sequential_runs, "run_sequential", counted)
+    monkeypatch.setattr(sequential, "run_sequential", counted)
     found = run_sequences(tiny_editor(cache, layers=None), PLAN, inputs(folder))
     assert content(folder) == content(unbroken[0]) and found == unbroken[1]
     assert len(again) == 4 - killed_at // 2  # two steps a run
@@ -136,12 +135,12 @@ def test_another_sequence_in_the_folder_is_refused(
     folder = unbroken[0]
     before = content(folder)
     others = {
-        "methods": dataclasses.replace(PLAN, settings={"layers": (0, 1), "steps": 3}),
-        "batches": dataclasses.replace(PLAN, batches=[RECORDS[:2], RECORDS[2:]]),
-        "score_every": dataclasses.replace(PLAN, score_every=1),
+        "other settings of memit": dataclasses.replace(PLAN, settings={"layers": (0, 1), "steps": 3}),
+        "another batches": dataclasses.replace(PLAN, batches=[RECORDS[:2], RECORDS[2:]]),
+        "another score_every": dataclasses.replace(PLAN, score_every=1),
     }
     for name, plan in others.items():
-        with pytest.raises(BadData, match=f"another {name}; name another folder"):
+        with pytest.raises(BadData, match=f"sequences with {name}; name another folder"):
             run_sequences(editor, plan, inputs(folder))
     assert content(folder) == before
     # A header from before there was a setting is that of its default, and one from when all methods

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import fastcov
-from fastmemit.data import corpus_from_texts
+from fastmemit.data import Corpus, corpus_from_texts
 from fastmemit.editor import Editor
 from fastmemit.errors import BadConfig
-from fastmemit.experiments.statistics import precompute_multipliers
+from fastmemit.experiments.results import Inputs
+from fastmemit.experiments.sweep import precompute_multipliers
 from tiny_editors import texts, tiny_corpus, tiny_editor
 from tiny_models import D_K
 
@@ -24,8 +26,12 @@ def editor(tmp_path: Path) -> Editor:
     return tiny_editor(tmp_path, layers=None)
 
 
+def of(corpus: Corpus, **more: Any) -> Inputs:
+    return Inputs(corpus, Path(), {}, **more)
+
+
 def moments(editor: Editor, *multipliers: float | None, **settings):
-    found = precompute_multipliers(editor, tiny_corpus(), multipliers, LAYERS, **settings)
+    found = precompute_multipliers(editor, of(tiny_corpus()), multipliers, LAYERS, **settings)
     name = editor.adapter.projection_name(LAYERS[1])
     return {multiplier: statistics.moment(name) for multiplier, statistics in found.items()}
 
@@ -83,10 +89,10 @@ def test_the_full_precompute_takes_what_the_corpus_has(editor: Editor) -> None:
     tokens = sum(
         min(len(editor.tokenizer(text)["input_ids"]), editor.adapter.max_context) for text in corpus.documents(0)
     )
-    found = precompute_multipliers(editor, corpus, (2.0, None), LAYERS)
+    found = precompute_multipliers(editor, of(corpus), (2.0, None), LAYERS)
     assert found[None].keys == tokens and found[None].exhausted
     assert found[2.0].keys == 2 * D_K
-    found = precompute_multipliers(editor, corpus, (2.0, None), LAYERS, full_keys=5 * D_K)
+    found = precompute_multipliers(editor, of(corpus, full_keys=5 * D_K), (2.0, None), LAYERS)
     assert found[None].keys == 5 * D_K and not found[None].exhausted
 
 
@@ -96,9 +102,9 @@ def test_a_corpus_that_ends_is_refused_but_for_the_full_one(editor: Editor) -> N
     for last in (50.0, (tokens + 1) / D_K):
         for before in (0.3, tokens / D_K):
             with pytest.raises(fastcov.BudgetNotMet, match=f"has {tokens} keys") as caught:
-                precompute_multipliers(editor, short, (before, last), LAYERS)
+                precompute_multipliers(editor, of(short), (before, last), LAYERS)
             assert caught.value.found == tokens
-    found = precompute_multipliers(editor, short, (tokens / D_K, None), LAYERS)
+    found = precompute_multipliers(editor, of(short), (tokens / D_K, None), LAYERS)
     assert found[None].keys == tokens and found[None].exhausted
 
 
@@ -108,6 +114,6 @@ def test_edits_do_not_find_what_a_sweep_has_collected(editor: Editor) -> None:
 
 
 def test_only_a_larger_multiplier_goes_on_from_statistics(editor: Editor) -> None:
-    found = precompute_multipliers(editor, tiny_corpus(), (2.0,), LAYERS)[2.0]
+    found = precompute_multipliers(editor, of(tiny_corpus()), (2.0,), LAYERS)[2.0]
     with pytest.raises(BadConfig, match="cannot be continued to 2; give a larger"):
         editor.sources.precompute(tiny_corpus(), list(LAYERS), 2.0, False, None, after=found)

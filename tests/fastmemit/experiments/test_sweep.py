@@ -17,13 +17,9 @@ from fastmemit.editor import Editor
 from fastmemit.errors import BadData, FastmemitError, WrongModel
 from fastmemit.evaluation import evaluate
 from fastmemit.evaluation.perplexity import read_text
-from fastmemit.experiments import cell as cell_module
 from fastmemit.experiments import sweep as sweep_module
-from fastmemit.experiments.cell import SweepInputs
-from fastmemit.experiments.grid import Grid
-from fastmemit.experiments.header import make_header
-from fastmemit.experiments.schema import Cell, Timing
-from fastmemit.experiments.sweep import run_sweep
+from fastmemit.experiments.results import Cell, Inputs, ResultsFile
+from fastmemit.experiments.sweep import Grid, run_sweep
 from fastmemit.request import EditRequest
 from tiny_editors import FACTS, record, texts, tiny_corpus, tiny_editor
 
@@ -42,10 +38,8 @@ def records() -> list[Record]:
     return [record(number, fact) for number, fact in enumerate((*facts, *FACTS[1:2]), 10)]
 
 
-def inputs(editor: Editor, folder: Path, **more: Any) -> SweepInputs:
-    corpus = tiny_corpus(40)
-    header = make_header(editor, {"name": "tiny"}, corpus, GRID.methods)
-    return SweepInputs(records(), corpus, folder, header, **more)
+def inputs(folder: Path, **more: Any) -> Inputs:
+    return Inputs(tiny_corpus(40), folder, **{"data": {"name": "tiny"}, **more})
 
 
 def lines(folder: Path) -> bytes:
@@ -57,7 +51,7 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Cell], byte
     at = tmp_path_factory.mktemp("unbroken")
     editor = tiny_editor(at / "cache", layers=None)
     before = {name: tensor.clone() for name, tensor in editor.model.state_dict().items()}
-    cells = run_sweep(editor, GRID, inputs(editor, at / "out"))
+    cells = run_sweep(editor, GRID, records(), inputs(at / "out"))
     after = editor.model.state_dict()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
     return cells, lines(at / "out")
@@ -68,7 +62,7 @@ def test_every_cell_is_there_in_the_order_of_the_grid(unbroken: tuple[list[Cell]
     assert [cell["key"] for cell in cells] == [place.key for place in GRID.places()]
     assert [json.loads(line) for line in written.splitlines()] == cells
     for cell, place in zip(cells, GRID.places(), strict=True):
-        assert cell.keys() == Cell.__annotations__.keys() | place.as_dict().keys()
+        assert cell.keys() == Cell.__annotations__.keys()
         assert len(cell["records"]) == place.batch_size * place.batches
         assert {row["batch"] for row in cell["records"]} == set(range(place.batches))
         for row in cell["records"]:
@@ -118,13 +112,13 @@ def test_killed_at_a_random_moment_it_goes_on_to_the_same_lines(
 
         return call
 
-    monkeypatch.setattr(cell_module, "score_records", killed(cell_module.score_records))
+    monkeypatch.setattr(sweep_module, "score_records", killed(sweep_module.score_records))
     monkeypatch.setattr(Editor, "edit", killed(Editor.edit))
-    monkeypatch.setattr(sweep_module.ResultsFile, "append", killed(sweep_module.ResultsFile.append))
+    monkeypatch.setattr(ResultsFile, "append", killed(ResultsFile.append))
     for _ in range(20):
         editor = tiny_editor(tmp_path / "cache", layers=None)
         try:
-            run_sweep(editor, GRID, inputs(editor, out))
+            run_sweep(editor, GRID, records(), inputs(out))
             break
         except KeyboardInterrupt:
             assert editor.edits == ()
@@ -141,11 +135,11 @@ def test_two_shards_put_together_are_the_whole(unbroken: tuple[list[Cell], bytes
     out = tmp_path / "out"
     for number in (2, 1):  # each with a cache of its own, as on two machines
         editor = tiny_editor(tmp_path / f"cache{number}", layers=None)
-        run_sweep(editor, GRID, inputs(editor, out), shard=(number, 2))
+        run_sweep(editor, GRID, records(), inputs(out), shard=(number, 2))
         assert (out / f"results-{number}of2.jsonl").is_file()
     assert not (out / "results.jsonl").exists()
     editor = tiny_editor(tmp_path / "cache", layers=None)
-    assert run_sweep(editor, GRID, inputs(editor, out)) == unbroken[0]
+    assert run_sweep(editor, GRID, records(), inputs(out)) == unbroken[0]
     assert lines(out) == unbroken[1]
     assert not list(out.glob("*of2.jsonl"))
 
@@ -169,10 +163,10 @@ def test_nothing_is_paid_for_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         lambda a, t, found, **more: (unedited.append(len(found)), scored(a, t, found, **more))[1],
     )
     grid = dataclasses.replace(GRID, multipliers=(0.5, 2.0))
-    run_sweep(editor, grid, inputs(editor, tmp_path / "out"))
+    run_sweep(editor, grid, records(), inputs(tmp_path / "out"))
     # Batches of 1 and of 2 share records, and both methods the layer.
     assert optimised == unedited == [4]
-    run_sweep(editor, GRID, inputs(editor, tmp_path / "out"))  # a larger grid goes on
+    run_sweep(editor, GRID, records(), inputs(tmp_path / "out"))  # a larger grid goes on
     assert optimised == unedited == [4]
 
 
@@ -188,7 +182,7 @@ def test_vectors_are_made_for_the_records_that_a_method_edits(tmp_path: Path, mo
 
     monkeypatch.setattr(editor.sources, "targets", counted)
     grid = Grid(("emmet", "rome"), {1: 1, 2: 2}, (2.0,), (SETTINGS,))
-    run_sweep(editor, grid, inputs(editor, tmp_path / "out"))
+    run_sweep(editor, grid, records(), inputs(tmp_path / "out"))
     assert asked == [("emmet", 4), ("rome", 1)]
 
 
@@ -198,7 +192,7 @@ def test_damaged_unedited_scores_are_refused_by_their_file(tmp_path: Path) -> No
     (tmp_path / "out").mkdir()
     (tmp_path / "out/unedited.json").write_text('{"fingerprint": ')
     with pytest.raises(BadData, match=r"unedited.json' is not what was written .*; delete it"):
-        run_sweep(editor, grid, inputs(editor, tmp_path / "out"))
+        run_sweep(editor, grid, records(), inputs(tmp_path / "out"))
 
 
 def test_it_says_how_long_each_cell_took_and_where(tmp_path: Path) -> None:
@@ -207,11 +201,11 @@ def test_it_says_how_long_each_cell_took_and_where(tmp_path: Path) -> None:
     path = tmp_path / "text.txt"
     path.write_text(" ".join(texts(20)))
     text = read_text(path, editor.tokenizer, tokens=200, context=32)
-    cells = run_sweep(editor, grid, inputs(editor, tmp_path / "out", text=text))
+    cells = run_sweep(editor, grid, records(), inputs(tmp_path / "out", text=text))
     timings = [json.loads(x) for x in (tmp_path / "out/timings.jsonl").read_text().splitlines()]
     assert [timing["key"] for timing in timings] == [cell["key"] for cell in cells]
     for timing in timings:
-        assert timing.keys() == Timing.__annotations__.keys()
+        assert timing.keys() == {"key", "seconds", "hardware", "versions", "finished"}
         assert timing["seconds"].keys() == {"factor", "edit", "evaluate", "undo", "perplexity"}
     for cell in cells:
         found = cell["perplexity"]
@@ -223,26 +217,29 @@ def test_it_says_how_long_each_cell_took_and_where(tmp_path: Path) -> None:
 def test_another_sweep_in_the_folder_is_refused(tmp_path: Path) -> None:
     editor = tiny_editor(tmp_path / "cache", layers=None)
     grid = dataclasses.replace(GRID, multipliers=(2.0,), methods=("emmet",), batches={2: 1})
-    given = inputs(editor, tmp_path / "out")
-    run_sweep(editor, grid, given)
-    other = dataclasses.replace(given, header={**given.header, "data": {"name": "other"}})
+    given = inputs(tmp_path / "out")
+    run_sweep(editor, grid, records(), given)
+    other = dataclasses.replace(given, data={"name": "other"})
     with pytest.raises(BadData, match="holds a sweep with another data"):
-        run_sweep(editor, grid, other)
-    moved = dict(given.header["methods"])
-    moved["emmet"] = {**moved["emmet"], "clamp": 9.0}
+        run_sweep(editor, grid, records(), other)
+    path = tmp_path / "out/sweep.json"
+    written = path.read_text()
+    moved = json.loads(written)
+    moved["methods"]["emmet"]["clamp"] = 9.0
+    path.write_text(json.dumps(moved))
     with pytest.raises(BadData, match="other settings of emmet"):
-        run_sweep(editor, grid, dataclasses.replace(given, header={**given.header, "methods": moved}))
+        run_sweep(editor, grid, records(), given)
+    path.write_text(written)
     # A header from before there was a setting is that of its default, and one from when all methods
     # had all settings is that of the method's own.
-    path = tmp_path / "out/sweep.json"
     header = json.loads(path.read_text())
     del header["methods"]["emmet"]["stop"]
     header["methods"]["emmet"] |= {"spread": "linear", "keys": "consistent", "l2": 10.0}
     path.write_text(json.dumps(header))
-    run_sweep(editor, grid, given)
+    run_sweep(editor, grid, records(), given)
     path.write_text("{")
     with pytest.raises(BadData, match="not the header of a sweep"):
-        run_sweep(editor, grid, given)
+        run_sweep(editor, grid, records(), given)
 
 
 def test_a_model_that_answers_nothing_has_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -252,8 +249,8 @@ def test_a_model_that_answers_nothing_has_failed(tmp_path: Path, monkeypatch: py
     def broken(*_args, **_more):
         raise BadData("NaN.")
 
-    monkeypatch.setattr(cell_module, "score_records", broken)
-    cell = run_sweep(editor, grid, inputs(editor, tmp_path / "out"))[0]
+    monkeypatch.setattr(sweep_module, "score_records", broken)
+    cell = run_sweep(editor, grid, records(), inputs(tmp_path / "out"))[0]
     assert cell["scores"] == dict.fromkeys(("es", "ps", "ns", "s", "ea", "pa", "na"), 0.0)
     assert cell["before"]["ns"] is not None and cell["before"]["na"] is not None
 
@@ -276,7 +273,7 @@ def test_a_model_without_a_finite_perplexity_does_not_end_a_sweep(
 
     monkeypatch.setattr(module, "perplexity", broken)
     text = read_text(path, editor.tokenizer, tokens=40)
-    for cell in run_sweep(editor, grid, inputs(editor, tmp_path / "out", text=text)):
+    for cell in run_sweep(editor, grid, records(), inputs(tmp_path / "out", text=text)):
         assert cell["perplexity"] is not None
         assert cell["perplexity"]["after"] == math.inf > cell["perplexity"]["before"]
 
@@ -285,7 +282,7 @@ def test_an_edited_model_is_refused(tmp_path: Path) -> None:
     editor = tiny_editor(tmp_path / "cache", layers=(0, 1))
     edit = editor.edit(FACTS[:1], "memit", layers=(0, 1), steps=2)
     with pytest.raises(WrongModel, match="undo its edits"):
-        run_sweep(editor, GRID, inputs(editor, tmp_path / "out"))
+        run_sweep(editor, GRID, records(), inputs(tmp_path / "out"))
     edit.undo()
 
 
@@ -293,5 +290,5 @@ def test_too_few_records_are_refused_before_any_work(tmp_path: Path) -> None:
     editor = tiny_editor(tmp_path / "cache", layers=None)
     grid = dataclasses.replace(GRID, batches={64: 5})
     with pytest.raises(BadData, match="too few"):
-        run_sweep(editor, grid, inputs(editor, tmp_path / "out"))
+        run_sweep(editor, grid, records(), inputs(tmp_path / "out"))
     assert not (tmp_path / "out").exists()

@@ -12,10 +12,8 @@ from fastmemit import targets as store
 from fastmemit.data import Record
 from fastmemit.errors import BadConfig
 from fastmemit.evaluation import evaluate
-from fastmemit.experiments.cell import SweepInputs
-from fastmemit.experiments.grid import Grid, parse_methods
-from fastmemit.experiments.header import make_header
-from fastmemit.experiments.sweep import run_sweep
+from fastmemit.experiments.results import Inputs
+from fastmemit.experiments.sweep import Grid, parse_methods, run_sweep
 from fastmemit.methods import AlphaEditConfig
 from fastmemit.request import EditRequest
 from tiny_editors import record, tiny_corpus, tiny_editor
@@ -42,8 +40,7 @@ def test_each_cell_is_an_evaluation_of_its_own_and_vectors_are_shared(
         return real(adapter, tokenizer, requests, contexts, settings, **kw)
 
     monkeypatch.setattr(store, "optimise", spy)
-    header = make_header(editor, {"name": "tiny"}, tiny_corpus(40), methods)
-    given = SweepInputs(RECORDS, tiny_corpus(40), tmp_path / "out", header)
+    given = Inputs(tiny_corpus(40), tmp_path / "out", {"name": "tiny"})
     # A method's own settings may be given for its cells alone, or as an object.
     objects = Grid(
         methods=(
@@ -53,12 +50,12 @@ def test_each_cell_is_an_evaluation_of_its_own_and_vectors_are_shared(
         batches={2: 1}, multipliers=(4.0,), settings={"memit": SETTINGS},
     )  # fmt: skip
     with pytest.raises(BadConfig, match="null_relative is a setting of alphaedit; memit has"):
-        run_sweep(editor, dataclasses.replace(grid, variants=(OF_ALPHAEDIT,)), given)
+        run_sweep(editor, dataclasses.replace(grid, variants=(OF_ALPHAEDIT,)), RECORDS, given)
     # Settings that not all methods have are varied apart, into the same folder.
     shared = dataclasses.replace(grid, methods=methods[:3])
-    cells = run_sweep(editor, shared, given)
+    cells = run_sweep(editor, shared, RECORDS, given)
     own = dataclasses.replace(grid, methods=methods[3:], variants=(OF_ALPHAEDIT,))
-    cells += run_sweep(editor, own, given)
+    cells += run_sweep(editor, own, RECORDS, given)
     assert made == ["loss", "most-probable"]
     assert [cell["key"].partition("/")[0] for cell in cells] == list(methods)
     known = {item.case_id: item for item in RECORDS}
@@ -70,7 +67,7 @@ def test_each_cell_is_an_evaluation_of_its_own_and_vectors_are_shared(
             assert score == pytest.approx(wanted["after"][name])
     assert made == ["loss", "most-probable"] and editor.edits == ()
     again = dataclasses.replace(given, folder=tmp_path / "objects")
-    same = run_sweep(editor, objects, again)
+    same = run_sweep(editor, objects, RECORDS, again)
     assert [cell["method"] for cell in same] == ["memit", "alphaedit"]
     assert same[1]["settings"] == {"layers": [0, 1], "steps": 3, "null_relative": 0.5}
     for cell in same:
