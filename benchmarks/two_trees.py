@@ -1,0 +1,163 @@
+"""The same work by two checkouts, in turns: ``python benchmarks/two_trees.py BEFORE AFTER``.
+
+One process for each checkout loads SmolLM2-135M and stands by; the tasks alternate between the two,
+so that what else the machine does falls on both. Printed and written with ``--json`` are the
+medians in seconds and the median of the ratios of neighbouring runs, with the quarter of them that
+lies lowest and highest.
+
+Tasks: the model's fingerprint; a precompute (three layers, multiplier 1, into an empty cache); an
+edit of 16 facts whose target vectors are stored, without and with the questions before and after;
+the evaluation of 16 records whose target vectors are stored; rank-k updates of 32 and of 2,048 keys.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+REPEATS = {"fingerprint": 15, "precompute": 7, "edit": 9, "edit, asked": 9, "evaluate": 3}
+DATA = Path(os.environ.get("FASTMEMIT_DATA", Path(__file__).parents[2] / "shared" / "data"))
+
+
+def tasks() -> dict[str, Callable[[], object]]:
+    """What a checkout is asked to do, by name."""
+    import torch
+
+    from fastcov import rank_k_update
+    from fastmemit import Editor
+    from fastmemit.data import load_records
+    from fastmemit.evaluation import evaluate
+    from fastmemit.models import fingerprint, load_model
+
+    model, tokenizer = load_model("smollm2", device="cpu", dtype="float32")
+    cache = tempfile.mkdtemp()
+    editor = Editor(model, tokenizer, cache=cache)
+    collect = {"multiplier": 1, "layers": editor.config("memit").layers, "allow_fewer": True}
+    editor.precompute("builtin", **collect)
+    records = load_records(DATA / "counterfact_1400.json")[:16]
+    facts = [record.request for record in records]
+
+    def edit(**settings: Any) -> float:
+        begun = time.perf_counter()
+        made = editor.edit(facts, "memit", **settings)
+        seconds = time.perf_counter() - begun
+        made.undo()
+        return seconds
+
+    def precompute() -> None:
+        Editor(model, tokenizer, cache=tempfile.mkdtemp()).precompute("builtin", **collect)
+
+    def rank_k(n: int, d: int) -> Callable[[], None]:
+        c, x = torch.zeros(d, d), torch.randn(n, d, generator=torch.Generator().manual_seed(0))
+        times = 2_000_000_000 // (n * d * d) + 1
+        return lambda: [rank_k_update(c, x) for _ in range(times)] and None
+
+    quiet: dict[str, Any] = {"verify": False}
+    try:
+        edit(**quiet)
+    except Exception:  # a checkout from before the question
+        quiet = {}
+        edit()
+    return {
+        "fingerprint": lambda: fingerprint(model),
+        "precompute": precompute,
+        "edit": lambda: edit(**quiet),
+        "edit, asked": edit,
+        "evaluate": lambda: evaluate(editor, [records], "memit"),
+        "rank-k, 32 x 64": rank_k(32, 64),
+        "rank-k, 2048 x 1536": rank_k(2048, 1536),
+    }
+
+
+def serve() -> None:
+    """Do what each line of stdin names; answer with its seconds."""
+    out, sys.stdout = sys.stdout, sys.stderr
+    known = tasks()
+    print(json.dumps(list(known)), file=out, flush=True)
+    for line in sys.stdin:
+        begun = time.perf_counter()
+        own = known[line.strip()]()
+        seconds = own if isinstance(own, float) else time.perf_counter() - begun
+        print(seconds, file=out, flush=True)
+
+
+class Worker:
+    """A process that works with one checkout."""
+
+    def __init__(self, tree: Path) -> None:
+        paths = os.pathsep.join([str(tree), str(tree / "python")])
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, "--serve"],
+            cwd=tree,
+            env={**os.environ, "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=open("/tmp/w.err","a"),
+            text=True,
+        )
+
+    def answer(self) -> Any:
+        assert self.process.stdout is not None
+        return json.loads(self.process.stdout.readline())
+
+    def __call__(self, task: str) -> float:
+        assert self.process.stdin is not None
+        self.process.stdin.write(task + "\n")
+        self.process.stdin.flush()
+        return float(self.answer())
+
+
+def main() -> int:
+    """Print a line for each task."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("trees", nargs="*", type=Path, metavar="CHECKOUT")
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    args = parser.parse_args()
+    if args.serve:
+        serve()
+        return 0
+    workers = [Worker(tree.resolve()) for tree in args.trees]
+    names = [worker.answer() for worker in workers][0]
+    rows = []
+    for name in names:
+        pairs = []
+        for turn in range(1 + REPEATS.get(name, 9)):
+            order = workers if turn % 2 else workers[::-1]
+            seconds = {id(worker): worker(name) for worker in order}
+            pairs.append(tuple(seconds[id(worker)] for worker in workers))
+        pairs = pairs[1:]  # the first warms up
+        ratios = sorted(after / before for before, after in pairs)
+        before, after = (statistics.median(column) for column in zip(*pairs, strict=True))
+        quarter = len(ratios) // 4
+        row = {
+            "task": name,
+            "runs": len(pairs),
+            "before_s": round(before, 4),
+            "after_s": round(after, 4),
+            "ratio": round(statistics.median(ratios), 3),
+            "quartiles": [round(ratios[quarter], 3), round(ratios[-1 - quarter], 3)],
+            "least": round(min(a for _, a in pairs) / min(b for b, _ in pairs), 3),
+        }
+        rows.append(row)
+        print(row, flush=True)
+    if args.json:
+        import torch
+
+        machine = {"processor": platform.processor(), "torch": torch.__version__, "threads": torch.get_num_threads()}
+        args.json.write_text(json.dumps({"machine": machine, "tasks": rows}, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
