@@ -102,15 +102,17 @@ class Worker:
             env={**os.environ, "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=open("/tmp/w.err","a"),
+            stderr=subprocess.DEVNULL,
             text=True,
         )
 
     def answer(self) -> Any:
+        """What it writes next."""
         assert self.process.stdout is not None
         return json.loads(self.process.stdout.readline())
 
     def __call__(self, task: str) -> float:
+        """The seconds of one turn of a task."""
         assert self.process.stdin is not None
         self.process.stdin.write(task + "\n")
         self.process.stdin.flush()
@@ -128,7 +130,7 @@ def main() -> int:
         serve()
         return 0
     workers = [Worker(tree.resolve()) for tree in args.trees]
-    names = [worker.answer() for worker in workers][0]
+    names, *_ = [worker.answer() for worker in workers]
     rows = []
     for name in names:
         pairs = []

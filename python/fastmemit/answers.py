@@ -27,6 +27,7 @@ class Answer(NamedTuple):
 
     nll: float  # mean negative log-likelihood per token, in nats
     matches: tuple[bool, ...]  # per token: is it the most probable one after those before it
+    best: tuple[int, ...] = ()  # per token: the most probable one after those of the answer before it
 
     @property
     def exact(self) -> bool:
@@ -153,9 +154,11 @@ def _run(
     place = torch.tensor(places, device=logits.device)
     wanted = torch.tensor([t for _, read in here for t in read.tokens], device=logits.device)
     nll = logits.logsumexp(1)[place] - logits[place, wanted]
-    matches = logits.argmax(1)[place] == wanted
+    best = logits.argmax(1)[place]
+    matches = best == wanted
     sizes = [len(read.tokens) for _, read in here]
+    parts = zip(here, nll.cpu().split(sizes), matches.cpu().split(sizes), best.cpu().split(sizes), strict=True)
     return [
-        (read.question, Answer(float(cost.mean()), tuple(match.tolist())))
-        for (_, read), cost, match in zip(here, nll.cpu().split(sizes), matches.cpu().split(sizes), strict=True)
+        (read.question, Answer(float(cost.mean()), tuple(match.tolist()), tuple(tokens.tolist())))
+        for (_, read), cost, match, tokens in parts
     ]

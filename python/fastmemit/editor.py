@@ -120,7 +120,7 @@ def apply_edit(
     """
     batch = check_batch(requests)
     delta, keys = plan_edit(sources, stack, batch, config, preserved, reads)
-    before = sources.ask(batch) if verify or strict else []
+    before = sources.ask(batch, remember=True) if verify or strict else []
     edit = Edit(delta, stack).apply()
     if before:
         try:

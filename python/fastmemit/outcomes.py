@@ -10,15 +10,16 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 from fastcov.hooks import isolated
 from fastcov.printable import printable
-from fastmemit.answers import judge_answers
+from fastmemit.answers import Answer, judge_answers
 from fastmemit.models import ModelAdapter
 from fastmemit.models.running import context_limit
 from fastmemit.request import EditRequest
-from fastmemit.sampling import continue_rows
+from fastmemit.sampling import continue_rows, end_tokens
 from fastmemit.tokens import encode_with_target, lead
 
 MORE = 4  # tokens beyond the new answer's that a continuation has, so that it can be read
@@ -99,7 +100,8 @@ def ask(adapter: ModelAdapter, tokenizer: Any, requests: Sequence[EditRequest]) 
     started = {index: each.exact for index, each in zip(bare, judged[len(asked) :], strict=True)}
     answers = judged[: len(asked)]
     missed = [index for index, answer in enumerate(answers) if not answer.exact]
-    instead = dict(zip(missed, _continued(adapter, tokenizer, [questions[i] for i in missed]), strict=True))
+    said = _continued(adapter, tokenizer, [(*questions[i], answers[i]) for i in missed])
+    instead = dict(zip(missed, said, strict=True))
     replies = []
     for index, (text, request, answer) in enumerate(zip(asked, requests, answers, strict=True)):
         wanted = request.target.strip()
@@ -145,23 +147,41 @@ def verdict(outcomes: Sequence[Outcome]) -> str:
     return "\n".join(lines)
 
 
-def _continued(adapter: ModelAdapter, tokenizer: Any, questions: Sequence[tuple[str, str]]) -> list[str]:
+def _continued(adapter: ModelAdapter, tokenizer: Any, missed: Sequence[tuple[str, str, Answer]]) -> list[str]:
     """How the model goes on from each prompt, a little further than the answer would reach."""
     limit = context_limit(adapter.model) or sys.maxsize
-    alike: dict[int, list[tuple[tuple[int, ...], int]]] = {}  # by the number of new tokens
-    for index, (prompt, answer) in enumerate(questions):
-        encoded, count = encode_with_target(tokenizer, prompt, answer)
+    ends = end_tokens(adapter.model, tokenizer)
+    rows: list[tuple[int, int, tuple[int, ...]]] = []  # how many tokens are to come, whose they are, after which
+    texts: list[list[int]] = []
+    for index, (prompt, wanted, answer) in enumerate(missed):
+        encoded, count = encode_with_target(tokenizer, prompt, wanted)
         ids = encoded.ids[:-count]
-        alike.setdefault(min(count + MORE, limit - len(ids)), []).append((ids, index))
-    texts = [""] * len(questions)
-    for new, rows in alike.items():
-        rows.sort(key=lambda row: len(row[0]))
-        for start in range(0, len(rows) if new > 0 else 0, ROWS):
-            chunk = rows[start : start + ROWS]
-            said = continue_rows(adapter.model, tokenizer, [ids for ids, _ in chunk], new)
-            for (_, index), tokens in zip(chunk, said, strict=True):
-                texts[index] = tokenizer.decode(tokens, skip_special_tokens=True).strip()
-    return texts
+        room = min(count + MORE, limit - len(ids))
+        # The answer's own forward has shown what is said up to the first token that differs.
+        known = answer.best[: answer.matches.index(False) + 1][:room]
+        texts.append([*takewhile(lambda token: token not in ends, known)])
+        rows.append((room - len(texts[index]), index, (*ids, *texts[index])))
+    for group in _alike([row for row in rows if row[0] > 0], limit):
+        new = max(more for more, _, _ in group)
+        for (more, index, _), tokens in zip(
+            group, continue_rows(adapter.model, tokenizer, [ids for _, _, ids in group], new), strict=True
+        ):
+            texts[index] += tokens[:more]
+    return [tokenizer.decode(tokens, skip_special_tokens=True).strip() for tokens in texts]
+
+
+def _alike(rows: list[tuple[int, int, tuple[int, ...]]], limit: int) -> list[list[tuple[int, int, tuple[int, ...]]]]:
+    """Rows that are continued together: none more than twice as far as it needs, nor beyond the context."""
+    groups: list[list[tuple[int, int, tuple[int, ...]]]] = []
+    longest = 0
+    for row in sorted(rows, key=lambda row: (row[0], len(row[2]))):
+        more, _, ids = row
+        longest = max(longest, len(ids))
+        if not groups or len(groups[-1]) == ROWS or more > 2 * groups[-1][0][0] or longest + more > limit:
+            groups.append([])
+            longest = len(ids)
+        groups[-1].append(row)
+    return groups
 
 
 def _begins_with(text: str, answer: str) -> bool:

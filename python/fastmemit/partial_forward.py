@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -25,7 +26,7 @@ from transformers.cache_utils import DynamicLayer
 from fastcov.hooks import evaluation_mode, isolated
 from fastmemit.errors import FastmemitError, UnknownArchitecture
 from fastmemit.models import ModelAdapter, hidden_of, probe_ids, token_states, with_hidden
-from fastmemit.models.running import difference, tolerance
+from fastmemit.models.running import difference, remembered, tolerance
 from fastmemit.tokens import Row, pad_batch
 
 log = logging.getLogger(__name__)
@@ -359,11 +360,8 @@ def forward_for(adapter: ModelAdapter, layer: int, rows: Sequence[Row], site: Si
         UnknownArchitecture: What is put out there is not one vector a token.
     """
     number = min(range(len(rows)), key=lambda i: (rows[i].subject, len(rows[i].ids)))
-    alone = FullForward(adapter, layer, rows[number : number + 1], site, alone=True)
     columns = range(len(rows[number].ids) - rows[number].subject)
-    value = alone.start + alone.start.roll(1, -1) / 2
-    with torch.no_grad():
-        want = alone.logits(value, [0] * len(columns), columns)
+    start, value, want = _changed_alone(adapter, layer, rows[number], site)
     excluded = adapter.measured.setdefault(("targets", layer, site), set())
     for form in (SuffixForward, FullForward):
         if form in excluded:
@@ -374,7 +372,7 @@ def forward_for(adapter: ModelAdapter, layer: int, rows: Sequence[Row], site: Si
             others[number] = value[0]
             with forward.installed(), torch.no_grad():
                 got = forward.logits(others, [number] * len(columns), columns)
-            off = max(difference(got, want), difference(forward.start[number : number + 1], alone.start))
+            off = max(difference(got, want), difference(forward.start[number : number + 1], start))
             if off <= tolerance(adapter.model):
                 return forward
             why = f"is off by {off:.1%}"
@@ -392,6 +390,32 @@ def forward_for(adapter: ModelAdapter, layer: int, rows: Sequence[Row], site: Si
         )  # fmt: skip
         said.add(form)
     return FullForward(adapter, layer, rows, site, alone=True)
+
+
+@torch.no_grad()
+def _changed_alone(adapter: ModelAdapter, layer: int, row: Row, site: Site) -> tuple[Tensor, Tensor, Tensor]:
+    """One row through the whole model, with another vector put in.
+
+    Returns:
+        What is put out at the subject (1, d), what is put in instead (1, d), and the logits from the subject on.
+    """
+    module, length = module_at(adapter, layer, site), len(row.ids)
+    seen: list[Tensor] = []
+
+    def put(_module: nn.Module, _args: Any, out: Any) -> Any:
+        states = token_states(out, (1, length), adapter.d, type(module).__name__).clone()
+        start = states[:, row.subject].float()
+        seen[:] = start.clone(), start + start.roll(1, -1) / 2
+        states[:, row.subject] = seen[1].to(states)
+        return with_hidden(out, states.reshape(hidden_of(out).shape))
+
+    handle = module.register_forward_hook(put)
+    try:
+        with head_reads(adapter, [0] * (length - row.subject), range(row.subject, length)):
+            logits: Tensor = adapter.run(**pad_batch([row.ids], device=adapter.device), use_cache=False).logits[0]
+    finally:
+        handle.remove()
+    return seen[0], seen[1], logits
 
 
 _WORDS: dict[type, tuple[str, str]] = {
@@ -418,14 +442,16 @@ def check_targets(adapter: ModelAdapter, layers: Sequence[int]) -> None:
     kinds = {_layout(adapter.block(layer)): layer for layer in sorted(layers)}
     with evaluation_mode(adapter.model):
         for layer in kinds.values():
-            if ("can be changed", layer) in adapter.measured:
-                continue
-            why = _refusal(adapter, layer, "block")
-            if why is not None:
-                if _refusal(adapter, layer, "projection") is not None:
-                    raise why
-                log.warning("%s Only method rome can edit this layer.", why)
-            adapter.measured["can be changed", layer] = True
+            what = ("can be changed", adapter.template, layer)
+            remembered(adapter.model, what, partial(_try_out, adapter, layer), weights=True)
+
+
+def _try_out(adapter: ModelAdapter, layer: int) -> None:
+    why = _refusal(adapter, layer, "block")
+    if why is not None:
+        if _refusal(adapter, layer, "projection") is not None:
+            raise why
+        log.warning("%s Only method rome can edit this layer.", why)
 
 
 def _layout(block: nn.Module) -> tuple[tuple[str, type], ...]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from fastcov.hooks import evaluation_mode, isolated, random_state_kept
 from fastmemit.errors import BadConfig, BadRequest, FastmemitError, WrongModel
 from fastmemit.models import check_lengths, input_device
-from fastmemit.models.running import padding
+from fastmemit.models.running import padding, remembered
 from fastmemit.tokens import encode, pad_batch
 
 
@@ -62,9 +62,7 @@ def continue_rows(
     # `generate` fills whatever it is not told from the model's own settings, which differ between
     # versions of transformers; nothing but the end-of-text is taken from them.
     own = model.generation_config
-    stated = getattr(own, "eos_token_id", None)
-    end = tokenizer.eos_token_id if stated is None else stated
-    model.generation_config = GenerationConfig(eos_token_id=end)
+    model.generation_config = GenerationConfig(eos_token_id=_end(model, tokenizer))
     try:
         with evaluation_mode(model), random_state_kept(seed):
             for group in _together(model, rows):
@@ -87,10 +85,22 @@ def continue_rows(
     return [found[number] for number in range(len(rows))]
 
 
+def _end(model: Any, tokenizer: Any) -> Any:
+    """What ends a text: one token, several or None."""
+    stated = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    return tokenizer.eos_token_id if stated is None else stated
+
+
+def end_tokens(model: Any, tokenizer: Any) -> set[int]:
+    """The tokens that `continue_rows` never writes, because they would end a text."""
+    end = _end(model, tokenizer)
+    return set() if end is None else set(end) if isinstance(end, list | tuple) else {end}
+
+
 def _together(model: Any, rows: Sequence[Sequence[int]]) -> list[list[int]]:
     """Numbers of rows that can be continued in one batch: all of them where padding allows it."""
     lengths = {len(row) for row in rows}
-    if len(lengths) == 1 or padding(model, "left") != "none":
+    if len(lengths) == 1 or remembered(model, "left padding", lambda: padding(model, "left")) != "none":
         return [list(range(len(rows)))]
     return [[n for n, row in enumerate(rows) if len(row) == length] for length in sorted(lengths)]
 

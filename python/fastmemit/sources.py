@@ -33,6 +33,7 @@ from fastmemit.targets import Target, TargetStore, stored_or_optimised
 log = logging.getLogger(__name__)
 
 
+REMEMBERED = 10_000  # replies of the unedited model
 CAPACITY = 8 << 30  # bytes; GPT-J's six layers in float64 are 13 GB, so big models factor again
 
 
@@ -191,6 +192,7 @@ class Sources:
         self._contexts = contexts or Contexts(adapter.model, tokenizer, seed, lambda: bool(stack.edits))
         self._factors = FactorCache()
         self._statistics: Statistics | None = None
+        self._replies: tuple[str, dict[EditRequest, Reply]] = ("", {})  # of which unedited model, and what they are
         #: The keys of the edits that are in the weights, for methods to which they belong.
         self.preserved = PreservedKeys()
 
@@ -368,9 +370,23 @@ class Sources:
                 progress=progress,
             )
 
-    def ask(self, requests: Sequence[EditRequest]) -> list[Reply]:
-        """What the model, as it is now, makes of facts; see `fastmemit.outcomes.ask`."""
-        return ask(self._adapter, self._tokenizer, requests)
+    def ask(self, requests: Sequence[EditRequest], *, remember: bool = False) -> list[Reply]:
+        """What the model, as it is now, makes of facts; see `fastmemit.outcomes.ask`.
+
+        Args:
+            requests: The facts.
+            remember: Take what the unedited model replied earlier, and keep what it replies now.
+        """
+        if not remember or self._stack.edits:
+            return ask(self._adapter, self._tokenizer, requests)
+        model = self._stack.live_fingerprint
+        if self._replies[0] != model or len(self._replies[1]) > REMEMBERED:
+            self._replies = (model, {})
+        known = self._replies[1]
+        new = [request for request in dict.fromkeys(requests) if request not in known]
+        if new:
+            known.update(zip(new, ask(self._adapter, self._tokenizer, new), strict=True))
+        return [known[request] for request in requests]
 
     def factor(self, config: CovarianceConfig, layer: int) -> fastcov.CholeskyFactor:
         """The factor of a layer's ``A``, made where it is not held."""

@@ -163,6 +163,48 @@ def test_an_edit_knows_what_became_of_its_facts(editor: Editor, caplog: pytest.L
         edit.undo()
 
 
+def test_the_unedited_model_is_asked_once(editor: Editor, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[bool, int]] = []
+
+    def counted(adapter: Any, tokenizer: Any, requests: Any) -> Any:
+        asked.append((bool(editor.edits), len(requests)))
+        return ask(adapter, tokenizer, requests)
+
+    monkeypatch.setattr("fastmemit.sources.ask", counted)
+    monkeypatch.setattr(editor.sources, "_replies", ("", {}))
+    first = editor.edit(FACTS[:1], "memit", **QUICK)
+    first.undo()
+    second = editor.edit(FACTS, "memit", **QUICK)
+    assert asked == [(False, 1), (True, 1), (False, 2), (True, 3)]
+    assert second.outcomes[0].before == first.outcomes[0].before
+    editor.edit(FACTS[1:2], "memit", **QUICK).undo()  # of an edited model nothing is remembered
+    assert asked[4:] == [(True, 1), (True, 1)]
+    second.undo()
+    with torch.no_grad():  # another model
+        name, weight = next(iter(editor.model.named_parameters()))
+        saved = weight.clone()
+        weight[0] += 1
+    asked.clear()
+    try:
+        editor.sources.ask(FACTS, remember=True)
+        assert asked == [(False, 3)], name
+    finally:
+        with torch.no_grad():
+            weight.copy_(saved)
+
+
+def test_facts_of_many_lengths_are_continued_as_each_alone() -> None:
+    tokenizer, model = tiny_tokenizer("byte_bpe"), tiny_model("llama")
+    answers = ("x", "Rome in Italy", "a much longer answer that has very many tokens indeed", "two words")
+    asked = [EditRequest("{} is", "The Eiffel Tower", answer) for answer in answers]
+    asked += [EditRequest("It is known that {} was in", "Paris", answer) for answer in answers]
+    adapter = find_adapter(model)
+    alone = [ask(adapter, tokenizer, [request])[0] for request in asked]
+    for one, other in zip(alone, ask(adapter, tokenizer, asked), strict=True):
+        assert (one.says, one.said) == (other.says, other.said)
+        assert one.probability == pytest.approx(other.probability, rel=1e-4)
+
+
 def test_nothing_is_asked_where_it_is_not_wanted(editor: Editor, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastmemit.sources.ask", None)
     edit = editor.edit(FACTS, "memit", verify=False, **QUICK)
@@ -186,11 +228,10 @@ def test_a_strict_edit_that_holds_stays(editor: Editor) -> None:
 
 
 def test_an_error_while_asking_leaves_the_model_unedited(editor: Editor, monkeypatch: pytest.MonkeyPatch) -> None:
-    before, calls = bits(editor), []
+    before = bits(editor)
 
     def failing(*arguments: Any) -> Any:
-        calls.append(1)
-        if len(calls) == 2:
+        if editor.edits:
             raise FastmemitError("The logits are NaN.")
         return ask(*arguments)
 

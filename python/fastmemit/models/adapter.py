@@ -13,7 +13,7 @@ from torch import nn
 from fastcov.hooks import evaluation_mode, isolated
 from fastmemit.errors import BadLayer, OffloadedWeight, QuantisedWeight, UnknownArchitecture
 from fastmemit.models.block_map import PROBE, BlockMap, inverse
-from fastmemit.models.running import Padding, context_limit, input_device, is_causal, padding, run_model
+from fastmemit.models.running import Padding, context_limit, input_device, run_model, traits
 from fastmemit.models.structure import find_template, linear_maps, linear_shape, text_config, unwrapped
 
 log = logging.getLogger(__name__)
@@ -309,12 +309,12 @@ class ModelAdapter:
     @cached_property
     def is_causal(self) -> bool:
         """Whether no token's output depends on later tokens, as measured on the model."""
-        return is_causal(self.model)
+        return traits(self.model).causal
 
     @cached_property
     def right_padding(self) -> Padding:
         """What rows padded on the right need; see `fastmemit.models.running.padding`."""
-        return padding(self.model, "right")
+        return traits(self.model).right_padding
 
     def check_constant(self) -> None:
         """Refuse a model whose forward changes its own weights, as RWKV's first one does.
@@ -322,21 +322,17 @@ class ModelAdapter:
         Raises:
             UnknownArchitecture: It does.
         """
-        if "constant" in self.measured or torch.is_inference_mode_enabled():
+        if torch.is_inference_mode_enabled():
             return
-        weights = dict(self.model.named_parameters())
-        before = {name: w._version for name, w in weights.items() if not w.is_inference()}
-        is_causal(self.model)  # any forward would do
-        for name, version in before.items():
-            if weights[name]._version != version:
-                way = "use another model"
-                if hasattr(text_config(self.model), "rescale_every"):
-                    way = "load it with rescale_every=0 in its config"
-                raise UnknownArchitecture(
-                    f"{type(self.model).__name__} changes its own weights as it runs ({name}), so "
-                    f"no edit of them could be undone or saved; {way}."
-                )
-        self.measured["constant"] = True
+        name = traits(self.model).changed
+        if name is not None:
+            way = "use another model"
+            if hasattr(text_config(self.model), "rescale_every"):
+                way = "load it with rescale_every=0 in its config"
+            raise UnknownArchitecture(
+                f"{type(self.model).__name__} changes its own weights as it runs ({name}), so "
+                f"no edit of them could be undone or saved; {way}."
+            )
 
     def check_causal(self) -> None:
         """Refuse a model that cannot be scored or edited as one that predicts the next token.

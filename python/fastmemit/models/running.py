@@ -8,8 +8,10 @@ model on one row only where both give the same to rounding.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
-from typing import Any, Literal
+import weakref
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -110,6 +112,7 @@ def with_hidden(output: Any, hidden: torch.Tensor) -> Any:
 
 
 Padding = Literal["unmasked", "masked", "none"]
+Found = TypeVar("Found")
 
 _LONG, _SHORT, _CHANGED = 12, 7, 4  # tokens of the rows that are tried, and of a changed ending
 
@@ -178,6 +181,129 @@ def probe_ids(model: Any, length: int = _LONG) -> tuple[int, ...]:
     return tuple((20 + 3 * place) % words for place in range(length))
 
 
+class _State:
+    """What a model was when something was found out about it."""
+
+    def __init__(self, model: Any) -> None:
+        self._modules = [(weakref.ref(module), _settings(module)) for module in model.modules()]
+        self._config = _config(model)
+        self._tensors = [(weakref.ref(tensor), _place(tensor), version) for tensor, version in _tensors(model)]
+
+    def holds(self, model: Any, *, weights: bool) -> bool:
+        """Whether a model still has the same modules and settings and, if asked for, the same weights."""
+        modules, tensors = list(model.modules()), list(_tensors(model))
+        return (
+            self._config == _config(model)
+            and len(modules) == len(self._modules)
+            and all(ref() is m and was == _settings(m) for m, (ref, was) in zip(modules, self._modules, strict=True))
+            and len(tensors) == len(self._tensors)
+            and all(
+                ref() is tensor and place == _place(tensor) and (was == now or not weights)
+                for (tensor, now), (ref, place, was) in zip(tensors, self._tensors, strict=True)
+            )
+        )
+
+
+def _settings(module: Any) -> list[tuple[str, object]]:
+    """What decides on how a module runs, beside its parts: plain attributes, hooks, a forward of its own."""
+    found: list[tuple[str, object]] = []
+    for name, value in vars(module).items():
+        if name.endswith("_hooks") and isinstance(value, dict):
+            found.append((name, tuple(value)))
+        elif name == "forward":
+            found.append((name, id(value)))
+        elif name != "training" and isinstance(value, (bool, int, float, str, type(None))):
+            found.append((name, value))
+    return found
+
+
+def _config(model: Any) -> str:
+    config = getattr(model, "config", None)
+    as_dict = config.to_dict() if hasattr(config, "to_dict") else {}
+    return f"{getattr(config, '_attn_implementation', None)} {as_dict}"
+
+
+def _tensors(model: Any) -> Iterator[tuple[Tensor, int]]:
+    """The parameters of a model and how often each was written to."""
+    for tensor in model.parameters():
+        yield tensor, 0 if tensor.is_inference() else tensor._version
+
+
+def _place(tensor: Tensor) -> Any:
+    return tensor.dtype, tensor.device, tensor.shape, 0 if tensor.is_meta else tensor.data_ptr()
+
+
+_found: weakref.WeakKeyDictionary[Any, dict[Hashable, tuple[_State, Any]]] = weakref.WeakKeyDictionary()
+
+
+def remembered(model: Any, what: Hashable, measure: Callable[[], Found], *, weights: bool = False) -> Found:
+    """What was measured on a model, once for as long as the model stays what it was.
+
+    Args:
+        model: The model.
+        what: What is measured.
+        measure: Measures it.
+        weights: Whether the result depends on the weights as well, so that an edit makes it void.
+    """
+    found = _found.setdefault(model, {})
+    if what not in found or not found[what][0].holds(model, weights=weights):
+        value = measure()
+        found[what] = _State(model), value
+    result: Found = found[what][1]
+    return result
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What batched and shortened runs of a model may rely on.
+
+    Attributes:
+        changed: A weight that running the model changes, or None.
+        causal: Whether no token's output depends on later tokens.
+        right_padding: What rows padded on the right need; see `padding`.
+    """
+
+    changed: str | None
+    causal: bool
+    right_padding: Padding
+
+
+@isolated()
+def traits(model: Any) -> Traits:
+    """The traits of a model, by two tiny forwards where it is like most; see `is_causal` and `padding`."""
+    return remembered(model, "traits", lambda: _measure(model))
+
+
+def _measure(model: Any) -> Traits:
+    weights = dict(model.named_parameters())
+    before = {name: w._version for name, w in weights.items() if not w.is_inference()}
+    usual = _is_usual(model)
+    changed = next((name for name, version in before.items() if weights[name]._version != version), None)
+    if usual:
+        return Traits(changed, True, "unmasked")
+    return Traits(changed, is_causal(model), padding(model, "right"))
+
+
+def _is_usual(model: Any) -> bool:
+    """Whether one batch without a mask shows a model to be causal and indifferent to padding on the right."""
+    long, short, other = probe_ids(model), probe_ids(model, _SHORT), _changed_ending(model)
+    with evaluation_mode(model):
+        alone = _output(model, [short])[0]
+        batch = pad_batch([long, other, short], device=input_device(model))
+        del batch["attention_mask"]
+        together = hidden_of(run_model(model, **batch, use_cache=False))
+    kept = max(len(long) - _CHANGED, 0)
+    return agrees(model, together[1, :kept], together[0, :kept]) and agrees(model, together[2, : len(short)], alone)
+
+
+def _changed_ending(model: Any) -> tuple[int, ...]:
+    """The tokens of `probe_ids` with others at the end."""
+    ids = probe_ids(model)
+    kept = max(len(ids) - _CHANGED, 0)
+    words = model.get_input_embeddings().weight.shape[0]
+    return (*ids[:kept], *((token + words // 2) % words for token in ids[kept:]))
+
+
 @isolated()
 def is_causal(model: Any) -> bool:
     """Whether no token's output depends on later tokens: other ones behind it are tried."""
@@ -185,10 +311,8 @@ def is_causal(model: Any) -> bool:
     kept = len(ids) - _CHANGED
     if kept < 1:
         return True
-    words = model.get_input_embeddings().weight.shape[0]
-    other = (*ids[:kept], *((token + words // 2) % words for token in ids[kept:]))
     with evaluation_mode(model):
-        first, second = (_output(model, [row])[0, :kept] for row in (ids, other))
+        first, second = (_output(model, [row])[0, :kept] for row in (ids, _changed_ending(model)))
     return agrees(model, second, first)
 
 
