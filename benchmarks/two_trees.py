@@ -3,7 +3,7 @@
 One process for each checkout loads SmolLM2-135M and stands by; the tasks alternate between the two,
 so that what else the machine does falls on both. Printed and written with ``--json`` are the
 medians in seconds and the median of the ratios of neighbouring runs, with the quarter of them that
-lies lowest and highest.
+lies lowest and highest; and the same of the processor's time, which other work disturbs less.
 
 Tasks: the model's fingerprint; a precompute (three layers, multiplier 1, into an empty cache), on a
 model that was measured before and on one that was not; an edit of 16 facts whose target vectors are
@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,12 +57,12 @@ def tasks() -> dict[str, Callable[[], object]]:
     records = load_records(DATA / "counterfact_1400.json")[:16]
     facts = [record.request for record in records]
 
-    def edit(**settings: Any) -> float:
-        begun = time.perf_counter()
+    def edit(**settings: Any) -> tuple[float, float]:
+        begun = clocks()
         made = editor.edit(facts, "memit", **settings)
-        seconds = time.perf_counter() - begun
+        ended = clocks()
         made.undo()
-        return seconds
+        return ended[0] - begun[0], ended[1] - begun[1]
 
     def precompute() -> None:
         Editor(model, tokenizer, cache=tempfile.mkdtemp()).precompute("builtin", **collect)
@@ -100,16 +100,22 @@ def tasks() -> dict[str, Callable[[], object]]:
     }
 
 
+def clocks() -> tuple[float, float]:
+    """Seconds on the wall and of the processor."""
+    return time.perf_counter(), time.process_time()
+
+
 def serve() -> None:
-    """Do what each line of stdin names; answer with its seconds."""
+    """Do what each line of stdin names; answer with its seconds, on the wall and of the processor."""
     out, sys.stdout = sys.stdout, sys.stderr
     known = tasks()
     print(json.dumps(list(known)), file=out, flush=True)
     for line in sys.stdin:
-        begun = time.perf_counter()
+        begun = clocks()
         own = known[line.strip()]()
-        seconds = own if isinstance(own, float) else time.perf_counter() - begun
-        print(seconds, file=out, flush=True)
+        ended = clocks()
+        seconds = own if isinstance(own, tuple) else (ended[0] - begun[0], ended[1] - begun[1])
+        print(json.dumps(seconds), file=out, flush=True)
 
 
 class Worker:
@@ -132,12 +138,27 @@ class Worker:
         assert self.process.stdout is not None
         return json.loads(self.process.stdout.readline())
 
-    def __call__(self, task: str) -> float:
-        """The seconds of one turn of a task."""
+    def __call__(self, task: str) -> tuple[float, float]:
+        """The seconds of one turn of a task, on the wall and of the processor."""
         assert self.process.stdin is not None
         self.process.stdin.write(task + "\n")
         self.process.stdin.flush()
-        return float(self.answer())
+        wall, processor = self.answer()
+        return wall, processor
+
+
+def compared(pairs: Sequence[tuple[float, float]]) -> dict[str, Any]:
+    """Medians before and after, and the ratios of neighbouring runs."""
+    ratios = sorted(after / before for before, after in pairs)
+    before, after = zip(*pairs, strict=True)
+    quarter = len(ratios) // 4
+    return {
+        "before_s": round(statistics.median(before), 4),
+        "after_s": round(statistics.median(after), 4),
+        "ratio": round(statistics.median(ratios), 3),
+        "quartiles": [round(ratios[quarter], 3), round(ratios[-1 - quarter], 3)],
+        "least": round(min(after) / min(before), 3),
+    }
 
 
 def main() -> int:
@@ -156,24 +177,14 @@ def main() -> int:
     rows: list[dict[str, Any]] = []
     load = [os.getloadavg()[0]]
     for name in args.tasks or names:
-        pairs = []
+        turns = []
         for turn in range(1 + REPEATS.get(name, 9)):
             order = workers if turn % 2 else workers[::-1]
             seconds = {id(worker): worker(name) for worker in order}
-            pairs.append(tuple(seconds[id(worker)] for worker in workers))
-        pairs = pairs[1:]  # the first warms up
-        ratios = sorted(after / before for before, after in pairs)
-        before, after = (statistics.median(column) for column in zip(*pairs, strict=True))
-        quarter = len(ratios) // 4
-        row = {
-            "task": name,
-            "runs": len(pairs),
-            "before_s": round(before, 4),
-            "after_s": round(after, 4),
-            "ratio": round(statistics.median(ratios), 3),
-            "quartiles": [round(ratios[quarter], 3), round(ratios[-1 - quarter], 3)],
-            "least": round(min(a for _, a in pairs) / min(b for b, _ in pairs), 3),
-        }
+            turns.append([seconds[id(worker)] for worker in workers])
+        row: dict[str, Any] = {"task": name, "runs": len(turns) - 1}
+        for place, clock in enumerate(("wall", "processor")):
+            row[clock] = compared([(before[place], after[place]) for before, after in turns[1:]])  # the first warms up
         rows.append(row)
         load.append(os.getloadavg()[0])
         print(row, flush=True)
