@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 import traceback
@@ -62,13 +63,18 @@ def printable_output() -> Callable[[], None]:
         What takes it back.
     """
     outputs = sys.stdout, sys.stderr
-    sys.stdout = cast(TextIO, _Printable(sys.stdout, bars=False))
-    sys.stderr = cast(TextIO, _Printable(sys.stderr, bars=True))
+    sys.stdout = cast(TextIO, _Printable(sys.stdout or _nowhere(), bars=False))
+    sys.stderr = cast(TextIO, _Printable(sys.stderr or _nowhere(), bars=True))
 
     def back() -> None:
         sys.stdout, sys.stderr = outputs
 
     return back
+
+
+def _nowhere() -> TextIO:
+    """In place of an output that was closed when the process began; the next file opened would take its number."""
+    return open(os.devnull, "w", encoding="utf-8")
 
 
 def show_traceback(kind: type[BaseException], error: BaseException, trace: Any) -> None:

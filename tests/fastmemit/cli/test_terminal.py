@@ -173,6 +173,26 @@ def test_an_output_that_is_not_utf8_loses_no_edit(place: Place, encoding: str) -
     assert b"\\u65e5" in done.stdout
 
 
+@pytest.mark.skipif(os.name == "nt", reason="descriptors are those of POSIX")
+@pytest.mark.parametrize(("closed", "code"), [((1,), 0), ((1,), 2), ((1, 2), 2)])
+def test_a_closed_output_is_no_error(tmp_path: Path, closed: tuple[int, ...], code: int) -> None:
+    def close() -> None:
+        for descriptor in closed:
+            os.close(descriptor)
+
+    verb = ["compose", "--edit", tmp_path / "gone", "--out", tmp_path / "both"] if code else ["--help"]
+    found = os.pathsep.join(path for path in sys.path if path)
+    done = subprocess.run(
+        [sys.executable, "-m", "fastmemit", *verb],
+        env={**os.environ, "PYTHONPATH": found},
+        capture_output=True,
+        preexec_fn=close,
+        check=False,
+    )
+    assert done.returncode == code, done.stderr
+    assert (done.stderr == b"") == (2 in closed or not code)
+
+
 def test_a_place_that_is_no_file_is_written_into(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
     edit = place.edit(capsys, "for-pipe.safetensors")
     pipe = place.at / "pipe"
