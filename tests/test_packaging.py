@@ -142,7 +142,7 @@ def test_source_files_keep_the_house_rules() -> None:
         assert not any(fnmatch(path.stem, f"*{word}*") for word in ("utils", "helpers")), path
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", *(ROOT / "docs").glob("*.md")])
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", *(ROOT / "docs").rglob("*.md")])
 def test_links_between_documents_lead_somewhere(page: str | Path) -> None:
     path = ROOT / page
     for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", path.read_text(encoding="utf-8")):

@@ -1,7 +1,7 @@
 """The edit as a file: low-rank factors of what each weight gains, with what they were made for.
 
 A delta knows nothing of how it was found.  It can be added to the weights it names, saved, and
-loaded on another machine; the file format is described in docs/store-format.md.
+loaded on another machine; the file format is described in docs/reference/store-format.md.
 """
 
 from __future__ import annotations

@@ -101,8 +101,8 @@ def test_numbers_below_one(name: str) -> None:
 
 
 def test_the_page_says_what_is_counted() -> None:
-    """docs/scale.md: its tables are this module's numbers."""
-    page = (Path(__file__).parents[2] / "docs" / "scale.md").read_text(encoding="utf-8")
+    """docs/guide/scale.md: its tables are this module's numbers."""
+    page = (Path(__file__).parents[2] / "docs" / "guide" / "scale.md").read_text(encoding="utf-8")
     rows = {
         cells[0].strip(): [cell.strip() for cell in cells[1:-1]]
         for line in page.splitlines()

@@ -19,7 +19,7 @@ def editor(smollm2_pristine, tmp_path_factory):
     return editor
 
 
-# What docs/results.md records for the demonstration, less a margin of two of 24 facts or so: other
+# What docs/results/README.md records for the demonstration, less a margin of two of 24 facts or so: other
 # machines round differently.  EMMET's constraint costs neighbours more than MEMIT's weighing.
 @pytest.mark.parametrize(("method", "paraphrases", "lost"), [("memit", 75, 6), ("emmet", 78, 16)])
 def test_facts_are_written_and_neighbours_stay(editor, smollm2, method, paraphrases, lost):

@@ -1,7 +1,7 @@
 """What other editing codebases call and read: their functions, their hyper-parameters, their files of statistics.
 
 The functions have their signatures and work on statistics made here, ``memit_main.get_cov = fastmemit.compat.get_cov``.
-See docs/other-codebases.md.
+See docs/guide/other-codebases.md.
 """
 
 from fastmemit.compat.drop_in import (

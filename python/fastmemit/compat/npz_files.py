@@ -41,7 +41,7 @@ IMPORTED = "imported:"
 
 # The check of imported files: tokens of prose that are read, and how long a text is.
 TOKENS, LENGTH = 2048, 128
-#: Below this correlation the keys are of another layer or model; see docs/other-codebases.md.
+#: Below this correlation the keys are of another layer or model; see docs/guide/other-codebases.md.
 LEAST_CORRELATION = 0.3
 #: A sum that was divided already, or a count of something else, is wrong by more than this.
 MOST_TIMES = 10.0

@@ -1,7 +1,7 @@
 """Every GPU kernel against float64 on the device itself: shapes, masks, rows, strides, long sums.
 
-The gate is that of docs/performance.md: a relative Frobenius error of at most 1e-5, and a diagonal that is off by at
-most 3e-6 in the mean.
+The gate is that of docs/results/performance.md: a relative Frobenius error of at most 1e-5, and a diagonal
+that is off by at most 3e-6 in the mean.
 """
 
 from __future__ import annotations
