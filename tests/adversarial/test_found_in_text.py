@@ -21,9 +21,9 @@ from tiny_sweeps import cell, write
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"multiplier": 10**400}, "has a multiplier of 1000"),
+        ({"multiplier": 10**400}, "has multiplier = 1000"),
         ({"jitter": "x"}, "has jitter = 'x'"),
-        ({"jitter": {"3": None}}, "has None for jitter of 3"),
+        ({"jitter": {"3": None}}, "jitter, has 3 = None"),
         ({"scores": {"es": 10**400, "ps": None, "ns": None, "s": None}}, "says that ES after"),
         ({"scores": {"es": "x" * 20_000}}, "says that ES after"),
         ({"keys": {"a": "x" * 20_000}}, "has keys = {'a': 'xxx"),
@@ -42,7 +42,7 @@ def test_seconds_that_are_none(tmp_path: Path, seconds: object) -> None:
     timing = json.loads((folder / "timings.jsonl").read_text())
     timing["seconds"]["plan"] = seconds
     (folder / "timings.jsonl").write_text(json.dumps(timing) + "\n")
-    with pytest.raises(DamagedFile, match="for seconds of plan"):
+    with pytest.raises(DamagedFile, match="seconds, has plan = "):
         collect([folder])
 
 
@@ -59,13 +59,13 @@ def test_seconds_that_are_no_number_of_json(tmp_path: Path, seconds: float) -> N
 @pytest.mark.parametrize(("field", "value"), [("model", 5), ("fingerprint", None), ("methods", []), ("format", "1")])
 def test_a_sweep_with_a_field_of_another_type(tmp_path: Path, field: str, value: object) -> None:
     folder = write(tmp_path, [cell()], **{field: value})
-    with pytest.raises(DamagedFile, match=f"lacks {field}; restore it"):
+    with pytest.raises(DamagedFile, match=f"has {field} = .*; restore it"):
         collect([folder])
 
 
 def test_a_sweep_with_settings_that_are_none(tmp_path: Path) -> None:
     folder = write(tmp_path, [cell()], methods={"memit": 5})
-    with pytest.raises(DamagedFile, match="no settings of memit"):
+    with pytest.raises(DamagedFile, match=r"methods, has memit = 5; restore it"):
         collect([folder])
 
 

@@ -192,7 +192,7 @@ def check_step(place: str, line: Mapping[str, Any]) -> None:
     for name, table in tables:
         # Lines of earlier versions have no exact matches.
         known = ("es", "ps", "ns", "s", *(score for score in SHARES if isinstance(table, dict) and score in table))
-        results.check_fields(f"{place}, {name},", table, dict.fromkeys(known, results.PERCENT), _MEND)
+        results.check_fields(f"{place} in {name}", table, dict.fromkeys(known, results.PERCENT), _MEND)
     results.check_records(place, line.get("records", ()), _MEND)
 
 

@@ -16,7 +16,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from itertools import groupby
 from typing import Any, NamedTuple, cast
@@ -54,6 +54,8 @@ _PLACE = ("method", "settings", "bos", "seed", "multiplier", "batch_size", "batc
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")
 _NARROW = 9  # a table of more columns does not fit the width of a page
 
+Estimates = Mapping[str, Estimate | None]
+
 
 class Size(NamedTuple):
     """How many records were edited: batches of a size, each on the unedited weights."""
@@ -71,7 +73,7 @@ class Against:
 
     other: str  # the name of the other cell
     kept: Kept | None  # the smallest share of the other's scores and perplexity
-    differences: Mapping[str, Estimate | None]  # each score minus the other's, in points; None where one lacks it
+    differences: Estimates  # each score minus the other's, in points; None where one lacks it
     perplexity: float | None  # after the edits, divided by the other's. One text has no interval
 
     @property
@@ -92,10 +94,8 @@ class Measured:
     """A cell with intervals."""
 
     cell: Cell
-    after: dict[
-        str, Estimate | None
-    ]  # every score after the edits, in percent, and the perplexity, which has no interval
-    before: dict[str, Estimate | None]  # the same of the unedited model
+    after: Estimates  # every score after the edits, in percent, and the perplexity, which has no interval
+    before: Estimates  # the same of the unedited model
     full: Against | None = None  # against the full precompute; None for itself and where it was not run
     plain: Against | None = None  # against the same cell with the settings of the preset; None where there is none
 
@@ -165,15 +165,13 @@ def group_cells(cells: Sequence[Cell], *, resamples: int = RESAMPLES) -> list[Gr
             )
         full = None if multiplier is None else known.get(place(cell, multiplier=None))
         plain = known.get(place(cell, settings={})) if cell["settings"] else None
-        estimates: dict[str, dict[str, Estimate | None]] = {}
+        estimates = []
         for when in ("after", "before"):
-            cost = cell["perplexity"] and cast(Any, cell["perplexity"])[when]
-            estimates[when] = {
-                **score_intervals(cell["records"], when=when, resamples=resamples),
-                PERPLEXITY: None if cost is None else Estimate(cost, cost, cost),
-            }
-        compared = (None if other is None else against(cell, other, resamples=resamples) for other in (full, plain))
-        row[multiplier] = Measured(cell, estimates["after"], estimates["before"], *compared)
+            cost = cell["perplexity"] and Estimate(*[cast(Any, cell["perplexity"])[when]] * 3)
+            scores = score_intervals(cell["records"], when=when, resamples=resamples)
+            estimates.append({**scores, PERPLEXITY: cost})
+        compared = [None if other is None else against(cell, other, resamples=resamples) for other in (full, plain)]
+        row[multiplier] = Measured(cell, estimates[0], estimates[1], *compared)
     return list(groups.values())
 
 
@@ -345,39 +343,33 @@ def comparison_tables(groups: Sequence[Group]) -> list[Table]:
 
     A group of one size alone is one table, with a row for each multiplier.
     """
-    parts: list[tuple[str, list[dict[Column, str]], Group]] = []
+    titles, tables = [], []
     for group in groups:
-        if len(group.cells) == 1:
+        alone = len(group.cells) == 1
+        if alone:
             ((size, found),) = group.cells.items()
-            sets = [(str(size), [("multiplier", multiplier_text(m), found[m]) for m in group.multipliers])]
+            sets = [(f", {size}", [(multiplier_text(m), found[m]) for m in group.multipliers])]
         else:
-            texts = [(f"multiplier {multiplier_text(m)}", group.row(m)) for m in group.multipliers]
-            sets = [(text, [("batches", str(cell.size), cell) for cell in cells]) for text, cells in texts]
+            rows = [(multiplier_text(m), group.row(m)) for m in group.multipliers]
+            sets = [(f": multiplier {m}", [(str(cell.size), cell) for cell in cells]) for m, cells in rows]
+        note = f"Scores in percent; keys: preserved keys a layer. {_LEAST_NOTE}"
+        note += "" if group.has_full else " The full precompute has not been run."
         for text, cells in sets:
-            rows = []
-            for head, label, fast in cells:
+            body = []
+            for label, fast in cells:
                 full = group.cells[fast.size].get(None)
-                row = {Column(head, text=True): label}
+                row = {Column("multiplier" if alone else "batches", text=True): label}
                 for score in SCORES:
                     row[Column("full", score.upper())] = _value(full.after[score] if full else None)
                     row[Column("fast", score.upper())] = _value(fast.after[score])
-                row[Column("before", PERPLEXITY)] = _value(fast.before[PERPLEXITY] if fast.after[PERPLEXITY] else None)
+                row[Column("before", PERPLEXITY)] = _value(fast.before[PERPLEXITY])
                 row[Column("full", PERPLEXITY)] = _value(full.after[PERPLEXITY] if full else None)
                 row[Column("fast", PERPLEXITY)] = _value(fast.after[PERPLEXITY])
-                rows.append({**row, Column(_LEAST): _least(fast.full), Column("keys"): f"{fast.cell['keys']:,}"})
-            if rows:
-                parts.append((f"{group.title}{', ' if len(group.cells) == 1 else ': '}{text}", rows, group))
-    names = unique(slug(title) for title, _, _ in parts)
-    note = f"Scores in percent; keys: preserved keys a layer. {_LEAST_NOTE}"
-    return [
-        _table(
-            name,
-            f"{title} against the full precompute",
-            rows,
-            note + ("" if group.has_full else " The full precompute has not been run."),
-        )
-        for name, (title, rows, group) in zip(names, parts, strict=True)
-    ]
+                body.append({**row, Column(_LEAST): _least(fast.full), Column("keys"): f"{fast.cell['keys']:,}"})
+            if body:
+                titles.append(group.title + text)
+                tables.append(_table("", f"{titles[-1]} against the full precompute", body, note))
+    return [replace(table, name=name) for name, table in zip(unique(map(slug, titles)), tables, strict=True)]
 
 
 def paper_tables(groups: Sequence[Group]) -> list[Table]:

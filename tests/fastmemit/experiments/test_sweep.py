@@ -157,11 +157,13 @@ def test_nothing_is_paid_for_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     )
     unedited: list[int] = []
     scored = sweep_module.score_records
-    monkeypatch.setattr(
-        sweep_module,
-        "score_records",
-        lambda a, t, found, **more: (unedited.append(len(found)), scored(a, t, found, **more))[1],
-    )
+
+    def counted(adapter: Any, tokenizer: Any, found: Any, **more: Any) -> Any:
+        if not editor.edits:
+            unedited.append(len(found))
+        return scored(adapter, tokenizer, found, **more)
+
+    monkeypatch.setattr(sweep_module, "score_records", counted)
     grid = dataclasses.replace(GRID, multipliers=(0.5, 2.0))
     run_sweep(editor, grid, records(), inputs(tmp_path / "out"))
     # Batches of 1 and of 2 share records, and both methods the layer.
@@ -246,8 +248,12 @@ def test_a_model_that_answers_nothing_has_failed(tmp_path: Path, monkeypatch: py
     editor = tiny_editor(tmp_path / "cache", layers=None)
     grid = dataclasses.replace(GRID, multipliers=(2.0,), variants=(SETTINGS,), batches={2: 1})
 
-    def broken(*_args, **_more):
-        raise BadData("NaN.")
+    real = sweep_module.score_records
+
+    def broken(*args: Any, **more: Any) -> Any:
+        if editor.edits:
+            raise BadData("NaN.")
+        return real(*args, **more)
 
     monkeypatch.setattr(sweep_module, "score_records", broken)
     cell = run_sweep(editor, grid, records(), inputs(tmp_path / "out"))[0]
