@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import hashlib
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastmemit.cli.options import check_writable, chosen_settings, make_editor, read_text, verb, write_json
@@ -16,20 +14,40 @@ from fastmemit.cli.terminal import SCORES, show_scores, show_table
 from fastmemit.errors import BadConfig, BadData
 
 if TYPE_CHECKING:
+    from fastmemit.data import Corpus, Record
     from fastmemit.editor import Editor
     from fastmemit.evaluation.downstream import State
-    from fastmemit.experiments.results import Cell
+    from fastmemit.experiments.results import Cell, Inputs
     from fastmemit.tracing_report import Effect
 
 PRESERVE = {"both": (True, False), "yes": (True,), "no": (False,)}
 BOS = {"with": (True,), "without": (False,), "both": (True, False)}
 
 
-def _check_inputs(args: argparse.Namespace) -> None:
+def _data(args: argparse.Namespace) -> tuple[list[Record], Corpus]:
+    """The records and the corpus of an experiment, whose folder for results is one."""
+    from fastmemit.data import load_corpus, load_records
+
     if args.out.exists() and not args.out.is_dir():
         raise BadConfig(f"{str(args.out)!r} is a file; name a folder for the results.")
     if args.corpus == "self":
         raise BadConfig("The corpus is read many times; give a file, builtin or wikipedia.")
+    records = load_records(args.facts, skip_malformed=args.skip_malformed)
+    return records, load_corpus(args.corpus, field=args.field)
+
+
+def _inputs(args: argparse.Namespace, editor: Editor, corpus: Corpus) -> Inputs:
+    from fastmemit.experiments.results import FULL_KEYS, Inputs, file_identity
+
+    return Inputs(
+        corpus,
+        args.out,
+        file_identity(args.facts),
+        full_keys=args.full_keys or FULL_KEYS,
+        max_length=args.max_length,
+        text=read_text(args, editor),
+        perplexity_batches=getattr(args, "text_batches", 1),
+    )
 
 
 @verb(
@@ -42,7 +60,6 @@ def _sweep(args: argparse.Namespace) -> None:
     r"""Score edits for every multiplier, method and batch size; a sweep that was killed is resumed.
 
     Examples:
-      fastmemit experiment sweep --model gpt2-xl --facts counterfact --corpus wikipedia --out DIR
       fastmemit experiment sweep --model smollm2 --methods emmet,memit --multipliers 1,2,3,4,10,full \
           --batch-sizes 1,16,64 --num-batches 64,4,1 --facts counterfact.json --corpus text.jsonl \
           --out DIR
@@ -52,9 +69,7 @@ def _sweep(args: argparse.Namespace) -> None:
     without --shard puts their results into one file. The grid may change between two runs into the
     same folder.
     """
-    from fastmemit.data import load_corpus, load_records
     from fastmemit.experiments import sweep
-    from fastmemit.experiments.results import FULL_KEYS, Inputs, file_identity
 
     methods = sweep.parse_methods(args.methods)
     grid = sweep.Grid(
@@ -67,23 +82,12 @@ def _sweep(args: argparse.Namespace) -> None:
         snapshots=sweep.parse_multipliers(args.snapshots) if args.snapshots else (),
     )
     shard = sweep.parse_shard(args.shard)
-    _check_inputs(args)
-    records = load_records(args.facts, skip_malformed=args.skip_malformed)
-    corpus = load_corpus(args.corpus, field=args.field)
+    records, corpus = _data(args)
     editor = make_editor(args)
     for method in methods:  # refused here, not after hours
         for variant in grid.variants:
             editor.config(method, **variant)
-    text = read_text(args, editor)
-    inputs = Inputs(
-        corpus,
-        args.out,
-        file_identity(args.facts),
-        full_keys=args.full_keys or FULL_KEYS,
-        max_length=args.max_length,
-        text=text,
-        perplexity_batches=args.text_batches,
-    )
+    inputs = _inputs(args, editor, corpus)
     cells = sweep.run_sweep(editor, grid, records, inputs, shard=shard, progress=not args.quiet)
     show_scores({cell["key"]: _row(cell) for cell in cells}, (*SCORES, "perplexity"))
     number, of = shard
@@ -144,16 +148,13 @@ def _sequential(args: argparse.Namespace) -> None:
       fastmemit experiment sequential --model smollm2 --method memit --facts counterfact.json \
           --batch-size 16 --num-batches 10 --score-every 2 --multipliers 1,2,10,full --preserve both \
           --corpus text.jsonl --text text.txt --out DIR
-      fastmemit experiment sequential --model gpt2-xl --facts counterfact --batch-size 100 \
-          --num-batches 20 --out DIR
 
     DIR gets sequential.jsonl, a line a step, and of all that is in it sequential.md, .svg and .png. A
     sequence that was killed begins again at its first batch; those that were finished stay.
     """
     from fastcov.store import atomic_file
-    from fastmemit.data import batches, load_corpus, load_records
+    from fastmemit.data import batches
     from fastmemit.experiments.plots import check_matplotlib, sequence_figure
-    from fastmemit.experiments.results import FULL_KEYS, Inputs, file_identity
     from fastmemit.experiments.sequential import Plan, run_sequences
     from fastmemit.experiments.sweep import parse_multipliers
     from fastmemit.experiments.tables import method_title, sequence_table
@@ -161,23 +162,12 @@ def _sequential(args: argparse.Namespace) -> None:
     check_matplotlib()
     multipliers = parse_multipliers(args.multipliers)
     overrides = chosen_settings(args)
-    _check_inputs(args)
-    records = load_records(args.facts, skip_malformed=args.skip_malformed)
+    records, corpus = _data(args)
     chosen = batches(records, args.batch_size, args.num_batches, seed=args.seed)
-    corpus = load_corpus(args.corpus, field=args.field)
     editor = make_editor(args)
     editor.config(args.method, **overrides)  # refused before the text is read
     plan = Plan(chosen, args.method, overrides, multipliers, PRESERVE[args.preserve], args.score_every)
-    text = read_text(args, editor)
-    inputs = Inputs(
-        corpus,
-        args.out,
-        file_identity(args.facts),
-        full_keys=args.full_keys or FULL_KEYS,
-        max_length=args.max_length,
-        text=text,
-    )
-    lines = run_sequences(editor, plan, inputs, progress=not args.quiet)
+    lines = run_sequences(editor, plan, _inputs(args, editor, corpus), progress=not args.quiet)
     title = f"{editor.name}: {method_title(args.method)}, batches of {args.batch_size} in sequence"
     svg, png = sequence_figure(lines, title)
     written = {".md": sequence_table(lines).encode(), ".svg": svg, ".png": png}
@@ -228,6 +218,7 @@ def _locate(args: argparse.Namespace) -> None:
 
     from fastcov.bench.machine import machine
     from fastmemit.data import load_records
+    from fastmemit.experiments.results import file_identity
     from fastmemit.progress import bar
     from fastmemit.statistics import versions
     from fastmemit.tracing import TraceSettings, choose_facts, count_states, trace
@@ -263,7 +254,7 @@ def _locate(args: argparse.Namespace) -> None:
         "fingerprint": editor.fingerprint,
         "dtype": str(editor.model.dtype).removeprefix("torch."),
         "device": str(adapter.device),
-        "facts": _facts_name(args.facts),
+        "facts": file_identity(args.facts),
     }
     hardware = {**dataclasses.asdict(machine(adapter.device)), "threads": torch.get_num_threads()}
     result = located(
@@ -345,17 +336,11 @@ def _span(layers: Sequence[int]) -> str:
     return f"{layers[0]}-{layers[-1]}" if len(layers) > 1 else f"{layers[0]}"
 
 
-def _facts_name(source: str) -> dict[str, str]:
-    """The facts' name without its folder, and the digest of a file."""
-    path = Path(source)
-    if not path.is_file():
-        return {"name": source}
-    return {"name": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
-
-
 def _command(args: argparse.Namespace, name: str) -> list[str]:
     """The command line that gives this result, with names instead of folders."""
-    words = ["fastmemit", "experiment", "locate", "--model", name, "--facts", _facts_name(args.facts)["name"]]
+    from fastmemit.experiments.results import file_identity
+
+    words = ["fastmemit", "experiment", "locate", "--model", name, "--facts", file_identity(args.facts)["name"]]
     for flag in ("limit", "samples", "noise", "window", "positions", "kinds", "seed", "module", "device", "dtype"):
         value = getattr(args, flag)
         if value is not None:
