@@ -254,7 +254,7 @@ FLAGS: dict[str, dict[str, dict[str, Any]]] = {
         "--method": _choice(METHOD_NAMES, "default: memit, or what --config is for", default=None),
         "--config": _flag("FILE", "settings from hyper-parameters of the ROME family (JSON) or EasyEdit (YAML)", Path),
         "--set": _flag("NAME=VALUE", "override a setting of the preset, such as clamp=0.75 or layers=4-8; --set help "
-                       "lists the method's settings with their defaults", action=_Setting, default=[], dest="overrides"),
+                       "lists the method's settings and their defaults", action=_Setting, default=[], dest="overrides"),
     },
     "statistics": {
         "--corpus": _flag("TEXT", "wikipedia (from the hub), builtin, self (the model writes it), a .txt, .json or "
