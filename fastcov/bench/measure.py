@@ -200,7 +200,7 @@ class Gate:
 
 
 def gate(device: torch.device, sums: torch.dtype) -> Gate:
-    """The gate of docs/performance.md for sums of a dtype on a device."""
+    """The gate of docs/results/performance.md for sums of a dtype on a device."""
     if sums == torch.float64:
         return Gate(error=1e-13)
     return Gate(error=1e-5, bias=3e-6) if device.type == "cuda" else Gate(error=1e-6)
