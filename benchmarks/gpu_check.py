@@ -115,7 +115,7 @@ def tasks(folder: Path) -> list[Task]:
 
     def bench(name: str, limit: float, *arguments: str) -> Task:
         path = folder / f"{re.sub('[^a-z0-9]+', '-', name.lower())}.json"
-        command = ("-m", "fastcov.bench", "--device", "cuda", "--seconds", "6", *arguments)
+        command = ("benchmarks/full.py", "--device", "cuda", "--seconds", "6", *arguments)
         return Task(name, (*command, "--json", str(path)), limit, path)
 
     build = ("setup.py", "build_ext", "--inplace")

@@ -8,7 +8,7 @@ import importlib
 import os
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -171,16 +171,20 @@ def _list(text: str) -> list[str]:
     return [part.strip() for part in text.split(",")]
 
 
-def _one_of(option: str, values: Sequence[str], choices: Sequence[str] | dict[str, Any]) -> None:
+def _one_of(option: str, values: Sequence[str], choices: Iterable[str]) -> None:
     for value in values:
         if value not in choices:
             raise BadInput(f"There is no {option} {value!r}; choose from {', '.join(choices)}.")
 
 
 def _whole(option: str, text: str) -> int:
-    if not text.removeprefix("+").isdecimal() or int(text) < 1:
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
         raise BadInput(f"{option} takes whole numbers above 0 but got {text!r}; write 1536,3072.")
-    return int(text)
+    return value
 
 
 def _provider(name: str) -> Callable[[], Any]:
@@ -208,7 +212,7 @@ def _check_memory(given: argparse.Namespace) -> None:
     else:
         return
     wide, factored = max(given.rank_k_sizes), max(given.factor_sizes)
-    needs = {"rank_k": (wide, 16 * wide**2 + 6 * given.rows * wide), "factor": (factored, 32 * factored**2)}
+    needs = {"rank_k": (wide, 40 * wide**2 + 14 * given.rows * wide), "factor": (factored, 56 * factored**2)}
     for suite, (d, size) in needs.items():
         if suite in given.suites and size > total:
             raise BadInput(

@@ -59,7 +59,6 @@ def _verdict(error: float, allowed: float, bias: float | None = None) -> Verdict
 _SANE = 1e-2
 FOR_TESTS = ("portable",)  # kernels that are slow on purpose: they run only where they are named
 _BLOCK = 768
-_PANELS = 8
 
 
 def rank_k(given: Namespace) -> Iterator[list[Row]]:
@@ -120,17 +119,11 @@ def torch_routes(device: torch.device, dtype: torch.dtype) -> Routes:
 
     On a CPU 16-bit keys are converted once a call, inside of the time: that is what using these routes costs.
     """
-    if device.type != "cuda":
-        plain: Update = lambda C, X: C.addmm_(X.to(C.dtype).mT, X.to(C.dtype))  # noqa: E731
-        return {"torch.addmm": plain, f"torch block rows {_BLOCK}": _block_rows}
-    panels = f"row panels ({_PANELS})"
-    if dtype in (torch.float32, torch.float64):
-        return {"torch.addmm": lambda C, X: C.addmm_(X.mT, X), panels: _panels}
-    return {
+    if device.type == "cuda" and dtype not in (torch.float32, torch.float64):
         # Not with out=: that form gives wrong results.
-        "torch.addmm out_dtype": lambda C, X: torch.addmm(C, X.mT, X, out_dtype=torch.float32),
-        panels: functools.partial(_panels, narrow=True),
-    }
+        return {"torch.addmm out_dtype": lambda C, X: torch.addmm(C, X.mT, X, out_dtype=torch.float32)}
+    addmm: Update = lambda C, X: C.addmm_(X.to(C.dtype).mT, X.to(C.dtype))  # noqa: E731
+    return {"torch.addmm": addmm, f"torch block rows {_BLOCK}": _block_rows}
 
 
 def _block_rows(C: Tensor, X: Tensor) -> None:
@@ -140,19 +133,6 @@ def _block_rows(C: Tensor, X: Tensor) -> None:
         C[low:high, :high].addmm_(keys[:, low:high].mT, keys[:, :high])
 
 
-def _panels(C: Tensor, X: Tensor, *, narrow: bool = False) -> None:
-    """Rows of C in eight panels, each as wide as its last row: 9/16 of the full product."""
-    d = C.shape[0]
-    step = max(1, -(-d // (_PANELS * 128)) * 128)  # whole tiles of 128
-    for low in range(0, d, step):
-        high = min(low + step, d)
-        panel, left, right = C[low:high, :high], X[:, low:high].mT, X[:, :high]
-        if narrow:
-            panel.copy_(torch.addmm(panel, left, right, out_dtype=torch.float32))
-        else:
-            panel.addmm_(left, right)
-
-
 # -- factor ----------------------------------------------------------------------------------------
 
 FACTOR_GATE = 1e-12  # of L L^T against A
@@ -160,16 +140,11 @@ SOLVE_GATE = 1e-8  # of a solution or an edit
 _SMALL = 32 << 20  # bytes; malloc takes what is larger from the system, and gives it back
 
 
-@dataclass(frozen=True)
-class Problem:
-    """A matrix and the edits to be made with it."""
-
-    A: Tensor  # weight * C + ridge * I, (d, d), float64
-    batches: list[tuple[Tensor, Tensor]]  # K (d, B) and R (d // 4, B) of each
+Edits = list[tuple[Tensor, Tensor]]  # K (d, B) and R (d // 4, B) of each batch
 
 
-def problem(d: int, device: torch.device, *, count: int = 16, size: int = 64) -> Problem:
-    """A matrix as moments of keys give it, with eigenvalues from 1 down to about 1e-4, and `count` batches of edits."""
+def problem(d: int, device: torch.device, *, count: int = 16, size: int = 64) -> tuple[Tensor, Edits]:
+    """A matrix (d, d) as moments of keys give it, its eigenvalues from 1 down to about 1e-4, and batches of edits."""
     draw = torch.Generator(device=device).manual_seed(d)
     normal = functools.partial(torch.randn, generator=draw, device=device, dtype=torch.float64)
     scale = torch.logspace(0, -2, d, device=device, dtype=torch.float64)  # (d,)
@@ -180,21 +155,20 @@ def problem(d: int, device: torch.device, *, count: int = 16, size: int = 64) ->
     # Symmetric to the last bit and exact in float32, as a moment that is summed there is.
     A = A.float().tril_()
     A += A.tril(-1).mT
-    return Problem(A.double(), [(normal(d, size) * scale[:, None], normal(max(1, d // 4), size)) for _ in range(count)])
+    return A.double(), [(normal(d, size) * scale[:, None], normal(max(1, d // 4), size)) for _ in range(count)]
 
 
 def factor(given: Namespace) -> Iterator[list[Row]]:
     """Three cases for each width, with the peak memory of a call."""
     count, size = (4, 16) if given.quick else (16, 64)
     for d in given.factor_sizes:
-        for case, contenders in factor_cases(given, problem(d, given.device, count=count, size=size)):
+        for case, contenders in factor_cases(given, *problem(d, given.device, count=count, size=size)):
             rows = measure(case, contenders, given.effort)
             yield [with_memory(row, one, case) for row, one in zip(rows, contenders, strict=True)]
 
 
-def factor_cases(given: Namespace, made: Problem) -> Iterator[Measured]:
+def factor_cases(given: Namespace, A: Tensor, batches: Edits) -> Iterator[Measured]:
     """Factorising and solving alone, then factor and all batches of edits, each giving its dense update (d // 4, d)."""
-    A, batches = made.A, made.batches
     (K, R), d = batches[0], A.shape[0]
     B = K.shape[1]
     work, single, factored, literal = A.clone(), A.float(), factorize(A), released_memit(A, batches)
@@ -255,7 +229,7 @@ def factor_cases(given: Namespace, made: Problem) -> Iterator[Measured]:
     yield case(f"factor + {len(batches)} batches of {B} edits", B * len(batches), flops, runs, worst)
 
 
-def released_memit(A: Tensor, batches: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
+def released_memit(A: Tensor, batches: Edits) -> list[Tensor]:
     """``R K^T (A + K K^T)^-1`` for each batch of K (d_k, B) and R (d, B), by a fresh LU of A (d_k, d_k) in float64."""
     return [R @ torch.linalg.solve(A + K @ K.mT, K).mT for K, R in batches]
 
