@@ -22,11 +22,11 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from fastcov import SecondMoment, bucket  # noqa: E402
-from fastcov.accumulate import Tally  # noqa: E402
+from fastcov.accumulate import Accumulator  # noqa: E402
 from fastcov.batching import chained  # noqa: E402
-from fastcov.checkpoint import SHARE, Checkpoint, Taken, read_checkpoint  # noqa: E402
-from fastcov.machine import this_machine  # noqa: E402
-from fastcov.store import atomic_file  # noqa: E402
+from fastcov.bench.machine import machine  # noqa: E402
+from fastcov.checkpoint import SHARE, Checkpoint, Taken, read_checkpoint  # noqa: E402  # noqa: E402
+from fastcov.files import atomic_file  # noqa: E402
 
 
 def main() -> None:
@@ -39,19 +39,19 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     names = [f"module.{number}" for number in range(args.modules)]
-    tally = Tally(torch.nn.Linear(1, 1), dict.fromkeys(names), torch.float32)
+    sums = Accumulator(torch.nn.Linear(1, 1), dict.fromkeys(names), torch.float32)
     taken = {}
     for name in names:
         moment = SecondMoment.from_lower(torch.randn(args.width, args.width).tril_(), 1000, 1.0)
         taken[name] = Taken(moment, None, 1000, None, -1, torch.device("cpu"))
-    tally.go_on(1, taken)
+    sums.resume(1, taken)
     (batch,) = bucket([[7] * 512] * 8, 4096)
     writes, reads, digests = [], [], []
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         path = Path(folder) / "checkpoint"
         checkpoint = Checkpoint(path, {}, 0)
         for _ in range(args.rounds):
-            writes.append(_timed(lambda: checkpoint.keep(tally)))
+            writes.append(_timed(lambda: checkpoint.write(sums)))
             reads.append(_timed(lambda: read_checkpoint(path)))
             digests.append(_timed(lambda: chained(b"", batch)))
         size = path.stat().st_size
@@ -64,7 +64,7 @@ def main() -> None:
         "read_seconds": reads,
         "digest_seconds": digests,
         "interval_by_default": max(300.0, write / SHARE),
-        "processor": this_machine(torch.device("cpu")).cpu,
+        "processor": machine(torch.device("cpu")).cpu,
         "torch": torch.__version__,
     }
     print(

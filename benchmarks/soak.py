@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     result = {"mode": args.mode, **result, "seconds": round(time.perf_counter() - begun, 1)}
     _say(json.dumps({k: v for k, v in result.items() if k != "samples"}, indent=1))
     if args.json:
-        from fastcov.store import atomic_file
+        from fastcov.files import atomic_file
 
         with atomic_file(args.json) as file:
             file.write((json.dumps({**result, **_here()}, indent=1) + "\n").encode())
@@ -218,9 +218,9 @@ def _here() -> dict[str, Any]:
     import torch
     import transformers
 
-    from fastcov.machine import this_machine, versions
+    from fastcov.bench.machine import machine, versions
 
-    found = dataclasses.asdict(this_machine(torch.device("cpu")))
+    found = dataclasses.asdict(machine(torch.device("cpu")))
     return {
         "machine": {name: value for name, value in found.items() if value is not None},
         "versions": {**versions(), "transformers": transformers.__version__},

@@ -26,14 +26,15 @@ def show_kernels() -> None:
     import torch
 
     from fastcov import ops
-    from fastcov.kernels import native
+    from fastcov.kernels import native, native_missing
 
-    build = native.build()
+    module = native()
     print(f"fastmemit {version('fastmemit')}, torch {torch.__version__}, {platform.machine()}")
     print(f"triton {version('triton')}, Python {platform.python_version()}")
-    if build is None:
-        print(f"native module: none, {native.missing()}")
+    if module is None:
+        print(f"native module: none, {native_missing()}")
     else:
+        build = module.build()  # compiler, openmp, cuda, cuda_archs
         cuda = f"CUDA {build['cuda']} for {build['cuda_archs']}" if build["cuda"] else "without CUDA"
         openmp = "OpenMP" if build["openmp"] else "one thread (no OpenMP)"
         print(f"native module: {build['compiler']}, {openmp}, {cuda}")
@@ -41,7 +42,7 @@ def show_kernels() -> None:
     if torch.cuda.is_available():
         devices += [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     print("\nkernels, best first")
-    over = ops.passed_over()
+    over = ops.not_preferred()
     for name, reason in ops.kernels().items():
         runs = f"by name only: {over[name]}" if name in over else "runs"
         print(f"  {name:<12} {runs if reason is None else f'no: {reason}'}")

@@ -1,7 +1,8 @@
 """From documents to padded batches: exactly as many tokens as asked for, and little padding.
 
-A document is the list of its token ids. `take` and `bucket` are generators over documents, so that a corpus of any size
-passes through a bounded window; `pinned` makes their batches ready to be sent to a GPU while it works.
+A document is the list of its token ids. `take`, `between` and `bucket` are generators over documents, so that a corpus
+of any size passes through a bounded window; `pinned` makes their batches ready to be sent to a GPU while it works, and
+`Prefetcher` makes them in a thread.
 """
 
 from __future__ import annotations
@@ -17,17 +18,14 @@ from typing import Any, Generic, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from fastcov.errors import BadBudget
+from fastcov.errors import BadInput
+from fastcov.files import raw_bytes
 
 
 class Span(list[int]):
-    """Token ids of which the first few are read by the model but are no keys.
+    """Token ids of which those before position `first_key` are read by the model but are no keys.
 
-    `fastcov.bucket` puts such documents into batches with a ``key_mask`` beside the mask of the padding, and
-    `fastcov.collect_moments` takes the keys that it names.
-
-    Attributes:
-        first_key: The position of the first key.
+    `bucket` puts such documents into batches with a ``key_mask``, which `fastcov.collect_moments` reads.
     """
 
     def __init__(self, ids: Iterable[int], first_key: int = 0) -> None:
@@ -40,12 +38,12 @@ def between(
 ) -> Iterator[Span]:
     """The documents that hold the keys from number `start` up to and without number `stop`.
 
-    Keys are counted over all documents, in their order, each truncated to `max_length`. Documents that lie before
-    `start` are read and left out; none is asked for after `stop` is reached.
+    Keys are counted over all documents, in their order, each truncated to `max_length`. Documents before `start` are
+    read and left out; none is asked for after `stop` is reached.
 
     Args:
         documents: Token ids, one sequence a document.
-        start: How many keys to pass over, 0 or more.
+        start: How many keys to leave out, 0 or more.
         stop: The number of the first key that is not wanted any more; None takes all.
         max_length: The longest document that the model takes, in tokens.
         skip: How many tokens at the beginning of every document are never keys. 1 leaves out the position that many
@@ -55,11 +53,11 @@ def between(
         An iterator of documents with ``(stop or all) - start`` keys in total, each with at least one.
 
     Raises:
-        BadBudget: start is below 0, or stop is not above start.
+        BadInput: start is below 0, or stop is not above start.
         ValueError: max_length is below 1, or skip is below 0 or leaves no key of max_length.
     """
     if start < 0 or (stop is not None and stop <= start):
-        raise BadBudget(f"The keys from {start} to {stop} are none; pass 0 or more and a larger number.")
+        raise BadInput(f"The keys from {start} to {stop} are none; pass 0 or more and a larger number.")
     if max_length < 1 or not 0 <= skip < max_length:
         raise ValueError(
             f"max_length must be at least 1 token and above skip but they are {max_length} and "
@@ -93,29 +91,21 @@ _LIMITS = (1.0, 0.5, 0.35, 0.25, 0.2, 0.15, 0.12, 0.1, 0.08, 0.065)
 
 
 def take(documents: Iterable[Document], budget: int | None, max_length: int) -> Iterator[Document]:
-    """The first documents, with exactly as many tokens as the budget says.
+    """The first documents, with exactly as many tokens as the budget says; None takes all.
 
     Each document is truncated to `max_length`, the last one is cut so that the count is exact, and empty documents are
     skipped. No document is asked for after the budget is met. A corpus that ends before gives what it has;
     `fastcov.collect_moments` reports it.
 
-    Args:
-        documents: Token ids, one sequence a document.
-        budget: The number of tokens, or None for all.
-        max_length: The longest document that the model takes, in tokens.
-
-    Returns:
-        An iterator of documents, none of them empty.
-
     Raises:
-        BadBudget: The budget is not a whole number above 0.
+        BadInput: The budget is not a whole number above 0.
         ValueError: max_length is below 1.
         TypeError: A document is text and not token ids (raised on reading it).
     """
     if budget is not None and (isinstance(budget, bool) or not isinstance(budget, int)):
-        raise BadBudget(f"The budget must be a whole number of tokens but is {budget!r}; round it.")
+        raise BadInput(f"The budget must be a whole number of tokens but is {budget!r}; round it.")
     if budget is not None and budget <= 0:
-        raise BadBudget(f"The budget must be above 0 but is {budget}; see fastcov.budget.")
+        raise BadInput(f"The budget must be above 0 but is {budget}; see fastcov.budget.")
     if max_length < 1:
         raise ValueError(f"max_length must be at least 1 token but is {max_length}; pass the model's context length.")
     return _take(documents, budget, max_length)
@@ -143,21 +133,19 @@ def bucket(
 ) -> Iterator[dict[str, Tensor]]:
     """Batches of documents of similar length, padded on the right.
 
-    Documents are read a window at a time, sorted by length and cut into batches of at most `tokens_per_batch` tokens,
-    padding included; a longer document is a batch of its own. The share of padding in a window's batches together is at
-    most `max_padding`. The same documents always give the same batches.
+    Documents are read a window at a time, sorted by length and cut into batches. The share of padding in a window's
+    batches together is at most `max_padding`. The same documents always give the same batches.
 
     Args:
         documents: Token ids, one sequence a document; empty ones are skipped.
-        tokens_per_batch: The most tokens in a batch, padding included.
+        tokens_per_batch: The most tokens in a batch, padding included; a longer document is a batch of its own.
         max_padding: The largest share of padding, from 0 to below 1.
         window: How many documents are sorted together, and held in memory.
 
     Returns:
         An iterator of batches: ``input_ids``, ``attention_mask`` and ``position_ids``, all int64 of shape (documents,
-        length of the longest), longest batch of a window first. Padded positions have id 0 and mask 0. Where documents
-        are `fastcov.Span` with tokens that are no keys, also ``key_mask`` of the same shape, which
-        `fastcov.collect_moments` reads.
+            length of the longest), longest batch of a window first. Padded positions have id 0 and mask 0. Where
+            documents are a `Span` with tokens that are no keys, also ``key_mask`` of the same shape.
 
     Raises:
         ValueError: tokens_per_batch or window below 1, or max_padding outside of [0, 1).
@@ -231,11 +219,7 @@ def pinned(batches: Iterable[Mapping[str, Any]], device: torch.device) -> Iterat
     """Batches in page-locked memory where they will go to a CUDA device, else as they are.
 
     From there `fastcov.collect_moments` sends them without waiting. Pinning is a copy of its own, so do it where
-    batches are read ahead (`fastcov.batching`).
-
-    Args:
-        batches: The model's keyword arguments.
-        device: Where they will go.
+    batches are read ahead.
     """
     for batch in batches:
         if device.type == "cuda":
@@ -262,16 +246,9 @@ def _on_cpu(tensor: Tensor) -> bool:
 
 
 def chained(before: bytes, batch: Mapping[str, Any]) -> bytes:
-    """A digest of all tensors of a batch and of the batches before it.
+    """A digest, 32 bytes, of all tensors of a batch and of the batches before it, of which `before` is the digest.
 
     Batches are made on the CPU, so nothing is waited for; those of other code may be elsewhere.
-
-    Args:
-        before: That of the batches before, empty for the first one.
-        batch: As `bucket` makes them.
-
-    Returns:
-        32 bytes.
     """
     digest = hashlib.blake2b(before, digest_size=32)
     for name in sorted(batch):
@@ -282,27 +259,20 @@ def chained(before: bytes, batch: Mapping[str, Any]) -> bytes:
     return digest.digest()
 
 
-def raw_bytes(tensor: Tensor) -> memoryview:
-    """The bytes of a tensor, in C order on the CPU."""
-    flat: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return memoryview(flat)
-
-
 Item = TypeVar("Item")
 P = ParamSpec("P")
 
 
-class Ahead(Generic[Item]):
+class Prefetcher(Generic[Item]):
     """Reads a source in a thread of its own, a bounded number of items ahead.
 
     Items come in the order of the source. Only the thread touches the source, so it may be a generator; what it raises
     is raised where the item would have come. Leaving the context stops the thread and waits until it is gone, whether
-    the source was read to its end or not.
-
-    Do not read what runs the same model or tokenizer as the consumer does meanwhile.
+    the source was read to its end or not. Do not read what runs the same model or tokenizer as the consumer does
+    meanwhile.
 
     Example:
-        >>> with Ahead(4).read(batches) as items:
+        >>> with Prefetcher(4).read(batches) as items:
         ...     moments = collect_moments(model, modules, items, budget)
 
     Args:
@@ -348,21 +318,15 @@ class Ahead(Generic[Item]):
 
     @contextmanager
     def read(self, source: Iterable[Item]) -> Iterator[Iterator[Item]]:
-        """Start to read, and stop on leaving.
-
-        Args:
-            source: What to read; it is asked for its first item at once.
-
-        Yields:
-            An iterator over its items.
+        """Start to read, and stop on leaving; yields an iterator over the items, and asks for the first one at once.
 
         Raises:
             RuntimeError: This object has read a source already.
         """
         if self._begun:
-            raise RuntimeError("An Ahead reads one source only; make another for the next.")
+            raise RuntimeError("A Prefetcher reads one source only; make another for the next.")
         self._begun = True
-        thread = threading.Thread(target=self._fill, args=(source,), name="fastcov-ahead", daemon=True)
+        thread = threading.Thread(target=self._fill, args=(source,), name="fastcov-prefetch", daemon=True)
         thread.start()
         try:
             yield self._items()

@@ -3,8 +3,6 @@
 One file has the state of all modules after the same batch, so it is consistent by itself. It holds everything that
 decides on the bits of the sums to come: each sum as it is, the keys that wait for the next launch of a kernel, how many
 batches there were, and a digest of their contents. The batches are then read again and not run.
-
-`fastcov.checkpoint` describes the file.
 """
 
 from __future__ import annotations
@@ -13,7 +11,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,16 +20,16 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import torch
 from torch import Tensor
 
-from fastcov.batching import chained, raw_bytes
-from fastcov.errors import StaleCheckpoint, StoreDamaged
+from fastcov.batching import chained
+from fastcov.errors import StaleCheckpoint, StoreDamaged, printable_logger
+from fastcov.files import Later, atomic_file, parse_json, write_safetensors
 from fastcov.hooks import isolated
 from fastcov.moments import SecondMoment
-from fastcov.parsing import parse_json
-from fastcov.printable import printable_logger
-from fastcov.store import DTYPE_NAMES, atomic_file, packed, unpacked
+from fastcov.ops import kernels
+from fastcov.store import packed, unpacked
 
 if TYPE_CHECKING:
-    from fastcov.accumulate import Tally
+    from fastcov.accumulate import Accumulator
 
 logger = printable_logger(__name__)
 
@@ -67,11 +65,7 @@ class Taken:
 
 @isolated()
 def read_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Taken]]:
-    """Read a checkpoint, every byte verified.
-
-    Returns:
-        ``identity``, ``sums``, ``machine``, ``batches`` and ``stream`` as they were written, and what each module had
-        taken, on the CPU.
+    """Read a checkpoint, every byte verified: the state as it was written, and what each module had taken, on the CPU.
 
     Raises:
         StoreDamaged: The file is not what was written, or a newer version wrote it.
@@ -108,11 +102,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[
 
 
 def _read(file: Any, number: int, module: Mapping[str, Any]) -> Taken:
-    """One module's share; its sum is compared with its width before memory is taken for it.
-
-    Raises:
-        ValueError, TypeError, KeyError: It is not what `write_checkpoint` writes.
-    """
+    """One module's share; its sum is compared with its width before memory is taken for it."""
     names = set(file.keys())
     for name in ("d", "count", "found", "waiting_since"):
         if type(module[name]) is not int:
@@ -137,31 +127,12 @@ def _read(file: Any, number: int, module: Mapping[str, Any]) -> Taken:
 
 @isolated()
 def write_checkpoint(file: BinaryIO, state: Mapping[str, Any], taken: Mapping[str, Taken]) -> None:
-    """Write header, tensors and digest; a tensor is fetched from its device when it is its turn.
+    """Write what modules had taken; a tensor is fetched from its device when it is its turn.
 
-    Args:
-        file: Open for writing.
-        state: JSON values: ``identity``, ``sums``, ``machine``, ``batches`` and ``stream``.
-        taken: What each module had taken.
-
-    Raises:
-        OSError: The file cannot be written.
+    The state is JSON values: ``identity``, ``sums``, ``machine``, ``batches`` and ``stream``.
     """
     modules: dict[str, Any] = {}
-    parts: list[Callable[[], Tensor]] = []
-    header: dict[str, Any] = {}
-    offset = 0
-
-    def add(name: str, dtype: str, shape: list[int], size: int) -> None:
-        nonlocal offset
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, offset + size]}
-        offset += size
-
-    def add_tensor(name: str, like: Tensor, shape: list[int], fetch: Callable[[], Tensor]) -> None:
-        numbers = int(torch.Size(shape).numel())
-        add(name, DTYPE_NAMES[like.dtype], shape, numbers * like.element_size())
-        parts.append(fetch)
-
+    tensors: dict[str, Tensor | Later] = {}
     for number, (name, module) in enumerate(taken.items()):
         moment = module.moment
         modules[name] = {
@@ -172,32 +143,13 @@ def write_checkpoint(file: BinaryIO, state: Mapping[str, Any], taken: Mapping[st
             "waiting_since": module.waiting_since,
             "device": str(module.device),
         }
-        lower = moment.lower
-        triangle = [moment.d * (moment.d + 1) // 2]
-        add_tensor(f"{number}:sum", lower, triangle, partial(packed, lower))
+        shape = (moment.d * (moment.d + 1) // 2,)
+        tensors[f"{number}:sum"] = Later(moment.dtype, shape, partial(packed, moment.lower))
         for part, tensor in (("quartic", moment.quartic), ("waiting", module.waiting)):
             if tensor is not None:
-                add_tensor(f"{number}:{part}", tensor, list(tensor.shape), tensor.detach)
-    add("sha256", "U8", [_DIGEST], _DIGEST)
-    header["__metadata__"] = {
-        "format": FORMAT,
-        "version": str(VERSION),
-        "state": json.dumps({**state, "modules": modules}),
-    }
-    head = json.dumps(header).encode()
-    head += b" " * (-len(head) % 8)
-    digest = hashlib.sha256()
-
-    def write(data: bytes | memoryview) -> None:
-        for start in range(0, len(data), _PIECE):
-            piece = data[start : start + _PIECE]
-            digest.update(piece)
-            file.write(piece)
-
-    write(len(head).to_bytes(8, "little") + head)
-    for fetch in parts:
-        write(raw_bytes(fetch()))
-    file.write(digest.digest())
+                tensors[f"{number}:{part}"] = tensor
+    text = json.dumps({**state, "modules": modules})
+    write_safetensors(file, tensors, {"format": FORMAT, "version": str(VERSION), "state": text}, digest=True)
 
 
 def _damaged(path: str | os.PathLike[str], what: str) -> StoreDamaged:
@@ -212,7 +164,7 @@ Batches = Iterable[Mapping[str, Any]]
 
 
 class Checkpoint:
-    """Where one `fastcov.collect_moments` keeps what it has, and where the same one finds it again.
+    """Where one `fastcov.collect_moments` stores what it has, and where the same one finds it again.
 
     What is damaged or of something else is reported, not used, and replaced by the next write. A write that fails is
     reported too, and the collect goes on: the file before it stays.
@@ -241,20 +193,13 @@ class Checkpoint:
         self._batches = 0
         self._stream = b""  # a digest of all batches so far
 
-    def resume(self, tally: Tally, batches: Batches) -> Iterator[Mapping[str, Any]]:
-        """Give a tally what is kept, and pass over the batches that are in it.
-
-        Args:
-            tally: A new one.
-            batches: The same as those of the interrupted run.
-
-        Returns:
-            The batches that are still to be run.
+    def resume(self, sums: Accumulator, batches: Batches) -> Iterator[Mapping[str, Any]]:
+        """Give a new accumulator what is stored; returns those of the same batches that are still to be run.
 
         Raises:
-            StaleCheckpoint: They are not the same.
+            StaleCheckpoint: The batches are not the same.
         """
-        found = self._found(tally)
+        found = self._found(sums)
         self._batches, self._stream = 0, b""
         rest = self._read(batches)
         if found is not None:
@@ -267,25 +212,25 @@ class Checkpoint:
                     f"The text is not what it was when {str(self.path)!r} was written, somewhere "
                     f"in its {state['batches']} batches; delete that file and collect again."
                 )
-            tally.go_on(self._batches, taken)
+            sums.resume(self._batches, taken)
             logger.info("going on behind batch %d of %s", self._batches, self.path)
         self._last = time.monotonic()
         return rest
 
-    def keep(self, tally: Tally) -> None:
-        """Write what a tally has, if it is time to.
+    def write(self, sums: Accumulator) -> None:
+        """Write what an accumulator has, if it is time to.
 
         Raises:
-            NonFiniteKeys: The sums hold NaN or infinity, which is found out before they are kept.
+            NonFinite: The sums hold NaN or infinity, which is found out before they are written.
         """
         begun = time.monotonic()
         wait = max(SECONDS, self._took / SHARE) if self._seconds is None else self._seconds
         if begun - self._last < wait:
             return
-        taken = tally.taken()
+        taken = sums.taken()
         state = {
             "identity": self._identity,
-            "sums": tally.describe(),
+            "sums": sums.describe(),
             "machine": _machine(),
             "batches": self._batches,
             "stream": self._stream.hex(),
@@ -299,7 +244,7 @@ class Checkpoint:
         self._took = self._last - begun
 
     def remove(self) -> None:
-        """Forget what is kept, because it is not needed any more.
+        """Remove the file, because it is not needed any more.
 
         Another user's is left where the folder lets nobody else remove it.
         """
@@ -315,8 +260,8 @@ class Checkpoint:
             self._stream = chained(self._stream, batch)
             yield batch
 
-    def _found(self, tally: Tally) -> tuple[dict[str, Any], dict[str, Taken]] | None:
-        """What is kept, if it is whole and of the same; else say why it is not used."""
+    def _found(self, sums: Accumulator) -> tuple[dict[str, Any], dict[str, Taken]] | None:
+        """What is stored, if it is whole and of the same; else say why it is not used."""
         if not self.path.is_file():
             return None
         try:
@@ -324,10 +269,10 @@ class Checkpoint:
         except (StoreDamaged, OSError) as error:
             logger.warning("the checkpoint is not used: %s", error)
             return None
-        limits = {name: module.limit for name, module in taken.items() if name in tally.wanted}
+        limits = {name: module.limit for name, module in taken.items() if name in sums.wanted}
         stored = {**state["identity"], "order of the sums": state["sums"], "budget": limits}
-        order = tally.describe()
-        expected = {**self._identity, "order of the sums": order, "budget": dict(tally.wanted)}
+        order = sums.describe()
+        expected = {**self._identity, "order of the sums": order, "budget": dict(sums.wanted)}
         if differs := _differences(stored, expected):
             logger.warning("the checkpoint %s is of another %s and is not used", self.path, "; ".join(differs))
             return None
@@ -358,7 +303,5 @@ def _differences(stored: Mapping[str, Any], expected: Mapping[str, Any]) -> list
 
 def _machine() -> dict[str, Any]:
     """What last bits depend on besides the identity; another one is no reason to start again."""
-    from fastcov.ops import kernels
-
     usable = [name for name, missing in kernels().items() if missing is None]
     return {"threads": torch.get_num_threads(), "kernels": usable}

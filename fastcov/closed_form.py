@@ -1,9 +1,9 @@
-"""The closed-form updates of ROME, EMMET and MEMIT as low-rank factors.
+"""The closed-form updates of ROME, EMMET, MEMIT and AlphaEdit as low-rank factors.
 
 Pure functions of a factor of A, the edit keys K (d_k, B) and the residuals R (d, B), what the edited projection shall
 add at those keys. A comes from `fastcov.regularised` and does not depend on the edits: it is factored once, and a batch
 costs triangular solves and a system of its own size. K and R, tensors or NumPy arrays, are read in the dtype and on the
-device in which the factor answers; float64 is recommended, or a float32 factor that is refined (`fastcov.factorize`).
+device in which the factor answers; float64 is recommended. An update is left (d, B) and right (d_k, B).
 """
 
 from __future__ import annotations
@@ -14,22 +14,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastcov.errors import BadInput, NonFiniteKeys, NonFiniteMatrix, NoNullSpace, NotPositiveDefinite, WrongWidth
-from fastcov.factor import CholeskyFactor, RefinedFactor, moved, place_of_float64
+from fastcov.errors import BadInput, NonFinite, NoNullSpace, NotPositiveDefinite
 from fastcov.hooks import isolated
-from fastcov.inputs import matrix, square
-from fastcov.linalg import factorize
+from fastcov.linalg import CholeskyFactor, factorize, moved
+from fastcov.matrices import matrix, place_of_float64, square
 from fastcov.moments import SecondMoment
 
 
 @dataclass(frozen=True)
 class LowRank:
-    """A change of a weight W (d, d_k) as ``left @ right^T``.
-
-    Attributes:
-        left: Shape (d, B).
-        right: Shape (d_k, B).
-    """
+    """A change of a weight W (d, d_k) as ``left @ right^T``, of shapes (d, B) and (d_k, B)."""
 
     left: Tensor
     right: Tensor
@@ -42,29 +36,18 @@ class LowRank:
 
 @isolated()
 def memit(factor: CholeskyFactor, K: Tensor, R: Tensor) -> LowRank:
-    """MEMIT: ``Delta = R K^T (A + K K^T)^-1``, equation (2) of arXiv 2506.04226.
+    """MEMIT: ``Delta = R K^T (A + K K^T)^-1``, equation (2) of arXiv 2506.04226; equal keys are fine.
 
     By Woodbury ``(A + K K^T)^-1 K = X (I + K^T X)^-1`` with ``X = A^-1 K``. With ``H = L^-1 K`` the small matrix is ``I
-    + H^T H``: symmetric, positive definite and (B, B). A refined factor has no exact H and takes ``K^T X`` itself. Of
-    more keys than d_k, ``A + K K^T`` is the smaller matrix, and solved with as it stands.
-
-    Args:
-        factor: Of A = weight * C + ridge * I, width d_k.
-        K: Edit keys, shape (d_k, B); equal keys are fine.
-        R: Residuals, shape (d, B).
-
-    Returns:
-        left (d, B) and right (d_k, B).
+    + H^T H``: symmetric, positive definite and (B, B). Of more keys than d_k, ``A + K K^T`` is the smaller matrix, and
+    solved with as it stands.
 
     Raises:
-        WrongWidth: K is not (d_k, B), or R has not B columns.
-        NonFiniteKeys: K holds NaN or infinity.
-        NonFiniteMatrix: R holds NaN or infinity, or the update overflows.
-        BadInput: K or R is no dense matrix of numbers, or there is no factor.
-        ResidualTooLarge: A refined factor did not reach its tolerance.
+        BadInput: K is no dense matrix (d_k, B) of numbers, R none with B columns, or there is no factor.
+        NonFinite: K or R holds NaN or infinity, or the update overflows.
     """
     K, R = _checked(factor, K, R)
-    if _more_keys_than_width(factor, K):
+    if K.shape[1] > factor.d:
         return finite_change(R.contiguous(), _joint_solve(factor, K, 1.0))
     X, S = factor.solve_and_gram(K)  # (d_k, B), (B, B)
     S.diagonal().add_(1.0)
@@ -76,31 +59,19 @@ def memit(factor: CholeskyFactor, K: Tensor, R: Tensor) -> LowRank:
 def emmet(factor: CholeskyFactor, K: Tensor, R: Tensor, lambda_e: float = 0.0) -> LowRank:
     """EMMET: ``Delta = R (K^T A^-1 K + lambda_e I)^-1 K^T A^-1``, memorisation as a constraint.
 
-    With lambda_e = 0 every key is mapped to its residual exactly, ``Delta K = R``. That is impossible for keys that
-    depend on one another, and it is an error then, not a quiet approximation.
-
-    Args:
-        factor: Of A = weight * C + ridge * I, width d_k.
-        K: Edit keys, shape (d_k, B).
-        R: Residuals, shape (d, B).
-        lambda_e: How far the constraint is relaxed, 0 or above.
-
-    Returns:
-        left (d, B) and right (d_k, B).
+    With lambda_e = 0 every key is mapped to its residual exactly, ``Delta K = R``; above 0 the constraint is relaxed.
+    Exactness is impossible for keys that depend on one another, and it is an error then, not a quiet approximation.
 
     Raises:
-        WrongWidth: K is not (d_k, B), or R has not B columns.
-        NonFiniteKeys: K holds NaN or infinity.
-        NonFiniteMatrix: R holds NaN or infinity, or the update overflows.
-        BadInput: K or R is no dense matrix of numbers, or there is no factor.
-        ResidualTooLarge: A refined factor did not reach its tolerance.
+        BadInput: K is no dense matrix (d_k, B) of numbers, R none with B columns, or there is no factor.
+        NonFinite: K or R holds NaN or infinity, or the update overflows.
         NotPositiveDefinite: lambda_e is 0 (or too small) and the keys are not independent.
         ValueError: lambda_e is negative or not finite.
     """
     K, R = _checked(factor, K, R)
     if not math.isfinite(lambda_e) or lambda_e < 0:
         raise ValueError(f"lambda_e must be finite and not below 0 but is {lambda_e!r}; 0.1 is usual.")
-    if lambda_e and _more_keys_than_width(factor, K):
+    if lambda_e and K.shape[1] > factor.d:
         return finite_change(R.contiguous(), _joint_solve(factor, K, lambda_e))
     X, S = factor.solve_and_gram(K)  # (d_k, B), (B, B)
     S.diagonal().add_(lambda_e)
@@ -108,9 +79,8 @@ def emmet(factor: CholeskyFactor, K: Tensor, R: Tensor, lambda_e: float = 0.0) -
         small = factorize(S, jitters=(0.0,), in_place=True)
     except NotPositiveDefinite as error:
         raise NotPositiveDefinite(
-            f"The {K.shape[1]} edit keys of width {K.shape[0]} are not independent with "
-            f"lambda_e={lambda_e:g}, so they cannot be mapped exactly; remove duplicate requests, "
-            "use smaller batches, or pass lambda_e=0.1.",
+            f"The {K.shape[1]} edit keys of width {K.shape[0]} are not independent with lambda_e={lambda_e:g}, so they "
+            "cannot be mapped exactly; remove duplicate requests, use smaller batches, or pass lambda_e=0.1.",
             tried=error.tried,
             d=K.shape[1],
             rank=error.rank,
@@ -131,20 +101,14 @@ def rome(factor: CholeskyFactor, k: Tensor, r: Tensor, *, denominator_key: Tenso
             and makes ``Delta k = r``. ROME as released takes the bare prompt's key here and the mean over contexts as
             k.
 
-    Returns:
-        left (d, 1) and right (d_k, 1).
-
     Raises:
-        WrongWidth: A key is not d_k wide, or there is more than one edit.
-        NonFiniteKeys: A key holds NaN or infinity.
-        NonFiniteMatrix: r holds NaN or infinity, or the update overflows.
-        BadInput: A key or r is no dense matrix of numbers, or there is no factor.
-        ResidualTooLarge: A refined factor did not reach its tolerance.
+        BadInput: A key or r is no column of numbers of its width, there is more than one edit, or there is no factor.
+        NonFinite: A key or r holds NaN or infinity, or the update overflows.
         NotPositiveDefinite: The denominator is not above 0 (a key of zeros, or two keys that have nothing in common).
     """
     k, r = _column(k, "An edit key"), _column(r, "A residual")
     if k.dim() == 2 and k.shape[1] != 1:
-        raise WrongWidth(f"ROME makes one edit but got {k.shape[1]} keys; use emmet or memit.")
+        raise BadInput(f"ROME makes one edit but got {k.shape[1]} keys; use emmet or memit.")
     k, r = _checked(factor, k, r)
     x = factor.solve(k)  # (d_k, 1)
     q = k
@@ -160,17 +124,10 @@ def rome(factor: CholeskyFactor, k: Tensor, r: Tensor, *, denominator_key: Tenso
     return finite_change(r / denominator, x)
 
 
-def _more_keys_than_width(factor: CholeskyFactor, K: Tensor) -> bool:
-    """Whether A + K K^T is smaller than the gram of the keys, and can be had from the factor."""
-    return K.shape[1] > factor.d and not isinstance(factor, RefinedFactor)
-
-
 def _joint_solve(factor: CholeskyFactor, K: Tensor, share: float) -> Tensor:
-    """``(share * A + K K^T)^-1 K`` (d_k, B).
-
-    What a jitter holds up alone in A, K fills. Here that is seen; the gram of the keys has an eigenvalue of the inverse
-    jitter there, and loses as many digits.
-    """
+    """``(share * A + K K^T)^-1 K`` (d_k, B)."""
+    # What a jitter holds up alone in A, K fills. Here that is seen; the gram of the keys has an
+    # eigenvalue of the inverse jitter there, and loses as many digits.
     root = factor.L
     return factorize(torch.addmm(K @ K.mT, root, root.mT, alpha=share), in_place=True).solve(K)
 
@@ -191,29 +148,21 @@ def _checked(factor: CholeskyFactor, K: Tensor, R: Tensor) -> tuple[Tensor, Tens
 
 
 def checked_edits(K: Tensor, R: Tensor, d: int, like: CholeskyFactor | Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and residuals in the dtype and on the device of what they are combined with.
-
-    Args:
-        K: Edit keys, shape (d_k, B).
-        R: Residuals, shape (d, B).
-        d: What d_k must be.
-        like: Tells dtype and device.
+    """Keys K (d_k, B) and residuals R (d, B) in the dtype and on the device of what they are combined with.
 
     Raises:
-        WrongWidth: K is not (d_k, B) with B at least 1, or R has not B columns.
-        NonFiniteKeys: K holds NaN or infinity.
-        NonFiniteMatrix: R holds NaN or infinity.
-        BadInput: One of them is no dense matrix of numbers.
+        BadInput: K is no dense matrix of numbers with d rows and at least one column, or R none with as many columns.
+        NonFinite: One of them holds NaN or infinity.
     """
     K, R = matrix(K, "Edit keys"), matrix(R, "Residuals")
     if K.dim() != 2 or K.shape[0] != d or K.shape[1] == 0:
         whose = "null space" if isinstance(like, Tensor) else "factor"
-        raise WrongWidth(
+        raise BadInput(
             f"Edit keys of shape {tuple(K.shape)} do not fit a {whose} of width {d}; "
             f"they must be columns, ({d}, B) with B at least 1."
         )
     if R.dim() != 2 or R.shape[1] != K.shape[1]:
-        raise WrongWidth(
+        raise BadInput(
             f"Residuals of shape {tuple(R.shape)} do not fit {K.shape[1]} edit keys; "
             f"they must be columns, (d, {K.shape[1]})."
         )
@@ -225,28 +174,21 @@ def checked_edits(K: Tensor, R: Tensor, d: int, like: CholeskyFactor | Tensor) -
                 f"{int((~finite).sum())} of {finite.numel()} {name}s hold NaN or infinity, the "
                 f"first in column {first}; check that request, or run the model in float32."
             )
-            if what is K:
-                raise NonFiniteKeys(message)
             bad = ~what.isfinite()
-            raise NonFiniteMatrix(message, entries=int(bad.sum()), where=(int(bad[:, first].nonzero()[0]), first))
+            raise NonFinite(message, entries=int(bad.sum()), where=(int(bad[:, first].nonzero()[0]), first))
     return moved(K, like), moved(R, like)
 
 
 def finite_change(left: Tensor, right: Tensor) -> LowRank:
-    """A change of left (d, B) and right (d_k, B), if its numbers are some.
-
-    Raises:
-        NonFiniteMatrix: One of them overflows its dtype.
-    """
+    """A change of left (d, B) and right (d_k, B), or NonFinite where one of them overflows its dtype."""
     for name, factor in (("left", left), ("right", right)):
         bad = ~factor.isfinite()
         if bool(bad.any()):
             row, column = bad.nonzero()[0].tolist()
-            raise NonFiniteMatrix(
-                f"The {name} factor of the update overflows {factor.dtype} in {int(bad.sum())} of "
-                f"its {bad.numel()} entries, the first in row {row}, column {column}; the matrix "
-                "solved with, the keys or the residuals are too small or too large: check the "
-                "weight and the ridge.",
+            raise NonFinite(
+                f"The {name} factor of the update overflows {factor.dtype} in {int(bad.sum())} of its {bad.numel()} "
+                f"entries, the first in row {row}, column {column}; the matrix solved with, the keys or the residuals "
+                "are too small or too large: check the weight and the ridge.",
                 entries=int(bad.sum()),
                 where=(row, column),
             )
@@ -299,10 +241,8 @@ def null_space(
         relative: Instead of `threshold`, a multiple of the mean of C's diagonal.
 
     Raises:
-        WrongWidth: C is not square, or empty.
-        BadInput: C is no dense matrix of numbers.
-        EmptyCorpus: The moment has seen no key.
-        NonFiniteMatrix: C holds NaN or infinity.
+        BadInput: C is no dense square matrix of numbers, or a moment without a key.
+        NonFinite: C holds NaN or infinity.
         ValueError: The threshold is not a finite number above 0.
     """
     if isinstance(second_moment, SecondMoment):
@@ -315,7 +255,7 @@ def null_space(
     bad = ~C.isfinite()
     if bool(bad.any()):
         row, column = (int(i) for i in bad.nonzero()[0])
-        raise NonFiniteMatrix(
+        raise NonFinite(
             f"The second moment holds {int(bad.sum())} entries that are NaN or infinite, the first "
             f"in row {row}, column {column}; collect it again from a model in float32.",
             entries=int(bad.sum()),
@@ -333,29 +273,25 @@ NOTHING = 1e-7
 
 @isolated()
 def alphaedit(null_space: NullSpace, K: Tensor, R: Tensor, l2: float, preserved: Tensor | None = None) -> LowRank:
-    """AlphaEdit: ``Delta^T = (P (K K^T + K_p K_p^T) + l2 I)^-1 P K R^T``.
+    """AlphaEdit: ``Delta^T = (P (K K^T + K_p K_p^T) + l2 I)^-1 P K R^T``, with right in the null space.
 
     ``Delta k = 0`` for every key k that has no part in the null space.
 
     Args:
-        null_space: Of the second moment, width d_k; see `fastcov.null_space`.
+        null_space: Of the second moment, width d_k; see `null_space`.
         K: Edit keys, shape (d_k, B); equal keys are fine where l2 is above 0.
         R: Residuals, shape (d, B).
         l2: How much the size of the change counts; released with 10. With 0 the keys are led to their residuals
             exactly, and earlier keys are not moved at all.
         preserved: Keys K_p of earlier edits, shape (d_k, m), m may be 0; None are none.
 
-    Returns:
-        left = R (d, B) and right (d_k, B), which lies in the null space.
-
     Raises:
         NoNullSpace: The null space has no direction, or a key has no part in it.
-        WrongWidth: K or the earlier keys are not d_k wide, or R has not B columns.
-        NonFiniteKeys: K, or an earlier key, holds NaN or infinity.
-        NonFiniteMatrix: R holds NaN or infinity, or the update overflows.
-        BadInput: K, R or earlier keys are no dense matrix of numbers, or there is no null space.
-        NotPositiveDefinite: l2 is 0, or too small for float64, and the keys' parts in the null space depend on one
-            another.
+        BadInput: K or earlier keys are no dense matrix of numbers that is d_k wide, R has not B columns, or there is no
+            null space.
+        NonFinite: K, R or an earlier key holds NaN or infinity, or the update overflows.
+        NotPositiveDefinite: l2 is 0, or too small for float64, and the keys' parts in the null space are not
+            independent.
         ValueError: l2 is negative or not finite.
     """
     if not math.isfinite(l2) or l2 < 0:
@@ -368,10 +304,9 @@ def alphaedit(null_space: NullSpace, K: Tensor, R: Tensor, l2: float, preserved:
     U = null_space.basis  # (d_k, r)
     if null_space.rank == 0:
         raise NoNullSpace(
-            f"No eigenvalue of the second moment of width {U.shape[0]} is below the threshold "
-            f"{null_space.threshold:g} (the smallest is {float(null_space.eigenvalues[0]):g}), so "
-            "there is no null space to edit in; raise threshold, or pass relative, a multiple of "
-            "the mean of the diagonal."
+            f"No eigenvalue of the second moment of width {U.shape[0]} is below the threshold {null_space.threshold:g} "
+            f"(the smallest is {float(null_space.eigenvalues[0]):g}), so there is no null space to edit in; raise "
+            "threshold, or pass relative, a multiple of the mean of the diagonal."
         )
     K, R = checked_edits(K, R, U.shape[0], U)
     K_u = U.mT @ K  # (r, B)
@@ -415,17 +350,16 @@ def _check_parts(K: Tensor, K_u: Tensor, null_space: NullSpace) -> None:
         columns = tuple(int(i) for i in lost.nonzero()[:, 0])
         what = "is zero" if float(length[columns[0]]) == 0 else "lies outside the null space"
         raise NoNullSpace(
-            f"{len(columns)} of {K.shape[1]} edit keys have no part in the null space of "
-            f"{null_space.rank} directions (threshold {null_space.threshold:g}), the first in "
-            f"column {columns[0]}, which {what}; raise threshold or relative, or leave out that "
-            "request.",
+            f"{len(columns)} of {K.shape[1]} edit keys have no part in the null space of {null_space.rank} directions "
+            f"(threshold {null_space.threshold:g}), the first in column {columns[0]}, which {what}; raise threshold or "
+            "relative, or leave out that request.",
             columns=columns,
         )
 
 
 def _checked_earlier(preserved: Tensor, U: Tensor) -> Tensor:
     if preserved.dim() != 2 or preserved.shape[0] != U.shape[0]:
-        raise WrongWidth(
+        raise BadInput(
             f"Keys of earlier edits of shape {tuple(preserved.shape)} do not fit a null space of "
             f"width {U.shape[0]}; they must be columns, ({U.shape[0]}, m)."
         )

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastcov.accumulate import Tally
+from fastcov.accumulate import Accumulator
 from fastcov.batching import chained, sent
 from fastcov.checkpoint import Checkpoint
 from fastcov.distributed import Processes
-from fastcov.errors import BadBudget, BudgetNotMet, EmptyCorpus, FastcovError, ProcessLost
+from fastcov.errors import BadInput, BudgetNotMet, FastcovError, ProcessLost
 from fastcov.hooks import KeyHooks, evaluation_mode, isolated
 from fastcov.moments import SecondMoment
 from fastcov.throughput import Throughput
@@ -28,12 +28,12 @@ class Division:
 
     Args:
         processes: Those that take part.
-        tally: This process's.
+        sums: This process's.
         progress: Called with the keys of each batch that another process runs.
     """
 
-    def __init__(self, processes: Processes, tally: Tally, progress: Callable[[int], None] | None = None) -> None:
-        self._processes, self._tally, self._progress = processes, tally, progress
+    def __init__(self, processes: Processes, sums: Accumulator, progress: Callable[[int], None] | None = None) -> None:
+        self._processes, self._sums, self._progress = processes, sums, progress
         self._text = b""  # a digest of all batches: whether every process reads the same
 
     def read(self, batches: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
@@ -50,63 +50,62 @@ class Division:
     def own(self, batches: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
         """Of batches that were `read`, those that this process runs; the rest are counted."""
         for batch in batches:
-            if self._processes.runs(self._tally.batches):
+            if self._processes.runs(self._sums.batches):
                 yield batch
             else:
-                self._tally.start(batch.get("key_mask", batch.get("attention_mask")))
-                self._tally.pass_over(_tokens(batch))
+                self._sums.start(_key_mask(batch))
+                self._sums.skip(_tokens(batch))
                 if self._progress is not None:
-                    self._progress(max(self._tally.took().values()))
-            if self._tally.done():
+                    self._progress(max(self._sums.took().values()))
+            if self._sums.done():
                 return
 
-    def total(
-        self, wanted: Mapping[str, int | None], dtype: torch.dtype, device: torch.device
-    ) -> dict[str, SecondMoment]:
+    def total(self, dtype: torch.dtype, device: torch.device, quartic: bool) -> dict[str, SecondMoment]:
         """The moments of all processes together, the same in each of them.
 
         Args:
-            wanted: The modules.
             dtype: Of the sums.
             device: Where the sum of a module is made of which this process ran no batch.
+            quartic: Whether that sum has ``||k||^4`` too.
 
         Raises:
             FailedElsewhere: Another process has failed.
             FastcovError: The processes have not read the same text.
             ProcessLost: A process has gone away.
         """
-        held = self._tally.moments
-        found = {name: self._tally.found(name) for name in wanted}
-        widths = {name: moment.d for name, moment in held.items()}
+        held, processes = self._sums.moments, self._processes
+        found = {name: self._sums.found(name) for name in self._sums.wanted}
         own = self._text.hex()
-        said = self._processes.gather("sums", [own, found, widths])
+        said = processes.gather("sums", [own, found, {name: moment.d for name, moment in held.items()}])
         for rank, (text, keys, _) in enumerate(said):
             if (text, keys) != (own, found):
                 raise FastcovError(
-                    f"Process {rank} has read other text than process {self._processes.rank} "
-                    f"({sum(keys.values())} and {sum(found.values())} keys); give all of them the "
-                    "same corpus, tokenizer and seed."
+                    f"Process {rank} has read other text than process {processes.rank} ({sum(keys.values())} and "
+                    f"{sum(found.values())} keys); give all of them the same corpus, tokenizer and seed."
                 )
-        everywhere = {name: d for _, _, theirs in said for name, d in theirs.items()}
+        widths = {name: d for _, _, theirs in said for name, d in theirs.items()}
         moments = {}
-        for name in wanted:
-            moment = held.get(name)
-            if moment is None:
-                moment = SecondMoment(everywhere[name], dtype=dtype, device=device)
+        for name in self._sums.wanted:
+            moment = held.get(name) or SecondMoment(widths[name], dtype=dtype, device=device, quartic=quartic)
             try:
-                moments[name] = moment.all_reduce(self._processes.group)
+                moments[name] = moment.all_reduce(processes.group)
             except RuntimeError as error:
                 raise ProcessLost(
-                    f"The sums of {name!r} could not be added up over {self._processes.size} "
-                    f"processes ({str(error).splitlines()[0]:.120}); see which of them has ended, "
-                    "and run again."
+                    f"The sums of {name!r} could not be added up over {processes.size} processes "
+                    f"({str(error).splitlines()[0]:.120}); see which of them has ended, and run again."
                 ) from error
             if moment.count != found[name]:
                 raise FastcovError(
-                    f"The {self._processes.size} processes have {moment.count} keys of {name!r} "
+                    f"The {processes.size} processes have {moment.count} keys of {name!r} "
                     f"together but {found[name]} were counted; please report this."
                 )
         return moments
+
+
+def _key_mask(batch: Mapping[str, Any]) -> Tensor | None:
+    """Which tokens of a batch are keys; None says that all are."""
+    mask: Tensor | None = batch.get("key_mask", batch.get("attention_mask"))
+    return mask
 
 
 def _tokens(batch: Mapping[str, Any]) -> int:
@@ -128,9 +127,9 @@ def collect_moments(
     *,
     allow_fewer: bool = False,
     dtype: torch.dtype = torch.float32,
+    quartic: bool = False,
     progress: Callable[[int], None] | None = None,
     throughput: Throughput | None = None,
-    launch_rows: int | None = None,
     causal: bool = False,
     checkpoint: Checkpoint | None = None,
     processes: Processes | None = None,
@@ -154,16 +153,14 @@ def collect_moments(
         budget: How many keys, for all modules or one number for each; None takes all there are.
         allow_fewer: Accept a corpus that ends before the budget, with a warning.
         dtype: Of the sums, float32 or float64.
+        quartic: Whether to sum ``||k||^4`` too, for `fastcov.ledoit_wolf`.
         progress: Called after each batch with the number of keys that it gave to the module that took most.
         throughput: Told of each batch, so that `progress` may ask it how fast this goes.
-        launch_rows: How many keys a kernel is given at once, at least: batches with fewer are copied together first, in
-            ``launch_rows * d_k`` numbers of the keys' dtype for each module. None takes 8192 on a GPU and 1 on the CPU,
-            which copies nothing. Neither the keys that count nor their number depend on it, only the order of the sum.
         causal: Every token attends to itself and earlier ones alone. What pads a sequence on the right is then seen by
             no key, so the model is not given a mask that says only that, and may take its faster attention without one.
-        checkpoint: Where sums are kept from time to time, and taken from by a run that does the same again after it was
-            killed: the batches that are in them are read and not run. The result is that of an unbroken run, bit for
-            bit. Remove it when the moments are safe.
+        checkpoint: Where sums are stored from time to time, and taken from by a run that does the same again after it
+            was killed: the batches that are in them are read and not run. The result is that of an unbroken run, bit
+            for bit. Remove it when the moments are safe.
         processes: Those among which the batches are divided. Each calls this with the same model, budgets and batches,
             and runs its share of them; progress counts everybody's.
 
@@ -173,23 +170,19 @@ def collect_moments(
         of additions does.
 
     Raises:
-        BadBudget: A budget that is not a whole number above 0, or none for one of the modules.
-        EmptyCorpus: There was no key at all.
-        BudgetNotMet: There were fewer keys than wanted, and `allow_fewer` is off.
-        NonFiniteKeys: Keys hold NaN or infinity, or their squares overflow the sum.
-        WrongWidth: A module's input is not as wide as the module, or changes its width.
-        UnknownModule: A path is not in the model.
-        HookNeverRan: A module was never called.
+        BadInput: A budget that is not a whole number above 0, or none for one of the modules; a path that is not in the
+            model; a module that was never called, or whose input is not as wide as the module or changes its width.
+        BudgetNotMet: There was no key at all, or there were fewer than wanted and `allow_fewer` is off.
+        NonFinite: Keys hold NaN or infinity, or their squares overflow the sum.
         StaleCheckpoint: The batches are not those that the checkpoint was made of.
         FailedElsewhere: Another process failed.
         ProcessLost: Another process does not answer.
     """
-    wanted = _budgets(modules, budget)
-    tally = Tally(model, wanted, dtype, launch_rows)
-    division = None if processes is None else Division(processes, tally, progress)
+    sums = Accumulator(model, _budgets(modules, budget), dtype, quartic)
+    division = None if processes is None else Division(processes, sums, progress)
     with (
         nullcontext() if processes is None else processes.guarded(),
-        KeyHooks(model, modules, lambda name, x, _: tally.take(name, x)) as hooks,
+        KeyHooks(model, modules, sums.take) as hooks,
         evaluation_mode(model),
         _without_cache(model) as extra,
     ):
@@ -202,44 +195,45 @@ def collect_moments(
         if division is not None:
             batches = division.read(batches)
         if checkpoint is not None:
-            batches = checkpoint.resume(tally, batches)
-            if progress is not None and tally.most:
-                progress(tally.most)
+            batches = checkpoint.resume(sums, batches)
+            if progress is not None and sums.most:
+                progress(sums.most)
         if division is not None:
             batches = division.own(batches)
-        for batch in () if tally.done() else batches:
+        for batch in () if sums.done() else batches:
             with isolated():
                 moved = {
                     name: sent(value, device) if isinstance(value, Tensor) else value
                     for name, value in batch.items()
                     if name not in drop
                 }
-                tally.start(batch.get("key_mask", batch.get("attention_mask")))
+                sums.start(_key_mask(batch))
                 if causal and _only_pads_right(batch.get("attention_mask")):
                     del moved["attention_mask"]
-                with nullcontext() if throughput is None else throughput.batch(batch, tally):
+                with nullcontext() if throughput is None else throughput.batch(batch, sums):
                     hooks.run({**moved, **extra})
-            if checkpoint is not None and not tally.done():
-                checkpoint.keep(tally)
+            if checkpoint is not None and not sums.done():
+                checkpoint.write(sums)
             if progress is not None:
-                progress(max(tally.took().values()))
-            if tally.done():
+                progress(max(sums.took().values()))
+            if sums.done():
                 break
-        tally.finish()
+        sums.finish()
         if throughput is not None:
             throughput.stop()
-        _complete(tally, wanted, allow_fewer)
-        return tally.moments if division is None else division.total(wanted, dtype, device)
+        _complete(sums, allow_fewer)
+        return sums.moments if division is None else division.total(dtype, device, quartic)
 
 
-def _complete(tally: Tally, wanted: Mapping[str, int | None], allow_fewer: bool) -> None:
+def _complete(sums: Accumulator, allow_fewer: bool) -> None:
     """See that every module has given what was wanted, or what is allowed."""
-    if all(tally.found(name) == 0 for name in wanted):
-        raise EmptyCorpus(
-            f"The corpus gave no key at all in {tally.batches} batches; pass documents with at least one token."
+    if sums.most == 0:
+        raise BudgetNotMet(
+            f"The corpus gave no key at all in {sums.batches} batches; pass documents with at least one token.",
+            wanted=max((limit for limit in sums.wanted.values() if limit), default=1),
         )
-    for name, limit in wanted.items():
-        found = tally.found(name)
+    for name, limit in sums.wanted.items():
+        found = sums.found(name)
         if limit is None or found >= limit:
             continue
         if not allow_fewer:
@@ -256,10 +250,10 @@ def _budgets(modules: Sequence[str], budget: int | Mapping[str, int] | None) -> 
     wanted: dict[str, int | None] = {}
     for name in [modules] if isinstance(modules, str) else modules:
         if isinstance(budget, Mapping) and name not in budget:
-            raise BadBudget(f"There is no budget for the module {name!r}; add one.")
+            raise BadInput(f"There is no budget for the module {name!r}; add one.")
         keys = budget[name] if isinstance(budget, Mapping) else budget
         if keys is not None and (isinstance(keys, bool) or not isinstance(keys, int) or keys < 1):
-            raise BadBudget(
+            raise BadInput(
                 f"The budget of {name!r} must be a whole number of keys above 0 but is {keys!r}; see fastcov.budget."
             )
         wanted[name] = keys

@@ -33,9 +33,7 @@ _PANEL_ROWS = 256  # and its rows at least: smaller sums are one panel
 
 
 class Processes:
-    """This process and the others that do the same work with it.
-
-    All of them must make the same calls of `gather` in the same order.
+    """This process and the others that do the same work; all must make the same calls of `gather` in the same order.
 
     Args:
         store: What `torch.distributed` keeps its keys in, under a prefix of its own.
@@ -80,7 +78,7 @@ class Processes:
             raise self._elsewhere()
 
     def gather(self, what: str, value: Any = None) -> list[Any]:
-        """What each process says, by rank; so nobody goes on before all have come this far.
+        """What each process says, by rank, as JSON values; so nobody goes on before all have come this far.
 
         Args:
             what: What is said, the same in every process.
@@ -123,8 +121,8 @@ class Processes:
     def guarded(self) -> Iterator[None]:
         """Tell the others of any error inside the block.
 
-        The first of several that fail raises its own error; the rest raise `FailedElsewhere`, so that one sentence is
-        printed and not one for each process.
+        The first of several that fail raises its own error, the rest `FailedElsewhere`: one sentence is printed, not
+        many.
         """
         try:
             yield
@@ -202,8 +200,7 @@ def add_up_lower(lower: Tensor, group: ProcessGroup | None = None) -> None:
 def reducing_device(device: torch.device) -> torch.device:
     """Where a sum that lives on a device is added up with those of other processes.
 
-    NCCL has one device for each process; a model that is spread over several has sums on others as well, which go by
-    way of the CPU.
+    NCCL has one device for each process; sums on others, of a model that is spread over several, go by way of the CPU.
     """
     own = device.type == "cuda" and device.index in (None, torch.cuda.current_device())
     return device if own else torch.device("cpu")

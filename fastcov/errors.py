@@ -1,22 +1,80 @@
-"""The errors of fastcov: one class per thing that a caller may want to handle differently.
+"""The errors of fastcov, and text of other people's files made printable.
 
-Every message is one sentence that names the value, the place and the mend. Values that a program may need are
-attributes as well; all have defaults, so that the errors survive pickling between processes.
+Every message is one sentence that names the value, the place and the fix. Values that a program may need are attributes
+as well; all have defaults, so that the errors survive pickling between processes.
 """
 
 from __future__ import annotations
 
-from fastcov.printable import printable
+import logging
+
+# The C0 and C1 controls with DEL; Unicode's Bidi_Control, which reorders what is around it; line ends for Unicode,
+# though for no terminal; and halves of surrogate pairs, which no encoding can write.
+_CONTROLS = (*range(0x20), *range(0x7F, 0xA0))
+_BIDI = (0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A))
+_OTHERS = (0x2028, 0x2029, *range(0xD800, 0xE000))
+_FIELD = {code: f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" for code in (*_CONTROLS, *_BIDI, *_OTHERS)}
+_LINES = {code: text for code, text in _FIELD.items() if chr(code) not in "\n\t"}
+
+
+def printable(text: str, *, lines: bool = False) -> str:
+    r"""`text` with every control character spelled out: ESC becomes the four letters ``\x1b``.
+
+    Everything that reaches a person goes through here: messages of errors, lines of the command line and of logs, and
+    what a report is made of.
+
+    Args:
+        text: From a file, or about one.
+        lines: Leave line feeds and tabs, as in text of several lines that this program laid out.
+    """
+    # The test is quick, and text with nothing to spell out is almost all of it.
+    return text if text.isprintable() else text.translate(_LINES if lines else _FIELD)
+
+
+class _Printable(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.msg, record.args = printable(record.getMessage(), lines=True), None
+        return True
+
+
+def printable_logger(name: str) -> logging.Logger:
+    """A module's logger, for records that quote files: they are printable whoever handles them."""
+    found = logging.getLogger(name)
+    if not any(isinstance(one, _Printable) for one in found.filters):
+        found.addFilter(_Printable())
+    return found
 
 
 class FastcovError(Exception):
-    """Base class of every error that fastcov raises on purpose.
-
-    Its message may quote a file; control characters in it are spelled out.
-    """
+    """Base class of every error that fastcov raises on purpose; control characters in its message are spelled out."""
 
     def __init__(self, message: str = "") -> None:
         super().__init__(printable(message))
+
+
+class BadInput(FastcovError, ValueError):
+    """An argument of a kind, shape or size that is not taken, or a model or moment that lacks what is asked of it."""
+
+
+class BudgetNotMet(BadInput):
+    """The corpus ended before the budget of keys was met, with `found` keys of `wanted`."""
+
+    def __init__(self, message: str = "", *, found: int = 0, wanted: int = 0) -> None:
+        super().__init__(message)
+        self.found, self.wanted = found, wanted
+
+
+class NonFinite(FastcovError):
+    """Keys or a matrix hold NaN or infinity, or the squares of keys overflow their sum.
+
+    Attributes:
+        entries: How many entries of a matrix do; 0 where that is not known.
+        where: Row and column of the first one, None where that is not known.
+    """
+
+    def __init__(self, message: str = "", *, entries: int = 0, where: tuple[int, int] | None = None) -> None:
+        super().__init__(message)
+        self.entries, self.where = entries, where
 
 
 class NotPositiveDefinite(FastcovError):
@@ -32,41 +90,7 @@ class NotPositiveDefinite(FastcovError):
         self, message: str = "", *, tried: tuple[float, ...] = (), d: int = 0, rank: int | None = None
     ) -> None:
         super().__init__(message)
-        self.tried = tried
-        self.d = d
-        self.rank = rank
-
-
-class NonFiniteKeys(FastcovError):
-    """Keys hold NaN or infinity, or their squares overflow the sum."""
-
-
-class NonFiniteMatrix(FastcovError):
-    """A matrix that is to be factorised or solved with holds NaN or infinity.
-
-    Attributes:
-        entries: How many of its entries do.
-        where: Row and column of the first one, None where that is not known.
-    """
-
-    def __init__(self, message: str = "", *, entries: int = 0, where: tuple[int, int] | None = None) -> None:
-        super().__init__(message)
-        self.entries = entries
-        self.where = where
-
-
-class ResidualTooLarge(FastcovError):
-    """A solve with a float32 factor could not be refined to the accuracy asked for.
-
-    Attributes:
-        residual: The norm of ``B - A X`` over that of B, in the worst column.
-        tolerance: What was asked for.
-    """
-
-    def __init__(self, message: str = "", *, residual: float = 0.0, tolerance: float = 0.0) -> None:
-        super().__init__(message)
-        self.residual = residual
-        self.tolerance = tolerance
+        self.tried, self.d, self.rank = tried, d, rank
 
 
 class NoNullSpace(FastcovError):
@@ -81,58 +105,12 @@ class NoNullSpace(FastcovError):
         self.columns = columns
 
 
-class BadInput(FastcovError, ValueError):
-    """An argument that is no matrix of numbers, or numbers of a kind that is not taken."""
-
-
-class WrongWidth(FastcovError, ValueError):
-    """Keys or matrices have another width than what they are combined with."""
-
-
-class EmptyCorpus(FastcovError, ValueError):
-    """There is not a single key to learn from."""
-
-
-class QuarticUnknown(FastcovError):
-    """A moment does not know the sum of ``||k||^4``, which an estimate needs."""
-
-
-class BudgetNotMet(FastcovError, ValueError):
-    """The corpus ended before the budget of keys was met.
-
-    Attributes:
-        found: How many keys there were.
-        wanted: How many keys were asked for.
-    """
-
-    def __init__(self, message: str = "", *, found: int = 0, wanted: int = 0) -> None:
-        super().__init__(message)
-        self.found = found
-        self.wanted = wanted
-
-
-class BadBudget(FastcovError, ValueError):
-    """A multiplier or a number of keys that asks for nothing, or for no number at all."""
-
-
-class UnknownModule(FastcovError, LookupError):
-    """The model has no module of this path."""
-
-
-class HookNeverRan(FastcovError):
-    """A hooked module was not called in a complete forward pass."""
-
-
 class KernelUnavailable(FastcovError):
     """A kernel that was asked for by name cannot run here."""
 
 
 class ProcessLost(FastcovError):
-    """A process that collects together with this one does not answer any more.
-
-    Attributes:
-        rank: Which one, None where that is not known.
-    """
+    """The process of this `rank` (None: unknown), which collects together with this one, does not answer any more."""
 
     def __init__(self, message: str = "", *, rank: int | None = None) -> None:
         super().__init__(message)
@@ -140,11 +118,7 @@ class ProcessLost(FastcovError):
 
 
 class FailedElsewhere(FastcovError):
-    """Another process failed, which says itself what happened; this one only stops too.
-
-    Attributes:
-        rank: Which one.
-    """
+    """The process of this `rank` failed, and says itself what happened; this one only stops too."""
 
     def __init__(self, message: str = "", *, rank: int = 0) -> None:
         super().__init__(message)
@@ -166,9 +140,7 @@ class StoreMismatch(FastcovError):
 
     def __init__(self, message: str = "", *, field: str = "", stored: object = None, expected: object = None) -> None:
         super().__init__(message)
-        self.field = field
-        self.stored = stored
-        self.expected = expected
+        self.field, self.stored, self.expected = field, stored, expected
 
 
 class StoreDamaged(FastcovError):

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from fastcov.errors import BadInput, FastcovError, HookNeverRan, UnknownModule, WrongWidth
-from fastcov.inputs import matrix
+from fastcov.errors import BadInput, FastcovError
+from fastcov.matrices import matrix
 
 _HOOKS = (
     "_forward_hooks",
@@ -33,59 +33,11 @@ _HOOKS = (
 )
 
 
-class intact:
-    """Where something is raised inside, the model has afterwards what it had before.
-
-    An interrupt can come between the registration of a hook and the note of how to remove it, or just as a context is
-    left, before it could do anything. A hook that stays would make every later forward raise. So whatever contexts
-    inside were stopped at, here hooks that are new go, a replaced ``forward`` goes, and modules, parameters and
-    gradients have the modes that they had.
-
-    Hooks that somebody else puts on the model inside go as well if something is raised.
-
-    Args:
-        model: The model.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        # Hooks are numbered in the order in which they come.
-        self._first = RemovableHandle.next_id
-        self._gradients = torch.is_grad_enabled()
-        self._modules = [(m, m.training, m.__dict__.get("forward")) for m in model.modules()]
-        self._parameters = [(p, p.requires_grad) for p in model.parameters()]
-
-    def __enter__(self) -> None:
-        """Nothing: what there is was noted when this was made."""
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Put back what is not as it was, if something was raised."""
-        if error is None:
-            return
-        torch.set_grad_enabled(self._gradients)  # torch.no_grad may be stopped as it is left
-        for module, training, forward in self._modules:
-            for name in _HOOKS:
-                hooks: dict[int, object] = module.__dict__.get(name) or {}
-                for number in [each for each in hooks if each >= self._first]:
-                    hooks.pop(number, None)
-            if module.training is not training:
-                module.training = training
-            if module.__dict__.get("forward") is not forward:
-                if forward is None:
-                    del module.forward
-                else:
-                    module.forward = forward
-        for parameter, asks in self._parameters:
-            if parameter.requires_grad is not asks:
-                parameter.requires_grad_(asks)
-
-
 _cuda: Any = torch.cuda  # in part untyped
 _AUTOCAST = tuple(
     kind for kind in ("cpu", "cuda", "mps", "xpu", "hpu", "mtia", "xla") if torch.amp.is_autocast_available(kind)
 )
+_UNSEEN = tuple(kind for kind in ("mps", "mtia") if kind in _AUTOCAST)
 # torch's own values. Named by the attributes of torch.backends.cuda.matmul; older torch lacks some.
 _CUDA_PRODUCTS = {
     "allow_fp16_reduced_precision_reduction": True,
@@ -108,10 +60,6 @@ class isolated(ContextDecorator):
 
     Args:
         gradients: Whether operations are recorded for a backward pass.
-
-    Example:
-        >>> with isolated():
-        ...     total = keys.mT @ keys
     """
 
     def __init__(self, *, gradients: bool = False) -> None:
@@ -143,7 +91,7 @@ class isolated(ContextDecorator):
         if torch.is_grad_enabled() is not self._gradients:
             undo.append(partial(torch.set_grad_enabled, not self._gradients))
             torch.set_grad_enabled(self._gradients)
-        for kind in _AUTOCAST:
+        for kind in _AUTOCAST if _any_autocast() else ():
             if torch.is_autocast_enabled(kind):
                 undo.append(partial(torch.set_autocast_enabled, kind, True))
                 torch.set_autocast_enabled(kind, False)
@@ -175,6 +123,12 @@ class isolated(ContextDecorator):
         except BaseException:  # an interrupt comes once
             self._restore()
             raise
+
+
+def _any_autocast() -> bool:
+    """Whether one of `_AUTOCAST` may be on: asked of each in turn, it is most of what `isolated` costs."""
+    # The first of these knows most kinds of device in one call, but not all.
+    return torch._C._is_any_autocast_enabled() or any(torch.is_autocast_enabled(kind) for kind in _UNSEEN)
 
 
 def _matmul_precision() -> str | None:
@@ -220,39 +174,72 @@ def _reduction(products: Any, name: str) -> Any:
     return (value, getattr(products, split)) if hasattr(products, split) else value
 
 
-@contextmanager
-def evaluation_mode(model: nn.Module, *, frozen: bool = False) -> Iterator[None]:
+class evaluation_mode:
     """No submodule trains inside; afterwards each is in the mode that it was in before.
 
     Only those that train are touched: setting the mode of all of them several times took a tenth of planning the edit
     of one fact.
 
+    Where something is raised inside, the model has afterwards all that it had before. An interrupt can come between the
+    registration of a hook and the note of how to remove it, or just as a context is left, before it could do anything.
+    A hook that stays would make every later forward raise. So whatever contexts inside were stopped at, here hooks that
+    are new go (those of somebody else as well), a replaced ``forward`` goes, and modules, parameters and gradients have
+    the modes that they had.
+
     Args:
         model: The model.
         frozen: Whether no parameter asks for a gradient inside either.
     """
-    training = [module for module in model.modules() if module.training]
-    asking = [p for p in model.parameters() if p.requires_grad] if frozen else []
-    with intact(model):
+
+    def __init__(self, model: nn.Module, *, frozen: bool = False) -> None:
+        self._frozen = frozen
+        self._first = RemovableHandle.next_id  # hooks are numbered in the order in which they come
+        self._gradients = torch.is_grad_enabled()
+        self._modules = [(m, m.training, m.__dict__.get("forward")) for m in model.modules()]
+        self._parameters = [(p, p.requires_grad) for p in model.parameters()]
+
+    def __enter__(self) -> None:
+        """Switch training off, and gradients of parameters where they are frozen."""
         try:
-            for module in training:
-                module.training = False
-            for parameter in asking:
-                parameter.requires_grad_(False)
-            yield
-        finally:
-            for parameter in asking:
-                parameter.requires_grad_(True)
-            for module in training:
-                module.training = True
+            for module, training, _ in self._modules:
+                if training:
+                    module.training = False
+            for parameter, asks in self._parameters if self._frozen else ():
+                if asks:
+                    parameter.requires_grad_(False)
+        except BaseException as error:  # an interrupt
+            self.__exit__(type(error), error, None)
+            raise
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Put back what was changed, and where something was raised all that is not as it was."""
+        if error is not None:
+            torch.set_grad_enabled(self._gradients)  # torch.no_grad may be stopped as it is left
+            for module, _, forward in self._modules:
+                for name in _HOOKS:
+                    hooks: dict[int, object] = module.__dict__.get(name) or {}
+                    for number in [each for each in hooks if each >= self._first]:
+                        hooks.pop(number, None)
+                if module.__dict__.get("forward") is not forward:
+                    if forward is None:
+                        del module.forward
+                    else:
+                        module.forward = forward
+        for module, training, _ in self._modules:
+            if (training or error is not None) and module.training is not training:
+                module.training = training
+        for parameter, asks in self._parameters if self._frozen or error is not None else ():
+            if (asks or error is not None) and parameter.requires_grad is not asks:
+                parameter.requires_grad_(asks)
 
 
 @contextmanager
 def random_state_kept(seed: int | None = None) -> Iterator[None]:
     """The random states of Python, NumPy and torch, on every device, are afterwards as before.
 
-    Args:
-        seed: What torch's generators begin with inside; None leaves them where they are.
+    Inside, torch's generators begin with the seed; None leaves them where they are.
     """
     numpy: Any = sys.modules.get("numpy")  # who has not imported it has no state of it either
     python, arrays = random.getstate(), None if numpy is None else numpy.random.get_state()
@@ -282,49 +269,27 @@ def random_state_kept(seed: int | None = None) -> Iterator[None]:
         random.setstate(python)
 
 
-OnKeys = Callable[[str, Tensor, Tensor | None], None]
+OnKeys = Callable[[str, Tensor], None]
 
 
-def flatten_keys(x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-    """View keys as rows.
+def key_rows(x: Tensor, mask: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """View keys as rows without ever copying them: in one piece where the strides allow it.
 
-    Rows and mask are permuted together where only that spares a copy (a transposed batch), so row i always belongs to
-    mask entry i, but the rows need not be in row-major order. A copy is made only where the strides allow no view at
-    all, as in ``x[:, 1:]``; `key_rows` makes none there either.
+    Rows and mask are permuted together into the order of the memory, so a row and its mask entry stay together, but
+    the rows need not be in row-major order. Where the strides allow no view, as in ``x[:, 1:]``, each entry of the
+    outermost dimension is a piece of its own: one sequence of the batch.
 
     Args:
         x: Keys, shape (..., d_k).
         mask: What to keep, shape (...) or any shape with as many entries (some models flatten tokens before the
             projection); non-zero means kept. None keeps all.
 
-    Returns:
-        The rows (n, d_k), and the mask as bool (n,) on the rows' device, or None.
-
-    Raises:
-        WrongWidth: x is a scalar, or the mask has another number of entries than x has rows.
-    """
-    x, mask = _outermost_first(x, mask)
-    if mask is not None:
-        mask = mask.to(x.device).reshape(-1)
-    return x.reshape(-1, x.shape[-1]), mask
-
-
-def key_rows(x: Tensor, mask: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """View keys as rows without ever copying them: in one piece where the strides allow it.
-
-    Where they do not, as in ``x[:, 1:]``, each entry of the outermost dimension is a piece of its own: one sequence of
-    the batch. As in `flatten_keys`, a row and its mask entry stay together and the order is that of the memory.
-
-    Args:
-        x: Keys, shape (..., d_k).
-        mask: As in `flatten_keys`.
-
     Yields:
         A view of some rows (n, d_k) and their mask as bool (n,), on the device of the mask that was given, or None.
         Every row is in exactly one piece.
 
     Raises:
-        WrongWidth: As in `flatten_keys`.
+        BadInput: x is a scalar, or the mask is none or has another number of entries than x has rows.
     """
     x, mask = _outermost_first(x, mask)
     pieces = [(x, mask)]
@@ -343,11 +308,11 @@ def _outermost_first(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | N
     """Keys (..., d_k) and mask (...) with dimensions in the order of the memory."""
     x = matrix(x, "Keys") if not isinstance(x, Tensor) or x.layout is not torch.strided else x
     if x.dim() == 0:
-        raise WrongWidth("Keys must have shape (..., d_k) but are a scalar; pass the projection's input.")
+        raise BadInput("Keys must have shape (..., d_k) but are a scalar; pass the projection's input.")
     if mask is not None:
         mask = _as_mask(mask)
         if mask.numel() * x.shape[-1] != x.numel():
-            raise WrongWidth(
+            raise BadInput(
                 f"A mask of shape {tuple(mask.shape)} does not fit keys of shape {tuple(x.shape)}; "
                 "it needs one entry for each row."
             )
@@ -387,11 +352,11 @@ class KeyHooks:
     Args:
         model: The model, called as ``model(**batch)``.
         modules: Paths of the modules, as in ``model.named_modules()``.
-        on_keys: Called as ``on_keys(path, x, mask)`` with the module's input x (..., d_k) and the mask that `run` was
-            given. It must not keep x without a copy: the tensor is the model's.
+        on_keys: Called as ``on_keys(path, x)`` with the module's input x (..., d_k). It must not keep x without a copy:
+            the tensor is the model's.
 
     Raises:
-        UnknownModule: A path is not in the model.
+        BadInput: A path is not in the model.
         ValueError: No path at all, or two paths that are the same module.
     """
 
@@ -407,14 +372,13 @@ class KeyHooks:
         known = dict(model.named_modules(remove_duplicate=False))
         for path in modules:
             if path not in known:
-                raise UnknownModule(_unknown(path, known))
+                raise BadInput(_unknown(path, known))
             for other, module in self._targets.items():
                 if module is known[path]:
                     raise ValueError(f"The paths {other!r} and {path!r} are the same module; name it once.")
             self._targets[path] = known[path]
         self._handles: list[RemovableHandle] = []
         self._fired: set[str] = set()
-        self._mask: Tensor | None = None
         self._running = False
 
     @property
@@ -441,22 +405,15 @@ class KeyHooks:
             self._handles.pop().remove()
 
     @isolated()
-    def run(self, batch: Mapping[str, Any], mask: Tensor | None = None) -> None:
-        """Run the model on one batch, up to the last hooked module, without gradients.
-
-        Args:
-            batch: The model's keyword arguments.
-            mask: Which tokens are keys, handed on to ``on_keys``; by default the batch's ``attention_mask`` where it
-                has one.
+    def run(self, batch: Mapping[str, Any]) -> None:
+        """Run the model on one batch, its keyword arguments, up to the last hooked module, without gradients.
 
         Raises:
-            HookNeverRan: The forward pass ended and a hooked module was never called.
-            FastcovError: The hooks are not on the model, or a hooked module was called twice before the last one was
-                reached.
+            BadInput: The forward pass ended and a hooked module was never called.
+            FastcovError: The hooks are not on the model, or a module was called twice before the last one was reached.
         """
         if not self._handles:
             raise FastcovError("The hooks are not on the model; use KeyHooks in a with statement.")
-        self._mask = batch.get("attention_mask") if mask is None else mask
         self._fired.clear()
         self._running = True
         try:
@@ -466,10 +423,9 @@ class KeyHooks:
                 raise
         finally:
             self._running = False
-            self._mask = None
         missing = [path for path in self._targets if path not in self._fired]
         if missing:
-            raise HookNeverRan(
+            raise BadInput(
                 f"The module {', '.join(map(repr, missing))} was never called in a complete "
                 "forward pass; name the projection that the model really runs."
             )
@@ -487,7 +443,7 @@ class KeyHooks:
             if x is None:
                 raise FastcovError(f"The module {path!r} was called without a tensor; name a projection.")
             self._fired.add(path)
-            self._on_keys(path, x.detach(), self._mask)
+            self._on_keys(path, x.detach())
             if len(self._fired) == len(self._targets):
                 raise _Reached(self)
 

@@ -1,25 +1,27 @@
-"""Factor once, solve many: a Cholesky factor with the jitter that it took on record."""
+"""Factor once, solve many: a Cholesky factor with the jitter that it took on record, and its update by new columns."""
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from fastcov.errors import BadInput, EmptyCorpus, NonFiniteMatrix, NotPositiveDefinite, QuarticUnknown
-from fastcov.factor import TOLERANCE, CholeskyFactor, RefinedFactor, cholesky_, mirror, place_of_float64
+from fastcov.errors import BadInput, NonFinite, NotPositiveDefinite
 from fastcov.hooks import isolated
-from fastcov.inputs import shares_entries, square
-from fastcov.moments import SecondMoment, check_moment
+from fastcov.matrices import matrix, mirror, shares_entries, square
+from fastcov.moments import SecondMoment, check_intensity, shrunk
 from fastcov.ops import rank_k_update
-
-__all__ = ["JITTERS", "CholeskyFactor", "RefinedFactor", "factorize", "regularised"]
 
 logger = logging.getLogger(__name__)
 
+# Columns of a block. Fewer than the least leave too little to each matrix product; an accelerator
+# waits for every block, so there are fewer of them, and nothing is packed there.
+_WIDTHS = {"cpu": (64, 256, 16)}  # the least, the most, blocks of a matrix in between
+_WIDTHS_ELSEWHERE = (128, 1024, 12)
 
 JITTERS = (0.0, 1e-10, 1e-9, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4)
 _CHECKED = 64  # rows whose entries are looked at together
@@ -27,12 +29,7 @@ _CHECKED = 64  # rows whose entries are looked at together
 
 @isolated()
 def factorize(
-    A: Tensor,
-    *,
-    jitters: Sequence[float] = JITTERS,
-    in_place: bool = False,
-    refine: bool = False,
-    tolerance: float = TOLERANCE,
+    A: Tensor | SecondMoment, *, jitters: Sequence[float] = JITTERS, in_place: bool = False
 ) -> CholeskyFactor:
     """The Cholesky factor of a symmetric matrix, with jitter only where it cannot do without.
 
@@ -50,19 +47,20 @@ def factorize(
         jitters: What to add to the diagonal, relative to its mean, in the order of trial.
         in_place: Use A itself where it can be written over: the factor then lies in A's lower triangle, and what was
             there in the upper one. After an error the lower triangle is as it was. By default A is copied.
-        refine: For a float32 matrix: `solve` then answers in float64, refined on the matrix itself until the residual
-            is within the tolerance. It takes half the memory of float64, and several solves in place of one. The factor
-            is a `RefinedFactor`.
-        tolerance: Of `refine`: the norm of the residual over that of the right side.
 
     Raises:
-        NonFiniteMatrix: The lower triangle holds NaN or infinity.
+        NonFinite: The lower triangle holds NaN or infinity.
         NotPositiveDefinite: No jitter was enough, or the diagonal's mean is not above 0.
-        WrongWidth: A is not a square matrix.
-        BadInput: A is no dense matrix of numbers, or neither float32 nor float64, or float64 and to be refined.
+        BadInput: A is no dense square matrix of numbers, or neither float32 nor float64.
         ValueError: A jitter is negative or not finite.
     """
-    work = _checked_matrix(A, refine)
+    if isinstance(A, SecondMoment):
+        raise BadInput(
+            "A SecondMoment is factorised with a weight and a ridge; pass fastcov.regularised(moment, weight, ridge)."
+        )
+    work = square(A, "The matrix to factorise")
+    if work.dtype not in (torch.float32, torch.float64):
+        raise BadInput(f"The matrix must be float32 or float64 but is {work.dtype}; convert it.")
     for jitter in jitters:
         if not math.isfinite(jitter) or jitter < 0:
             raise ValueError(f"A jitter must be finite and not below 0 but is {jitter!r}.")
@@ -77,24 +75,22 @@ def factorize(
         tried.append(float(jitter))
         shifted = diagonal + jitter * mean if jitter else diagonal
         work.diagonal().copy_(shifted)
-        factor = CholeskyFactor(work, float(jitter))
-        if cholesky_(work) and not _is_noise(factor, shifted):
+        if cholesky_(work) and not _is_noise(CholeskyFactor(work, float(jitter)), shifted):
             rank = None if pivots is None else sum(pivot > 10 * jitter for pivot in pivots)
             if jitter:
-                _warn(work.shape[0], jitter, mean, rank)
-            if not refine:
-                return CholeskyFactor(work, float(jitter), rank)
-            exact = diagonal.to(place_of_float64(work.device)).double() + jitter * mean
-            return RefinedFactor(work, float(jitter), rank, diagonal=exact, tolerance=tolerance)
+                logger.warning(
+                    "a matrix of width %d needed a jitter of %g times its mean diagonal (%g)%s",
+                    work.shape[0],
+                    jitter,
+                    mean,
+                    "" if rank is None else f"; its rank is about {rank}",
+                )
+            return CholeskyFactor(work, float(jitter), rank)
         _restore(work, diagonal)
         if pivots is None:  # the first failure, of which NaN may be the cause
-            _check_finite(work)
-            pivots = pivots_(work, diagonal)
-            _restore(work, diagonal)
+            pivots = _checked_pivots(work, diagonal)
     if pivots is None:
-        _check_finite(work)
-        pivots = pivots_(work, diagonal)
-        _restore(work, diagonal)
+        pivots = _checked_pivots(work, diagonal)
     raise _failed(work.shape[0], mean, tuple(tried), len(pivots))
 
 
@@ -115,32 +111,25 @@ def regularised(
 
     Args:
         second_moment: C, the mean of ``k k^T``, shape (d_k, d_k), of which the lower triangle is enough for
-            `factorize`; or the moment, whose sum is then read where it lies: neither a mean nor the other triangle is
-            made, and no copy but the result. A NumPy array is taken too.
+            `factorize`; or the moment, whose sum is then read where it lies: no copy is made but the result.
         weight: How much the preserved keys count; a finite number above 0.
         ridge: What is added to the diagonal; 0 or a finite number above.
         dtype: Of the result.
-        relative_ridge: What is added to the diagonal, over the mean of the diagonal of ``weight * C``; 0 or a finite
-            number above.
-        shrinkage: How far C is moved towards a multiple of the identity, from 0 to 1; see `fastcov.oas` and
-            `fastcov.ledoit_wolf`.
+        relative_ridge: What is added to the diagonal, over the mean of the diagonal of ``weight * C``; 0 or above.
+        shrinkage: How far C is moved towards a multiple of the identity, from 0 to 1; see `fastcov.oas`.
 
     Returns:
         A new matrix (d_k, d_k), to be factorised. Of a moment only the lower triangle of it means anything.
 
     Raises:
-        WrongWidth: C is not square.
-        BadInput: C is no dense matrix of numbers, or the result would be of another dtype.
-        EmptyCorpus: The moment has seen no key.
+        BadInput: C is no dense square matrix of numbers, or a moment without a key, or the dtype is another.
         ValueError: The weight, a ridge or the shrinkage is out of its range.
     """
     count = 1
     if isinstance(second_moment, SecondMoment):
         count = second_moment.count
         if count == 0:
-            raise EmptyCorpus(
-                f"This moment of width {second_moment.d} has seen no key and has no mean; update it first."
-            )
+            raise BadInput(f"This moment of width {second_moment.d} has seen no key and has no mean; update it first.")
         second_moment = second_moment.lower
     second_moment = square(second_moment, "A second moment")
     if dtype not in (torch.float32, torch.float64):
@@ -162,26 +151,18 @@ def regularised(
     return A
 
 
-def _checked_matrix(A: object, refine: bool) -> Tensor:
-    if isinstance(A, SecondMoment):
-        raise BadInput(
-            "A SecondMoment is factorised with a weight and a ridge; pass fastcov.regularised(moment, weight, ridge)."
-        )
-    A = square(A, "The matrix to factorise")
-    if A.dtype not in (torch.float32, torch.float64):
-        raise BadInput(f"The matrix must be float32 or float64 but is {A.dtype}; convert it.")
-    if refine and A.dtype != torch.float32:
-        raise BadInput(
-            f"Only a float32 factor is refined but the matrix is {A.dtype}; "
-            "leave out refine, or convert the matrix to float32."
-        )
-    return A
-
-
 def _restore(work: Tensor, diagonal: Tensor) -> None:
     """Put the matrix back into the lower triangle, from the upper one and its diagonal (d,)."""
     mirror(work.mT)
     work.diagonal().copy_(diagonal)
+
+
+def _checked_pivots(work: Tensor, diagonal: Tensor) -> list[float]:
+    """The pivots of a matrix of finite numbers, which is afterwards as it was."""
+    _check_finite(work)
+    pivots = pivots_(work, diagonal)
+    _restore(work, diagonal)
+    return pivots
 
 
 def _check_finite(A: Tensor) -> None:
@@ -194,21 +175,18 @@ def _check_finite(A: Tensor) -> None:
             row, column = bad.nonzero()[0].tolist()
             where = (start + row, column)
     if where is not None:
-        raise NonFiniteMatrix(
-            f"The lower triangle of the matrix of width {A.shape[0]} holds {entries} entries of "
-            f"NaN or infinity, the first in row {where[0]}, column {where[1]}; collect the keys "
-            "again, or in float64.",
+        raise NonFinite(
+            f"The lower triangle of the matrix of width {A.shape[0]} holds {entries} entries of NaN or infinity, the "
+            f"first in row {where[0]}, column {where[1]}; collect the keys again, or in float64.",
             entries=entries,
             where=where,
         )
 
 
 def _is_noise(factor: CholeskyFactor, diagonal: Tensor) -> bool:
-    """Whether the smallest eigenvalue of the matrix, scaled to a unit diagonal, is rounding error.
-
-    A few steps of inverse iteration with the factor itself; each costs two solves of one column. Matrices of d - 1 keys
-    come out below half a unit of rounding, those of d + 1 keys above 90.
-    """
+    """Whether the smallest eigenvalue of the matrix, scaled to a unit diagonal, is rounding error."""
+    # A few steps of inverse iteration with the factor itself; each costs two solves of one column.
+    # Matrices of d - 1 keys come out below half a unit of rounding, those of d + 1 keys above 90.
     scale = diagonal.sqrt()  # (d,): the scaled matrix is A over the scale of its row and column
     x = torch.randn(factor.d, generator=torch.Generator().manual_seed(0)).to(scale)  # (d,)
     growth = x.norm()
@@ -219,34 +197,19 @@ def _is_noise(factor: CholeskyFactor, diagonal: Tensor) -> bool:
     return not bool(growth * (4 * torch.finfo(x.dtype).eps) < 1)
 
 
-def _warn(d: int, jitter: float, mean: float, rank: int | None) -> None:
-    logger.warning(
-        "a matrix of width %d needed a jitter of %g times its mean diagonal (%g)%s",
-        d,
-        jitter,
-        mean,
-        "" if rank is None else f"; its rank is about {rank}",
-    )
-
-
 def _failed(d: int, mean: float, tried: tuple[float, ...], rank: int) -> NotPositiveDefinite:
     if mean > 0:
-        return NotPositiveDefinite(
+        message = (
             f"The matrix of width {d} and of a rank of about {rank} is not positive definite, not "
             f"even with {max(tried, default=0.0):g} times its mean diagonal added (tried "
-            f"{', '.join(f'{jitter:g}' for jitter in tried) or 'none'}); "
-            "collect more keys or pass a ridge.",
-            tried=tried,
-            d=d,
-            rank=rank,
+            f"{', '.join(f'{jitter:g}' for jitter in tried) or 'none'}); collect more keys or pass a ridge."
         )
-    return NotPositiveDefinite(
-        f"The matrix of width {d} has a diagonal of mean {mean:g}, and no jitter relative to "
-        "that makes it positive definite; collect keys that are not all zero, or pass a ridge.",
-        tried=tried,
-        d=d,
-        rank=rank,
-    )
+    else:
+        message = (
+            f"The matrix of width {d} has a diagonal of mean {mean:g}, and no jitter relative to that makes it "
+            "positive definite; collect keys that are not all zero, or pass a ridge."
+        )
+    return NotPositiveDefinite(message, tried=tried, d=d, rank=rank)
 
 
 _SMALLEST, _LARGEST = 32, 64  # coordinates eliminated at a time
@@ -267,11 +230,11 @@ def pivots_(A: Tensor, diagonal: Tensor) -> list[float]:
         diagonal: Its diagonal (d,), not a view of A.
 
     Returns:
-        The pivots that were accepted, roughly from large to small, each between 0 and 1: the share of a coordinate's
-        mean square that those before it do not explain.
+        The accepted pivots, roughly from large to small, each between 0 and 1: the share of a coordinate's mean square
+            that those before it do not explain.
     """
     d = A.shape[0]
-    block = max(_SMALLEST, min(_LARGEST, d // 24))  # five panels of it are a fifth of the matrix
+    size = max(_SMALLEST, min(_LARGEST, d // 24))  # five panels of it are a fifth of the matrix
     # In float64 well above rounding, which is some 1e-14, and below every jitter.
     tolerance = max(1e-12, 10 * d**0.5 * torch.finfo(A.dtype).eps)
     columns = torch.arange(d, device=A.device)
@@ -284,13 +247,13 @@ def pivots_(A: Tensor, diagonal: Tensor) -> list[float]:
         candidates = int((left > tolerance).sum())
         if candidates == 0:
             return found
-        chosen = left.topk(min(candidates, block)).indices  # (b,)
+        chosen = left.topk(min(candidates, size)).indices  # (b,)
         # Row i of the symmetric matrix: left of the diagonal as it is, from there on the column.
         rows = A[chosen]  # (b, d)
         torch.where(columns <= chosen[:, None], rows, A[:, chosen].mT, out=rows)
         scales = scale[chosen]
-        square = (rows[:, chosen] / scales / scales[:, None]).cpu().double()  # (b, b)
-        order, factor = _eliminate(square)
+        block = (rows[:, chosen] / scales / scales[:, None]).cpu().double()  # (b, b)
+        order, factor = _eliminate(block)
         found += factor.diagonal().square().tolist()
         order = order.to(A.device)
         untried[chosen[order]] = False
@@ -301,27 +264,21 @@ def pivots_(A: Tensor, diagonal: Tensor) -> list[float]:
         rank_k_update(A, half, alpha=-1.0, kernel=kernel)
 
 
-def _eliminate(square: Tensor) -> tuple[Tensor, Tensor]:
-    """Cholesky of a small matrix (b, b), largest pivot first, while pivots are large.
-
-    What falls behind the first pivot waits for another block. A coordinate of which little is left may only be taken
-    when no better one is left anywhere: it would magnify the rounding of all others, until they look independent.
-
-    Returns:
-        The r coordinates in the order of elimination, and the factor (r, r) of that order; what stands above its
-        diagonal means nothing.
-    """
-    square = square.clone()
-    remaining = square.diagonal()
+def _eliminate(block: Tensor) -> tuple[Tensor, Tensor]:
+    """A small matrix (b, b): r coordinates, largest pivot first, and their Cholesky factor (r, r), lower triangle."""
+    left = block.clone()
+    remaining = left.diagonal()
     least = _WAITING * float(remaining.max())
     order: list[int] = []
     columns: list[Tensor] = []
-    while len(order) < len(square):
+    while len(order) < len(left):
         pivot = int(remaining.argmax())
+        # What falls behind waits for another block. A coordinate of which little is left may only be
+        # taken when no better one is left anywhere: it would magnify the rounding of all others.
         if float(remaining[pivot]) < least:
             break
-        column = square[:, pivot] / remaining[pivot].sqrt()  # (b,)
-        square.addr_(column, column, alpha=-1)
+        column = left[:, pivot] / remaining[pivot].sqrt()  # (b,)
+        left.addr_(column, column, alpha=-1)
         remaining[pivot] = -1.0  # taken
         order.append(pivot)
         columns.append(column)
@@ -329,160 +286,251 @@ def _eliminate(square: Tensor) -> tuple[Tensor, Tensor]:
     return taken, torch.stack(columns, 1)[taken]
 
 
-_BLOCK = 256  # rows whose squares are summed at a time
+def cholesky_(A: Tensor) -> bool:
+    """Overwrite the lower triangle of A (d, d) with its Cholesky factor; whether every pivot was above 0.
+
+    Right-looking: the factor of a diagonal block, the panel below it by a triangular solve, then the triangle that is
+    left by a symmetric rank-k update of half the arithmetic of a product. Workspace is one panel, d times the width of
+    a block, or two where it is copied, and two more in which the native kernel packs it. A is float32 or float64, with
+    any strides; nothing above its diagonal is read or changed. Without a factor the lower triangle holds nothing of
+    use.
+    """
+    d = A.shape[0]
+    width = block_width(d, A.device)
+    # The kernels of accelerators may split float32 into parts of fewer bits. Here every step
+    # builds on the one before, so the products are plain ones.
+    kernel = None if A.device.type == "cpu" else "reference"
+    for start in range(0, d, width):
+        stop = min(start + width, d)
+        corner = A[start:stop, start:stop]
+        L, info = torch.linalg.cholesky_ex(corner)
+        if int(info) != 0:
+            return False
+        corner.copy_(corner.triu(1).add_(L))
+        if stop < d:
+            below = A[stop:, start:stop]  # (m, width)
+            panel = torch.linalg.solve_triangular(L, below.mT, upper=False)  # (width, m)
+            below.copy_(panel.mT)
+            rank_k_update(A[stop:, stop:], panel, alpha=-1.0, kernel=kernel)
+    return True
+
+
+def block_width(d: int, device: torch.device) -> int:
+    """How many columns `cholesky_` takes at a time for a matrix of width d."""
+    least, most, blocks = _WIDTHS.get(device.type, _WIDTHS_ELSEWHERE)
+    return max(least, min(most, d // blocks // 32 * 32))
+
+
+def moved(x: Tensor, like: CholeskyFactor | Tensor) -> Tensor:
+    """A tensor in the dtype and on the device of another, or in which a factor answers."""
+    if like.dtype == torch.float64:
+        return x.to(like.device).to(like.dtype)  # one of the devices may not have float64
+    return x.to(like.dtype).to(like.device)
+
+
+@dataclass(frozen=True)
+class CholeskyFactor:
+    """The factor of a positive definite matrix, ``L L^T = A + jitter * mean(diag A) * I``.
+
+    Right sides B (d, m) or (d,) may be of any real floating dtype, with any strides and on any device, or NumPy arrays;
+    they are read in the dtype and on the device of the answer. What is no such matrix with d rows is `BadInput`.
+
+    Attributes:
+        lower: Shape (d, d), with L in its lower triangle. What stands above the diagonal is no part of L and is never
+            read as such: `factorize` leaves A there.
+        jitter: What was added to the diagonal, relative to the mean of the diagonal of A.
+        rank: Where a jitter was needed, about how many directions of A stand out above it.
+    """
+
+    lower: Tensor
+    jitter: float
+    rank: int | None = None
+
+    @property
+    @isolated()
+    def L(self) -> Tensor:
+        """L with zeros above its diagonal, shape (d, d): a copy."""
+        return self.lower.tril()
+
+    @property
+    def d(self) -> int:
+        """The width of the matrix."""
+        return self.lower.shape[0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype in which `solve` answers."""
+        return self.lower.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The device on which `solve` answers."""
+        return self.lower.device
+
+    @property
+    def nbytes(self) -> int:
+        """What the factor takes."""
+        return self.lower.numel() * self.lower.element_size()
+
+    @isolated()
+    def half_solve(self, B: Tensor) -> Tensor:
+        """``L^-1 B``: whitened columns."""
+        return self._triangular(B, transposed=False)
+
+    @isolated()
+    def back_solve(self, B: Tensor) -> Tensor:
+        """``L^-T B``, which makes a `half_solve` whole."""
+        return self._triangular(B, transposed=True)
+
+    @isolated()
+    def solve(self, B: Tensor) -> Tensor:
+        """``A^-1 B``, in B's shape; A with its jitter."""
+        return self.back_solve(self.half_solve(B))
+
+    @isolated()
+    def solve_and_gram(self, K: Tensor) -> tuple[Tensor, Tensor]:
+        """``X = A^-1 K`` (d, B) and the symmetric ``K^T A^-1 K`` (B, B), for K of shape (d, B)."""
+        H = self.half_solve(K)  # (d, B)
+        return self.back_solve(H), H.mT @ H
+
+    @isolated()
+    def logdet(self) -> Tensor:
+        """The logarithm of the determinant of A with its jitter, a scalar tensor."""
+        return 2 * self.lower.diagonal().log().sum()
+
+    def _triangular(self, B: Tensor, *, transposed: bool) -> Tensor:
+        B = moved(self._right_side(B), self.lower)
+        columns = B if B.dim() == 2 else B.unsqueeze(1)  # (d, m)
+        factor = self.lower.mT if transposed else self.lower
+        # Reads no entry on the other side of the diagonal. Blocks with inverted diagonals, all of
+        # matrix products, were measured on a CPU and are no faster than this.
+        solved: Tensor = torch.linalg.solve_triangular(factor, columns, upper=transposed)
+        return solved.reshape(B.shape)
+
+    def _right_side(self, B: Tensor) -> Tensor:
+        B = matrix(B, "A right side")
+        if B.dim() not in (1, 2) or B.shape[0] != self.d:
+            raise BadInput(
+                f"A right side of shape {tuple(B.shape)} does not fit a factor of width {self.d}; "
+                f"it must be ({self.d}, m) or ({self.d},)."
+            )
+        return B
+
+
+@dataclass(frozen=True)
+class UpdatedFactor(CholeskyFactor):
+    """``M M^T = A + P P^T`` for a factor ``L L^T = A`` and columns P (d, m).
+
+    With the whitened columns ``H = L^-1 P`` and the Cholesky factor C of ``I + H^T H`` (m, m),
+
+        M = L (I + H (I + C)^-1 H^T),   M^-1 = (I - H (I + C^T)^-1 C^-1 H^T) L^-1,
+
+    which multiplying out shows: ``M M^T = L (I + H H^T) L^T``. (The symmetric factorisation of a low-rank update as in
+    Ambikasaran, O'Neil and Singh 2014, arXiv 1405.0223.) M is a square root and no triangle; the gram ``K^T A^-1 K`` is
+    had from half a solve, without a difference of two large numbers, which Woodbury's formula would be.
+
+    Attributes:
+        lower, jitter, rank: Those of A's factor.
+        whitened: H, shape (d, m).
+        small: C in its lower triangle, shape (m, m).
+    """
+
+    whitened: Tensor = field(kw_only=True)
+    small: Tensor = field(kw_only=True)
+
+    @property
+    @isolated()
+    def L(self) -> Tensor:
+        """M, shape (d, d): a square root of the matrix, not triangular."""
+        H, C = self.whitened, self.small
+        inner = torch.linalg.solve_triangular(C + _eye(C), H.mT, upper=False)  # (I + C)^-1 H^T
+        lower = super().L
+        root: Tensor = lower + (lower @ H) @ inner
+        return root
+
+    @property
+    def nbytes(self) -> int:
+        """What the factor takes, the factor of A included."""
+        return super().nbytes + sum(part.numel() * part.element_size() for part in (self.whitened, self.small))
+
+    @isolated()
+    def half_solve(self, B: Tensor) -> Tensor:
+        """``M^-1 B``: whitened columns."""
+        G = super().half_solve(B)
+        H, C = self.whitened, self.small
+        inner = torch.linalg.solve_triangular(C, H.mT @ _columns(G), upper=False)
+        inner = torch.linalg.solve_triangular((C + _eye(C)).mT, inner, upper=True)
+        half: Tensor = G - (H @ inner).reshape(G.shape)
+        return half
+
+    @isolated()
+    def back_solve(self, B: Tensor) -> Tensor:
+        """``M^-T B``, which makes a `half_solve` whole."""
+        B = moved(self._right_side(B), self.lower)
+        H, C = self.whitened, self.small
+        inner = torch.linalg.solve_triangular(C + _eye(C), H.mT @ _columns(B), upper=False)
+        inner = torch.linalg.solve_triangular(C.mT, inner, upper=True)
+        return super().back_solve(B - (H @ inner).reshape(B.shape))
+
+    @isolated()
+    def logdet(self) -> Tensor:
+        """The logarithm of the determinant of ``A + P P^T``, a scalar tensor."""
+        return super().logdet() + 2 * self.small.diagonal().log().sum()
 
 
 @isolated()
-def ledoit_wolf(moment: SecondMoment) -> float:
-    """The intensity of Ledoit and Wolf, for independent keys of any distribution.
+def updated(factor: CholeskyFactor, P: Tensor) -> UpdatedFactor:
+    """The factor of ``A + P P^T``, for columns P (d, m), m at least 1, in any dtype and on any device.
 
-    ``a = min(1, (q / n - tr S^2) / (n (tr S^2 - (tr S)^2 / d)))`` with q the sum of ``||k||^4``: how far single keys
-    lie from S, over how far S lies from the identity. ("A well-conditioned estimator for large-dimensional covariance
-    matrices", Journal of Multivariate Analysis 88, 2004, section 3.)
-
-    Args:
-        moment: Of n keys of width d, collected with the sum of ``||k||^4``.
-
-    Returns:
-        From 0, the moment as it is, to 1, a multiple of the identity.
+    One that was updated before is updated again, which costs products with the new columns only.
 
     Raises:
-        EmptyCorpus: The moment has seen no key.
-        NonFiniteMatrix: The sum holds NaN or infinity.
-        BadInput: It is no moment.
-        QuarticUnknown: The moment does not know the sum of ``||k||^4``.
+        BadInput: P is no dense matrix (d, m) of numbers.
+        NonFinite: P holds NaN or infinity, or the squares of its whitened columns overflow.
     """
-    n, trace, squares = _traces(moment)
-    if moment.quartic is None:
-        raise QuarticUnknown(
-            f"This moment of width {moment.d} does not know the sum of ||k||^4 that Ledoit-Wolf "
-            "needs, because an older version stored it or it was taken over without; "
-            'precompute again, or give shrinkage="oas".'
-        )
-    if not float(moment.quartic) < float("inf"):
-        raise NonFiniteMatrix(
-            f"The sum of ||k||^4 of this moment of width {moment.d} holds NaN or infinity; collect "
-            "the keys again, or in float64."
-        )
-    spread = squares - trace * trace / moment.d
-    error = max(float(moment.quartic) / n - squares, 0.0) / n
-    if moment.d == 1 or spread <= 0.0:  # a multiple of the identity already
-        return 0.0
-    return min(error / spread, 1.0)
-
-
-@isolated()
-def oas(moment: SecondMoment) -> float:
-    """The oracle approximating shrinkage, for Gaussian keys.
-
-    ``a = min(1, (tr S^2 + (tr S)^2) / ((n + 1) (tr S^2 - (tr S)^2 / d)))``, the fixed point that "Shrinkage algorithms
-    for MMSE covariance estimation" (Chen, Wiesel, Eldar and Hero, IEEE Transactions on Signal Processing 58, 2010)
-    gives in equation (23), without its terms in ``2 / d``, which scikit-learn leaves out as well.
-
-    Args:
-        moment: Of n keys of width d.
-
-    Returns:
-        From 0, the moment as it is, to 1, a multiple of the identity.
-
-    Raises:
-        EmptyCorpus: The moment has seen no key.
-        NonFiniteMatrix: The sum holds NaN or infinity.
-        BadInput: It is no moment.
-    """
-    n, trace, squares = _traces(moment)
-    if moment.d == 1:
-        return 0.0
-    spread = (n + 1) * (squares - trace * trace / moment.d)
-    total = squares + trace * trace
-    return total / spread if spread > total else 1.0
-
-
-def no_shrinkage(moment: SecondMoment) -> float:
-    """Zero: the moment as it is."""
-    return 0.0
-
-
-#: The ways to find an intensity, by the name that settings give.
-SHRINKAGES: Mapping[str, Callable[[SecondMoment], float]] = {
-    "none": no_shrinkage,
-    "ledoit-wolf": ledoit_wolf,
-    "oas": oas,
-}
-
-
-@isolated()
-def shrunk(C: Tensor | SecondMoment, intensity: float, *, in_place: bool = False) -> Tensor:
-    """``(1 - a) C + a mean(diag C) I``.
-
-    Entry by entry, so that of a matrix with one triangle filled the result has the same triangle.
-
-    Args:
-        C: A second moment (d, d), or the moment whose mean is taken.
-        intensity: a, from 0 to 1.
-        in_place: Write over C, a tensor, to spare a copy.
-
-    Returns:
-        The shrunk matrix (d, d), C itself where it was made in place.
-
-    Raises:
-        WrongWidth: C is not square.
-        BadInput: C is no dense matrix of numbers, or cannot be written over.
-        EmptyCorpus: The moment has seen no key.
-        ValueError: The intensity is not from 0 to 1.
-    """
-    check_intensity(intensity)
-    found = C.second_moment if isinstance(C, SecondMoment) else square(C, "A second moment")
-    if in_place and (not isinstance(C, Tensor) or C.is_inference() or shares_entries(C)):
+    P = matrix(P, "The columns of an update")
+    if P.dim() != 2 or P.shape[0] != factor.d or P.shape[1] == 0:
         raise BadInput(
-            f"This {type(C).__name__} cannot be written over: only a tensor can that was not made "
-            "under inference mode and whose entries each have a place; leave out in_place."
+            f"Columns of shape {tuple(P.shape)} do not fit a factor of width {factor.d}; "
+            f"they must be ({factor.d}, m) with m at least 1."
         )
-    C = found if in_place else found.clone(memory_format=torch.contiguous_format)
-    if intensity:
-        mean = C.diagonal().mean()
-        C.mul_(1 - intensity).diagonal().add_(intensity * mean)
-    return C
-
-
-def check_intensity(intensity: float) -> None:
-    """Refuse an intensity that is not from 0 to 1.
-
-    Raises:
-        ValueError: It is not, or is NaN.
-    """
-    if not isinstance(intensity, (int, float)) or not 0 <= intensity <= 1:
-        raise ValueError(
-            f"The intensity of a shrinkage must be from 0 to 1 but is {intensity!r}; "
-            "give what fastcov.oas or fastcov.ledoit_wolf says."
+    P = moved(P, factor)
+    if not bool(P.isfinite().all()):
+        raise NonFinite(
+            f"The columns {tuple(P.shape)} of an update hold NaN or infinity in {P.dtype}; leave "
+            "out those keys, or run the model in float32."
         )
+    G = CholeskyFactor.half_solve(factor, P)  # (d, m)
+    if not isinstance(factor, UpdatedFactor):
+        small = _root_of_one_plus_gram(G)
+        return UpdatedFactor(factor.lower, factor.jitter, factor.rank, whitened=G, small=small)
+    # The factor of [[C C^T, H^T G], [G^T H, I + G^T G]], of which C is there. The last corner is
+    # I + G^T G less what C's columns explain: the gram of what is left of P after a half solve.
+    H, C = factor.whitened, factor.small
+    beside = torch.linalg.solve_triangular(C, H.mT @ G, upper=False)  # (m, new)
+    last = _root_of_one_plus_gram(factor.half_solve(P))
+    old, new = C.shape[0], last.shape[0]
+    small = C.new_zeros(old + new, old + new)
+    small[:old, :old], small[old:, :old], small[old:, old:] = C, beside.mT, last
+    return UpdatedFactor(factor.lower, factor.jitter, factor.rank, whitened=torch.cat([H, G], 1), small=small)
 
 
-def _traces(moment: SecondMoment) -> tuple[int, float, float]:
-    """n, tr S and tr S^2, from the lower triangle."""
-    check_moment(moment, "An estimate of shrinkage")
-    n = moment.count
-    if n == 0:
-        raise EmptyCorpus(
-            f"This moment of width {moment.d} has seen no key, and there is nothing to shrink; update it first."
+def _root_of_one_plus_gram(G: Tensor) -> Tensor:
+    """The Cholesky factor of ``I + G^T G`` (m, m), which is positive definite for every G."""
+    gram = G.mT @ G
+    gram.diagonal().add_(1.0)
+    if not bool(gram.isfinite().all()):
+        raise NonFinite(
+            f"The gram of {gram.shape[0]} whitened columns overflows {gram.dtype}; the columns "
+            "are too large against the matrix: check the weight and the ridge."
         )
-    lower = moment.lower
-    diagonal = lower.diagonal().cpu().double()  # through the CPU: not every device has float64
-    below = sum(_below(lower, start) for start in range(0, moment.d, _BLOCK))
-    trace = float(diagonal.sum()) / n
-    squares = (2 * below + float(diagonal.square().sum())) / n / n
-    if not squares < float("inf"):
-        raise NonFiniteMatrix(
-            f"The sum of width {moment.d} holds NaN or infinity, or its squares overflow; "
-            "collect the keys again, or in float64."
-        )
-    return n, trace, squares
+    root: Tensor = torch.linalg.cholesky(gram)
+    return root
 
 
-def _below(lower: Tensor, start: int) -> float:
-    """The sum of squares under the diagonal, of one block of rows."""
-    stop = min(start + _BLOCK, lower.shape[0])
-    left, corner = lower[start:stop, :start], lower[start:stop, start:stop].tril(-1)
-    wide = torch.float64 if lower.device.type != "mps" else torch.float32
-    # Their norms are taken, and not their squares, which float32 need not hold.
-    return sum(float(torch.linalg.vector_norm(part, dtype=wide)) ** 2 for part in (left, corner))
+def _eye(like: Tensor) -> Tensor:
+    return torch.eye(like.shape[0], dtype=like.dtype, device=like.device)
+
+
+def _columns(B: Tensor) -> Tensor:
+    return B if B.dim() == 2 else B.unsqueeze(1)

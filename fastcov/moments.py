@@ -1,21 +1,21 @@
-"""The uncentred second moment of keys, as a sum that grows and a mean that is read."""
+"""The uncentred second moment of keys, as a sum that grows and a mean that is read; and how far to shrink it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from fastcov.distributed import add_up_lower, reducing_device
-from fastcov.errors import BadInput, EmptyCorpus, NonFiniteKeys, WrongWidth
+from fastcov.errors import BadInput, NonFinite
 from fastcov.hooks import isolated, key_rows
-from fastcov.inputs import matrix, shares_entries, square
-from fastcov.ops import rank_k_update
+from fastcov.matrices import matrix, mirror, shares_entries, square
+from fastcov.ops import check_keys
 
-_BLOCK = 1024  # rows mirrored at a time: the temporary is one block, not a second matrix
 _NORMED = 128  # rows of 16 bits whose norms a CPU takes at a time: it converts them first
+_SQUARED = 256  # rows of a sum whose squares are summed at a time
 
 
 class SecondMoment:
@@ -25,21 +25,32 @@ class SecondMoment:
     above the diagonal is never read as data. Readings are symmetric copies. The mean is C_0 of equation (2) of arXiv
     2506.04226 divided by the number of keys, uncentred, so that the number of keys does not change the weight it gets.
 
-    Beside the sum there is one more number, the sum of ``||k||^4``, which says how far single keys lie from the mean:
-    `fastcov.ledoit_wolf` needs it, and no second moment can tell it afterwards.
-
     Args:
         d: The width of the keys.
         dtype: Of the sum, float32 or float64. Keys of any floating dtype are taken; products are never summed in less
             than float32.
         device: Where the sum lives, and where keys must come from.
+        quartic: Whether to sum ``||k||^4`` too, which says how far single keys lie from the mean: `ledoit_wolf` needs
+            it, no second moment can tell it afterwards, and it costs some percent of every update.
+
+    Attributes:
+        lower: The sum itself (d, d), not a copy; only its lower triangle means anything.
+        count: How many keys were added.
+        quartic: The sum of ``||k||^4``, float64 () on the sum's device (float32 on Apple's GPUs); None where not known.
 
     Raises:
         ValueError: A width below 1, or another dtype.
     """
 
     @isolated()
-    def __init__(self, d: int, *, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None) -> None:
+    def __init__(
+        self,
+        d: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+        quartic: bool = False,
+    ) -> None:
         if isinstance(d, bool) or not isinstance(d, int) or d < 1:
             raise ValueError(
                 f"The width of the keys must be a whole number of at least 1 but is {d!r}; "
@@ -47,9 +58,9 @@ class SecondMoment:
             )
         if dtype not in (torch.float32, torch.float64):
             raise ValueError(f"The sum must be float32 or float64 but is {dtype}; pass one of them.")
-        self._sum = torch.zeros(d, d, dtype=dtype, device=device)
-        self._count = 0
-        self._quartic: Tensor | None = _zero(self._sum.device)
+        self.lower = torch.zeros(d, d, dtype=dtype, device=device)
+        self.count = 0
+        self.quartic: Tensor | None = _zero(self.device) if quartic else None
 
     @classmethod
     @isolated()
@@ -65,8 +76,7 @@ class SecondMoment:
             quartic: The sum of ``||k||^4`` over them; None where nobody knows it.
 
         Raises:
-            WrongWidth: The matrix is not square.
-            BadInput: It is no dense matrix of numbers.
+            BadInput: The matrix is no dense square one of numbers.
             ValueError: A negative count, or another dtype.
         """
         given = lower
@@ -76,76 +86,77 @@ class SecondMoment:
         if isinstance(count, bool) or count != int(count) or count < 0:
             raise ValueError(f"The number of keys cannot be {count}; pass how many were summed.")
         moment = cls(lower.shape[0], dtype=lower.dtype, device="meta")
-        moment._sum = lower
-        moment._count = int(count)
-        moment._quartic = None if quartic is None else _zero(lower.device) + quartic
+        moment.lower, moment.count = lower, int(count)
+        moment.quartic = None if quartic is None else _zero(lower.device) + quartic
         return moment
 
     @isolated()
-    def update(
-        self, x: Tensor, mask: Tensor | None = None, *, kept: int | None = None, check: bool = True
-    ) -> SecondMoment:
+    def update(self, x: Tensor, mask: Tensor | None = None) -> SecondMoment:
         """Add keys, where they lie: none is copied, gathered or converted on the way to the kernel.
+
+        Keys that would leave a sum that is not finite are refused before any is added; on a GPU this waits.
 
         Args:
             x: Keys, shape (..., d), float32, float64, float16 or bfloat16, on the sum's device; or a NumPy array of
                 them.
             mask: Which of them count, shape (...), non-zero means kept; None keeps all.
-            kept: How many keys the mask keeps, where the caller has counted them: to count a mask on a GPU is to wait
-                for it. It is taken at its word.
-            check: Whether to refuse keys that would leave a sum that is not finite, before any is added; on a GPU this
-                waits. Without it, see whether the diagonal of `lower` is finite afterwards.
 
         Returns:
             This moment.
 
         Raises:
-            WrongWidth: The keys are not d wide, or the mask does not fit them.
-            NonFiniteKeys: Keys that count hold NaN or infinity, or the sum of their squares overflows its dtype; the
+            BadInput: Keys that are not d wide or not floating point, live on another device, or do not fit the mask.
+            NonFinite: Keys that count hold NaN or infinity, or the sum of their squares overflows its dtype; the
                 moment is as it was.
-            BadInput: Keys that are not floating point or that live on another device.
         """
         x = matrix(x, "Keys", meta=True)
-        if x.dim() == 0 or x.shape[-1] != self.d:
-            raise WrongWidth(
-                f"Keys of shape {tuple(x.shape)} do not fit a sum of width {self.d}; "
-                "their last dimension must be that width."
-            )
+        check_keys(self.lower, x)
         pieces = list(key_rows(x, mask))  # (n, d), (n,) each
         norms = [self._norms(rows, part) for rows, part in pieces]
-        if check and not self._sum.is_meta and not self._surely_finite(norms):
+        if not self.lower.is_meta and not self._surely_finite(norms):
             self._refuse_non_finite(pieces)
             norms = [self._norms(rows.double(), part) for rows, part in pieces]
-        added = 0
         for (rows, part), lengths in zip(pieces, norms, strict=True):
-            rank_k_update(self._sum, rows, mask=part)
-            if self._quartic is not None:
-                self._quartic += lengths.to(self._quartic.dtype).pow(4).sum()
-            if kept is None:
-                added += rows.shape[0] if part is None else int(part.sum())
-        self._count += added if kept is None else kept
+            kept = rows.shape[0] if part is None else int(part.sum())
+            self._add(rows, None if part is None else part.to(rows.device), kept, lengths)
         return self
+
+    def add_rows(self, rows: Tensor, mask: Tensor | None, kept: int) -> None:
+        """Add rows (n, d) of which the caller has counted those that the mask keeps; nothing is waited for.
+
+        Whether the sum is finite afterwards shows in the diagonal of `lower`. To be called inside `isolated`.
+
+        Raises:
+            BadInput: They are not d wide, of a dtype that is not taken, or on another device.
+        """
+        check_keys(self.lower, rows)
+        self._add(rows, mask, kept, None if self.quartic is None else self._norms(rows, mask))
+
+    def _add(self, rows: Tensor, mask: Tensor | None, kept: int, norms: Tensor | None) -> None:
+        torch.ops.fastcov.rank_k_update(self.lower, rows, mask)
+        if self.quartic is not None and norms is not None:
+            self.quartic += norms.to(self.quartic.dtype).pow(4).sum()
+        self.count += kept
 
     @isolated()
     def merge(self, other: SecondMoment) -> SecondMoment:
         """Add another moment's keys; the other one stays as it is.
 
         Raises:
-            WrongWidth: The other moment is of another width.
-            BadInput: It is no moment.
+            BadInput: It is no moment, or one of another width.
         """
         check_moment(other, "A merge")
         if other.d != self.d:
-            raise WrongWidth(
+            raise BadInput(
                 f"A moment of width {other.d} cannot be merged into one of width {self.d}; "
                 "merge moments of the same projection."
             )
-        self._sum += other._sum.to(self._sum)
-        self._count += other._count
-        if self._quartic is None or other._quartic is None:
-            self._quartic = None
+        self.lower += other.lower.to(self.lower)
+        self.count += other.count
+        if self.quartic is None or other.quartic is None:
+            self.quartic = None
         else:
-            self._quartic += other._quartic.to(self._quartic)
+            self.quartic += other.quartic.to(self.quartic)
         return self
 
     @isolated()
@@ -153,72 +164,52 @@ class SecondMoment:
         """Add up the moments of all processes of a group; every one then holds the total.
 
         Little more than the lower triangle is sent. The order of the additions, and with it the last bits of a sum,
-        depends on how many processes there are.
-
-        Without an initialised process group there is one process, and nothing to add.
+        depends on how many processes there are. Without an initialised process group there is one, and nothing to add.
         """
         if dist.is_available() and dist.is_initialized():
-            device = reducing_device(self._sum.device)
-            unknown = int(self._quartic is None)
-            counts = torch.tensor([self._count, unknown], dtype=torch.int64, device=device)
-            quartic = _zero(device) if self._quartic is None else self._quartic.to(device)
+            device = reducing_device(self.lower.device)
+            unknown = int(self.quartic is None)
+            counts = torch.tensor([self.count, unknown], dtype=torch.int64, device=device)
+            quartic = _zero(device) if self.quartic is None else self.quartic.to(device)
             for total in (counts, quartic):
                 dist.all_reduce(total, group=group)
-            add_up_lower(self._sum, group)
-            self._count, unknown = counts.tolist()
-            start = _zero(self._sum.device)
-            self._quartic = None if unknown else start + quartic.to(start.dtype).to(start.device)
+            add_up_lower(self.lower, group)
+            self.count, unknown = counts.tolist()
+            start = _zero(self.lower.device)
+            self.quartic = None if unknown else start + quartic.to(start.dtype).to(start.device)
         return self
 
     @isolated()
     def to(self, device: torch.device | str) -> SecondMoment:
         """The same moment on a device; this one where it lives there already."""
-        moved = self._sum.to(device)
-        if moved is self._sum:
+        moved = self.lower.to(device)
+        if moved is self.lower:
             return self
         # On the way to a GPU without float64, it is rounded before it is moved.
-        quartic = None if self._quartic is None else self._quartic.to(_zero(moved.device).dtype)
+        quartic = None if self.quartic is None else self.quartic.to(_zero(moved.device).dtype)
         known = None if quartic is None else quartic.to(moved.device)
-        return SecondMoment.from_lower(moved, self._count, known)
+        return SecondMoment.from_lower(moved, self.count, known)
 
     @property
     def d(self) -> int:
         """The width of the keys."""
-        return self._sum.shape[0]
-
-    @property
-    def count(self) -> int:
-        """How many keys were added."""
-        return self._count
-
-    @property
-    def quartic(self) -> Tensor | None:
-        """The sum of ``||k||^4``, float64 () on the sum's device (float32 on Apple's GPUs).
-
-        None where it is not known: the sum was taken over without it.
-        """
-        return self._quartic
+        return self.lower.shape[0]
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the sum."""
-        return self._sum.dtype
+        return self.lower.dtype
 
     @property
     def device(self) -> torch.device:
         """Where the sum lives."""
-        return self._sum.device
-
-    @property
-    def lower(self) -> Tensor:
-        """The sum itself (d, d), not a copy; only its lower triangle means anything."""
-        return self._sum
+        return self.lower.device
 
     @property
     @isolated()
     def sum(self) -> Tensor:
         """The sum of ``k k^T``, a symmetric copy (d, d)."""
-        return _mirror(self._sum.clone())
+        return mirror(self.lower.clone())
 
     @property
     @isolated()
@@ -226,16 +217,16 @@ class SecondMoment:
         """The mean of ``k k^T``, a symmetric copy (d, d).
 
         Raises:
-            EmptyCorpus: No key was added.
+            BadInput: No key was added.
         """
-        if self._count == 0:
-            raise EmptyCorpus(f"This moment of width {self.d} has seen no key and has no mean; update it first.")
-        return _mirror(self._sum / self._count)
+        if self.count == 0:
+            raise BadInput(f"This moment of width {self.d} has seen no key and has no mean; update it first.")
+        return mirror(self.lower / self.count)
 
     def _norms(self, rows: Tensor, mask: Tensor | None) -> Tensor:
         """The norms of rows (n, d) as (n,), 0 of those that do not count; nothing is waited for."""
         # Squares of float16 overflow above 256, and those of float32 before a float64 sum does.
-        wide = torch.float64 in (rows.dtype, self._sum.dtype)
+        wide = torch.float64 in (rows.dtype, self.lower.dtype)
         norms = _norms(rows, torch.float64 if wide else torch.float32)
         if mask is not None:  # what is masked may be anything, NaN included
             norms = norms.masked_fill(~mask.to(norms.device), 0)
@@ -246,7 +237,7 @@ class SecondMoment:
         norms = torch.cat([*pieces]) if pieces else torch.empty(0)
         if norms.numel() == 0:
             return True
-        highest = self._sum.diagonal().abs().max()
+        highest = self.lower.diagonal().abs().max()
         wide = torch.promote_types(norms.dtype, highest.dtype)
         # One read from the device. NaN is no larger than anything, and so is not sure.
         norm, before = torch.stack([norms.max().to(wide), highest.to(wide)]).tolist()
@@ -257,17 +248,16 @@ class SecondMoment:
         kept = torch.cat([rows if part is None else rows[part.to(rows.device)] for rows, part in pieces])
         bad = int((~kept.isfinite().all(-1)).sum())
         if bad:
-            raise NonFiniteKeys(
+            raise NonFinite(
                 f"{bad} of {len(kept)} keys of width {self.d} hold NaN or infinity, and none of "
                 "them was added; run the model in another dtype (bfloat16 or float32)."
             )
         kept = kept.cpu().double()  # through the CPU: not every device has float64
-        total = kept.square().sum(0) + self._sum.diagonal().cpu().double()
+        total = kept.square().sum(0) + self.lower.diagonal().cpu().double()
         if not float(total.max()) < torch.finfo(self.dtype).max:
-            raise NonFiniteKeys(
+            raise NonFinite(
                 f"The squares of the keys of width {self.d} overflow {self.dtype} (largest key "
-                f"{float(kept.abs().max()):.3g}), and none of them was added; pass "
-                "dtype=torch.float64."
+                f"{float(kept.abs().max()):.3g}), and none of them was added; pass dtype=torch.float64."
             )
 
     def __repr__(self) -> str:
@@ -306,12 +296,142 @@ def _norms(rows: Tensor, dtype: torch.dtype) -> Tensor:
     return norms
 
 
-def _mirror(matrix: Tensor) -> Tensor:
-    """Write the lower triangle of a matrix (d, d) over its upper one, in place."""
-    d = matrix.shape[0]
-    for start in range(0, d, _BLOCK):
-        stop = min(start + _BLOCK, d)
-        corner = matrix[start:stop, start:stop]
-        corner.copy_(corner.tril() + corner.tril(-1).mT)
-        matrix[start:stop, stop:] = matrix[stop:, start:stop].mT
-    return matrix
+@isolated()
+def ledoit_wolf(moment: SecondMoment) -> float:
+    """The intensity of Ledoit and Wolf, for independent keys of any distribution.
+
+    ``a = min(1, (q / n - tr S^2) / (n (tr S^2 - (tr S)^2 / d)))`` with q the sum of ``||k||^4``: how far single keys
+    lie from S, over how far S lies from the identity. ("A well-conditioned estimator for large-dimensional covariance
+    matrices", Journal of Multivariate Analysis 88, 2004, section 3.)
+
+    Args:
+        moment: Of n keys of width d, collected with ``quartic=True``.
+
+    Returns:
+        From 0, the moment as it is, to 1, a multiple of the identity.
+
+    Raises:
+        BadInput: It is no moment, has seen no key, or does not know the sum of ``||k||^4``.
+        NonFinite: The sum holds NaN or infinity.
+    """
+    n, trace, squares = _traces(moment)
+    if moment.quartic is None:
+        raise BadInput(
+            f"This moment of width {moment.d} does not know the sum of ||k||^4 that Ledoit-Wolf "
+            "needs, because it was collected without quartic=True, an older version stored it or it was taken over "
+            'without; precompute again, or give shrinkage="oas".'
+        )
+    if not float(moment.quartic) < float("inf"):
+        raise NonFinite(
+            f"The sum of ||k||^4 of this moment of width {moment.d} holds NaN or infinity; collect "
+            "the keys again, or in float64."
+        )
+    spread = squares - trace * trace / moment.d
+    error = max(float(moment.quartic) / n - squares, 0.0) / n
+    if moment.d == 1 or spread <= 0.0:  # a multiple of the identity already
+        return 0.0
+    return min(error / spread, 1.0)
+
+
+@isolated()
+def oas(moment: SecondMoment) -> float:
+    """The oracle approximating shrinkage, for Gaussian keys.
+
+    ``a = min(1, (tr S^2 + (tr S)^2) / ((n + 1) (tr S^2 - (tr S)^2 / d)))``, the fixed point that "Shrinkage algorithms
+    for MMSE covariance estimation" (Chen, Wiesel, Eldar and Hero, IEEE Transactions on Signal Processing 58, 2010)
+    gives in equation (23), without its terms in ``2 / d``, which scikit-learn leaves out as well.
+
+    Args:
+        moment: Of n keys of width d.
+
+    Returns:
+        From 0, the moment as it is, to 1, a multiple of the identity.
+
+    Raises:
+        BadInput: It is no moment, or has seen no key.
+        NonFinite: The sum holds NaN or infinity.
+    """
+    n, trace, squares = _traces(moment)
+    if moment.d == 1:
+        return 0.0
+    spread = (n + 1) * (squares - trace * trace / moment.d)
+    total = squares + trace * trace
+    return total / spread if spread > total else 1.0
+
+
+#: The ways to find an intensity, by the name that settings give.
+SHRINKAGES: Mapping[str, Callable[[SecondMoment], float]] = {
+    "none": lambda moment: 0.0,
+    "ledoit-wolf": ledoit_wolf,
+    "oas": oas,
+}
+
+
+@isolated()
+def shrunk(C: Tensor | SecondMoment, intensity: float, *, in_place: bool = False) -> Tensor:
+    """``(1 - a) C + a mean(diag C) I``.
+
+    Entry by entry, so that of a matrix with one triangle filled the result has the same triangle.
+
+    Args:
+        C: A second moment (d, d), or the moment whose mean is taken.
+        intensity: a, from 0 to 1.
+        in_place: Write over C, a tensor, to spare a copy.
+
+    Returns:
+        The shrunk matrix (d, d), C itself where it was made in place.
+
+    Raises:
+        BadInput: C is no dense square matrix of numbers, cannot be written over, or is a moment without a key.
+        ValueError: The intensity is not from 0 to 1.
+    """
+    check_intensity(intensity)
+    found = C.second_moment if isinstance(C, SecondMoment) else square(C, "A second moment")
+    if in_place and (not isinstance(C, Tensor) or C.is_inference() or shares_entries(C)):
+        raise BadInput(
+            f"This {type(C).__name__} cannot be written over: only a tensor can that was not made "
+            "under inference mode and whose entries each have a place; leave out in_place."
+        )
+    C = found if in_place else found.clone(memory_format=torch.contiguous_format)
+    if intensity:
+        mean = C.diagonal().mean()
+        C.mul_(1 - intensity).diagonal().add_(intensity * mean)
+    return C
+
+
+def check_intensity(intensity: float) -> None:
+    """Refuse an intensity that is not from 0 to 1 with a ValueError."""
+    if not isinstance(intensity, (int, float)) or not 0 <= intensity <= 1:
+        raise ValueError(
+            f"The intensity of a shrinkage must be from 0 to 1 but is {intensity!r}; "
+            "give what fastcov.oas or fastcov.ledoit_wolf says."
+        )
+
+
+def _traces(moment: SecondMoment) -> tuple[int, float, float]:
+    """n, tr S and tr S^2, from the lower triangle."""
+    check_moment(moment, "An estimate of shrinkage")
+    n = moment.count
+    if n == 0:
+        raise BadInput(
+            f"This moment of width {moment.d} has seen no key, and there is nothing to shrink; update it first."
+        )
+    lower = moment.lower
+    diagonal = lower.diagonal().cpu().double()  # through the CPU: not every device has float64
+    below = sum(_below(lower, start) for start in range(0, moment.d, _SQUARED))
+    trace = float(diagonal.sum()) / n
+    squares = (2 * below + float(diagonal.square().sum())) / n / n
+    if not squares < float("inf"):
+        raise NonFinite(
+            f"The sum of width {moment.d} holds NaN or infinity, or its squares overflow; "
+            "collect the keys again, or in float64."
+        )
+    return n, trace, squares
+
+
+def _below(lower: Tensor, start: int) -> float:
+    """The sum of squares under the diagonal, of one block of rows."""
+    stop = min(start + _SQUARED, lower.shape[0])
+    left, corner = lower[start:stop, :start], lower[start:stop, start:stop].tril(-1)
+    # Their norms are taken, and not their squares, which float32 need not hold.
+    return sum(float(torch.linalg.vector_norm(part, dtype=_zero(lower.device).dtype)) ** 2 for part in (left, corner))

@@ -22,30 +22,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastcov.errors import NonFiniteMatrix, StoreDamaged, StoreMissing, WrongWidth
+from fastcov.errors import BadInput, NonFinite, StoreDamaged, StoreMissing
+from fastcov.files import atomic_file
 from fastcov.hooks import isolated
 from fastcov.moments import SecondMoment, check_moment
-from fastcov.store import atomic_file
 
 _BLOCK = 512  # rows looked at a time
 _ROUNDING = 1e-3  # more than a float32 sum of 44 million keys has
 
 
 def check_finite(total: Tensor, name: str) -> None:
-    """Refuse a matrix (d, d) with entries that are no finite numbers.
-
-    Args:
-        total: The matrix.
-        name: What to call it in the message.
-
-    Raises:
-        NonFiniteMatrix: It holds NaN or infinity.
-    """
+    """Refuse a matrix (d, d) with entries that are no finite numbers, as NonFinite in a sentence about `name`."""
     for start in range(0, total.shape[0], _BLOCK):
         bad = ~total[start : start + _BLOCK].isfinite()
         if bool(bad.any()):
             row, column = (int(i) for i in bad.nonzero()[0])
-            raise NonFiniteMatrix(
+            raise NonFinite(
                 f"{name} holds NaN or infinity, first in row {start + row}, column {column}; "
                 "collect it again, from a model in float32 or bfloat16.",
                 entries=int((~total.isfinite()).sum()),
@@ -57,8 +49,7 @@ def not_a_sum(total: Tensor) -> str | None:
     """Why a finite matrix (d, d) cannot be a sum of ``k k^T``, or None.
 
     Such a sum is symmetric, its diagonal is not negative, and no entry is larger than the geometric mean of the two
-    entries of the diagonal that it belongs to (Cauchy and Schwarz), up to rounding. Whether its eigenvalues are what
-    they must be is not looked at: that takes a factorisation.
+    entries of the diagonal that it belongs to (Cauchy and Schwarz), up to rounding. Its eigenvalues are not looked at.
     """
     diagonal = total.diagonal().double()  # (d,)
     if bool((diagonal < 0).any()):
@@ -108,12 +99,7 @@ _UNREADABLE = (
 
 @dataclass(frozen=True)
 class NpzMoment:
-    """What an ``.npz`` file holds.
-
-    Attributes:
-        moment: The sum and the count; the sum of fourth powers is not known.
-        sample_size: How many documents were asked for, None in a file that does not say.
-    """
+    """The moment of an ``.npz`` file, and how many documents were asked for, None in a file that does not say."""
 
     moment: SecondMoment
     sample_size: int | None
@@ -131,14 +117,13 @@ def save_npz(
     Args:
         path: Where to; missing folders are made.
         moment: What to write.
-        sample_size: What the loader is configured with (``mom2_n_samples``); with another number it collects again. It
-            says nothing of the keys.
+        sample_size: What the loader is configured with (``mom2_n_samples``); with another number it collects again.
         dtype: Of the sum in the file, float32 or float64.
 
     Raises:
         BadInput: It is no moment.
         ValueError: Another dtype, a sample size below 1, or a moment of no key.
-        NonFiniteMatrix: The sum holds NaN or infinity, or is too large for `dtype`.
+        NonFinite: The sum holds NaN or infinity, or is too large for `dtype`.
         OSError: The file cannot be written; nothing is left of the attempt.
     """
     import numpy as np
@@ -163,19 +148,16 @@ def save_npz(
 
 @isolated()
 def load_npz(path: str | os.PathLike[str], *, width: int | None = None) -> NpzMoment:
-    """Read a moment that another codebase wrote.
+    """Read a moment that another codebase wrote, on the CPU and in the dtype of the file.
 
     Args:
         path: The file.
         width: The width that the keys must have; None takes any up to `MAX_WIDTH`.
 
-    Returns:
-        The moment, on the CPU and in the dtype of the file.
-
     Raises:
         StoreMissing: There is no such file.
-        WrongWidth: The keys are of another width.
-        NonFiniteMatrix: The sum holds NaN or infinity.
+        BadInput: The keys are of another width.
+        NonFinite: The sum holds NaN or infinity.
         StoreDamaged: It is no such file, is cut short, is larger than a moment of this width, needs to be unpickled, or
             holds what no sum of ``k k^T`` can be.
     """
@@ -198,7 +180,7 @@ def load_npz(path: str | os.PathLike[str], *, width: int | None = None) -> NpzMo
                 raise _damaged(path, f"counts {count} keys")
             total = _read(archive, members[SUM])
     except _UNREADABLE as error:
-        if isinstance(error, WrongWidth):
+        if isinstance(error, BadInput):
             raise
         raise _damaged(path, f"is not a readable .npz file ({error})") from error
     native = total.astype(total.dtype.newbyteorder("="), order="C", copy=False)
@@ -234,12 +216,12 @@ def _check_sum(
     if len(shape) != 2 or shape[0] != shape[1] or shape[0] < 1:
         raise _damaged(path, f"holds a sum of shape {shape}, not a square")
     if width is not None and shape[0] != width:
-        raise WrongWidth(
+        raise BadInput(
             f"The file {os.fspath(path)!r} is of keys of width {shape[0]} but those of this module "
             f"have {width}; take the file of this model and layer."
         )
     if shape[0] > MAX_WIDTH:
-        raise WrongWidth(
+        raise BadInput(
             f"The file {os.fspath(path)!r} claims keys of width {shape[0]}, beyond {MAX_WIDTH}; "
             "say which width is right if it is."
         )

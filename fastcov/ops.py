@@ -1,10 +1,10 @@
 """The rank-k update as a PyTorch operator, and the choice of the kernel that runs it.
 
-The operator ``fastcov::rank_k_update`` is a schema and a fake; kernels register themselves with
-what they need. The fastest one that can take the arguments runs. None is replaced in silence: one asked for by name
-that cannot run raises, and `kernels` says why. On a GPU the order is the measured one where there is a measurement
-(`fastcov.kernels.table`), and a kernel that is compiled for the device shows a right result there before it is chosen
-(`fastcov.kernels.selfcheck`).
+The operator ``fastcov::rank_k_update`` is a schema and a fake. Of the kernels of a device type the first that can take
+the arguments runs; the choice is made once for each device, dtypes, width and strides. None is replaced in silence: one
+asked for by name that cannot run raises, and `kernels` says why. On a GPU those that were measured there come first, in
+the order of their times (`fastcov.kernels.table`), and a kernel that is compiled for the device shows a right result
+before it is chosen (`fastcov.kernels.selfcheck`).
 """
 
 from __future__ import annotations
@@ -13,20 +13,24 @@ import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from fastcov.errors import BadInput, KernelUnavailable, WrongWidth
+from fastcov.errors import BadInput, KernelUnavailable
 from fastcov.hooks import isolated, key_rows
-from fastcov.inputs import matrix, shares_entries
-from fastcov.kernels import cpu, cuda, panels, reference, selfcheck, table, triton
+from fastcov.kernels import cpu, cuda, plain, selfcheck, table, triton
+from fastcov.matrices import matrix, shares_entries
 
-# (C (d, d), X (n, d), mask (n,) bool or None, rows (m,) int64 or None, alpha): C changes in place.
-Run = Callable[[Tensor, Tensor, Tensor | None, Tensor | None, float], None]
 _EXACT = (0.0, 1.0, -1.0)  # values of alpha that make no sum larger or smaller
 _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+class WhyNot(Protocol):
+    """Why a kernel cannot run on this machine, or cannot take these tensors; None if it can."""
+
+    def __call__(self, C: Tensor | None = None, X: Tensor | None = None, /) -> str | None: ...  # noqa: D102
 
 
 @dataclass(frozen=True)
@@ -35,36 +39,48 @@ class Kernel:
 
     Attributes:
         name: What callers ask for.
-        run: The update itself.
-        missing: Why the kernel cannot run on this machine, or None if it can.
-        refuses: Why the kernel cannot take these C and X, or None if it can.
-        rank: Of the kernels that can run, the one of the highest rank is taken; one below 0 only by name.
+        update: ``(C (d, d), X (n, d), mask (n,) bool or None, alpha)``, C changes in place.
+        why_not: Why it cannot run here, or with these tensors, as a clause; None if it can.
+        not_preferred: Why it is not chosen on this machine though it can run, or None.
         checked: Whether it must pass a check on the device before it is chosen.
-        passed_over: Why the kernel is not chosen on this machine though it can run, or None.
         native: Whether it reads memory itself, so that no setting of torch has a say in the sum.
     """
 
     name: str
-    run: Run
-    missing: Callable[[], str | None]
-    refuses: Callable[[Tensor, Tensor], str | None]
-    rank: int = 0
+    update: selfcheck.Update
+    why_not: WhyNot
+    not_preferred: Callable[[], str | None] = lambda: None
     checked: bool = False
-    passed_over: Callable[[], str | None] = lambda: None
     native: bool = False
 
 
-_KERNELS: dict[str, Kernel] = {}
-
-
-def register(kernel: Kernel) -> None:
-    """Offer a kernel; one of the same name is replaced."""
-    _KERNELS[kernel.name] = kernel
+#: All kernels, best first.
+KERNELS: dict[str, Kernel] = {
+    kernel.name: kernel
+    for kernel in (
+        *(Kernel(one.name, one.update, one.why_not, one.not_preferred, native=True) for one in cpu.FAST),
+        Kernel("triton", triton.update, triton.why_not, checked=True),
+        Kernel("panels", plain.panels, plain.panels_why_not),
+        Kernel("cuda", cuda.update, cuda.why_not, checked=True),
+        Kernel("reference", plain.reference, lambda C=None, X=None: None),
+        Kernel(cpu.PORTABLE.name, cpu.PORTABLE.update, cpu.PORTABLE.why_not, native=True),
+    )
+}
+#: By the type of the device, those that are chosen without being named, best first; elsewhere the reference.
+ORDER = {"cpu": (*(one.name for one in cpu.FAST), "reference"), "cuda": ("triton", "panels", "cuda", "reference")}
+_chosen: dict[tuple[Any, ...], Kernel] = {}  # by all that the choice depends on
+_MANY = 4096  # choices to remember
 
 
 def kernels() -> dict[str, str | None]:
     """All kernels by name, best first: None where it can run here, else the reason why not."""
-    return {kernel.name: kernel.missing() for kernel in _ranked()}
+    return {name: kernel.why_not() for name, kernel in KERNELS.items()}
+
+
+def not_preferred() -> dict[str, str]:
+    """Kernels that can run here and are chosen only by name, with the reason."""
+    reasons = {name: kernel.not_preferred() for name, kernel in KERNELS.items()}
+    return {name: reason for name, reason in reasons.items() if reason is not None}
 
 
 def chosen(C: Tensor, X: Tensor) -> str:
@@ -73,27 +89,11 @@ def chosen(C: Tensor, X: Tensor) -> str:
     Raises:
         KernelUnavailable: None takes them.
     """
-    return _chosen(C, X.reshape(-1, X.shape[-1])[:1]).name
-
-
-def passed_over() -> dict[str, str]:
-    """Kernels that can run here and are chosen only by name, with the reason."""
-    reasons = {kernel.name: kernel.passed_over() for kernel in _ranked()}
-    return {name: reason for name, reason in reasons.items() if reason is not None}
-
-
-def _ranked() -> list[Kernel]:
-    return sorted(_KERNELS.values(), key=lambda kernel: -kernel.rank)
+    return _choice(C, X.reshape(-1, X.shape[-1])[:1], None).name
 
 
 def rank_k_update(
-    C: Tensor,
-    X: Tensor,
-    *,
-    mask: Tensor | None = None,
-    rows: Tensor | None = None,
-    alpha: float = 1.0,
-    kernel: str | None = None,
+    C: Tensor, X: Tensor, *, mask: Tensor | None = None, alpha: float = 1.0, kernel: str | None = None
 ) -> None:
     """Add ``alpha * X^T X`` to the lower triangle of C, in place.
 
@@ -105,21 +105,34 @@ def rank_k_update(
         X: Keys as rows, shape (..., d), float32, float64, float16 or bfloat16, with any strides, or a NumPy array. They
             may lie in C's own memory: they are then read before C changes.
         mask: Rows to keep, shape (...), non-zero means kept.
-        rows: Rows to keep, as int64 indices (m,) into the rows of X flattened in row-major order; a row named twice
-            counts twice. Give a mask or rows, not both.
         alpha: A factor for what is added, finite. Where the sum without it would overflow or underflow and with it does
             not, a power of two of it goes into the keys first.
         kernel: The name of a kernel, see `kernels`; by default the best that can run.
 
     Raises:
-        WrongWidth: C is not square, X is not as wide as C, or the mask does not fit X.
-        BadInput: A dtype or device that does not fit, a C whose entries share memory, keys that are no dense tensor,
-            both mask and rows, indices out of range, or an alpha that is not finite.
+        BadInput: C is not square, X is not as wide as C, the mask does not fit X, a dtype or device does not fit,
+            entries of C share memory, keys are no dense tensor, or alpha is not finite.
         KernelUnavailable: The kernel asked for cannot run here or on these tensors.
     """
     C, X = _sum(C), matrix(X, "Keys", meta=True)
+    check_keys(C, X)
+    alpha = float(alpha)
+    if not math.isfinite(alpha):
+        raise BadInput(f"alpha must be a finite number but is {alpha}; 1 is usual.")
+    for piece, kept in key_rows(X, mask):  # (n, d), (n,): views, so nothing is copied
+        if kernel is not None:
+            _choice(C, piece, kernel)  # or an error: on the device meta the operator itself would not see
+        torch.ops.fastcov.rank_k_update(C, piece, None if kept is None else kept.to(X.device), alpha, kernel)
+
+
+def check_keys(C: Tensor, X: Tensor) -> None:
+    """Refuse keys (..., d) that do not go with a sum (d, d).
+
+    Raises:
+        BadInput: They are of another width, of a dtype that is not taken, or on another device.
+    """
     if X.dim() == 0 or X.shape[-1] != C.shape[0]:
-        raise WrongWidth(
+        raise BadInput(
             f"Keys of shape {tuple(X.shape)} do not fit a sum of width {C.shape[0]}; "
             "their last dimension must be that width."
         )
@@ -127,22 +140,6 @@ def rank_k_update(
         raise BadInput(f"Keys must be float32, float64, float16 or bfloat16 but are {X.dtype}; convert them.")
     if X.device != C.device:
         raise BadInput(f"The keys are on {X.device} and the sum is on {C.device}; move one to the other.")
-    alpha = float(alpha)
-    if not math.isfinite(alpha):
-        raise BadInput(f"alpha must be a finite number but is {alpha}; 1 is usual.")
-    if mask is not None and rows is not None:
-        raise BadInput("Both a mask and rows were given; pass one of them.")
-    if rows is not None:
-        X = X.reshape(-1, X.shape[-1])  # (n, d): indices count in row-major order
-        rows = _checked(rows, X)
-        pieces: list[tuple[Tensor, Tensor | None]] = [(X, None)]
-    else:
-        pieces = list(key_rows(X, mask))  # (n, d), (n,): views, so nothing is copied
-    for piece, kept in pieces:
-        if kernel is not None:
-            _named(kernel, C, piece)
-        kept = None if kept is None else kept.to(X.device)
-        torch.ops.fastcov.rank_k_update(C, piece, kept, rows, alpha, kernel)
 
 
 def _sum(C: Tensor) -> Tensor:
@@ -154,7 +151,7 @@ def _sum(C: Tensor) -> Tensor:
             "or update a SecondMoment."
         )
     if C.dim() != 2 or C.shape[0] != C.shape[1]:
-        raise WrongWidth(f"C must be a square matrix but has shape {tuple(C.shape)}; pass (d, d).")
+        raise BadInput(f"C must be a square matrix but has shape {tuple(C.shape)}; pass (d, d).")
     if C.dtype not in (torch.float32, torch.float64):
         raise BadInput(f"C must be float32 or float64 but is {C.dtype}; convert the sum.")
     if shares_entries(C):
@@ -165,79 +162,60 @@ def _sum(C: Tensor) -> Tensor:
     return C.detach() if C.requires_grad else C
 
 
-def _checked(rows: Tensor, X: Tensor) -> Tensor:
-    if not isinstance(rows, Tensor):
-        raise BadInput(
-            f"rows must be an int64 tensor (m,) but is a {type(rows).__name__}; convert it with torch.as_tensor."
-        )
-    if rows.dim() != 1 or rows.dtype not in (torch.int64, torch.int32):
-        raise BadInput(
-            f"rows must be a list of indices, int64 (m,), but is {rows.dtype} "
-            f"{tuple(rows.shape)}; pass mask for a mask."
-        )
-    # Only where it costs no wait for a device; an indexing kernel asserts there by itself.
-    if rows.device.type == "cpu" and rows.numel():
-        low, high = int(rows.min()), int(rows.max())
-        if low < 0 or high >= X.shape[0]:
-            raise BadInput(
-                f"rows go from {low} to {high} but there are {X.shape[0]} rows of keys; "
-                f"pass indices from 0 to {X.shape[0] - 1}."
-            )
-    return rows.to(device=X.device, dtype=torch.int64)
+def _choice(C: Tensor, X: Tensor, name: str | None) -> Kernel:
+    """The kernel of this name, or the best one; found out once for tensors of one kind."""
+    key = (name, C.device, C.dtype, X.dtype, C.shape[0], C.stride(), X.stride(), X.shape[0] >> 31)
+    found = _chosen.get(key)
+    if found is None:
+        found, final = _best(C, X) if name is None else (_named(name, C, X), True)
+        if final:
+            if len(_chosen) >= _MANY:
+                _chosen.clear()
+            _chosen[key] = found
+    return found
 
 
 def _named(name: str, C: Tensor, X: Tensor) -> Kernel:
-    if name not in _KERNELS:
-        raise KernelUnavailable(f"There is no kernel {name!r}; there are {', '.join(_KERNELS)}.")
-    kernel = _KERNELS[name]
-    reason = kernel.missing() or kernel.refuses(C, X)
+    if name not in KERNELS:
+        raise KernelUnavailable(f"There is no kernel {name!r}; there are {', '.join(KERNELS)}.")
+    reason = KERNELS[name].why_not(C, X)
     if reason is not None:
         raise KernelUnavailable(f"The kernel {name!r} cannot run: {reason}; name another or none.")
-    return kernel
+    return KERNELS[name]
 
 
-def _chosen(C: Tensor, X: Tensor) -> Kernel:
-    ranked = [kernel for kernel in _ranked() if kernel.rank >= 0]
+def _best(C: Tensor, X: Tensor) -> tuple[Kernel, bool]:
+    """The first kernel in the order that takes them, and whether it was checked as far as it must be."""
+    order = ORDER.get(C.device.type, ("reference",))
     if C.device.type == "cuda":
-        # Kernels that were measured on this device come first, in the order of their times.
-        order = table.order(C.device, X.dtype, C.shape[0])
-        measured = {name: place for place, name in enumerate(order)}
-        ranked.sort(key=lambda kernel: measured.get(kernel.name, len(measured)))
-    for kernel in ranked:
-        if kernel.missing() is not None or kernel.refuses(C, X) is not None:
+        measured = table.order(C.device, X.dtype, C.shape[0])
+        order = (*(name for name in measured if name in order), *(name for name in order if name not in measured))
+    for name in order:
+        kernel = KERNELS[name]
+        if kernel.why_not(C, X) is not None or kernel.not_preferred() is not None:
             continue
-        if kernel.name == "triton" and triton.interpreting():
-            continue  # it could, and would take hours
-        if kernel.passed_over() is not None:
-            continue
-        if kernel.checked and selfcheck.failure(kernel.name, kernel.run, C.device, X.dtype, C.shape[0]):
-            continue
-        return kernel
+        if kernel.checked:
+            if selfcheck.failure(name, kernel.update, C.device, X.dtype, C.shape[0]):
+                continue
+            return kernel, selfcheck.done(name, C.device, X.dtype, C.shape[0])
+        return kernel, True
     raise KernelUnavailable(
         f"No kernel takes keys {X.dtype} and a sum {C.dtype} on {C.device}; see fastcov.ops.kernels."
     )
 
 
-def _run(
-    C: Tensor,
-    X: Tensor,
-    mask: Tensor | None = None,
-    rows: Tensor | None = None,
-    alpha: float = 1.0,
-    kernel: str | None = None,
-) -> None:
-    chosen = _chosen(C, X) if kernel is None else _named(kernel, C, X)
+def _run(C: Tensor, X: Tensor, mask: Tensor | None = None, alpha: float = 1.0, kernel: str | None = None) -> None:
+    found = _choice(C, X, kernel)
     if X.untyped_storage().data_ptr() == C.untyped_storage().data_ptr():
         X = X.clone()
     if alpha not in _EXACT:
         X, alpha = _balanced(C, X, alpha)
-    if chosen.native:
-        chosen.run(C, X, mask, rows, alpha)
+    if found.native:
+        found.update(C, X, mask, alpha)
     else:
         # A sum that was made under inference mode can be added to there alone.
-        inference = torch.inference_mode() if C.is_inference() else nullcontext()
-        with isolated(), inference:
-            chosen.run(C, X, mask, rows, alpha)
+        with isolated(), torch.inference_mode() if C.is_inference() else nullcontext():
+            found.update(C, X, mask, alpha)
 
 
 def _balanced(C: Tensor, X: Tensor, alpha: float) -> tuple[Tensor, float]:
@@ -257,14 +235,7 @@ def _balanced(C: Tensor, X: Tensor, alpha: float) -> tuple[Tensor, float]:
     return X * 2.0**half, math.ldexp(alpha, -2 * half)
 
 
-def _fake(
-    C: Tensor,
-    X: Tensor,
-    mask: Tensor | None = None,
-    rows: Tensor | None = None,
-    alpha: float = 1.0,
-    kernel: str | None = None,
-) -> None:
+def _fake(C: Tensor, X: Tensor, mask: Tensor | None = None, alpha: float = 1.0, kernel: str | None = None) -> None:
     """Nothing to say about outputs: the operator has none."""
 
 
@@ -272,27 +243,6 @@ def _fake(
 # The registration lives as long as this object. Its class is untyped, hence Any.
 _library: Any = torch.library.Library
 _LIBRARY = _library("fastcov", "DEF")
-_LIBRARY.define(
-    "rank_k_update(Tensor(a!) C, Tensor X, Tensor? mask=None, Tensor? rows=None, "
-    "float alpha=1.0, str? kernel=None) -> ()"
-)
+_LIBRARY.define("rank_k_update(Tensor(a!) C, Tensor X, Tensor? mask=None, float alpha=1.0, str? kernel=None) -> ()")
 _LIBRARY.impl("rank_k_update", _run, "CompositeExplicitAutograd")
 torch.library.register_fake("fastcov::rank_k_update", _fake, lib=_LIBRARY)
-for _rank, _variant in zip((50, 40, 30, 20, -1), cpu.VARIANTS, strict=True):
-    _cpu = cpu.CpuKernel(_variant)
-    register(
-        Kernel(
-            _variant, _cpu.rank_k_update, _cpu.missing, _cpu.refuses, _rank, passed_over=_cpu.passed_over, native=True
-        )
-    )
-for _rank, _module in ((12, triton), (8, panels), (4, cuda), (0, reference)):
-    register(
-        Kernel(
-            name=_module.__name__.rpartition(".")[2],
-            run=_module.rank_k_update,
-            missing=_module.missing,
-            refuses=_module.refuses,
-            rank=_rank,
-            checked=_module in (triton, cuda),
-        )
-    )

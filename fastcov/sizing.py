@@ -1,4 +1,4 @@
-"""How many keys are enough: a rule that stops collecting when the solution is near its limit.
+"""How many keys are enough: a budget, and a rule that stops collecting when the solution is near its limit.
 
 The update for a key k runs along ``u = S^-1 k / (k^T S^-1 k)``, with S the mean of n keys. What it disturbs in other
 text is ``u^T C u``, with C what S tends to, and the least it can disturb is ``1 / (k^T C^-1 k)``. Since the best u is
@@ -6,22 +6,17 @@ the projection of 0 onto ``k^T u = 1``, Pythagoras gives
 
     excess = (u^T C u) / least - 1 = ||u - best||^2 / ||best||^2        in the norm of C,
 
-so the share that is disturbed needlessly is the squared distance of the solution from its limit. For Gaussian keys its
-mean is ``(d - 1) / (n - d)``, whatever C is (Reed, Mallett and Brennan,
-1974). What S^-1 alone is off by is the same but for terms of the order of 1 / n:
+the share that is disturbed needlessly. For Gaussian keys its mean is ``(d - 1) / (n - d)``, whatever C is (Reed,
+Mallett and Brennan, 1974). What S^-1 alone is off by is the same but for terms of the order of 1 / n:
 
     leverage = mean over fresh keys of k^T S^-1 k / d = n / (n - d - 1)
 
 That one can be measured without C, from nothing but two sums: the keys that came after S are fresh to it.
-`StoppingRule` measures it whenever the sum has grown.
+`StoppingRule` measures it whenever the sum has grown. (The change of the solution from one look to the next would
+depend on the step, and eigenvalues that are biased low, Marchenko-Pastur, are so before and after a small one.)
 
-Why not the change of the solution from one look to the next? It depends on the step: with looks close enough to each
-other it is below any tolerance, long before the solution is near its limit. And eigenvalues that are biased low
-(Marchenko-Pastur) are so before and after a small step.
-
-Why it can be carried from one number of keys to another: leave one key out of S, and by Sherman and Morrison its
-leverage rises from h to ``h / (1 - h / n)``. So for independent keys of any distribution that are all about equally
-unusual
+It can be carried from one number of keys to another: leave one key out of S, and by Sherman and Morrison its leverage
+rises from h to ``h / (1 - h / n)``. So for independent keys of any distribution that are all about equally unusual
 
     leverage = 1 / (1 - c d / n),        c = trace((S + ridge)^-1 S) / d,
 
@@ -39,78 +34,44 @@ from numbers import Integral, Real
 import torch
 from torch import Tensor
 
-from fastcov.errors import BadBudget, NotPositiveDefinite, WrongWidth
+from fastcov.errors import BadInput, NotPositiveDefinite
 from fastcov.hooks import isolated
 from fastcov.linalg import factorize, regularised
 from fastcov.moments import SecondMoment, check_moment
-
-__all__ = ["TOLERANCE", "Look", "StoppingRule", "checkpoints"]
 
 logger = logging.getLogger(__name__)
 
 
 def budget(multiplier: float, d_k: int) -> int:
-    """The number of keys to collect: ``round(multiplier * d_k)``.
+    """The number of keys to collect: ``round(multiplier * d_k)``, at least 1.
 
-    The multiplier is the paper's dynamic multiplier d_m (arXiv 2506.04226, section 4): 10 is recommended for every
-    model, 2 is near parity for some, and 1 collapses everywhere, because the smallest eigenvalue of a second moment of
-    ``d_m * d_k`` samples is biased low by about ``(1 - 1/sqrt(d_m))^2``.
-
-    Args:
-        multiplier: d_m, any finite number above 0, whole or not.
-        d_k: The width of the keys (the input width of the edited projection).
-
-    Returns:
-        The number of keys, at least 1.
+    The multiplier is the paper's dynamic multiplier d_m (arXiv 2506.04226, section 4), any finite number above 0: 10 is
+    recommended for every model, 2 is near parity for some, and 1 collapses everywhere, because the smallest eigenvalue
+    of a second moment of ``d_m * d_k`` samples is biased low by about ``(1 - 1/sqrt(d_m))^2``. d_k is the input width
+    of the edited projection.
 
     Raises:
-        BadBudget: The multiplier is NaN, infinite, not above 0 or so small that no key is left, or d_k is not a whole
+        BadInput: The multiplier is NaN, infinite, not above 0 or so small that no key is left, or d_k is not a whole
             number above 0.
     """
     if not _is(d_k, Integral) or d_k <= 0:
-        raise BadBudget(
+        raise BadInput(
             f"The width of the keys d_k must be a whole number above 0 but is {d_k!r}; "
             "pass the input width of the edited projection."
         )
     if not _is(multiplier, Real):
-        raise BadBudget(f"The multiplier must be a number above 0 but is {multiplier!r}; 10 is recommended.")
+        raise BadInput(f"The multiplier must be a number above 0 but is {multiplier!r}; 10 is recommended.")
     if not math.isfinite(multiplier) or multiplier <= 0:
-        raise BadBudget(f"The multiplier must be finite and above 0 but is {multiplier!r}; 10 is recommended.")
+        raise BadInput(f"The multiplier must be finite and above 0 but is {multiplier!r}; 10 is recommended.")
     keys = float(multiplier) * int(d_k)
     if not math.isfinite(keys):
-        raise BadBudget(f"The multiplier {multiplier!r} times the key width {d_k} overflows; 10 is recommended.")
+        raise BadInput(f"The multiplier {multiplier!r} times the key width {d_k} overflows; 10 is recommended.")
     if round(keys) == 0:
-        raise BadBudget(
+        raise BadInput(
             f"The multiplier {multiplier!r} times the key width {d_k} rounds to no key at all; "
             f"pass more than {0.5 / d_k:g} (10 is recommended)."
         )
     return round(keys)
-
-
-def minimum_keys(d_k: int, batch_size: int = 1) -> int:
-    """The paper's theoretical minimum of preserved keys, ``d_k - batch_size``.
-
-    Equation (2) of arXiv 2506.04226 inverts ``C_eff = lambda * K_0 K_0^T + K_E K_E^T``, a matrix (d_k, d_k). Every
-    independent key adds at most one to its rank, whether it is a preserved key (a column of K_0) or an edited one (a
-    column of K_E). The batch brings ``batch_size`` keys of its own, so at least ``d_k - batch_size`` preserved keys are
-    needed for full rank. It is a bound for invertibility alone: at this number the edits are useless, see `budget`.
-
-    Args:
-        d_k: The width of the keys.
-        batch_size: The number of edits made at once.
-
-    Returns:
-        ``max(d_k - batch_size, 0)``.
-
-    Raises:
-        BadBudget: A width or a batch size below 1.
-    """
-    if d_k < 1 or batch_size < 1:
-        raise BadBudget(
-            f"The key width and the batch size must be at least 1 but are {d_k} and {batch_size}; "
-            "pass the projection's input width and the number of edits made at once."
-        )
-    return max(d_k - batch_size, 0)
 
 
 def _is(value: object, kind: type) -> bool:
@@ -149,16 +110,12 @@ class Look:
 
 
 def checkpoints(d_k: int, limit: float = LIMIT) -> list[int]:
-    """The numbers of keys to look at: the width, 1.5, 2, 3, 4, 5, 6, 8, 10, 15 of it, and so on.
+    """The numbers of keys to look at: the width d_k, 1.5, 2, 3, 4, 5, 6, 8, 10, 15 of it, and so on, up to `limit`.
 
     Each look costs a factorisation, and what a coarser step costs is keys that were not needed.
 
-    Args:
-        d_k: The width of the keys.
-        limit: The multiplier that is the bound; the last number is its budget.
-
     Raises:
-        BadBudget: As `fastcov.budget`.
+        BadInput: As `budget`.
     """
     last = budget(limit, d_k)
     looks = [
@@ -186,7 +143,7 @@ class StoppingRule:
 
     Raises:
         ValueError: A tolerance or a number of probes that is not above 0.
-        BadBudget: A limit that is not above 0.
+        BadInput: A limit that is not above 0.
     """
 
     def __init__(
@@ -211,30 +168,26 @@ class StoppingRule:
 
     @isolated()
     def update(self, moment: SecondMoment) -> bool:
-        """Look at a moment that has grown.
-
-        Args:
-            moment: All keys so far; those of the last look are its first.
+        """Look at a moment that has grown: the keys of the last look are its first.
 
         Returns:
             True where it is enough: the excess is within the tolerance, or the limit is reached.
 
         Raises:
-            BadBudget: The moment has no more keys than at the last look.
-            WrongWidth: It is of another width than the one before.
-            NonFiniteMatrix: The sum holds NaN or infinity.
-            BadInput: It is no moment.
+            BadInput: It is no moment, is of another width than the one before, or has no more keys than at the last
+                look.
+            NonFinite: The sum holds NaN or infinity.
         """
         check_moment(moment, "A stopping rule")
         n, d = moment.count, moment.d
         if self.looks:
             if n <= self.looks[-1].keys:
-                raise BadBudget(
+                raise BadInput(
                     f"The moment has {n} keys and had {self.looks[-1].keys} at the last look; "
                     "add keys to it before it is looked at again."
                 )
             if self._before is not None and self._before.d != d:
-                raise WrongWidth(
+                raise BadInput(
                     f"The moment is {d} wide and the one before was {self._before.d}; make a rule for each module."
                 )
         leverage = math.nan if self._before is None else self._before.leverage(moment)

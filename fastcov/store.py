@@ -10,47 +10,36 @@ unnoticed.
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import math
 import os
-import secrets
-import stat
-import sys
-import time
 from collections.abc import Iterator, Mapping
-from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastcov.batching import raw_bytes
-from fastcov.errors import StoreDamaged, StoreMismatch, StoreMissing
+from fastcov.errors import StoreDamaged, StoreMismatch, StoreMissing, printable_logger
+from fastcov.files import DTYPE_NAMES, atomic_file, parse_json, raw_bytes, write_safetensors
 from fastcov.hooks import isolated
 from fastcov.moments import SecondMoment, check_moment
-from fastcov.parsing import parse_json
-from fastcov.printable import printable_logger
 
 logger = printable_logger(__name__)
 
 FORMAT = 1
 _DTYPES = {"F32": torch.float32, "F64": torch.float64}
-#: What a safetensors file calls each dtype that is written.
-DTYPE_NAMES = {torch.float32: "F32", torch.float64: "F64", torch.float16: "F16", torch.bfloat16: "BF16"}
-_WRITE_BYTES = 64 << 20
 _ABSENT = object()
 
 
 @isolated()
 def save_moment(path: str | os.PathLike[str], moment: SecondMoment, provenance: Mapping[str, Any]) -> None:
-    """Write a moment; the file under this name is either the old one or the whole new one.
+    """Write a moment without rounding; the file under this name is either the old one or the whole new one.
 
     Args:
         path: Where to; missing folders are made.
-        moment: What to write; its sum is stored as it is, without rounding.
+        moment: What to write.
         provenance: What the moment belongs to (model, module, corpus, ...), as JSON values.
 
     Raises:
@@ -74,38 +63,6 @@ def save_moment(path: str | os.PathLike[str], moment: SecondMoment, provenance: 
     metadata["check"] = _digest(metadata)
     with atomic_file(path) as file:
         write_safetensors(file, {"sum": triangle}, metadata)
-
-
-def write_safetensors(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file whose bytes depend on its content alone.
-
-    The library writes metadata in no fixed order, and reports a full disk as an error of its own.
-
-    Args:
-        file: Open for writing.
-        tensors: In the order in which they are written.
-        metadata: In its order.
-
-    Raises:
-        OSError: The file cannot be written.
-    """
-    header: dict[str, Any] = {"__metadata__": dict(metadata)}
-    offset = 0
-    for name, tensor in tensors.items():
-        size = tensor.numel() * tensor.element_size()
-        header[name] = {
-            "dtype": DTYPE_NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, offset + size],
-        }
-        offset += size
-    head = json.dumps(header).encode()
-    head += b" " * (-len(head) % 8)
-    file.write(len(head).to_bytes(8, "little") + head)
-    for tensor in tensors.values():
-        data = raw_bytes(tensor)
-        for start in range(0, len(data), _WRITE_BYTES):
-            file.write(data[start : start + _WRITE_BYTES])
 
 
 @isolated()
@@ -168,126 +125,6 @@ def unpacked(triangle: Tensor, d: int) -> Tensor:
     for i, row in enumerate(torch.split(triangle, list(range(1, d + 1)))):
         lower[i, : i + 1] = row
     return lower
-
-
-@contextlib.contextmanager
-def atomic_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """A file to write that takes its name only when all is written and on the disk.
-
-    On any exception the temporary file beside it is removed, and a former file stays as it was. A file that is replaced
-    hands on its mode, and its owner and group where the system lets it. Through a symbolic link the file behind it is
-    written. A device, a pipe, or what this process has open as its output (``/dev/stdout``) is no file that could be
-    replaced: it is written into. Where nobody reads a pipe for five seconds, a warning says that what is written is
-    lost.
-
-    Args:
-        path: The final name; missing folders are made.
-
-    Raises:
-        OSError: The file cannot be written, or it is a folder or a socket.
-    """
-    given = Path(path)
-    try:
-        former = os.stat(given)
-    except FileNotFoundError:  # a link to nowhere among them, whose file is then made
-        former = None
-    if former is not None and stat.S_ISDIR(former.st_mode):
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(given))
-    stream = former and _stream(given, former)
-    if stream is not None:
-        with stream as file:
-            yield file
-        return
-    final = Path(os.path.realpath(given))
-    final.parent.mkdir(parents=True, exist_ok=True)
-    # Not tempfile, whose files only their owner can read: statistics are shared. What replaces a
-    # file that others may not read is not theirs to read while it is written either.
-    temporary = final.with_name(_temporary(final.name))
-    mode = 0o666 if former is None else 0o600
-    try:
-        with open(temporary, "xb", opener=partial(os.open, mode=mode)) as file:
-            if former is not None:
-                _hand_on(file.fileno(), former)
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, final)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
-    # The name itself reaches the disk with the folder; not every system lets a folder be synced.
-    with contextlib.suppress(OSError):
-        folder = os.open(final.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-
-
-_NAME_BYTES = 200  # of 255, which the name of a temporary file needs 30 more of
-
-
-def _temporary(name: str) -> str:
-    head = os.fsencode(name)[:_NAME_BYTES].decode("utf-8", "ignore")
-    return f".{head}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
-
-
-def _hand_on(descriptor: int, former: os.stat_result) -> None:
-    """Give a new file the mode of the one it replaces, and its owner as far as that is allowed."""
-    if os.name != "posix":
-        return
-    mode = stat.S_IMODE(former.st_mode)
-    try:
-        os.fchown(descriptor, -1, former.st_gid)
-    except OSError:  # another group would get what was meant for the former one
-        mode = mode & ~0o070 | (mode & 0o007) << 3
-    with contextlib.suppress(OSError):
-        os.fchown(descriptor, former.st_uid, -1)
-    os.fchmod(descriptor, mode)
-
-
-def _stream(path: Path, found: os.stat_result) -> BinaryIO | None:
-    """What is no file to be replaced, open for writing; None for a file.
-
-    Raises:
-        OSError: It cannot be opened.
-    """
-    for descriptor, text in ((1, sys.stdout), (2, sys.stderr)):
-        with contextlib.suppress(OSError):
-            if os.path.samestat(found, os.fstat(descriptor)):
-                with contextlib.suppress(AttributeError, ValueError):
-                    text.flush()  # what was printed before comes before
-                return os.fdopen(os.dup(descriptor), "wb")
-    if os.path.realpath(path.parent) == os.path.realpath("/proc/self/fd"):
-        return os.fdopen(os.dup(int(path.name)), "wb")  # /dev/fd/3 is the shell's 3>file
-    if stat.S_ISFIFO(found.st_mode):
-        return _pipe(path)
-    return None if stat.S_ISREG(found.st_mode) else open(path, "wb")
-
-
-_READER_SECONDS = 5.0
-
-
-def _pipe(path: Path) -> BinaryIO:
-    """A named pipe; without a reader, which a plain open would wait for without end, nothing."""
-    until = time.monotonic() + _READER_SECONDS
-    while True:
-        try:
-            descriptor = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
-        except OSError as error:
-            if error.errno != errno.ENXIO:
-                raise
-            if time.monotonic() >= until:
-                logger.warning(
-                    "nobody reads the pipe %r, so what is written into it is lost; start its reader first",
-                    os.fspath(path),
-                )
-                return open(os.devnull, "wb")
-            time.sleep(0.05)
-        else:
-            os.set_blocking(descriptor, True)
-            return os.fdopen(descriptor, "wb")
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ from fastcov.hooks import isolated
 from fastcov.kernels import cpu
 
 if TYPE_CHECKING:
-    from fastcov.accumulate import Tally
+    from fastcov.accumulate import Accumulator
 
 logger = logging.getLogger(__name__)
 
@@ -36,24 +36,23 @@ class Throughput:
     """What one `fastcov.collect_moments` has done, in keys, operations and seconds.
 
     Args:
-        peak: The machine's speed in floating point operations a second (a multiply-add is two). None measures it by
-            `measured_peak` when the collect begins, which takes about 0.1 s that are not counted.
+        peak: The machine's speed in operations a second (a multiply-add is two). None measures it by `measured_peak`
+            when the collect begins, which takes about 0.1 s that are not counted.
+
+    Attributes:
+        peak: The same; None where it could not be measured.
+        flops: The operations that the keys cost at least: of the forward pass and the triangles.
     """
 
     def __init__(self, peak: float | None = None) -> None:
-        self._peak = peak
+        self.peak = peak
         self._begun: float | None = None
         self._ended: float | None = None
         self._keys: dict[str, int] = {}
-        self._flops = 0.0
+        self.flops = 0.0
         self._linear = 0.0  # operations of the forward pass for a token, attention aside
         self._attention = 0.0  # and for a pair of tokens of one sequence
         self._counted = False
-
-    @property
-    def peak(self) -> float | None:
-        """The machine's operations a second; None where they could not be measured."""
-        return self._peak
 
     @property
     def modules(self) -> int:
@@ -64,11 +63,6 @@ class Throughput:
     def keys(self) -> int:
         """How many keys the module that took most has given."""
         return max(self._keys.values(), default=0)
-
-    @property
-    def flops(self) -> float:
-        """The operations that these keys cost at least: of the forward pass and the triangles."""
-        return self._flops
 
     @property
     def seconds(self) -> float:
@@ -85,7 +79,7 @@ class Throughput:
     @property
     def limit(self) -> float | None:
         """The tokens a second at the machine's peak, or None where it is not known."""
-        return self.keys * self._peak / self._flops if self._peak and self._flops else None
+        return self.keys * self.peak / self.flops if self.peak and self.flops else None
 
     @property
     def share(self) -> float | None:
@@ -117,10 +111,10 @@ class Throughput:
 
         A collect does so when it begins. Where a thread is to read its batches ahead, do it before that thread starts.
         """
-        if self._peak is None:
+        if self.peak is None:
             dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
             try:
-                self._peak = measured_peak(dtype or torch.float32, device)
+                self.peak = measured_peak(dtype or torch.float32, device)
             except RuntimeError as error:  # torch has no product of this dtype on this device
                 logger.warning("the peak of %s could not be measured: %s", device, error)
 
@@ -130,7 +124,7 @@ class Throughput:
         self._begun, self._ended = time.perf_counter(), None
 
     @contextmanager
-    def batch(self, batch: Mapping[str, Any], tally: Tally) -> Iterator[None]:
+    def batch(self, batch: Mapping[str, Any], sums: Accumulator) -> Iterator[None]:
         """Count one batch, the model's forward pass on which happens inside."""
         sequences, length = _shape(batch)
         if self._counted:
@@ -142,12 +136,12 @@ class Throughput:
             self._linear = (sum(operations.values()) - attention) / max(sequences * length, 1)
             self._attention = attention / max(sequences * length**2, 1)
             self._counted = True
-        tokens = sequences * length if tally.tokens is None else tally.tokens
+        tokens = sequences * length if sums.tokens is None else sums.tokens
         pairs = _pairs(batch, sequences, length)
-        self._flops += tokens * self._linear + pairs * self._attention
-        for name, keys in tally.took().items():
-            d_k = tally.moments[name].d if keys else 0
-            self._flops += keys * d_k * (d_k + 1)
+        self.flops += tokens * self._linear + pairs * self._attention
+        for name, keys in sums.took().items():
+            d_k = sums.moments[name].d if keys else 0
+            self.flops += keys * d_k * (d_k + 1)
             self._keys[name] = self._keys.get(name, 0) + keys
 
     def stop(self) -> None:
@@ -157,14 +151,10 @@ class Throughput:
 
 @isolated()
 def measured_peak(dtype: torch.dtype, device: torch.device) -> float:
-    """The speed of a machine's matrix products, in operations a second.
+    """The speed of a machine's matrix products of factors of this dtype, in operations a second.
 
     The best of products of growing size through torch; on a CPU with the native extension, of its loops of
     multiply-adds as well, if they are faster.
-
-    Args:
-        dtype: Of the factors, a floating point one.
-        device: Where to measure.
 
     Raises:
         RuntimeError: torch cannot multiply matrices of this dtype there.
@@ -210,7 +200,7 @@ def _multiply_adds(dtype: torch.dtype) -> float:
         tried = [*tried, ("avx512f", torch.float32), ("avx2", torch.float32)]
     for name, of in tried:
         kernel = cpu.CpuKernel(name)
-        if kernel.missing() is None and kernel.passed_over() is None:
+        if kernel.why_not() is None and kernel.not_preferred() is None:
             return cpu.fma_peak(name, dtype=of, seconds=_LOOP_SECONDS) * 1e9
     return 0.0
 

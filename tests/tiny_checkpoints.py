@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
+from unittest import mock
 
 import pytest
 import torch
@@ -27,6 +29,13 @@ def quick_disk(monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda file: None)
 
 
+def launches(rows):
+    """Inside, kernels are given at least so many rows at once, on a CPU too; None changes nothing."""
+    if rows is None:
+        return nullcontext()
+    return mock.patch.multiple("fastcov.accumulate", LAUNCH_ROWS=rows, CPU_LAUNCH_ROWS=rows)
+
+
 class Killed(Exception):
     """Stands in for the end of the process."""
 
@@ -37,21 +46,24 @@ def batches(documents=DOCUMENTS):
 
 
 def run(path, *, kill_after=None, model=None, seconds=0.0, given=None, modules=MODULES, budget=None,
-        identity=IDENTITY, **more):  # fmt: skip
+        identity=IDENTITY, launch_rows=None, told=None, **more):  # fmt: skip
     """Collect with a checkpoint after every batch; how many batches ran, and the moments."""
     model = Tiny(dtype=torch.float32) if model is None else model
     ran = []
 
     def progress(keys):
         ran.append(keys)
+        if told is not None:
+            told(keys)
         if len(ran) == kill_after:
             raise Killed
 
     model.seen.clear()
     checkpoint = None if path is None else Checkpoint(path, identity, seconds)
     try:
-        found = collect_moments(model, modules, batches() if given is None else given, budget,
-                        progress=progress, checkpoint=checkpoint, **more)  # fmt: skip
+        with launches(launch_rows):
+            found = collect_moments(model, modules, batches() if given is None else given, budget, quartic=True,
+                            progress=progress, checkpoint=checkpoint, **more)  # fmt: skip
     except Killed:
         found = None
     return len(model.seen), found

@@ -50,7 +50,7 @@ def fails(case, rank, processes):
         with torch.no_grad():
             model.layers[0].up.weight[0, 0] = float("nan")
     try:
-        collect_moments(model, MODULES, batches(documents), budget, processes=processes)
+        collect_moments(model, MODULES, batches(documents), budget, quartic=True, processes=processes)
     except FastcovError as error:
         return [type(error).__name__, str(error)]
     return ["nothing", ""]
@@ -68,10 +68,12 @@ def interrupted(rank, folder, processes):
 
     model = Tiny(dtype=torch.float32)
     with contextlib.suppress(OSError, FastcovError):
-        collect_moments(model, MODULES, broken(), 301, checkpoint=checkpoint, processes=processes("broken"))
+        collect_moments(
+            model, MODULES, broken(), 301, checkpoint=checkpoint, quartic=True, processes=processes("broken")
+        )
     before = len(model.seen)
     moments = collect_moments(
-        model, MODULES, batches(DOCUMENTS), 301, checkpoint=checkpoint, processes=processes("again")
+        model, MODULES, batches(DOCUMENTS), 301, quartic=True, checkpoint=checkpoint, processes=processes("again")
     )
     return sums(moments), [before, len(model.seen) - before]
 
@@ -88,7 +90,7 @@ def main(rank, folder):
         model = Tiny(dtype=torch.float32)
         done = [] if name == "exact" else None
         moments = collect_moments(
-            model, MODULES, batches(DOCUMENTS[:n]), budget, processes=processes(name),
+            model, MODULES, batches(DOCUMENTS[:n]), budget, quartic=True, processes=processes(name),
             progress=None if done is None else done.append,
         )  # fmt: skip
         found[name] = sums(moments)

@@ -13,14 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastcov.kernels import native
+from fastcov import kernels
 
 # The codes of csrc/cpu/rank_k.h.
 _CODES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
-
-#: Names of the variants, the fastest first. ``portable`` is slow, and there for tests alone.
-VARIANTS = ("amx_bf16", "avx512_bf16", "avx512f", "avx2", "portable")
-
 # Pairs of bfloat16 are taken only where they are multiplied this much faster than float32. Zen 5
 # was measured at twice the rate, a Xeon with AMX at half of it: nothing lies near.
 _PAIRS_PAY = 1.2
@@ -29,20 +25,15 @@ _RATE_SECONDS = 3e-4
 
 @dataclass(frozen=True)
 class CpuKernel:
-    """One variant of the native kernel.
-
-    Attributes:
-        name: One of `VARIANTS`.
-    """
+    """The native kernel for the instruction set of this name."""
 
     name: str
 
-    def missing(self) -> str | None:
-        """Why this variant cannot run on this machine, or None."""
-        return _missing(self.name)
-
-    def refuses(self, C: Tensor, X: Tensor) -> str | None:
-        """Why this variant cannot take a sum C (d, d) and keys X (n, d), or None."""
+    def why_not(self, C: Tensor | None = None, X: Tensor | None = None) -> str | None:
+        """Why it cannot run on this machine, or not with a sum C (d, d) and keys X (n, d); None if it can."""
+        reason = _missing(self.name)
+        if reason is not None or C is None or X is None:
+            return reason
         if C.device.type != "cpu":
             return f"it runs on the CPU and the sum is on {C.device}"
         if self.name == "avx512_bf16" and (X.dtype != torch.bfloat16 or C.dtype != torch.float32):
@@ -51,8 +42,8 @@ class CpuKernel:
             return f"it takes a float32 sum, not {C.dtype}"
         return None
 
-    def passed_over(self) -> str | None:
-        """Why this variant is not chosen on this machine though it can run, or None."""
+    def not_preferred(self) -> str | None:
+        """Why it is not chosen on this machine though it can run, or None."""
         if self.name != "avx512_bf16" or _missing(self.name) is not None:
             return None
         ratio = _rate_of_pairs()
@@ -60,10 +51,10 @@ class CpuKernel:
             return None
         return f"pairs of bfloat16 are multiplied at {ratio:.1f} times the rate of float32 here"
 
-    def rank_k_update(self, C: Tensor, X: Tensor, mask: Tensor | None, rows: Tensor | None, alpha: float) -> None:
+    def update(self, C: Tensor, X: Tensor, mask: Tensor | None, alpha: float) -> None:
         """Lower triangle of C (d, d) += alpha * X^T X over the kept rows of X (n, d), in place."""
-        offsets = _offsets(X, mask, rows)  # (m,)
-        module = native.native()
+        offsets = _offsets(X, mask)  # (m,)
+        module = kernels.native()
         assert module is not None
         module.cpu_rank_k(
             variant=self.name,
@@ -82,28 +73,31 @@ class CpuKernel:
         )
 
 
+#: The fastest first.
+FAST = tuple(CpuKernel(name) for name in ("amx_bf16", "avx512_bf16", "avx512f", "avx2"))
+#: Slow, and there for tests alone.
+PORTABLE = CpuKernel("portable")
+
+
 def fma_peak(
     kernel: str, threads: int | None = None, dtype: torch.dtype = torch.float32, seconds: float = 0.1
 ) -> float:
-    """The rate of multiply-adds on registers alone: what no kernel of this kind can exceed.
+    """The rate of multiply-adds on registers alone, in GFLOP/s: what no kernel of this kind can exceed.
 
     Args:
-        kernel: A variant that can run here, see `VARIANTS`.
+        kernel: The name of a `CpuKernel` that can run here.
         threads: How many at once; by default those of torch.
         dtype: float32 or float64; bfloat16 for ``avx512_bf16`` gives that of its pairs. For ``amx_bf16`` that of the
             keys: of products of bfloat16, float16 takes four and float32 six.
         seconds: How long to measure.
 
-    Returns:
-        GFLOP/s, a multiply-add counted as two.
-
     Raises:
-        ValueError: The variant cannot run here.
+        ValueError: The kernel cannot run here.
     """
     reason = _missing(kernel)
     if reason is not None:
         raise ValueError(f"The peak of {kernel!r} cannot be measured: {reason}; name another.")
-    module = native.native()
+    module = kernels.native()
     assert module is not None
     rate: float = module.cpu_peak(
         variant=kernel, dtype=_CODES[dtype], threads=threads or torch.get_num_threads(), seconds=seconds
@@ -112,22 +106,16 @@ def fma_peak(
 
 
 def workspace_bytes() -> int:
-    """What is kept between updates for packed keys, at most 96 MB or 256 rows."""
-    module = native.native()
+    """What is held between updates for packed keys, at most 96 MB or 256 rows."""
+    module = kernels.native()
     return 0 if module is None else int(module.cpu_workspace())
 
 
 def release_workspace() -> None:
     """Give back what `workspace_bytes` counts; the next update takes it anew."""
-    module = native.native()
+    module = kernels.native()
     if module is not None:
         module.cpu_release_workspace()
-
-
-def best_variant() -> str | None:
-    """The fastest variant that can run here, None where the native module is missing."""
-    can = (name for name in VARIANTS if _missing(name) is None)
-    return next((name for name in can if CpuKernel(name).passed_over() is None), None)
 
 
 @functools.cache
@@ -142,24 +130,23 @@ def _rate_of_pairs() -> float:
 
 @functools.cache
 def _missing(name: str) -> str | None:
-    module = native.native()
+    module = kernels.native()
     if module is None:
-        return native.missing()
+        return kernels.native_missing()
     supported = dict(module.cpu_variants())
     if name not in supported:
         return "this build of the native module does not have it"
     if supported[name]:
         return None
-    if name == "amx_bf16":
-        return "this processor lacks its instructions, or the system does not allow them"
-    return "this processor lacks its instructions"
+    allowed = ", or the system does not allow them" if name == "amx_bf16" else ""
+    return f"this processor lacks its instructions{allowed}"
 
 
-def _offsets(X: Tensor, mask: Tensor | None, rows: Tensor | None) -> Tensor:
+def _offsets(X: Tensor, mask: Tensor | None) -> Tensor:
     """Where the kept rows of X (n, d) begin, in elements from the first; int64 (m,)."""
-    if rows is None:
-        if mask is None:
-            rows = torch.arange(X.shape[0], dtype=torch.int64, device=X.device)
-        else:
-            rows = mask.nonzero().squeeze(1)
-    return (rows * X.stride(0)).contiguous()
+    n, stride = X.shape[0], X.stride(0)
+    if mask is not None:
+        return (mask.nonzero().squeeze(1) * stride).contiguous()
+    if stride == 0:  # one row, expanded
+        return torch.zeros(n, dtype=torch.int64, device=X.device)
+    return torch.arange(0, n * stride, stride, dtype=torch.int64, device=X.device)

@@ -1,10 +1,10 @@
 """The rank-k update on NVIDIA GPUs, in CUDA C++ (csrc/cuda): two kernels in one.
 
 On compute capability 9.0, 16-bit keys in rows of aligned 16-byte units are multiplied by wgmma from tiles that the
-tensor memory accelerator fetches; a mask is applied to the tiles on their way. All other keys (float32, named rows, odd
-strides) and all other devices from 8.0 on are served by mma.sync. float32 keys are split into three products of TF32
-parts, which keeps what a product in float32 would keep. The tensor cores' sums are moved into a second float32 sum at
-least every 1024 rows, because tensor cores round towards zero. Results are the same in every run on a device.
+tensor memory accelerator fetches; a mask is applied to the tiles on their way. All other keys (float32, odd strides)
+and all other devices from 8.0 on are served by mma.sync. float32 keys are split into three products of TF32 parts,
+which keeps what a product in float32 would keep. The tensor cores' sums are moved into a second float32 sum at least
+every 1024 rows, because tensor cores round towards zero. Results are the same in every run on a device.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastcov.kernels import native
+from fastcov import kernels
 
 # The codes of csrc/cuda/rank_k.h.
 _CODES = {torch.float32: 0, torch.float16: 2, torch.bfloat16: 3}
@@ -26,16 +26,16 @@ _TURNS = 4  # for every multiprocessor, see csrc/cuda/arguments.h
 
 
 @functools.cache
-def missing() -> str | None:
+def _missing() -> str | None:
     """Why it cannot run on this machine, as a clause, or None."""
-    module = native.native()
+    module = kernels.native()
     if module is None:
-        return native.missing()
+        return kernels.native_missing()
     if not hasattr(module, "cuda_rank_k"):
         return "the native module was built without CUDA"
     if not torch.cuda.is_available():
         return "there is no CUDA device"
-    # Loading the code takes memory on a device, so only one is tried; `refuses` tries the others.
+    # Loading the code takes memory on a device, so only one is tried; `why_not` tries the others.
     new = [index for index in range(torch.cuda.device_count()) if _too_old(index) is None]
     if not new:
         return _too_old(0)
@@ -63,8 +63,11 @@ def _unfit(index: int) -> str | None:
     return None
 
 
-def refuses(C: Tensor, X: Tensor) -> str | None:
-    """Why it cannot take a sum C (d, d) and keys X (n, d), or None."""
+def why_not(C: Tensor | None = None, X: Tensor | None = None) -> str | None:
+    """Why it cannot run on this machine, or not with a sum C (d, d) and keys X (n, d); None if it can."""
+    reason = _missing()
+    if reason is not None or C is None or X is None:
+        return reason
     if C.device.type != "cuda" or X.device != C.device:
         return (
             "it runs on a CUDA device with keys and sum on the same one, and the sum is on "
@@ -77,31 +80,22 @@ def refuses(C: Tensor, X: Tensor) -> str | None:
     return _unfit(_index(C))
 
 
-def rank_k_update(C: Tensor, X: Tensor, mask: Tensor | None, rows: Tensor | None, alpha: float) -> None:
+def update(C: Tensor, X: Tensor, mask: Tensor | None, alpha: float, route: str = "auto") -> None:
     """Lower triangle of C (d, d) += alpha * X^T X over the kept rows of X (n, d), in place.
 
-    Rows that a mask leaves out may hold anything, NaN included. A named row that does not exist stops the kernel, as an
-    index out of range does in torch.
-
-    Raises:
-        RuntimeError: The launch failed; the message has CUDA's own name of the error.
+    Rows that a mask leaves out may hold anything, NaN included. The route is "mma" or "wgmma". A launch that fails is a
+    RuntimeError with CUDA's own name of the error.
     """
-    launch(C, X, mask, rows, alpha)
-
-
-def launch(C: Tensor, X: Tensor, mask: Tensor | None, rows: Tensor | None, alpha: float, route: str = "auto") -> None:
-    """As `rank_k_update`, with the choice of one of the two kernels: "mma" or "wgmma"."""
-    if X.shape[0] == 0 or (rows is not None and rows.shape[0] == 0):
-        return  # and an empty tensor has no address to tell that it was given
+    if X.shape[0] == 0:
+        return
     with torch.cuda.device(C.device):
         # Zeroed on the same stream before the launch; by these, workers that share a tile of C
         # add to it one after another.
-        turns = torch.zeros(_turns(C), dtype=torch.int32, device=C.device)
+        processors: int = torch.cuda.get_device_properties(C.device).multi_processor_count
+        turns = torch.zeros(_TURNS * processors, dtype=torch.int32, device=C.device)
         if mask is not None:
             mask = mask.to(torch.bool).contiguous()  # (n,)
-        if rows is not None:
-            rows = rows.contiguous()  # (m,)
-        error = _module().cuda_rank_k(**_arguments(C, X, mask, rows, alpha, turns, route))
+        error = _module().cuda_rank_k(**_arguments(C, X, mask, alpha, turns, route))
     if error != 0:
         raise RuntimeError(
             f"The CUDA kernel failed for {X.dtype} keys {tuple(X.shape)} on {X.device} by route "
@@ -109,10 +103,10 @@ def launch(C: Tensor, X: Tensor, mask: Tensor | None, rows: Tensor | None, alpha
         )
 
 
-def route(C: Tensor, X: Tensor, rows: Tensor | None = None) -> str:
+def route(C: Tensor, X: Tensor) -> str:
     """Which of the two kernels these tensors take on their device: "mma" or "wgmma"."""
     with torch.cuda.device(C.device):
-        code = _module().cuda_route(**_arguments(C, X, None, rows, 1.0, None, "auto"))
+        code = _module().cuda_route(**_arguments(C, X, None, 1.0, None, "auto"))
     if code < 0:
         raise RuntimeError(
             f"The device {C.device} could not be asked: {_module().cuda_error(error=-code)}; see python -m fastcov."
@@ -121,7 +115,7 @@ def route(C: Tensor, X: Tensor, rows: Tensor | None = None) -> str:
 
 
 def _arguments(
-    C: Tensor, X: Tensor, mask: Tensor | None, rows: Tensor | None, alpha: float, turns: Tensor | None, route: str
+    C: Tensor, X: Tensor, mask: Tensor | None, alpha: float, turns: Tensor | None, route: str
 ) -> dict[str, int | float]:
     """What the native functions take: addresses, sizes, and strides in elements."""
     return {
@@ -137,8 +131,8 @@ def _arguments(
         "x_row_stride": X.stride(0),
         "x_col_stride": X.stride(1),
         "mask": 0 if mask is None else mask.data_ptr(),
-        "rows": 0 if rows is None else rows.data_ptr(),
-        "count": 0 if rows is None else rows.shape[0],
+        "rows": 0,  # a list of rows in place of a mask, and its length
+        "count": 0,
         "alpha": alpha,
         "turns": 0 if turns is None else turns.data_ptr(),
         "turns_count": 0 if turns is None else turns.shape[0],
@@ -146,16 +140,11 @@ def _arguments(
     }
 
 
-def _turns(C: Tensor) -> int:
-    processors: int = torch.cuda.get_device_properties(C.device).multi_processor_count
-    return _TURNS * processors
-
-
 def _index(C: Tensor) -> int:
     return torch.cuda.current_device() if C.device.index is None else C.device.index
 
 
 def _module() -> Any:
-    module = native.native()
+    module = kernels.native()
     assert module is not None
     return module

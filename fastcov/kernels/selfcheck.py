@@ -27,28 +27,32 @@ _BLOCK = 1024  # rows compared at a time
 
 _failures: dict[tuple[str, torch.device, torch.dtype, int], str | None] = {}
 
-Run = Callable[[Tensor, Tensor, Tensor | None, Tensor | None, float], None]
+Update = Callable[[Tensor, Tensor, Tensor | None, float], None]  # of C, X, mask and alpha
 
 
-def failure(name: str, run: Run, device: torch.device, dtype: torch.dtype, d: int) -> str | None:
-    """Why a kernel must not be chosen on a device, or None; found out once a process.
+def failure(name: str, update: Update, device: torch.device, dtype: torch.dtype, d: int) -> str | None:
+    """Why a kernel must not be chosen on a device for keys of a dtype, or None; found out once a process.
 
-    Args:
-        name: Of the kernel.
-        run: Its update, ``run(C, X, mask, rows, alpha)``.
-        device: Where.
-        dtype: Of the keys.
-        d: Their width; a kernel for wide keys must pass with narrow and with wide ones.
+    A kernel for wide keys must pass with narrow and with wide ones. Without memory to check it there is no reason not
+    to.
     """
-    widths = (_NARROW, _WIDE) if d >= _IS_WIDE else (_NARROW,)
-    return next((why for w in widths if (why := _failure(name, run, device, dtype, w))), None)
+    return next((why for w in _widths(d) if (why := _failure(name, update, device, dtype, w))), None)
 
 
-def _failure(name: str, run: Run, device: torch.device, dtype: torch.dtype, width: int) -> str | None:
+def done(name: str, device: torch.device, dtype: torch.dtype, d: int) -> bool:
+    """Whether `failure` has an answer that stays: there was memory to check the kernel."""
+    return all((name, device, dtype, width) in _failures for width in _widths(d))
+
+
+def _widths(d: int) -> tuple[int, ...]:
+    return (_NARROW, _WIDE) if d >= _IS_WIDE else (_NARROW,)
+
+
+def _failure(name: str, update: Update, device: torch.device, dtype: torch.dtype, width: int) -> str | None:
     key = (name, device, dtype, width)
     if key not in _failures:
         try:
-            found = _try(run, device, dtype, width)
+            found = _try(update, device, dtype, width)
         except torch.OutOfMemoryError:
             # Says nothing of the kernel. It is chosen, and checked when there is room.
             logger.info("no memory on %s to check the kernel %s", device, name)
@@ -67,7 +71,7 @@ def _failure(name: str, run: Run, device: torch.device, dtype: torch.dtype, widt
     return _failures[key]
 
 
-def _try(run: Run, device: torch.device, dtype: torch.dtype, d: int) -> str | None:
+def _try(update: Update, device: torch.device, dtype: torch.dtype, d: int) -> str | None:
     # Drawn on the CPU by a generator of its own, so that no caller's random state moves.
     generator = torch.Generator().manual_seed(0)
     X = torch.randn(_ROWS, d, generator=generator).to(dtype).to(device)
@@ -76,8 +80,8 @@ def _try(run: Run, device: torch.device, dtype: torch.dtype, d: int) -> str | No
     C = torch.ones(d, d, device=device)
     C.masked_fill_(_above(0, C), float("nan"))
     try:
-        run(C, spoilt, mask, None, 0.5)
-        run(C, X, None, None, 0.25)
+        update(C, spoilt, mask, 0.5)
+        update(C, X, None, 0.25)
         C.sum().item()  # waits, so that what fails on the device fails here
     except torch.OutOfMemoryError:
         raise

@@ -15,7 +15,7 @@ Loads. On compute capability 9 and 10 aligned keys are brought by TMA, in blocks
 no addresses in registers, and what lies beyond the edges comes as zeros. A mask becomes two lists on the device,
 without waiting for it: the blocks whose rows are all kept, which TMA brings, and the remaining kept rows, which are
 read one by one through pointers. What is not kept is never read, so it may be NaN. Everything else goes through
-pointers: named rows, which the TMA of Hopper cannot gather, and all keys elsewhere. Offsets into C and X are of 64
+pointers: all keys on other devices. Offsets into C and X are of 64
 bits.
 
 The device code is in `fastcov.kernels.triton_code`, which alone imports triton.
@@ -61,7 +61,6 @@ class Config:
 _WIDE = {
     ("tma", 2): Config(tile=128, depth=64, warps=8, stages=4, programs=1),
     ("tma", 4): Config(tile=128, depth=16, warps=8, stages=3, programs=1),
-    ("wgmma", 2): Config(tile=128, depth=64, warps=8, stages=4, programs=1),
     ("mma", 2): Config(tile=128, depth=32, warps=8, stages=4, programs=1),
     ("mma listed", 2): Config(tile=128, depth=16, warps=8, stages=5, programs=1),
 }
@@ -69,7 +68,6 @@ _WIDE = {
 _NARROW = {
     ("tma", 2): Config(tile=64, depth=64, warps=4, stages=4, programs=2),
     ("tma", 4): Config(tile=64, depth=16, warps=4, stages=3, programs=2),
-    ("wgmma", 2): Config(tile=64, depth=32, warps=4, stages=4, programs=2),
     ("wgmma", 4): Config(tile=64, depth=16, warps=4, stages=3, programs=2),
     ("mma", 2): Config(tile=64, depth=32, warps=4, stages=4, programs=2),
     ("mma", 4): Config(tile=64, depth=16, warps=4, stages=3, programs=2),
@@ -84,11 +82,6 @@ _INTERPRETED = Config(tile=32, depth=32, warps=4, stages=1, programs=3)
 def interpreting() -> bool:
     """Whether TRITON_INTERPRET is set: the kernel then runs on the CPU, to check its meaning."""
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "y", "yes")
-
-
-def missing() -> str | None:
-    """Why the kernel cannot run on this machine, or None if it can."""
-    return _missing(interpreting())
 
 
 @lru_cache
@@ -119,8 +112,11 @@ def _device(index: int) -> tuple[tuple[int, int], int]:
     return (device.major, device.minor), device.multi_processor_count
 
 
-def refuses(C: Tensor, X: Tensor) -> str | None:
-    """Why the kernel cannot take C (d, d) and X (n, d), or None if it can."""
+def why_not(C: Tensor | None = None, X: Tensor | None = None) -> str | None:
+    """Why it cannot run on this machine, or not with a sum C (d, d) and keys X (n, d); None if it can."""
+    reason = _missing(interpreting())
+    if reason is not None or C is None or X is None:
+        return reason
     if C.dtype != torch.float32:
         return f"it sums in float32 and the sum is {C.dtype}"
     if X.dtype not in (torch.float32, torch.float16, torch.bfloat16):
@@ -139,32 +135,17 @@ def refuses(C: Tensor, X: Tensor) -> str | None:
     return None
 
 
-def rank_k_update(C: Tensor, X: Tensor, mask: Tensor | None, rows: Tensor | None, alpha: float) -> None:
-    """Lower triangle of C (d, d) += alpha * X^T X over the kept rows of X (n, d), in place.
-
-    Args:
-        C: The sum, float32, with adjacent columns; what is above the diagonal stays as it is.
-        X: The keys, float32, float16 or bfloat16, with adjacent columns and rows any stride apart.
-        mask: Rows to keep, bool (n,), or None.
-        rows: Rows to keep, int64 (m,), each in [0, n), or None; a row named twice counts twice.
-        alpha: A factor for what is added.
-
-    Raises:
-        RuntimeError: A row is out of range; on a GPU an assertion fails there, later than this.
-    """
-    if rows is not None:
-        # A pointer would read whatever lies there. This does not wait for the device.
-        inside = ((rows >= 0) & (rows < X.shape[0])).all()
-        torch._assert_async(inside, f"rows must be indices from 0 to {X.shape[0] - 1}")
+def update(C: Tensor, X: Tensor, mask: Tensor | None, alpha: float) -> None:
+    """Lower triangle of C (d, d) += alpha * X^T X over the kept rows of X (n, d), in place."""
     aligned = _aligned(C, X)
     if interpreting():
-        launch(C, X, mask, rows, alpha, _INTERPRETED, tma=aligned and rows is None)
+        launch(C, X, mask, alpha, _INTERPRETED, tma=aligned)
         return
     capability, processors = _device(C.device.index)
-    route = _route(capability, aligned, mask is not None, rows is not None, X.element_size())
+    route = _route(capability, aligned, mask is not None, X.element_size())
     config = choose(route, aligned, processors, X)
     with torch.cuda.device(C.device):
-        launch(C, X, mask, rows, alpha, config, route == "tma", processors)
+        launch(C, X, mask, alpha, config, route == "tma", processors)
 
 
 def _aligned(C: Tensor, X: Tensor) -> bool:
@@ -173,14 +154,14 @@ def _aligned(C: Tensor, X: Tensor) -> bool:
     return all(number % 16 == 0 for number in numbers) and X.stride(0) >= X.shape[1]
 
 
-def _route(capability: tuple[int, int], aligned: bool, masked: bool, named: bool, key_bytes: int) -> str:
-    """How keys are read, and by which instruction multiplied, where they are masked or named."""
+def _route(capability: tuple[int, int], aligned: bool, masked: bool, key_bytes: int) -> str:
+    """How keys are read, and by which instruction multiplied, where they are masked."""
     # Consumer devices have TMA too, but a third of the shared memory, and multiply as 8.0 does.
     if capability[0] in (9, 10):
         # Compiled for 10.0, float32 keys by TMA need more tensor memory than there is, and trap.
         fits = capability[0] == 9 or key_bytes == 2
-        return "tma" if aligned and not named and fits else "wgmma"
-    return "mma listed" if masked or named else "mma"
+        return "tma" if aligned and fits else "wgmma"
+    return "mma listed" if masked else "mma"
 
 
 def choose(route: str, aligned: bool, processors: int, X: Tensor) -> Config:
@@ -198,20 +179,18 @@ def launch(
     C: Tensor,
     X: Tensor,
     mask: Tensor | None,
-    rows: Tensor | None,
     alpha: float,
     config: Config,
     tma: bool,
     processors: int = 1,
     chain: int | None = None,
 ) -> None:
-    """Run the kernel as told; see `rank_k_update`, which decides what is told here.
+    """Run the kernel as told; see `update`, which decides what is told here.
 
     Args:
         C: The sum, (d, d).
         X: The keys, (n, d).
         mask: Rows to keep, (n,), or None.
-        rows: Rows to keep, (m,), or None.
         alpha: A factor for what is added.
         config: How the work is cut up.
         tma: Bring whole blocks of rows through a tensor descriptor.
@@ -219,12 +198,11 @@ def launch(
         chain: Rows until promotion, a multiple of the config's depth; None takes the default.
     """
     n, d = X.shape
-    count = n if rows is None else rows.shape[0]
-    if count == 0 or d == 0:
+    if n == 0 or d == 0:
         return
     from fastcov.kernels import triton_code
 
-    tiled = blocks = counts = None
+    tiled = blocks = rows = counts = None
     if mask is not None:
         blocks, rows, counts = _kept(mask, config.depth if tma else None)
     if tma:
@@ -239,7 +217,7 @@ def launch(
         blocks,
         rows,
         counts,
-        count,
+        n,
         d,
         float(alpha),
         X.stride(0),
@@ -260,12 +238,7 @@ def launch(
 
 
 def _kept(mask: Tensor, depth: int | None) -> tuple[Tensor | None, Tensor, Tensor]:
-    """A mask (n,) as lists, made on its device without waiting for it.
-
-    Returns:
-        The blocks of `depth` rows that are all kept (none without a depth), the kept rows outside of them, and the
-        lengths of the two lists, int64 (2,). The lists are longer than that.
-    """
+    """A mask (n,) as lists made on its device: whole blocks of `depth` rows, other kept rows, both lengths (2,)."""
     if depth is None:
         rows, count = _places(mask)
         return None, rows, torch.cat([torch.zeros_like(count), count])

@@ -168,7 +168,7 @@ def rank_k(
         blocks: With COUNTED and TILED: the blocks whose rows are all kept, int64.
         rows: With GATHERED: the rows to read by pointers, int64.
         counts: With COUNTED: how many of `blocks` and of `rows` to read, int64 (2,).
-        n: Without COUNTED: how many rows of X or of `rows` there are.
+        n: How many rows X has.
         d: The width of X.
         alpha: A factor for what is added.
         stride: From a row of X to the next.

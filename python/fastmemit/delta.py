@@ -18,9 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastcov.files import atomic_file, parse_json, write_safetensors
 from fastcov.hooks import isolated
-from fastcov.parsing import parse_json
-from fastcov.store import atomic_file, write_safetensors
 from fastmemit.errors import DamagedFile, NonFiniteEdit, OffloadedWeight, QuantisedWeight, WrongModel
 
 FORMAT = "fastmemit-delta"

@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 import torch
 
+from fastcov.errors import printable_logger
 from fastcov.hooks import isolated
-from fastcov.printable import printable_logger
 from fastcov.sizing import LIMIT
 from fastmemit.data.corpora import Corpus, open_corpus
 from fastmemit.delta import Delta

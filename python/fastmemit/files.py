@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from fastcov.printable import printable_logger
+from fastcov.errors import printable_logger
 
 log = printable_logger(__name__)
 

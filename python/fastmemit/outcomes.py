@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
 
+from fastcov.errors import printable
 from fastcov.hooks import isolated
-from fastcov.printable import printable
 from fastmemit.answers import Answer, judge_answers
 from fastmemit.models import ModelAdapter
 from fastmemit.models.running import context_limit

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from tqdm.auto import tqdm
 
-from fastcov.printable import printable
+from fastcov.errors import printable
 
 
 class Bar:

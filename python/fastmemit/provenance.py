@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import fastcov
-from fastcov.store import atomic_file
+from fastcov.files import atomic_file
 from fastmemit.files import alone, lock_of, shared_folder
 
 #: What the moments of one collection need not share.

@@ -12,7 +12,7 @@ import torch
 
 import fastcov
 from fastcov import CholeskyFactor, NullSpace
-from fastcov.linalg import SHRINKAGES
+from fastcov.moments import SHRINKAGES
 from fastcov.sizing import LIMIT, StoppingRule, checkpoints
 from fastcov.throughput import Throughput
 from fastmemit import statistics
@@ -76,7 +76,7 @@ class FactorCache:
 
         Raises:
             fastcov.NotPositiveDefinite: No jitter was enough.
-            fastcov.QuarticUnknown: The file is older than what Ledoit-Wolf needs.
+            fastcov.BadInput: The file is older than what Ledoit-Wolf needs.
             fastcov.StoreDamaged: The second moment's file is not what was written.
         """
         weight = float(adapter.d_k(layer)) if config.weight is None else config.weight
@@ -207,7 +207,7 @@ class Sources:
             WrongModel: Edits are in the weights.
             BadConfig: There is no layer.
             BadLayer: A layer does not exist.
-            BadBudget: The multiplier is not above 0.
+            BadInput: The multiplier is not above 0.
         """
         if self._stack.edits:
             raise WrongModel(

@@ -96,8 +96,8 @@ def collected(
 
     Raises:
         BudgetNotMet: The corpus is too short, and `allow_fewer` is not set.
-        EmptyCorpus: It has no token.
-        NonFiniteKeys: An activation is NaN or infinite.
+        BadInput: It has no token.
+        NonFinite: An activation is NaN or infinite.
         BadCorpus: The corpus cannot be read.
         UnknownArchitecture: Padding changes the model's keys.
     """
@@ -132,6 +132,7 @@ def collected(
                 batches,
                 budgets,
                 allow_fewer=allow_fewer,
+                quartic=True,  # any file may be asked for Ledoit-Wolf
                 progress=progress,
                 throughput=throughput,
                 causal=causal,
@@ -247,7 +248,7 @@ def _counted_from(start: int, corpus: Corpus, allow_fewer: bool) -> Iterator[Non
     """Say of a corpus that ends how many keys it has in all, not beyond those held already."""
     try:
         yield
-    except (fastcov.BudgetNotMet, fastcov.EmptyCorpus) as error:
+    except fastcov.BudgetNotMet as error:
         if start == 0:
             raise
         if allow_fewer:  # it ends just where the keys do that are held
@@ -375,15 +376,15 @@ def precompute(
             for none, None for every five minutes or less often.
 
     Raises:
-        BadBudget: The multiplier is not above 0.
+        BadInput: The multiplier is not above 0.
         BadConfig: `max_length` is below 1 or above the model's context, or `after` has as large a multiplier.
         BadLayer: A layer does not exist.
         BudgetNotMet: The corpus is too short, and `allow_fewer` is not set.
         BadCorpus: The corpus cannot be read.
-        EmptyCorpus: It has no token.
+        BadInput: It has no token.
         StoreDamaged: A kept file's header is not what was written.
         StoreMismatch: A kept file is of something else than its folder says.
-        NonFiniteKeys: An activation is NaN or infinite.
+        NonFinite: An activation is NaN or infinite.
         FailedElsewhere: Another process failed.
         OSError: A file cannot be written; those that were written are whole.
     """

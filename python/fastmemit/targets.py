@@ -23,9 +23,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from fastcov.files import atomic_file, parse_json, write_safetensors
 from fastcov.hooks import evaluation_mode, isolated
-from fastcov.parsing import parse_json
-from fastcov.store import atomic_file, write_safetensors
 from fastmemit.errors import FastmemitError
 from fastmemit.files import shared_folder
 from fastmemit.models import ModelAdapter, check_lengths

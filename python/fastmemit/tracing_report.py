@@ -12,7 +12,7 @@ from typing import Any, TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
-from fastcov.store import atomic_file
+from fastcov.files import atomic_file
 from fastmemit.errors import BadConfig
 from fastmemit.tracing import GROUPS, Trace
 

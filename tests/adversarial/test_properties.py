@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import fastcov
-from fastcov import BadBudget, SecondMoment, budget, load_moment, read_provenance, save_moment
+from fastcov import BadInput, SecondMoment, budget, load_moment, read_provenance, save_moment
 from fastmemit.delta import Delta
 from fastmemit.edits import Edit, EditStack
 from fastmemit.errors import NonFiniteEdit
@@ -88,13 +88,13 @@ def test_any_json_comes_back_with_any_moment(tmp_path: Path, provenance, seed, d
     assert path.read_bytes() == first
 
 
-@pytest.mark.parametrize("levels", [fastcov.parsing.MAX_DEPTH - 1, fastcov.parsing.MAX_DEPTH])
+@pytest.mark.parametrize("levels", [fastcov.files.MAX_DEPTH - 1, fastcov.files.MAX_DEPTH])
 def test_nothing_is_written_that_would_not_be_read(tmp_path: Path, levels: int) -> None:
     value: object = 0
     for _ in range(levels):
         value = [value]
     path, about = tmp_path / "m.safetensors", {"deep": value}
-    if levels < fastcov.parsing.MAX_DEPTH:  # the object around it is one more
+    if levels < fastcov.files.MAX_DEPTH:  # the object around it is one more
         save_moment(path, SecondMoment(2), about)
         assert read_provenance(path) == about
         Delta({}, about).save(path)
@@ -112,7 +112,7 @@ def test_the_budget_is_the_nearest_whole_number(multiplier: float, d_k: int) -> 
     exact = Fraction(multiplier) * d_k
     try:
         found = budget(multiplier, d_k)
-    except BadBudget:
+    except BadInput:
         assert exact <= Fraction(1, 2) * (1 + Fraction(1, 10**12))
         return
     # The product is rounded to a float first, then to a whole number.

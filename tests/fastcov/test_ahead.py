@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from fastcov.batching import Ahead
+from fastcov.batching import Prefetcher
 
 
 def reading_threads():
@@ -20,12 +20,12 @@ def _no_thread_is_left():
 
 @pytest.mark.parametrize("depth", [1, 3, 100])
 def test_all_items_come_in_order(depth):
-    with Ahead(depth).read(iter(range(50))) as items:
+    with Prefetcher(depth).read(iter(range(50))) as items:
         assert list(items) == list(range(50))
         assert list(items) == []
-    with Ahead(depth).read([]) as items:
+    with Prefetcher(depth).read([]) as items:
         assert list(items) == []
-    with Ahead(depth).read([None, None]) as items:  # None is an item like any other
+    with Prefetcher(depth).read([None, None]) as items:  # None is an item like any other
         assert list(items) == [None, None]
 
 
@@ -38,7 +38,7 @@ def test_no_more_than_the_depth_waits_besides_the_one_in_work():
             allowed.release()
             yield i
 
-    with Ahead(2).read(source()) as items:
+    with Prefetcher(2).read(source()) as items:
         for _ in range(3):  # two wait, the third is held by the thread
             assert allowed.acquire(timeout=10)
         assert not allowed.acquire(timeout=0.05)
@@ -58,7 +58,7 @@ def test_only_the_thread_touches_the_source_and_it_closes_it():
         finally:
             closed.append(threading.get_ident())
 
-    with Ahead(1).read(source()) as items:
+    with Prefetcher(1).read(source()) as items:
         assert [next(items) for _ in range(5)] == [0] * 5
     assert len(threads) == 1 and threading.get_ident() not in threads
     assert closed == [*threads]  # closed before the context was left, where it was read
@@ -74,14 +74,14 @@ def test_an_error_of_the_source_comes_where_its_item_would_have():
         raise Broken("no third")
 
     got = []
-    with pytest.raises(Broken, match="no third"), Ahead(8).read(source()) as items:
+    with pytest.raises(Broken, match="no third"), Prefetcher(8).read(source()) as items:
         got.extend(items)
     assert got == [1, 2]
-    with Ahead(8).read(source()) as items:
+    with Prefetcher(8).read(source()) as items:
         assert (next(items), next(items)) == (1, 2)
         with pytest.raises(Broken):
             next(items)
-    with pytest.raises(TypeError, match="iterable"), Ahead(1).read(5) as items:
+    with pytest.raises(TypeError, match="iterable"), Prefetcher(1).read(5) as items:
         next(items)
 
 
@@ -90,7 +90,7 @@ def test_a_source_that_is_broken_behind_what_is_read_does_no_harm():
         yield 1
         raise RuntimeError("never asked for")
 
-    with Ahead(5).read(source()) as items:
+    with Prefetcher(5).read(source()) as items:
         assert next(items) == 1
 
 
@@ -100,13 +100,13 @@ def test_an_error_of_the_consumer_stops_the_thread(error):
         while True:
             yield 0
 
-    with pytest.raises(error), Ahead(2).read(source()) as items:
+    with pytest.raises(error), Prefetcher(2).read(source()) as items:
         next(items)
         raise error
 
 
 def test_a_source_sees_that_the_consumer_has_left():
-    ahead, started = Ahead(1), threading.Event()
+    ahead, started = Prefetcher(1), threading.Event()
 
     def source():
         started.set()
@@ -120,7 +120,7 @@ def test_a_source_sees_that_the_consumer_has_left():
 
 
 def test_relayed_calls_are_made_by_the_consumer_before_the_item():
-    ahead, calls = Ahead(3), []
+    ahead, calls = Prefetcher(3), []
 
     def tell(number, *, twice=0):
         calls.append((threading.get_ident(), number, twice))
@@ -139,7 +139,7 @@ def test_relayed_calls_are_made_by_the_consumer_before_the_item():
 
 
 def test_a_consumer_that_waits_makes_the_calls_at_once():
-    ahead, called = Ahead(1), threading.Event()
+    ahead, called = Prefetcher(1), threading.Event()
     told = ahead.relayed(called.set)
 
     def source():
@@ -152,7 +152,7 @@ def test_a_consumer_that_waits_makes_the_calls_at_once():
 
 
 def test_what_a_relayed_function_raises_reaches_the_consumer():
-    ahead = Ahead(1)
+    ahead = Prefetcher(1)
 
     def bad():
         raise ZeroDivisionError
@@ -169,8 +169,8 @@ def test_what_a_relayed_function_raises_reaches_the_consumer():
 
 def test_bad_use_is_named():
     with pytest.raises(ValueError, match="depth is 0"):
-        Ahead(0)
-    ahead = Ahead(1)
+        Prefetcher(0)
+    ahead = Prefetcher(1)
     with ahead.read([1]):
         pass
     with pytest.raises(RuntimeError, match="one source only"), ahead.read([1]):

@@ -9,12 +9,11 @@ import pytest
 import torch
 
 from fastcov import (
-    NonFiniteKeys,
-    NonFiniteMatrix,
+    BadInput,
+    NonFinite,
     NoNullSpace,
     NotPositiveDefinite,
     NullSpace,
-    WrongWidth,
     alphaedit,
     closed_form,
     factorize,
@@ -182,18 +181,18 @@ def test_a_ridge_that_is_none_is_refused(problem, space, l2):
 
 def test_shapes_and_numbers_that_do_not_fit_are_refused(problem, space):
     _, K, R, K_p = (tensor(x) for x in problem)
-    with pytest.raises(WrongWidth, match="null space of width 24"):
+    with pytest.raises(BadInput, match="null space of width 24"):
         alphaedit(space, K[:-1], R, 10.0)
-    with pytest.raises(WrongWidth, match="do not fit 5 edit keys"):
+    with pytest.raises(BadInput, match="do not fit 5 edit keys"):
         alphaedit(space, K, R[:, :2], 10.0)
-    with pytest.raises(WrongWidth, match=r"earlier edits of shape \(23, 4\)"):
+    with pytest.raises(BadInput, match=r"earlier edits of shape \(23, 4\)"):
         alphaedit(space, K, R, 10.0, K_p[:-1])
     for bad in (K.index_fill(1, torch.tensor([2]), math.nan), K * math.inf):
-        with pytest.raises(NonFiniteKeys):
+        with pytest.raises(NonFinite):
             alphaedit(space, bad, R, 10.0)
-    with pytest.raises(NonFiniteKeys):
+    with pytest.raises(NonFinite):
         alphaedit(space, K, R, 10.0, K_p * math.nan)
-    with pytest.raises(NonFiniteMatrix):
+    with pytest.raises(NonFinite):
         alphaedit(space, K, R * math.inf, 10.0)
 
 

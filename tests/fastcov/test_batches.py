@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastcov import BadBudget, bucket, take
+from fastcov import BadInput, bucket, take
 from fastcov.batching import pinned, sent
 
 documents_of = st.lists(st.lists(st.integers(1, 99), max_size=40), max_size=40)
@@ -46,7 +46,7 @@ def test_take_meets_the_budget_exactly_or_takes_all(documents, budget, max_lengt
 
 @pytest.mark.parametrize("budget", [0, -1, 2.5, True])
 def test_take_refuses_a_bad_budget_at_once(budget):
-    with pytest.raises(BadBudget):
+    with pytest.raises(BadInput):
         take([[1]], budget, 10)
 
 

@@ -42,8 +42,7 @@ def test_killed_after_every_batch_in_turn_it_gives_the_same_bits(tmp_path, setti
         if kept.exists():  # not behind the last batch, when nothing is left to do
             copies.append(shutil.copy(kept, tmp_path / str(len(copies))))
 
-    collect_moments(model, MODULES, batches(), **{"budget": None, **settings},
-            progress=copy, checkpoint=Checkpoint(kept, IDENTITY, 0))  # fmt: skip
+    run(kept, model=model, told=copy, **settings)
     assert len(copies) >= number - 1
     for after, path in enumerate(copies[: number - 1], 1):
         left, found = run(path, model=model, seconds=math.inf, **settings)

@@ -14,9 +14,9 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from fastcov import Checkpoint, NonFiniteKeys, StaleCheckpoint, StoreDamaged
+from fastcov import Checkpoint, NonFinite, StaleCheckpoint, StoreDamaged
 from fastcov import checkpoint as checkpoint_module
-from fastcov.accumulate import Tally
+from fastcov.accumulate import Accumulator
 from fastcov.checkpoint import read_checkpoint
 from reference.tiny import Tiny, paths
 from tiny_checkpoints import (
@@ -115,10 +115,13 @@ def test_what_is_no_file_is_refused(tmp_path):
         ({"identity": {**IDENTITY, "a": 1, "seed": 2}}, "of another a (nothing, not 1); seed (0, not 2) and is"),
         (
             {"dtype": torch.float64},
-            "order of the sums ({'dtype': 'torch.float32', 'launch_rows': 8192}, not "
-            "{'dtype': 'torch.float64', 'launch_rows': 8192}) and is",
+            "order of the sums ({'dtype': 'torch.float32', 'launch_rows': 8192, 'quartic': True}, not "
+            "{'dtype': 'torch.float64', 'launch_rows': 8192, 'quartic': True}) and is",
         ),
-        ({"launch_rows": 5}, "'launch_rows': 8192}, not {'dtype': 'torch.float32', 'launch_rows': 5})"),
+        (
+            {"launch_rows": 5},
+            "'launch_rows': 8192, 'quartic': True}, not {'dtype': 'torch.float32', 'launch_rows': 5, 'quartic': True})",
+        ),
         ({"budget": TOTAL // 2}, "of another budget ("),
         ({"modules": paths(1, 2)}, "of another budget ("),
     ],
@@ -178,7 +181,7 @@ def test_nan_is_found_before_it_is_kept(tmp_path):
     model = Tiny(dtype=torch.float32)
     with torch.no_grad():
         model.layers[0].up.weight[0, 0] = math.nan
-    with pytest.raises(NonFiniteKeys):
+    with pytest.raises(NonFinite):
         run(tmp_path / "c", model=model, launch_rows=3)
     assert os.listdir(tmp_path) == []
 
@@ -205,12 +208,12 @@ def test_when_it_is_written(tmp_path, monkeypatch):
         took[0] = cost
         written.clear()
         now[0] = 1000.0
-        tally = Tally(model, {MODULES[0]: None}, torch.float32)
+        sums = Accumulator(model, {MODULES[0]: None}, torch.float32)
         checkpoint = Checkpoint(tmp_path / "c", IDENTITY, seconds)
-        assert list(checkpoint.resume(tally, [])) == []
+        assert list(checkpoint.resume(sums, [])) == []
         for _ in range(steps):
             now[0] += step
-            checkpoint.keep(tally)
+            checkpoint.write(sums)
             checkpoint.path.unlink(missing_ok=True)
         return [moment - 1000 for moment in written]
 

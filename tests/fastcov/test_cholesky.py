@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastcov.factor import block_width, cholesky_, mirror
+from fastcov.linalg import block_width, cholesky_, mirror
 
 NAN, INF = float("nan"), float("inf")
 

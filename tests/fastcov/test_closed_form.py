@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastcov import NonFiniteKeys, NonFiniteMatrix, NotPositiveDefinite, WrongWidth, closed_form, factorize, regularised
+from fastcov import BadInput, NonFinite, NotPositiveDefinite, closed_form, factorize, regularised
 from reference import closed_form as literal
 
 D, D_K = 11, 24
@@ -136,26 +136,19 @@ def test_too_few_keys_still_give_an_edit():
     assert closed_form.memit(factor, K, R).dense().isfinite().all()
 
 
-def test_a_refined_float32_factor_edits_as_a_float64_one_of_the_same_matrix(problem):
+def test_a_float32_factor_edits_as_a_float64_one_of_the_same_matrix(problem):
     C, K, R = problem
     single = regularised(tensor(C), WEIGHT, RIDGE, dtype=torch.float32)
-    A = single.double().numpy()
+    A, factor = single.double().numpy(), factorize(single)
     k, r, q = K[:, 0], R[:, 0], K[:, 0] + 0.1 * K[:, 1]
-    for factor, tolerance in ((factorize(single, refine=True), 1e-9), (factorize(single), 1e-3)):
-        refined = factor.dtype == torch.float64
-        got = closed_form.memit(factor, tensor(K), tensor(R))
-        assert got.left.dtype == got.right.dtype == factor.dtype
-        wanted = literal.memit(A, K, R)
-        close(got.dense(), wanted, tolerance)
-        if not refined:  # what the refined factor is compared with can be told apart
-            assert np.linalg.norm(got.dense().numpy() - wanted) > 1e-9 * np.linalg.norm(wanted)
-        for lambda_e in (0.0, 0.1):
-            got = closed_form.emmet(factor, tensor(K), tensor(R), lambda_e)
-            close(got.dense(), literal.emmet(A, K, R, lambda_e), tolerance)
-        close(closed_form.rome(factor, tensor(k), tensor(r)).dense(), literal.rome(A, k, r),
-              tolerance)  # fmt: skip
-        got = closed_form.rome(factor, tensor(k), tensor(r), denominator_key=tensor(q))
-        close(got.dense(), literal.rome(A, k, r, q), tolerance)
+    got = closed_form.memit(factor, tensor(K), tensor(R))
+    assert got.left.dtype == got.right.dtype == factor.dtype == torch.float32
+    close(got.dense(), literal.memit(A, K, R), 1e-3)
+    for lambda_e in (0.0, 0.1):
+        close(closed_form.emmet(factor, tensor(K), tensor(R), lambda_e).dense(), literal.emmet(A, K, R, lambda_e), 1e-3)
+    close(closed_form.rome(factor, tensor(k), tensor(r)).dense(), literal.rome(A, k, r), 1e-3)
+    got = closed_form.rome(factor, tensor(k), tensor(r), denominator_key=tensor(q))
+    close(got.dense(), literal.rome(A, k, r, q), 1e-3)
 
 
 def test_arguments_are_read_in_the_factors_dtype(problem):
@@ -176,7 +169,7 @@ def test_shapes_that_do_not_fit(problem, form):
         (K, R[:, 1:], "5 edit keys"),
         (K, R[:, 0], "5 edit keys"),
     ]:
-        with pytest.raises(WrongWidth, match=words):
+        with pytest.raises(BadInput, match=words):
             form(factor, bad_k, bad_r)
 
 
@@ -186,11 +179,11 @@ def test_non_finite_input_is_named(problem, form):
     factor = factor_of(C)
     bad = tensor(K)
     bad[3, 2] = float("nan")
-    with pytest.raises(NonFiniteKeys, match=r"1 of 5 edit keys .* column 2"):
+    with pytest.raises(NonFinite, match=r"1 of 5 edit keys .* column 2"):
         form(factor, bad, tensor(R))
     bad = tensor(R.copy())
     bad[0, 1:3] = float("inf")
-    with pytest.raises(NonFiniteMatrix, match=r"2 of 5 residuals .* column 1") as error:
+    with pytest.raises(NonFinite, match=r"2 of 5 residuals .* column 1") as error:
         form(factor, tensor(np.abs(R[:1]).repeat(D_K, 0)), bad)
     assert error.value.entries == 2 and error.value.where == (0, 1)
 
@@ -198,13 +191,13 @@ def test_non_finite_input_is_named(problem, form):
 def test_bad_rome_and_lambda(problem):
     C, K, R = problem
     factor, K, R = factor_of(C), tensor(np.nan_to_num(K)), tensor(R)
-    with pytest.raises(WrongWidth, match="one edit"):
+    with pytest.raises(BadInput, match="one edit"):
         closed_form.rome(factor, K, R)
     with pytest.raises(NotPositiveDefinite, match="zero"):
         closed_form.rome(factor, torch.zeros(D_K), R[:, 0])
     with pytest.raises(NotPositiveDefinite, match="denominator"):
         closed_form.rome(factor, K[:, 0], R[:, 0], denominator_key=-K[:, 0])
-    with pytest.raises(WrongWidth):
+    with pytest.raises(BadInput):
         closed_form.rome(factor, K[:, 0], R[:, 0], denominator_key=K[1:, 0])
     for bad in (-0.1, float("nan")):
         with pytest.raises(ValueError, match="lambda_e"):

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import fastcov
-from fastcov import FastcovError, NonFiniteKeys, NonFiniteMatrix, SecondMoment, closed_form, npz
-from fastcov.factor import updated
-from fastcov.inputs import matrix, shares_entries, square
+from fastcov import FastcovError, NonFinite, SecondMoment, closed_form, moments, npz
+from fastcov.linalg import updated
+from fastcov.matrices import matrix, shares_entries, square
 
 # Halves of small whole numbers: exact in every floating dtype that is taken.
 DRAW = torch.Generator().manual_seed(0)
@@ -46,7 +46,7 @@ FUNCTIONS = {
     "factorize": (lambda A: fastcov.factorize(A).L.double(), SQUARE),
     "factorize in place": (lambda A: fastcov.factorize(A, in_place=True).L.double(), SQUARE),
     "regularised": (lambda C: fastcov.regularised(C, 2.0, 0.5), SQUARE),
-    "shrunk": (lambda C: fastcov.shrunk(C, 0.25), SQUARE),
+    "shrunk": (lambda C: moments.shrunk(C, 0.25), SQUARE),
     "null_space": (lambda C: fastcov.null_space(C, relative=1.0).projector(), SQUARE),
     "solve": (FACTOR.solve, EDITS),
     "half_solve": (FACTOR.half_solve, EDITS),
@@ -203,7 +203,7 @@ def test_a_number_that_is_none_is_not_passed_on_in_silence(name, bad):
     try:
         got = function(spoilt)
     except FastcovError as error:
-        assert isinstance(error, (NonFiniteKeys, NonFiniteMatrix)) and one_sentence(error)
+        assert isinstance(error, (NonFinite)) and one_sentence(error)
     else:  # sums and solves are linear: it shows where it belongs
         assert name in ("regularised", "shrunk", "solve", "half_solve", "solve_and_gram")
         assert not got.isfinite().all()
@@ -229,10 +229,10 @@ def test_expanded_matrices_are_read_as_what_they_hold():
     torch.testing.assert_close(got, closed_form.memit(FACTOR, same.clone(), RESIDUALS).dense())
     ones = torch.ones(1, 1, dtype=torch.float64).expand(6, 6)
     assert torch.equal(fastcov.regularised(ones, 2.0, 1.0), 2 * ones + torch.eye(6).double())
-    shrunk = fastcov.shrunk(ones, 0.5)
+    shrunk = moments.shrunk(ones, 0.5)
     assert torch.equal(shrunk, 0.5 * ones + 0.5 * torch.eye(6).double())
     with pytest.raises(FastcovError, match="in_place"):
-        fastcov.shrunk(ones, 0.5, in_place=True)
+        moments.shrunk(ones, 0.5, in_place=True)
     four = torch.full((1, 1), 4.0, dtype=torch.float64)
     factor = fastcov.factorize(four.expand(2, 2), in_place=True)  # of rank 1: with a jitter
     assert float(factor.L[0, 0]) == pytest.approx(2.0) and four.item() == 4.0
@@ -264,7 +264,7 @@ def test_messages_name_what_was_given():
         matrix(MOMENT, "Edit keys")
     with pytest.raises(fastcov.BadInput, match="numbers, not int64; convert to float64"):
         matrix(torch.ones(2, 2, dtype=torch.int64), "Edit keys")
-    with pytest.raises(fastcov.WrongWidth, match=r"shape \(2, 3\); pass \(d, d\)"):
+    with pytest.raises(fastcov.BadInput, match=r"shape \(2, 3\); pass \(d, d\)"):
         square(torch.ones(2, 3), "The matrix")
 
 

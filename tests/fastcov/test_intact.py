@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastcov.hooks import evaluation_mode, intact
+from fastcov.hooks import evaluation_mode
 
 
 class Boom(BaseException):
@@ -17,7 +17,7 @@ def test_new_hooks_go_and_former_ones_stay() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     called: list[str] = []
     model[0].register_forward_hook(lambda *_: called.append("former"))
-    with pytest.raises(Boom), intact(model):
+    with pytest.raises(Boom), evaluation_mode(model):
         model[0].register_forward_hook(lambda *_: called.append("new"))
         model[1].register_forward_pre_hook(lambda *_, **__: called.append("pre"), with_kwargs=True)
         model[1].register_forward_hook(lambda *_: called.append("always"), always_call=True)
@@ -35,7 +35,7 @@ def test_forwards_modes_and_gradients_are_as_before() -> None:
     model[2].weight.requires_grad_(False)
     own = model[2].forward
     model[2].forward = own  # as accelerate sets one on the instance
-    with pytest.raises(Boom), intact(model):
+    with pytest.raises(Boom), evaluation_mode(model):
         model[0].forward = model[2].forward = lambda x: x
         model.eval()
         model[1].train()
@@ -47,12 +47,12 @@ def test_forwards_modes_and_gradients_are_as_before() -> None:
     assert asks == [True, True, False, True]
 
 
-def test_where_nothing_is_raised_nothing_is_touched() -> None:
+def test_where_nothing_is_raised_hooks_stay() -> None:
     model = nn.Linear(2, 2)
-    with intact(model):
+    with evaluation_mode(model):
         handle = model.register_forward_hook(lambda *_: None)
         model.eval()
-    assert list(model._forward_hooks) == [handle.id] and not model.training
+    assert list(model._forward_hooks) == [handle.id] and model.training  # only the mode is as it was
 
 
 def test_evaluation_mode_takes_hooks_along_when_it_is_interrupted() -> None:

@@ -9,6 +9,7 @@ from torch import nn
 
 import fastcov
 from fastcov.hooks import evaluation_mode, isolated, random_state_kept
+from fastcov.moments import shrunk
 from torch_states import STATES, random_states, settings
 
 
@@ -90,7 +91,7 @@ def _numbers():
 
 with torch.no_grad():
     X, K, R = _numbers()
-    MOMENT = fastcov.SecondMoment(6).update(X)
+    MOMENT = fastcov.SecondMoment(6, quartic=True).update(X)
     A = fastcov.regularised(MOMENT, 2.0, 0.1, torch.float32)
     FACTOR = fastcov.factorize(A.clone())
     NULL = fastcov.null_space(MOMENT, relative=1.0)
@@ -119,7 +120,7 @@ with torch.no_grad():
 
 def _hooked():
     keys = []
-    with fastcov.KeyHooks(MODEL, ["1"], lambda _name, x, _mask: keys.append(x.clone())) as hooks:
+    with fastcov.KeyHooks(MODEL, ["1"], lambda _name, x: keys.append(x.clone())) as hooks:
         hooks.run(BATCHES[0])
     return keys
 
@@ -134,11 +135,10 @@ FUNCTIONS = {
     "SecondMoment": lambda: [fastcov.SecondMoment(6).update(X).update(X[:5]).second_moment],
     "merge": lambda: [fastcov.SecondMoment(6).merge(MOMENT).sum],
     "regularised": lambda: [fastcov.regularised(MOMENT, 2.0, 0.1, shrinkage=0.1)],
-    "shrunk": lambda: [fastcov.shrunk(MOMENT, 0.3)],
+    "shrunk": lambda: [shrunk(MOMENT, 0.3)],
     "oas": lambda: [fastcov.oas(MOMENT), fastcov.ledoit_wolf(MOMENT)],
     "factorize": lambda: [fastcov.factorize(A).L, fastcov.factorize(A).logdet()],
     "solve": lambda: [FACTOR.solve(K), *FACTOR.solve_and_gram(K)],
-    "refined solve": lambda: [fastcov.factorize(A, refine=True).solve(K)],
     "memit": lambda: _low(fastcov.closed_form.memit(FACTOR, K, R)),
     "emmet": lambda: _low(fastcov.closed_form.emmet(FACTOR, K, R, 0.1)),
     "rome": lambda: _low(fastcov.closed_form.rome(FACTOR, K[:, 0], R[:, 0])),

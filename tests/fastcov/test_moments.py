@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastcov import EmptyCorpus, SecondMoment, WrongWidth, errors, moments
+from fastcov import BadInput, SecondMoment, errors, matrices, moments
 from reference import closed_form as literal
 
 
@@ -59,7 +59,9 @@ def test_keys_without_a_view_as_a_matrix_are_summed_as_well():
 
 def test_a_count_that_the_caller_has_is_taken_at_its_word():
     mask = torch.tensor([True, False, True])
-    assert SecondMoment(2).update(torch.ones(3, 2), mask, kept=2).count == 2
+    moment = SecondMoment(2)
+    moment.add_rows(torch.ones(3, 2), mask, 2)
+    assert moment.count == 2 and moment.sum.tolist() == [[2.0, 2.0]] * 2
     with pytest.raises((RuntimeError, NotImplementedError)):  # a device without numbers to read
         SecondMoment(2, device="meta").update(torch.ones(3, 2, device="meta"), mask.to("meta"))
 
@@ -69,36 +71,37 @@ def test_the_sum_of_fourth_powers_of_the_norms(dtype, monkeypatch):
     monkeypatch.setattr(moments, "_NORMED", 7)
     X = keys(60, 5, dtype=torch.float32).reshape(6, 10, 5).to(dtype)
     mask = torch.rand(6, 10, generator=torch.Generator().manual_seed(1)) < 0.4
-    moment = SecondMoment(5).update(X, mask.long()).update(X)
+    moment = SecondMoment(5, quartic=True).update(X, mask.long()).update(X)
     wanted = X[mask].double().norm(dim=-1).pow(4).sum() + X.double().norm(dim=-1).pow(4).sum()
     assert moment.quartic.dtype == torch.float64 and moment.quartic.shape == ()
     torch.testing.assert_close(moment.quartic, wanted, rtol=1e-6, atol=0)
 
 
 def test_norms_whose_squares_overflow_the_keys_do_not_overflow():
-    large = SecondMoment(2).update(torch.full((3, 2), 3e4, dtype=torch.float16))
+    large = SecondMoment(2, quartic=True).update(torch.full((3, 2), 3e4, dtype=torch.float16))
     assert large.quartic.item() == pytest.approx(3 * (2 * 3e4**2) ** 2, rel=1e-3)
-    wide = SecondMoment(2, dtype=torch.float64).update(torch.full((3, 2), 1e30))
+    wide = SecondMoment(2, dtype=torch.float64, quartic=True).update(torch.full((3, 2), 1e30))
     assert wide.quartic.item() == pytest.approx(3 * 4e120, rel=1e-5)
 
 
 def test_fourth_powers_are_unknown_where_one_part_does_not_know_them():
     X = keys()
-    whole = SecondMoment(7, dtype=torch.float64).update(X)
+    whole = SecondMoment(7, dtype=torch.float64, quartic=True).update(X)
     known = SecondMoment.from_lower(whole.lower, 200, float(whole.quartic))
     assert torch.equal(known.quartic, whole.quartic)
     unknown = SecondMoment.from_lower(whole.lower.clone(), 200)
     assert unknown.quartic is None and unknown.update(X).quartic is None
     assert unknown.to("meta").quartic is None and whole.to("meta").quartic is not None
     assert unknown.merge(whole).quartic is None
-    assert SecondMoment(7, dtype=torch.float64).merge(unknown).quartic is None
+    assert SecondMoment(7, dtype=torch.float64).update(X).quartic is None  # nobody asked for them
+    assert SecondMoment(7, dtype=torch.float64, quartic=True).merge(unknown).quartic is None
 
 
 def test_merge_adds_sums_and_counts():
     X = keys()
-    whole = SecondMoment(7, dtype=torch.float64).update(X)
-    left = SecondMoment(7, dtype=torch.float64).update(X[:50])
-    right = SecondMoment(7, dtype=torch.float32).update(X[50:])
+    whole = SecondMoment(7, dtype=torch.float64, quartic=True).update(X)
+    left = SecondMoment(7, dtype=torch.float64, quartic=True).update(X[:50])
+    right = SecondMoment(7, dtype=torch.float32, quartic=True).update(X[50:])
     before = right.sum
     assert left.merge(right) is left and left.count == 200
     torch.testing.assert_close(left.sum, whole.sum, rtol=1e-6, atol=1e-5)
@@ -107,7 +110,7 @@ def test_merge_adds_sums_and_counts():
 
 
 def test_readings_are_symmetric_whatever_is_above_the_diagonal(monkeypatch):
-    monkeypatch.setattr(moments, "_BLOCK", 3)
+    monkeypatch.setattr(matrices, "_MIRRORED", 3)
     moment = SecondMoment(7, dtype=torch.float64).update(keys())
     wanted = moment.sum
     above = torch.ones(7, 7, dtype=torch.bool).triu(1)
@@ -134,19 +137,19 @@ def test_to_another_device_and_what_it_says():
 
 
 def test_bad_input_is_named():
-    with pytest.raises(EmptyCorpus, match="no key"):
+    with pytest.raises(BadInput, match="no key"):
         _ = SecondMoment(3).second_moment
     with pytest.raises(ValueError, match="at least 1"):
         SecondMoment(0)
     with pytest.raises(ValueError, match="float16"):
         SecondMoment(3, dtype=torch.float16)
-    with pytest.raises(WrongWidth, match="width 3"):
+    with pytest.raises(BadInput, match="width 3"):
         SecondMoment(3).update(torch.ones(2, 4))
-    with pytest.raises(WrongWidth, match="mask"):
+    with pytest.raises(BadInput, match="mask"):
         SecondMoment(3).update(torch.ones(2, 3), torch.ones(3))
-    with pytest.raises(WrongWidth, match="width 4"):
+    with pytest.raises(BadInput, match="width 4"):
         SecondMoment(3).merge(SecondMoment(4))
-    with pytest.raises(WrongWidth, match="square"):
+    with pytest.raises(BadInput, match="square"):
         SecondMoment.from_lower(torch.zeros(2, 3), 1)
     with pytest.raises(ValueError, match="-1"):
         SecondMoment.from_lower(torch.zeros(2, 2), -1)
@@ -154,7 +157,7 @@ def test_bad_input_is_named():
 
 def test_a_refused_update_changes_nothing():
     moment = SecondMoment(3).update(torch.ones(2, 3))
-    with pytest.raises(WrongWidth):
+    with pytest.raises(BadInput):
         moment.update(torch.ones(2, 4))
     assert moment.count == 2 and moment.sum.tolist() == [[2.0] * 3] * 3
 
@@ -165,10 +168,10 @@ def test_all_reduce_of_one_process_is_nothing():
 
 WORKER = """
 import sys, torch, torch.distributed as dist
-from fastcov import SecondMoment
+from fastcov import (SecondMoment)
 rank = int(sys.argv[1])
 dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
-moment = SecondMoment(3)
+moment = SecondMoment(3, quartic=True)
 for _ in range(rank + 1):
     moment.update(torch.tensor([[1.0, 2.0, 3.0 + rank]]))
 moment.all_reduce()

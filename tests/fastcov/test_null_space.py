@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from fastcov import NonFiniteMatrix, NullSpace, WrongWidth, null_space
+from fastcov import BadInput, NonFinite, NullSpace, null_space
 
 
 def rotated(eigenvalues, seed=0):
@@ -61,7 +61,7 @@ def test_full_rank_has_none_and_zero_has_all():
 
 @pytest.mark.parametrize("shape", [(3,), (2, 3), (0, 0), (2, 2, 2)])
 def test_other_shapes_are_refused(shape):
-    with pytest.raises(WrongWidth):
+    with pytest.raises(BadInput):
         null_space(torch.zeros(shape))
 
 
@@ -75,6 +75,6 @@ def test_thresholds_that_are_none_are_refused(name, value):
 def test_numbers_that_are_none_are_named():
     C = torch.eye(3)
     C[2, 1] = math.nan
-    with pytest.raises(NonFiniteMatrix, match="row 2, column 1") as caught:
+    with pytest.raises(NonFinite, match="row 2, column 1") as caught:
         null_space(C)
     assert caught.value.where == (2, 1) and caught.value.entries == 1

@@ -3,8 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastcov import KernelUnavailable, WrongWidth, ops, rank_k_update
-from fastcov.kernels import reference
+from fastcov import BadInput, KernelUnavailable, ops, rank_k_update
+from fastcov.kernels import plain
+from tiny_kernels import offer
 
 FLOATS = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 
@@ -48,26 +49,18 @@ def test_every_dtype_and_width_and_nothing_above_the_diagonal(dtype, sum_dtype, 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_mask_and_rows_keep_what_they_name(dtype, monkeypatch):
-    monkeypatch.setattr(reference, "_CHUNK_BYTES", 7 * 300 * 4)  # several chunks of 7 rows
+def test_a_mask_keeps_what_it_names(dtype, monkeypatch):
+    monkeypatch.setattr(plain, "_CHUNK_BYTES", 7 * 300 * 4)  # several chunks of 7 rows
     X = torch.randn(4, 25, 300, generator=torch.Generator().manual_seed(1)).to(dtype)
     mask = torch.rand(4, 25, generator=torch.Generator().manual_seed(2)) < 0.6
     X[~mask] = float("nan")  # what is not kept is not even looked at
     C = nan_above(300)
     wanted = expected(C, X, mask.flatten())
-    masked, counted, indexed = C.clone(), C.clone(), C.clone()
+    masked, counted = C.clone(), C.clone()
     rank_k_update(masked, X, mask=mask)
     rank_k_update(counted, X, mask=mask.long())
-    rank_k_update(indexed, X, rows=mask.flatten().nonzero().squeeze(1))
     assert lower_error(masked, wanted) < 3e-7
     assert torch.equal(masked.tril(), counted.tril())
-    assert torch.equal(masked.tril(), indexed.tril())
-
-
-def test_a_row_named_twice_counts_twice():
-    C = torch.zeros(2, 2)
-    rank_k_update(C, torch.tensor([[1.0, 2.0], [5.0, 7.0]]), rows=torch.tensor([0, 0]))
-    assert C.tolist() == [[2.0, 0.0], [4.0, 8.0]]
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -107,7 +100,6 @@ def test_nothing_kept_changes_nothing():
     before = C.clone()
     X = torch.full((5, 3), float("nan"))
     rank_k_update(C, X, mask=torch.zeros(5, dtype=torch.bool))
-    rank_k_update(C, X, rows=torch.zeros(0, dtype=torch.int64))
     assert torch.equal(C.nan_to_num(7.0), before.nan_to_num(7.0))
 
 
@@ -121,36 +113,31 @@ def test_half_precision_sums_neither_overflow_nor_stall():
 
 
 def test_conversion_does_not_copy_all_keys_at_once(monkeypatch):
-    monkeypatch.setattr(reference, "_CHUNK_BYTES", 16 * 4 * 4)
+    monkeypatch.setattr(plain, "_CHUNK_BYTES", 16 * 4 * 4)
     X = torch.zeros(100, 4, dtype=torch.bfloat16)
-    chunks = list(reference._chunks(torch.zeros(4, 4), X, None, None))
+    chunks = list(plain._chunks(torch.zeros(4, 4), X, None))
     assert [len(chunk) for chunk in chunks] == [16] * 6 + [4]
-    (whole,) = reference._chunks(torch.zeros(4, 4), (direct := torch.zeros(100, 4)), None, None)
+    (whole,) = plain._chunks(torch.zeros(4, 4), (direct := torch.zeros(100, 4)), None)
     assert whole.data_ptr() == direct.data_ptr()
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_opcheck(dtype):
     X = torch.randn(6, 5).to(dtype)
-    mask, rows = torch.rand(6) < 0.5, torch.tensor([1, 4])
-    for arguments in [(None, None), (mask, None), (None, rows)]:
-        torch.library.opcheck(torch.ops.fastcov.rank_k_update, (torch.zeros(5, 5), X, *arguments, 0.5, None))
+    for mask in (None, torch.rand(6) < 0.5):
+        torch.library.opcheck(torch.ops.fastcov.rank_k_update, (torch.zeros(5, 5), X, mask, 0.5, None))
 
 
 @pytest.mark.parametrize(
     ("C", "X", "more", "error", "words"),
     [
-        (torch.zeros(3, 4), torch.zeros(2, 4), {}, WrongWidth, "square"),
-        (torch.zeros(3, 3), torch.zeros(2, 4), {}, WrongWidth, "width 3"),
-        (torch.zeros(3, 3), torch.tensor(1.0), {}, WrongWidth, "width 3"),
+        (torch.zeros(3, 4), torch.zeros(2, 4), {}, BadInput, "square"),
+        (torch.zeros(3, 3), torch.zeros(2, 4), {}, BadInput, "width 3"),
+        (torch.zeros(3, 3), torch.tensor(1.0), {}, BadInput, "width 3"),
         (torch.zeros(3, 3).half(), torch.zeros(2, 3), {}, ValueError, "float32 or float64"),
         (torch.zeros(3, 3), torch.zeros(2, 3).long(), {}, ValueError, "int64"),
         (torch.zeros(3, 3, device="meta"), torch.zeros(2, 3), {}, ValueError, "meta"),
-        (torch.zeros(3, 3), torch.zeros(2, 3), {"mask": torch.ones(3)}, WrongWidth, "mask"),
-        (torch.zeros(3, 3), torch.zeros(2, 3), {"rows": torch.tensor([2])}, ValueError, "2 rows"),
-        (torch.zeros(3, 3), torch.zeros(2, 3), {"rows": torch.tensor([-1])}, ValueError, "-1"),
-        (torch.zeros(3, 3), torch.zeros(2, 3), {"rows": torch.ones(2)}, ValueError, "indices"),
-        (torch.zeros(3, 3), torch.zeros(2, 3), {"rows": torch.tensor([0]), "mask": torch.ones(2)}, ValueError, "Both"),
+        (torch.zeros(3, 3), torch.zeros(2, 3), {"mask": torch.ones(3)}, BadInput, "mask"),
     ],
 )
 def test_bad_arguments_are_named(C, X, more, error, words):
@@ -158,24 +145,21 @@ def test_bad_arguments_are_named(C, X, more, error, words):
         rank_k_update(C, X, **more)
 
 
-def test_kernels_are_chosen_by_rank_and_say_why_not(monkeypatch):
+def test_kernels_are_chosen_in_order_and_say_why_not(monkeypatch):
     calls = []
 
-    def kernel(name, rank, missing=None, refuses=None):
-        ops.register(
-            ops.Kernel(
-                name=name,
-                run=lambda *arguments: calls.append(name),
-                missing=lambda: missing,
-                refuses=lambda C, X: refuses,
-                rank=rank,
-            )
-        )
+    def kernel(name, missing=None, refuses=None):
+        def why_not(C=None, X=None):
+            return missing or (None if C is None else refuses)
 
-    monkeypatch.setattr(ops, "_KERNELS", {"reference": ops._KERNELS["reference"]})
-    kernel("absent", 3, missing="there is no such device")
-    kernel("picky", 2, refuses="it takes bfloat16 keys only")
-    kernel("good", 1)
+        return ops.Kernel(name, lambda *arguments: calls.append(name), why_not)
+
+    offer(
+        monkeypatch,
+        kernel("absent", missing="there is no such device"),
+        kernel("picky", refuses="it takes bfloat16 keys only"),
+        kernel("good"),
+    )
     assert ops.kernels() == {"absent": "there is no such device", "picky": None, "good": None, "reference": None}
     C, X = torch.zeros(2, 2), torch.ones(1, 2)
     rank_k_update(C, X)
@@ -204,14 +188,26 @@ def test_it_can_be_compiled_over():
 def test_keys_without_a_view_as_rows_are_not_copied(monkeypatch):
     seen = []
 
-    def run(C, X, mask, rows, alpha):
+    def update(C, X, mask, alpha):
         seen.append((X.data_ptr(), tuple(X.shape)))
-        reference.rank_k_update(C, X, mask, rows, alpha)
+        plain.reference(C, X, mask, alpha)
 
-    monkeypatch.setattr(ops, "_KERNELS", {})
-    ops.register(ops.Kernel("seen", run, lambda: None, lambda C, X: None))
+    offer(monkeypatch, ops.Kernel("seen", update, lambda C=None, X=None: None))
     base = torch.randn(3, 5, 4)
     C = torch.zeros(4, 4)
     rank_k_update(C, base[:, 1:], kernel="seen")
     assert seen == [(base[i, 1:].data_ptr(), (4, 4)) for i in range(3)]
     assert lower_error(C, expected(torch.zeros(4, 4), base[:, 1:].contiguous())) < 3e-7
+
+
+def test_the_choice_is_made_once_for_tensors_of_one_kind(monkeypatch):
+    asked = []
+
+    def why_not(C=None, X=None):
+        asked.append((X.dtype, X.stride(1)))
+
+    offer(monkeypatch, ops.Kernel("asked", lambda *arguments: None, why_not))
+    C, wide = torch.zeros(4, 4), torch.ones(3, 8)
+    for X in (wide[:, :4], wide[:2, :4], wide[:, :4].bfloat16(), wide[:, ::2], wide[:, ::2]):
+        rank_k_update(C, X)
+    assert asked == [(torch.float32, 1), (torch.bfloat16, 1), (torch.float32, 2)]

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fastcov import collect_moments, take
-from fastcov.accumulate import Tally
+from fastcov.accumulate import Accumulator
 from fastcov.batching import bucket
 from fastcov.collecting import Division
 from fastcov.distributed import Processes
@@ -49,7 +49,7 @@ def two(tmp_path_factory):
 def test_two_processes_have_the_keys_of_one(two, case):
     budget, n = SOUND[case]
     model = Tiny(dtype=torch.float32)
-    one = sums(collect_moments(model, MODULES, batches(DOCUMENTS[:n]), budget))
+    one = sums(collect_moments(model, MODULES, batches(DOCUMENTS[:n]), budget, quartic=True))
     both = [torch.load(two / f"sums{rank}.pt")[case] for rank in range(2)]
     for name, layer in zip(MODULES, (0, 2), strict=True):
         alone, count, quartic = one[name]
@@ -103,7 +103,7 @@ def test_two_processes_that_were_interrupted_go_on_to_the_same_bits(two):
         ("too short", {"BudgetNotMet", "FailedElsewhere"}, "keys for 'layers.0.down_proj' but"),
         ("short in one", ("FailedElsewhere", "BudgetNotMet"), "but 300 were wanted"),
         ("other text in one", {"FastcovError", "FailedElsewhere"}, "has read other text"),
-        ("nan in one", ("FailedElsewhere", "NonFiniteKeys"), "hold NaN or infinity"),
+        ("nan in one", ("FailedElsewhere", "NonFinite"), "hold NaN or infinity"),
     ],
 )
 def test_an_error_in_one_process_ends_both(two, case, kinds, words):
@@ -119,30 +119,30 @@ def test_an_error_in_one_process_ends_both(two, case, kinds, words):
 
 def test_a_batch_whose_keys_cannot_be_counted():
     processes = Processes(torch.distributed.HashStore(), 1, 2)
-    division = Division(processes, Tally(Tiny(), {MODULES[0]: 3}, torch.float32))
+    division = Division(processes, Accumulator(Tiny(), {MODULES[0]: 3}, torch.float32))
     with pytest.raises(FastcovError, match="neither input_ids nor an attention_mask"):
         list(division.own([{"inputs_embeds": torch.ones(1, 2, 3)}]))
 
 
 def test_batches_without_a_mask_are_counted_by_their_tokens():
     processes = Processes(torch.distributed.HashStore(), 1, 2)
-    tally = Tally(Tiny(), {MODULES[0]: 7, MODULES[1]: None}, torch.float32)
-    division = Division(processes, tally)
+    sums = Accumulator(Tiny(), {MODULES[0]: 7, MODULES[1]: None}, torch.float32)
+    division = Division(processes, sums)
     own = []
     for batch in division.own({"input_ids": torch.ones(2, n, dtype=torch.long)} for n in (2, 3, 5)):
         own.append(batch["input_ids"].shape[1])
-        tally.start(None)  # as whoever runs it does
-        tally.pass_over(0)
+        sums.start(None)  # as whoever runs it does
+        sums.skip(0)
     assert own == [3]
-    assert (tally.found(MODULES[0]), tally.found(MODULES[1])) == (7, 14)
+    assert (sums.found(MODULES[0]), sums.found(MODULES[1])) == (7, 14)
 
 
 def test_padding_and_tokens_that_are_no_keys_are_not_counted():
     processes = Processes(torch.distributed.HashStore(), 1, 2)
-    tally = Tally(Tiny(), {MODULES[0]: None}, torch.float32)
+    sums = Accumulator(Tiny(), {MODULES[0]: None}, torch.float32)
     (batch,) = bucket([[1, 2, 3], [4, 5]], 100, max_padding=0.9)
-    division = Division(processes, tally)
+    division = Division(processes, sums)
     keys = {**batch, "key_mask": batch["attention_mask"] * (batch["position_ids"] > 0)}
-    assert list(division.own([batch])) == [] and tally.found(MODULES[0]) == 5
-    tally.start(None)  # the one after is this process's
-    assert list(division.own([keys])) == [] and tally.found(MODULES[0]) == 8
+    assert list(division.own([batch])) == [] and sums.found(MODULES[0]) == 5
+    sums.start(None)  # the one after is this process's
+    assert list(division.own([keys])) == [] and sums.found(MODULES[0]) == 8

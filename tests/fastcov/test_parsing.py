@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from fastcov.parsing import parse_json
+from fastcov.files import parse_json
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from fastcov import EmptyCorpus, SecondMoment, WrongWidth, factorize, regularised
+from fastcov import BadInput, SecondMoment, factorize, regularised
 from reference import closed_form as literal
 from reference import shrinkage as literal_shrinkage
 
@@ -59,7 +59,7 @@ def test_of_a_moment_the_sum_is_read_where_it_lies():
     assert got.dtype == torch.float64
     assert got.tril().tolist() == [[50.25, 0.0], [10.0, 20.25]]
     assert factorize(got).L.square().sum(1).tolist() == pytest.approx([50.25, 20.25])
-    with pytest.raises(EmptyCorpus, match="width 3"):
+    with pytest.raises(BadInput, match="width 3"):
         regularised(SecondMoment(3), 1, 0)
 
 
@@ -70,5 +70,5 @@ def test_of_a_moment_the_sum_is_read_where_it_lies():
 def test_regularised_refuses_bad_settings(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         regularised(torch.eye(2), **{"weight": 1.0, "ridge": 0.0, **bad})
-    with pytest.raises(WrongWidth):
+    with pytest.raises(BadInput):
         regularised(torch.ones(2, 3), 1, 0)

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from fastcov import BadBudget, Span, between, bucket, collect_moments
+from fastcov import BadInput, Span, between, bucket, collect_moments
 from fastmemit.models import find_adapter
 from tiny_models import tiny_model
 
@@ -75,7 +75,7 @@ def test_a_batch_has_a_mask_of_keys_only_where_some_token_is_none():
 
 @pytest.mark.parametrize("numbers", [(-1, 3), (3, 3), (4, 2)])
 def test_no_keys_are_refused(numbers):
-    with pytest.raises(BadBudget, match="are none"):
+    with pytest.raises(BadInput, match="are none"):
         between(DOCUMENTS, *numbers, 10)
 
 

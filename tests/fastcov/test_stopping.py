@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastcov import BadBudget, SecondMoment, WrongWidth, sizing
+from fastcov import BadInput, SecondMoment, sizing
 from fastcov.sizing import StoppingRule, checkpoints
 from reference import stopping as literal
 
@@ -163,7 +163,7 @@ def test_checkpoints():
     assert checkpoints(100, 25)[-3:] == [1500, 2000, 2500]
     assert checkpoints(100, 0.5) == [50] and checkpoints(100, 120)[-2:] == [10000, 12000]
     assert checkpoints(1536, 10)[-1] == 15360
-    with pytest.raises(BadBudget):
+    with pytest.raises(BadInput):
         checkpoints(100, 0)
 
 
@@ -174,12 +174,12 @@ def test_bad_input_is_named():
         StoppingRule(tolerance=math.nan)
     with pytest.raises(ValueError, match="probe"):
         StoppingRule(probes=0)
-    with pytest.raises(BadBudget, match="multiplier"):
+    with pytest.raises(BadInput, match="multiplier"):
         StoppingRule(limit=-1)
     rule = StoppingRule()
     moment = SecondMoment(4).update(torch.randn(10, 4))
     rule.update(moment)
-    with pytest.raises(BadBudget, match="10 keys and had 10"):
+    with pytest.raises(BadInput, match="10 keys and had 10"):
         rule.update(moment)
-    with pytest.raises(WrongWidth, match="5 wide"):
+    with pytest.raises(BadInput, match="5 wide"):
         rule.update(SecondMoment(5).update(torch.randn(20, 5)))

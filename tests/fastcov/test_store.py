@@ -14,6 +14,7 @@ from fastcov import (
     StoreDamaged,
     StoreMismatch,
     StoreMissing,
+    files,
     load_moment,
     read_provenance,
     save_moment,
@@ -25,7 +26,7 @@ PROVENANCE = {"model": "tiny", "module": "layers.4.down_proj", "seed": 3, "corpu
 
 def moment(d=5, dtype=torch.float32, seed=0):
     X = torch.randn(20, d, generator=torch.Generator().manual_seed(seed))
-    return SecondMoment(d, dtype=dtype).update(X)
+    return SecondMoment(d, dtype=dtype, quartic=True).update(X)
 
 
 def header_of(data):
@@ -344,7 +345,7 @@ def test_a_pipe_is_written_into_and_stays(tmp_path):
 
 
 def test_a_pipe_that_nobody_reads_is_no_reason_to_wait_for_ever(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(store, "_READER_SECONDS", 0.1)
+    monkeypatch.setattr(files, "_READER_SECONDS", 0.1)
     os.mkfifo(tmp_path / "pipe")
     written(tmp_path / "pipe")
     assert "nobody reads the pipe" in caplog.text
@@ -370,7 +371,7 @@ def test_what_goes_to_the_output_comes_in_order_with_what_is_printed(tmp_path, n
 
     out = tmp_path / "out"
     lines = (
-        "import sys; from fastcov.store import atomic_file",
+        "import sys; from fastcov.files import atomic_file",
         "print('before')",
         "with atomic_file(sys.argv[1]) as file: file.write(b'inside\\n')",
         "print('after')",

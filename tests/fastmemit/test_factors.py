@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import fastcov
-from fastcov.errors import QuarticUnknown
+from fastcov.errors import BadInput
 from fastmemit import sources as factors
 from fastmemit.methods import MemitConfig, find_config
 from fastmemit.sources import FactorCache, resolved
@@ -85,7 +85,7 @@ def test_statistics_of_an_older_version_are_refused_by_ledoit_wolf_alone(editor,
     old = fastcov.SecondMoment.from_lower(stored(editor).lower, stored(editor).count)
     monkeypatch.setattr(factors.Statistics, "moment", lambda self, module: old)
     assert factor(editor, shrinkage="oas").jitter == 0
-    with pytest.raises(QuarticUnknown, match="precompute again"):
+    with pytest.raises(BadInput, match="precompute again"):
         factor(editor, shrinkage="ledoit-wolf")
 
 

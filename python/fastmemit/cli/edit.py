@@ -146,7 +146,7 @@ def _show(args: argparse.Namespace) -> None:
       fastmemit show edit.safetensors
       fastmemit show a.safetensors b.safetensors ./my-model
     """
-    from fastcov.printable import printable
+    from fastcov.errors import printable
 
     for path in args.paths:
         kind, about = _model_shown(path) if path.is_dir() else _edit_shown(path)
@@ -240,7 +240,7 @@ def _compose(args: argparse.Namespace) -> None:
       fastmemit compose --edit both.safetensors --remove 3f7c1a9be2d4 --out a.safetensors
       fastmemit compose --edit a.safetensors --edit b.safetensors --rank 64 --out small.safetensors
     """
-    from fastcov.printable import printable
+    from fastcov.errors import printable
     from fastmemit.delta import Delta
     from fastmemit.sharing import compose, compressed, parts, remove
 

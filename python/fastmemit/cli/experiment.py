@@ -152,7 +152,7 @@ def _sequential(args: argparse.Namespace) -> None:
     DIR gets sequential.jsonl, a line a step, and of all that is in it sequential.md, .svg and .png. A
     sequence that was killed begins again at its first batch; those that were finished stay.
     """
-    from fastcov.store import atomic_file
+    from fastcov.files import atomic_file
     from fastmemit.data import batches
     from fastmemit.experiments.plots import check_matplotlib, sequence_figure
     from fastmemit.experiments.sequential import Plan, run_sequences
@@ -190,7 +190,7 @@ def _report(args: argparse.Namespace) -> None:
       fastmemit experiment report results/smollm2
       fastmemit experiment report results/smollm2 results/smollm2-below-the-minimum --out report
     """
-    from fastcov.printable import printable
+    from fastcov.errors import printable
     from fastmemit.experiments.report import write_report
     from fastmemit.experiments.tables import summary
 
@@ -216,7 +216,7 @@ def _locate(args: argparse.Namespace) -> None:
     """
     import torch
 
-    from fastcov.machine import this_machine
+    from fastcov.bench.machine import machine
     from fastmemit.data import load_records
     from fastmemit.experiments.results import file_identity
     from fastmemit.progress import bar
@@ -256,7 +256,7 @@ def _locate(args: argparse.Namespace) -> None:
         "device": str(adapter.device),
         "facts": file_identity(args.facts),
     }
-    hardware = {**dataclasses.asdict(this_machine(adapter.device)), "threads": torch.get_num_threads()}
+    hardware = {**dataclasses.asdict(machine(adapter.device)), "threads": torch.get_num_threads()}
     result = located(
         found,
         chosen.looked_at,

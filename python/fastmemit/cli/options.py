@@ -457,7 +457,7 @@ def read_text(args: argparse.Namespace, editor: Editor, **windows: int | None) -
 
 def write_json(path: Path | None, content: Any, *, allow_nan: bool = True) -> None:
     """Write what was found, before it is shown, which may fail; nothing where no file is asked for."""
-    from fastcov.store import atomic_file
+    from fastcov.files import atomic_file
 
     if path is not None:
         with atomic_file(path) as file:

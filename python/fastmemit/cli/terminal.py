@@ -41,7 +41,7 @@ class _Printable:
         rest = text[len(head) :]
         # --help and most lines have nothing but line ends, and do not wait for torch to be loaded.
         if not rest.replace("\n", "").isprintable():
-            from fastcov.printable import printable
+            from fastcov.errors import printable
 
             rest = printable(rest, lines=True)
         encoding = getattr(self._stream, "encoding", None) or "utf-8"
@@ -94,7 +94,7 @@ def show_table(rows: Sequence[Sequence[str]], *, right: bool = True) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from fastcov.printable import printable
+    from fastcov.errors import printable
 
     ruled = sys.stdout.isatty()
     table = Table(box=box.SIMPLE_HEAD if ruled else None, padding=(0, 1) if ruled else (0, 2, 0, 0))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastcov.printable import printable_logger
+from fastcov.errors import printable_logger
 from fastmemit.data.reading import check_file, decode, parse_json
 from fastmemit.errors import BadConfig
 from fastmemit.methods import CONFIGS, EditConfig

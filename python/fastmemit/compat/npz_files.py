@@ -21,9 +21,9 @@ from torch import Tensor
 import fastcov
 from fastcov import KeyHooks, SecondMoment
 from fastcov.closed_form import THRESHOLD
+from fastcov.files import atomic_file
 from fastcov.hooks import evaluation_mode, isolated, key_rows
 from fastcov.npz import NpzMoment, load_npz, save_npz
-from fastcov.store import atomic_file
 from fastmemit.data import load_corpus
 from fastmemit.data.corpora import corpus_batches
 from fastmemit.editor import Editor
@@ -444,7 +444,9 @@ def mean_squares(editor: Editor, modules: Sequence[str]) -> dict[str, Tensor]:
     sums: dict[str, Tensor] = {}
     counts = dict.fromkeys(modules, 0)
 
-    def add(name: str, x: Tensor, mask: Tensor | None) -> None:
+    mask: Tensor | None = None  # of the batch that runs
+
+    def add(name: str, x: Tensor) -> None:
         for rows, part in key_rows(x, mask):
             counted = rows if part is None else rows[part.to(rows.device)]
             sums[name] = sums.get(name, 0) + counted.double().square().sum(0).cpu()
@@ -454,5 +456,6 @@ def mean_squares(editor: Editor, modules: Sequence[str]) -> dict[str, Tensor]:
     with prose as batches, KeyHooks(model, modules, add) as hooks, evaluation_mode(model):
         for batch in batches:
             moved = {k: v.to(device) for k, v in batch.items() if k != "key_mask"}
-            hooks.run({**moved, "use_cache": False}, batch.get("key_mask"))
+            mask = batch.get("key_mask", batch.get("attention_mask"))
+            hooks.run({**moved, "use_cache": False})
     return {name: sums[name] / counts[name] for name in modules}

@@ -19,8 +19,8 @@ import torch
 from tqdm import tqdm
 
 import fastcov
-from fastcov.batching import Ahead, pinned
-from fastcov.printable import printable_logger
+from fastcov.batching import Prefetcher, pinned
+from fastcov.errors import printable_logger
 from fastmemit import parallel
 from fastmemit.data.reading import (
     MAX_LINE,
@@ -376,7 +376,7 @@ def corpus_batches(
         skip: How many at the beginning of each document are no keys, and not counted either.
         reading: Called, in the caller's thread, with the number of tokens of each document read.
     """
-    ahead: Ahead[Mapping[str, Any]] = Ahead(_READ_AHEAD)
+    ahead: Prefetcher[Mapping[str, Any]] = Prefetcher(_READ_AHEAD)
     threaded = not corpus.by_model
     told = ahead.relayed(reading) if threaded and reading is not None else reading
 

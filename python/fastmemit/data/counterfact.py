@@ -9,7 +9,7 @@ from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fastcov.printable import printable_logger
+from fastcov.errors import printable_logger
 from fastmemit.data.reading import PREFIX, Value, is_clean_text, load_splits, read_values
 from fastmemit.errors import BadData, BadRequest
 from fastmemit.request import EditRequest

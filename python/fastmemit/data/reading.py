@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fastcov import parsing
+from fastcov import files
 
 MAX_WHOLE_FILE = 1 << 30  # bytes of a file that must be parsed whole (a JSON list)
 MAX_LINE = 1 << 28  # bytes of one line or one document
@@ -79,7 +79,7 @@ def decode(raw: bytes, path: Path, offset: int, error: type[Exception]) -> str:
 def parse_json(text: str, place: str, error: type[Exception]) -> Any:
     """The JSON value in `text`; a message of what is wrong carries `place`."""
     try:
-        return parsing.parse_json(text)
+        return files.parse_json(text)
     except json.JSONDecodeError as bad:
         where = f"line {bad.lineno}, " if "\n" in text.strip() else ""
         raise error(

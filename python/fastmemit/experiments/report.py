@@ -16,7 +16,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from fastcov.store import atomic_file
+from fastcov.files import atomic_file
 from fastmemit.errors import BadConfig
 from fastmemit.experiments import tables
 from fastmemit.experiments.intervals import RESAMPLES

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
 
-from fastcov.errors import NonFiniteKeys, NonFiniteMatrix
+from fastcov.errors import NonFinite
 from fastmemit.data import Record
 from fastmemit.editor import Editor
 from fastmemit.errors import BadConfig, BadData, DamagedFile, FastmemitError, WrongModel
@@ -253,7 +253,7 @@ def run_sequential(
                 # not take some from the store and make the others.
                 editor.sources.targets(requests, config, together=True)
                 editor.edit(requests, config, preserved=earlier, reads=reads, verify=False)
-            except (NonFiniteKeys, NonFiniteMatrix, FastmemitError) as broken:
+            except (NonFinite, FastmemitError) as broken:
                 # Requests were checked before, so that what is left of our own errors is a target whose loss is not
                 # finite.
                 if not editor.edits:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-from fastcov.store import atomic_file
+from fastcov.files import atomic_file
 from fastmemit.data import Record, batches
 from fastmemit.editor import Editor
 from fastmemit.errors import BadConfig, BadData, WrongModel

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fastcov import CholeskyFactor, LowRank, NullSpace
-from fastcov.factor import updated
+from fastcov.linalg import updated
 from fastmemit.activations import ContextReading, ReadCache, Reading, Subjects, read_at_subject
 from fastmemit.delta import add_low_rank, restore
 from fastmemit.edits import Edit, EditStack, Writing
@@ -87,7 +87,7 @@ class PreservedKeys:
             written: Further keys (d_k, B): of facts that the present batch has written already.
 
         Raises:
-            fastcov.WrongWidth: Keys are of another width than A.
+            fastcov.BadInput: Keys are of another width than A.
         """
         blocks = (*self.blocks(layer), *written)
         if not blocks:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import Any, ClassVar, Literal, TypeVar, get_args
 
-from fastcov.parsing import parse_json
+from fastcov.files import parse_json
 from fastmemit.errors import BadConfig, BadLayer
 from fastmemit.models import ModelAdapter
 from fastmemit.targets import TargetSettings

@@ -19,9 +19,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastcov.files import parse_json, write_safetensors
 from fastcov.hooks import isolated
-from fastcov.parsing import parse_json
-from fastcov.store import write_safetensors
 from fastmemit.delta import Delta
 from fastmemit.errors import BadAdapter, DamagedFile
 from fastmemit.models import ModelAdapter, fingerprint, new_folder

@@ -12,16 +12,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fastcov.kernels import cuda, native
+from fastcov import kernels
+from fastcov.kernels import cuda
 
 
 @pytest.fixture(autouse=True)
 def _forgotten():
     """What was found out about the machine is found out anew, before and after."""
-    cuda.missing.cache_clear()
+    cuda._missing.cache_clear()
     cuda._unfit.cache_clear()
     yield
-    cuda.missing.cache_clear()
+    cuda._missing.cache_clear()
     cuda._unfit.cache_clear()
 
 
@@ -38,7 +39,7 @@ def machine(monkeypatch):
         cuda_error=lambda error: f"cudaErrorNumber{error}, it is broken",
         capabilities=[(9, 0), (8, 0)],
     )
-    monkeypatch.setattr(native, "native", lambda: module)
+    monkeypatch.setattr(kernels, "native", lambda: module)
     for name, value in {
         "is_available": lambda: True,
         "device_count": lambda: len(module.capabilities),
@@ -53,64 +54,65 @@ def machine(monkeypatch):
 
 
 def on_gpu(*shape, dtype=torch.float32, device="cuda:0"):
-    """Stands for a tensor on a GPU, for `refuses`, which looks at nothing else."""
+    """Stands for a tensor on a GPU, for `why_not`, which looks at nothing else."""
     return SimpleNamespace(shape=shape, dtype=dtype, device=torch.device(device))
 
 
 def test_without_a_native_module_its_own_reason_is_given(monkeypatch):
-    monkeypatch.setattr(native, "native", lambda: None)
-    monkeypatch.setattr(native, "missing", lambda: "there was no compiler")
-    assert cuda.missing() == "there was no compiler"
+    monkeypatch.setattr(kernels, "native", lambda: None)
+    monkeypatch.setattr(kernels, "native_missing", lambda: "there was no compiler")
+    assert cuda.why_not() == "there was no compiler"
 
 
 def test_a_native_module_without_cuda_is_named(monkeypatch):
-    monkeypatch.setattr(native, "native", lambda: SimpleNamespace(cpu_rank_k=None))
-    assert cuda.missing() == "the native module was built without CUDA"
+    monkeypatch.setattr(kernels, "native", lambda: SimpleNamespace(cpu_rank_k=None))
+    assert cuda.why_not() == "the native module was built without CUDA"
 
 
 def test_a_machine_without_a_device_is_named(machine, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert cuda.missing() == "there is no CUDA device"
+    assert cuda.why_not() == "there is no CUDA device"
 
 
 def test_one_device_that_can_is_enough(machine):
-    assert cuda.missing() is None
-    cuda.missing.cache_clear()
+    assert cuda.why_not() is None
+    cuda._missing.cache_clear()
     machine.capabilities[:] = [(7, 5), (8, 6)]
-    assert cuda.missing() is None
+    assert cuda.why_not() is None
 
 
 def test_old_devices_are_named_with_what_they_can(machine):
     machine.capabilities[:] = [(7, 5), (6, 1)]
     reason = "has compute capability 7.5 and 8.0 or higher is needed"
-    assert cuda.missing() == f"cuda:0 {reason}"
+    assert cuda.why_not() == f"cuda:0 {reason}"
     machine.capabilities[:] = [(8, 0), (7, 5)]
-    assert cuda.refuses(on_gpu(3, 3), on_gpu(5, 3)) is None
-    assert cuda.refuses(on_gpu(3, 3, device="cuda:1"), on_gpu(5, 3, device="cuda:1")) == (f"cuda:1 {reason}")
+    cuda._missing.cache_clear()
+    assert cuda.why_not(on_gpu(3, 3), on_gpu(5, 3)) is None
+    assert cuda.why_not(on_gpu(3, 3, device="cuda:1"), on_gpu(5, 3, device="cuda:1")) == (f"cuda:1 {reason}")
 
 
 def test_code_that_does_not_load_is_named_with_the_error_of_cuda(machine):
     machine.failing = 35
-    assert cuda.missing() == ("its code does not load on cuda:0 (cudaErrorNumber35, it is broken)")
+    assert cuda.why_not() == ("its code does not load on cuda:0 (cudaErrorNumber35, it is broken)")
 
 
 def test_tensors_that_it_cannot_take_are_named(machine):
-    assert "sum is on cpu" in cuda.refuses(torch.zeros(3, 3), torch.zeros(5, 3))
-    assert "keys on cuda:1" in cuda.refuses(on_gpu(3, 3), on_gpu(5, 3, device="cuda:1"))
+    assert "sum is on cpu" in cuda.why_not(torch.zeros(3, 3), torch.zeros(5, 3))
+    assert "keys on cuda:1" in cuda.why_not(on_gpu(3, 3), on_gpu(5, 3, device="cuda:1"))
     keys = on_gpu(5, 3, dtype=torch.float64)
-    assert "not torch.float64 and torch.float32" in cuda.refuses(on_gpu(3, 3), keys)
+    assert "not torch.float64 and torch.float32" in cuda.why_not(on_gpu(3, 3), keys)
     wide = on_gpu(3, 3, dtype=torch.float64)
-    assert "not torch.float32 and torch.float64" in cuda.refuses(wide, on_gpu(5, 3))
-    assert "2097152 wide and this one is 2097153" in cuda.refuses(on_gpu(2097153, 2097153), on_gpu(5, 2097153))
+    assert "not torch.float32 and torch.float64" in cuda.why_not(wide, on_gpu(5, 3))
+    assert "2097152 wide and this one is 2097153" in cuda.why_not(on_gpu(2097153, 2097153), on_gpu(5, 2097153))
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        assert cuda.refuses(on_gpu(3, 3), on_gpu(5, 3, dtype=dtype)) is None
+        assert cuda.why_not(on_gpu(3, 3), on_gpu(5, 3, dtype=dtype)) is None
 
 
 def test_addresses_sizes_and_strides_arrive(machine):
     C = torch.zeros(8, 10)[:, :8]
     X = torch.zeros(20, 16, dtype=torch.bfloat16)[:, ::2]
     mask = torch.ones(40, dtype=torch.int64)[::2]
-    cuda.rank_k_update(C, X, mask, None, -0.5)
+    cuda.update(C, X, mask, -0.5)
     (called,) = machine.calls
     assert called["mask"] not in (0, mask.data_ptr())  # bytes next to each other
     assert called["turns"] != 0
@@ -132,18 +134,11 @@ def test_addresses_sizes_and_strides_arrive(machine):
         "turns_count": 528,
         "route": 0,
     }
-    rows = torch.tensor([3, 3, 19])
-    cuda.rank_k_update(C, X, None, rows, 1.0)
-    assert machine.calls[1]["rows"] == rows.data_ptr()
-    assert machine.calls[1]["count"] == 3
-    assert machine.calls[1]["mask"] == 0
 
 
 def test_no_rows_are_no_launch(machine):
     C, X = torch.zeros(3, 3), torch.ones(5, 3)
-    # An empty list has no address: passed on, it would read as none given, that is, all rows.
-    cuda.rank_k_update(C, X, None, torch.zeros(0, dtype=torch.int64), 1.0)
-    cuda.rank_k_update(C, X[:0], None, None, 1.0)
+    cuda.update(C, X[:0], None, 1.0)
     assert machine.calls == []
 
 
@@ -154,7 +149,7 @@ def test_an_error_of_cuda_is_raised_with_its_name(machine):
         match=r"^The CUDA kernel failed for torch.float32 keys \(5, 3\) on cpu by route 'wgmma': "
         r"cudaErrorNumber98, it is broken; name another kernel\.$",
     ):
-        cuda.launch(torch.zeros(3, 3), torch.zeros(5, 3), None, None, 1.0, "wgmma")
+        cuda.update(torch.zeros(3, 3), torch.zeros(5, 3), None, 1.0, "wgmma")
 
 
 def test_the_route_is_asked_for_by_name(machine):
@@ -170,8 +165,8 @@ def test_the_route_is_asked_for_by_name(machine):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("n, d", [(64, 8), (1100, 392), (5000, 1544), (4096, 4096)])
 def test_both_kernels_give_the_same_bits_every_time_on_a_device(route, dtype, n, d):
-    if cuda.missing() is not None:
-        pytest.skip(str(cuda.missing()))
+    if cuda.why_not() is not None:
+        pytest.skip(str(cuda.why_not()))
     generator = torch.Generator("cuda").manual_seed(n)
     X = torch.randn(n, d, generator=generator, device="cuda").to(dtype)
     mask = torch.rand(n, generator=generator, device="cuda") < 0.9
@@ -185,7 +180,7 @@ def test_both_kernels_give_the_same_bits_every_time_on_a_device(route, dtype, n,
     results = []
     for _ in range(3):
         C = start.clone()
-        cuda.launch(C, X, mask, None, 0.5, route)
+        cuda.update(C, X, mask, 0.5, route)
         assert bool(C[~below].isnan().all())
         results.append(C[below])
     error = (results[0].double() - wanted[below]).norm() / wanted[below].norm()

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from fastcov import ops
-from fastcov.kernels import reference, selfcheck
+from fastcov.kernels import plain, selfcheck
+from tiny_kernels import offer
 
 CPU = torch.device("cpu")
 
@@ -21,39 +22,39 @@ def above(C):
     return torch.ones_like(C, dtype=torch.bool).triu(1)
 
 
-def writes_above(C, X, mask, rows, alpha):
-    reference.rank_k_update(C, X, mask, rows, alpha)
+def writes_above(C, X, mask, alpha):
+    plain.reference(C, X, mask, alpha)
     C[0, 1] = 0.0
 
 
-def forgets_the_mask(C, X, mask, rows, alpha):
-    reference.rank_k_update(C, X.nan_to_num(0.5), None, rows, alpha)
+def forgets_the_mask(C, X, mask, alpha):
+    plain.reference(C, X.nan_to_num(0.5), None, alpha)
 
 
-def overwrites(C, X, mask, rows, alpha):
+def overwrites(C, X, mask, alpha):
     C.masked_fill_(~above(C), 0.0)
-    reference.rank_k_update(C, X, mask, rows, alpha)
+    plain.reference(C, X, mask, alpha)
 
 
-def is_off_by_a_little(C, X, mask, rows, alpha):
-    reference.rank_k_update(C, X, mask, rows, alpha * (1 + 3e-5))
+def is_off_by_a_little(C, X, mask, alpha):
+    plain.reference(C, X, mask, alpha * (1 + 3e-5))
 
 
-def does_nothing(C, X, mask, rows, alpha):
+def does_nothing(C, X, mask, alpha):
     pass
 
 
-def is_wrong_without_a_mask(C, X, mask, rows, alpha):
-    reference.rank_k_update(C, X, mask, rows, alpha if mask is not None else 2 * alpha)
+def is_wrong_without_a_mask(C, X, mask, alpha):
+    plain.reference(C, X, mask, alpha if mask is not None else 2 * alpha)
 
 
-def raises(C, X, mask, rows, alpha):
+def raises(C, X, mask, alpha):
     raise RuntimeError("no such instruction\nand a long story")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_right_kernel_passes(dtype):
-    assert selfcheck.failure("right", reference.rank_k_update, CPU, dtype, 64) is None
+    assert selfcheck.failure("right", plain.reference, CPU, dtype, 64) is None
 
 
 @pytest.mark.parametrize(
@@ -94,9 +95,9 @@ def test_wide_keys_are_checked_on_their_own(monkeypatch):
     monkeypatch.setattr(selfcheck, "_WIDE", 1100)  # two blocks, quickly
     widths = []
 
-    def wrong_where_wide(C, X, mask, rows, alpha):
+    def wrong_where_wide(C, X, mask, alpha):
         widths.append(C.shape[0])
-        reference.rank_k_update(C, X, mask, rows, alpha)
+        plain.reference(C, X, mask, alpha)
         if C.shape[0] > 1000:
             C[1090, 3] += 100.0
 
@@ -104,7 +105,7 @@ def test_wide_keys_are_checked_on_their_own(monkeypatch):
         assert selfcheck.failure("wide", wrong_where_wide, CPU, torch.float32, 576) is None
         assert selfcheck.failure("wide", wrong_where_wide, CPU, torch.float32, 6400)
     assert widths == [400, 400, 1100, 1100]
-    assert selfcheck.failure("fine", reference.rank_k_update, CPU, torch.float32, 6400) is None
+    assert selfcheck.failure("fine", plain.reference, CPU, torch.float32, 6400) is None
 
 
 def test_a_full_device_says_nothing_of_a_kernel():
@@ -121,16 +122,29 @@ def test_a_full_device_says_nothing_of_a_kernel():
 
 def test_the_check_moves_no_random_state():
     before = torch.get_rng_state()
-    selfcheck.failure("right", reference.rank_k_update, CPU, torch.float32, 64)
+    selfcheck.failure("right", plain.reference, CPU, torch.float32, 64)
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_a_kernel_that_fails_its_check_is_not_chosen_but_can_be_named(monkeypatch):
-    monkeypatch.setattr(ops, "_KERNELS", {"reference": ops._KERNELS["reference"]})
-    ops.register(ops.Kernel("bad", does_nothing, lambda: None, lambda C, X: None, rank=9, checked=True))
+    offer(monkeypatch, ops.Kernel("bad", does_nothing, lambda C=None, X=None: None, checked=True))
     C, X = torch.zeros(2, 2), torch.ones(1, 2)
     assert ops.chosen(C, X) == "reference"
     ops.rank_k_update(C, X)
     assert C[1, 0] == 1
     ops.rank_k_update(C, X, kernel="bad")
     assert C[1, 0] == 1
+
+
+def test_a_choice_without_room_for_the_check_is_made_again(monkeypatch):
+    calls = []
+
+    def full(C, X, mask, alpha):
+        calls.append(C.shape[0])
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    offer(monkeypatch, ops.Kernel("full", full, lambda C=None, X=None: None, checked=True))
+    C, X = torch.zeros(2, 2), torch.ones(1, 2)
+    assert ops.chosen(C, X) == "full"  # of which nothing is known
+    assert ops.chosen(C, X) == "reference" and calls == [400, 400, 400]

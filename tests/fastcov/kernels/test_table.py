@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
 from fastcov import ops
 from fastcov.kernels import table
+from tiny_kernels import offer
 
 ROWS = [
     {"dtype": "bfloat16", "d": 6400, "seconds": {"triton": 3.0, "cuda": 2.0, "panels": 4.0}},
@@ -48,13 +51,11 @@ def test_an_unknown_device_has_no_order(measured, monkeypatch):
     ("dtype", "d", "first"),
     [(torch.bfloat16, 6400, "cuda"), (torch.bfloat16, 16384, "triton"), (torch.float16, 64, "high")],
 )
-def test_what_was_measured_comes_before_the_ranks(measured, monkeypatch, dtype, d, first):
-    def kernel(name, rank):
-        ops.register(ops.Kernel(name, lambda *a: None, lambda: None, lambda C, X: None, rank))
-
-    monkeypatch.setattr(ops, "_KERNELS", {})
-    for name, rank in (("high", 30), ("triton", 12), ("panels", 8), ("cuda", 4)):
-        kernel(name, rank)
+def test_what_was_measured_comes_first(measured, monkeypatch, dtype, d, first):
+    kernels = [
+        ops.Kernel(name, lambda *a: None, lambda C=None, X=None: None) for name in ("high", "triton", "panels", "cuda")
+    ]
+    offer(monkeypatch, *kernels, devices=("cuda",))
 
     class Somewhere:
         """Stands in for a tensor on a device that is not here."""
@@ -63,4 +64,42 @@ def test_what_was_measured_comes_before_the_ranks(measured, monkeypatch, dtype, 
         shape = (d, d)
 
     Somewhere.dtype = dtype
-    assert ops._chosen(Somewhere(), Somewhere()).name == first
+    assert ops._best(Somewhere(), Somewhere())[0].name == first
+
+
+def test_results_are_adopted_in_place_of_former_ones(tmp_path):
+    before = {"devices": {"Other": [1], "Card": [2]}}
+    results = {"device": "Card", "kernels": [{**ROWS[0], "goal": 1.6}, {"dtype": "x", "d": 1}]}
+    assert table.adopt(results, before) == {"devices": {"Other": [1], "Card": [ROWS[0]]}}
+    assert before["devices"]["Card"] == [2]
+
+
+def test_the_command_writes_the_table(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(table, "__file__", str(tmp_path / "table.py"))
+    (tmp_path / "measured.json").write_text('{"devices": {}}')
+    results = tmp_path / "card.json"
+    results.write_text(json.dumps({"device": "Card", "kernels": ROWS}))
+    assert table.main([str(results)]) == 0
+    assert json.loads((tmp_path / "measured.json").read_text())["devices"] == {"Card": ROWS}
+    assert "Card" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", "cannot be adopted"),
+        ("[]", "cannot be adopted"),
+        ("{}", "hold no device"),
+        ('{"device": "Card", "kernels": [{"seconds": {}}]}', "no measured time"),
+        ('{"device": "Card", "kernels": [{"seconds": {"a": 1}}]}', "cannot be adopted"),
+    ],
+)
+def test_what_is_no_result_is_refused(tmp_path, monkeypatch, capsys, text, words):
+    monkeypatch.setattr(table, "__file__", str(tmp_path / "table.py"))
+    (tmp_path / "measured.json").write_text('{"devices": {}}')
+    (tmp_path / "bad.json").write_text(text)
+    assert table.main([str(tmp_path / "bad.json")]) == 2
+    assert words in capsys.readouterr().err
+    assert (tmp_path / "measured.json").read_text() == '{"devices": {}}'
+    assert table.main([]) == 2
+    assert table.main([str(tmp_path / "none.json")]) == 2

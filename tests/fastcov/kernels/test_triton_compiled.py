@@ -51,8 +51,7 @@ def launched(monkeypatch, capability, dtype, kept, d, config=None):
         X = torch.empty(N, d, dtype=dtype)
         C = torch.empty(d, d)  # address space: nothing is written
         mask = torch.ones(N, dtype=torch.bool) if kept == "mask" else None
-        rows = torch.arange(N) if kept == "rows" else None
-        kernel.rank_k_update(C, X, mask, rows, 1.0)
+        kernel.update(C, X, mask, 1.0)
     ((grid, arguments, named),) = seen
     return grid, dict(zip(triton_code.rank_k.arg_names, arguments, strict=False)), named
 
@@ -126,7 +125,7 @@ CASES = [
         (torch.float32, (WIDE, RAGGED)),
     )
     for d in widths
-    for kept in ("all", "mask", "rows")
+    for kept in ("all", "mask")
 ] + [
     case(90, torch.float32, "all", NARROW),
     case(90, torch.float32, "mask", NARROW),
@@ -144,7 +143,7 @@ def test_what_is_launched_uses_matrix_instructions_and_spills_nothing(
     registers, spilled = resources(built, tmp_path)
     ptx, kind = built.asm["ptx"], KINDS[dtype]
     hopper, aligned = capability == 90, d % 16 == 0
-    tma = hopper and kept != "rows" and aligned
+    tma = hopper and aligned
     narrow = d != WIDE or (dtype.itemsize == 4 and not tma)
     assert (arguments["tiled"] is not None) == tma
     assert named["TILE"] == (64 if narrow else 128)
@@ -184,22 +183,19 @@ def test_a_config_that_spills_is_seen(monkeypatch, tmp_path):
     [
         ((9, 0), "all", torch.bfloat16, 4096, 128, 64),  # 528 wide tiles for 132 processors
         ((9, 0), "mask", torch.bfloat16, 3968, 64, 64),  # 496 are too few
-        ((9, 0), "rows", torch.float16, 4096, 128, 64),
         ((9, 0), "all", torch.float32, 16384, 128, 16),
-        ((9, 0), "rows", torch.float32, 16384, 64, 16),  # pointers to float32 need the room
         ((9, 0), "all", torch.bfloat16, 16001, 64, 16),  # rows start anywhere
         ((8, 0), "all", torch.bfloat16, 4096, 128, 32),
         ((8, 6), "mask", torch.bfloat16, 4096, 128, 16),
         ((10, 0), "all", torch.bfloat16, 16384, 128, 64),
-        ((10, 0), "all", torch.float32, 16384, 64, 16),
-        ((12, 0), "rows", torch.float32, 4096, 64, 16),
+        ((10, 0), "all", torch.float32, 16384, 64, 16),  # pointers to float32 need the room
+        ((12, 0), "mask", torch.float32, 4096, 64, 16),
     ],
 )
 def test_the_choice_of_tiles(capability, kept, dtype, d, tile, depth):
     aligned = d % 16 == 0
-    named = kept == "rows"
-    route = kernel._route(capability, aligned, kept == "mask", named, dtype.itemsize)
+    route = kernel._route(capability, aligned, kept == "mask", dtype.itemsize)
     config = kernel.choose(route, aligned, 132, torch.empty(1, d, dtype=dtype))
     assert (config.tile, config.depth) == (tile, depth)
     on_ten = capability[0] == 10 and dtype == torch.bfloat16
-    assert (route == "tma") == (aligned and not named and (capability[0] == 9 or on_ten))
+    assert (route == "tma") == (aligned and (capability[0] == 9 or on_ten))

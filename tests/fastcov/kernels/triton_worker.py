@@ -36,20 +36,19 @@ def rows_of(t, out, BLOCK: tl.constexpr):
     tl.store(out + at, triton_code.triangle_row(tl.load(t + at)))
 
 
-def launch(C, X, mask, rows, alpha, config, tma, processors, chain):
-    kernel.launch(C, X, mask, rows, alpha, kernel.Config(*config), tma, processors, chain)
+def launch(C, X, mask, alpha, config, tma, processors, chain):
+    kernel.launch(C, X, mask, alpha, kernel.Config(*config), tma, processors, chain)
     return C
 
 
-def public(C, X, mask, rows, alpha):
-    assert kernel.missing() is None
-    assert kernel.refuses(C, X) is None
-    kernel.rank_k_update(C, X, mask, rows, alpha)
+def public(C, X, mask, alpha):
+    assert kernel.why_not(C, X) is None
+    kernel.update(C, X, mask, alpha)
     return C
 
 
 def refusal(C, X):
-    return kernel.refuses(C, X)
+    return kernel.why_not(C, X)
 
 
 def tiles_in_order(tiles, band):
@@ -80,9 +79,9 @@ def far(values, stride, sum_stride):
         return None
     results = []
     X.copy_(values)
-    for rows in (None, torch.arange(n)):
+    for mask in (None, torch.ones(n, dtype=torch.bool)):
         C.copy_(torch.zeros(d, d))
-        kernel.launch(C, X, None, rows, 1.0, kernel.Config(16, 16, 4, 1, 1), tma=False)
+        kernel.launch(C, X, mask, 1.0, kernel.Config(16, 16, 4, 1, 1), tma=False)
         results.append(C.clone().contiguous())
     return results
 

@@ -178,7 +178,7 @@ def test_a_missing_file_says_what_is_there(place: StatsPlace, tmp_path: Path) ->
 
 def test_keys_of_another_width(place: StatsPlace, tmp_path: Path) -> None:
     wide = fresh(tmp_path, model=tiny_model("llama", intermediate_size=80))
-    refused(wide, files_of(wide, place, [0]), fastcov.WrongWidth, "of width 64 .* have 80")
+    refused(wide, files_of(wide, place, [0]), fastcov.BadInput, "of width 64 .* have 80")
 
 
 def test_files_belong_to_the_unedited_model(place: StatsPlace, editor: Editor) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastcov.errors import NonFiniteKeys
+from fastcov.errors import NonFinite
 from fastmemit.data import Record
 from fastmemit.editor import Editor
 from fastmemit.errors import BadConfig, BadData, DuplicateRequest, WrongModel
@@ -180,7 +180,7 @@ def test_a_broken_model_counts_as_failures_and_the_run_goes_on(
 
     def breaks(requests: Any, *args: Any, **kwargs: Any) -> Any:
         if editor.edits:
-            raise NonFiniteKeys("1 of 2 edit keys hold NaN")
+            raise NonFinite("1 of 2 edit keys hold NaN")
         return real(requests, *args, **kwargs)
 
     monkeypatch.setattr(editor, "edit", breaks)
@@ -190,12 +190,12 @@ def test_a_broken_model_counts_as_failures_and_the_run_goes_on(
     assert "A batch was not written: 1 of 2 edit keys hold NaN" in caplog.text
     # Before anything was written it is no model's fault.
     monkeypatch.setattr(editor, "edit", lambda *_, **__: breaks_at_once())
-    with pytest.raises(NonFiniteKeys):
+    with pytest.raises(NonFinite):
         run(editor)
 
 
 def breaks_at_once() -> None:
-    raise NonFiniteKeys("a key holds NaN")
+    raise NonFinite("a key holds NaN")
 
 
 def test_nan_scores_and_perplexities_do_not_end_it(editor: Editor) -> None:

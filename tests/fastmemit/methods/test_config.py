@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fastcov.linalg import SHRINKAGES
+from fastcov.moments import SHRINKAGES
 from fastmemit.errors import BadConfig, BadLayer
 from fastmemit.methods import (
     CONFIGS,

@@ -1,0 +1,142 @@
+"""The hardware and the versions that a run is only true for."""
+
+from __future__ import annotations
+
+import datetime
+import importlib
+import importlib.metadata
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastcov.bench.schema import Machine, Run
+
+# What decides which kernel runs and how fast.
+_ISA = (
+    "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_bf16", "avx512_fp16", "amx_bf16",
+    "asimd", "bf16", "i8mm", "sve",
+)  # fmt: skip
+
+
+def new_run(arguments: Sequence[str], device: torch.device, program: str) -> Run:
+    """A run without rows, made here and now.
+
+    Args:
+        arguments: Of the command line.
+        device: Where the suites run.
+        program: What stands before the arguments on the command line.
+    """
+    return Run(
+        machine=machine(device),
+        versions=versions(),
+        threads=torch.get_num_threads(),
+        command=shlex.join([*program.split(), *arguments]),
+        date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    )
+
+
+def machine(device: torch.device) -> Machine:
+    """The machine, with its accelerator where the device is one."""
+    cpu, flags = _cpu()
+    found = Machine(
+        cpu=cpu,
+        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else _cores(),
+        isa=tuple(name for name in _ISA if name in flags),
+        system=f"{platform.system()} {platform.machine()}",
+    )
+    if device.type != "cuda":
+        return found
+    properties = torch.cuda.get_device_properties(device)
+    return replace(
+        found,
+        gpu=properties.name,
+        driver=_driver(),
+        capability=f"{properties.major}.{properties.minor}",
+        gpu_memory_gib=round(properties.total_memory / 2**30, 1),
+    )
+
+
+def versions() -> dict[str, str]:
+    """Of everything that may change a figure; "absent" where it is not installed."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda or "absent",
+        "triton": _distribution("triton"),
+        "numpy": _distribution("numpy"),
+        "scipy": _distribution("scipy"),
+        "fastmemit": _own(),
+        "native": _native(),
+    }
+
+
+def _distribution(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "absent"
+
+
+def _own() -> str:
+    """Of the distribution; from its source where it runs without being installed."""
+    version = _distribution("fastmemit")
+    source = Path(__file__).parents[2] / "pyproject.toml"
+    if version == "absent" and source.is_file():
+        for line in source.read_text(encoding="utf-8").splitlines():
+            if line.startswith("version = "):
+                return line.partition("=")[2].strip().strip('"')
+    return version
+
+
+def _native() -> str:
+    """What the native extension says about its own build."""
+    try:
+        native: Any = importlib.import_module("fastcov._native")
+    except ImportError:
+        return "absent"
+    build = native.build() if hasattr(native, "build") else {}
+    return ", ".join(f"{name} {value}" for name, value in build.items()) or "present"
+
+
+def _cpu() -> tuple[str, set[str]]:
+    name, flags = "", set[str]()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name" and not name:
+                name = value.strip()
+            elif key.strip() in ("flags", "Features") and not flags:
+                flags = set(value.split())
+    return name or platform.processor() or platform.machine(), flags
+
+
+def _cores() -> int:
+    return os.cpu_count() or 1
+
+
+def _driver() -> str | None:
+    try:
+        done = subprocess.run(
+            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            timeout=20,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.split("\n", 1)[0].strip() or None
+
+
+def program() -> str:
+    """How `python -m fastcov.bench` was called."""
+    return f"{Path(sys.executable).name} -m fastcov.bench"
