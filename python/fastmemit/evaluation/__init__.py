@@ -1,9 +1,9 @@
 """CounterFact, zsRE, running text and lm-evaluation-harness's tasks on a model before and after editing it."""
 
 from fastmemit.answers import Answer, answer_nlls, judge_answers
-from fastmemit.evaluation.generation import References, generate_records, load_references, n_gram_entropy
+from fastmemit.evaluation.generation import References, generate_records, load_references
 from fastmemit.evaluation.runner import Result, evaluate
-from fastmemit.evaluation.scores import judge_zsre, score_records, summarise, summarise_accuracy
+from fastmemit.evaluation.scores import judge_zsre, score_records
 
 __all__ = [
     "Answer",
@@ -15,8 +15,5 @@ __all__ = [
     "judge_answers",
     "judge_zsre",
     "load_references",
-    "n_gram_entropy",
     "score_records",
-    "summarise",
-    "summarise_accuracy",
 ]

@@ -171,18 +171,9 @@ def evaluate(
     """Edit and score batches of records, each on the unedited model (Table 1's protocol).
 
     Target vectors do not depend on the covariance nor on the batch, so those of all batches are optimised together,
-    first.
-
-    Args:
-        editor: The editor of an unedited model, with its statistics precomputed.
-        batches: Records to be edited together, batch by batch; CounterFact's or zsRE's.
-        method: One of `fastmemit.methods.METHODS`, or settings, see `Editor.plan`.
-        overrides: Settings that replace the preset's.
-        metrics: Of `METRICS`, ``"attributes"`` and ``"generation"`` ask more; the rest is always there.
-        references: Texts to compare generated ones with.
-        text: What perplexity is measured on, before and after; None measures none.
-        perplexity_batches: After how many of the batches, at most.
-        progress: Show a bar for each stage.
+    first. The editor has its statistics precomputed; for the method see `Editor.plan`. The batches are CounterFact's or
+    zsRE's. Of `METRICS`, ``"attributes"`` and ``"generation"`` (compared with references, if any) ask more; the rest is
+    always there. On a text perplexity is measured before, and after `perplexity_batches` of the batches at most.
 
     Raises:
         WrongModel: The model is edited already.

@@ -94,11 +94,7 @@ class Drawing:
 
 
 def check_matplotlib() -> None:
-    """Refuse to begin without the library that draws.
-
-    Raises:
-        BadConfig: matplotlib is not installed.
-    """
+    """Refuse to begin (BadConfig) without the library that draws."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
@@ -111,11 +107,7 @@ def pictures(groups: Sequence[Group], model: str) -> list[Picture]:
     For each method, with the settings of its preset, a line for each size; for each size of a method with several
     groups, a line for each group. Every figure has all scores and perplexity, as far as a cell has them. A figure
     without a line, because every multiplier is alone, is left out.
-
-    Raises:
-        BadConfig: matplotlib is not installed.
     """
-    check_matplotlib()
     found: list[tuple[str, str, list[Line]]] = []
     bare = {group.method for group in groups if not group.settings}
     for group in groups:

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
@@ -239,9 +240,8 @@ def read_results(*folders: Path, name: str = RESULTS) -> dict[str, dict[str, Any
     found: dict[str, dict[str, Any]] = {}
     where: dict[str, Path] = {}
     stem = name.removesuffix(".jsonl")
-    for path in (
-        path for folder in folders for end in ("", ".xz") for path in sorted(folder.glob(f"{stem}*.jsonl{end}"))
-    ):
+    paths = (sorted(folder.glob(f"{stem}*.jsonl{end}")) for folder in folders for end in ("", ".xz"))
+    for path in chain.from_iterable(paths):
         for value in read_lines(path):
             key = value["key"]
             if found.setdefault(key, value) != value and name == RESULTS:

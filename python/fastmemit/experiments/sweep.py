@@ -14,6 +14,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any, cast
 
@@ -348,17 +349,16 @@ def run_sweep(
             run = _Run(editor, inputs, dealt, places, progress)
             run.prepare(todo)
             with bar("records", sum(place.batch_size * place.batches for place in todo), progress) as advance:
-                now = None
-                for place in todo:
-                    if now != (now := (place.seed, place.bos, place.multiplier)):
-                        # Collected no further than the next cell needs.
-                        way = grid.way(place.multiplier)
-                        used = precompute_multipliers(editor, inputs, way, run.layers, bos=place.bos, seed=place.seed)
-                        editor.use(used[place.multiplier])
-                    advance.note(place.key)
-                    cell, seconds = run.cell(place, used[place.multiplier].keys, advance)
-                    timings.append(results.timing(editor, place.key, seconds))
-                    lines.append(cell)
+                for (seed, bos, multiplier), cells in groupby(todo, lambda p: (p.seed, p.bos, p.multiplier)):
+                    # Collected no further than the next cells need.
+                    way = grid.way(multiplier)
+                    used = precompute_multipliers(editor, inputs, way, run.layers, bos=bos, seed=seed)[multiplier]
+                    editor.use(used)
+                    for place in cells:
+                        advance.note(place.key)
+                        cell, seconds = run.cell(place, used.keys, advance)
+                        timings.append(results.timing(editor, place.key, seconds))
+                        lines.append(cell)
         if of == 1:
             results.gather(folder, [place.key for place in places])
         finished = results.read_results(folder)
