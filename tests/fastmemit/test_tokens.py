@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from fastmemit.errors import BadConfig, BadRequest
 from fastmemit.request import EditRequest
-from fastmemit.tokens import (
+from fastmemit.text import (
     NOWHERE,
     Encoded,
     encode,
