@@ -26,7 +26,7 @@ from fastmemit.errors import FastmemitError, UnknownArchitecture
 from fastmemit.models import ModelAdapter, agrees, check_lengths, hidden_of, probe_ids, token_states
 from fastmemit.partial_forward import forward_as
 from fastmemit.request import EditRequest
-from fastmemit.text import Row, length_batches, pad_batch, subject_row
+from fastmemit.tokens import Row, length_batches, pad_batch, subject_row
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from fastcov.hooks import evaluation_mode, isolated
 from fastmemit.errors import BadRequest
 from fastmemit.models import ModelAdapter, check_lengths
 from fastmemit.partial_forward import head_reads
-from fastmemit.text import encode_with_target, length_batches, pad_batch
+from fastmemit.tokens import encode_with_target, length_batches, pad_batch
 
 Question = tuple[str, str]  # (prompt, answer with its leading space)
 

@@ -25,10 +25,11 @@ from fastmemit.models import find_adapter, load_model, save_model
 from fastmemit.outcomes import Reply, compare, verdict
 from fastmemit.partial_forward import check_targets
 from fastmemit.request import EditRequest, check_batch
+from fastmemit.sampling import continue_texts
 from fastmemit.sources import AUTO, Sources, precompute_auto, resolved
 from fastmemit.statistics import Statistics, versions
 from fastmemit.targets import Target
-from fastmemit.text import continue_texts, text_tokenizer
+from fastmemit.tokens import text_tokenizer
 
 __all__ = ["Edit", "Editor"]
 

@@ -19,7 +19,8 @@ from fastmemit.answers import Answer, judge_answers
 from fastmemit.models import ModelAdapter
 from fastmemit.models.running import context_limit
 from fastmemit.request import EditRequest
-from fastmemit.text import continue_rows, encode_with_target, end_tokens, lead
+from fastmemit.sampling import continue_rows, end_tokens
+from fastmemit.tokens import encode_with_target, lead
 
 MORE = 4  # tokens beyond the new answer's that a continuation has, so that it can be read
 ROWS = 64  # continued at once
@@ -31,7 +32,7 @@ class Reply:
     """What a model makes of one fact as it is now.
 
     Attributes:
-        asked: The prompt as it was put to the model, behind its lead if it has one (`fastmemit.text.lead`).
+        asked: The prompt as it was put to the model, behind its lead if it has one (`fastmemit.tokens.lead`).
         probability: Of the whole new answer.
         said: Whether the new answer is what the model says: each token the most probable one.
         says: The new answer, or what the model says instead: its most probable tokens.

@@ -27,7 +27,7 @@ from fastcov.hooks import evaluation_mode, isolated
 from fastmemit.errors import FastmemitError, UnknownArchitecture
 from fastmemit.models import ModelAdapter, hidden_of, probe_ids, token_states, with_hidden
 from fastmemit.models.running import difference, remembered, tolerance
-from fastmemit.text import Row, pad_batch
+from fastmemit.tokens import Row, pad_batch
 
 log = logging.getLogger(__name__)
 

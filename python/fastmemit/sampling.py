@@ -12,7 +12,7 @@ from fastcov.hooks import evaluation_mode, isolated, random_state_kept
 from fastmemit.errors import BadConfig, BadRequest, FastmemitError, WrongModel
 from fastmemit.models import check_lengths, input_device
 from fastmemit.models.running import padding, remembered
-from fastmemit.text import encode, pad_batch
+from fastmemit.tokens import encode, pad_batch
 
 
 @isolated()

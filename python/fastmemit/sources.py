@@ -26,9 +26,9 @@ from fastmemit.outcomes import Reply, ask
 from fastmemit.progress import bar
 from fastmemit.provenance import common, copied, provenance_of, stored
 from fastmemit.request import EditRequest
+from fastmemit.sampling import Contexts
 from fastmemit.statistics import Statistics
 from fastmemit.targets import Target, TargetStore, stored_or_optimised
-from fastmemit.text import Contexts
 
 log = logging.getLogger(__name__)
 

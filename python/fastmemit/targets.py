@@ -30,7 +30,7 @@ from fastmemit.files import shared_folder
 from fastmemit.models import ModelAdapter, check_lengths
 from fastmemit.partial_forward import forward_for
 from fastmemit.request import EditRequest
-from fastmemit.text import RequestRows, lead, like_lengths, request_rows
+from fastmemit.tokens import RequestRows, lead, like_lengths, request_rows
 
 log = logging.getLogger(__name__)
 
@@ -323,7 +323,7 @@ class TargetStore:
             request: The fact; its true answer does not matter.
             contexts: Texts before the prompt.
             settings: Of the optimiser.
-            front: What the bare prompt stands behind, `fastmemit.text.lead`.
+            front: What the bare prompt stands behind, `fastmemit.tokens.lead`.
         """
         content = {
             "recipe": RECIPE,

@@ -33,7 +33,7 @@ from fastmemit.models import ModelAdapter, agrees, check_lengths, hidden_of, pro
 from fastmemit.models.structure import linear_shape
 from fastmemit.partial_forward import PrefixLayer, align, forward_as, head_reads
 from fastmemit.request import EditRequest
-from fastmemit.text import Row, encode_with_target, pad_batch, subject_end
+from fastmemit.tokens import Row, encode_with_target, pad_batch, subject_end
 
 Kind = Literal["mlp", "attention", "hidden"]
 KINDS: tuple[Kind, ...] = get_args(Kind)

@@ -9,7 +9,7 @@ import pytest
 
 from fastmemit import sampling as contexts_module
 from fastmemit.errors import WrongModel
-from fastmemit.text import OPENINGS, generate_contexts
+from fastmemit.sampling import OPENINGS, generate_contexts
 from tiny_editors import FACTS, tiny_editor
 from tiny_models import tiny_model, tiny_tokenizer
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from fastmemit.errors import BadConfig, BadRequest
 from fastmemit.request import EditRequest
-from fastmemit.text import (
+from fastmemit.tokens import (
     NOWHERE,
     Encoded,
     encode,

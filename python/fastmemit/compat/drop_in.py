@@ -36,9 +36,9 @@ from fastmemit.models import ModelAdapter, find_adapter, fingerprint
 from fastmemit.models.structure import unwrapped
 from fastmemit.provenance import there
 from fastmemit.request import EditRequest, check_batch
+from fastmemit.sampling import Contexts, Kind
 from fastmemit.sources import AUTO, Sources, precompute_auto
 from fastmemit.statistics import Statistics
-from fastmemit.text import Contexts, Kind
 
 log = logging.getLogger(__name__)
 

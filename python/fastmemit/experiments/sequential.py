@@ -38,7 +38,7 @@ from fastmemit.experiments.sweep import (
 from fastmemit.methods import PRESERVING, EditConfig, PreservedKeys, ReadCache
 from fastmemit.progress import bar
 from fastmemit.request import check_batch
-from fastmemit.text import request_rows
+from fastmemit.tokens import request_rows
 
 log = logging.getLogger(__name__)
 

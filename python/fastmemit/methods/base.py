@@ -26,7 +26,7 @@ from fastmemit.methods.config import Config
 from fastmemit.models import ModelAdapter
 from fastmemit.request import EditRequest, check_batch
 from fastmemit.targets import Target
-from fastmemit.text import subject_row
+from fastmemit.tokens import subject_row
 
 Blocks = tuple[Tensor, ...]
 

@@ -12,7 +12,8 @@ from torch import nn
 
 from fastcov.hooks import evaluation_mode, isolated
 from fastmemit.errors import BadLayer, OffloadedWeight, QuantisedWeight, UnknownArchitecture
-from fastmemit.models.running import PROBE, BlockMap, Padding, context_limit, input_device, inverse, run_model, traits
+from fastmemit.models.block_map import PROBE, BlockMap, inverse
+from fastmemit.models.running import Padding, context_limit, input_device, run_model, traits
 from fastmemit.models.structure import find_template, linear_maps, linear_shape, text_config, unwrapped
 
 log = logging.getLogger(__name__)
@@ -228,7 +229,7 @@ class ModelAdapter:
         """What to add to the projection's output so that the block's output moves by `residual`.
 
         For most architectures the residual itself, because a block adds the projection's output to
-        its stream as it is; that is measured once a layer.  See `fastmemit.models.running` for
+        its stream as it is; that is measured once a layer.  See `fastmemit.models.block_map` for
         what is done where it does not.
 
         Args:

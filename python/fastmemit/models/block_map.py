@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fastcov.hooks import isolated
 from fastmemit.models.running import hidden_of
-from fastmemit.text import pad_batch
+from fastmemit.tokens import pad_batch
 
 if TYPE_CHECKING:
     from fastmemit.models.adapter import ModelAdapter

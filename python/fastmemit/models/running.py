@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fastcov.hooks import evaluation_mode, isolated
 from fastmemit.errors import BadRequest, UnknownArchitecture
 from fastmemit.models.structure import text_config
-from fastmemit.text import pad_batch
+from fastmemit.tokens import pad_batch
 
 _FIELDS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 
