@@ -143,16 +143,13 @@ def slope(values: Sequence[float]) -> dict[str, float]:
 
 def _come_and_go(editor: Any, requests: list[Any], method: str, way: str, path: Path, settings: dict[str, Any]) -> None:
     """One edit in one of `WAYS`, in the weights and out of them again."""
-    from fastmemit.edits import Edit
-
     if way == "plan":
-        delta = editor.plan(requests, method, **settings)
-        edit = Edit(delta, editor._stack).apply()
+        edit = editor.plan(requests, method, **settings).apply()
         edit.undo()
         edit.apply().undo()
     elif way == "block":
         edit = editor.edit(requests, method, verify=False, **settings)
-        with editor.applied(edit):
+        with edit:
             pass
     else:
         edit = editor.edit(requests, method, verify=False, **settings)
@@ -176,7 +173,7 @@ def _editor(model: str, folder: Path, facts: str | None) -> tuple[Any, dict[str,
             "emmet": {**quick, "layers": (0,)},
             "memit": {**quick, "layers": (0, 1)},
         }
-    editor = Editor.from_pretrained(model, device="cpu", dtype="float32", cache=folder)
+    editor = Editor.from_pretrained(model, device="cpu", dtype="float32", cache_dir=folder)
     editor.precompute("builtin", multiplier=3)
     return editor, {method: {"steps": 5} for method in METHODS}
 

@@ -103,7 +103,7 @@ class Soak:
 
     def _applied(self) -> None:
         edit = Edit(self.edit.delta, self.editor._stack)
-        with self.editor.applied(edit), self.editor.applied(edit):
+        with edit, edit:
             self.editor.generate(["The capital of France is"], 1)
 
     def _sweep(self) -> None:

@@ -191,9 +191,11 @@ def _precompute(folder: Path, seconds: float, multiplier: float, phase: Any, ste
 
     import fastcov
     from fastcov import checkpoint
+    from fastmemit import statistics
     from fastmemit.data import corpora
+    from fastmemit.edits import EditStack
     from fastmemit.models import find_adapter
-    from fastmemit.statistics import precompute
+    from fastmemit.statistics import Collection, StatisticsStore
     from tiny_editors import tiny_corpus
     from tiny_models import tiny_model, tiny_tokenizer
 
@@ -220,14 +222,18 @@ def _precompute(folder: Path, seconds: float, multiplier: float, phase: Any, ste
     def batch(keys: int) -> None:
         steps.value += 1
 
+    @contextlib.contextmanager
+    def bar(what: str, *_: Any) -> Iterator[Any]:
+        yield batch if what == "keys" else lambda _: None
+
+    statistics.bar = bar  # type: ignore[attr-defined]
     checkpoint.atomic_file, fastcov.save_moment = told, saving  # type: ignore[assignment]
     checkpoint.Checkpoint.remove = removing  # type: ignore[method-assign]
-    identity = {"model": "0" * 64, "tokenizer": "0" * 64}
     phase.value = BETWEEN if list(folder.rglob("*.checkpoint")) else BEFORE
-    precompute(
-        find_adapter(tiny_model("llama")), tiny_tokenizer(), tiny_corpus(1500), folder, identity,
-        layers=(0, 1), multiplier=multiplier, checkpoint_seconds=seconds, progress=batch,
-    )  # fmt: skip
+    adapter = find_adapter(tiny_model("llama"))
+    store = StatisticsStore(adapter, tiny_tokenizer(), EditStack.of(adapter.model), folder)
+    store.checkpoint_seconds = seconds
+    store.collect(Collection(tiny_corpus(1500), (0, 1), multiplier))
     phase.value = FINISHED
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from fastmemit import Editor, EditRequest
-from fastmemit.sharing import load_adapter, save_adapter
+from fastmemit.sharing import load_adapter
 
 
 def main() -> None:
@@ -35,8 +35,8 @@ def main() -> None:
     editor = Editor.from_pretrained(args.model, progress=True)
     print(editor.precompute(args.corpus, multiplier=10).describe())
     fact = EditRequest("{} is located in the city of", "The Eiffel Tower", " Rome")
-    delta = editor.plan([fact], args.method)  # nothing is applied
-    save_adapter(delta, editor.model, args.out)
+    edit = editor.plan(fact, args.method)  # nothing is applied
+    edit.save_adapter(args.out)
 
     # From here on only PEFT: a server needs the base model and this folder.
     model = PeftModel.from_pretrained(editor.model, args.out).eval()
@@ -44,7 +44,7 @@ def main() -> None:
     with model.disable_adapter():
         print(f"off: {_answer(model, editor.tokenizer, fact)}")
 
-    same = load_adapter(args.out, model.unload()).digest() == delta.digest()
+    same = load_adapter(args.out, model.unload()).digest() == edit.delta.digest()
     print(f"read back, it is {'the same edit' if same else 'another edit'}")
 
 

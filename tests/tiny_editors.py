@@ -44,7 +44,7 @@ def tiny_editor(
 ) -> Editor:
     """An editor that keeps its files in `folder`, with statistics of `layers` if there are any."""
     model = tiny_model(architecture) if model is None else model
-    editor = Editor(model, tiny_tokenizer(tokenizer), cache=folder, **settings)
+    editor = Editor(model, tiny_tokenizer(tokenizer), cache_dir=folder, **settings)
     if layers:
         editor.precompute(tiny_corpus(), multiplier=4, layers=layers)
     return editor

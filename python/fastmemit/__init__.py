@@ -39,7 +39,7 @@ __all__ = [
 
 _HOMES = {
     "Delta": "fastmemit.delta",
-    "Edit": "fastmemit.editor",
+    "Edit": "fastmemit.edits",
     "Editor": "fastmemit.editor",
     "AlphaEditConfig": "fastmemit.methods",
     "EditConfig": "fastmemit.methods",

@@ -8,9 +8,11 @@ import os
 import threading
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -177,7 +179,10 @@ class Chain:
 class Edit:
     """One edit of one model: a delta, and whether it is in the weights now.
 
-    Made by `fastmemit.Editor`; a file of it holds the delta alone.
+    Made by `fastmemit.Editor`; a file of it holds the delta alone. In a with statement the model has the edit inside,
+    and is as before behind: an edit that is applied already stays so inside and is undone behind; of several blocks
+    with one edit the outermost undoes it. If something is raised inside, later edits that lie on this one are undone
+    with it. Other threads that want to use the model wait until the end of the block.
 
     Attributes:
         delta: What it adds to the weights.
@@ -189,6 +194,7 @@ class Edit:
         self.delta = delta
         self.outcomes: tuple[Outcome, ...] = ()
         self._stack = stack
+        self._blocks: list[AbstractContextManager[Edit]] = []  # that are open now, the innermost last
 
     @property
     def applied(self) -> bool:
@@ -216,6 +222,22 @@ class Edit:
         """
         self._stack.pop(self)
 
+    def __enter__(self) -> Edit:
+        block = self._stack.block(self)
+        with self._stack.lock:
+            try:
+                self._blocks.append(block)
+                return block.__enter__()
+            except BaseException as error:
+                self._blocks = [each for each in self._blocks if each is not block]
+                block.__exit__(type(error), error, error.__traceback__)
+                raise
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._blocks.pop().__exit__(kind, error, trace)
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the delta to a safetensors file.
 
@@ -223,6 +245,18 @@ class Edit:
             OSError: The file cannot be written; a former file stays as it was.
         """
         self.delta.save(path)
+
+    def save_adapter(self, folder: str | os.PathLike[str], **settings: Any) -> Path:
+        """Write the edit as a LoRA adapter for PEFT; see `fastmemit.sharing.save_adapter`, also for the settings."""
+        from fastmemit.sharing import save_adapter
+
+        return save_adapter(self.delta, self._stack.model, folder, **settings)
+
+    def push_to_hub(self, repo: str, **settings: Any) -> str:
+        """Put the edit on the hub with a card; see `fastmemit.sharing.push_edit`, also for the settings."""
+        from fastmemit.sharing import push_edit
+
+        return push_edit(self.delta, repo, **settings)
 
     def __repr__(self) -> str:
         method = self.delta.provenance.get("method", "unknown method")
@@ -315,7 +349,8 @@ class EditStack:
             return _stacks[model]
 
     @property
-    def _model(self) -> nn.Module:
+    def model(self) -> nn.Module:
+        """The model, for as long as somebody else keeps it alive."""
         model = self._reference()
         if model is None:
             raise WrongModel("The edited model is gone; keep it while its edits are used.")
@@ -333,7 +368,7 @@ class EditStack:
             if self._fingerprint is None:
                 if self._layers:
                     raise WrongModel("The model was edited before it was identified; undo all edits.")
-                self._fingerprint = self._watch.identify(self._model)
+                self._fingerprint = self._watch.identify(self.model)
             changed = self.changed()
             if changed:
                 more = f" and {len(changed) - 1} more were" if len(changed) > 1 else " was"
@@ -349,7 +384,7 @@ class EditStack:
         """As `fingerprint`, but of an unedited model that was changed what it is now."""
         with self.lock:
             if self._fingerprint is not None and not self._layers and self.changed():
-                return fingerprint(self._model)
+                return fingerprint(self.model)
             return self.fingerprint
 
     def changed(self) -> list[str]:
@@ -362,7 +397,7 @@ class EditStack:
                 self.settle()
             if self._fingerprint is None or self._journal is not None:
                 return []
-            model = self._model
+            model = self.model
             named = dict(model.named_parameters(remove_duplicate=False)) if self._chains else {}
             edited = {name: (named[name], chain.checksum) for name, chain in self._chains.items() if name in named}
             return self._watch.changed(model, edited)
@@ -402,7 +437,7 @@ class EditStack:
             if edit in self._layers:
                 raise BadUndo(f"{edit!r} is in the weights already; undo it before applying it again.")
             _ = self.fingerprint  # of weights that are still the model's own
-            weights = edit.delta.weights(self._model)
+            weights = edit.delta.weights(self.model)
             chains = {name: self._chains.get(name) or Chain(weight) for name, weight in weights.items()}
             before = {name: (weight, chains[name].covered(weight)) for name, weight in weights.items()}
             writing = Writing(self, _Journal(before, edit))
@@ -432,7 +467,7 @@ class EditStack:
                     f"{edit!r} cannot be undone while the later {later!r} lies on it in {shared}; "
                     "undo the later one first."
                 )
-            named = dict(self._model.named_parameters(remove_duplicate=False))
+            named = dict(self.model.named_parameters(remove_duplicate=False))
             weights = {name: named[name] for name in names if name in named}
             found = checksums(weights.items())
             for name in names:
@@ -449,8 +484,7 @@ class EditStack:
 
     @contextmanager
     def block(self, edit: Edit) -> Iterator[Edit]:
-        """A context with an edit applied inside; see `fastmemit.Editor.applied`."""
-        self.check(edit)
+        """A context with an edit applied inside; see `Edit`."""
         with self.lock:
             if not self.holds(edit):
                 self.push(edit)
@@ -486,7 +520,7 @@ class EditStack:
         """
         with self.lock:
             self.settle()
-            named = dict(self._model.named_parameters(remove_duplicate=False))
+            named = dict(self.model.named_parameters(remove_duplicate=False))
             bits = {name: (named[name], named[name].detach().clone()) for name in names}
             return Writing(self, _Journal(bits))
 

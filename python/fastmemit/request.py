@@ -6,7 +6,7 @@ import re
 import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from fastmemit.errors import BadRequest, DuplicateRequest
 
@@ -239,15 +239,42 @@ def _template(prompt: str, subject: str) -> str:
     return prompt.replace(subject, "{}")
 
 
-def check_batch(requests: Iterable[EditRequest]) -> list[EditRequest]:
-    """The requests as a list, if they can be written together.
+#: One fact: a request, a mapping as `EditRequest.from_dict` reads it, or a triple (prompt, subject, target).
+Fact = EditRequest | Mapping[str, Any] | tuple[str, str, str]
+
+
+def as_requests(facts: Fact | Iterable[Fact]) -> list[EditRequest]:
+    """Facts as requests, one or many.
 
     Raises:
-        BadRequest: There are none.
+        BadRequest: One cannot be read as a fact.
+    """
+    triple = isinstance(facts, tuple) and len(facts) == 3 and all(isinstance(part, str) for part in facts)
+    listed = [facts] if triple or isinstance(facts, EditRequest | Mapping | str) else facts
+    return [_as_request(fact) for fact in cast("Iterable[Fact]", listed)]
+
+
+def _as_request(fact: Fact) -> EditRequest:
+    if isinstance(fact, EditRequest):
+        return fact
+    if isinstance(fact, Mapping):
+        return EditRequest.from_dict(fact)
+    if isinstance(fact, str) or not isinstance(fact, Iterable) or len(parts := tuple(fact)) != 3:
+        raise BadRequest(
+            f"{fact!r:.80} is no fact; give an EditRequest, a dictionary, or a triple of prompt, subject and target."
+        )
+    return EditRequest.from_dict(dict(zip(("prompt", "subject", "target"), parts, strict=True)))
+
+
+def check_batch(facts: Fact | Iterable[Fact]) -> list[EditRequest]:
+    """The facts as requests, if they can be written together.
+
+    Raises:
+        BadRequest: There are none, or one cannot be read as a fact.
         DuplicateRequest: Two have the same subject and prompt; one batch cannot hold both answers, and writing the same
             one twice makes the exact solve singular.
     """
-    batch = list(requests)
+    batch = as_requests(facts)
     if not batch:
         raise BadRequest("There is no request to edit; give at least one.")
     seen: dict[tuple[str, str], int] = {}

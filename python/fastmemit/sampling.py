@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from torch import Tensor
@@ -148,9 +148,9 @@ class Contexts:
     Args:
         model: The model.
         tokenizer: Its tokenizer.
-        seed: Of the sampling.
-        edited: Whether the model is edited now: then it cannot write them any more.
+        seed: Seed for the sampling.
         written: Those that were written before, by kind; new ones join them. None: none were.
+        any_time: Whether an edited model may write them, too.
     """
 
     def __init__(
@@ -158,26 +158,28 @@ class Contexts:
         model: Any,
         tokenizer: Any,
         seed: int,
-        edited: Callable[[], bool],
         written: dict[Kind, tuple[str, ...]] | None = None,
+        *,
+        any_time: bool = False,
     ) -> None:
-        self._model, self._tokenizer, self._seed, self._edited = model, tokenizer, seed, edited
+        self.seed = seed
+        self._model, self._tokenizer, self._any_time = model, tokenizer, any_time
         self._written = {} if written is None else written
 
-    def of(self, method: str) -> tuple[str, ...]:
-        """The texts of a method; see `fastmemit.Editor.contexts`.
+    def of(self, method: str, *, edited: bool = False) -> tuple[str, ...]:
+        """The texts of a method, for a model that is edited now or not; see `fastmemit.Editor.contexts`.
 
         Raises:
             WrongModel: They were never written and the model is edited now.
         """
         kind: Kind = "start" if method == "rome" else "words"
         if kind not in self._written:
-            if self._edited():
+            if edited and not self._any_time:
                 raise WrongModel(
                     "Contexts are written by the unedited model; undo the edits, or call "
                     f"editor.contexts({method!r}) before editing."
                 )
-            self._written[kind] = generate_contexts(self._model, self._tokenizer, kind, self._seed)
+            self._written[kind] = generate_contexts(self._model, self._tokenizer, kind, self.seed)
         return self._written[kind]
 
 

@@ -1,246 +1,633 @@
-"""Second moments of a model's keys: collected once, kept on disk, found by what they are of."""
+"""Second moments of a model's keys: collected once, stored on disk, found by what they are of, factored for edits."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import logging
 import platform
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from dataclasses import field as dataclass_field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 import transformers
 from torch import Tensor
 
 import fastcov
+from fastcov import CholeskyFactor, NullSpace
 from fastcov.checkpoint import read_checkpoint
 from fastcov.hooks import isolated
+from fastcov.moments import SHRINKAGES
+from fastcov.sizing import LIMIT, StoppingRule, checkpoints
 from fastcov.throughput import Throughput
 from fastmemit import parallel
-from fastmemit.data.corpora import Corpus, corpus_batches, tokens_per_batch
-from fastmemit.errors import BadConfig, UnknownArchitecture
+from fastmemit.data.corpora import Corpus, corpus_batches, open_corpus, tokens_per_batch
+from fastmemit.edits import EditStack
+from fastmemit.errors import BadConfig, UnknownArchitecture, WrongModel
 from fastmemit.files import alone, lock_of, shared_folder
-from fastmemit.models import ModelAdapter
+from fastmemit.models import ModelAdapter, tokenizer_fingerprint
+from fastmemit.progress import bar
 from fastmemit.provenance import (
     check_moment,
     common,
     compare,
+    copied,
     essence,
     home_of,
     is_there,
     provenance_of,
     provenances_in,
     shared_of,
+    stored,
     there,
 )
 
+if TYPE_CHECKING:
+    from fastmemit.methods.config import AlphaEditConfig, Config, CovarianceConfig, EditConfig
+
 log = logging.getLogger(__name__)
 
-
+AUTO = "auto"
+CAPACITY = 8 << 30  # bytes; GPT-J's six layers in float64 are 13 GB, so big models factor again
 _TEMPORARY = ".*.tmp"
 _CHECKPOINTS = ".collecting-*.checkpoint"  # no .safetensors: nobody takes one for a moment
 
 
+def versions() -> dict[str, str]:
+    """The versions that a result depends on."""
+    import fastmemit
+
+    return {
+        "fastmemit": fastmemit.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+
+
 @dataclass(frozen=True)
-class Text:
-    """Which keys of a corpus are collected, in which order.
+class Collection:
+    """What is collected: the keys of which layers, how many, of which text.
 
     Attributes:
-        corpus: Where the text comes from.
-        tokenizer: The model's.
-        seed: Of the order of documents.
-        context: Documents are cut at so many tokens.
-        tokens: How many keys there are in all, those before `start` included.
-        start: How many are held already.
-        skip: How many positions at the beginning of a document are no keys.
-    """
-
-    corpus: Corpus
-    tokenizer: Any
-    seed: int
-    context: int
-    tokens: int
-    start: int
-    skip: int
-
-
-def collected(
-    adapter: ModelAdapter,
-    text: Text,
-    budgets: Mapping[str, int],
-    checkpoint: fastcov.Checkpoint,
-    *,
-    allow_fewer: bool,
-    progress: Callable[[int], None] | None,
-    reading: Callable[[int], None] | None,
-    throughput: Throughput | None,
-) -> dict[str, fastcov.SecondMoment]:
-    """The moments of some modules' keys.
-
-    Args:
-        adapter: The unedited model.
-        text: Which keys.
-        budgets: Module -> how many of them it still needs.
-        checkpoint: Where an interrupted pass is kept; the caller removes it when all is written.
+        corpus: ``"wikipedia"`` (from the hub), ``"builtin"``, ``"self"`` (text that the model writes), a text or JSON
+            file, ``"hub:NAME[:CONFIG][@SPLIT]"``, or a `Corpus`.
+        layers: The layers whose keys are wanted.
+        multiplier: d_m: each layer gets exactly ``round(d_m * d_k)`` keys. ``"auto"`` collects until an edit's
+            solution is near its limit, at most 10 (see `fastcov.sizing`).
         allow_fewer: Take a corpus that ends early for what it has.
-        progress: See `fastmemit.statistics.precompute`.
-        reading: See there.
-        throughput: See there.
-
-    Returns:
-        Module -> moment; nothing where the corpus ends just where the keys do that are held.
-
-    Raises:
-        BudgetNotMet: The corpus is too short, and `allow_fewer` is not set.
-        BadInput: It has no token.
-        NonFinite: An activation is NaN or infinite.
-        BadCorpus: The corpus cannot be read.
-        UnknownArchitecture: Padding changes the model's keys.
+        max_length: Cut documents at so many tokens; None takes the model's context (at most 2048). More, shorter
+            documents make keys more independent.
+        field: Where the text is in a JSON corpus.
+        bos: Whether the first position of a document is a key. In most models it draws attention that has nowhere else
+            to go, and its key is unlike all others.
+        seed: Seed for the order of the documents; None takes that of the store.
     """
-    if adapter.right_padding == "none":
-        raise UnknownArchitecture(
-            f"{type(adapter.model).__name__} gives a text other keys where it stands beside longer "
-            "ones in a batch, so its statistics cannot be collected in batches."
-        )
-    causal = adapter.is_causal and adapter.right_padding == "unmasked"
-    if throughput is not None:
-        throughput.measure(adapter.model, adapter.device)  # before a thread begins to read
 
-    def once() -> dict[str, fastcov.SecondMoment]:
-        more: dict[str, fastcov.SecondMoment] = {}
-        with (
-            _counted_from(text.start, text.corpus, allow_fewer),
-            corpus_batches(
-                text.corpus,
-                text.tokenizer,
-                adapter.device,
-                tokens=text.tokens,
-                context=text.context,
-                seed=text.seed,
-                start=text.start,
-                skip=text.skip,
-                reading=reading,
-            ) as batches,
-        ):
-            more = fastcov.collect_moments(
-                adapter.model,
-                list(budgets),
-                batches,
-                budgets,
-                allow_fewer=allow_fewer,
-                quartic=True,  # any file may be asked for Ledoit-Wolf
-                progress=progress,
-                throughput=throughput,
-                causal=causal,
-                checkpoint=checkpoint,
-                processes=parallel.current(),
+    corpus: str | Path | Corpus
+    layers: Sequence[int]
+    multiplier: float | Literal["auto"] = 10.0
+    allow_fewer: bool = False
+    max_length: int | None = None
+    field: str = "text"
+    bos: bool = True
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", tuple(self.layers))
+        if isinstance(self.multiplier, str) and self.multiplier != AUTO:
+            raise BadConfig(f"The multiplier {self.multiplier!r} is no number; give one, or 'auto'.")
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Stored second moments of one model on one corpus.
+
+    Attributes:
+        paths: Module name -> file.
+        provenance: What all of them share: model, corpus, seed, multiplier, budget, keys, context.
+        throughput: How fast they were collected, where that was just now and it was to be measured.
+    """
+
+    paths: dict[str, Path]
+    provenance: dict[str, Any]
+    throughput: Throughput | None = dataclasses.field(default=None, compare=False, repr=False)
+
+    def second_moment(self, module: str) -> Tensor:
+        """C of one module, (d_k, d_k) in the dtype of its sum; errors are those of `moment`."""
+        return self.moment(module).second_moment
+
+    def moment(self, module: str) -> fastcov.SecondMoment:
+        """The moment of one module, on the CPU, every byte of the file verified.
+
+        Raises:
+            StoreMissing: It was not precomputed for this module.
+            StoreDamaged: The file is not what was written.
+            StoreMismatch: The file is of something else than it was when it was found.
+        """
+        if module not in self.paths:
+            raise fastcov.StoreMissing(
+                f"There is no second moment of {module} among the precomputed "
+                f"({', '.join(self.paths)}); precompute its layer too."
             )
-        return more
+        path = self.paths[module]
+        said = provenance_of(path)
+        compare(path, said, {**shared_of(self.provenance), "module": module})
+        moment, _ = fastcov.load_moment(path, said)
+        check_moment(path, said, moment)
+        return moment
 
-    try:
-        try:
-            return once()
-        except fastcov.StaleCheckpoint as error:
-            log.warning("%s It is not used, and collecting begins anew.", error)
-            checkpoint.remove()
-            return once()
-    except (fastcov.FailedElsewhere, fastcov.ProcessLost):  # this process's part is sound
-        raise
-    except fastcov.FastcovError:  # of the text or the model: to go on would end the same way
-        checkpoint.remove()
-        raise
+    @property
+    def keys(self) -> int:
+        """How many keys a module has, the widest if they differ."""
+        return int(self.provenance.get("keys", self.provenance["budget"]))
+
+    def multiplier_of(self, d_k: int) -> float:
+        """How many keys there are, as a multiple of a width."""
+        wanted = fastcov.budget(float(self.provenance["multiplier"]), d_k)
+        return min(wanted, self.keys) / d_k
+
+    def resolved(self, adapter: ModelAdapter, config: Config) -> Config:
+        """The settings with the relative ridge that they come to, one for all layers.
+
+        Layers of unlike widths may have unlike multipliers where the corpus ended early: the widest one has fewest
+        keys for its width and decides.
+        """
+        return config.resolved(self.multiplier_of(max(map(adapter.d_k, config.layers))))
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether the corpus ended before the budget was met."""
+        return self.keys < int(self.provenance["budget"])
+
+    def describe(self) -> str:
+        """One line for people: corpus, multiplier, keys."""
+        p = self.provenance
+        fewer = f" of the {p['budget']} wanted" if self.exhausted else ""
+        first = "" if p.get("bos", True) else ", no first positions"
+        return f"corpus {p['corpus']['name']}, multiplier {p['multiplier']:g}, {self.keys} keys{fewer}{first}"
 
 
-def checkpoint_of(
-    home: Path,
-    modules: Sequence[str],
-    essence: Mapping[str, Any],
-    adapter: ModelAdapter,
-    text: Text,
-    seconds: float | None,
-) -> fastcov.Checkpoint:
-    """Where a pass is kept in the folder of the statistics that it makes.
+class StatisticsStore:
+    """The second moments of one model in a folder, those in use, and the factors that edits solve with.
 
     Args:
-        home: That folder.
-        modules: All that are asked for, also those that are there already: what was killed between two files goes on
-            with the rest of them.
-        essence: What the statistics depend on, and the versions.
         adapter: The model.
-        text: Which keys.
-        seconds: Between two writes, see `fastcov.Checkpoint`.
+        tokenizer: Its tokenizer.
+        stack: The edits that are in its weights.
+        folder: Where moments are stored, ``statistics`` and ``snapshots`` in it.
+        name: What to call the model in files; it identifies nothing.
+        seed: Seed for the order of documents where a collection has none.
+        progress: Show a bar for each long step.
+        capacity: Bytes of factors and null spaces held at most; the least recently used go first, and one is always
+            held.
+
+    Attributes:
+        current: The statistics in use, if any are.
+        checkpoint_seconds: Between two checkpoints of a pass, see `fastcov.Checkpoint`.
     """
-    processes = parallel.current()
-    # Of several processes each keeps its own part; it does not matter how far the others were.
-    part = {} if processes is None else {"process": f"{processes.rank} of {processes.size}"}
-    digest = hashlib.sha256("\n".join([*sorted(modules), *part.values()]).encode()).hexdigest()[:12]
-    identity = {
-        **essence,
-        **part,
-        "tokens": text.tokens,
-        "start": text.start,
-        "batch_tokens": tokens_per_batch(adapter.device),
-        "device": str(adapter.device),
-    }
-    return fastcov.Checkpoint(home / _CHECKPOINTS.replace("*", digest), identity=identity, seconds=seconds)
 
+    def __init__(
+        self,
+        adapter: ModelAdapter,
+        tokenizer: Any,
+        stack: EditStack,
+        folder: Path,
+        *,
+        name: str = "model",
+        seed: int = 0,
+        progress: bool = False,
+        capacity: int = CAPACITY,
+    ) -> None:
+        self._adapter, self._tokenizer, self._stack = adapter, tokenizer, stack
+        self._folder, self._name, self._seed, self._progress = folder, name, seed, progress
+        self._tokenizer_is = tokenizer_fingerprint(tokenizer)
+        self._capacity = capacity
+        self._held: OrderedDict[tuple[Any, ...], CholeskyFactor | NullSpace] = OrderedDict()
+        self.current: Statistics | None = None
+        self.checkpoint_seconds: float | None = None
 
-@contextmanager
-def alone_or_first(processes: fastcov.Processes | None, home: Path, what: str) -> Iterator[bool]:
-    """Hold the lock of a folder of statistics; of processes that collect together, the first does.
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What tells this model and its tokenizer from others, for provenance."""
+        return {"model": self._stack.fingerprint, "model_name": self._name, "tokenizer": self._tokenizer_is}
 
-    Args:
-        processes: Those, or None for this one alone.
-        home: The folder.
-        what: What another holder is doing, see `fastmemit.files.alone`.
+    @property
+    def _home(self) -> Path:
+        return self._folder / "statistics" / self._stack.fingerprint[:16]
 
-    Yields:
-        Whether this process holds the lock.
+    # -- collecting -------------------------------------------------------------------------------
 
-    Raises:
-        OSError: The lock's file cannot be made.
-    """
-    if processes is None or processes.first:
-        with alone(lock_of(home), what) as ours:
-            yield ours
-    else:
-        yield False
+    @isolated()
+    def collect(self, spec: Collection, *, after: Statistics | None = None, aside: bool = False) -> Statistics:
+        """Collect the second moments of several layers in one pass, unless they are stored already, and use them.
 
+        Text is read, tokenised and put into batches by a thread, ahead of the model, except where the model writes the
+        text. The result is the same bit for bit. A pass that was killed resumes at its last checkpoint, to the same
+        bits. Of two processes that want the same statistics one collects and the other waits. Inside
+        `fastmemit.parallel.together` the batches are divided between processes.
 
-def sweep_up(home: Path, *, useless_too: bool = False) -> None:
-    """Remove what killed processes left in a folder of statistics; nobody else may write there.
+        Args:
+            spec: What is collected.
+            after: Statistics of the same text, with a smaller multiplier: only the keys beyond theirs are collected,
+                and added to them. How the sum was reached is part of what it is, because it decides on the last bits.
+            aside: Store them where `find` does not look: an experiment with few keys must not become what the next
+                edit uses.
 
-    Args:
-        home: The folder.
-        useless_too: Remove checkpoints as well that are damaged or all of whose modules are there.
-    """
-    for path in home.glob(_TEMPORARY):
-        with suppress(OSError):
-            path.unlink()
-    for path in home.glob(_CHECKPOINTS) if useless_too else ():
-        try:
-            modules = read_checkpoint(path)[1]
-        except (fastcov.StoreDamaged, OSError):
-            modules = {}
-        if all((home / f"{name}.safetensors").is_file() for name in modules):
-            with suppress(OSError):
-                path.unlink()
+        Raises:
+            WrongModel: The model is edited; statistics belong to the unedited one.
+            UnknownArchitecture: Padding changes the model's keys.
+            fastcov.BadInput: The multiplier is not above 0, or the corpus has no token.
+            BadConfig: There is no layer, `max_length` is below 1 or above the model's context, or `after` has as large
+                a multiplier.
+            BadLayer: A layer does not exist.
+            BudgetNotMet: The corpus is too short, and `allow_fewer` is not set.
+            BadCorpus: The corpus cannot be read.
+            StoreDamaged: A stored file's header is not what was written.
+            StoreMismatch: A stored file is of something else than its folder says.
+            NonFinite: An activation is NaN or infinite.
+            FailedElsewhere: Another process failed.
+            OSError: A file cannot be written; those that were written are whole.
+        """
+        budgets = self.budgets(spec)
+        model, fingerprint = self._adapter.model, self._stack.fingerprint
+        corpus = open_corpus(spec.corpus, model, self._tokenizer, fingerprint, spec.field)
+        spec = dataclasses.replace(spec, corpus=corpus)
+        if spec.multiplier == AUTO:
+            return self._collect_auto(spec)
+        shared: dict[str, Any] = {
+            **self.identity,
+            "corpus": {"name": corpus.name, "fingerprint": corpus.fingerprint},
+            "seed": self._seed if spec.seed is None else spec.seed,
+            "multiplier": float(spec.multiplier),
+            "context": self._context(spec.max_length),
+            "allow_fewer": spec.allow_fewer,
+            **({} if spec.bos else {"bos": False}),
+            **({} if after is None else {"snapshots": _snapshots(after, float(spec.multiplier))}),
+        }
+        home = home_of(self._folder / ("snapshots" if aside else "statistics") / fingerprint[:16], shared)
+        paths = {name: home / f"{name}.safetensors" for name in budgets}
+        throughput: Throughput | None = None
+        if parallel.current() is None and all(is_there(path, shared, n, budgets[n]) for n, path in paths.items()):
+            _remove_leftovers(home)
+        else:
+            throughput = self._fill(home, shared, budgets, corpus, after)
+        said = [provenance_of(path) for path in paths.values()]
+        for (name, path), about in zip(paths.items(), said, strict=True):
+            compare(path, about, {**shared, "module": name, "budget": budgets[name]})
+        found = Statistics(paths, common(said), throughput)
+        self.use(found)
+        return found
 
+    def budgets(self, spec: Collection) -> dict[str, int]:
+        """Module -> how many keys it gets at most, if they can be collected now; errors are those of `collect`."""
+        if self._stack.edits:
+            raise WrongModel(
+                f"{len(self._stack.edits)} edits are in the weights, and statistics belong to the unedited model; "
+                "undo them first."
+            )
+        if not spec.layers:
+            raise BadConfig("There is no layer to precompute; name at least one.")
+        for layer in spec.layers:
+            self._adapter.check_layer(layer)
+        most = LIMIT if isinstance(spec.multiplier, str) else spec.multiplier
+        return {
+            self._adapter.projection_name(layer): fastcov.budget(most, self._adapter.d_k(layer))
+            for layer in spec.layers
+        }
 
-def tidy(home: Path) -> None:
-    """Remove what was left by a process that was killed when all was written but for that.
+    def _context(self, max_length: int | None) -> int:
+        limit = self._adapter.max_context
+        if max_length is None:
+            return limit
+        if not 1 <= max_length <= limit:
+            raise BadConfig(f"max_length must be from 1 to the model's context of {limit} tokens but is {max_length}.")
+        return max_length
 
-    It is left where another process works in the folder, or where the folder cannot be written.
-    """
-    left = (lock_of(home), *home.glob(_TEMPORARY), *home.glob(_CHECKPOINTS))
-    if any(path.exists() for path in left):
-        with suppress(OSError), alone(lock_of(home), "", wait=False) as ours:
+    def _fill(
+        self, home: Path, shared: dict[str, Any], budgets: dict[str, int], corpus: Corpus, after: Statistics | None
+    ) -> Throughput | None:
+        """Collect what a folder of statistics lacks; how fast it went, if that was measured."""
+        processes = parallel.current()
+        first = processes is None or processes.first
+        paths = {name: home / f"{name}.safetensors" for name in budgets}
+        with alone(lock_of(home), "collecting the same statistics") if first else nullcontext(False) as ours:
+            shared_folder(home)
             if ours:
-                sweep_up(home, useless_too=True)
+                _remove_stale(home)
+            # Whoever was waited for may have made some of them.
+            missing = [name for name, path in paths.items() if not is_there(path, shared, name, budgets[name])]
+            missing = parallel.agreed(processes, {**essence(shared), "modules": list(paths)}, missing)
+            held = {} if after is None else {name: after.moment(name) for name in missing}
+            made = {**versions(), **parallel.recorded(processes)}
+            text = {  # of all modules: the batches do not depend on which are there already
+                "tokens": max(budgets.values()),
+                "start": max((moment.count for moment in held.values()), default=0),
+            }
+            # Of several processes each keeps its own part; it does not matter how far the others were.
+            part = {} if processes is None else {"process": f"{processes.rank} of {processes.size}"}
+            digest = hashlib.sha256("\n".join([*sorted(budgets), *part.values()]).encode()).hexdigest()[:12]
+            checkpoint = fastcov.Checkpoint(
+                home / _CHECKPOINTS.replace("*", digest),
+                identity={
+                    **essence(shared),
+                    "versions": made,
+                    **part,
+                    **text,
+                    "batch_tokens": tokens_per_batch(self._adapter.device),
+                    "device": str(self._adapter.device),
+                },
+                seconds=self.checkpoint_seconds,
+            )
+            throughput = Throughput() if self._progress and missing else None
+            if missing and (after is None or not after.exhausted):
+                log.info("collecting the second moments of %s", ", ".join(missing))
+                wanted = {n: budgets[n] - (held[n].count if n in held else 0) for n in missing}
+                more = self._collected(wanted, corpus, shared, text, checkpoint, throughput)
+                held.update({n: held[n].merge(m) if n in held else m for n, m in more.items()})
+                if throughput is not None:
+                    log.info("%s", throughput)
+            for name, moment in held.items():
+                own = {**shared, "module": name, "budget": budgets[name], "keys": moment.count, "versions": made}
+                parallel.save_once(processes, paths[name], moment, own)
+            checkpoint.remove()
+            if ours:
+                _remove_stale(home, useless_too=True)
+        return throughput
+
+    def _collected(
+        self,
+        budgets: dict[str, int],
+        corpus: Corpus,
+        shared: dict[str, Any],
+        text: dict[str, int],
+        checkpoint: fastcov.Checkpoint,
+        throughput: Throughput | None,
+    ) -> dict[str, fastcov.SecondMoment]:
+        """Module -> moment of so many keys; nothing where the corpus ends just where the keys do that are held."""
+        adapter, allow_fewer = self._adapter, shared["allow_fewer"]
+        if adapter.right_padding == "none":
+            raise UnknownArchitecture(
+                f"{type(adapter.model).__name__} gives a text other keys where it stands beside longer ones in a "
+                "batch, so its statistics cannot be collected in batches."
+            )
+        causal = adapter.is_causal and adapter.right_padding == "unmasked"
+        if throughput is not None:
+            throughput.measure(adapter.model, adapter.device)  # before a thread begins to read
+        total = text["tokens"]
+        for attempt in (1, 2):
+            try:
+                with (
+                    bar("tokens read", total, self._progress) as reading,
+                    bar("keys", total, self._progress) as keys,
+                    _counted_from(text["start"], corpus, allow_fewer),
+                    corpus_batches(
+                        corpus,
+                        self._tokenizer,
+                        adapter.device,
+                        context=shared["context"],
+                        seed=shared["seed"],
+                        skip=int(not shared.get("bos", True)),
+                        reading=reading,
+                        **text,
+                    ) as batches,
+                ):
+
+                    def progress(done: int) -> None:
+                        if throughput is not None:
+                            keys.note(throughput.rate())
+                        keys(done)
+
+                    return fastcov.collect_moments(
+                        adapter.model,
+                        list(budgets),
+                        batches,
+                        budgets,
+                        allow_fewer=allow_fewer,
+                        quartic=True,  # any file may be asked for Ledoit-Wolf
+                        progress=progress,
+                        throughput=throughput,
+                        causal=causal,
+                        checkpoint=checkpoint,
+                        processes=parallel.current(),
+                    )
+                return {}  # the corpus ended, which `_counted_from` took
+            except (fastcov.FailedElsewhere, fastcov.ProcessLost):  # this process's part is sound
+                raise
+            except fastcov.StaleCheckpoint as error:
+                checkpoint.remove()
+                if attempt == 2:
+                    raise
+                log.warning("%s It is not used, and collecting begins anew.", error)
+            except fastcov.FastcovError:  # of the text or the model: to go on would end the same way
+                checkpoint.remove()
+                raise
+        raise AssertionError("unreachable")
+
+    def _collect_auto(self, spec: Collection) -> Statistics:
+        """Collect until the stopping rule of every layer says that it is enough, at most `LIMIT` keys a width.
+
+        The sum is stored at every look, so an interrupted pass resumes at the last one, and the looks are the same the
+        next time. See `fastcov.sizing` for what is looked at.
+        """
+        rules: dict[str, StoppingRule] = {}
+        before: Statistics | None = None
+        d_k = max(map(self._adapter.d_k, spec.layers))
+        for keys in checkpoints(d_k, LIMIT):
+            step = dataclasses.replace(spec, multiplier=keys / d_k)
+            after = self.collect(step, after=before, aside=True)
+            rules = rules or {name: StoppingRule(limit=LIMIT) for name in after.paths}
+            enough = [rule.update(after.moment(name)) for name, rule in rules.items()]
+            before = after
+            if all(enough) or after.exhausted:
+                break
+        assert before is not None
+        for name, rule in rules.items():
+            if not rule.settled:
+                log.warning(
+                    "with %d keys an edit of %s still disturbs about %.2f times more than it must; a "
+                    "multiplier above %g, or more and shorter documents, would settle it",
+                    before.keys, name, rule.looks[-1].excess, LIMIT,
+                )  # fmt: skip
+        return self.keep(before)
+
+    def keep(self, found: Statistics) -> Statistics:
+        """Put statistics that lie aside where edits find them, and use them."""
+        kept = Statistics(copied(found.paths, found.provenance, self._home), found.provenance, found.throughput)
+        self.use(kept)
+        return kept
+
+    def add(
+        self, shared: dict[str, Any], moments: Mapping[str, tuple[fastcov.SecondMoment, dict[str, Any]]]
+    ) -> Statistics:
+        """Store moments that were not collected here, over former ones of the same provenance, and use them.
+
+        Args:
+            shared: What all of them are of, beside `identity`.
+            moments: Module name -> moment, and what it alone is of.
+
+        Raises:
+            OSError: A file cannot be written; those that were written are whole.
+        """
+        paths = stored(self._home, {**self.identity, **shared}, moments)
+        found = Statistics(paths, common([provenance_of(path) for path in paths.values()]))
+        self.use(found)
+        return found
+
+    # -- using ------------------------------------------------------------------------------------
+
+    def use(self, found: Statistics) -> None:
+        """Take these statistics for edits from now on.
+
+        Raises:
+            WrongModel: They are of another model.
+        """
+        if found is self.current:
+            return
+        if found.provenance.get("model") != self._stack.fingerprint:
+            raise WrongModel(
+                f"The statistics are of the model {found.provenance.get('model')!s:.16} but this "
+                f"one is {self._stack.fingerprint:.16}; precompute them for this model."
+            )
+        self.current = found
+        self._held.clear()
+
+    @isolated()
+    def find(self, layers: Sequence[int] | None, multiplier: float | None = None) -> Statistics | None:
+        """The newest stored statistics of this model that have all these layers (None: whichever), or None.
+
+        Args:
+            layers: The layers that are needed; None takes whatever is stored together.
+            multiplier: Only those of this multiplier, if given.
+
+        Raises:
+            StoreDamaged: A file's header is not what was written, or lacks a field.
+            StoreMismatch: A file among those of this model is of something else than its place says.
+        """
+        modules = None if layers is None else [*map(self._adapter.projection_name, layers)]
+        wanted = {"multiplier": multiplier, "tokenizer": self._tokenizer_is}
+        homes = [home for home in self._home.glob("*") if home.is_dir()]
+        for home in sorted(homes, key=lambda home: home.stat().st_mtime_ns, reverse=True):
+            names = there(home) if modules is None else modules
+            paths = {name: home / f"{name}.safetensors" for name in names}
+            if not paths or not all(path.is_file() for path in paths.values()):
+                continue
+            said = provenances_in(home, names, self._stack.fingerprint)
+            if all(v is None or said[0].get(k) == v for k, v in wanted.items()):
+                return Statistics(paths, common(said))
+        return None
+
+    @isolated()
+    def covering(self, layers: Sequence[int]) -> Statistics:
+        """The statistics in use if they cover these layers, else the newest stored ones that do, used from now on.
+
+        Raises:
+            fastcov.StoreMissing: There are none.
+        """
+        names = {self._adapter.projection_name(layer) for layer in layers}
+        if self.current is None or not names <= self.current.paths.keys():
+            found = self.find(layers)
+            if found is None:
+                raise fastcov.StoreMissing(
+                    f"There are no second moments of the layers {list(layers)} of {self._name}; "
+                    "call precompute first (fastmemit precompute)."
+                )
+            self.use(found)
+        assert self.current is not None
+        return self.current
+
+    def factor(self, config: CovarianceConfig, layer: int) -> CholeskyFactor:
+        """The factor of a layer's ``A = w C + ridge I`` in float64, on the weight's device, made where it is not held.
+
+        C is shrunk first where the settings say so, and the relative ridge joins the ridge.
+
+        Raises:
+            fastcov.NotPositiveDefinite: No jitter was enough.
+            fastcov.BadInput: The file is older than what Ledoit-Wolf needs.
+            fastcov.StoreDamaged: The second moment's file is not what was written.
+        """
+        used = self.covering(config.layers)
+        weight = float(self._adapter.d_k(layer)) if config.weight is None else config.weight
+        relative = used.resolved(self._adapter, config).relative_ridge or 0.0
+        key = (layer, weight, config.ridge, relative, config.shrinkage)
+        found = self._held.get(key)
+        if not isinstance(found, CholeskyFactor):
+            moment = used.moment(self._adapter.projection_name(layer))
+            matrix = fastcov.regularised(
+                moment.second_moment.to(self._place(layer)),
+                weight,
+                config.ridge,
+                relative_ridge=relative,
+                shrinkage=SHRINKAGES[config.shrinkage](moment),
+            )
+            del moment  # its sum is not held beside the factorisation
+            if relative and config.relative_ridge is None:
+                log.info(
+                    "C of layer %d has few keys (%s) and gets a ridge of %g of its mean diagonal; "
+                    "relative_ridge=0 leaves it as it is",
+                    layer, used.describe(), relative,
+                )  # fmt: skip
+            found = fastcov.factorize(matrix, in_place=True)
+        self._hold(key, found)
+        return found
+
+    def null_space(self, config: AlphaEditConfig, layer: int) -> NullSpace:
+        """The null space of a layer's C in float64, on the weight's device, for AlphaEdit.
+
+        A symmetric eigenproblem of the key width: about a second at 1,536 on one core, and the time grows with the cube
+        of the width. It takes four to five matrices of float64 while it is made, and after that the basis, at most one
+        matrix.
+
+        Raises:
+            fastcov.StoreDamaged: The second moment's file is not what was written.
+        """
+        used, relative = self.covering(config.layers), config.null_relative
+        key = (layer, config.null_threshold if relative is None else 0.0, relative)
+        found = self._held.get(key)
+        if not isinstance(found, NullSpace):
+            C = used.second_moment(self._adapter.projection_name(layer))
+            found = fastcov.null_space(C.to(self._place(layer)), threshold=config.null_threshold, relative=relative)
+            d_k = found.basis.shape[0]
+            say = log.warning if found.rank == d_k else log.info
+            say(
+                "%d of %d directions of C of layer %d are below %g and count as its null space%s",
+                found.rank, d_k, layer, found.threshold, ": edits preserve nothing" if found.rank == d_k else "",
+            )  # fmt: skip
+        self._hold(key, found)
+        return found
+
+    def prepare(self, config: EditConfig) -> dict[int, float]:
+        """Make what the layers' solves need; layer -> the jitter of its factor, if there is one."""
+        if config.method == "alphaedit":
+            for layer in config.layers:
+                self.null_space(cast("AlphaEditConfig", config), layer)
+            return {}
+        return {layer: self.factor(cast("CovarianceConfig", config), layer).jitter for layer in config.layers}
+
+    def _hold(self, key: tuple[Any, ...], found: CholeskyFactor | NullSpace) -> None:
+        self._held[key] = found
+        self._held.move_to_end(key)
+        while len(self._held) > 1 and sum(held.nbytes for held in self._held.values()) > self._capacity:
+            self._held.popitem(last=False)
+
+    def _place(self, layer: int) -> torch.device:
+        """Where a layer's statistics are worked on: with its weight, but Apple's GPUs lack float64."""
+        device = self._adapter.weight(layer).device
+        return torch.device("cpu") if device.type == "mps" else device
+
+
+def _snapshots(after: Statistics, multiplier: float) -> list[float]:
+    """The smaller multipliers at which a sum was stored on the way to this one."""
+    smaller = float(after.provenance["multiplier"])
+    if smaller >= multiplier:
+        raise BadConfig(
+            f"Statistics of multiplier {smaller:g} cannot be continued to {multiplier:g}; give a larger multiplier."
+        )
+    return [*after.provenance.get("snapshots", []), smaller]
 
 
 @contextmanager
@@ -262,266 +649,31 @@ def _counted_from(start: int, corpus: Corpus, allow_fewer: bool) -> Iterator[Non
         ) from error
 
 
-@dataclass(frozen=True)
-class Statistics:
-    """Stored second moments of one model on one corpus.
+def _remove_stale(home: Path, *, useless_too: bool = False) -> None:
+    """Remove what killed processes left in a folder of statistics; nobody else may write there.
 
-    Attributes:
-        paths: Module name -> file.
-        provenance: What all of them share: model, corpus, seed, multiplier, budget, keys, context.
-        throughput: How fast they were collected, where that was just now and it was to be measured.
+    Temporary files; and if asked checkpoints that are damaged or all of whose modules are there.
     """
-
-    paths: dict[str, Path]
-    provenance: dict[str, Any]
-    throughput: Throughput | None = dataclass_field(default=None, compare=False, repr=False)
-
-    def second_moment(self, module: str) -> Tensor:
-        """C of one module, (d_k, d_k) in the dtype of its sum, every byte of the file verified.
-
-        Raises:
-            StoreMissing: It was not precomputed for this module.
-            StoreDamaged: The file is not what was written.
-            StoreMismatch: The file is of something else than it was when it was found.
-        """
-        return self.moment(module).second_moment
-
-    def moment(self, module: str) -> fastcov.SecondMoment:
-        """The moment of one module, on the CPU; errors are those of `second_moment`."""
-        if module not in self.paths:
-            raise fastcov.StoreMissing(
-                f"There is no second moment of {module} among the precomputed "
-                f"({', '.join(self.paths)}); precompute its layer too."
-            )
-        path = self.paths[module]
-        stored = provenance_of(path)
-        compare(path, stored, {**shared_of(self.provenance), "module": module})
-        moment, _ = fastcov.load_moment(path, stored)
-        check_moment(path, stored, moment)
-        return moment
-
-    @property
-    def keys(self) -> int:
-        """How many keys a module has, the widest if they differ."""
-        return int(self.provenance.get("keys", self.provenance["budget"]))
-
-    def multiplier_of(self, d_k: int) -> float:
-        """How many keys there are, as a multiple of a width."""
-        wanted = fastcov.budget(float(self.provenance["multiplier"]), d_k)
-        return min(wanted, self.keys) / d_k
-
-    @property
-    def exhausted(self) -> bool:
-        """Whether the corpus ended before the budget was met."""
-        return self.keys < int(self.provenance["budget"])
-
-    def describe(self) -> str:
-        """One line for people: corpus, multiplier, keys."""
-        p = self.provenance
-        fewer = f" of the {p['budget']} wanted" if self.exhausted else ""
-        first = "" if p.get("bos", True) else ", no first positions"
-        return f"corpus {p['corpus']['name']}, multiplier {p['multiplier']:g}, {self.keys} keys{fewer}{first}"
+    for path in home.glob(_TEMPORARY):
+        with suppress(OSError):
+            path.unlink()
+    for path in home.glob(_CHECKPOINTS) if useless_too else ():
+        try:
+            modules = read_checkpoint(path)[1]
+        except (fastcov.StoreDamaged, OSError):
+            modules = {}
+        if all((home / f"{name}.safetensors").is_file() for name in modules):
+            with suppress(OSError):
+                path.unlink()
 
 
-@isolated()
-def precompute(
-    adapter: ModelAdapter,
-    tokenizer: Any,
-    corpus: Corpus,
-    folder: Path,
-    identity: dict[str, Any],
-    *,
-    layers: Sequence[int],
-    multiplier: float = 10.0,
-    seed: int = 0,
-    allow_fewer: bool = False,
-    max_length: int | None = None,
-    bos: bool = True,
-    after: Statistics | None = None,
-    progress: Callable[[int], None] | None = None,
-    reading: Callable[[int], None] | None = None,
-    throughput: Throughput | None = None,
-    checkpoint_seconds: float | None = None,
-) -> Statistics:
-    """Collect the second moments of several layers in one pass, unless they are there already.
+def _remove_leftovers(home: Path) -> None:
+    """Remove what was left by a process that was killed when all was written but for that.
 
-    Text is read, tokenised and put into batches by a thread, ahead of the model, except where the model writes the
-    text. The result is the same bit for bit.
-
-    A pass that was killed goes on at its last checkpoint, to the same bits. Of two processes that want the same
-    statistics one collects and the other waits.
-
-    Inside `fastmemit.parallel.together` the batches are divided between processes.
-
-    Args:
-        adapter: The unedited model.
-        tokenizer: Its tokenizer.
-        corpus: Where the text comes from.
-        folder: Where statistics are kept.
-        identity: What tells this model from others: ``model`` (its fingerprint), ``tokenizer``.
-        layers: The layers whose keys are wanted.
-        multiplier: d_m; each layer gets exactly ``round(d_m * d_k)`` keys.
-        seed: Of the order of documents.
-        allow_fewer: Take a corpus that ends early for what it has.
-        max_length: Cut documents at so many tokens; None takes the model's context.
-        bos: Whether the first position of a document is a key. In most models it draws attention that has nowhere else
-            to go, and its key is unlike all others.
-        after: Statistics of the same text, with a smaller multiplier: only the keys beyond theirs are collected, and
-            added to them. How the sum was reached is part of what it is, because it decides on the last bits.
-        progress: Called with the number of keys since the last call, in the caller's thread.
-        reading: Called with the number of tokens of each document as it is read, which is the long part of a corpus
-            that the model writes; in the caller's thread.
-        throughput: Told how the collecting goes, for `progress` to ask.
-        checkpoint_seconds: Between two checkpoints, as in `fastcov.Checkpoint`: 0 for one after every batch, infinity
-            for none, None for every five minutes or less often.
-
-    Raises:
-        BadInput: The multiplier is not above 0.
-        BadConfig: `max_length` is below 1 or above the model's context, or `after` has as large a multiplier.
-        BadLayer: A layer does not exist.
-        BudgetNotMet: The corpus is too short, and `allow_fewer` is not set.
-        BadCorpus: The corpus cannot be read.
-        BadInput: It has no token.
-        StoreDamaged: A kept file's header is not what was written.
-        StoreMismatch: A kept file is of something else than its folder says.
-        NonFinite: An activation is NaN or infinite.
-        FailedElsewhere: Another process failed.
-        OSError: A file cannot be written; those that were written are whole.
+    It is left where another process works in the folder, or where the folder cannot be written.
     """
-    context = _context(adapter, max_length)
-    modules = {adapter.projection_name(layer): adapter.d_k(layer) for layer in layers}
-    budgets = {name: fastcov.budget(multiplier, d_k) for name, d_k in modules.items()}
-    shared: dict[str, Any] = {
-        **identity,
-        "corpus": {"name": corpus.name, "fingerprint": corpus.fingerprint},
-        "seed": seed,
-        "multiplier": float(multiplier),
-        "context": context,
-        "allow_fewer": allow_fewer,
-        **({} if bos else {"bos": False}),
-        **({} if after is None else {"snapshots": _snapshots(after, multiplier)}),
-    }
-    home = home_of(folder / identity["model"][:16], shared)
-    paths = {name: home / f"{name}.safetensors" for name in modules}
-    processes = parallel.current()
-    if processes is None and all(is_there(path, shared, name, budgets[name]) for name, path in paths.items()):
-        throughput = None  # nothing is collected
-        tidy(home)
-    else:
-        with alone_or_first(processes, home, "collecting the same statistics") as ours:
-            shared_folder(home)
+    left = (lock_of(home), *home.glob(_TEMPORARY), *home.glob(_CHECKPOINTS))
+    if any(path.exists() for path in left):
+        with suppress(OSError), alone(lock_of(home), "", wait=False) as ours:
             if ours:
-                sweep_up(home)
-            # Whoever was waited for may have made some of them.
-            missing = [name for name, path in paths.items() if not is_there(path, shared, name, budgets[name])]
-            what = {**essence(shared), "modules": list(paths)}
-            missing = parallel.agreed(processes, what, missing)
-            held = {} if after is None else {name: after.moment(name) for name in missing}
-            text = Text(
-                corpus,
-                tokenizer,
-                seed,
-                context,
-                # Of all modules: the batches do not depend on which are there already.
-                tokens=max(budgets.values()),
-                start=max((moment.count for moment in held.values()), default=0),
-                skip=int(not bos),
-            )
-            made = {**versions(), **parallel.recorded(processes)}
-            saved = {**essence(shared), "versions": made}
-            checkpoint = checkpoint_of(home, list(modules), saved, adapter, text, checkpoint_seconds)
-            if missing and (after is None or not after.exhausted):
-                log.info("collecting the second moments of %s", ", ".join(missing))
-                more = collected(
-                    adapter,
-                    text,
-                    {n: budgets[n] - (held[n].count if n in held else 0) for n in missing},
-                    checkpoint,
-                    allow_fewer=allow_fewer,
-                    progress=progress,
-                    reading=reading,
-                    throughput=throughput,
-                )
-                held.update({n: held[n].merge(m) if n in held else m for n, m in more.items()})
-                if throughput is not None:
-                    log.info("%s", throughput)
-            for name, moment in held.items():
-                own = {**shared, "module": name, "budget": budgets[name], "keys": moment.count}
-                parallel.save_once(processes, paths[name], moment, {**own, "versions": made})
-            checkpoint.remove()
-            if ours:
-                sweep_up(home, useless_too=True)
-            throughput = throughput if missing else None
-    stored = [provenance_of(path) for path in paths.values()]
-    for (name, path), about in zip(paths.items(), stored, strict=True):
-        compare(path, about, {**shared, "module": name, "budget": budgets[name]})
-    return Statistics(paths, common(stored), throughput)
-
-
-def find(
-    folder: Path,
-    model: str,
-    modules: Sequence[str] | None,
-    multiplier: float | None = None,
-    tokenizer: str | None = None,
-) -> Statistics | None:
-    """The newest stored statistics of a model that have all these modules.
-
-    Args:
-        folder: Where statistics are kept.
-        model: The model's fingerprint.
-        modules: Module names that are needed; None takes whatever is stored together.
-        multiplier: Only those of this multiplier, if given.
-        tokenizer: Only those whose text this tokenizer cut (its fingerprint), if given.
-
-    Raises:
-        StoreDamaged: A file's header is not what was written, or lacks a field.
-        StoreMismatch: A file among those of this model is of something else than its place says.
-    """
-    wanted = {"multiplier": multiplier, "tokenizer": tokenizer}
-    homes = sorted(
-        (home for home in (folder / model[:16]).glob("*") if home.is_dir()),
-        key=lambda home: home.stat().st_mtime_ns,
-        reverse=True,
-    )
-    for home in homes:
-        names = there(home) if modules is None else modules
-        paths = {name: home / f"{name}.safetensors" for name in names}
-        if not paths or not all(path.is_file() for path in paths.values()):
-            continue
-        stored = provenances_in(home, names, model)
-        if all(v is None or stored[0].get(k) == v for k, v in wanted.items()):
-            return Statistics(paths, common(stored))
-    return None
-
-
-def versions() -> dict[str, str]:
-    """The versions that a result depends on."""
-    import fastmemit
-
-    return {
-        "fastmemit": fastmemit.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-    }
-
-
-def _snapshots(after: Statistics, multiplier: float) -> list[float]:
-    """The smaller multipliers at which a sum was stored on the way to this one."""
-    smaller = float(after.provenance["multiplier"])
-    if smaller >= multiplier:
-        raise BadConfig(
-            f"Statistics of multiplier {smaller:g} cannot be continued to {multiplier:g}; give a larger multiplier."
-        )
-    return [*after.provenance.get("snapshots", []), smaller]
-
-
-def _context(adapter: ModelAdapter, max_length: int | None) -> int:
-    if max_length is None:
-        return adapter.max_context
-    if not 1 <= max_length <= adapter.max_context:
-        raise BadConfig(
-            f"max_length must be from 1 to the model's context of {adapter.max_context} tokens but is {max_length}."
-        )
-    return max_length
+                _remove_stale(home, useless_too=True)

@@ -53,7 +53,7 @@ def unchanged(model: Any, before: dict[str, Tensor]) -> bool:
 def test_collecting_names_the_module(tmp_path: Path, weight: str, module: str, value: float):
     model = tiny_model("llama")
     before = spoil(model, weight, value)
-    editor = Editor(model, tiny_tokenizer(), cache=tmp_path)
+    editor = Editor(model, tiny_tokenizer(), cache_dir=tmp_path)
     with pytest.raises(NonFinite, match=f"keys of '{module}' hold NaN or infinity in batch 0"):
         editor.precompute(tiny_corpus(), multiplier=4, layers=(0, 1))
     assert unchanged(model, before)
@@ -64,7 +64,7 @@ def test_collecting_names_the_module(tmp_path: Path, weight: str, module: str, v
 def test_a_model_that_gives_nan_writes_no_contexts_and_no_text(tmp_path: Path, weight: str) -> None:
     model = tiny_model("llama")
     before = spoil(model, weight, float("nan"))
-    editor = Editor(model, tiny_tokenizer(), cache=tmp_path)
+    editor = Editor(model, tiny_tokenizer(), cache_dir=tmp_path)
     editor.precompute(tiny_corpus(), multiplier=4, layers=(0, 1))  # the keys are sound
     calls: list[Callable[[], object]] = [
         lambda: editor.contexts("memit"),
@@ -90,9 +90,9 @@ def test_weights_that_break_after_the_contexts_stop_the_targets(tmp_path: Path, 
         with pytest.raises(WrongModel, match=r"layers\.2\.mlp\.up_proj\.weight was changed by"):
             editor.edit(FACTS, method, **overrides)
         assert unchanged(editor.model, before) and editor.edits == ()
-    sound = editor.sources._contexts  # the broken model could write none
+    sound = editor.workspace.contexts  # the broken model could write none
     editor = tiny_editor(tmp_path, model=editor.model)
-    editor.sources._contexts = sound
+    editor.workspace.contexts = sound
     for method, overrides in METHODS:
         with pytest.raises(FastmemitError, match=r"target loss of '.*' is nan at step 1; load"):
             editor.edit(FACTS, method, **overrides)
@@ -109,7 +109,7 @@ def test_dead_coordinates_in_a_model_are_edited_around(tmp_path: Path, caplog) -
         for layer in (0, 1):
             model.get_parameter(UP.format(layer))[dead] = 0.0
     editor = tiny_editor(tmp_path, model=model)
-    moment = editor.statistics_for((0, 1)).moment("model.layers.1.mlp.down_proj")
+    moment = editor.store.covering((0, 1)).moment("model.layers.1.mlp.down_proj")
     assert moment.sum[dead].abs().max() == 0
     before = {name: bits(tensor) for name, tensor in model.state_dict().items()}
     with caplog.at_level(logging.WARNING):
@@ -140,7 +140,7 @@ def test_keys_that_are_all_zero_and_one_key_alone() -> None:
     assert nothing.count == 5 and float(nothing.quartic) == 0
     with pytest.raises(NotPositiveDefinite, match=r"diagonal of mean 0.*keys that are not all zero"):
         factorize(nothing.second_moment)
-    one = factorize(SecondMoment(8).update(torch.ones(1, 8)).second_moment.double())
+    one = factorize(SecondMoment(8, quartic=True).update(torch.ones(1, 8)).second_moment.double())
     assert one.jitter > 0 and one.rank == 1
     assert one.solve(torch.ones(8, dtype=torch.float64)).isfinite().all()
 

@@ -80,7 +80,7 @@ def test_edit_and_undo_are_exact(editor: Editor, method: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_comes_back_exactly(tmp_path: Path, dtype: torch.dtype) -> None:
     # W + delta - delta would not: the sum is rounded.
-    editor = Editor(tiny_model("gpt2").to(dtype), tiny_tokenizer(), cache=tmp_path)
+    editor = Editor(tiny_model("gpt2").to(dtype), tiny_tokenizer(), cache_dir=tmp_path)
     name = "transformer.h.1.mlp.c_proj.weight"
     before = weights(editor.model)
     factors = {name: (torch.randn(64, 3), torch.randn(32, 3))}
@@ -207,27 +207,30 @@ def test_the_fingerprint_is_taken_before_the_first_edit(tmp_path: Path) -> None:
 def test_the_applied_block_gives_the_weights_back(editor: Editor) -> None:
     before = weights(editor.model)
     edit = random_edit(editor, 0)
-    with editor.applied(edit) as inside:
+    with edit as inside:
         assert inside is edit and edit.applied
         assert changed(editor.model, before) == [DOWN.format(0)]
     assert changed(editor.model, before) == [] and not edit.applied
-    with pytest.raises(ZeroDivisionError), editor.applied(edit):
+    with pytest.raises(ZeroDivisionError), edit:
         raise ZeroDivisionError
     assert changed(editor.model, before) == [] and not edit.applied
     edit.apply()
-    with editor.applied(edit):
+    with edit:
         assert editor.edits == (edit,)
     assert changed(editor.model, before) == []
-    with editor.applied(edit):
+    with edit:
         edit.undo()
     assert changed(editor.model, before) == []
 
 
-def test_applied_refuses_an_edit_of_another_editor(editor: Editor, tmp_path: Path) -> None:
+def test_a_block_is_of_the_edits_own_editor(editor: Editor, tmp_path: Path) -> None:
     other = tiny_editor(tmp_path, layers=None)
     before = weights(other.model), weights(editor.model)
-    with pytest.raises(WrongModel, match=r"belongs to another editor; .* load"), editor.applied(random_edit(other, 0)):
-        pass
+    edit = random_edit(other, 0)
+    with edit:
+        assert changed(other.model, before[0]) == [DOWN.format(0)] and changed(editor.model, before[1]) == []
+    with pytest.raises(WrongModel, match=r"belongs to another editor; .* load"):
+        editor._stack.check(edit)
     assert changed(other.model, before[0]) == changed(editor.model, before[1]) == []
 
 
@@ -286,9 +289,9 @@ def test_an_edit_says_what_it_is(editor: Editor) -> None:
 def test_a_block_entered_twice_with_one_edit_ends_with_the_outer_one(editor: Editor) -> None:
     before = weights(editor.model)
     edit = random_edit(editor, 0)
-    with editor.applied(edit):
+    with edit:
         inside = weights(editor.model)
-        with editor.applied(edit):
+        with edit:
             assert changed(editor.model, inside) == []
         assert changed(editor.model, inside) == [] and edit.applied
     assert changed(editor.model, before) == [] and not edit.applied
@@ -299,7 +302,7 @@ def test_what_is_raised_in_a_block_comes_out_and_later_edits_go_too(editor: Edit
     outside = random_edit(editor, 2, seed=5).apply()
     edit, later, last = (random_edit(editor, *at) for at in ((0,), (0, 1), (1,)))
     apart = random_edit(editor, 2, seed=6)
-    with pytest.raises(ZeroDivisionError), editor.applied(edit):
+    with pytest.raises(ZeroDivisionError), edit:
         for each in (later, last, apart):
             each.apply()
         raise ZeroDivisionError
@@ -312,7 +315,7 @@ def test_what_is_raised_in_a_block_comes_out_and_later_edits_go_too(editor: Edit
 def test_a_block_that_ends_under_a_later_edit_says_so(editor: Editor) -> None:
     before = weights(editor.model)
     edit, later = random_edit(editor, 0, seed=1), random_edit(editor, 0, seed=2)
-    with pytest.raises(BadUndo, match=r"later .*by-hand-2"), editor.applied(edit):
+    with pytest.raises(BadUndo, match=r"later .*by-hand-2"), edit:
         later.apply()
     assert editor.edits == (edit, later)
     later.undo()
@@ -324,7 +327,7 @@ def test_a_change_by_others_in_a_block_does_not_hide_what_was_raised(editor: Edi
     before = weights(editor.model)
     edit = random_edit(editor, 0)
     weight = editor.model.get_parameter(DOWN.format(0))
-    with pytest.raises(ZeroDivisionError), editor.applied(edit), torch.no_grad():
+    with pytest.raises(ZeroDivisionError), edit, torch.no_grad():
         kept = weight[0, 0].clone()
         weight[0, 0] += 1
         raise ZeroDivisionError
@@ -384,7 +387,7 @@ def test_a_model_that_something_else_has_changed_is_refused(tmp_path: Path, chan
         lambda: editor.precompute("builtin", multiplier=1, layers=(0,)),
         lambda: editor.targets(FACTS[:1], editor.config("memit", **QUICK)),
         lambda: editor.contexts("memit"),
-        lambda: editor.save_model(tmp_path / "model"),
+        lambda: editor.save_pretrained(tmp_path / "model"),
         lambda: editor.load(tmp_path / "edit.safetensors"),
         again.apply,
     ):
@@ -431,7 +434,7 @@ def test_editors_of_one_model_share_its_edits(tmp_path: Path) -> None:
     first = tiny_editor(tmp_path)
     before = weights(first.model)
     edit = random_edit(first, 0).apply()
-    second = Editor(first.model, first.tokenizer, cache=tmp_path)
+    second = Editor(first.model, first.tokenizer, cache_dir=tmp_path)
     assert second.edits == (edit,) and second.fingerprint == first.fingerprint
     with pytest.raises(WrongModel, match="undo them first"):
         second.precompute("builtin", multiplier=1, layers=(0,))
@@ -450,7 +453,7 @@ def test_an_edited_model_that_was_changed_is_a_new_one_to_a_new_editor(
     first = tiny_editor(tmp_path)
     edit = random_edit(first, 0).apply()
     by_hand(first.model)
-    second = Editor(first.model, first.tokenizer, cache=tmp_path)
+    second = Editor(first.model, first.tokenizer, cache_dir=tmp_path)
     assert "were in the weights; they count as part of the model now" in caplog.text
     assert second.edits == () and second.fingerprint == fingerprint(first.model)
     assert edit.applied  # on the first one's record, which says so
@@ -549,7 +552,7 @@ def test_an_interrupt_at_any_line_of_a_block_leaves_what_is_on_record(editor: Ed
     edit.undo()
 
     def work() -> None:
-        with editor.applied(edit):
+        with edit:
             pass
 
     for at in range(1, lines_of(work) + 1):
@@ -637,7 +640,7 @@ def test_threads_take_turns(editor: Editor) -> None:
         while time.monotonic() < end:
             edit = random_edit(editor, number % 2, seed=1000 * number + rounds)
             rounds += 1
-            with editor.applied(edit):
+            with edit:
                 if editor.edits != (edit,):
                     failures.append(f"{editor.edits} in the block of {edit}")
 
@@ -661,12 +664,12 @@ def test_a_thread_that_edits_waits_for_the_end_of_a_block(editor: Editor) -> Non
 
     def other() -> None:
         try:
-            seen.append(editor.plan(FACTS[:1], "memit", **QUICK).provenance["on_top_of"])
+            seen.append(editor.plan(FACTS[:1], "memit", **QUICK).delta.provenance["on_top_of"])
         except FastmemitError as error:
             seen.append(error)
 
     thread = threading.Thread(target=other)
-    with editor.applied(edit):
+    with edit:
         thread.start()
         thread.join(0.5)
         assert thread.is_alive() and seen == []

@@ -202,7 +202,7 @@ def test_it_is_edited_as_a_literal_full_forward_says(
 ) -> None:
     config, fields, layers, whole = RIGHT[name]
     model, tokenizer = build(config, fields), tiny_tokenizer("bpe_bos")
-    editor = Editor(model, tokenizer, cache=tmp_path)
+    editor = Editor(model, tokenizer, cache_dir=tmp_path)
     assert editor.adapter.layers == layers
     before = {key: value.clone() for key, value in model.state_dict().items()}
     with caplog.at_level(logging.WARNING):
@@ -243,7 +243,7 @@ def self_cost(model: Any, tokenizer: Any, prompt: str, answer: str) -> float:
 def test_it_is_refused_in_one_sentence_before_anything_is_collected(name: str, tmp_path: Path) -> None:
     config, fields, error, said = REFUSED[name]
     with pytest.raises(error, match=said) as raised:
-        editor = Editor(build(config, fields), tiny_tokenizer("bpe_bos"), cache=tmp_path)
+        editor = Editor(build(config, fields), tiny_tokenizer("bpe_bos"), cache_dir=tmp_path)
         editor.precompute(corpus_from_texts("t", TEXTS), multiplier=1)
     assert str(raised.value).endswith(".") and "\n" not in str(raised.value)
     assert not list(tmp_path.rglob("*.safetensors"))

@@ -9,7 +9,7 @@ import pytest
 
 import fastcov
 from fastcov.sizing import StoppingRule, checkpoints
-from fastmemit import sources as auto
+from fastmemit import statistics as auto
 from fastmemit.data import corpus_from_texts
 from fastmemit.editor import Editor
 from fastmemit.errors import BadConfig
@@ -49,7 +49,7 @@ def test_its_statistics_serve_edits_and_are_those_of_a_pass_to_that_multiplier(
 ) -> None:
     found = editor.precompute(tiny_corpus(200), multiplier="auto", layers=LAYERS)
     assert 1 < found.provenance["multiplier"] <= 10
-    kept = editor.find_statistics(LAYERS)
+    kept = editor.store.find(LAYERS)
     assert kept is not None and kept.keys == found.keys
     alone = editor.precompute(tiny_corpus(200), multiplier=found.provenance["multiplier"], layers=LAYERS)
     name = editor.adapter.projection_name(2)

@@ -45,7 +45,7 @@ def results(model):
         text = continue_texts(model, editor.tokenizer, ["The piano"], 4, top_k=5, seed=3)
         before = settings()
         edit.undo()
-        with editor.applied(edit):
+        with edit:
             assert settings() == before
             again = [weight.clone() for weight in model.state_dict().values()]
         assert all(map(torch.equal, weights, again))
@@ -121,7 +121,7 @@ def test_a_model_made_under_inference_mode_is_refused_in_one_sentence(tmp_path):
     with torch.inference_mode():
         model = tiny_model("gpt2").double()
     with pytest.raises(InferenceWeight, match=r"inference_mode\(\)"):
-        Editor(model, tiny_tokenizer("byte_bpe"), cache=tmp_path)
+        Editor(model, tiny_tokenizer("byte_bpe"), cache_dir=tmp_path)
 
 
 def perplexity_of(model, folder):

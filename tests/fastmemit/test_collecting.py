@@ -17,13 +17,13 @@ import pytest
 import fastcov
 from fastmemit import statistics
 from fastmemit.data import Corpus, corpora, corpus_from_texts
+from fastmemit.edits import EditStack
 from fastmemit.files import alone, lock_of
 from fastmemit.models import find_adapter
-from fastmemit.statistics import Statistics, find, precompute
+from fastmemit.statistics import Collection, Statistics, StatisticsStore
 from tiny_editors import texts, tiny_corpus
 from tiny_models import tiny_model, tiny_tokenizer
 
-IDENTITY = {"model": "a" * 64, "model_name": "tiny", "tokenizer": "b" * 64}
 ADAPTER, TOKENIZER = find_adapter(tiny_model("llama")), tiny_tokenizer()
 assert ADAPTER.is_causal and ADAPTER.right_padding == "unmasked"  # measured before runs are counted
 NAMES = [ADAPTER.projection_name(layer) for layer in (0, 1)]
@@ -39,6 +39,12 @@ def _small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(corpora, "BATCH_TOKENS", 120)
 
 
+def store(folder: Path, seconds: float | None, adapter: Any = ADAPTER, tokenizer: Any = TOKENIZER) -> StatisticsStore:
+    made = StatisticsStore(adapter, tokenizer, EditStack.of(adapter.model), folder)
+    made.checkpoint_seconds = seconds
+    return made
+
+
 def run(folder: Path, kill_after: float = math.inf, seconds: float = 0, **more: Any) -> Any:
     """Precompute with a checkpoint after every batch; the statistics, and the batches that ran."""
     ran = 0
@@ -52,10 +58,8 @@ def run(folder: Path, kill_after: float = math.inf, seconds: float = 0, **more: 
     settings = {"layers": (0, 1), "multiplier": 6, "corpus": tiny_corpus(), **more}
     hook = ADAPTER.model.register_forward_pre_hook(count)
     try:
-        found = precompute(
-            ADAPTER, TOKENIZER, settings.pop("corpus"), folder, IDENTITY,
-            checkpoint_seconds=seconds, **settings,
-        )  # fmt: skip
+        after = settings.pop("after", None)
+        found = store(folder, seconds).collect(Collection(**settings), after=after)
     except Killed:
         found = None
     finally:
@@ -123,9 +127,9 @@ def test_other_layers_leave_a_checkpoint_alone_until_it_is_useless(tmp_path: Pat
 
 def test_unfinished_statistics_are_not_found(tmp_path: Path) -> None:
     run(tmp_path, 2)
-    assert find(tmp_path, IDENTITY["model"], NAMES) is None
+    assert store(tmp_path, None).find((0, 1)) is None
     done, _ = run(tmp_path)
-    found = find(tmp_path, IDENTITY["model"], NAMES)
+    found = store(tmp_path, None).find((0, 1))
     assert isinstance(found, Statistics) and found.paths == done.paths
 
 
@@ -261,13 +265,15 @@ def test_two_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, locks_ther
     # Made one after the other: they draw from one generator, and a tokenizer is not for two.
     made = [(find_adapter(tiny_model("llama")), copy.deepcopy(TOKENIZER)) for _ in counts]
 
+    assert all(adapter.is_causal and adapter.right_padding == "unmasked" for adapter, _ in made)  # not counted below
+
     def collect(number: int) -> None:
-        def counted(keys: int) -> None:
+        def counted(*_: Any) -> None:
             counts[number] += 1
 
+        made[number][0].model.register_forward_pre_hook(counted)
         gate.wait()
-        precompute(*made[number], tiny_corpus(), tmp_path / "two", IDENTITY, layers=(0, 1),
-                   multiplier=6, checkpoint_seconds=0, progress=counted)  # fmt: skip
+        store(tmp_path / "two", 0, *made[number]).collect(Collection(tiny_corpus(), (0, 1), 6))
 
     threads = [threading.Thread(target=collect, args=(number,)) for number in range(2)]
     for thread in threads:
@@ -295,5 +301,5 @@ def test_by_default_a_short_run_writes_no_checkpoint(
 ) -> None:
     monkeypatch.setattr("fastcov.checkpoint.write_checkpoint", None)  # to call it would raise
     with caplog.at_level(logging.INFO):
-        found = precompute(ADAPTER, TOKENIZER, tiny_corpus(), tmp_path, IDENTITY, layers=(0, 1), multiplier=6)
+        found = store(tmp_path, None).collect(Collection(tiny_corpus(), (0, 1), 6))
     assert found.keys == 384

@@ -88,5 +88,5 @@ def test_an_editor_writes_them_once_on_the_unedited_model(tmp_path: Path, monkey
     edit.undo()
     rome = editor.contexts("rome")
     assert len(rome) == 21
-    with editor.applied(edit):
+    with edit:
         assert editor.contexts("rome") is rome

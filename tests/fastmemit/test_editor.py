@@ -47,7 +47,7 @@ def same(one: list[torch.Tensor], two: list[torch.Tensor]) -> bool:
 @pytest.mark.parametrize(("method", "settings"), METHODS)
 def test_a_plan_changes_nothing_and_is_the_edit(editor: Editor, method: str, settings: dict[str, Any]) -> None:
     before = bits(editor)
-    delta = editor.plan(FACTS, method, **settings)
+    delta = editor.plan(FACTS, method, **settings).delta
     assert same(bits(editor), before) and editor.edits == ()
     edit = editor.edit(FACTS, method, **settings)
     assert isinstance(edit, Edit)
@@ -63,13 +63,13 @@ def test_the_same_edit_again_in_a_fresh_editor_has_the_same_bits(
 ) -> None:
     # Nothing is shared with the first: its own statistics, contexts, targets and factors.
     fresh = tiny_editor(tmp_path)
-    ours, theirs = (e.plan(FACTS, method, **settings).digest() for e in (editor, fresh))
+    ours, theirs = (e.plan(FACTS, method, **settings).delta.digest() for e in (editor, fresh))
     assert ours == theirs
     # And from what is kept on the disk.
     kept = tiny_editor(tmp_path, layers=None)
-    assert kept.plan(FACTS, method, **settings).digest() == ours
+    assert kept.plan(FACTS, method, **settings).delta.digest() == ours
     other = tiny_editor(tmp_path, layers=None, seed=5)  # other contexts
-    assert other.plan(FACTS, method, **settings).digest() != ours
+    assert other.plan(FACTS, method, **settings).delta.digest() != ours
 
 
 def test_the_provenance_says_what_the_edit_is(editor: Editor) -> None:
@@ -92,13 +92,13 @@ def test_the_provenance_says_what_the_edit_is(editor: Editor) -> None:
 
 
 def test_an_edit_on_top_of_another_sees_it_and_says_so(editor: Editor) -> None:
-    alone = editor.plan(FACTS[1:2], "memit", **QUICK)
+    alone = editor.plan(FACTS[1:2], "memit", **QUICK).delta
     below = editor.edit(FACTS[:1], "memit", **{**QUICK, "clamp": 4.0})
-    above = editor.plan(FACTS[1:2], "memit", **QUICK)
+    above = editor.plan(FACTS[1:2], "memit", **QUICK).delta
     assert above.provenance["on_top_of"] == [below.delta.digest()]
     assert above.digest() != alone.digest()
     below.undo()
-    assert editor.plan(FACTS[1:2], "memit", **QUICK).digest() == alone.digest()
+    assert editor.plan(FACTS[1:2], "memit", **QUICK).delta.digest() == alone.digest()
 
 
 @pytest.mark.parametrize(
@@ -128,19 +128,19 @@ def test_bad_edits_change_nothing(
 def test_an_error_in_the_middle_changes_nothing(
     editor: Editor, monkeypatch: pytest.MonkeyPatch, method: str, settings: dict[str, Any]
 ) -> None:
-    from fastmemit.methods.base import Workspace
+    from fastmemit.methods.base import Draft
 
     before = bits(editor)
-    real = Workspace.write
+    real = Draft.write
     wrote: list[int] = []
 
-    def fails_after_writing(self: Workspace, layer: int, *written: Any) -> None:
+    def fails_after_writing(self: Draft[Any], layer: int, *written: Any) -> None:
         real(self, layer, *written)
         wrote.append(layer)
         assert not same(bits(editor), before)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Workspace, "write", fails_after_writing)
+    monkeypatch.setattr(Draft, "write", fails_after_writing)
     with pytest.raises(KeyboardInterrupt):
         editor.edit(FACTS, method, **settings)
     assert wrote and same(bits(editor), before) and editor.edits == ()
@@ -178,13 +178,13 @@ def test_a_factor_is_made_once_per_layer_and_forgotten_with_its_statistics(
         return real(matrix, **kwargs)
 
     monkeypatch.setattr(fastcov, "factorize", spy)
-    first = editor.plan(FACTS[:1], "memit", **QUICK)
+    first = editor.plan(FACTS[:1], "memit", **QUICK).delta
     editor.plan(FACTS[1:2], "memit", **QUICK)
     assert len(made) == 2
     editor.plan(FACTS[:1], "memit", **QUICK, ridge=0.1)
     assert len(made) == 4
     editor.precompute(tiny_corpus(seed=1), multiplier=4, layers=(0, 1))
-    assert editor.plan(FACTS[:1], "memit", **QUICK).digest() != first.digest()
+    assert editor.plan(FACTS[:1], "memit", **QUICK).delta.digest() != first.digest()
     assert len(made) == 6
 
 
@@ -224,17 +224,17 @@ def test_settings_of_ones_own_take_the_place_of_a_methods_name(editor: Editor, t
     own = MemitConfig(layers=(0, 1), clamp=0.75, steps=2)
     usual: dict[str, Any] = {"layers": (0, 1), "clamp": 0.75, "steps": 2}
     assert editor.config(own) == editor.config("memit", **usual)
-    named = editor.plan(FACTS[:2], "memit", **usual)
+    named = editor.plan(FACTS[:2], "memit", **usual).delta
     released = MemitConfig(**usual, scale="published", v_lr=0.5)
-    assert editor.plan(FACTS[:2], released).digest() != named.digest()
-    assert editor.plan(FACTS[:2], own).digest() == named.digest()
-    assert editor.plan(FACTS[:2], own).provenance["settings"] == named.provenance["settings"]
-    with editor.applied(editor.edit(FACTS[:2], own, steps=3)) as edit:
+    assert editor.plan(FACTS[:2], released).delta.digest() != named.digest()
+    assert editor.plan(FACTS[:2], own).delta.digest() == named.digest()
+    assert editor.plan(FACTS[:2], own).delta.provenance["settings"] == named.provenance["settings"]
+    with editor.edit(FACTS[:2], own, steps=3) as edit:
         settings = edit.delta.provenance["settings"]
         assert edit.delta.provenance["method"] == "memit" and settings["steps"] == 3
         assert settings.keys() == MemitConfig.settings().keys() | {"method", "preset"}
     rome = RomeConfig(layers=1, steps=2, keys="original")
-    assert editor.plan(FACTS[:1], rome).provenance["settings"]["keys"] == "original"
+    assert editor.plan(FACTS[:1], rome).delta.provenance["settings"]["keys"] == "original"
     assert editor.config(released) == released and editor.config(own, clamp=2).clamp == 2
     vectors = [editor.targets(FACTS[:1], config)[0].vector for config in (own, editor.config(own))]
     assert torch.equal(*vectors)
@@ -270,7 +270,7 @@ def test_settings_that_do_nothing_are_refused(editor: Editor, method: str, value
 def test_the_path_of_a_model_file_is_not_its_name(tmp_path):
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     editor = Editor(
-        tiny_model("llama"), tiny_tokenizer("byte_bpe"), cache=tmp_path,
+        tiny_model("llama"), tiny_tokenizer("byte_bpe"), cache_dir=tmp_path,
         name=str(tmp_path / "model.gguf"),
     )  # fmt: skip
     assert editor.name == "model.gguf"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,10 +12,8 @@ import torch
 
 import fastcov
 from fastcov.errors import BadInput
-from fastmemit import sources as factors
 from fastmemit.methods import MemitConfig, find_config
-from fastmemit.sources import FactorCache, resolved
-from fastmemit.statistics import Statistics
+from fastmemit.statistics import Statistics, StatisticsStore
 from reference import closed_form as literal
 from reference import shrinkage as literal_shrinkage
 from tiny_editors import FACTS, tiny_corpus, tiny_editor
@@ -24,18 +24,24 @@ def editor(tmp_path_factory):
     return tiny_editor(tmp_path_factory.mktemp("factors"))
 
 
+def fresh(editor, **more):
+    """A store that holds no factor, with the statistics of the editor's."""
+    store = StatisticsStore(editor.adapter, editor.tokenizer, editor._stack, Path("nowhere"), **more)
+    store.use(editor.store.covering((0, 1)))
+    return store
+
+
 def setting(editor, **values):
     return find_config(editor.adapter, "memit", {"layers": (0, 1), **values})
 
 
-def factor(editor, cache=None, layer=1, **values):
+def factor(editor, store=None, layer=1, **values):
     config = setting(editor, **values)
-    used = editor.statistics_for(config.layers)
-    return (cache or FactorCache()).get(editor.adapter, used, config, layer)
+    return (store or fresh(editor)).factor(config, layer)
 
 
 def stored(editor, layer=1):
-    used = editor.statistics_for((0, 1))
+    used = editor.store.covering((0, 1))
     return used.moment(editor.adapter.projection_name(layer))
 
 
@@ -67,39 +73,38 @@ def test_each_kind_is_made_once_and_held_until_there_is_no_room(editor, monkeypa
     real = fastcov.factorize
     monkeypatch.setattr(fastcov, "factorize", lambda A, **kw: made.append(1) or real(A, **kw))
     kinds = [{}, {"weight": 3.0}, {"ridge": 0.1}, {"relative_ridge": 0.1}, {"shrinkage": "oas"}]
-    cache = FactorCache()
-    first = [factor(editor, cache, **kind) for kind in kinds]
-    again = [factor(editor, cache, **kind) for kind in kinds]
+    store = fresh(editor)
+    first = [factor(editor, store, **kind) for kind in kinds]
+    again = [factor(editor, store, **kind) for kind in kinds]
     assert len(made) == len(kinds) and all(a is b for a, b in zip(first, again, strict=True))
-    small = FactorCache(capacity=first[0].nbytes)
+    small = fresh(editor, capacity=first[0].nbytes)
     assert factor(editor, small) is factor(editor, small)
     factor(editor, small, ridge=0.1)
     factor(editor, small)
     assert len(made) == len(kinds) + 3
-    cache.clear()
-    factor(editor, cache)
+    store.use(dataclasses.replace(editor.store.current))
+    factor(editor, store)
     assert len(made) == len(kinds) + 4
 
 
 def test_statistics_of_an_older_version_are_refused_by_ledoit_wolf_alone(editor, monkeypatch):
     old = fastcov.SecondMoment.from_lower(stored(editor).lower, stored(editor).count)
-    monkeypatch.setattr(factors.Statistics, "moment", lambda self, module: old)
+    monkeypatch.setattr(Statistics, "moment", lambda self, module: old)
     assert factor(editor, shrinkage="oas").jitter == 0
     with pytest.raises(BadInput, match="precompute again"):
         factor(editor, shrinkage="ledoit-wolf")
 
 
-def space(editor, cache, layer=1, **values):
+def space(editor, store, layer=1, **values):
     config = find_config(editor.adapter, "alphaedit", {"layers": (0, 1), **values})
-    used = editor.statistics_for(config.layers)
-    return cache.null_space(editor.adapter, used, config, layer)
+    return store.null_space(config, layer)
 
 
 @pytest.mark.parametrize("kind", [{"null_relative": 0.5}, {"null_threshold": 0.3}])
 def test_a_null_space_is_that_of_the_literal_projector(editor, kind):
     C = stored(editor).second_moment.double().numpy()
     limit = kind.get("null_threshold") or 0.5 * C.diagonal().mean()
-    found = space(editor, FactorCache(), **kind)
+    found = space(editor, fresh(editor), **kind)
     wanted = literal.null_projector(C, limit)
     assert 0 < found.rank < 64 and found.threshold == pytest.approx(limit)
     torch.testing.assert_close(found.projector(), torch.from_numpy(wanted))
@@ -109,23 +114,23 @@ def test_a_null_space_is_made_once_for_each_layer_and_threshold(editor, monkeypa
     made = []
     real = fastcov.null_space
     monkeypatch.setattr(fastcov, "null_space", lambda C, **kw: made.append(kw) or real(C, **kw))
-    cache = FactorCache()
+    store = fresh(editor)
     kinds = [{}, {"layer": 0}, {"null_threshold": 0.3}, {"null_relative": 0.5}]
-    first = [space(editor, cache, **kind) for kind in kinds]
-    again = [space(editor, cache, **kind) for kind in kinds]
+    first = [space(editor, store, **kind) for kind in kinds]
+    again = [space(editor, store, **kind) for kind in kinds]
     # What a null space does not depend on makes none.
-    again += [space(editor, cache, l2=1.0, clamp=3.0)]
+    again += [space(editor, store, l2=1.0, clamp=3.0)]
     assert len(made) == len(kinds)
     assert all(a is b for a, b in zip([*first, first[0]], again, strict=True))
-    cache.clear()
-    space(editor, cache)
+    store.use(dataclasses.replace(editor.store.current))
+    space(editor, store)
     assert len(made) == len(kinds) + 1
 
 
 def test_factors_and_null_spaces_share_the_room(editor):
-    one = space(editor, FactorCache(), null_relative=0.5)
+    one = space(editor, fresh(editor), null_relative=0.5)
     assert one.nbytes == 8 * (one.basis.numel() + 64)
-    small = FactorCache(capacity=one.nbytes)
+    small = fresh(editor, capacity=one.nbytes)
     kept = space(editor, small, null_relative=0.5)
     factor(editor, small)
     assert space(editor, small, null_relative=0.5) is not kept
@@ -138,7 +143,7 @@ def test_few_keys_get_a_ridge(tmp_path, multiplier, ridge):
     assert torch.equal(factor(editor).L, factor(editor, relative_ridge=ridge).L)
     assert not torch.equal(factor(editor).L, factor(editor, relative_ridge=0.1 - ridge).L)
     edit = editor.plan(FACTS[:2], "memit", layers=(0, 1), steps=2)
-    assert edit.provenance["settings"]["relative_ridge"] == ridge
+    assert edit.delta.provenance["settings"]["relative_ridge"] == ridge
 
 
 @pytest.mark.parametrize(("layers", "ridge"), [((0,), 0.0), ((1,), 0.1), ((0, 1), 0.1)])
@@ -147,4 +152,4 @@ def test_layers_of_unlike_widths_come_to_one_ridge(layers, ridge):
     adapter = SimpleNamespace(d_k={0: 64, 1: 128}.__getitem__)
     used = Statistics({}, {"multiplier": 4.0, "budget": 512, "keys": 300})
     config = MemitConfig(layers=layers)
-    assert resolved(adapter, used, config).relative_ridge == ridge
+    assert used.resolved(adapter, config).relative_ridge == ridge

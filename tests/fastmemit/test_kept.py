@@ -15,7 +15,7 @@ import torch
 
 import fastcov
 from fastmemit.provenance import OWN, copied, provenances_in
-from fastmemit.statistics import Statistics
+from fastmemit.statistics import Collection, Statistics
 from tiny_editors import FACTS, tiny_corpus, tiny_editor
 from tiny_models import tiny_model
 
@@ -33,10 +33,11 @@ def collected(
         **changed,
     }  # fmt: skip
     editor = tiny_editor(folder, layers=None, **known)
+    after = None
     if first is not None:
         less = {**settings, "multiplier": first}
-        settings["after"] = editor.sources.precompute(layers=layers, **less)
-    return editor.sources.precompute(layers=layers, **settings)
+        after = editor.store.collect(Collection(layers=layers, **less))
+    return editor.store.collect(Collection(layers=layers, **settings), after=after)
 
 
 def rewritten(path: Path, change: Change) -> None:
@@ -53,8 +54,8 @@ def refusals(folder: Path, found: Statistics) -> list[fastcov.FastcovError]:
     refused = []
     for ask in (
         lambda: [found.moment(name) for name in found.paths],
-        lambda: fresh.find_statistics(LAYERS),
-        lambda: fresh.find_statistics(None),
+        lambda: fresh.store.find(LAYERS),
+        lambda: fresh.store.find(None),
         lambda: fresh.edit(FACTS[:1], "memit", layers=LAYERS, steps=2),
         lambda: fresh.precompute(tiny_corpus(), multiplier=4, layers=LAYERS),
     ):
@@ -120,7 +121,7 @@ def test_all_files_of_a_folder_together_are_not_those_of_another(tmp_path: Path)
     fresh = tiny_editor(tmp_path, layers=None)
     wanted = f"of the corpus 'tiny0', .*multiplier 1.0, seed 7.* named .*{elsewhere.name[-12:]}"
     with pytest.raises(fastcov.StoreMismatch, match=wanted) as caught:
-        fresh.find_statistics(LAYERS)
+        fresh.store.find(LAYERS)
     assert caught.value.field == "folder" and caught.value.expected == home.name[-12:]
     with pytest.raises(fastcov.StoreMismatch, match=r"another multiplier \(1\.0, not 4\.0\)"):
         found.moment(next(iter(found.paths)))
@@ -148,7 +149,7 @@ def test_what_older_files_do_not_say_may_be_missing(tmp_path: Path) -> None:
     for path in found.paths.values():
         rewritten(path, lambda about: [about.pop(n) for n in ("keys", "versions", "model_name")])
     fresh = tiny_editor(tmp_path, layers=None)
-    again = fresh.find_statistics(LAYERS)
+    again = fresh.store.find(LAYERS)
     assert again is not None and again.keys == 256
     assert again.moment(next(iter(again.paths))).count == 256
 
@@ -250,9 +251,7 @@ def test_sums_on_the_way_are_compared_before_they_are_gone_on_from(tmp_path: Pat
     editor = tiny_editor(tmp_path, layers=None)
 
     def at(multiplier: float, after: Statistics | None = None, seed: int = 0) -> Statistics:
-        return editor.sources.precompute(
-            tiny_corpus(), [1], multiplier, False, None, after=after, seed=seed, aside=True
-        )
+        return editor.store.collect(Collection(tiny_corpus(), [1], multiplier, seed=seed), after=after, aside=True)
 
     first, other = at(1.0), at(1.0, seed=7)
     (path,), (wrong,) = first.paths.values(), other.paths.values()
@@ -260,7 +259,7 @@ def test_sums_on_the_way_are_compared_before_they_are_gone_on_from(tmp_path: Pat
     with pytest.raises(fastcov.StoreMismatch, match=r"another seed \(7, not 0\)"):
         at(2.0, after=first)
     with pytest.raises(fastcov.StoreMismatch, match=r"another seed \(7, not 0\)"):
-        editor.sources.keep(first)
+        editor.store.keep(first)
 
 
 def test_the_fields_of_one_file_alone_are_no_part_of_the_key(tmp_path: Path) -> None:

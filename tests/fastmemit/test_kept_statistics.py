@@ -146,7 +146,7 @@ def broken_sum(path: Path) -> None:
 @pytest.mark.parametrize("damage", [broken_header, broken_sum])
 def test_a_damaged_file_is_refused_and_named(tmp_path: Path, damage: Any) -> None:
     editor = tiny_editor(tmp_path)
-    path = editor.statistics_for([1]).paths[editor.adapter.projection_name(1)]
+    path = editor.store.covering([1]).paths[editor.adapter.projection_name(1)]
     damage(path)
     fresh = tiny_editor(tmp_path, layers=None)
     before = {name: tensor.clone() for name, tensor in fresh.model.state_dict().items()}
@@ -159,8 +159,8 @@ def test_a_file_of_another_model_is_refused(tmp_path: Path) -> None:
     mine = tiny_editor(tmp_path / "mine")
     other = tiny_editor(tmp_path / "other", model=tiny_model("llama", seed=1))
     name = mine.adapter.projection_name(1)
-    target = mine.statistics_for([1]).paths[name]
-    shutil.copy(other.statistics_for([1]).paths[name], target)
+    target = mine.store.covering([1]).paths[name]
+    shutil.copy(other.store.covering([1]).paths[name], target)
     with pytest.raises(fastcov.StoreMismatch) as caught:
         mine.edit(FACTS[:1], "memit", layers=(0, 1), steps=2)  # with statistics found before
     assert caught.value.field == "model"
@@ -179,7 +179,7 @@ def test_statistics_of_another_model_cannot_be_used(tmp_path: Path) -> None:
     other = tiny_editor(tmp_path, model=tiny_model("llama", seed=1))
     mine = tiny_editor(tmp_path)
     with pytest.raises(WrongModel, match=rf"{other.fingerprint[:16]} .*{mine.fingerprint[:16]}"):
-        mine.use(other.statistics_for([0]))
+        mine.store.use(other.store.covering([0]))
 
 
 def test_statistics_belong_to_the_unedited_model(tmp_path: Path) -> None:
@@ -200,7 +200,7 @@ def test_find_takes_the_newest_that_has_all_modules(tmp_path: Path) -> None:
         os.utime(home, (1000 + age, 1000 + age))
 
     def multiplier_of(layers: tuple[int, ...], wanted: float | None = None) -> float | None:
-        found = tiny_editor(tmp_path, layers=None).find_statistics(layers, wanted)
+        found = tiny_editor(tmp_path, layers=None).store.find(layers, wanted)
         return None if found is None else found.provenance["multiplier"]
 
     assert multiplier_of((1,)) == 3
@@ -208,8 +208,8 @@ def test_find_takes_the_newest_that_has_all_modules(tmp_path: Path) -> None:
     assert multiplier_of((0, 1), 4) == 4
     assert multiplier_of((2,), 4) is None
     other = tiny_editor(tmp_path, layers=None, tokenizer="bpe_bos")
-    assert other.find_statistics((1,)) is None  # its tokens are others
-    found = tiny_editor(tmp_path, layers=None).find_statistics((0, 1), 4)
+    assert other.store.find((1,)) is None  # its tokens are others
+    found = tiny_editor(tmp_path, layers=None).store.find((0, 1), 4)
     assert found == Statistics(made[0].paths, made[0].provenance)
 
 
@@ -233,7 +233,7 @@ def test_a_changed_corpus_file_is_another_corpus(tmp_path: Path) -> None:
 
 def test_versions_are_on_record(tmp_path: Path) -> None:
     editor = tiny_editor(tmp_path)
-    (path, _) = editor.statistics_for([0, 1]).paths.values()
+    (path, _) = editor.store.covering([0, 1]).paths.values()
     stored = fastcov.read_provenance(path)
     assert stored["versions"] == statistics.versions()
     assert stored["versions"]["torch"] == torch.__version__

@@ -170,8 +170,8 @@ def test_the_unedited_model_is_asked_once(editor: Editor, monkeypatch: pytest.Mo
         asked.append((bool(editor.edits), len(requests)))
         return ask(adapter, tokenizer, requests)
 
-    monkeypatch.setattr("fastmemit.sources.ask", counted)
-    monkeypatch.setattr(editor.sources, "_replies", ("", {}))
+    monkeypatch.setattr("fastmemit.editor.ask", counted)
+    monkeypatch.setattr(editor, "_replies", ("", {}))
     first = editor.edit(FACTS[:1], "memit", **QUICK)
     first.undo()
     second = editor.edit(FACTS, "memit", **QUICK)
@@ -186,7 +186,7 @@ def test_the_unedited_model_is_asked_once(editor: Editor, monkeypatch: pytest.Mo
         weight[0] += 1
     asked.clear()
     try:
-        editor.sources.ask(FACTS, remember=True)
+        editor._asked_before(list(FACTS))
         assert asked == [(False, 3)], name
     finally:
         with torch.no_grad():
@@ -206,7 +206,7 @@ def test_facts_of_many_lengths_are_continued_as_each_alone() -> None:
 
 
 def test_nothing_is_asked_where_it_is_not_wanted(editor: Editor, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastmemit.sources.ask", None)
+    monkeypatch.setattr("fastmemit.editor.ask", None)
     edit = editor.edit(FACTS, "memit", verify=False, **QUICK)
     edit.undo()
     assert edit.outcomes == () and "said" not in repr(edit)
@@ -235,7 +235,7 @@ def test_an_error_while_asking_leaves_the_model_unedited(editor: Editor, monkeyp
             raise FastmemitError("The logits are NaN.")
         return ask(*arguments)
 
-    monkeypatch.setattr("fastmemit.sources.ask", failing)
+    monkeypatch.setattr("fastmemit.editor.ask", failing)
     with pytest.raises(FastmemitError, match="NaN"):
         editor.edit(FACTS, "memit", **QUICK)
     assert editor.edits == () and all(map(torch.equal, before, bits(editor)))

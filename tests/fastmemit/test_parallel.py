@@ -88,7 +88,7 @@ def test_what_is_there_is_found_by_all_and_by_one_process_later(two: Path) -> No
     assert (code, err) == (0, "") and other == [0, "", ""]
     assert "256 keys" in out and "process 0" not in out  # nothing was collected
     editor = an_editor(two)
-    found = editor.find_statistics([0, 1, 2], 4)
+    found = editor.store.find([0, 1, 2], 4)
     assert found is not None and found.keys == 256
 
 
@@ -130,7 +130,7 @@ def test_what_fails_in_one_or_all_is_said_once(two: Path, name: str, sentence: s
 def an_editor(two: Path) -> Any:
     from fastmemit.editor import Editor
 
-    return Editor.from_pretrained(str(two / "model"), device="cpu", cache=two / "shared")
+    return Editor.from_pretrained(str(two / "model"), device="cpu", cache_dir=two / "shared")
 
 
 # -- without processes ----------------------------------------------------------------------------

@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.real, pytest.mark.slow]
 @pytest.fixture(scope="module")
 def editor(gemma3, tmp_path_factory):
     model, tokenizer = gemma3
-    editor = Editor(model, tokenizer, cache=tmp_path_factory.mktemp("gemma"))
+    editor = Editor(model, tokenizer, cache_dir=tmp_path_factory.mktemp("gemma"))
     editor.precompute("builtin", multiplier=1, layers=[3])
     return editor
 
@@ -23,7 +23,7 @@ def test_emmet_writes_facts_through_the_norm(editor):
     facts = [record.request for record in builtin_facts()[:4]]
     config = editor.config("emmet")
     assert (config.layers, config.site, config.scale) == ((3,), "projection", "median")
-    with editor.applied(editor.edit(facts, "emmet")) as edit:
+    with editor.edit(facts, "emmet") as edit:
         assert [outcome.said for outcome in edit.outcomes] == [True] * 4
 
 

@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.real, pytest.mark.slow]
 @pytest.fixture(scope="module")
 def editor(smollm2_pristine, tmp_path_factory):
     model, tokenizer = smollm2_pristine
-    editor = Editor(model, tokenizer, cache=tmp_path_factory.mktemp("real"))
+    editor = Editor(model, tokenizer, cache_dir=tmp_path_factory.mktemp("real"))
     editor.precompute("builtin", multiplier=10)
     return editor
 
@@ -38,13 +38,13 @@ def test_rome_writes_one_fact(editor, smollm2):
 
 def test_an_edited_model_from_a_gguf_file_is_saved_and_loads_again(editor, smollm2, tmp_path):
     fact = builtin_facts()[0]
-    with editor.applied(editor.edit([fact.request], "memit")):
+    with editor.edit([fact.request], "memit"):
         said = editor.generate([fact.request.text], 5)
-        editor.save_model(tmp_path / "edited")
+        editor.save_pretrained(tmp_path / "edited")
         saved = {name: p.clone() for name, p in editor.model.named_parameters()}
     model, tokenizer = load_model(str(tmp_path / "edited"), device="cpu")
     assert all(torch.equal(p, saved[name]) for name, p in model.named_parameters())
-    assert Editor(model, tokenizer, cache=tmp_path).generate([fact.request.text], 5) == said
+    assert Editor(model, tokenizer, cache_dir=tmp_path).generate([fact.request.text], 5) == said
     assert fact.request.target.strip() in said[0]
 
 
@@ -62,7 +62,7 @@ BEHIND = ("\n", "I read it in the newspaper. ", "It was a long day, and the weat
 def test_subjects_of_one_token_at_the_start_of_a_prompt(editor, smollm2, method, count):
     facts = AT_THE_START[:count]
     edit = editor.edit(facts, method)
-    with editor.applied(edit):
+    with edit:
         assert [o.request.subject for o in edit.outcomes if not o.said] == []
         assert [o.after.asked for o in edit.outcomes] == ["\n" + fact.text for fact in facts]
         for text in BEHIND:

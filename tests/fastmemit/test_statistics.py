@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
@@ -13,14 +14,14 @@ import fastcov
 from fastmemit.data import Corpus, corpus_from_texts
 from fastmemit.data import corpora as corpora_module
 from fastmemit.editor import Editor
+from fastmemit.edits import EditStack
 from fastmemit.errors import BadConfig, BadLayer
 from fastmemit.models import find_adapter
-from fastmemit.statistics import precompute
+from fastmemit.statistics import Collection, StatisticsStore
 from tiny_editors import tiny_corpus, tiny_editor
 from tiny_models import D_K, tiny_model, tiny_tokenizer
 
 LAYERS = (0, 2)
-IDENTITY = {"model": "a" * 64, "model_name": "tiny", "tokenizer": "b" * 64}
 
 
 def literal(editor: Editor, corpus: Corpus, layer: int, budget: int, context: int) -> torch.Tensor:
@@ -129,7 +130,9 @@ def test_text_that_gives_no_token(tmp_path: Path) -> None:
 
     adapter = find_adapter(tiny_model("llama"))
     with pytest.raises(fastcov.BadInput):
-        precompute(adapter, tiny_tokenizer(), Corpus("empty", "0" * 64, read), tmp_path, IDENTITY, layers=[0])
+        StatisticsStore(adapter, tiny_tokenizer(), EditStack.of(adapter.model), tmp_path).collect(
+            Collection(Corpus("empty", "0" * 64, read), [0])
+        )
 
 
 def test_a_model_with_nan_is_reported(tmp_path: Path) -> None:
@@ -141,21 +144,18 @@ def test_a_model_with_nan_is_reported(tmp_path: Path) -> None:
     assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
 
 
-def test_reading_is_counted_as_it_goes(tmp_path: Path) -> None:
-    editor = Editor(tiny_model("llama"), tiny_tokenizer("byte_bpe"), cache=tmp_path)
-    read: list[int] = []
-    taken: list[int] = []
-    precompute(
-        editor.adapter,
-        editor.tokenizer,
-        corpus_from_texts("tiny", [f"The {i} old boats by the sea" for i in range(60)]),
-        tmp_path,
-        {"model": "m", "tokenizer": "t"},
-        layers=[1],
-        multiplier=3,
-        progress=taken.append,
-        reading=read.append,
-    )
+def test_reading_is_counted_as_it_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    editor = Editor(tiny_model("llama"), tiny_tokenizer("byte_bpe"), cache_dir=tmp_path)
+    counts: dict[str, list[int]] = {"tokens read": [], "keys": []}
+
+    @contextmanager
+    def bar(what: str, *_: object) -> Iterator[Callable[[int], None]]:
+        yield counts[what].append
+
+    monkeypatch.setattr("fastmemit.statistics.bar", bar)
+    corpus = corpus_from_texts("tiny", [f"The {i} old boats by the sea" for i in range(60)])
+    editor.precompute(corpus, layers=[1], multiplier=3)
+    read, taken = counts.values()
     assert sum(taken) == 3 * editor.adapter.d_k(1)
     assert len(read) > 1
     assert sum(read) >= sum(taken)

@@ -71,7 +71,7 @@ def _save(args: argparse.Namespace, editor: Editor, edit: Edit) -> None:
     if args.out is not None:
         edit.save(args.out)
     if args.save_model is not None:
-        editor.save_model(args.save_model)
+        editor.save_pretrained(args.save_model)
 
 
 def _requests(args: argparse.Namespace) -> list[EditRequest]:
@@ -111,7 +111,7 @@ def _apply(args: argparse.Namespace) -> None:
     for edit in edits:
         edit.apply()
     if args.save_model is not None:  # before anything that may fail
-        editor.save_model(args.save_model)
+        editor.save_pretrained(args.save_model)
     after = editor.generate(args.prompt, args.max_new_tokens) if args.prompt else []
     count = sum(len(edit.delta.requests) for edit in edits)
     print(f"{len(edits)} edits with {count} facts applied to {editor.name}")
@@ -220,7 +220,7 @@ def _undo(args: argparse.Namespace) -> None:
     for delta in reversed(deltas):
         negative = Delta({name: (-left, right) for name, (left, right) in delta.factors.items()}, delta.provenance)
         Edit(negative, EditStack.of(editor.model)).apply()
-    editor.save_model(args.save_model)
+    editor.save_pretrained(args.save_model)
     now = sum(reply.said for reply in editor.ask(facts))
     print(f"{len(deltas)} edits taken out of {editor.name}")
     print(f"of {len(facts)} facts the model said {sum(reply.said for reply in before)} and says {now} now")

@@ -371,7 +371,7 @@ def make_editor(args: argparse.Namespace) -> Editor:
         beside = Path(args.model).parent
         folders = [str(each.parent) for each in beside.glob("*/config.json")]
         raise ModelNotFound(f"{error}{meant(args.model, [*MODEL_NAMES, *folders])}") from error
-    editor.sources.checkpoint_seconds = getattr(args, "checkpoint_seconds", None)
+    editor.store.checkpoint_seconds = getattr(args, "checkpoint_seconds", None)
     if getattr(args, "opened", None) is not None:
         args.opened.check(editor.adapter)
     return editor
@@ -404,9 +404,9 @@ def ensure_statistics(editor: Editor, layers: Sequence[int], args: argparse.Name
     for layer in layers:
         editor.adapter.weight(layer)  # what cannot be edited is refused before, not after
     if args.corpus is None and args.multiplier != "auto":
-        found = editor.find_statistics(layers, args.multiplier)
+        found = editor.store.find(layers, args.multiplier)
         if found is not None:
-            editor.use(found)
+            editor.store.use(found)
             print(f"statistics: {found.describe()} (stored)")
             return found
     made = precompute(editor, args.corpus or "wikipedia", layers, args)

@@ -256,7 +256,7 @@ def _statistics(editor: Editor, args: argparse.Namespace, layers: tuple[int, ...
     if args.corpus is not None or args.multiplier == "auto":
         every = sorted({layer for method in METHODS for layer in editor.config(method).layers})
         return ensure_statistics(editor, layers or every, args)
-    found = editor.find_statistics(layers, args.multiplier)
+    found = editor.store.find(layers, args.multiplier)
     if found is not None:
         return found
     many = "" if args.multiplier is None else f" for the multiplier {args.multiplier:g}"

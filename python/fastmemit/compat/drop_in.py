@@ -11,7 +11,7 @@ import copy as copying
 import dataclasses
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,23 +22,21 @@ from torch import Tensor, nn
 
 import fastcov
 from fastcov.hooks import isolated
-from fastcov.sizing import LIMIT
 from fastmemit.compat.hparams import Hparams, fields_of, multiplier_of, read_hparams, whole_numbers
 from fastmemit.data import Corpus
 from fastmemit.data.corpora import open_corpus
 from fastmemit.delta import Delta
-from fastmemit.editor import plan_edit
 from fastmemit.edits import Edit, EditStack
 from fastmemit.errors import BadConfig, BadCorpus, BadLayer, WrongModel
 from fastmemit.files import cache_dir
-from fastmemit.methods import find_config
+from fastmemit.methods import Workspace, find_config, run
 from fastmemit.models import ModelAdapter, find_adapter, fingerprint
 from fastmemit.models.structure import unwrapped
 from fastmemit.provenance import there
-from fastmemit.request import EditRequest, check_batch
+from fastmemit.request import Fact, check_batch
 from fastmemit.sampling import Contexts, Kind
-from fastmemit.sources import AUTO, Sources, precompute_auto
-from fastmemit.statistics import Statistics
+from fastmemit.statistics import AUTO, Collection, Statistics, StatisticsStore
+from fastmemit.targets import TargetStore
 
 log = logging.getLogger(__name__)
 
@@ -190,17 +188,19 @@ class Live:
         self.baseline = self.stack.fingerprint
         name = str(getattr(model.config, "_name_or_path", "") or "model")
         self.name = Path(name).resolve().name if Path(name).is_dir() else name
-        self.sources = Sources(
+        folder = cache_dir() if settings.cache is None else Path(settings.cache)
+        self.store = StatisticsStore(
+            self.adapter, tokenizer, self.stack, folder, name=self.name, seed=settings.seed, progress=settings.progress
+        )
+        self.workspace = Workspace(
             self.adapter,
             tokenizer,
             self.stack,
-            cache_dir() if settings.cache is None else Path(settings.cache),
-            name=self.name,
-            seed=settings.seed,
-            batch_tokens=None,
-            progress=settings.progress,
+            self.store,
+            TargetStore(folder / "targets"),
             # As in the other codebases: of the model at the first call that needs them.
-            contexts=Contexts(model, tokenizer, settings.seed, lambda: False, self._written),
+            Contexts(model, tokenizer, settings.seed, self._written, any_time=True),
+            progress=settings.progress,
         )
         self._opened_with = (id(model), tokenizer, settings)
 
@@ -220,7 +220,7 @@ class Live:
             WrongModel: They were not collected while the model was unedited, and it is edited now.
         """
         if self._statistics is not None and self.covers(layers):
-            self.sources.use(self._statistics)
+            self.store.use(self._statistics)
             return
         wanted = {self.adapter.projection_name(layer) for layer in layers}
         wanted |= set() if self._statistics is None else self._statistics.paths.keys()
@@ -237,7 +237,7 @@ class Live:
             log.info("C of %s is a cached one: %s", self.name, found.describe())
         else:
             found = self._collected(every, dataset, multiplier)
-        self.sources.use(found)
+        self.store.use(found)
         self._statistics = found
         self._matrices.clear()
 
@@ -252,7 +252,7 @@ class Live:
             if not self.stack.edits:
                 return None
             multiplier = None if isinstance(multiplier, str) else multiplier
-        found = self.sources.find(layers, multiplier)
+        found = self.store.find(layers, multiplier)
         if found is None:
             return None
         home = next(iter(found.paths.values())).parent
@@ -261,16 +261,22 @@ class Live:
     def _collected(self, layers: Sequence[int], dataset: str, multiplier: float | None) -> Statistics:
         settings = self.settings
         chosen = settings.multiplier or multiplier or MULTIPLIER
-        most = LIMIT if chosen == AUTO else float(chosen)
-        self.sources.largest_budget(layers, most)  # refuses before a corpus is looked for
-        spec = DATASETS.get(dataset) if settings.corpus is None else settings.corpus
-        if spec is None:
+        spec = Collection(
+            settings.corpus or DATASETS.get(dataset, ""),
+            layers,
+            chosen if chosen == AUTO else float(chosen),
+            allow_fewer=settings.allow_fewer,
+            max_length=settings.max_length,
+            field=settings.field,
+        )
+        self.store.budgets(spec)  # refuses before a corpus is looked for
+        if not spec.corpus:
             raise BadCorpus(
                 f"The data set {dataset!r} is not known here; name a text with "
                 'fastmemit.compat.configure(corpus="FILE.jsonl").'
             )
         try:
-            corpus = open_corpus(spec, self.adapter.model, self.tokenizer, self.stack.fingerprint, settings.field)
+            corpus = open_corpus(spec.corpus, self.adapter.model, self.tokenizer, self.stack.fingerprint, spec.field)
         except BadCorpus as error:
             if settings.corpus is not None:
                 raise
@@ -278,8 +284,7 @@ class Live:
                 f"{str(error).partition(';')[0].rstrip('.')}; name a text of your own with "
                 'fastmemit.compat.configure(corpus="FILE.jsonl"), or corpus="self".'
             ) from error
-        collect = precompute_auto if chosen == AUTO else Sources.precompute
-        return collect(self.sources, corpus, list(layers), most, settings.allow_fewer, settings.max_length)
+        return self.store.collect(dataclasses.replace(spec, corpus=corpus))
 
     def moment(self, layer: int) -> fastcov.SecondMoment:
         """The moment of a layer that is covered, on the CPU."""
@@ -487,7 +492,7 @@ def _applying(method: str, about: str) -> Callable[..., tuple[nn.Module, dict[st
     def apply(
         model: nn.Module,
         tok: Any,
-        requests: Sequence[Mapping[str, Any] | EditRequest] | Mapping[str, Any] | EditRequest,
+        requests: Fact | Sequence[Fact],
         hparams: Any,
         copy: bool = False,
         return_orig_weights: bool = False,
@@ -496,17 +501,16 @@ def _applying(method: str, about: str) -> Callable[..., tuple[nn.Module, dict[st
         **kwargs: Any,
     ) -> tuple[nn.Module, dict[str, Tensor]]:
         theirs = read_hparams(hparams, method)
-        listed = [requests] if isinstance(requests, Mapping | EditRequest) else requests
-        batch = check_batch(one if isinstance(one, EditRequest) else EditRequest.from_dict(one) for one in listed)
+        batch = check_batch(requests)
         if kwargs:
             log.info("not used here: %s", ", ".join(sorted(kwargs)))
         found = _ready(model, tok, theirs)
         if copy:  # with all that is remembered, so that both have the same contexts
-            found.sources.contexts(method)
+            found.workspace.contexts_of(method)
             model = copying.deepcopy(model)
             found = _ready(model, tok, theirs)
         found.stack.look()
-        delta, _ = plan_edit(found.sources, found.stack, batch, find_config(found.adapter, theirs.config))
+        delta = run(find_config(found.adapter, theirs.config), found.workspace, batch).delta
         before = {}
         if return_orig_weights or keep_original_weight:
             weights = dict(model.named_parameters(remove_duplicate=False))

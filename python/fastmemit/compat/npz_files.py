@@ -298,7 +298,6 @@ def import_statistics(editor: Editor, files: Mapping[str, Path] | Sequence[Path]
         check_likeness(editor, {name: found.moment for name, found in read.items()})
     together = hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
     shared = {
-        **editor.sources.identity(),
         "corpus": {"name": _corpus_name(named), "fingerprint": together},
         "seed": None,  # nobody knows; nor the length that documents were cut at
         "multiplier": multiplier,
@@ -309,7 +308,7 @@ def import_statistics(editor: Editor, files: Mapping[str, Path] | Sequence[Path]
         source = {"file": named[name].name, "sha256": digests[name], "sample_size": found.sample_size}
         own = {"budget": found.moment.count, "keys": found.moment.count, "source": source, "versions": versions()}
         moments[name] = (found.moment, own)
-    return editor.sources.take_over(shared, moments)
+    return editor.store.add(shared, moments)
 
 
 def _named(editor: Editor, files: Mapping[str, Path] | Sequence[Path]) -> dict[str, Path]:

@@ -31,7 +31,6 @@ from fastmemit.evaluation.scores import (
 )
 from fastmemit.methods import EditConfig
 from fastmemit.progress import bar
-from fastmemit.sources import resolved
 from fastmemit.statistics import versions
 
 #: What can be asked for. The first three are read from the same answers.
@@ -188,7 +187,7 @@ def evaluate(
         raise WrongModel("The model is edited already; undo its edits before an evaluation.")
     measures = Measures.of(metrics, references)
     config = editor.config(method, **(overrides or {}))
-    statistics = editor.statistics_for(config.layers)
+    statistics = editor.store.covering(config.layers)
     records = [record for batch in batches for record in batch]
     measures.check(records)
     seconds: dict[str, float] = {}
@@ -225,7 +224,7 @@ def evaluate(
         ],
         perplexity=before_and_after(unedited, costs) if unedited is not None and costs else None,
         settings={
-            **resolved(editor.adapter, statistics, config).as_dict(),
+            **statistics.resolved(editor.adapter, config).as_dict(),
             "batches": [len(batch) for batch in batches],
             "metrics": list(metrics),
             "text": None if text is None else {"name": text.name, "sha256": text.sha256, "tokens": len(text.ids)},

@@ -101,7 +101,7 @@ def make_header(editor: Editor, inputs: Inputs, configs: Sequence[EditConfig]) -
         "format": 1,
         "model": editor.name,
         "fingerprint": editor.fingerprint,
-        "tokenizer": str(editor.sources.identity()["tokenizer"]),
+        "tokenizer": str(editor.store.identity["tokenizer"]),
         "dtype": str(editor.model.dtype).removeprefix("torch."),
         "data": dict(inputs.data),
         "corpus": {"name": inputs.corpus.name, "fingerprint": inputs.corpus.fingerprint},

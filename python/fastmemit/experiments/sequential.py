@@ -127,7 +127,7 @@ def run_sequences(editor: Editor, plan: Plan, inputs: Inputs, *, progress: bool 
             with bar("records", plan.scored() * len(todo), progress) as advance:
                 for key, (multiplier, preserve) in todo.items():
                     advance.note(key)
-                    editor.use(statistics[multiplier])
+                    editor.store.use(statistics[multiplier])
                     begun = time.perf_counter()
                     run = run_sequential(
                         editor,
@@ -233,7 +233,7 @@ def run_sequential(
     if not batches or not all(batches):
         raise BadData("A sequence needs batches with at least one record each; give some.")
     config = editor.config(method, **as_published(method, settings))
-    editor.statistics_for(config.layers)
+    editor.store.covering(config.layers)
     contexts = editor.contexts(config.method)  # written by the unedited model
     for batch in batches:  # refused now, not when it is their turn
         for request in check_batch([record.request for record in batch]):
@@ -251,7 +251,7 @@ def run_sequential(
             try:
                 # Their last bits depend on what vectors are optimised beside, so that a run that was interrupted may
                 # not take some from the store and make the others.
-                editor.sources.targets(requests, config, together=True)
+                editor.targets(requests, config, together=True)
                 editor.edit(requests, config, preserved=earlier, reads=reads, verify=False)
             except (NonFinite, FastmemitError) as broken:
                 # Requests were checked before, so that what is left of our own errors is a target whose loss is not

@@ -37,7 +37,7 @@ from fastmemit.experiments import results
 from fastmemit.experiments.results import Cell, Inputs, as_published
 from fastmemit.methods import METHODS, EditConfig, ReadCache
 from fastmemit.progress import bar
-from fastmemit.statistics import Statistics
+from fastmemit.statistics import Collection, Statistics
 
 log = logging.getLogger(__name__)
 
@@ -248,15 +248,17 @@ def precompute_multipliers(
     found: dict[float | None, Statistics] = {}
     before: Statistics | None = None
     for multiplier in multipliers:
-        found[multiplier] = before = editor.sources.precompute(
-            inputs.corpus,
-            list(layers),
-            inputs.full_keys / width if multiplier is None else multiplier,
-            allow_fewer=multiplier is None,
-            max_length=inputs.max_length,
-            bos=bos,
+        found[multiplier] = before = editor.store.collect(
+            Collection(
+                inputs.corpus,
+                layers,
+                inputs.full_keys / width if multiplier is None else multiplier,
+                allow_fewer=multiplier is None,
+                max_length=inputs.max_length,
+                bos=bos,
+                seed=seed,
+            ),
             after=before,
-            seed=seed,
             aside=True,
         )
     return found
@@ -353,7 +355,7 @@ def run_sweep(
                     # Collected no further than the next cells need.
                     way = grid.way(multiplier)
                     used = precompute_multipliers(editor, inputs, way, run.layers, bos=bos, seed=seed)[multiplier]
-                    editor.use(used)
+                    editor.store.use(used)
                     for place in cells:
                         advance.note(place.key)
                         cell, seconds = run.cell(place, used.keys, advance)
@@ -405,7 +407,7 @@ class _Run:
             wanted = distinct({place.batch_size for place in using})
             for start in range(0, len(wanted), _TARGETS_TOGETHER):
                 requests = [record.request for record in wanted[start : start + _TARGETS_TOGETHER]]
-                self.editor.sources.targets(requests, self.config(using[0]), together=True)
+                self.editor.targets(requests, self.config(using[0]), together=True)
 
     def cell(self, place: Place, keys: int, advance: Callable[[int], None]) -> tuple[dict[str, Any], dict[str, float]]:
         """Edit and score the batches of a cell, each on the unedited weights; also the seconds of each stage."""
@@ -414,7 +416,7 @@ class _Run:
         records: list[dict[str, Any]] = []
         costs: list[float] = []
         with stage(seconds, "factor"):
-            jitter = {str(layer): value for layer, value in editor.sources.prepare(config).items()}
+            jitter = {str(layer): value for layer, value in editor.store.prepare(config).items()}
         for number, batch in enumerate(self.dealt[place.batch_size]):
             with stage(seconds, "edit"):
                 edit = editor.edit([record.request for record in batch], config, reads=self.reads, verify=False)

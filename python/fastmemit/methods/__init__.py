@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from fastmemit.activations import ReadCache
-from fastmemit.methods import alphaedit, emmet, encore, memit, pmet, rome
-from fastmemit.methods.base import Factors, PreservedKeys, Workspace
+from fastmemit.methods import alphaedit, emmet, memit, rome  # noqa: F401 (each registers itself)
+from fastmemit.methods.base import REGISTRY, Draft, PreservedKeys, Workspace, run
 from fastmemit.methods.config import (
     CONFIGS,
     METHODS,
@@ -22,28 +20,18 @@ from fastmemit.methods.config import (
     find_config,
     parse_overrides,
 )
-from fastmemit.request import EditRequest
-
-PLANS: dict[str, Callable[[Workspace, list[EditRequest]], None]] = {
-    "rome": rome.write,
-    "emmet": emmet.write,
-    "memit": memit.write,
-    "pmet": pmet.write,
-    "encore": encore.write,
-    "alphaedit": alphaedit.write,
-}
 
 __all__ = [
     "CONFIGS",
     "METHODS",
-    "PLANS",
     "PRESERVING",
+    "REGISTRY",
     "AlphaEditConfig",
     "CovarianceConfig",
+    "Draft",
     "EditConfig",
     "EmmetConfig",
     "EncoreConfig",
-    "Factors",
     "MemitConfig",
     "PmetConfig",
     "PreservedKeys",
@@ -52,4 +40,5 @@ __all__ = [
     "Workspace",
     "find_config",
     "parse_overrides",
+    "run",
 ]

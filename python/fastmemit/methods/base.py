@@ -1,38 +1,45 @@
-"""What every method shares: keys at the subject, trial writes, the way from requests to factors.
+"""What every method shares: what an edit is made of, the keys it reads, the writes that are taken back at the end.
 
-A method computes on the model itself, because MEMIT's upper layers must see its lower ones and
-ROME's later facts its earlier ones written.  All of that happens inside `Workspace.plan`, which
-gives the weights their bits back whatever happens: nothing is applied before all is computed.
+A method computes on the model itself, because MEMIT's upper layers must see its lower ones and ROME's later facts its
+earlier ones written. All of that happens inside `run`, which gives the weights their bits back whatever happens:
+nothing is applied before all is computed.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any, Generic
+from typing import Any, Generic, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from fastcov import CholeskyFactor, LowRank, NullSpace
+from fastcov import CholeskyFactor, LowRank
 from fastcov.linalg import updated
+from fastcov.hooks import isolated
 from fastmemit.activations import ContextReading, ReadCache, Reading, Subjects, read_at_subject
-from fastmemit.delta import add_low_rank, restore
+from fastmemit.delta import Delta, add_low_rank, restore
 from fastmemit.edits import Edit, EditStack, Writing
-from fastmemit.methods.config import Config
+from fastmemit.methods.config import PRESERVING, Config, EditConfig
 from fastmemit.models import ModelAdapter
+from fastmemit.progress import bar
 from fastmemit.request import EditRequest, check_batch
-from fastmemit.targets import Target
+from fastmemit.sampling import Contexts
+from fastmemit.statistics import StatisticsStore, versions
+from fastmemit.targets import Target, TargetStore, stored_or_optimised
 from fastmemit.tokens import subject_row
 
+log = logging.getLogger(__name__)
+
 Blocks = tuple[Tensor, ...]
+Keys = dict[int, list[Tensor]]  # layer -> keys (d_k, B), float64, block by block
 
 
-@dataclass(frozen=True)
-class _Held:
+class _Held(NamedTuple):
     """The last factor that was made for a layer, and what it was made of."""
 
     base: CholeskyFactor
@@ -43,9 +50,9 @@ class _Held:
 class PreservedKeys:
     """Edit keys by the edit and layer that they were written for.
 
-    Hand it to `fastmemit.Editor.edit`, which preserves the keys that are in it and adds those of
-    the new edit.  The keys of an edit count while the edit is in the weights: an undo takes them
-    out, and applying the edit again brings them back.  Edits from a file hold no keys.
+    Hand it to `fastmemit.Editor.edit`, which preserves the keys that are in it and adds those of the new edit. The keys
+    of an edit count while the edit is in the weights: an undo takes them out, and applying the edit again brings them
+    back. Edits from a file hold no keys.
     """
 
     def __init__(self) -> None:
@@ -54,12 +61,7 @@ class PreservedKeys:
         self._held: dict[int, _Held] = {}
 
     def add(self, edit: Edit, keys: Mapping[int, Sequence[Tensor]]) -> None:
-        """Preserve the keys of an edit.
-
-        Args:
-            edit: The edit.
-            keys: Layer -> blocks K (d_k, B), float64, in the order in which they were written.
-        """
+        """Preserve the keys of an edit: layer -> blocks K (d_k, B), float64, in the order of their writing."""
         self._keys[edit] = {layer: tuple(blocks) for layer, blocks in keys.items()}
 
     @property
@@ -77,9 +79,7 @@ class PreservedKeys:
         return max((sum(k.shape[1] for k in self.blocks(layer)) for layer in layers), default=0)
 
     def factor(self, layer: int, base: CholeskyFactor, written: Sequence[Tensor] = ()) -> CholeskyFactor:
-        """The factor of ``A + sum K_p K_p^T`` of a layer.
-
-        Only what is new since the last call is worked in, as long as A is the same.
+        """The factor of ``A + sum K_p K_p^T`` of a layer; only what is new since the last call is worked in.
 
         Args:
             layer: The layer.
@@ -96,7 +96,7 @@ class PreservedKeys:
         held = self._held.get(layer)
         known = len(held.blocks) if held is not None else 0
         same = held is not None and held.base is base and len(blocks) >= known
-        if held is None or not (same and all(map(_is, held.blocks, blocks))):
+        if held is None or not (same and all(one is other for one, other in zip(held.blocks, blocks, strict=False))):
             held, known = _Held(base, (), base), 0
         if len(blocks) > known:
             new = torch.cat([block.to(base.device) for block in blocks[known:]], 1)
@@ -105,49 +105,103 @@ class PreservedKeys:
         return held.factor
 
 
-def _is(one: Tensor, other: Tensor) -> bool:
-    return one is other
-
-
-Factors = dict[str, tuple[Tensor, Tensor]]
-EditKeys = dict[int, list[Tensor]]  # layer -> keys (d_k, B), float64, block by block
-
-
 @dataclass
-class Workspace(Generic[Config]):
-    """What a method works with while it plans one batch.
+class Workspace:
+    """What the edits of one model are made of.
 
     Attributes:
         adapter: The model.
         tokenizer: Its tokenizer.
-        config: The settings.
-        contexts: Texts before the prompts, the first one ``""``.
-        factor: Layer -> Cholesky factor of ``w C + ridge I``.
-        null_space: Layer -> the null space of C, for AlphaEdit.
-        targets: Requests -> target vectors on the model as it is now; the flag says whether it is still the model that
-            the batch began with, so that stored vectors may serve.
         stack: The edits in the weights, which gives weights their bits back.
-        preserved: Keys of earlier edits, which are preserved too.
-        reads: Where readings of the unedited model are kept; None for a model that is edited.
-        state: What identifies the weights that the batch begins with, for `reads`.
-        factors: What has been written so far, by weight name, in the weights' own orientation.
-        keys: The keys of what has been written so far, by layer.
+        statistics: The second moments and their factors.
+        stored_targets: Target vectors that were made before.
+        contexts: Texts before the prompts, by method.
+        batch_tokens: Bound on the padded tokens of target vectors optimised together; None takes 1024 on a CPU, where
+            little padding is worth more than large products, else 16384.
+        progress: Show a bar for each long step.
+        preserved: The keys of all edits that were computed here, for methods to which they belong.
     """
 
     adapter: ModelAdapter
     tokenizer: Any
-    config: Config
-    contexts: tuple[str, ...]
-    factor: Callable[[int], CholeskyFactor]
-    null_space: Callable[[int], NullSpace]
-    targets: Callable[[Sequence[EditRequest], bool], list[Target]]
     stack: EditStack
+    statistics: StatisticsStore
+    stored_targets: TargetStore
+    contexts: Contexts
+    batch_tokens: int | None = None
+    progress: bool = False
+    preserved: PreservedKeys = field(default_factory=PreservedKeys)
+
+    def contexts_of(self, method: str) -> tuple[str, ...]:
+        """The texts put before prompts; see `fastmemit.Editor.contexts`."""
+        _ = self.stack.fingerprint  # those of another model would be none of this one's
+        return self.contexts.of(method, edited=bool(self.stack.edits))
+
+    def targets(
+        self, requests: Sequence[EditRequest], config: EditConfig, *, stored: bool = True, together: bool = False
+    ) -> list[Target]:
+        """Target vectors on the model as it is.
+
+        Args:
+            requests: The facts.
+            config: The settings.
+            stored: Whether stored vectors may serve and new ones be stored. Not so between two writes of one batch,
+                when the weights are in a state that no key can name.
+            together: See `fastmemit.targets.stored_or_optimised`.
+        """
+        identity = self.statistics.identity["tokenizer"]
+        with bar("target steps", len(requests) * config.steps, self.progress) as progress:
+            return stored_or_optimised(
+                self.stored_targets if stored else TargetStore(None),
+                f"{self.stack.state()}/{identity}" if stored else "",
+                self.adapter,
+                self.tokenizer,
+                requests,
+                self.contexts_of(config.method),
+                config.targets(),
+                batch_tokens=self.batch_tokens or (1024 if self.adapter.device.type == "cpu" else 16384),
+                together=together,
+                progress=progress,
+            )
+
+
+@dataclass
+class Draft(Generic[Config]):
+    """One edit while it is computed: what was read, and what was written so far.
+
+    Attributes:
+        work: What it is made of.
+        config: The settings.
+        preserved: Keys of earlier edits, which are preserved too.
+        reads: Where readings of the unedited model are cached.
+        contexts: Texts before the prompts, the first one ``""``.
+        factors: What has been written so far, by weight name, in the weights' own orientation.
+        keys: The keys of what has been written so far, by layer.
+    """
+
+    work: Workspace
+    config: Config
     preserved: PreservedKeys | None = None
     reads: ReadCache | None = None
-    state: str = ""
-    factors: Factors = field(default_factory=dict)
-    keys: EditKeys = field(default_factory=dict)
-    _trial: Writing | None = None
+    contexts: tuple[str, ...] = ()
+    factors: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    keys: Keys = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        work = self.work
+        self.adapter = work.adapter
+        for layer in self.config.layers:
+            self.adapter.weight(layer)  # a weight that cannot be written is told before any work
+        self.contexts = self.contexts or work.contexts_of(self.config.method)
+        if work.stack.edits:
+            self.reads = None
+        self._state = f"{work.stack.fingerprint}/{work.statistics.identity['tokenizer']}"
+        self._trial: Writing | None = None
+
+    def trial(self) -> Writing:
+        """A context inside which `write` may be used; afterwards the weights have their bits back."""
+        self._trial = self.work.stack.trial(map(self.adapter.weight_name, self.config.layers))
+        return self._trial
 
     def solver(self, layer: int) -> CholeskyFactor:
         """The factor of all that a layer shall preserve.
@@ -155,22 +209,23 @@ class Workspace(Generic[Config]):
         ``w C + ridge I``, and with `preserved` also ``K_p K_p^T`` of every edit in it and of the facts that this batch
         has written into the layer already.
         """
-        base = self.factor(layer)
+        base = self.work.statistics.factor(self.config, layer)  # type: ignore[arg-type]
         if self.preserved is None:
             return base
         return self.preserved.factor(layer, base, self.keys.get(layer, ()))
 
-    def earlier_keys(self, layer: int) -> tuple[Tensor, ...]:
+    def earlier_keys(self, layer: int) -> Blocks:
         """The preserved keys (d_k, B): of earlier edits, and what this one has written there."""
         if self.preserved is None:
             return ()
         return (*self.preserved.blocks(layer), *self.keys.get(layer, ()))
 
     def write(self, layer: int, change: LowRank, keys: Tensor) -> None:
-        """Add a change (d, d_k) to a layer's weight; it and its keys (d_k, B) are kept."""
+        """Add a change (d, d_k) to a layer's weight, and put it on record with its keys (d_k, B)."""
         self.keys.setdefault(layer, []).append(keys)
         left, right = (t.to("cpu", torch.float32) for t in (change.left, change.right))
-        if self.adapter.weight_is_transposed(layer):
+        transposed = self.adapter.weight_is_transposed(layer)
+        if transposed:
             left, right = right, left
         name = self.adapter.weight_name(layer)
         if name in self.factors:
@@ -179,61 +234,136 @@ class Workspace(Generic[Config]):
         self.factors[name] = (left.contiguous(), right.contiguous())
         # From the unedited weight in one step, as the delta will be applied.
         assert self._trial is not None
-        weight = self._stored_weight(layer)
+        weight = self.adapter.weight(layer).T if transposed else self.adapter.weight(layer)
         restore([weight], [self._trial.before(name)])
         add_low_rank(weight, *self.factors[name])
-
-    def plan(self, method: Callable[[Workspace, list[EditRequest]], None], requests: Sequence[EditRequest]) -> Factors:
-        """Run a method and leave the weights as they were.
-
-        Raises:
-            BadRequest: There are no requests, or two of them contradict each other.
-        """
-        batch = check_batch(requests)
-        self.factors, self.keys = {}, {}
-        self._trial = self.stack.trial(map(self.adapter.weight_name, self.config.layers))
-        with self._trial, self._trial:
-            method(self, batch)
-        return self.factors
-
-    def _stored_weight(self, layer: int) -> Tensor:
-        """The weight as the model stores it, (d, d_k) or transposed; writing to it is editing."""
-        weight = self.adapter.weight(layer)
-        return weight.T if self.adapter.weight_is_transposed(layer) else weight
 
     # -- what methods read from the model ---------------------------------------------------------
 
     def subjects(self, requests: Sequence[EditRequest]) -> Subjects:
         """A batch to be read at one layer after the other; see `read`."""
-        return Subjects(self.adapter, self.tokenizer, requests, self.contexts)
+        return Subjects(self.adapter, self.work.tokenizer, requests, self.contexts)
 
     def read(self, subjects: Subjects, layer: int) -> Reading:
-        """What a batch shows at a layer, with what has been written so far below it.
-
-        Layers are read in ascending order.
-        """
+        """What a batch shows at a layer, with what has been written so far below it; layers come in ascending order."""
         last = self.config.layers[-1]
-        make = partial(subjects.read, layer, last)
         if self.reads is None or self.factors:
-            reading = make()
+            reading = subjects.read(layer, last)
         else:
-            reading = self.reads.get((self.state, subjects.key(layer, last)), make)
+            key = (self._state, subjects.key(layer, last))
+            reading = self.reads.get(key, lambda: subjects.read(layer, last))
         subjects.resume(reading)
         return reading
 
     def context_outputs(self, layer: int, requests: Sequence[EditRequest]) -> ContextReading:
         """Keys and the projection's outputs in every context, with what has been written so far."""
-        make = partial(self._context_outputs, layer, requests)
+
+        def make() -> ContextReading:
+            tokenizer, contexts = self.work.tokenizer, self.contexts
+            rows = [subject_row(tokenizer, context, request) for request in requests for context in contexts]
+            module = self.adapter.projection(layer)
+            (keys,), (outputs,) = read_at_subject(self.adapter, rows, inputs=[module], outputs=[module])
+            shape = (len(requests), len(contexts), -1)
+            return ContextReading(keys.double().reshape(shape), outputs.double().reshape(shape))
+
         if self.reads is None or self.factors:
             return make()
-        return self.reads.get((self.state, tuple(requests), self.contexts, layer), make)
+        return self.reads.get((self._state, tuple(requests), self.contexts, layer), make)
 
-    def _context_outputs(self, layer: int, requests: Sequence[EditRequest]) -> ContextReading:
-        rows = [subject_row(self.tokenizer, context, request) for request in requests for context in self.contexts]
-        module = self.adapter.projection(layer)
-        (keys,), (outputs,) = read_at_subject(self.adapter, rows, inputs=[module], outputs=[module])
-        shape = (len(requests), len(self.contexts), -1)
-        return ContextReading(keys.double().reshape(shape), outputs.double().reshape(shape))
+
+Write = Callable[[Draft[Any], list[EditRequest], Tensor], None]  # facts, their target vectors (B, d) float64
+
+
+class Method(NamedTuple):
+    """How a method writes, and whether each fact on the model with the earlier ones of its batch in it."""
+
+    write: Write
+    one_by_one: bool = False
+
+
+#: The methods by name; each is registered once, beside its formula.
+REGISTRY: dict[str, Method] = {}
+
+
+def register(*configs: type[EditConfig], one_by_one: bool = False) -> Callable[[Write], Write]:
+    """Register a function as the one that writes facts with these classes of settings."""
+
+    def registered(write: Write) -> Write:
+        REGISTRY.update({config.method: Method(write, one_by_one) for config in configs})
+        return write
+
+    return registered
+
+
+@isolated()
+def run(
+    config: EditConfig,
+    work: Workspace,
+    facts: Sequence[EditRequest],
+    preserved: PreservedKeys | None = None,
+    reads: ReadCache | None = None,
+) -> Edit:
+    """Compute an edit; the weights are the same before and after.
+
+    Args:
+        config: The settings.
+        work: What it is made of.
+        facts: The facts, written together.
+        preserved: Keys of earlier edits that this one shall preserve too, which those of this one join; None stands for
+            none, but for those of all edits in the weights where they belong to the method.
+        reads: Where to cache what the unedited model shows.
+
+    Returns:
+        The edit, not applied.
+
+    Raises:
+        BadRequest: A request that cannot be carried out, or two that contradict each other.
+        WrongModel: The preserved keys are of another editor's edits.
+        QuantisedWeight: A weight is not in floating point, which is said before any work.
+        OffloadedWeight: A weight is not in memory.
+        fastcov.StoreMissing: No statistics of the edited layers were precomputed.
+    """
+    batch = check_batch(facts)
+    stack, own = work.stack, preserved
+    if preserved is None and config.method in PRESERVING:
+        preserved = work.preserved
+        unknown = len(stack.edits) - len(preserved.edits)
+        if unknown:
+            log.warning(
+                "%d of the %d edits in the weights come from files, which hold no keys: %s does not preserve theirs",
+                unknown, len(stack.edits), config.method,
+            )  # fmt: skip
+    earlier = () if preserved is None else preserved.edits
+    for edit in earlier:
+        stack.check(edit)
+    used = work.statistics.covering(config.layers)
+    draft: Draft[Any] = Draft(work, config, preserved, reads)
+    method = REGISTRY[config.method]
+    trial = draft.trial()
+    with trial, trial:
+        for part in [[request] for request in batch] if method.one_by_one else [batch]:
+            # Once something is written, the weights are in a state that no key can name.
+            targets = work.targets(part, config, stored=not draft.factors)
+            method.write(draft, part, torch.stack([target.vector for target in targets]).double())
+    provenance = {
+        **work.statistics.identity,
+        "method": config.method,
+        "settings": used.resolved(work.adapter, config).as_dict(),
+        "requests": [dataclasses.asdict(request) for request in batch],
+        "statistics": dict(used.provenance),
+        "contexts": list(draft.contexts),
+        "on_top_of": stack.digests(),
+        "seed": work.contexts.seed,
+        "versions": versions(),
+    }
+    if preserved is not None:
+        provenance["preserved"] = [edit.delta.digest() for edit in earlier]
+    made = Edit(Delta(draft.factors, provenance), stack)
+    if own is not None:
+        own.add(made, draft.keys)
+    # In the computer's memory: most edits are never followed by one that asks for their keys.
+    work.preserved.add(made, {layer: [k.cpu() for k in blocks] for layer, blocks in draft.keys.items()})
+    return made
 
 
 def averaged_keys(keys: Tensor) -> Tensor:
@@ -251,36 +381,32 @@ def averaged_keys(keys: Tensor) -> Tensor:
     return (0.5 * bare + 0.5 * keys[:, 1:].mean(1)).T
 
 
-Solve = Callable[[int, Tensor, Tensor], LowRank]  # layer, K (d_k, B), R (d, B)
-
-
-def write_layers(work: Workspace, requests: list[EditRequest], solve: Solve) -> None:
-    """Write a batch into ``config.layers``, each layer a share of what is still missing.
-
-    For each layer the activations are read afresh, after the layers below it were written.
-
-    Args:
-        work: The workspace.
-        requests: The facts.
-        solve: Makes the change of a layer from the keys and the residuals there.
-    """
-    adapter, layers = work.adapter, work.config.layers
-    goal = torch.stack([t.vector for t in work.targets(requests, True)]).double()  # (B, d)
-    subjects = work.subjects(requests)
-    for position, layer in enumerate(layers):
-        read = work.read(subjects, layer)
-        keys = averaged_keys(read.keys)  # (d_k, B)
-        missing = goal.to(read.block.device) - read.block
-        missing = missing / share(work.config.spread, len(layers) - position)
-        # The last edited block may be on another device than this layer, its norm and its factor.
-        missing = missing.to(read.outputs.device)
-        residual = adapter.projection_residual(layer, read.outputs, missing, subjects.bare_ids)
-        work.write(layer, solve(layer, keys, residual.T), keys)
-
-
 def share(spread: str, left: int) -> float:
     """By what a layer divides the residual while so many layers are left, itself among them.
 
     ``"linear"``: by their number, L - i (MEMIT); ``"sqrt"``: by its square root (PMET).
     """
     return math.sqrt(left) if spread == "sqrt" else left
+
+
+def write_layers(
+    draft: Draft[Any],
+    requests: list[EditRequest],
+    goal: Tensor,  # (B, d)
+    solve: Callable[[int, Tensor, Tensor], LowRank],  # layer, K (d_k, B), R (d, B) -> change
+) -> None:
+    """Write a batch into ``config.layers``, each layer a share of what is still missing.
+
+    For each layer the activations are read afresh, after the layers below it were written.
+    """
+    adapter, layers = draft.adapter, draft.config.layers
+    subjects = draft.subjects(requests)
+    for position, layer in enumerate(layers):
+        read = draft.read(subjects, layer)
+        keys = averaged_keys(read.keys)  # (d_k, B)
+        missing = goal.to(read.block.device) - read.block
+        missing = missing / share(draft.config.spread, len(layers) - position)
+        # The last edited block may be on another device than this layer, its norm and its factor.
+        missing = missing.to(read.outputs.device)
+        residual = adapter.projection_residual(layer, read.outputs, missing, subjects.bare_ids)
+        draft.write(layer, solve(layer, keys, residual.T), keys)

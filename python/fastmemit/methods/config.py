@@ -192,7 +192,7 @@ class EditConfig:
 
         Args:
             multiplier: How many keys C has, as a multiple of their width; of the layer that has fewest
-                (`fastmemit.sources.resolved`).
+                (`fastmemit.statistics.Statistics.resolved`).
         """
         return self
 

@@ -410,7 +410,7 @@ from fastmemit import Editor
 from fastmemit.sharing import pull_statistics
 
 editor = Editor.from_pretrained("{model}")
-editor.use(pull_statistics("{repo}", model=editor.fingerprint))
+editor.store.use(pull_statistics("{repo}", model=editor.fingerprint))
 ```""",
         f"""On the command line, after which `fastmemit edit --model {model}` finds them:
 

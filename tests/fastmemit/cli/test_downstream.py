@@ -29,7 +29,7 @@ def test_before_and_after_an_edit(place: Place, text: Path, capsys: pytest.Captu
               "--context", "64", "--stride", "32", "--tasks", "tiny_facts", "--limit", "4",
               "--include-path", task_folder(place.at), "--json", out_file)  # fmt: skip
     found = json.loads(out_file.read_text())
-    editor = Editor.from_pretrained(place.model[1], cache=place.at / "cache")
+    editor = Editor.from_pretrained(place.model[1], cache_dir=place.at / "cache")
     cut = read_text(text, editor.tokenizer, tokens=200, context=64, stride=32)
     assert found["before"]["perplexity"] == perplexity(editor.adapter, cut).perplexity
     editor.load(edit).apply()

@@ -207,7 +207,7 @@ def test_somebody_elses_edit_lies_below(model: Any, tok: Any, tmp_path: Path) ->
     changed = [n for n, tensor in state(model).items() if not torch.equal(tensor, after[n])]
     assert changed == [f"model.layers.{i}.mlp.down_proj.weight" for i in (0, 1)]
     found = drop_in.live(model, tok, None)
-    assert found.sources.statistics_for([0, 1]).provenance["model"] == found.baseline
+    assert found.store.covering([0, 1]).provenance["model"] == found.baseline
     assert found.stack.edits[0].delta.digest().startswith("unknown:")
 
 

@@ -238,12 +238,12 @@ def test_without_a_corpus_kept_statistics_are_taken_else_it_says_what_to_do(
         get_cov(model, tok, 1)
     with pytest.raises(BadCorpus, match=r"data set 'pile' is not known here; .*configure\(corpus="):
         compat.get_cov(model, tok, NAME.format(1), "pile", 1, "float32")
-    found = tiny_editor(tmp_path / "cache", layers=(0, 1, 2)).statistics_for([1])
+    found = tiny_editor(tmp_path / "cache", layers=(0, 1, 2)).store.covering([1])
     assert torch.equal(get_cov(model, tok, 1), found.second_moment(NAME.format(1)))
 
 
 def test_kept_statistics_of_fewer_layers_than_would_be_collected(model: Any, tok: Any, tmp_path: Path) -> None:
-    found = tiny_editor(tmp_path / "cache", layers=(0, 1)).statistics_for([0, 1])
+    found = tiny_editor(tmp_path / "cache", layers=(0, 1)).store.covering([0, 1])
     compat.configure(corpus=None, multiplier=None)
     count = forwards(model, over=24)  # tokens; with fewer a new editor tries its model
     for layer in (0, 1, 0):

@@ -22,7 +22,7 @@ MODULES = [f"model.layers.{i}.mlp.down_proj" for i in (0, 1)]
 
 @pytest.fixture
 def found(tmp_path: Path) -> Statistics:
-    return tiny_editor(tmp_path / "cache").statistics_for([0, 1])
+    return tiny_editor(tmp_path / "cache").store.covering([0, 1])
 
 
 @pytest.mark.parametrize(("layout", "folder"), [("rome", "me_tiny"), ("memit", "me_tiny"), ("easyedit", "tiny")])

@@ -33,7 +33,7 @@ def editor(tmp_path: Path) -> Editor:
 def place(editor: Editor, tmp_path: Path) -> StatsPlace:
     """Those statistics in another codebase's files."""
     place = StatsPlace(tmp_path / "stats", "memit", "me/tiny")
-    export_statistics(editor.statistics_for([0, 1, 2]), place)
+    export_statistics(editor.store.covering([0, 1, 2]), place)
     return place
 
 
@@ -45,7 +45,7 @@ def fresh(tmp_path: Path, **settings: Any) -> Editor:
 def test_there_and_back_is_the_same_second_moment(editor: Editor, place: StatsPlace, tmp_path: Path) -> None:
     mine = fresh(tmp_path)
     found = import_statistics(mine, files_of(mine, place))
-    before = editor.statistics_for([0, 1, 2])
+    before = editor.store.covering([0, 1, 2])
     assert list(found.paths) == MODULES
     for name in MODULES:
         assert torch.equal(found.second_moment(name), before.second_moment(name))
@@ -53,7 +53,7 @@ def test_there_and_back_is_the_same_second_moment(editor: Editor, place: StatsPl
     assert found.describe() == "corpus imported:wikipedia_stats, multiplier 4, 256 keys"
     # And so are the edits that they lead to.
     settings: dict[str, Any] = {"layers": (0, 1), "steps": 3}
-    one, two = (e.plan(FACTS[:2], "memit", **settings) for e in (editor, mine))
+    one, two = (e.plan(FACTS[:2], "memit", **settings).delta for e in (editor, mine))
     assert one.digest() == two.digest()
     assert two.provenance["statistics"]["corpus"]["name"] == "imported:wikipedia_stats"
 
@@ -80,14 +80,14 @@ def test_later_edits_find_what_was_imported_last(place: StatsPlace, tmp_path: Pa
     mine = fresh(tmp_path)
     imported = import_statistics(mine, files_of(mine, place))
     later = fresh(tmp_path)
-    assert later.statistics_for([0, 2]).provenance == imported.provenance
+    assert later.store.covering([0, 2]).provenance == imported.provenance
     own = later.precompute(tiny_corpus(seed=1), multiplier=2, layers=(0, 1, 2))
     for age, found in enumerate([imported, own]):
         os.utime(next(iter(found.paths.values())).parent, (1000 + age, 1000 + age))
-    assert fresh(tmp_path).statistics_for([0]).provenance["multiplier"] == 2
+    assert fresh(tmp_path).store.covering([0]).provenance["multiplier"] == 2
     assert import_statistics(later, files_of(later, place)).paths == imported.paths
-    assert fresh(tmp_path).statistics_for([0]).provenance["multiplier"] == 4
-    assert later.find_statistics([0], 4) is not None
+    assert fresh(tmp_path).store.covering([0]).provenance["multiplier"] == 4
+    assert later.store.find([0], 4) is not None
 
 
 def test_files_say_by_their_names_which_module_they_are_of(place: StatsPlace, tmp_path: Path) -> None:
@@ -115,7 +115,7 @@ def test_a_file_of_44_million_keys_as_they_write_it(place: StatsPlace, tmp_path:
 def refused(mine: Editor, files: Any, error: type[Exception], match: str, **more: Any) -> None:
     with pytest.raises(error, match=match):
         import_statistics(mine, files, **more)
-    assert mine.find_statistics([0], None) is None  # nothing was kept
+    assert mine.store.find([0], None) is None  # nothing was kept
 
 
 def test_statistics_of_another_layer_or_model_are_refused(place: StatsPlace, tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ def test_an_error_gives_the_weights_back(editor: Editor, text: PerplexityText, m
 def test_nothing_to_score_and_an_edited_model(editor: Editor, text: PerplexityText) -> None:
     with pytest.raises(BadConfig, match="neither a text nor a task"):
         compare(editor)
-    with editor.applied(edits(editor)[0]), pytest.raises(WrongModel, match="edited already"):
+    with edits(editor)[0], pytest.raises(WrongModel, match="edited already"):
         compare(editor, text=text)
 
 

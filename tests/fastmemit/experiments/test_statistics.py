@@ -14,6 +14,7 @@ from fastmemit.editor import Editor
 from fastmemit.errors import BadConfig
 from fastmemit.experiments.results import Inputs
 from fastmemit.experiments.sweep import precompute_multipliers
+from fastmemit.statistics import Collection
 from tiny_editors import texts, tiny_corpus, tiny_editor
 from tiny_models import D_K
 
@@ -110,10 +111,10 @@ def test_a_corpus_that_ends_is_refused_but_for_the_full_one(editor: Editor) -> N
 
 def test_edits_do_not_find_what_a_sweep_has_collected(editor: Editor) -> None:
     moments(editor, 0.3)
-    assert editor.find_statistics(LAYERS) is None
+    assert editor.store.find(LAYERS) is None
 
 
 def test_only_a_larger_multiplier_goes_on_from_statistics(editor: Editor) -> None:
     found = precompute_multipliers(editor, of(tiny_corpus()), (2.0,), LAYERS)[2.0]
     with pytest.raises(BadConfig, match="cannot be continued to 2; give a larger"):
-        editor.sources.precompute(tiny_corpus(), list(LAYERS), 2.0, False, None, after=found)
+        editor.store.collect(Collection(tiny_corpus(), LAYERS, 2.0), after=found)

@@ -92,7 +92,7 @@ def test_a_cell_is_what_an_evaluation_of_its_own_gives(
         assert score == pytest.approx(wanted["after"][name])
     for name, score in cell["before"].items():
         assert score == pytest.approx(wanted["before"][name])
-    assert cell["keys"] == editor.statistics_for((1,)).keys
+    assert cell["keys"] == editor.store.covering((1,)).keys
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -175,14 +175,14 @@ def test_nothing_is_paid_for_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_vectors_are_made_for_the_records_that_a_method_edits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     editor = tiny_editor(tmp_path / "cache", layers=None)
     asked: list[tuple[str, int]] = []
-    real = editor.sources.targets
+    real = editor.targets
 
     def counted(requests, config, **settings):
         if settings.get("together"):
             asked.append((config.method, len(requests)))
         return real(requests, config, **settings)
 
-    monkeypatch.setattr(editor.sources, "targets", counted)
+    monkeypatch.setattr(editor, "targets", counted)
     grid = Grid(("emmet", "rome"), {1: 1, 2: 2}, (2.0,), (SETTINGS,))
     run_sweep(editor, grid, records(), inputs(tmp_path / "out"))
     assert asked == [("emmet", 4), ("rome", 1)]

@@ -15,7 +15,7 @@ import torch
 
 from fastcov import factorize
 from fastmemit import Editor, EditRequest
-from fastmemit.methods.base import Workspace
+from fastmemit.methods.base import Draft
 from fastmemit.sampling import Contexts
 from fastmemit.statistics import Statistics
 from fastmemit.targets import TargetSettings, optimise
@@ -58,9 +58,9 @@ def editor(smollm2, tmp_path):
     model.model.layers = blocks[:8]
     model.config.num_hidden_layers = 8
     try:
-        editor = Editor(model, tokenizer, cache=tmp_path)
+        editor = Editor(model, tokenizer, cache_dir=tmp_path)
         written = {"words": CONTEXTS, "start": CONTEXTS[:4]}
-        editor.sources._contexts = Contexts(model, tokenizer, 0, lambda: False, written)
+        editor.workspace.contexts = Contexts(model, tokenizer, 0, written)
         yield editor
     finally:
         model.model.layers, model.config.num_hidden_layers = blocks, depth
@@ -77,9 +77,9 @@ def stand_in(K, X):
 
 def test_equals_the_released_code(editor, golden, monkeypatch):
     factors = {n: factorize(stand_in(golden[f"A/{n}/k"], golden[f"A/{n}/x"])) for n in (3, 4, 5)}
-    monkeypatch.setattr(Workspace, "solver", lambda _, layer: factors[layer])
-    monkeypatch.setattr(editor.sources, "statistics_for", lambda _: Statistics({}, {}))
-    monkeypatch.setattr("fastmemit.editor.resolved", lambda _adapter, _used, config: config)
+    monkeypatch.setattr(Draft, "solver", lambda _, layer: factors[layer])
+    monkeypatch.setattr(editor.store, "covering", lambda _: Statistics({}, {}))
+    monkeypatch.setattr(Statistics, "resolved", lambda _self, _adapter, config: config)
     # With the recorded C these agreed to 6e-7 on vectors, 4e-6 on losses, 2.5e-6 on the changes of
     # MEMIT and EMMET and 6.4e-6 on ROME's; processors round differently, hence the room.
     for method, (requests, settings) in RUNS.items():
@@ -90,7 +90,7 @@ def test_equals_the_released_code(editor, golden, monkeypatch):
             assert (vectors - golden[f"{method}/z"]).norm() <= 3e-6 * vectors.norm()
             losses = torch.tensor([target.losses for target in targets], dtype=torch.float64)
             torch.testing.assert_close(losses, golden[f"{method}/losses"], rtol=2e-5, atol=0)
-        delta = editor.plan(requests, method, **settings)
+        delta = editor.plan(requests, method, **settings).delta
         for layer in config.layers:
             left, right = delta.factors[editor.adapter.weight_name(layer)]
             change = left.double() @ right.double().T  # (d, d_k)

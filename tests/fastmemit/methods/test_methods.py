@@ -7,7 +7,7 @@ from fastmemit import Editor, EditRequest
 from fastmemit.activations import read_at_subject
 from fastmemit.data.corpora import corpus_from_texts
 from fastmemit.errors import DuplicateRequest, FastmemitError
-from fastmemit.methods import memit
+from fastmemit.methods import Draft, memit
 from fastmemit.methods.base import averaged_keys
 from fastmemit.tokens import subject_row
 from reference import closed_form as literal
@@ -27,7 +27,7 @@ REQUESTS = [
 
 def make_editor(architecture, cache, tokenizer="byte_bpe", **settings):
     model = tiny_model(architecture)
-    editor = Editor(model, tiny_tokenizer(tokenizer), cache=cache, **settings)
+    editor = Editor(model, tiny_tokenizer(tokenizer), cache_dir=cache, **settings)
     editor.precompute(corpus_from_texts("tiny", TEXTS), multiplier=8, layers=[0, 1, 2])
     return editor
 
@@ -41,7 +41,7 @@ def assert_unchanged(model, before):
 
 
 def workspace(editor, method, **overrides):
-    return editor.sources.workspace(editor.config(method, **overrides))
+    return Draft(editor.workspace, editor.config(method, **overrides))
 
 
 def bare_outputs(editor, *modules):
@@ -116,7 +116,7 @@ def test_memit_equals_its_formula_written_out(architecture, tmp_path):
     goal = torch.stack([t.vector for t in editor.targets(REQUESTS, config)]).double()
     expected = {}
     work = workspace(editor, "memit", **settings)
-    statistics = editor.statistics_for(config.layers)
+    statistics = editor.store.covering(config.layers)
     for position, layer in enumerate(config.layers):
         keys = averaged_keys(work.context_outputs(layer, REQUESTS).keys)
         (now,) = bare_outputs(editor, editor.adapter.block(2))
@@ -142,13 +142,13 @@ def test_memit_equals_its_formula_written_out(architecture, tmp_path):
 def test_original_rome_differs_where_the_keys_differ(tmp_path):
     editor = make_editor("llama", tmp_path)
     settings = {"layers": (1,), "steps": 4}
-    ours = editor.plan(REQUESTS[:1], "rome", keys="mean", **settings)
-    original = editor.plan(REQUESTS[:1], "rome", keys="original", **settings)
+    ours = editor.plan(REQUESTS[:1], "rome", keys="mean", **settings).delta
+    original = editor.plan(REQUESTS[:1], "rome", keys="original", **settings).delta
     work = workspace(editor, "rome", **settings)
     read = work.context_outputs(1, REQUESTS[:1])
     keys, outputs = read.keys, read.outputs
     (target,) = editor.targets(REQUESTS[:1], editor.config("rome", **settings))
-    moment = editor.statistics_for([1]).second_moment(editor.adapter.projection_name(1)).double()
+    moment = editor.store.covering([1]).second_moment(editor.adapter.projection_name(1)).double()
     mean, bare = keys[0].mean(0), keys[0, 0]
     for delta, key, now in ((ours, mean, outputs[0].mean(0)), (original, bare, outputs[0, 0])):
         ((left, right),) = delta.factors.values()
@@ -203,7 +203,7 @@ def test_duplicates_are_named_before_any_work(tmp_path):
 
 def test_a_norm_after_the_sum_is_carried(tmp_path):
     model = tiny_model("opt", do_layer_norm_before=False)
-    editor = Editor(model, tiny_tokenizer("byte_bpe"), cache=tmp_path)
+    editor = Editor(model, tiny_tokenizer("byte_bpe"), cache_dir=tmp_path)
     editor.precompute(corpus_from_texts("tiny", TEXTS), multiplier=2, layers=[0, 1])
     before = snapshot(model)
     settings = {"layers": (1,), "steps": 4, "lambda_e": 0.0, "site": "block"}
@@ -222,14 +222,14 @@ def test_a_norm_after_the_sum_is_carried(tmp_path):
 def test_any_tokenizer(tokenizer, tmp_path):
     editor = make_editor("llama", tmp_path, tokenizer)
     before = snapshot(editor.model)
-    with editor.applied(editor.edit(REQUESTS, "memit", layers=(0, 1), steps=3)):
+    with editor.edit(REQUESTS, "memit", layers=(0, 1), steps=3):
         assert not torch.equal(editor.adapter.weight(0), before[editor.adapter.weight_name(0)])
     assert_unchanged(editor.model, before)
 
 
 def test_bfloat16_weights(tmp_path):
     model = tiny_model("llama").to(torch.bfloat16)
-    editor = Editor(model, tiny_tokenizer("byte_bpe"), cache=tmp_path)
+    editor = Editor(model, tiny_tokenizer("byte_bpe"), cache_dir=tmp_path)
     editor.precompute(corpus_from_texts("tiny", TEXTS), multiplier=8, layers=[0, 1, 2])
     before = snapshot(model)
     edit = editor.edit(REQUESTS, "memit", layers=(0, 1), steps=3)
@@ -242,7 +242,7 @@ def test_rome_is_emmet_with_one_fact(tmp_path):
     editor = make_editor("qwen3", tmp_path)
     settings = {"layers": (1,), "steps": 3}
     (target,) = editor.targets(REQUESTS[:1], editor.config("rome", **settings))
-    rome = editor.plan(REQUESTS[:1], "rome", **settings)
+    rome = editor.plan(REQUESTS[:1], "rome", **settings).delta
     work = workspace(editor, "rome", **settings)
     read = work.context_outputs(1, REQUESTS[:1])
     keys, outputs = read.keys, read.outputs

@@ -11,8 +11,8 @@ import torch
 from fastcov import factorize
 from fastmemit.editor import Editor
 from fastmemit.errors import WrongModel
-from fastmemit.methods import PLANS, PreservedKeys
-from fastmemit.methods.base import averaged_keys
+from fastmemit.methods import REGISTRY, Draft, PreservedKeys
+from fastmemit.methods.base import Method, averaged_keys
 from reference import closed_form as literal
 from tiny_editors import FACTS, tiny_editor
 
@@ -34,7 +34,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Editor:
 
 
 def literal_A(editor: Editor, layer: int, blocks: Any) -> Any:
-    statistics = editor.statistics_for([layer])
+    statistics = editor.store.covering([layer])
     moment = statistics.second_moment(editor.adapter.projection_name(layer)).double()
     base = literal.regularised(moment.numpy(), A["weight"], A["ridge"])
     return literal.preserving(base, [block.numpy() for block in blocks])
@@ -93,8 +93,8 @@ def test_a_later_batch_equals_the_formula_with_the_earlier_keys(
 @pytest.mark.parametrize("method", SETTINGS)
 def test_the_first_edit_is_the_same_as_without(editor: Editor, method: str) -> None:
     facts = FACTS[:1] if method == "rome" else FACTS
-    one = editor.plan(facts, method, preserved=PreservedKeys(), **SETTINGS[method])
-    assert one.digest() == editor.plan(facts, method, **SETTINGS[method]).digest()
+    one = editor.plan(facts, method, preserved=PreservedKeys(), **SETTINGS[method]).delta
+    assert one.digest() == editor.plan(facts, method, **SETTINGS[method]).delta.digest()
 
 
 def test_rome_of_three_facts_is_three_edits(editor: Editor) -> None:
@@ -138,7 +138,7 @@ def test_nothing_joins_where_nothing_was_applied(editor: Editor, monkeypatch: py
     def fails(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(PLANS, "memit", fails)
+    monkeypatch.setitem(REGISTRY, "memit", Method(fails))
     with pytest.raises(KeyboardInterrupt):
         editor.edit(FACTS, "memit", preserved=preserved, **SETTINGS["memit"])
     assert len(preserved._keys) == 0
@@ -195,7 +195,7 @@ def test_a_factor_is_updated_by_what_is_new_and_made_again_for_another_A(monkeyp
 
 def test_averaged_keys_are_what_is_kept(editor: Editor) -> None:
     preserved = PreservedKeys()
-    work = editor.sources.workspace(editor.config("emmet", **SETTINGS["emmet"]))
+    work = Draft(editor.workspace, editor.config("emmet", **SETTINGS["emmet"]))
     keys = averaged_keys(work.context_outputs(1, FACTS).keys)
     editor.edit(FACTS, "emmet", preserved=preserved, **SETTINGS["emmet"])
     (block,) = preserved.blocks(1)

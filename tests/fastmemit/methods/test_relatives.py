@@ -11,7 +11,7 @@ import torch
 from fastmemit.activations import read_at_subject
 from fastmemit.editor import Editor
 from fastmemit.errors import BadConfig, BadRequest
-from fastmemit.methods import CONFIGS, METHODS, PRESERVING, PreservedKeys
+from fastmemit.methods import CONFIGS, METHODS, PRESERVING, Draft, PreservedKeys
 from fastmemit.methods.base import averaged_keys, share
 from fastmemit.tokens import subject_row
 from reference import closed_form as literal
@@ -36,7 +36,7 @@ def shared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def moment(editor: Editor, layer: int) -> Any:
-    statistics = editor.statistics_for([layer])
+    statistics = editor.store.covering([layer])
     return statistics.second_moment(editor.adapter.projection_name(layer)).double().numpy()
 
 
@@ -63,7 +63,7 @@ def write_literally(editor: Editor, method: str, facts: Any, earlier: dict[int, 
     weights = {layer: editor.adapter.weight(layer) for layer in LAYERS}
     before = {layer: weight.clone() for layer, weight in weights.items()}
     goal = torch.stack([t.vector for t in editor.targets(facts, config)]).double()
-    work = editor.sources.workspace(config, PreservedKeys())
+    work = Draft(editor.workspace, config, PreservedKeys())
     changes, keys = {}, {}
     for position, layer in enumerate(LAYERS):
         keys[layer] = averaged_keys(work.context_outputs(layer, facts).keys).numpy()
@@ -99,12 +99,12 @@ def test_two_batches_equal_the_formula_written_out(editor: Editor, method: str) 
     assert_equal(editor, first.delta, changes)
     counted = keys if method in PRESERVING else {}
     changes, _ = write_literally(editor, method, FACTS[1:], counted)
-    second = editor.plan(FACTS[1:], method, **SETTINGS[method])
+    second = editor.plan(FACTS[1:], method, **SETTINGS[method]).delta
     assert_equal(editor, second, changes)
     if method in PRESERVING:  # and they make a difference
         alone, _ = write_literally(editor, method, FACTS[1:], {})
         assert (alone[0] - changes[0]).norm() > 1e-3 * changes[0].norm()
-        unasked = editor.plan(FACTS[1:], method, preserved=PreservedKeys(), **SETTINGS[method])
+        unasked = editor.plan(FACTS[1:], method, preserved=PreservedKeys(), **SETTINGS[method]).delta
         assert_equal(editor, unasked, alone)
         assert second.provenance["preserved"] == [first.delta.digest()]
 
@@ -112,24 +112,24 @@ def test_two_batches_equal_the_formula_written_out(editor: Editor, method: str) 
 @pytest.mark.parametrize("method", PRESERVING)
 def test_keys_of_an_undone_edit_do_not_count(editor: Editor, method: str) -> None:
     settings = SETTINGS[method]
-    alone = editor.plan(FACTS[1:], method, **settings)
+    alone = editor.plan(FACTS[1:], method, **settings).delta
     first = editor.edit(FACTS[:1], method, **settings)
-    upon = editor.plan(FACTS[1:], method, **settings).digest()
+    upon = editor.plan(FACTS[1:], method, **settings).delta.digest()
     first.undo()
-    again = editor.plan(FACTS[1:], method, **settings)
+    again = editor.plan(FACTS[1:], method, **settings).delta
     assert again.digest() == alone.digest() != upon
     assert again.provenance["preserved"] == []
     first.apply()
-    assert editor.plan(FACTS[1:], method, **settings).digest() == upon
+    assert editor.plan(FACTS[1:], method, **settings).delta.digest() == upon
 
 
 @pytest.mark.parametrize("method", PRESERVING)
 def test_earlier_edits_count_whatever_method_they_are_of(editor: Editor, method: str) -> None:
     first = editor.edit(FACTS[:1], "memit", **SETTINGS["memit"])
     second = editor.edit(FACTS[1:2], method, **SETTINGS[method])
-    third = editor.plan(FACTS[2:], method, **SETTINGS[method])
+    third = editor.plan(FACTS[2:], method, **SETTINGS[method]).delta
     assert third.provenance["preserved"] == [first.delta.digest(), second.delta.digest()]
-    plain = editor.plan(FACTS[2:], "memit", **SETTINGS["memit"])
+    plain = editor.plan(FACTS[2:], "memit", **SETTINGS["memit"]).delta
     assert "preserved" not in plain.provenance
 
 
@@ -141,7 +141,7 @@ def test_edits_from_files_bring_no_keys_and_that_is_said(
     first.save(tmp_path / "first.safetensors")
     first.undo()
     editor.load(tmp_path / "first.safetensors").apply()
-    upon = editor.plan(FACTS[1:], "encore", **SETTINGS["encore"])
+    upon = editor.plan(FACTS[1:], "encore", **SETTINGS["encore"]).delta
     assert "1 of the 1 edits in the weights come from files" in caplog.text
     assert upon.provenance["preserved"] == [] and len(upon.provenance["on_top_of"]) == 1
 
@@ -151,7 +151,7 @@ def test_an_object_of_ones_own_takes_the_place_of_the_editors(editor: Editor) ->
     editor.edit(FACTS[:1], "encore", **SETTINGS["encore"])
     second = editor.edit(FACTS[1:2], "encore", preserved=own, **SETTINGS["encore"])
     assert own.edits == (second,) and second.delta.provenance["preserved"] == []
-    third = editor.plan(FACTS[2:], "encore", **SETTINGS["encore"])
+    third = editor.plan(FACTS[2:], "encore", **SETTINGS["encore"]).delta
     assert len(third.provenance["preserved"]) == 2
 
 
@@ -160,29 +160,28 @@ def test_a_memit_edit_with_preserved_keys_is_encores(editor: Editor) -> None:
     same = {**A, "ridge": 0.0, "stop": "loss"}
     preserved = PreservedKeys()
     one = editor.edit(FACTS[:1], "memit", preserved=preserved, **same)
-    wanted = editor.plan(FACTS[1:], "memit", preserved=preserved, **same)
-    assert editor.plan(FACTS[1:], "encore", **same).digest() == wanted.digest()
+    wanted = editor.plan(FACTS[1:], "memit", preserved=preserved, **same).delta
+    assert editor.plan(FACTS[1:], "encore", **same).delta.digest() == wanted.digest()
     one.undo()
-    plain = editor.plan(FACTS, "memit", **same)
-    assert editor.plan(FACTS, "encore", **same).digest() == plain.digest()
+    plain = editor.plan(FACTS, "memit", **same).delta
+    assert editor.plan(FACTS, "encore", **same).delta.digest() == plain.digest()
 
 
 def test_pmet_with_one_layer_is_memit(editor: Editor) -> None:
     one = {**A, "layers": (1,)}
-    plans = [editor.plan(FACTS, method, **one).digest() for method in ("memit", "pmet")]
+    plans = [editor.plan(FACTS, method, **one).delta.digest() for method in ("memit", "pmet")]
     assert plans[0] == plans[1]
-    several = [editor.plan(FACTS, method, **A).digest() for method in ("memit", "pmet")]
+    several = [editor.plan(FACTS, method, **A).delta.digest() for method in ("memit", "pmet")]
     assert several[0] != several[1]
-    assert editor.plan(FACTS, "memit", spread="sqrt", **A).digest() == several[1]
+    assert editor.plan(FACTS, "memit", spread="sqrt", **A).delta.digest() == several[1]
     assert [share("sqrt", n) for n in (4, 1)] == [2, 1] and share("linear", 4) == 4
 
 
 def test_alphaedit_does_not_move_keys_outside_the_null_space(editor: Editor) -> None:
-    delta = editor.plan(FACTS, "alphaedit", **SETTINGS["alphaedit"])
+    delta = editor.plan(FACTS, "alphaedit", **SETTINGS["alphaedit"]).delta
     config = editor.config("alphaedit", **SETTINGS["alphaedit"])
-    work = editor.sources.workspace(config)
     for layer in LAYERS:
-        space, change = work.null_space(layer), change_of(editor, delta, layer)
+        space, change = editor.store.null_space(config, layer), change_of(editor, delta, layer)
         outside = torch.eye(64, dtype=torch.float64) - space.projector()
         assert (change @ outside).norm() <= 1e-6 * change.norm()  # stored in float32
 
@@ -224,7 +223,7 @@ def test_each_setting_of_a_method_changes_its_results(editor: Editor, method: st
     if method == "encore":
         own["stop"] = "loss"  # so that early_stop is read
     facts = FACTS[:1] if method == "rome" else FACTS
-    plain = editor.plan(facts, method, **own).digest()
+    plain = editor.plan(facts, method, **own).delta.digest()
     settings = CONFIGS[method].settings()
     assert settings.keys() <= values.keys()
     idle = set()
@@ -234,7 +233,7 @@ def test_each_setting_of_a_method_changes_its_results(editor: Editor, method: st
         changed = {**own, name: values[name]}
         if name == "null_threshold":
             del changed["null_relative"]
-        if editor.plan(facts, method, **changed).digest() == plain:
+        if editor.plan(facts, method, **changed).delta.digest() == plain:
             idle.add(name)
     assert idle == set()
 

@@ -11,7 +11,7 @@ import torch
 from fastmemit.activations import Reading, read_at_subject
 from fastmemit.delta import Delta
 from fastmemit.editor import Editor
-from fastmemit.methods import ReadCache
+from fastmemit.methods import Draft, ReadCache
 from fastmemit.methods.base import averaged_keys
 from fastmemit.tokens import subject_row
 from tiny_editors import FACTS, tiny_corpus, tiny_editor
@@ -43,7 +43,7 @@ def reading(size: int) -> Reading:
 
 
 def test_a_reading_is_what_stateless_reads_give(editor: Editor) -> None:
-    work = editor.sources.workspace(editor.config("memit", **SETTINGS))
+    work = Draft(editor.workspace, editor.config("memit", **SETTINGS))
     subjects, adapter = work.subjects(FACTS), editor.adapter
     bare = [subject_row(editor.tokenizer, "", fact) for fact in FACTS]
     before = {layer: adapter.weight(layer).clone() for layer in LAYERS}
@@ -62,7 +62,7 @@ def test_a_reading_is_what_stateless_reads_give(editor: Editor) -> None:
 
 
 def test_without_contexts_the_bare_key_is_the_key(editor: Editor) -> None:
-    work = editor.sources.workspace(editor.config("memit", **SETTINGS))
+    work = Draft(editor.workspace, editor.config("memit", **SETTINGS))
     work.contexts = ("",)
     read = work.read(work.subjects(FACTS), 1)
     assert read.keys.shape == (3, 1, 64) and len(read.passes) == 1
@@ -77,9 +77,9 @@ def test_plans_of_a_sweep_are_the_same_with_what_was_kept(tmp_path: Any, method:
     found = [editor.precompute(tiny_corpus(), multiplier=m, layers=layers) for m in (2, 4)]
     plain, kept = [], []
     for statistics in found:
-        editor.use(statistics)
-        plain.append(editor.plan(FACTS, method, **settings))
-        kept.append(editor.plan(FACTS, method, reads=reads, **settings))
+        editor.store.use(statistics)
+        plain.append(editor.plan(FACTS, method, **settings).delta)
+        kept.append(editor.plan(FACTS, method, reads=reads, **settings).delta)
     assert all(equal(one, other) for one, other in zip(plain, kept, strict=True))
     assert not equal(*plain)  # the statistics differ, so that the edits do
     assert len(reads) == 1
@@ -109,18 +109,18 @@ def test_a_second_plan_runs_only_what_depends_on_its_writes(editor: Editor) -> N
 def test_other_facts_and_layers_are_other_readings(editor: Editor) -> None:
     reads = ReadCache()
     for facts, layer in ((FACTS, 1), (FACTS[:2], 1), (FACTS, 2), (FACTS, 1)):
-        made = editor.plan(facts, "emmet", steps=2, layers=(layer,), reads=reads)
-        assert equal(made, editor.plan(facts, "emmet", steps=2, layers=(layer,)))
+        made = editor.plan(facts, "emmet", steps=2, layers=(layer,), reads=reads).delta
+        assert equal(made, editor.plan(facts, "emmet", steps=2, layers=(layer,)).delta)
     assert len(reads) == 3
 
 
 def test_nothing_of_an_edited_model_is_kept_or_served(editor: Editor) -> None:
     reads = ReadCache()
-    unedited = editor.plan(FACTS[:1], "emmet", steps=2, layers=(1,), reads=reads)
+    unedited = editor.plan(FACTS[:1], "emmet", steps=2, layers=(1,), reads=reads).delta
     held = reads.nbytes
-    with editor.applied(editor.edit(FACTS[1:], "emmet", steps=2, layers=(0,))):
-        inside = editor.plan(FACTS[:1], "emmet", steps=2, layers=(1,), reads=reads)
-        assert equal(inside, editor.plan(FACTS[:1], "emmet", steps=2, layers=(1,)))
+    with editor.edit(FACTS[1:], "emmet", steps=2, layers=(0,)):
+        inside = editor.plan(FACTS[:1], "emmet", steps=2, layers=(1,), reads=reads).delta
+        assert equal(inside, editor.plan(FACTS[:1], "emmet", steps=2, layers=(1,)).delta)
     assert not equal(inside, unedited)
     assert reads.nbytes == held and len(reads) == 1
 
@@ -131,8 +131,8 @@ def test_two_models_may_share_a_cache(editor: Editor, tmp_path: Any) -> None:
     reads = ReadCache()
     other = tiny_editor(tmp_path, model=tiny_model("llama", seed=1), layers=(1,))
     for each in (editor, other):
-        made = each.plan(FACTS, "emmet", steps=2, layers=(1,), reads=reads)
-        assert equal(made, each.plan(FACTS, "emmet", steps=2, layers=(1,)))
+        made = each.plan(FACTS, "emmet", steps=2, layers=(1,), reads=reads).delta
+        assert equal(made, each.plan(FACTS, "emmet", steps=2, layers=(1,)).delta)
     assert len(reads) == 2
 
 

@@ -35,7 +35,7 @@ def test_a_model_without_a_stated_limit_takes_all():
 
 @pytest.mark.parametrize("architecture", ["gpt2", "opt", "llama"])
 def test_every_way_into_the_model_says_so(architecture, tmp_path):
-    editor = Editor(tiny_model(architecture), tiny_tokenizer("byte_bpe"), cache=tmp_path)
+    editor = Editor(tiny_model(architecture), tiny_tokenizer("byte_bpe"), cache_dir=tmp_path)
     request = EditRequest(LONG + "{} is", "Ann", "x")
     config = editor.config("memit", layers=(1,), steps=2)
     with pytest.raises(BadRequest, match="takes 256 at once"):

@@ -51,7 +51,7 @@ def by_hand(folder: Path, *, fields: Any = (), tensors: Any = ()) -> Path:
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_our_own_comes_back_bit_for_bit_and_is_an_edit_again(architecture: str, tmp_path: Path) -> None:
     editor = tiny_editor(tmp_path / "cache", architecture)
-    delta = editor.plan(FACTS, method="memit", layers=(0, 1), steps=3)
+    delta = editor.plan(FACTS, method="memit", layers=(0, 1), steps=3).delta
     narrower = {n: (a[:, :2].contiguous(), b[:, :2].contiguous()) for n, (a, b) in
                 list(delta.factors.items())[:1]}  # fmt: skip
     uneven = Delta({**delta.factors, **narrower}, delta.provenance)

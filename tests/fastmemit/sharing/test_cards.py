@@ -62,7 +62,7 @@ def test_the_header_is_what_the_hub_reads() -> None:
 
 def test_a_real_edit_shows_facts_weights_settings_and_versions(tmp_path: Path) -> None:
     editor = tiny_editor(tmp_path, name="me/tiny")
-    made = editor.plan(FACTS, **QUICK)
+    made = editor.plan(FACTS, **QUICK).delta
     card = edit_card(made, "me/edit")
     found = rows(card)
     assert ["The capital of France is", "Berlin", "Paris"] in found
@@ -122,7 +122,7 @@ def test_a_base_model_is_a_name_on_the_hub() -> None:
 
 def test_statistics_say_what_they_are_of(tmp_path: Path) -> None:
     editor = tiny_editor(tmp_path, name="me/tiny")
-    card = statistics_card(editor.statistics_for([0, 1]), "me/moments", license="mit")
+    card = statistics_card(editor.store.covering([0, 1]), "me/moments", license="mit")
     assert ModelCard(card).data.base_model == "me/tiny"
     found = rows(card)
     assert ["model.layers.0.mlp.down_proj", "64", "256", "float32"] in found
@@ -134,7 +134,7 @@ def test_statistics_say_what_they_are_of(tmp_path: Path) -> None:
 
 
 def test_statistics_say_what_nobody_knows_and_what_was_left_out(tmp_path: Path) -> None:
-    found = tiny_editor(tmp_path).statistics_for([0])
+    found = tiny_editor(tmp_path).store.covering([0])
     module, path = next(iter(found.paths.items()))
     moment, stored = fastcov.load_moment(path)
     about = {k: v for k, v in stored.items() if k != "context"}

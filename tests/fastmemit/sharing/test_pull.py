@@ -29,11 +29,11 @@ def editor(tmp_path_factory: pytest.TempPathFactory) -> Editor:
 
 def elsewhere(folder: Path, seed: int = 0) -> Editor:
     """The same model on another machine, without statistics."""
-    return Editor(tiny_model("llama", seed=seed), tiny_tokenizer(), cache=folder)
+    return Editor(tiny_model("llama", seed=seed), tiny_tokenizer(), cache_dir=folder)
 
 
 def test_an_edit_arrives_and_is_applied(hub: StandInHub, editor: Editor, tmp_path: Path) -> None:
-    made = editor.plan(FACTS, **QUICK)
+    made = editor.plan(FACTS, **QUICK).delta
     push_edit(made, "me/edit")
     (hub.repos["me/edit"] / "pytorch_model.bin").write_text("never fetched")
     (hub.repos["me/edit"] / "model.safetensors").write_text("never fetched")
@@ -48,31 +48,31 @@ def test_an_edit_arrives_and_is_applied(hub: StandInHub, editor: Editor, tmp_pat
 
 
 def test_an_edit_of_another_model_is_refused(hub: StandInHub, editor: Editor) -> None:
-    push_edit(editor.plan(FACTS[:1], **QUICK), "me/edit")
+    push_edit(editor.plan(FACTS[:1], **QUICK).delta, "me/edit")
     with pytest.raises(WrongModel, match="was made for the model"):
         pull_edit("me/edit", model="0" * 64)
 
 
 def test_statistics_arrive_where_edits_find_them(hub: StandInHub, editor: Editor, tmp_path: Path) -> None:
-    push_statistics(editor.statistics_for([0, 1]), "me/moments")
+    push_statistics(editor.store.covering([0, 1]), "me/moments")
     other = elsewhere(tmp_path / "cache")
     with pytest.raises(fastcov.StoreMissing):
-        other.statistics_for([0, 1])
+        other.store.covering([0, 1])
     found = pull_statistics("me/moments", model=other.fingerprint, cache=tmp_path / "cache")
-    assert other.statistics_for([0, 1]) == found
-    assert found.provenance == editor.statistics_for([0, 1]).provenance
-    for module, path in editor.statistics_for([0, 1]).paths.items():
+    assert other.store.covering([0, 1]) == found
+    assert found.provenance == editor.store.covering([0, 1]).provenance
+    for module, path in editor.store.covering([0, 1]).paths.items():
         assert found.paths[module].read_bytes() == path.read_bytes()
         assert found.paths[module].parent.name == path.parent.name
-    made = other.plan(FACTS, **QUICK)
-    assert made.digest() == editor.plan(FACTS, **QUICK).digest()
+    made = other.plan(FACTS, **QUICK).delta
+    assert made.digest() == editor.plan(FACTS, **QUICK).delta.digest()
     # A precompute with the same settings has nothing left to do.
     again = other.precompute(tiny_corpus(), multiplier=4, layers=[0, 1])
     assert again.paths == found.paths and again.throughput is None
 
 
 def test_a_kept_file_stays(hub: StandInHub, editor: Editor, tmp_path: Path) -> None:
-    push_statistics(editor.statistics_for([0, 1]), "me/moments")
+    push_statistics(editor.store.covering([0, 1]), "me/moments")
     first = pull_statistics("me/moments", cache=tmp_path / "cache")
     times = {path: path.stat().st_mtime_ns for path in first.paths.values()}
     again = pull_statistics("me/moments", cache=tmp_path / "cache")
@@ -80,7 +80,7 @@ def test_a_kept_file_stays(hub: StandInHub, editor: Editor, tmp_path: Path) -> N
 
 
 def test_statistics_of_something_else_are_refused(hub: StandInHub, editor: Editor, tmp_path: Path) -> None:
-    push_statistics(editor.statistics_for([0, 1]), "me/moments")
+    push_statistics(editor.store.covering([0, 1]), "me/moments")
     for field in ("model", "tokenizer"):
         with pytest.raises(fastcov.StoreMismatch, match=f"of another {field}") as raised:
             pull_statistics("me/moments", cache=tmp_path / "cache", **{field: "0" * 64})
@@ -99,7 +99,7 @@ def test_a_repository_without_it(hub: StandInHub, editor: Editor, tmp_path: Path
 
 
 def test_an_altered_edit_is_refused(hub: StandInHub, editor: Editor) -> None:
-    push_edit(editor.plan(FACTS[:1], **QUICK), "me/edit")
+    push_edit(editor.plan(FACTS[:1], **QUICK).delta, "me/edit")
     file = hub.repos["me/edit"] / "edit.safetensors"
     data = bytearray(file.read_bytes())
     data[-1] ^= 1

@@ -26,7 +26,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> StandInHub:
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Statistics:
-    return tiny_editor(tmp_path_factory.mktemp("cache")).statistics_for([0, 1])
+    return tiny_editor(tmp_path_factory.mktemp("cache")).store.covering([0, 1])
 
 
 def delta() -> Delta:
