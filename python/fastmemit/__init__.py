@@ -9,7 +9,8 @@ from fastmemit.request import EditRequest
 
 if TYPE_CHECKING:
     from fastmemit.delta import Delta
-    from fastmemit.editor import Edit, Editor
+    from fastmemit.editor import Editor
+    from fastmemit.edits import Edit
     from fastmemit.methods import (
         AlphaEditConfig,
         EditConfig,

@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 import torch
 
-from fastcov.hooks import isolated
 from fastcov.errors import printable_logger
+from fastcov.hooks import isolated
 from fastmemit.data.corpora import Corpus
 from fastmemit.delta import Delta
 from fastmemit.edits import Edit, EditStack
@@ -198,7 +198,7 @@ class Editor:
         if layers is None:
             methods = METHODS if method is None else (method,)
             layers = sorted({i for m in methods for i in self.config(m).layers})
-        spec = Collection(corpus if isinstance(corpus, Corpus) else os.fspath(corpus), layers, multiplier, **more)
+        spec = Collection(corpus, layers, multiplier, **more)
         self.store.budgets(spec)  # refuses before anything runs
         check_targets(self.adapter, layers)
         return self.store.collect(spec)

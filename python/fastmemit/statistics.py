@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
+import os
 import platform
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
@@ -88,7 +89,7 @@ class Collection:
         seed: Seed for the order of the documents; None takes that of the store.
     """
 
-    corpus: str | Path | Corpus
+    corpus: str | os.PathLike[str] | Corpus
     layers: Sequence[int]
     multiplier: float | Literal["auto"] = 10.0
     allow_fewer: bool = False

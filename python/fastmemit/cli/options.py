@@ -364,9 +364,9 @@ def make_editor(args: argparse.Namespace) -> Editor:
     if args.quiet or not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
     names = [flag.strip("-!").replace("-", "_") for flag in SETS["MODEL"].split()]
-    placed = {name: getattr(args, name) for name in names if name not in ("model", "quiet")}
+    placed = {name: getattr(args, name) for name in names if name not in ("model", "quiet", "cache")}
     try:
-        editor = Editor.from_pretrained(args.model, progress=not args.quiet, **placed)
+        editor = Editor.from_pretrained(args.model, progress=not args.quiet, cache_dir=args.cache, **placed)
     except ModelNotFound as error:
         beside = Path(args.model).parent
         folders = [str(each.parent) for each in beside.glob("*/config.json")]

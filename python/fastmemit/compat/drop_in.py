@@ -125,7 +125,7 @@ class LiveStack(EditStack):
     def look(self) -> None:
         """See what is in the weights now."""
         if not self._looked:
-            self._now = fingerprint(self._model)
+            self._now = fingerprint(self.model)
         self._looked = False
 
     @property

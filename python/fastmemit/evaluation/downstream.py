@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from fastcov.hooks import evaluation_mode, isolated, random_state_kept
-from fastmemit.editor import Edit, Editor
+from fastmemit.editor import Editor
+from fastmemit.edits import Edit
 from fastmemit.errors import BadConfig, BadData, WrongModel
 from fastmemit.evaluation.perplexity import PerplexityText, count_tokens, perplexity
 from fastmemit.evaluation.runner import stage

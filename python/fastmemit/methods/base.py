@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from fastcov import CholeskyFactor, LowRank
-from fastcov.linalg import updated
 from fastcov.hooks import isolated
+from fastcov.linalg import updated
 from fastmemit.activations import ContextReading, ReadCache, Reading, Subjects, read_at_subject
 from fastmemit.delta import Delta, add_low_rank, restore
 from fastmemit.edits import Edit, EditStack, Writing
