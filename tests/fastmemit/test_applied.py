@@ -483,13 +483,16 @@ class interrupted:
     CPython looks for signals when a function begins or a generator goes on, after a call and at a jump backwards. Three
     events of a trace are where none is ever handled: the line of a with statement, visited again on the way out behind
     what protects its body; the line of a try, which is protected by nothing; and the call of a generator that goes on,
-    before it is in the block where it stopped.
+    before it is in the block where it stopped. And `Edit.__exit__` alone hands on to contextlib's, as any context that
+    is a generator does: no code can stand before the call of it.
     """
 
     def __init__(self, at: int) -> None:
         self.left = at
 
     def _trace(self, frame, event, _arg):
+        if frame.f_code is Edit.__exit__.__code__:
+            return None
         if "fastmemit" not in frame.f_code.co_filename or "/tests/" in frame.f_code.co_filename:
             return None
         line = linecache.getline(frame.f_code.co_filename, frame.f_lineno).lstrip()

@@ -41,13 +41,12 @@ def test_the_last_block_is_on_another_device_than_the_layer(monkeypatch: pytest.
     work: Any = SimpleNamespace(
         config=SimpleNamespace(layers=layers, lambda_e=0.1, spread="linear", site="block"),
         adapter=SimpleNamespace(projection_residual=lambda layer, out, r, rows: norms[layer](out.float() + r) - out),
-        targets=lambda requests, keep: [SimpleNamespace(vector=on("cpu", D))] * B,
         subjects=lambda requests: SimpleNamespace(bare_ids=[]),
         read=lambda subjects, layer: reading[layer],
         solver=lambda layer: on(PLACES[layer], D_K, D_K),
         write=lambda layer, change, keys: written.append((layer, change, keys)),
     )
-    module.write(work, [None] * B)  # type: ignore[list-item]
+    module.write(work, [None] * B, torch.stack([on("cpu", D)] * B).double())  # type: ignore[list-item]
     assert [layer for layer, _, _ in written] == list(layers)
     for layer, change, keys in written:
         assert {t.device.type for t in (change.left, change.right, keys)} == {PLACES[layer]}
