@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from benchmarks.fuzz_mutations import Payload, odd_values
-from benchmarks.fuzz_readers import Reader
+from benchmarks.fuzz_readers import Absent, Reader
 from fastcov import SecondMoment
 from fastcov.npz import load_npz, save_npz
 from fastmemit.compat import load_hparams
@@ -223,8 +223,11 @@ def _adapter(name: str, *, ours: bool = True) -> Callable[[Path], Path]:
 
 
 def _read_ours(path: Path) -> Any:
-    """The change alone: without the record of it, which may be cut out, it is somebody else's."""
-    return load_adapter(path.parent, _model()).factors
+    """The change alone. Without the record of it, which may be cut out, it is somebody else's: whatever its numbers."""
+    delta = load_adapter(path.parent, _model())
+    if delta.provenance.get("method") == "lora" and path.name == WEIGHTS:
+        raise Absent
+    return delta.factors
 
 
 def _read_lora(path: Path) -> Delta:
