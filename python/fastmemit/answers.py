@@ -1,18 +1,31 @@
-"""What answers cost: mean negative log-likelihood per target token, for many prompts at once."""
+"""What a model answers: what many answers cost it, and whether the facts of an edit are what it says.
+
+The loss of a target vector and a solved system say nothing of what a user will read, so the edited model is asked each
+fact again, as written: one batched forward over the prompts with their new answers, and a greedy continuation of those
+that it does not give.
+"""
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastcov.errors import printable
 from fastcov.hooks import evaluation_mode, isolated
 from fastmemit.errors import BadRequest
 from fastmemit.models import ModelAdapter, check_lengths
+from fastmemit.models.running import context_limit
 from fastmemit.partial_forward import head_reads
-from fastmemit.tokens import encode_with_target, length_batches, pad_batch
+from fastmemit.request import EditRequest
+from fastmemit.sampling import continue_rows, end_tokens
+from fastmemit.tokens import encode_with_target, lead, length_batches, pad_batch
 
 Question = tuple[str, str]  # (prompt, answer with its leading space)
 
@@ -20,6 +33,10 @@ Question = tuple[str, str]  # (prompt, answer with its leading space)
 # batches only pad more and leave the caches; a GPU wants more at once.
 _BATCH_TOKENS = {"cpu": 512}
 _BATCH_TOKENS_ELSEWHERE = 8192
+
+MORE = 4  # tokens beyond the new answer's that a continuation has, so that it can be read
+ROWS = 64  # continued at once
+NAMED = 10  # facts that a verdict names at most
 
 
 class Answer(NamedTuple):
@@ -162,3 +179,178 @@ def _run(
         (read.question, Answer(float(cost.mean()), tuple(match.tolist()), tuple(tokens.tolist())))
         for (_, read), cost, match, tokens in parts
     ]
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a model makes of one fact as it is now.
+
+    Attributes:
+        asked: The prompt as it was put to the model, behind its lead if it has one (`fastmemit.tokens.lead`).
+        probability: Of the whole new answer.
+        said: Whether the new answer is what the model says: each token the most probable one.
+        says: The new answer, or what the model says instead: its most probable tokens.
+        at_start: Of a prompt with a lead: whether the new answer is said without it; else None.
+    """
+
+    asked: str
+    probability: float
+    said: bool
+    says: str
+    at_start: bool | None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one fact.
+
+    Attributes:
+        request: The fact.
+        before: The model's reply before the edit; its `Reply.says` is the former answer.
+        after: The reply after the edit.
+    """
+
+    request: EditRequest
+    before: Reply
+    after: Reply
+
+    @property
+    def said(self) -> bool:
+        """Whether the new answer is what the model says now."""
+        return self.after.said
+
+    def described(self) -> str:
+        """One line: the new answer's probability before and after, the fact, the former answer."""
+        return (
+            f"{self.before.probability:7.2%} -> {self.after.probability:7.2%}  "
+            f"{_line(self.request.text + self.request.target)} (before: {_line(self.before.says)})"
+        )
+
+
+@isolated()
+def ask(adapter: ModelAdapter, tokenizer: Any, requests: Sequence[EditRequest]) -> list[Reply]:
+    """Ask a model for facts, as it is now.
+
+    Args:
+        adapter: The model.
+        tokenizer: Its tokenizer.
+        requests: The facts; only `target_new` is looked for.
+
+    Returns:
+        A reply for each, in their order.
+
+    Raises:
+        BadRequest: No token stands before an answer, or a prompt is longer than the model's context.
+        FastmemitError: The model's logits are NaN or infinite.
+    """
+    fronts = [lead(tokenizer, request) for request in requests]
+    asked = [front + request.text for front, request in zip(fronts, requests, strict=True)]
+    bare = [index for index, front in enumerate(fronts) if front]
+    questions = [
+        *((text, request.target) for text, request in zip(asked, requests, strict=True)),
+        *((requests[index].text, requests[index].target) for index in bare),
+    ]
+    judged = judge_answers(adapter, tokenizer, questions)
+    started = {index: each.exact for index, each in zip(bare, judged[len(asked) :], strict=True)}
+    answers = judged[: len(asked)]
+    missed = [index for index, answer in enumerate(answers) if not answer.exact]
+    said = _continued(adapter, tokenizer, [(*questions[i], answers[i]) for i in missed])
+    instead = dict(zip(missed, said, strict=True))
+    replies = []
+    for index, (text, request, answer) in enumerate(zip(asked, requests, answers, strict=True)):
+        wanted = request.target.strip()
+        says = instead.get(index, wanted)
+        replies.append(
+            Reply(
+                text,
+                math.exp(-answer.nll * len(answer.matches)),
+                answer.exact or _begins_with(says, wanted),
+                says,
+                started.get(index),
+            )
+        )
+    return replies
+
+
+def compare(requests: Sequence[EditRequest], before: Sequence[Reply], after: Sequence[Reply]) -> tuple[Outcome, ...]:
+    """What became of facts: what `ask` found before and after an edit."""
+    return tuple(map(Outcome, requests, before, after))
+
+
+def verdict(outcomes: Sequence[Outcome]) -> str:
+    """In words how many facts are now what the model says, and which are not.
+
+    Returns:
+        One line; and a second one if facts hold only behind other text.
+    """
+    missed = [each for each in outcomes if not each.said]
+    count = len(outcomes)
+    lines = [f"{count - len(missed)} of {count} {'fact is' if count == 1 else 'facts are'} now what the model says"]
+    if missed:
+        named = [
+            f"{_line(each.request.text + each.request.target)} (says: {_line(each.after.says)})" for each in missed
+        ]
+        lines[0] += f"; not: {_listed(named)}"
+    behind = [each for each in outcomes if each.said and each.after.at_start is False]
+    if behind:
+        subjects = _listed([_line(each.request.subject) for each in behind])
+        lines.append(
+            f"{len(behind)} of these behind other text (a line break will do) but not at the very "
+            f"start of one, where one token is hardly told from another: {subjects}"
+        )
+    return "\n".join(lines)
+
+
+def _continued(adapter: ModelAdapter, tokenizer: Any, missed: Sequence[tuple[str, str, Answer]]) -> list[str]:
+    """How the model goes on from each prompt, a little further than the answer would reach."""
+    limit = context_limit(adapter.model) or sys.maxsize
+    ends = end_tokens(adapter.model, tokenizer)
+    rows: list[tuple[int, int, tuple[int, ...]]] = []  # how many tokens are to come, whose they are, after which
+    texts: list[list[int]] = []
+    for index, (prompt, wanted, answer) in enumerate(missed):
+        encoded, count = encode_with_target(tokenizer, prompt, wanted)
+        ids = encoded.ids[:-count]
+        room = min(count + MORE, limit - len(ids))
+        # The answer's own forward has shown what is said up to the first token that differs.
+        known = answer.best[: answer.matches.index(False) + 1][:room]
+        texts.append([*takewhile(lambda token: token not in ends, known)])
+        rows.append((room - len(texts[index]), index, (*ids, *texts[index])))
+    for group in _alike([row for row in rows if row[0] > 0], limit):
+        new = max(more for more, _, _ in group)
+        for (more, index, _), tokens in zip(
+            group, continue_rows(adapter.model, tokenizer, [ids for _, _, ids in group], new), strict=True
+        ):
+            texts[index] += tokens[:more]
+    return [tokenizer.decode(tokens, skip_special_tokens=True).strip() for tokens in texts]
+
+
+def _alike(rows: list[tuple[int, int, tuple[int, ...]]], limit: int) -> list[list[tuple[int, int, tuple[int, ...]]]]:
+    """Rows that are continued together: none more than twice as far as it needs, nor beyond the context."""
+    groups: list[list[tuple[int, int, tuple[int, ...]]]] = []
+    longest = 0
+    for row in sorted(rows, key=lambda row: (row[0], len(row[2]))):
+        more, _, ids = row
+        longest = max(longest, len(ids))
+        if not groups or len(groups[-1]) == ROWS or more > 2 * groups[-1][0][0] or longest + more > limit:
+            groups.append([])
+            longest = len(ids)
+        groups[-1].append(row)
+    return groups
+
+
+def _begins_with(text: str, answer: str) -> bool:
+    """Whether a text begins with an answer as whole words: other tokens may spell the same."""
+    rest = text[len(answer) :]
+    return text.startswith(answer) and not (answer[-1:].isalnum() and rest[:1].isalnum())
+
+
+def _line(text: str, limit: int = 80) -> str:
+    """A text on one line, without what would steer a terminal."""
+    shown = printable(" ".join(text.split())) or "nothing but white space"
+    return shown if len(shown) <= limit else shown[: limit - 1] + "…"
+
+
+def _listed(items: Sequence[str]) -> str:
+    more = len(items) - NAMED
+    shown = "; ".join(items[:NAMED])
+    return f"{shown}; and {more} more" if more > 0 else shown

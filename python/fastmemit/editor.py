@@ -11,6 +11,7 @@ import torch
 
 from fastcov.errors import printable_logger
 from fastcov.hooks import isolated
+from fastmemit.answers import Reply, ask, compare, verdict
 from fastmemit.data.corpora import Corpus
 from fastmemit.delta import Delta
 from fastmemit.edits import Edit, EditStack
@@ -18,7 +19,6 @@ from fastmemit.errors import BadConfig, InferenceWeight, MissedFacts, WrongModel
 from fastmemit.files import cache_dir as _cache_dir
 from fastmemit.methods import METHODS, EditConfig, PreservedKeys, ReadCache, Workspace, find_config, run
 from fastmemit.models import find_adapter, load_model, save_model
-from fastmemit.outcomes import Reply, ask, compare, verdict
 from fastmemit.partial_forward import check_targets
 from fastmemit.request import EditRequest, Fact, as_requests, check_batch
 from fastmemit.sampling import Contexts, continue_texts

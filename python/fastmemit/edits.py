@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from fastcov.hooks import isolated
+from fastmemit.answers import Outcome
 from fastmemit.delta import Delta, add_low_rank, restore
 from fastmemit.errors import BadUndo, WrongModel
 from fastmemit.models import Watch, checksum, checksums, fingerprint
-from fastmemit.outcomes import Outcome
 
 log = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""One process at a time where two would do the same work."""
+"""What long steps share: the cache folder, locks for one process at a time, and one look for progress bars."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from fastcov.errors import printable_logger
+from tqdm.auto import tqdm
+
+from fastcov.errors import printable, printable_logger
 
 log = printable_logger(__name__)
 
@@ -177,3 +179,36 @@ def _taken_on_windows(path: Path) -> Callable[[], None] | None:
     except Timeout:
         return None
     return lock.release
+
+
+class Bar:
+    """A bar to count on: called with how many were done since the last call."""
+
+    def __init__(self, shape: tqdm) -> None:
+        self._shape = shape
+
+    def __call__(self, done: int) -> None:
+        """Move on."""
+        self._shape.update(done)
+
+    def note(self, text: str) -> None:
+        """Show some words behind the numbers, from the next time the bar is drawn."""
+        self._shape.set_postfix_str(printable(text), refresh=False)
+
+
+@contextmanager
+def bar(what: str, total: int, shown: bool) -> Iterator[Bar]:
+    """A progress bar to count on.
+
+    Args:
+        what: What is being counted.
+        total: How many there are.
+        shown: False draws nothing; nor is anything drawn where stderr is not a terminal.
+
+    Yields:
+        The bar; call it with how many were done since the last call.
+    """
+    disable = None if shown else True  # None: tqdm looks for a terminal itself
+    what = printable(what)
+    with tqdm(total=total, desc=what, leave=False, dynamic_ncols=True, disable=disable) as shape:
+        yield Bar(shape)

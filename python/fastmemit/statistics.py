@@ -29,9 +29,8 @@ from fastmemit import parallel
 from fastmemit.data.corpora import Corpus, corpus_batches, open_corpus, tokens_per_batch
 from fastmemit.edits import EditStack
 from fastmemit.errors import BadConfig, UnknownArchitecture, WrongModel
-from fastmemit.files import alone, lock_of, shared_folder
+from fastmemit.files import alone, bar, lock_of, shared_folder
 from fastmemit.models import ModelAdapter, tokenizer_fingerprint
-from fastmemit.progress import bar
 from fastmemit.provenance import (
     check_moment,
     common,

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from fastmemit import Editor, outcomes
+from fastmemit.answers import Outcome, Reply, ask, compare, verdict
 from fastmemit.errors import FastmemitError, MissedFacts
 from fastmemit.models import find_adapter
-from fastmemit.outcomes import Outcome, Reply, ask, compare, verdict
 from fastmemit.request import EditRequest
 from fastmemit.tokens import encode, encode_with_target
 from tiny_editors import FACTS, QUICK, tiny_editor

@@ -35,7 +35,7 @@ def _edit(args: argparse.Namespace) -> None:
     A line of a file of facts:
       {"prompt": "{} is located in the city of", "subject": "Eiffel Tower", "target_new": "Rome"}
     """
-    from fastmemit.outcomes import compare, verdict
+    from fastmemit.answers import compare, verdict
 
     requests = _requests(args)
     overrides = chosen_settings(args)
@@ -100,7 +100,7 @@ def _apply(args: argparse.Namespace) -> None:
       fastmemit apply --model smollm2 --edit edit.safetensors --prompt "The Eiffel Tower is in"
       fastmemit apply --model gpt2-xl --edit a.safetensors --edit b.safetensors --save-model out/
     """
-    from fastmemit.outcomes import compare, verdict
+    from fastmemit.answers import compare, verdict
 
     check_free(args.save_model)
     editor = make_editor(args)

@@ -147,11 +147,11 @@ def _demo(args: argparse.Namespace) -> None:
     """
     import torch
 
+    from fastmemit.answers import compare, verdict
     from fastmemit.data import builtin_facts
     from fastmemit.evaluation.perplexity import before_and_after, edited_nll, perplexity
     from fastmemit.evaluation.scores import count_questions, score_records
-    from fastmemit.outcomes import compare, verdict
-    from fastmemit.progress import bar
+    from fastmemit.files import bar
 
     begun = time.perf_counter()
 

@@ -177,8 +177,8 @@ def _export(args: argparse.Namespace) -> None:
     own where its settings say the same mom2_dataset, mom2_n_samples and mom2_dtype.
     """
     from fastmemit.compat.npz_files import check_new, export_null_space, export_statistics, layers_by_name
+    from fastmemit.files import bar
     from fastmemit.methods.config import parse_layers
-    from fastmemit.progress import bar
 
     layers = None if args.layers is None else parse_layers(args.layers)
     null_space = _null_space(args)

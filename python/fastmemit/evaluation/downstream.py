@@ -25,8 +25,8 @@ from fastmemit.edits import Edit
 from fastmemit.errors import BadConfig, BadData, WrongModel
 from fastmemit.evaluation.perplexity import PerplexityText, count_tokens, perplexity
 from fastmemit.evaluation.runner import stage
+from fastmemit.files import bar
 from fastmemit.models.running import context_limit
-from fastmemit.progress import bar
 from fastmemit.statistics import versions
 
 _LOGGERS = ("lm_eval", "datasets", "huggingface_hub", "evaluate")

@@ -29,8 +29,8 @@ from fastmemit.evaluation.scores import (
     summarise,
     summarise_accuracy,
 )
+from fastmemit.files import bar
 from fastmemit.methods import EditConfig
-from fastmemit.progress import bar
 from fastmemit.statistics import versions
 
 #: What can be asked for. The first three are read from the same answers.

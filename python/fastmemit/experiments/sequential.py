@@ -35,8 +35,8 @@ from fastmemit.experiments.sweep import (
     table_of,
     unedited_scores,
 )
+from fastmemit.files import bar
 from fastmemit.methods import PRESERVING, EditConfig, PreservedKeys, ReadCache
-from fastmemit.progress import bar
 from fastmemit.request import check_batch
 from fastmemit.tokens import request_rows
 

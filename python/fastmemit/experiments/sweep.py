@@ -35,8 +35,8 @@ from fastmemit.evaluation.scores import (
 )
 from fastmemit.experiments import results
 from fastmemit.experiments.results import Cell, Inputs, as_published
+from fastmemit.files import bar
 from fastmemit.methods import METHODS, EditConfig, ReadCache
-from fastmemit.progress import bar
 from fastmemit.statistics import Collection, Statistics
 
 log = logging.getLogger(__name__)

@@ -24,9 +24,9 @@ from fastcov.linalg import updated
 from fastmemit.activations import ContextReading, ReadCache, Reading, Subjects, read_at_subject
 from fastmemit.delta import Delta, add_low_rank, restore
 from fastmemit.edits import Edit, EditStack, Writing
+from fastmemit.files import bar
 from fastmemit.methods.config import PRESERVING, Config, EditConfig
 from fastmemit.models import ModelAdapter
-from fastmemit.progress import bar
 from fastmemit.request import EditRequest, check_batch
 from fastmemit.sampling import Contexts
 from fastmemit.statistics import StatisticsStore, versions

@@ -7,8 +7,8 @@ import io
 import pytest
 from tqdm.auto import tqdm
 
-from fastmemit import progress
-from fastmemit.progress import bar
+from fastmemit import files
+from fastmemit.files import bar
 
 
 class Terminal(io.StringIO):
@@ -21,7 +21,7 @@ def test_a_note_is_drawn_behind_the_numbers_on_a_terminal_alone(
     monkeypatch: pytest.MonkeyPatch, shown: bool, terminal: bool
 ) -> None:
     stream = Terminal() if terminal else io.StringIO()
-    monkeypatch.setattr(progress, "tqdm", lambda **settings: tqdm(file=stream, mininterval=0, **settings))
+    monkeypatch.setattr(files, "tqdm", lambda **settings: tqdm(file=stream, mininterval=0, **settings))
     with bar("keys", 10, shown) as advance:
         advance.note("12 tokens/s")
         advance(4)
