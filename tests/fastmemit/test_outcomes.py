@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from fastmemit import Editor, outcomes
+from fastmemit import Editor
+from fastmemit import answers as outcomes
 from fastmemit.answers import Outcome, Reply, ask, compare, verdict
 from fastmemit.errors import FastmemitError, MissedFacts
 from fastmemit.models import find_adapter
