@@ -164,11 +164,10 @@ class Accumulator:
     def _add(self, module: _Module, rows: Tensor, mask: Tensor | None) -> None:
         """Add the kept rows (n, d_k), or copy them behind those that wait where they are too few for a launch."""
         kept = rows.shape[0] if mask is None else int(mask.sum())
+        mask = None if kept == rows.shape[0] else mask
         size = _launch_rows(rows.device)
         if kept >= size:
-            module.moment.add_rows(
-                rows, None if mask is None or kept == rows.shape[0] else sent(mask, rows.device), kept
-            )
+            module.moment.add_rows(rows, None if mask is None else sent(mask, rows.device), kept)
             self._ask(module, self.batches - 1)
             return
         if kept == 0:

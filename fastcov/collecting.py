@@ -24,13 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 class Division:
-    """The batches of one collect, divided between processes.
-
-    Args:
-        processes: Those that take part.
-        sums: This process's.
-        progress: Called with the keys of each batch that another process runs.
-    """
+    """The batches of one collect, divided between processes; `progress` is told the keys of those that others run."""
 
     def __init__(self, processes: Processes, sums: Accumulator, progress: Callable[[int], None] | None = None) -> None:
         self._processes, self._sums, self._progress = processes, sums, progress
@@ -63,10 +57,7 @@ class Division:
     def total(self, dtype: torch.dtype, device: torch.device, quartic: bool) -> dict[str, SecondMoment]:
         """The moments of all processes together, the same in each of them.
 
-        Args:
-            dtype: Of the sums.
-            device: Where the sum of a module is made of which this process ran no batch.
-            quartic: Whether that sum has ``||k||^4`` too.
+        Of a module of which this process ran no batch, the sum is made with this dtype, device and `quartic`.
 
         Raises:
             FailedElsewhere: Another process has failed.

@@ -177,18 +177,15 @@ def _reduction(products: Any, name: str) -> Any:
 class evaluation_mode:
     """No submodule trains inside; afterwards each is in the mode that it was in before.
 
-    Only those that train are touched: setting the mode of all of them several times took a tenth of planning the edit
-    of one fact.
+    Frozen, no parameter asks for a gradient either.
+
+    Only those that train are touched: setting the mode of all of them several times took a tenth of planning one edit.
 
     Where something is raised inside, the model has afterwards all that it had before. An interrupt can come between the
     registration of a hook and the note of how to remove it, or just as a context is left, before it could do anything.
     A hook that stays would make every later forward raise. So whatever contexts inside were stopped at, here hooks that
     are new go (those of somebody else as well), a replaced ``forward`` goes, and modules, parameters and gradients have
     the modes that they had.
-
-    Args:
-        model: The model.
-        frozen: Whether no parameter asks for a gradient inside either.
     """
 
     def __init__(self, model: nn.Module, *, frozen: bool = False) -> None:
@@ -275,8 +272,8 @@ OnKeys = Callable[[str, Tensor], None]
 def key_rows(x: Tensor, mask: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor | None]]:
     """View keys as rows without ever copying them: in one piece where the strides allow it.
 
-    Rows and mask are permuted together into the order of the memory, so a row and its mask entry stay together, but
-    the rows need not be in row-major order. Where the strides allow no view, as in ``x[:, 1:]``, each entry of the
+    Rows and mask are permuted together into the order of the memory, so a row and its mask entry stay together, but the
+    rows need not be in row-major order. Where the strides allow no view, as in ``x[:, 1:]``, each entry of the
     outermost dimension is a piece of its own: one sequence of the batch.
 
     Args:
@@ -285,8 +282,7 @@ def key_rows(x: Tensor, mask: Tensor | None = None) -> Iterator[tuple[Tensor, Te
             projection); non-zero means kept. None keeps all.
 
     Yields:
-        A view of some rows (n, d_k) and their mask as bool (n,), on the device of the mask that was given, or None.
-        Every row is in exactly one piece.
+        A view of rows (n, d_k), each row in one piece, and their mask as bool (n,) on the device of the mask, or None.
 
     Raises:
         BadInput: x is a scalar, or the mask is none or has another number of entries than x has rows.

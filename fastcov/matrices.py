@@ -24,8 +24,7 @@ def matrix(x: Any, name: str, *, meta: bool = False) -> Tensor:
         meta: Whether a tensor on the meta device is taken, of which nothing is computed.
 
     Returns:
-        The tensor itself without its gradient; of an array, a tensor on the CPU, which shares its memory where that is
-        possible.
+        The tensor without its gradient; of an array one on the CPU, which shares its memory where that is possible.
 
     Raises:
         BadInput: It is something else, or its entries are not real floating-point numbers.
@@ -45,11 +44,7 @@ def matrix(x: Any, name: str, *, meta: bool = False) -> Tensor:
 
 
 def square(x: Any, name: str, *, meta: bool = False) -> Tensor:
-    """As `matrix`, of shape (d, d) with d at least 1.
-
-    Raises:
-        BadInput: See `matrix`; or it has another shape.
-    """
+    """As `matrix`, of shape (d, d) with d at least 1; another shape is BadInput."""
     found = matrix(x, name, meta=meta)
     if found.dim() != 2 or found.shape[0] != found.shape[1] or found.shape[0] == 0:
         raise BadInput(f"{name} must be a square matrix but has shape {tuple(found.shape)}; pass (d, d).")
@@ -71,10 +66,7 @@ def shares_entries(x: Tensor) -> bool:
 
 
 def mirror(A: Tensor) -> Tensor:
-    """Write the lower triangle of A (d, d) over its upper one, in place, and return A.
-
-    ``mirror(A.mT)`` writes the upper triangle of A over its lower one.
-    """
+    """Write the lower triangle of A (d, d) over its upper one, in place, and return A; of A.mT, the other way round."""
     d = A.shape[0]
     for start in range(0, d, _MIRRORED):
         stop = min(start + _MIRRORED, d)

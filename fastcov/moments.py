@@ -65,15 +65,11 @@ class SecondMoment:
     @classmethod
     @isolated()
     def from_lower(cls, lower: Tensor, count: int, quartic: Tensor | float | None = None) -> SecondMoment:
-        """Take over a sum of which the lower triangle is filled.
+        """Take over a sum (d, d), float32 or float64, of which the lower triangle is filled.
 
         It is not copied unless nothing could be added to it: where it is a NumPy array, its entries share memory, or it
-        was made under inference mode.
-
-        Args:
-            lower: The sum, shape (d, d), float32 or float64.
-            count: How many keys are in it.
-            quartic: The sum of ``||k||^4`` over them; None where nobody knows it.
+        was made under inference mode. `quartic` is None where nobody knows the sum of ``||k||^4`` over its `count`
+        keys.
 
         Raises:
             BadInput: The matrix is no dense square one of numbers.
@@ -94,20 +90,18 @@ class SecondMoment:
     def update(self, x: Tensor, mask: Tensor | None = None) -> SecondMoment:
         """Add keys, where they lie: none is copied, gathered or converted on the way to the kernel.
 
-        Keys that would leave a sum that is not finite are refused before any is added; on a GPU this waits.
+        Returns this moment. Keys that would leave a sum that is not finite are refused before any is added; on a GPU
+        this waits.
 
         Args:
             x: Keys, shape (..., d), float32, float64, float16 or bfloat16, on the sum's device; or a NumPy array of
                 them.
             mask: Which of them count, shape (...), non-zero means kept; None keeps all.
 
-        Returns:
-            This moment.
-
         Raises:
             BadInput: Keys that are not d wide or not floating point, live on another device, or do not fit the mask.
-            NonFinite: Keys that count hold NaN or infinity, or the sum of their squares overflows its dtype; the
-                moment is as it was.
+            NonFinite: Keys that count hold NaN or infinity, or the sum of their squares overflows its dtype; the moment
+                is as it was.
         """
         x = matrix(x, "Keys", meta=True)
         check_keys(self.lower, x)
@@ -234,13 +228,16 @@ class SecondMoment:
 
     def _surely_finite(self, pieces: Sequence[Tensor]) -> bool:
         """Whether no sum of squares of keys with these norms, (n,) each, comes near an overflow."""
-        norms = torch.cat([*pieces]) if pieces else torch.empty(0)
-        if norms.numel() == 0:
+        if not any(len(piece) for piece in pieces):
             return True
-        highest = self.lower.diagonal().abs().max()
-        wide = torch.promote_types(norms.dtype, highest.dtype)
-        # One read from the device. NaN is no larger than anything, and so is not sure.
-        norm, before = torch.stack([norms.max().to(wide), highest.to(wide)]).tolist()
+        norms = torch.cat([*pieces]) if len(pieces) > 1 else pieces[0]
+        largest, highest = norms.max(), torch.linalg.vector_norm(self.lower.diagonal(), float("inf"))
+        # NaN is no larger than anything, and so is not sure.
+        if norms.is_cpu:
+            norm, before = float(largest), float(highest)
+        else:  # one read from the device
+            wide = torch.promote_types(norms.dtype, highest.dtype)
+            norm, before = torch.stack([largest.to(wide), highest.to(wide)]).tolist()
         return bool(norm * norm * len(norms) + before < torch.finfo(self.dtype).max)
 
     def _refuse_non_finite(self, pieces: Sequence[tuple[Tensor, Tensor | None]]) -> None:
@@ -266,11 +263,7 @@ class SecondMoment:
 
 
 def check_moment(moment: object, name: str) -> None:
-    """Refuse what is no `SecondMoment`, in a sentence that begins with a name of what takes one.
-
-    Raises:
-        BadInput: It is something else.
-    """
+    """Refuse what is no `SecondMoment` as BadInput, in a sentence that begins with a name of what takes one."""
     if not isinstance(moment, SecondMoment):
         raise BadInput(
             f"{name} takes a SecondMoment, not a {type(moment).__name__}; make one of a matrix and "
@@ -287,8 +280,10 @@ def _zero(device: torch.device) -> Tensor:
 def _norms(rows: Tensor, dtype: torch.dtype) -> Tensor:
     """The norms of rows (n, d) as (n,), without a copy of the rows in another dtype."""
     n = rows.shape[0]
-    whole = rows.dtype == dtype or rows.device.type != "cpu"
-    step = max(n, 1) if whole else min(_NORMED, n // 4 + 1)
+    if rows.dtype == dtype or rows.device.type != "cpu":
+        whole: Tensor = torch.linalg.vector_norm(rows, dim=-1, dtype=dtype)
+        return whole
+    step = min(_NORMED, n // 4 + 1)
     norms = torch.empty(n, dtype=dtype, device=rows.device)
     for start in range(0, n, step):
         part = slice(start, start + step)
@@ -302,16 +297,11 @@ def ledoit_wolf(moment: SecondMoment) -> float:
 
     ``a = min(1, (q / n - tr S^2) / (n (tr S^2 - (tr S)^2 / d)))`` with q the sum of ``||k||^4``: how far single keys
     lie from S, over how far S lies from the identity. ("A well-conditioned estimator for large-dimensional covariance
-    matrices", Journal of Multivariate Analysis 88, 2004, section 3.)
-
-    Args:
-        moment: Of n keys of width d, collected with ``quartic=True``.
-
-    Returns:
-        From 0, the moment as it is, to 1, a multiple of the identity.
+    matrices", Journal of Multivariate Analysis 88, 2004, section 3.) From 0, the moment as it is, to 1, a multiple of
+    the identity.
 
     Raises:
-        BadInput: It is no moment, has seen no key, or does not know the sum of ``||k||^4``.
+        BadInput: It is no moment, has seen no key, or was not collected with ``quartic=True``.
         NonFinite: The sum holds NaN or infinity.
     """
     n, trace, squares = _traces(moment)
@@ -335,17 +325,11 @@ def ledoit_wolf(moment: SecondMoment) -> float:
 
 @isolated()
 def oas(moment: SecondMoment) -> float:
-    """The oracle approximating shrinkage, for Gaussian keys.
+    """The oracle approximating shrinkage, for Gaussian keys; from 0 to 1 as `ledoit_wolf`.
 
     ``a = min(1, (tr S^2 + (tr S)^2) / ((n + 1) (tr S^2 - (tr S)^2 / d)))``, the fixed point that "Shrinkage algorithms
     for MMSE covariance estimation" (Chen, Wiesel, Eldar and Hero, IEEE Transactions on Signal Processing 58, 2010)
     gives in equation (23), without its terms in ``2 / d``, which scikit-learn leaves out as well.
-
-    Args:
-        moment: Of n keys of width d.
-
-    Returns:
-        From 0, the moment as it is, to 1, a multiple of the identity.
 
     Raises:
         BadInput: It is no moment, or has seen no key.
@@ -369,17 +353,10 @@ SHRINKAGES: Mapping[str, Callable[[SecondMoment], float]] = {
 
 @isolated()
 def shrunk(C: Tensor | SecondMoment, intensity: float, *, in_place: bool = False) -> Tensor:
-    """``(1 - a) C + a mean(diag C) I``.
+    """``(1 - a) C + a mean(diag C) I``, of a second moment (d, d) or a moment's mean, for a from 0 to 1.
 
-    Entry by entry, so that of a matrix with one triangle filled the result has the same triangle.
-
-    Args:
-        C: A second moment (d, d), or the moment whose mean is taken.
-        intensity: a, from 0 to 1.
-        in_place: Write over C, a tensor, to spare a copy.
-
-    Returns:
-        The shrunk matrix (d, d), C itself where it was made in place.
+    Entry by entry, so that of a matrix with one triangle filled the result has the same triangle. In place it is
+    written over C, a tensor, to spare a copy.
 
     Raises:
         BadInput: C is no dense square matrix of numbers, cannot be written over, or is a moment without a key.

@@ -3,8 +3,8 @@
 The operator ``fastcov::rank_k_update`` is a schema and a fake. Of the kernels of a device type the first that can take
 the arguments runs; the choice is made once for each device, dtypes, width and strides. None is replaced in silence: one
 asked for by name that cannot run raises, and `kernels` says why. On a GPU those that were measured there come first, in
-the order of their times (`fastcov.kernels.table`), and a kernel that is compiled for the device shows a right result
-before it is chosen (`fastcov.kernels.selfcheck`).
+the order of their times (`fastcov.kernels.gpu`), and a kernel that is compiled for the device shows a right result
+before it is chosen.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fastcov.errors import BadInput, KernelUnavailable
 from fastcov.hooks import isolated, key_rows
-from fastcov.kernels import cpu, cuda, plain, selfcheck, table, triton
+from fastcov.kernels import cpu, cuda, gpu, plain, triton
 from fastcov.matrices import matrix, shares_entries
 
 _EXACT = (0.0, 1.0, -1.0)  # values of alpha that make no sum larger or smaller
@@ -47,7 +47,7 @@ class Kernel:
     """
 
     name: str
-    update: selfcheck.Update
+    update: gpu.Update
     why_not: WhyNot
     not_preferred: Callable[[], str | None] = lambda: None
     checked: bool = False
@@ -110,8 +110,8 @@ def rank_k_update(
         kernel: The name of a kernel, see `kernels`; by default the best that can run.
 
     Raises:
-        BadInput: C is not square, X is not as wide as C, the mask does not fit X, a dtype or device does not fit,
-            entries of C share memory, keys are no dense tensor, or alpha is not finite.
+        BadInput: A shape, dtype or device that does not fit, a C whose entries share memory, or an alpha that is not
+            finite.
         KernelUnavailable: The kernel asked for cannot run here or on these tensors.
     """
     C, X = _sum(C), matrix(X, "Keys", meta=True)
@@ -126,11 +126,7 @@ def rank_k_update(
 
 
 def check_keys(C: Tensor, X: Tensor) -> None:
-    """Refuse keys (..., d) that do not go with a sum (d, d).
-
-    Raises:
-        BadInput: They are of another width, of a dtype that is not taken, or on another device.
-    """
+    """Refuse keys (..., d) of a width, dtype or device that does not go with a sum (d, d), as BadInput."""
     if X.dim() == 0 or X.shape[-1] != C.shape[0]:
         raise BadInput(
             f"Keys of shape {tuple(X.shape)} do not fit a sum of width {C.shape[0]}; "
@@ -188,16 +184,16 @@ def _best(C: Tensor, X: Tensor) -> tuple[Kernel, bool]:
     """The first kernel in the order that takes them, and whether it was checked as far as it must be."""
     order = ORDER.get(C.device.type, ("reference",))
     if C.device.type == "cuda":
-        measured = table.order(C.device, X.dtype, C.shape[0])
+        measured = gpu.order(C.device, X.dtype, C.shape[0])
         order = (*(name for name in measured if name in order), *(name for name in order if name not in measured))
     for name in order:
         kernel = KERNELS[name]
         if kernel.why_not(C, X) is not None or kernel.not_preferred() is not None:
             continue
         if kernel.checked:
-            if selfcheck.failure(name, kernel.update, C.device, X.dtype, C.shape[0]):
+            if gpu.failure(name, kernel.update, C.device, X.dtype, C.shape[0]):
                 continue
-            return kernel, selfcheck.done(name, C.device, X.dtype, C.shape[0])
+            return kernel, gpu.done(name, C.device, X.dtype, C.shape[0])
         return kernel, True
     raise KernelUnavailable(
         f"No kernel takes keys {X.dtype} and a sum {C.dtype} on {C.device}; see fastcov.ops.kernels."

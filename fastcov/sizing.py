@@ -162,7 +162,7 @@ class StoppingRule:
         self.looks: list[Look] = []
 
     @property
-    def settled(self) -> bool:
+    def converged(self) -> bool:
         """Whether the last look was within the tolerance, and not merely at the limit."""
         return bool(self.looks) and self.looks[-1].excess <= self._tolerance
 
@@ -198,7 +198,7 @@ class StoppingRule:
             excess = 1 / left - 1 if left > 0 else math.inf
         self.looks.append(Look(n, n / d, leverage, worth, excess))
         logger.info("%d keys of width %d: leverage %.3f, excess %.3f", n, d, leverage, excess)
-        if self.settled or n >= budget(self._limit, d):
+        if self.converged or n >= budget(self._limit, d):
             self._before = None
             return True
         self._before = _probed(moment, self._ridge, self._probes)

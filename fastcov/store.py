@@ -69,15 +69,12 @@ def save_moment(path: str | os.PathLike[str], moment: SecondMoment, provenance: 
 def load_moment(
     path: str | os.PathLike[str], expect: Mapping[str, Any] | None = None
 ) -> tuple[SecondMoment, dict[str, Any]]:
-    """Read a moment and what it belongs to, every byte verified.
+    """Read a moment, on the CPU, and its provenance, every byte verified.
 
     Args:
         path: The file.
         expect: Provenance that the file must have, field by field; fields not named here may be anything. Compared
             before the sum is read.
-
-    Returns:
-        The moment, on the CPU, and its provenance.
 
     Raises:
         StoreMissing: There is no such file.

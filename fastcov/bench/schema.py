@@ -103,7 +103,7 @@ class Run:
     goals: list[GoalResult] = field(default_factory=list)
 
     def kernels(self) -> list[dict[str, Any]]:
-        """Seconds of each kernel by dtype and shape: what `fastcov.kernels.table` takes over.
+        """Seconds of each kernel by dtype and shape: what `fastcov.kernels.gpu` takes over.
 
         Derived from the rows, written into the file beside the name of the device and not read back.
         """

@@ -185,7 +185,7 @@ def launch(
     processors: int = 1,
     chain: int | None = None,
 ) -> None:
-    """Run the kernel as told; see `update`, which decides what is told here.
+    """Run the kernel as told; see `update`, which decides.
 
     Args:
         C: The sum, (d, d).

@@ -45,9 +45,9 @@ def keys(seed: int, n: int, d: int) -> Tensor:
 
 
 def merged(parts: Sequence[Tensor], order: Sequence[int], dtype: torch.dtype) -> SecondMoment:
-    total = SecondMoment(parts[0].shape[1], dtype=dtype)
+    total = SecondMoment(parts[0].shape[1], dtype=dtype, quartic=True)
     for index in order:
-        total.merge(SecondMoment(total.d, dtype=dtype).update(parts[index]))
+        total.merge(SecondMoment(total.d, dtype=dtype, quartic=True).update(parts[index]))
     return total
 
 
@@ -57,11 +57,11 @@ def test_merging_is_commutative_and_associative_up_to_rounding(data: st.DataObje
     d, dtype = (data.draw(st.integers(1, 9)), data.draw(st.sampled_from([torch.float32, torch.float64])))
     sizes = data.draw(st.lists(st.integers(0, 12), min_size=2, max_size=5))  # fmt: skip
     parts = [keys(i, n, d) for i, n in enumerate(sizes)]
-    together = SecondMoment(d, dtype=dtype).update(torch.cat(parts))
+    together = SecondMoment(d, dtype=dtype, quartic=True).update(torch.cat(parts))
     one = merged(parts, range(len(parts)), dtype)
     other = merged(parts, data.draw(st.permutations(range(len(parts)))), dtype)
     half = len(parts) // 2
-    grouped = merged(parts[:half], range(half), dtype) if half else SecondMoment(d, dtype=dtype)
+    grouped = merged(parts[:half], range(half), dtype) if half else SecondMoment(d, dtype=dtype, quartic=True)
     grouped.merge(merged(parts[half:], range(len(parts) - half), dtype))
     exact = torch.cat(parts).double().T @ torch.cat(parts).double()
     for moment in (together, one, other, grouped):
@@ -76,7 +76,7 @@ def test_merging_is_commutative_and_associative_up_to_rounding(data: st.DataObje
 @given(provenance=provenances, seed=st.integers(0, 9), d=st.integers(1, 6), n=st.integers(0, 9))
 def test_any_json_comes_back_with_any_moment(tmp_path: Path, provenance, seed, d, n) -> None:
     path = tmp_path / "m.safetensors"
-    saved = SecondMoment(d).update(keys(seed, n, d))
+    saved = SecondMoment(d, quartic=True).update(keys(seed, n, d))
     save_moment(path, saved, provenance)
     loaded, found = load_moment(path, expect=provenance)
     assert found == provenance == read_provenance(path)

@@ -84,7 +84,7 @@ def test_it_stops_where_the_law_is_within_the_tolerance(tolerance, stops):
     said = looked_at(rule, gaussian(10 * D, spectrum()), sizes)
     assert said.index(True) == sizes.index(stops * D)
     assert rule.looks[said.index(True)].excess <= tolerance or stops == 10
-    assert rule.settled == (tolerance > 0.01)
+    assert rule.converged == (tolerance > 0.01)
 
 
 def test_keys_that_say_the_same_twice_are_half_as_many():
@@ -114,7 +114,7 @@ def test_topics_of_documents_make_it_collect_more():
 def test_the_limit_ends_it_whatever_was_seen():
     rule = StoppingRule(tolerance=1e-6, limit=2.0)
     assert looked_at(rule, gaussian(300, spectrum()), [200, 255, 256]) == [False, False, True]
-    assert not rule.settled and len(rule.looks) == 3
+    assert not rule.converged and len(rule.looks) == 3
     few = StoppingRule(limit=0.5)
     assert looked_at(few, gaussian(64, spectrum()), [32, 64]) == [False, True]
     assert [look.excess for look in few.looks] == [math.inf, math.inf]
@@ -129,7 +129,7 @@ def test_coordinates_that_are_always_zero_do_not_keep_it_from_stopping(caplog):
     zero = SecondMoment(4).update(torch.zeros(10, 4))
     nothing = StoppingRule()
     assert not nothing.update(zero)
-    assert not nothing.update(zero.update(torch.zeros(10, 4))) and not nothing.settled
+    assert not nothing.update(zero.update(torch.zeros(10, 4))) and not nothing.converged
 
 
 def test_a_float32_sum_of_one_triangle_is_enough(monkeypatch):

@@ -68,7 +68,7 @@ def test_its_statistics_serve_edits_and_are_those_of_a_pass_to_that_multiplier(
 def test_at_the_bound_it_says_what_is_left(
     editor: Editor, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(StoppingRule, "settled", property(lambda rule: False))
+    monkeypatch.setattr(StoppingRule, "converged", property(lambda rule: False))
     with caplog.at_level(logging.WARNING):
         found = editor.precompute(tiny_corpus(200), multiplier="auto", layers=(1,))
     assert found.keys == 10 * D_K

@@ -11,7 +11,7 @@ from fastcov.bench import gpu_check
 from fastcov.bench.goals import ROWS, TESTS
 from fastcov.bench.gpu_check import Task, check, execute, file_name, main, tasks
 from fastcov.bench.schema import Machine, Row, Run, load, save
-from fastcov.kernels.table import adopt
+from fastcov.kernels.gpu import adopt
 
 MACHINE = Machine("CPU", 16, (), "Linux", "GPU")
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fastcov import ops
-from fastcov.kernels import plain, selfcheck
+from fastcov.kernels import gpu, plain
 from tiny_kernels import offer
 
 CPU = torch.device("cpu")
@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch):
-    monkeypatch.setattr(selfcheck, "_failures", {})
+    monkeypatch.setattr(gpu, "_failures", {})
 
 
 def above(C):
@@ -54,7 +54,7 @@ def raises(C, X, mask, alpha):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_right_kernel_passes(dtype):
-    assert selfcheck.failure("right", plain.reference, CPU, dtype, 64) is None
+    assert gpu.failure("right", plain.reference, CPU, dtype, 64) is None
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_a_right_kernel_passes(dtype):
 )
 def test_a_wrong_kernel_fails_with_what_was_seen(run, words, caplog):
     with caplog.at_level(logging.WARNING, logger="fastcov"):
-        found = selfcheck.failure("wrong", run, CPU, torch.float32, 64)
+        found = gpu.failure("wrong", run, CPU, torch.float32, 64)
     assert found is not None
     assert re.search(words, found)
     assert "wrong" in caplog.text and "float32" in caplog.text
@@ -85,14 +85,14 @@ def test_the_check_runs_once_for_a_device_and_dtype(caplog):
 
     with caplog.at_level(logging.WARNING, logger="fastcov"):
         for _ in range(3):
-            assert selfcheck.failure("once", run, CPU, torch.float32, 64)
+            assert gpu.failure("once", run, CPU, torch.float32, 64)
     assert len(calls) == 2 and len(caplog.records) == 1  # with a mask and without
-    selfcheck.failure("once", run, CPU, torch.float16, 64)
+    gpu.failure("once", run, CPU, torch.float16, 64)
     assert len(calls) == 4
 
 
 def test_wide_keys_are_checked_on_their_own(monkeypatch):
-    monkeypatch.setattr(selfcheck, "_WIDE", 1100)  # two blocks, quickly
+    monkeypatch.setattr(gpu, "_WIDE", 1100)  # two blocks, quickly
     widths = []
 
     def wrong_where_wide(C, X, mask, alpha):
@@ -102,10 +102,10 @@ def test_wide_keys_are_checked_on_their_own(monkeypatch):
             C[1090, 3] += 100.0
 
     for _ in range(2):
-        assert selfcheck.failure("wide", wrong_where_wide, CPU, torch.float32, 576) is None
-        assert selfcheck.failure("wide", wrong_where_wide, CPU, torch.float32, 6400)
+        assert gpu.failure("wide", wrong_where_wide, CPU, torch.float32, 576) is None
+        assert gpu.failure("wide", wrong_where_wide, CPU, torch.float32, 6400)
     assert widths == [400, 400, 1100, 1100]
-    assert selfcheck.failure("fine", plain.reference, CPU, torch.float32, 6400) is None
+    assert gpu.failure("fine", plain.reference, CPU, torch.float32, 6400) is None
 
 
 def test_a_full_device_says_nothing_of_a_kernel():
@@ -116,13 +116,13 @@ def test_a_full_device_says_nothing_of_a_kernel():
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     for _ in range(2):
-        assert selfcheck.failure("full", full, CPU, torch.float32, 64) is None
+        assert gpu.failure("full", full, CPU, torch.float32, 64) is None
     assert len(calls) == 2  # and it is tried again
 
 
 def test_the_check_moves_no_random_state():
     before = torch.get_rng_state()
-    selfcheck.failure("right", plain.reference, CPU, torch.float32, 64)
+    gpu.failure("right", plain.reference, CPU, torch.float32, 64)
     assert torch.equal(torch.get_rng_state(), before)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastcov import ops
-from fastcov.kernels import table
+from fastcov.kernels import gpu
 from tiny_kernels import offer
 
 ROWS = [
@@ -18,33 +18,33 @@ ROWS = [
 
 @pytest.fixture
 def measured(monkeypatch):
-    table._order.cache_clear()
-    monkeypatch.setattr(table, "_table", lambda: {"Card": ROWS})
+    gpu._order.cache_clear()
+    monkeypatch.setattr(gpu, "_table", lambda: {"Card": ROWS})
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Card")
     yield
-    table._order.cache_clear()
+    gpu._order.cache_clear()
 
 
 def test_the_shipped_table_can_be_read():
-    for rows in table._table().values():
+    for rows in gpu._table().values():
         for row in rows:
             assert row["d"] > 0 and all(seconds > 0 for seconds in row["seconds"].values())
 
 
 def test_the_nearest_measured_width_decides(measured):
     device = torch.device("cuda", 0)
-    assert table.order(device, torch.bfloat16, 6400) == ["cuda", "triton", "panels"]
-    assert table.order(device, torch.bfloat16, 1000) == ["cuda", "triton", "panels"]
+    assert gpu.order(device, torch.bfloat16, 6400) == ["cuda", "triton", "panels"]
+    assert gpu.order(device, torch.bfloat16, 1000) == ["cuda", "triton", "panels"]
     # 10240 is the geometric mean of the two: below it the one, above it the other.
-    assert table.order(device, torch.bfloat16, 10_200)[0] == "cuda"
-    assert table.order(device, torch.bfloat16, 10_300)[0] == "triton"
-    assert table.order(device, torch.float32, 99) == ["triton"]
-    assert table.order(device, torch.float16, 6400) == []
+    assert gpu.order(device, torch.bfloat16, 10_200)[0] == "cuda"
+    assert gpu.order(device, torch.bfloat16, 10_300)[0] == "triton"
+    assert gpu.order(device, torch.float32, 99) == ["triton"]
+    assert gpu.order(device, torch.float16, 6400) == []
 
 
 def test_an_unknown_device_has_no_order(measured, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Another")
-    assert table.order(torch.device("cuda", 0), torch.bfloat16, 6400) == []
+    assert gpu.order(torch.device("cuda", 0), torch.bfloat16, 6400) == []
 
 
 @pytest.mark.parametrize(
@@ -70,16 +70,16 @@ def test_what_was_measured_comes_first(measured, monkeypatch, dtype, d, first):
 def test_results_are_adopted_in_place_of_former_ones(tmp_path):
     before = {"devices": {"Other": [1], "Card": [2]}}
     results = {"device": "Card", "kernels": [{**ROWS[0], "goal": 1.6}, {"dtype": "x", "d": 1}]}
-    assert table.adopt(results, before) == {"devices": {"Other": [1], "Card": [ROWS[0]]}}
+    assert gpu.adopt(results, before) == {"devices": {"Other": [1], "Card": [ROWS[0]]}}
     assert before["devices"]["Card"] == [2]
 
 
 def test_the_command_writes_the_table(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(table, "__file__", str(tmp_path / "table.py"))
+    monkeypatch.setattr(gpu, "__file__", str(tmp_path / "gpu.py"))
     (tmp_path / "measured.json").write_text('{"devices": {}}')
     results = tmp_path / "card.json"
     results.write_text(json.dumps({"device": "Card", "kernels": ROWS}))
-    assert table.main([str(results)]) == 0
+    assert gpu.main([str(results)]) == 0
     assert json.loads((tmp_path / "measured.json").read_text())["devices"] == {"Card": ROWS}
     assert "Card" in capsys.readouterr().out
 
@@ -95,11 +95,11 @@ def test_the_command_writes_the_table(tmp_path, monkeypatch, capsys):
     ],
 )
 def test_what_is_no_result_is_refused(tmp_path, monkeypatch, capsys, text, words):
-    monkeypatch.setattr(table, "__file__", str(tmp_path / "table.py"))
+    monkeypatch.setattr(gpu, "__file__", str(tmp_path / "gpu.py"))
     (tmp_path / "measured.json").write_text('{"devices": {}}')
     (tmp_path / "bad.json").write_text(text)
-    assert table.main([str(tmp_path / "bad.json")]) == 2
+    assert gpu.main([str(tmp_path / "bad.json")]) == 2
     assert words in capsys.readouterr().err
     assert (tmp_path / "measured.json").read_text() == '{"devices": {}}'
-    assert table.main([]) == 2
-    assert table.main([str(tmp_path / "none.json")]) == 2
+    assert gpu.main([]) == 2
+    assert gpu.main([str(tmp_path / "none.json")]) == 2
