@@ -447,7 +447,7 @@ class StatisticsStore:
                 break
         assert before is not None
         for name, rule in rules.items():
-            if not rule.settled:
+            if not rule.converged:
                 log.warning(
                     "with %d keys an edit of %s still disturbs about %.2f times more than it must; a "
                     "multiplier above %g, or more and shorter documents, would settle it",
