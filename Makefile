@@ -33,7 +33,7 @@ bench: .venv/.bench ## time the kernels, the factorisation and the collecting; A
 
 # Not in .venv: a machine with a GPU has its own torch, and often no network.
 gpu-check: ## every kernel test and every goal on this machine's GPU, under 9 minutes; PYTHON=python3 as it is
-	PYTHONPATH=.:python HF_HUB_OFFLINE=1 $(PYTHON) -m fastcov.bench.gpu_check $(ARGS)
+	PYTHONPATH=.:python HF_HUB_OFFLINE=1 $(PYTHON) benchmarks/gpu_check.py $(ARGS)
 
 lint: .venv/.dev ## ruff, the format, and which package may import which
 	$(BIN)/ruff check .

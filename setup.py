@@ -1,14 +1,18 @@
 """Asks CMake for the native module; pyproject.toml has the metadata, CMakeLists.txt the build.
 
 The environment decides: ``FASTCOV_SKIP_NATIVE=1`` installs pure Python; ``FASTCOV_CUDA`` and ``FASTCOV_CUDA_ARCHS`` go
-to CMake, which explains them. Without a C++ compiler, or on Windows, whose compiler lacks the vector types in use, the
-package is pure Python and everything still works, slower; `python -m fastcov` says so.
+to CMake, which explains them. Unless asked for, CUDA is left out where torch has none: nvcc takes minutes. Without a
+C++ compiler, or on Windows, whose compiler lacks the vector types in use, the package is pure Python and everything
+still works, slower; `python -m fastcov` says so.
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+import sysconfig
+from collections.abc import Mapping
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -39,9 +43,9 @@ class CMakeBuild(build_ext):
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={folder / 'out'}",
         ]
-        options += [
-            f"-D{name}={os.environ[name]}" for name in ("FASTCOV_CUDA", "FASTCOV_CUDA_ARCHS") if os.environ.get(name)
-        ]
+        options.append(f"-DFASTCOV_CUDA={cuda_setting(os.environ, Path(sysconfig.get_path('purelib')))}")
+        if os.environ.get("FASTCOV_CUDA_ARCHS"):
+            options.append(f"-DFASTCOV_CUDA_ARCHS={os.environ['FASTCOV_CUDA_ARCHS']}")
         if shutil.which("ninja"):
             options += ["-G", "Ninja"]
         # A cache of another environment's compiler or Python would be trusted otherwise.
@@ -59,6 +63,23 @@ class CMakeBuild(build_ext):
         shutil.copy2(built, target)
 
 
+def cuda_setting(environment: Mapping[str, str], packages: Path) -> str:
+    """What CMake is told about CUDA: what was asked for, else AUTO where the torch of these packages has CUDA.
+
+    Its version is read from its file: pip builds in an environment of its own, from which torch cannot be imported.
+    """
+    asked = environment.get("FASTCOV_CUDA")
+    if asked:
+        return asked
+    file = packages / "torch" / "version.py"
+    found = re.search(r"^cuda\b.*= *['\"]", file.read_text(encoding="utf-8"), re.MULTILINE) if file.is_file() else None
+    if found:
+        return "AUTO"
+    if shutil.which("nvcc"):
+        print("fastcov: no torch with CUDA is installed here, so nvcc is not used; FASTCOV_CUDA=ON asks for it.")
+    return "OFF"
+
+
 def why_not() -> str | None:
     """Why no native module is built, or None if one is."""
     if os.environ.get("FASTCOV_SKIP_NATIVE", "0") not in ("", "0"):
@@ -71,8 +92,9 @@ def why_not() -> str | None:
     return None
 
 
-reason = why_not()
-if reason is not None:
-    print(f"fastcov: {reason}, so the package is installed without native kernels.", file=sys.stderr)
-
-setup(ext_modules=[] if reason else [Extension("fastcov._native", sources=[])], cmdclass={"build_ext": CMakeBuild})
+if __name__ == "__main__":
+    reason = why_not()
+    if reason is not None:
+        print(f"fastcov: {reason}, so the package is installed without native kernels.", file=sys.stderr)
+    extensions = [] if reason else [Extension("fastcov._native", sources=[])]
+    setup(ext_modules=extensions, cmdclass={"build_ext": CMakeBuild})

@@ -24,9 +24,9 @@ sys.path.insert(0, str(ROOT))
 from fastcov import SecondMoment, bucket  # noqa: E402
 from fastcov.accumulate import Accumulator  # noqa: E402
 from fastcov.batching import chained  # noqa: E402
-from fastcov.bench.machine import machine  # noqa: E402
-from fastcov.checkpoint import SHARE, Checkpoint, Taken, read_checkpoint  # noqa: E402  # noqa: E402
+from fastcov.checkpoint import SHARE, Checkpoint, Taken, read_checkpoint  # noqa: E402
 from fastcov.files import atomic_file  # noqa: E402
+from fastcov.machine import this_machine  # noqa: E402
 
 
 def main() -> None:
@@ -64,7 +64,7 @@ def main() -> None:
         "read_seconds": reads,
         "digest_seconds": digests,
         "interval_by_default": max(300.0, write / SHARE),
-        "processor": machine(torch.device("cpu")).cpu,
+        "processor": this_machine(torch.device("cpu")).cpu,
         "torch": torch.__version__,
     }
     print(

@@ -3,8 +3,8 @@
     python benchmarks/draw.py benchmarks/results/bench-2core.json
 
 writes docs/figures/bench-2core-rank_k.svg and so on. Every case is a panel, every contender a bar; what failed or could
-not run has no bar. The files hold text and rectangles only, so that the same run gives the same bytes and a change of
-figures can be read in a diff.
+not run has no bar. Text stays text, so that the same run gives the same bytes and a change of figures can be read in a
+diff.
 """
 
 from __future__ import annotations
@@ -12,39 +12,24 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from xml.sax.saxutils import escape
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+for folder in (ROOT, ROOT / "python"):
+    sys.path.insert(0, str(folder))
 
-from fastcov.bench.schema import BadInput, Row, Run, load  # noqa: E402
+from benchmarks.recorded import load  # noqa: E402
+from fastcov.bench.report import BadInput, Row, Run, number  # noqa: E402
+from fastmemit.experiments.plots import COLOURS, paper_style  # noqa: E402
 
-WIDTH, LABELS, VALUES = 820, 190, 150  # of the picture, of the names, of the numbers; pixels
-LINE, TITLE, GAP = 20, 24, 14
-COLOURS = {"ours": "#2b6cb0", "library": "#a0aec0", "released": "#a0aec0"}
-
-
-@dataclass(frozen=True)
-class Measure:
-    """What the length of a bar says.
-
-    Attributes:
-        unit: As printed above the bars.
-        value: Of a row that was timed.
-        peak: Whether the measured peak is drawn as a line.
-    """
-
-    unit: str
-    value: Callable[[Row], float]
-    peak: bool = False
-
-
-MEASURES = {
-    "rank_k": Measure("useful GFLOP/s, longer is faster", lambda row: row.gflops or 0.0, True),
-    "factor": Measure("milliseconds of one call, shorter is faster", lambda r: 1e3 * (r.p50 or 0)),
-    "collect": Measure("tokens a second, longer is faster", lambda r: r.tokens_per_second or 0.0),
+_KINDS = {"ours": COLOURS[0], "library": "#a0aec0", "released": "#a0aec0"}
+_BAR = 0.22  # inches
+# By suite: what the length of a bar says, and of which row.
+MEASURES: dict[str, tuple[str, Callable[[Row], float]]] = {
+    "rank_k": ("useful GFLOP/s, longer is faster", lambda row: row.gflops or 0.0),
+    "factor": ("milliseconds of one call, shorter is faster", lambda row: 1e3 * (row.p50 or 0)),
+    "collect": ("tokens a second, longer is faster", lambda row: row.tokens_per_second or 0.0),
 }
 
 
@@ -56,91 +41,60 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         given.out.mkdir(parents=True, exist_ok=True)
         for path in given.runs:
-            for suite, picture in pictures(load(path)).items():
-                target = given.out / f"{path.stem}-{suite}.svg"
-                target.write_text(picture, encoding="utf-8")
-                print(target)
+            run = load(path)
+            for suite in MEASURES:
+                with paper_style():
+                    import matplotlib
+
+                    matplotlib.rcParams["svg.fonttype"] = "none"
+                    if (figure := draw(run, suite)) is not None:
+                        target = given.out / f"{path.stem}-{suite}.svg"
+                        figure.savefig(target, format="svg", metadata={"Date": None, "Creator": None})
+                        print(target)
     except (BadInput, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def pictures(run: Run) -> dict[str, str]:
-    """An SVG for each suite that has at least one timed row."""
-    found = {}
-    for suite, measure in MEASURES.items():
-        rows = [row for row in run.rows if row.suite == suite and row.p50 is not None]
-        if rows:
-            found[suite] = _picture(run, rows, measure)
-    return found
+def draw(run: Run, suite: str) -> Any:
+    """The figure of a suite, a panel a case; None where no row of it was timed."""
+    from matplotlib.figure import Figure
 
-
-def _picture(run: Run, rows: Sequence[Row], measure: Measure) -> str:
     cases: dict[str, list[Row]] = {}
-    for row in rows:
-        cases.setdefault(row.case, []).append(row)
-    parts, y = [], GAP + 12
+    for row in run.rows:
+        if row.suite == suite and row.p50 is not None:
+            cases.setdefault(row.case, []).append(row)
+    if not cases:
+        return None
+    heights = [len(rows) + 3 for rows in cases.values()]
+    figure = Figure(figsize=(8.2, _BAR * sum(heights) + 0.6), layout="constrained")
     place = run.machine.gpu or f"{run.machine.cpu}, {run.threads} threads"
-    parts.append(_text(GAP, y, f"{place}; torch {run.versions.get('torch', '?')}", "bold"))
-    parts.append(_text(GAP, y + 18, measure.unit))
-    y += 18 + GAP
-    for case, members in cases.items():
-        panel, y = _panel(case, members, measure, y)
-        parts += panel
-    body = "\n".join(parts)
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{y}" '
-        f'viewBox="0 0 {WIDTH} {y}" font-family="sans-serif" font-size="12">\n'
-        f'<rect width="{WIDTH}" height="{y}" fill="#ffffff"/>\n{body}\n</svg>\n'
+    figure.suptitle(f"{place}; torch {run.versions.get('torch', '?')}\n{MEASURES[suite][0]}", fontsize=10)
+    panels = figure.subplots(len(cases), squeeze=False, height_ratios=heights)[:, 0]
+    for axes, (case, rows) in zip(panels, cases.items(), strict=True):
+        _panel(axes, case, rows, MEASURES[suite][1], peak=suite == "rank_k")
+    return figure
+
+
+def _panel(axes: Any, case: str, rows: Sequence[Row], measure: Callable[[Row], float], *, peak: bool) -> None:
+    values = [measure(row) for row in rows]
+    names = [f"{row.contender} ~" if row.inexact else row.contender for row in rows]
+    bars = axes.barh(range(len(rows)), values, color=[_KINDS[row.kind] for row in rows], height=0.7)
+    ratios = ["" if row.ratio is None or row.ratio == 1 else f"  ({row.ratio:.2f}x)" for row in rows]
+    axes.bar_label(
+        bars, [f"{number(v)}{ratio}" for v, ratio in zip(values, ratios, strict=True)], padding=4, fontsize=8
     )
-
-
-def _panel(case: str, rows: Sequence[Row], measure: Measure, y: int) -> tuple[list[str], int]:
-    """The bars of one case, and where the next one begins."""
-    peak = max((_peak(row) for row in rows), default=0.0) if measure.peak else 0.0
-    longest = max([peak, *(measure.value(row) for row in rows)]) or 1.0
-    scale = (WIDTH - LABELS - VALUES) / longest
-    parts = [_text(GAP, y + 16, case, "bold")]
-    y += TITLE
-    if peak:  # beneath the numbers, which may reach over it
-        x, bottom = LABELS + peak * scale, y + LINE * len(rows)
-        parts.append(
-            f'<line x1="{x:.1f}" y1="{y}" x2="{x:.1f}" y2="{bottom}" stroke="#c53030" stroke-dasharray="4 3"/>'
-        )
-        parts.append(_text(x + 4, bottom + 11, f"measured peak {_number(peak)}"))
-    for row in rows:
-        value = measure.value(row)
-        name = f"{row.contender} ~" if row.inexact else row.contender
-        ratio = "" if row.ratio is None or row.ratio == 1 else f"  ({row.ratio:.2f}x)"
-        parts += [
-            _text(LABELS - 6, y + 14, name, anchor="end"),
-            f'<rect x="{LABELS}" y="{y + 3}" width="{max(1.0, value * scale):.1f}" '
-            f'height="{LINE - 6}" fill="{COLOURS[row.kind]}"/>',
-            _text(LABELS + value * scale + 6, y + 14, f"{_number(value)}{ratio}"),
-        ]
-        y += LINE
-    if peak:
-        y += LINE - 6
-    return parts, y + GAP
-
-
-def _peak(row: Row) -> float:
-    if row.peak_before is None or row.peak_after is None:
-        return 0.0
-    return max(row.peak_before, row.peak_after)
-
-
-def _number(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def _text(x: float, y: float, text: str, weight: str = "normal", anchor: str = "start") -> str:
-    return (
-        f'<text x="{x:.1f}" y="{y:.1f}" font-weight="{weight}" text-anchor="{anchor}" '
-        'fill="#1a202c" stroke="#ffffff" stroke-width="3" paint-order="stroke">'
-        f"{escape(text)}</text>"
-    )
+    axes.set_yticks(range(len(rows)), names)
+    axes.invert_yaxis()
+    axes.set_title(case, loc="left")
+    axes.grid(False)
+    measured = max(max(row.peak_before or 0.0, row.peak_after or 0.0) for row in rows) if peak else 0.0
+    if measured:
+        axes.axvline(measured, color=COLOURS[1], ls=(0, (4, 3)), lw=1)
+        axes.annotate(f"measured peak {number(measured)}", (measured, len(rows) - 0.4), fontsize=7, ha="right")
+    axes.set_xlim(0, 1.25 * max([measured, *values]))
+    axes.set_xticks([])
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ for folder in (ROOT, ROOT / "python", ROOT / "tests"):
 
 from benchmarks.fuzz_readers import readers  # noqa: E402
 from benchmarks.fuzz_workers import Outcome, is_defect, run  # noqa: E402
-from fastcov.bench.machine import machine, versions  # noqa: E402
+from fastcov.machine import this_machine, versions  # noqa: E402
 from fastmemit import statistics  # noqa: E402
 
 
@@ -69,8 +69,8 @@ def main() -> int:
             "defects": [asdict(outcome) for outcome in defects],
             "largest_peak_bytes": peak,
             "seconds": round(seconds, 1),
-            "processor": machine(torch.device("cpu")).cpu,
-            "system": machine(torch.device("cpu")).system,
+            "processor": this_machine(torch.device("cpu")).cpu,
+            "system": this_machine(torch.device("cpu")).system,
             "versions": {**versions(), **statistics.versions(), "safetensors": _version()},
         }
         args.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

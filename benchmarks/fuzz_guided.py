@@ -39,7 +39,7 @@ with atheris.instrument_imports(include=["fastcov", "fastmemit"]):
 
     from benchmarks import fuzz_mutations, fuzz_workers
     from benchmarks.fuzz_readers import described, readers
-    from fastcov.bench.machine import versions
+    from fastcov.machine import versions
 
 _SECONDS = 20  # for one file, before it counts as a hang
 _DICTIONARY = (

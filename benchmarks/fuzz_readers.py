@@ -6,24 +6,37 @@ A new reader is one more entry of `readers`.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
+import io
 import json
+import lzma
 import random
+import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 import fastcov
 from benchmarks import fuzz_samples as samples
-from fastcov.bench import schema as bench
+from benchmarks.fuzz_mutations import Payload, damaged_header, odd_values
+from benchmarks.recorded import load
+from fastcov import SecondMoment
+from fastcov.bench.report import Row, Run, save
+from fastcov.checkpoint import Taken, read_checkpoint, write_checkpoint
+from fastcov.machine import Machine
+from fastcov.npz import load_npz, save_npz
+from fastmemit.compat import load_hparams
 from fastmemit.data import load_corpus, load_records, load_requests, load_zsre
 from fastmemit.delta import Delta
 from fastmemit.evaluation.perplexity import read_text
 from fastmemit.experiments.report import page
 from fastmemit.experiments.results import check_header, collect, read_lines, read_unedited
+from fastmemit.experiments.sequential import STEPS, read_sequences
 from fastmemit.experiments.tables import (
     cells_csv,
     cells_table,
@@ -32,8 +45,13 @@ from fastmemit.experiments.tables import (
     group_cells,
     latex,
     markdown,
+    sequence_table,
 )
+from fastmemit.models import fingerprint
+from fastmemit.sharing import load_adapter, save_adapter
+from fastmemit.sharing.adapter import CONFIG, WEIGHTS
 from fastmemit.targets import Target, TargetKey, TargetStore
+from tiny_models import D_K, D, tiny_model
 from tiny_sweeps import made, record, write
 from tiny_tokenizers import SENTENCES, tiny_tokenizer
 
@@ -85,10 +103,7 @@ def described(value: Any) -> Any:
 
 def readers() -> dict[str, Reader]:
     """All readers by their names."""
-    # Their entries are of this file's type.
-    from benchmarks.fuzz_consumers import consumer_readers
-    from benchmarks.fuzz_foreign import foreign_readers
-    from benchmarks.fuzz_resumed import resumed_readers
+    from benchmarks.fuzz_consumers import consumer_readers  # their entries are of this file's type
 
     found = [
         Reader("moment", "safetensors", _moment, fastcov.load_moment, True, seal_moment),
@@ -110,9 +125,21 @@ def readers() -> dict[str, Reader]:
         Reader("report-sweep", "json", _folder("sweep.json"), _read_report),
         Reader("sweep-header", "json", _folder("sweep.json"), _read_header),
         Reader("unedited", "json", _written("unedited.json", samples.UNEDITED), _read_unedited),
-        Reader("bench-run", "json", _run, bench.load),
+        Reader("results-packed", "xz", _packed, read_lines),
+        Reader("bench-run", "json", _run, load),
+        Reader("npz", "npz", _npz, lambda path: load_npz(path).moment, True, damage=_damaged_npz),
+        Reader("hparams-json", "json", _hparams_json, load_hparams),
+        Reader("hparams-yaml", "yaml", _hparams_yaml, load_hparams, damage=_damaged_yaml),
+        # Of ours a digest is on record; of others only that they can be read.
+        Reader("adapter-config", "json", _adapter(CONFIG), _read_ours, True),
+        Reader("adapter-weights", "safetensors", _adapter(WEIGHTS), _read_ours, True),
+        Reader("lora-config", "json", _adapter(CONFIG, ours=False), _read_lora),
+        Reader("lora-weights", "safetensors", _adapter(WEIGHTS, ours=False), _read_lora),
+        Reader("checkpoint", "checkpoint", _checkpoint, read_checkpoint, True, damage=_damaged_inside),
+        Reader("sequential-header", "json", _sequence_header, _read_sequence_header),
+        Reader("sequential-steps", "lines", _steps, _read_steps),
+        *consumer_readers(),
     ]
-    found += [*foreign_readers(), *resumed_readers(), *consumer_readers()]
     return {reader.name: reader for reader in found}
 
 
@@ -237,6 +264,12 @@ def _folder(name: str) -> Callable[[Path], Path]:
     return make
 
 
+def _packed(folder: Path) -> Path:
+    path = folder / "results.jsonl.xz"
+    path.write_bytes(lzma.compress(_folder("results.jsonl")(folder).read_bytes()))
+    return path
+
+
 def _read_report(path: Path) -> Any:
     found = collect([path.parent])
     groups = group_cells(found.cells, resamples=20)
@@ -260,14 +293,289 @@ def _read_unedited(path: Path) -> Any:
 
 
 def _run(folder: Path) -> Path:
-    machine = bench.Machine(cpu="a CPU", cores=2, isa=("avx2",), system="Linux x86_64")
-    row = bench.Row(
+    machine = Machine(cpu="a CPU", cores=2, isa=("avx2",), system="Linux x86_64")
+    row = Row(
         suite="rank_k", case="C", contender="fastcov", kind="ours", device="cpu",
         dtype="float32", n=8, d=4, status="ok", kernel="avx2", p20=0.1, p50=0.2, p80=0.3,
     )  # fmt: skip
-    run = bench.Run(
-        machine=machine, versions={"torch": "2.13.0"}, threads=2, command="bench", date="2026",
-        rows=[row], steps=[bench.Step("build", "ok", 1.5, "done")],
-    )  # fmt: skip
-    bench.save(run, folder / "run.json")
+    save(Run(machine, {"torch": "2.13.0"}, 2, "bench", "2026", rows=[row]), folder / "run.json")
     return folder / "run.json"
+
+
+# -- other codebases: moments as ``.npz``, hyper-parameters, and adapters of PEFT ------------------
+
+_SUM = "mom2.mom2.npy"
+_SHAPES = (
+    "(1000000000000,)", "(1000000, 1000000)", "(4294967296, 4294967296)", "(0, 0)", "(5, -5)",
+    "(-1,)", "()", "(25,)", "(1, 5, 5)", "(5, 6)", "(5.0, 5)", "(True, 5)", "[5, 5]", "None",
+    "(5,) * 99", "(" * 500 + ")" * 500, "(9" + "9" * 5000 + ",)",
+)  # fmt: skip
+_DTYPES = ("|O", "<f2", "<f16", "<i4", "<c8", ">f4", "|S8", "<U5", "|V4", "<M8[s]", "", "f4,O", "<f9")
+_BOMB = 1 << 27  # bytes of zeros
+
+
+def _npz(folder: Path) -> Path:
+    keys = torch.randn(20, 5, generator=torch.Generator().manual_seed(0))
+    save_npz(folder / "a.npz", SecondMoment(5).update(keys), sample_size=100)
+    return folder / "a.npz"
+
+
+def _damaged_npz(draw: random.Random, data: bytes) -> tuple[str, bytes]:
+    """Another header of an array, other members, or other ways to pack them."""
+    members = _members(data)
+    place = draw.randrange(len(members))
+    name, array = members[place]
+    kind = draw.choice(
+        ("shape", "dtype", "header", "object", "missing", "twice", "renamed", "bomb", "values",
+         "packed", "length", "many", "version")
+    )  # fmt: skip
+    packing = zipfile.ZIP_STORED
+    if kind == "shape":
+        members[place] = (name, _with_header(array, shape=draw.choice(_SHAPES)))
+    elif kind == "dtype":
+        members[place] = (name, _with_header(array, dtype=draw.choice(_DTYPES)))
+    elif kind == "header":
+        text = draw.choice(("", "{", "{}", "[" * 3000, "__import__('os')", "\0" * 90, "9" * 9000))
+        members[place] = (name, npy_of(text, array[-100:]))
+    elif kind == "object":
+        file = io.BytesIO()
+        np.save(file, np.array([Payload()], dtype=object), allow_pickle=True)
+        members[place] = (name, file.getvalue())
+    elif kind == "missing":
+        del members[place]
+    elif kind == "twice":
+        members.append(draw.choice(members))
+    elif kind == "renamed":
+        members[place] = (draw.choice(("../../x.npy", "/x", "", "a" * 60_000, "\u202e.npy")), array)
+    elif kind == "bomb":
+        text = _header_text(array).replace("(5, 5)", draw.choice(("(5, 5)", "(5792, 5792)")))
+        members[place] = (name, npy_of(text, bytes(_BOMB)))
+        packing = draw.choice((zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA))
+    elif kind == "values":
+        odd = draw.choice((np.nan, np.inf, -1.0, 1e38, 0.0, 0.5))
+        start = len(array) - 4 * draw.randrange(1, 3)
+        members[place] = (name, array[:start] + np.float32(odd).tobytes() + array[start + 4 :])
+    elif kind == "packed":
+        packing = draw.choice((zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA))
+    elif kind == "length":
+        members[place] = (name, array + b"\0" * draw.choice((1, 4, 100_000)))
+    elif kind == "many":
+        members += [(f"{i}.npy", b"") for i in range(2000)]
+    elif kind == "version":
+        members[place] = (name, array[:6] + draw.randbytes(2) + array[8:])
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", packing) as archive:
+        for member, content in members:
+            archive.writestr(zipfile.ZipInfo(member or "_"), content, packing)
+    return f"npz: {kind}", file.getvalue()
+
+
+def _members(data: bytes) -> list[tuple[str, bytes]]:
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        return [(name, archive.read(name)) for name in archive.namelist()]
+
+
+def npz_of(folder: Path) -> dict[str, bytes]:
+    """The members of a valid file, which is written into a folder."""
+    return dict(_members(_npz(folder).read_bytes()))
+
+
+def _header_text(array: bytes) -> str:
+    return array[10 : 10 + int.from_bytes(array[8:10], "little")].decode("latin-1")
+
+
+def _with_header(array: bytes, *, shape: str | None = None, dtype: str | None = None) -> bytes:
+    """An array with another header, and its numbers as they were."""
+    known = np.lib.format.read_array_header_1_0(io.BytesIO(array[8:]))
+    shape = str(known[0]) if shape is None else shape
+    dtype = known[2].str if dtype is None else dtype
+    text = f"{{'descr': {dtype!r}, 'fortran_order': False, 'shape': {shape}, }}"
+    return npy_of(text, array[10 + len(_header_text(array)) :])
+
+
+def npy_of(text: str, body: bytes) -> bytes:
+    """An array of a header's text and what follows it."""
+    text += " " * (-(len(text) + 11) % 64) + "\n"
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode("latin-1") + body
+
+
+_HPARAMS: dict[str, Any] = {
+    "layers": [13, 14, 15],
+    "clamp_norm_factor": 0.75,
+    "layer_selection": "all",
+    "fact_token": "subject_last",
+    "v_num_grad_steps": 20,
+    "v_lr": 5e-1,
+    "v_loss_layer": 47,
+    "v_weight_decay": 0.5,
+    "kl_factor": 0.0625,
+    "mom2_adjustment": True,
+    "mom2_update_weight": 20000,
+    "rewrite_module_tmp": "transformer.h.{}.mlp.c_proj",
+    "mom2_dataset": "wikipedia",
+    "mom2_n_samples": 100000,
+}
+
+
+def _hparams_json(folder: Path) -> Path:
+    path = folder / "gpt2-xl.json"
+    path.write_text(json.dumps(_HPARAMS, indent=1), encoding="utf-8")
+    return path
+
+
+def _hparams_yaml(folder: Path) -> Path:
+    path = folder / "gpt2-xl.yaml"
+    lines = [f"{name}: {json.dumps(value)}" for name, value in _HPARAMS.items()]
+    path.write_text("alg_name: MEMIT\n" + "\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def _damaged_yaml(draw: random.Random, data: bytes) -> tuple[str, bytes]:
+    """Another value on one line, YAML's own ways to be clever included."""
+    lines = data.decode().splitlines()
+    place = draw.randrange(len(lines))
+    name = lines[place].partition(":")[0]
+    levels = "\n".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9 if i else ['lol'])}]" for i in range(9))
+    clever = (
+        "!!python/object/apply:os.system ['exit 7']", "!!python/name:os.system", "!!binary aGk=",
+        "!!set {a, b}", "!!timestamp 2001-01-01", "2001-13-45", "0x1F", "0o17", "1:30:00",
+        "*nowhere", "&x [*x]", "? [a, b]\n: c", "<<: {a: 1}", "|\n  text", "{" * 400, "[" * 5000,
+        "%TAG ! x", "\t", "---", "...", ".nan", ".inf", "5e-1", "yes", "~", "!", "&", "'", '"\\x',
+        "1_000", "- - - -",
+    )  # fmt: skip
+    kind = draw.choice(("value", "clever", "missing", "twice", "bomb", "key", "document"))
+    if kind == "value":
+        lines[place] = f"{name}: {draw.choice(odd_values())}"
+    elif kind == "clever":
+        lines[place] = f"{name}: {draw.choice(clever)}"
+    elif kind == "missing":
+        del lines[place]
+    elif kind == "twice":
+        lines.append(f"{name}: {draw.choice(odd_values())}")
+    elif kind == "bomb":
+        lines.append(levels)
+    elif kind == "key":
+        lines[place] = f"{draw.choice(('1', '~', '[a]', '{a: b}', '? ', '2001-01-01'))}: 1"
+    elif kind == "document":
+        lines.insert(place, draw.choice(("---", "...", "--- 5", "%YAML 9.9")))
+    return f"yaml: {kind}", ("\n".join(lines) + "\n").encode("utf-8")
+
+
+_MODULE = "model.layers.1.mlp.down_proj"
+
+
+@functools.cache
+def _model() -> Any:
+    return tiny_model("llama")
+
+
+def _adapter(name: str, *, ours: bool = True) -> Callable[[Path], Path]:
+    """An adapter's folder, of which one file is damaged; without what is on record of ours."""
+
+    def make(folder: Path) -> Path:
+        from safetensors.torch import load, save
+
+        draw = torch.Generator().manual_seed(0)
+        pair = torch.randn(D, 2, generator=draw), torch.randn(D_K, 2, generator=draw)
+        about = {"model": fingerprint(_model()), "method": "memit", "requests": []}
+        home = save_adapter(Delta({f"{_MODULE}.weight": pair}, about), _model(), folder / "adapter")
+        if not ours:
+            tensors = load((home / WEIGHTS).read_bytes())
+            (home / WEIGHTS).write_bytes(save(tensors, {"format": "pt"}))
+        return home / name
+
+    return make
+
+
+def _read_ours(path: Path) -> Any:
+    """The change alone. Without the record of it, which may be cut out, it is somebody else's: whatever its numbers."""
+    delta = load_adapter(path.parent, _model())
+    if delta.provenance.get("method") == "lora" and path.name == WEIGHTS:
+        raise Absent
+    return delta.factors
+
+
+def _read_lora(path: Path) -> Delta:
+    return load_adapter(path.parent, _model())
+
+
+# -- interrupted work: checkpoints, and the folder of sequences ------------------------------------
+
+_BATCHES = 2
+_DIGEST = 32  # bytes, the last ones of a checkpoint
+
+
+def _checkpoint(folder: Path) -> Path:
+    draw = torch.Generator().manual_seed(0)
+    keys = torch.randn(20, 5, generator=draw)
+    taken = {
+        "down.0": Taken(SecondMoment(5).update(keys), 30, 20, None, -1, torch.device("cpu")),
+        "down.1": Taken(SecondMoment(5).update(keys[:15]), 30, 20, keys[15:], 3, torch.device("cpu")),
+    }
+    state = {
+        "identity": {"model": "f" * 64, "seed": 3},
+        "sums": {"dtype": "torch.float32", "launch_rows": 8192},
+        "machine": {"threads": 1, "kernels": ["avx2"]},
+        "batches": 4,
+        "stream": "ab" * 32,
+    }
+    path = folder / "sums.checkpoint"
+    with path.open("wb") as file:
+        write_checkpoint(file, state, taken)
+    return path
+
+
+def _damaged_inside(draw: random.Random, data: bytes) -> tuple[str, bytes]:
+    """Another header or state, under a digest that fits."""
+    kind, made = damaged_header(draw, data)
+    kept = made[:-_DIGEST]
+    return f"{kind}, sealed", kept + hashlib.sha256(kept).digest()
+
+
+_SEQUENCE = {**samples.HEADER, "batches": [[1, 2], [3]], "score_every": 1}
+
+
+def _sequence_header(folder: Path) -> Path:
+    path = folder / "sequential.json"
+    check_header(path, _SEQUENCE, "sequences")
+    return path
+
+
+def _read_sequence_header(path: Path) -> Any:
+    if not path.is_file():
+        raise FileNotFoundError(path)  # a header would be written, and none was read
+    check_header(path, _SEQUENCE, "sequences")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _steps(folder: Path) -> Path:
+    path = folder / STEPS
+    scores = {"es": 90.0, "ps": 80.0, "ns": None, "s": 79.5}
+    lines = [
+        {
+            "key": f"memit/b2x2/{name}/plain/{edits}",
+            "method": "memit",
+            "batch_size": 2,
+            "multiplier": multiplier,
+            "preserve": False,
+            "keys": 128,
+            "edits": edits,
+            "facts": 2 * edits,
+            "failed": 0,
+            "scores": scores,
+            "before": scores,
+            "by_batch": [scores] * edits,
+            "perplexity": 36.5,
+        }
+        for name, multiplier in (("x2", 2.0), ("full", None))
+        for edits in range(1, _BATCHES + 1)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def _read_steps(path: Path) -> Any:
+    found = read_sequences(path, _BATCHES)
+    if not found:
+        raise Absent
+    return found, sequence_table([line for lines in found.values() for line in lines])

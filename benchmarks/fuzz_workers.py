@@ -37,8 +37,8 @@ import torch
 from benchmarks import fuzz_mutations as mutations
 from benchmarks.fuzz_readers import Absent, Reader, described, readers
 from fastcov import FastcovError
-from fastcov.bench.memory import peak_beyond
-from fastcov.bench.schema import BadInput
+from fastcov.bench.measure import peak_beyond
+from fastcov.bench.report import BadInput
 from fastmemit.errors import FastmemitError
 
 DEFECTS = ("other under a checksum", "crash", "hang", "died", "memory", "wordy")

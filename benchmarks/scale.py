@@ -26,7 +26,7 @@ for part in (ROOT, ROOT / "python"):
     sys.path.insert(0, str(part))
 
 import fastcov  # noqa: E402
-from fastcov.bench.machine import machine, versions  # noqa: E402
+from fastcov.machine import this_machine, versions  # noqa: E402
 
 WIDTH = 4096  # of the moment that is written, read and added up
 WORKER = """
@@ -119,7 +119,7 @@ def main() -> None:
         print(f"{name:26}{rate:16,.0f}")
     if args.json is not None:
         about = {
-            "machine": dataclasses.asdict(machine(torch.device("cpu"))),
+            "machine": dataclasses.asdict(this_machine(torch.device("cpu"))),
             "versions": versions(),
             "load": list(os.getloadavg()),  # what else kept the machine busy
             "threads": torch.get_num_threads(),

@@ -215,9 +215,9 @@ def _here() -> dict[str, Any]:
     import torch
     import transformers
 
-    from fastcov.bench.machine import machine, versions
+    from fastcov.machine import this_machine, versions
 
-    found = dataclasses.asdict(machine(torch.device("cpu")))
+    found = dataclasses.asdict(this_machine(torch.device("cpu")))
     return {
         "machine": {name: value for name, value in found.items() if value is not None},
         "versions": {**versions(), "transformers": transformers.__version__},

@@ -32,7 +32,7 @@ import torch
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 
-from fastcov.bench.machine import versions
+from fastcov.machine import versions
 from fastmemit.edits import Edit
 from fastmemit.evaluation import evaluate
 from fastmemit.experiments.results import Inputs

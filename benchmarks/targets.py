@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from fastcov.bench.machine import machine
+from fastcov.machine import this_machine
 
 ROOT = Path(__file__).resolve().parents[1]
 for folder in (ROOT, ROOT / "python", ROOT / "tests"):
@@ -82,7 +82,7 @@ def main() -> None:
         "speedup": alone / batched,
         "batch_tokens": args.batch_tokens,
         "threads": torch.get_num_threads(),
-        "processor": machine(torch.device("cpu")).cpu,
+        "processor": this_machine(torch.device("cpu")).cpu,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }

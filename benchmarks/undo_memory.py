@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from fastcov.bench.machine import versions
+from fastcov.machine import versions
 from fastmemit.delta import Delta
 from fastmemit.edits import Edit, EditStack
 from fastmemit.models import checksum

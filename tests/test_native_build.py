@@ -47,6 +47,7 @@ def test_skipping_the_native_module_makes_a_pure_wheel_and_says_so(sources):
     assert "FASTCOV_SKIP_NATIVE is set" in said
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {"fastcov/kernels/measured.json", "fastcov/bench/__main__.py"} <= names
+    assert not [name for name in names if name.startswith(("benchmarks", "tests"))]
     assert not [name for name in names if "_native" in name or name.startswith("csrc")]
 
 
@@ -82,12 +83,41 @@ def test_what_cuda_setting_cannot_be_kept_to_is_an_error(sources, tmp_path, sett
     assert words in " ".join((done.stdout + done.stderr).split())
 
 
+@pytest.mark.parametrize(
+    ("asked", "version", "wanted"),
+    [
+        ({}, "cuda: Optional[str] = None", "OFF"),
+        ({}, "cuda: Optional[str] = '12.8'", "AUTO"),
+        ({}, "cuda = '11.8'", "AUTO"),
+        ({}, None, "OFF"),
+        ({"FASTCOV_CUDA": ""}, None, "OFF"),
+        ({"FASTCOV_CUDA": "ON"}, None, "ON"),
+        ({"FASTCOV_CUDA": "off"}, "cuda = '12.8'", "off"),
+        ({"FASTCOV_CUDA": "MAYBE"}, None, "MAYBE"),  # CMake refuses it
+    ],
+)
+def test_cuda_is_compiled_where_torch_has_it_or_where_asked_for(tmp_path, monkeypatch, capsys, asked, version, wanted):
+    (tmp_path / "torch").mkdir()
+    if version is not None:
+        (tmp_path / "torch" / "version.py").write_text(f"debug = False\n{version}\nhip: Optional[str] = '6.0'\n")
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\n")
+    nvcc.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    spec = importlib.util.spec_from_file_location("fastcov_setup", ROOT / "setup.py")
+    setup = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(setup)
+    assert setup.cuda_setting(asked, tmp_path) == wanted
+    silent = bool(asked.get("FASTCOV_CUDA")) or wanted == "AUTO"
+    assert ("FASTCOV_CUDA=ON asks for it" in capsys.readouterr().out) is not silent
+
+
 def test_the_module_of_this_installation_is_of_these_sources():
     if importlib.util.find_spec("fastcov._native") is None:
         pytest.skip("no native module is installed")
     from fastcov.kernels import cpu, native
 
-    build = native.build()
+    build = dict(native().build())
     assert build is not None and build["compiler"]
-    names = [name for name, _ in native.native().cpu_variants()]
+    names = [name for name, _ in native().cpu_variants()]
     assert names == [name for name in cpu.VARIANTS if name in names] and "portable" in names

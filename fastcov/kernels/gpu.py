@@ -12,20 +12,16 @@ second moment into a warning and another kernel. A kernel asked for by name is n
 from __future__ import annotations
 
 import functools
-import json
 import logging
 import math
-import sys
 from collections.abc import Callable
 from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastcov.errors import printable
-from fastcov.files import atomic_file, parse_json
+from fastcov.files import parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -154,43 +150,3 @@ def _table() -> dict[str, list[dict[str, Any]]]:
     text = (files("fastcov.kernels") / _NAME).read_text(encoding="utf-8")
     devices: dict[str, list[dict[str, Any]]] = parse_json(text)["devices"]
     return devices
-
-
-def adopt(results: dict[str, Any], table: dict[str, Any]) -> dict[str, Any]:
-    """The table of ``measured.json`` with the measurements of one device put in place of its former ones.
-
-    Results are ``{"device": name, "kernels": [{"dtype", "d", "seconds": {kernel: median}}]}``; ValueError is raised
-    where they name no device or hold no measurement.
-    """
-    device, rows = results.get("device"), results.get("kernels")
-    if not isinstance(device, str) or not isinstance(rows, list):
-        raise ValueError("The results hold no device and kernels to adopt; pass a file of make gpu-check.")
-    kept = [
-        {"dtype": row["dtype"], "d": int(row["d"]), "seconds": row["seconds"]} for row in rows if row.get("seconds")
-    ]
-    if not kept:
-        raise ValueError(f"The results of {device} hold no measured time; run make gpu-check again.")
-    return {**table, "devices": {**table["devices"], device: kept}}
-
-
-def main(arguments: list[str]) -> int:
-    """Adopt a file of results into ``measured.json``."""
-    if len(arguments) != 1:
-        print("usage: python -m fastcov.kernels.gpu RESULTS.json", file=sys.stderr)
-        return 2
-    path = Path(__file__).with_name(_NAME)
-    try:
-        results = parse_json(Path(arguments[0]).read_bytes())
-        table = adopt(results, parse_json(path.read_bytes()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        said = printable(f"error: {arguments[0]} cannot be adopted: {error}")
-        print(said, file=sys.stderr)
-        return 2
-    with atomic_file(path) as file:
-        file.write((json.dumps(table, indent=1) + "\n").encode())
-    print(f"{path.name} now holds {', '.join(table['devices'])}.")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -12,10 +12,10 @@ import pytest
 import torch
 from safetensors.torch import save
 
+from benchmarks import recorded
 from benchmarks.fuzz_mutations import with_header
 from benchmarks.fuzz_readers import readers
 from fastcov import StoreDamaged, load_moment, read_provenance
-from fastcov.bench import schema
 from fastcov.files import MAX_DEPTH, parse_json
 from fastmemit.data import load_requests
 from fastmemit.delta import Delta
@@ -84,8 +84,8 @@ def test_deep_values_are_refused_by_every_reader(tmp_path: Path, levels: int) ->
     path.write_text(deep(levels))
     with pytest.raises(BadData, match=r"not what was written .*100 deep"):
         read_unedited(path, "f", [1])
-    with pytest.raises(schema.BadInput, match=r"is not JSON .*100 deep"):
-        schema.load(path)
+    with pytest.raises(recorded.BadInput, match=r"is not JSON .*100 deep"):
+        recorded.load(path)
     for name, read, error in (("moment", load_moment, StoreDamaged), ("delta", Delta.load, DamagedFile)):
         home = tmp_path / name
         home.mkdir()
@@ -108,8 +108,8 @@ def test_nobody_waits_for_a_pipe_or_reads_a_device_to_its_end(tmp_path: Path) ->
             read_provenance(path)
         with pytest.raises(BadData, match="is not a file"):
             read_lines(path)
-        with pytest.raises(schema.BadInput, match="is not a file"):
-            schema.load(path)
+        with pytest.raises(recorded.BadInput, match="is not a file"):
+            recorded.load(path)
 
 
 # -- headers that somebody made -------------------------------------------------------------------

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.fuzz_foreign import npy_of, npz_of
+from benchmarks.fuzz_readers import npy_of, npz_of
 from fastcov import StoreDamaged
-from fastcov.bench.memory import peak_beyond
+from fastcov.bench.measure import peak_beyond
 from fastcov.npz import load_npz
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from benchmarks import recorded
 from benchmarks.fuzz_readers import readers
-from fastcov.bench import schema
 from fastmemit.data import load_corpus
 from fastmemit.errors import BadData, BadRequest, DamagedFile
 from fastmemit.experiments.results import collect
@@ -74,8 +74,8 @@ def test_a_run_of_the_bench_with_numbers_that_are_none(tmp_path: Path) -> None:
     content = json.loads(path.read_text())
     for changes in ({"threads": "x"}, {"machine": "ab"}, {"rows": [5]}, {"versions": 5}):
         path.write_text(json.dumps({**content, **changes}))
-        with pytest.raises(schema.BadInput, match="is damaged"):
-            schema.load(path)
+        with pytest.raises(recorded.BadInput, match="is damaged"):
+            recorded.load(path)
 
 
 def test_messages_about_requests_stay_short() -> None:

@@ -15,7 +15,7 @@ import torch
 
 from benchmarks.fuzz_readers import Absent, readers
 from fastcov import FastcovError
-from fastcov.bench.schema import BadInput
+from fastcov.bench.report import BadInput
 from fastmemit.errors import FastmemitError
 
 ROOT = Path(__file__).resolve().parents[2]

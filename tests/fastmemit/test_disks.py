@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import fastcov
-from fastcov.bench import schema
+from fastcov.bench import report
 from fastcov.files import atomic_file
 from fastmemit.delta import Delta
 from fastmemit.errors import DamagedFile
@@ -64,9 +64,9 @@ def _in_order(folder: Path, seed: int) -> None:
 
 
 def _bench(folder: Path, seed: int) -> None:
-    from fastcov.bench.machine import new_run
+    from fastcov.bench.__main__ import new_run
 
-    schema.save(new_run([str(seed)], torch.device("cpu"), "test"), folder / "run.json")
+    report.save(new_run(f"test {seed}", torch.device("cpu")), folder / "run.json")
 
 
 WRITERS: dict[str, Write] = {

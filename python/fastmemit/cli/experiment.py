@@ -216,7 +216,7 @@ def _locate(args: argparse.Namespace) -> None:
     """
     import torch
 
-    from fastcov.bench.machine import machine
+    from fastcov.machine import this_machine
     from fastmemit.data import load_records
     from fastmemit.experiments.results import file_identity
     from fastmemit.files import bar
@@ -256,7 +256,7 @@ def _locate(args: argparse.Namespace) -> None:
         "device": str(adapter.device),
         "facts": file_identity(args.facts),
     }
-    hardware = {**dataclasses.asdict(machine(adapter.device)), "threads": torch.get_num_threads()}
+    hardware = {**dataclasses.asdict(this_machine(adapter.device)), "threads": torch.get_num_threads()}
     result = located(
         found,
         chosen.looked_at,

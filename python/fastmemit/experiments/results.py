@@ -24,9 +24,9 @@ from typing import Any, NamedTuple, TypedDict
 
 import torch
 
-from fastcov.bench.machine import machine
 from fastcov.errors import printable, printable_logger
 from fastcov.files import atomic_file, parse_json
+from fastcov.machine import this_machine
 from fastmemit.data import Corpus
 from fastmemit.editor import Editor
 from fastmemit.errors import BadData, DamagedFile, WrongModel
@@ -182,7 +182,7 @@ def timing(editor: Editor, key: str, seconds: Any) -> dict[str, Any]:
     if device.type == "cuda":
         hardware = str(torch.cuda.get_device_name(device))
     else:
-        found = machine(device)
+        found = this_machine(device)
         hardware = f"{found.cpu} ({', '.join(found.isa)}), {found.cores} cores, {torch.get_num_threads()} threads"
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     return {"key": key, "seconds": seconds, "hardware": hardware, "versions": versions(), "finished": now}

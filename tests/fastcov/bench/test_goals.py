@@ -4,14 +4,15 @@ from dataclasses import replace
 
 import pytest
 
-from fastcov.bench.goals import ROWS, TESTS, WIDTHS, goals, summary
-from fastcov.bench.schema import Machine, Row, Run, Step
+from benchmarks.gpu_check import ROWS, TESTS, WIDTHS, Check, Step, summary
+from fastcov.bench.report import Row, Run
+from fastcov.machine import Machine
 
 MACHINE = Machine("CPU", 16, (), "Linux", "GPU")
 
 
 def run(*rows, steps=()):
-    return Run(MACHINE, {}, 16, "make gpu-check", "now", rows=list(rows), steps=list(steps))
+    return Check(Run(MACHINE, {}, 16, "make gpu-check", "now", rows=list(rows)), list(steps))
 
 
 def update(contender, p50, d=6400, **more):
@@ -31,11 +32,11 @@ def update(contender, p50, d=6400, **more):
 
 
 def of(run_, part):
-    return {g.goal: (g.measured, g.status) for g in goals(run_) if part in g.goal}
+    return {g.goal: (g.measured, g.status) for g in run_.goals() if part in g.goal}
 
 
 def test_an_empty_run_has_met_nothing_and_missed_nothing():
-    found = goals(run())
+    found = run().goals()
     assert {g.status for g in found} == {"not measured"}
     assert {g.measured for g in found} == {"not measured"}
     assert len(found) == 2 + 3 * len(WIDTHS) + 1 + 2
@@ -106,7 +107,7 @@ def test_tests_must_have_run_and_passed(status, note, wanted):
 
 @pytest.mark.parametrize(("share", "goal"), [(0.625, ("1.60x", "met")), (0.4, ("2.50x", "missed"))])
 def test_collecting_is_held_against_its_floor(share, goal):
-    row = replace(update("fastcov cuda", 1.0), suite="collect", case="gpt-j shape", n=163840,
+    row = replace(update("fastcov cuda", 1.0), suite="collect", case="benchmarks.shapes:gpt_j, bfloat16", n=163840,
                   share=share)  # fmt: skip
     assert list(of(run(row), "GPT-J").values()) == [goal]
 
@@ -120,7 +121,7 @@ def test_editing_is_held_against_a_fresh_lu():
 
 
 def test_the_summary_counts_and_is_aligned():
-    text = summary(goals(run(update("fastcov cuda", 1.0), update("torch.addmm out_dtype", 1.7))))
+    text = summary(run(update("fastcov cuda", 1.0), update("torch.addmm out_dtype", 1.7)).goals())
     lines = text.splitlines()
     assert lines[-1] == "2 met, 1 missed, 14 not measured"
     assert len({line.index(">=") for line in lines if ">= 1.6x" in line}) == 1

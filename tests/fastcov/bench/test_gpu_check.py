@@ -1,17 +1,16 @@
 from __future__ import annotations
 
-import dataclasses
 import json
 import time
 
 import pytest
 import torch
 
-from fastcov.bench import gpu_check
-from fastcov.bench.goals import ROWS, TESTS
-from fastcov.bench.gpu_check import Task, check, execute, file_name, main, tasks
-from fastcov.bench.schema import Machine, Row, Run, load, save
-from fastcov.kernels.gpu import adopt
+from benchmarks import gpu_check
+from benchmarks.gpu_check import ROWS, TESTS, Check, Task, adopt, check, execute, file_name, main, tasks
+from benchmarks.recorded import load
+from fastcov.bench.report import Row, Run, save
+from fastcov.machine import Machine
 
 MACHINE = Machine("CPU", 16, (), "Linux", "GPU")
 
@@ -54,7 +53,7 @@ def steps(tmp_path, *names, limit=100.0):
 def checked(tmp_path, stub, *names, budget=500.0, limit=100.0):
     target = tmp_path / "gpu.json"
     given = steps(tmp_path, *names, limit=limit)
-    return check(new(), given, target, stub, budget=budget, clock=lambda: stub.now)
+    return check(Check(new()), given, target, stub, budget=budget, clock=lambda: stub.now)
 
 
 def test_rows_of_all_steps_are_in_one_file_with_goals(tmp_path, capsys):
@@ -64,18 +63,53 @@ def test_rows_of_all_steps_are_in_one_file_with_goals(tmp_path, capsys):
         ("a", "ok", 10.0, "1 rows"),
         ("b", "ok", 20.0, "1 rows"),
     ]
-    assert load(tmp_path / "gpu.json") == run
-    assert run.versions == {"native": "built"}
-    assert "1.70x (fastcov cuda)" in {goal.measured for goal in run.goals}
+    assert load(tmp_path / "gpu.json") == run.run
+    content = json.loads((tmp_path / "gpu.json").read_text())
+    assert content["steps"][0] == {"name": "a", "status": "ok", "seconds": 10.0, "note": "1 rows"}
+    assert run.run.versions == {"native": "built"}
+    assert "1.70x (fastcov cuda)" in {goal["measured"] for goal in content["goals"]}
     assert "a is done" in capsys.readouterr().out
 
 
 def test_the_file_is_what_the_choice_of_kernels_takes_over(tmp_path):
     checked(tmp_path, Stub({"a": 1}, rows={"a": [row("fastcov cuda", 1.5)]}), "a")
-    results = json.loads((tmp_path / "gpu.json").read_text())
-    assert adopt(results, {"devices": {}}) == {
-        "devices": {"GPU": [{"dtype": "bfloat16", "d": 6400, "seconds": {"cuda": 1.5}}]}
+    before = {"devices": {"Other": [1], "GPU": [2]}}
+    assert adopt(load(tmp_path / "gpu.json"), before) == {
+        "devices": {"Other": [1], "GPU": [{"dtype": "bfloat16", "d": 6400, "seconds": {"cuda": 1.5}}]}
     }
+    assert before["devices"]["GPU"] == [2]
+
+
+def test_the_command_writes_the_table(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu_check, "TABLE", tmp_path / "measured.json")
+    (tmp_path / "measured.json").write_text('{"devices": {}}')
+    checked(tmp_path, Stub({"a": 1}, rows={"a": [row("fastcov cuda", 1.5)]}), "a")
+    assert main(["--adopt", str(tmp_path / "gpu.json")]) == 0
+    rows = [{"dtype": "bfloat16", "d": 6400, "seconds": {"cuda": 1.5}}]
+    assert json.loads((tmp_path / "measured.json").read_text())["devices"] == {"GPU": rows}
+    assert "now holds GPU" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda content: "{", "is not JSON"),
+        (lambda content: "[]", "is not a run"),
+        (lambda content: json.dumps({**content, "machine": {**content["machine"], "gpu": None}}), "of no GPU"),
+        (lambda content: json.dumps({**content, "rows": []}), "no measured time"),
+        (lambda content: json.dumps({**content, "rows": [{"p50": 1}]}), "is damaged"),
+    ],
+)
+def test_what_is_no_result_is_not_adopted(tmp_path, monkeypatch, capsys, change, words):
+    monkeypatch.setattr(gpu_check, "TABLE", tmp_path / "measured.json")
+    (tmp_path / "measured.json").write_text('{"devices": {}}')
+    checked(tmp_path, Stub({"a": 1}, rows={"a": [row("fastcov cuda", 1.5)]}), "a")
+    content = json.loads((tmp_path / "gpu.json").read_text())
+    (tmp_path / "bad.json").write_text(change(content))
+    assert main(["--adopt", str(tmp_path / "bad.json")]) == 2
+    assert words in capsys.readouterr().err
+    assert (tmp_path / "measured.json").read_text() == '{"devices": {}}'
+    assert main(["--adopt", str(tmp_path / "none.json")]) == 2
 
 
 def test_the_file_is_written_after_every_step(tmp_path):
@@ -84,12 +118,12 @@ def test_the_file_is_written_after_every_step(tmp_path):
 
     def watched(task, limit):
         if task.name == "b":
-            seen.append(load(tmp_path / "gpu.json"))
+            seen.append(json.loads((tmp_path / "gpu.json").read_text()))
         return stub(task, limit)
 
-    check(new(), steps(tmp_path, "a", "b"), tmp_path / "gpu.json", watched, clock=lambda: stub.now)
+    check(Check(new()), steps(tmp_path, "a", "b"), tmp_path / "gpu.json", watched, clock=lambda: stub.now)
     (before,) = seen
-    assert [step.name for step in before.steps] == ["a"] and len(before.rows) == 1
+    assert [step["name"] for step in before["steps"]] == ["a"] and len(before["rows"]) == 1
 
 
 def test_a_failed_step_does_not_stop_the_others(tmp_path):
@@ -101,7 +135,7 @@ def test_a_step_that_is_stopped_keeps_the_rows_that_it_wrote(tmp_path):
     stub = Stub({"a": 1000, "b": 1}, rows={"a": [row("fastcov cuda", 1.0)]})
     run = checked(tmp_path, stub, "a", "b")
     assert [(s.status, s.seconds) for s in run.steps] == [("timed out", 100.0), ("ok", 1.0)]
-    assert len(run.rows) == 1
+    assert len(run.run.rows) == 1
 
 
 def test_what_there_is_no_time_for_is_not_run_and_not_measured(tmp_path):
@@ -110,7 +144,7 @@ def test_what_there_is_no_time_for_is_not_run_and_not_measured(tmp_path):
     assert stub.limits == {"a": 100.0, "b": 60.0}  # what is left, and no step for nothing
     assert [(s.name, s.status) for s in run.steps] == [("a", "ok"), ("b", "timed out"), ("c", "not run")]
     assert stub.now <= 150.0
-    assert {goal.status for goal in run.goals} == {"not measured"}
+    assert {goal.status for goal in run.goals()} == {"not measured"}
 
 
 def test_the_real_steps_build_test_and_measure_within_nine_minutes(tmp_path):
@@ -162,7 +196,7 @@ def test_without_a_gpu_it_says_so_and_ends_with_2(capsys):
 @pytest.mark.parametrize(("code", "wanted"), [(0, 0), (1, 1)])
 def test_the_command_ends_with_1_where_a_step_failed(tmp_path, monkeypatch, capsys, code, wanted):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(gpu_check, "new_run", lambda *a: dataclasses.replace(new()))
+    monkeypatch.setattr(gpu_check, "new_run", lambda *a: new())
     monkeypatch.setattr(gpu_check, "tasks", lambda folder: steps(tmp_path, "a"))
     monkeypatch.setattr(gpu_check, "execute", lambda task, limit: (code, "done"))
     monkeypatch.setattr(gpu_check.signal, "signal", lambda *a: None)
@@ -170,4 +204,4 @@ def test_the_command_ends_with_1_where_a_step_failed(tmp_path, monkeypatch, caps
     assert main(["--json", str(target)]) == wanted
     printed = capsys.readouterr().out
     assert "not measured" in printed and f"Written to {target}." in printed
-    assert load(target).steps[0].name == "a"
+    assert json.loads(target.read_text())["steps"][0]["name"] == "a"

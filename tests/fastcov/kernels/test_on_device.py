@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fastcov import KernelUnavailable, ops, rank_k_update
-from fastcov.bench.oracle import Gate, expected_lower, failure, lower_error
+from fastcov.bench.measure import Gate, expected_lower, lower_error
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")]
 
@@ -49,7 +49,7 @@ def checked(kernel, C, X, kept=None, gate=GATE, **arguments):
     except KernelUnavailable as error:
         pytest.skip(str(error))
     error, bias = lower_error(C, wanted)
-    assert failure(gate, error, bias) is None
+    assert gate.failure(error, bias) is None
     d = C.shape[0]
     assert int(C.triu(1).isnan().sum()) == d * (d - 1) // 2, "something above was written"
 
@@ -148,4 +148,4 @@ def test_updates_follow_the_current_stream(kernel):
             pytest.skip(str(error))
     stream.synchronize()
     error, bias = lower_error(C, wanted)
-    assert failure(GATE, error, bias) is None
+    assert GATE.failure(error, bias) is None

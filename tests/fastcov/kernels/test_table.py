@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 
@@ -65,41 +63,3 @@ def test_what_was_measured_comes_first(measured, monkeypatch, dtype, d, first):
 
     Somewhere.dtype = dtype
     assert ops._best(Somewhere(), Somewhere())[0].name == first
-
-
-def test_results_are_adopted_in_place_of_former_ones(tmp_path):
-    before = {"devices": {"Other": [1], "Card": [2]}}
-    results = {"device": "Card", "kernels": [{**ROWS[0], "goal": 1.6}, {"dtype": "x", "d": 1}]}
-    assert gpu.adopt(results, before) == {"devices": {"Other": [1], "Card": [ROWS[0]]}}
-    assert before["devices"]["Card"] == [2]
-
-
-def test_the_command_writes_the_table(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(gpu, "__file__", str(tmp_path / "gpu.py"))
-    (tmp_path / "measured.json").write_text('{"devices": {}}')
-    results = tmp_path / "card.json"
-    results.write_text(json.dumps({"device": "Card", "kernels": ROWS}))
-    assert gpu.main([str(results)]) == 0
-    assert json.loads((tmp_path / "measured.json").read_text())["devices"] == {"Card": ROWS}
-    assert "Card" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("{", "cannot be adopted"),
-        ("[]", "cannot be adopted"),
-        ("{}", "hold no device"),
-        ('{"device": "Card", "kernels": [{"seconds": {}}]}', "no measured time"),
-        ('{"device": "Card", "kernels": [{"seconds": {"a": 1}}]}', "cannot be adopted"),
-    ],
-)
-def test_what_is_no_result_is_refused(tmp_path, monkeypatch, capsys, text, words):
-    monkeypatch.setattr(gpu, "__file__", str(tmp_path / "gpu.py"))
-    (tmp_path / "measured.json").write_text('{"devices": {}}')
-    (tmp_path / "bad.json").write_text(text)
-    assert gpu.main([str(tmp_path / "bad.json")]) == 2
-    assert words in capsys.readouterr().err
-    assert (tmp_path / "measured.json").read_text() == '{"devices": {}}'
-    assert gpu.main([]) == 2
-    assert gpu.main([str(tmp_path / "none.json")]) == 2

@@ -1,23 +1,17 @@
-"""The hardware and the versions that a run is only true for."""
+"""The hardware and the versions that a measurement is only true for."""
 
 from __future__ import annotations
 
-import datetime
 import importlib
 import importlib.metadata
 import os
 import platform
-import shlex
 import subprocess
-import sys
-from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-
-from fastcov.bench.schema import Machine, Run
 
 # What decides which kernel runs and how fast.
 _ISA = (
@@ -26,29 +20,26 @@ _ISA = (
 )  # fmt: skip
 
 
-def new_run(arguments: Sequence[str], device: torch.device, program: str) -> Run:
-    """A run without rows, made here and now.
+@dataclass(frozen=True)
+class Machine:
+    """Where something was measured."""
 
-    Args:
-        arguments: Of the command line.
-        device: Where the suites run.
-        program: What stands before the arguments on the command line.
-    """
-    return Run(
-        machine=machine(device),
-        versions=versions(),
-        threads=torch.get_num_threads(),
-        command=shlex.join([*program.split(), *arguments]),
-        date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-    )
+    cpu: str
+    cores: int  # that the process may use
+    isa: tuple[str, ...]  # of the instruction sets that matter here, those that the CPU has
+    system: str
+    gpu: str | None = None
+    driver: str | None = None
+    capability: str | None = None  # "9.0"
+    gpu_memory_gib: float | None = None
 
 
-def machine(device: torch.device) -> Machine:
-    """The machine, with its accelerator where the device is one."""
+def this_machine(device: torch.device) -> Machine:
+    """This machine, with its accelerator where the device is one."""
     cpu, flags = _cpu()
     found = Machine(
         cpu=cpu,
-        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else _cores(),
+        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         isa=tuple(name for name in _ISA if name in flags),
         system=f"{platform.system()} {platform.machine()}",
     )
@@ -65,14 +56,12 @@ def machine(device: torch.device) -> Machine:
 
 
 def versions() -> dict[str, str]:
-    """Of everything that may change a figure; "absent" where it is not installed."""
+    """Versions of everything that may change a figure; "absent" where it is not installed."""
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda or "absent",
-        "triton": _distribution("triton"),
-        "numpy": _distribution("numpy"),
-        "scipy": _distribution("scipy"),
+        **{name: _distribution(name) for name in ("triton", "numpy", "scipy")},
         "fastmemit": _own(),
         "native": _native(),
     }
@@ -86,9 +75,9 @@ def _distribution(name: str) -> str:
 
 
 def _own() -> str:
-    """Of the distribution; from its source where it runs without being installed."""
+    """The version of the distribution; from its source where it runs without being installed."""
     version = _distribution("fastmemit")
-    source = Path(__file__).parents[2] / "pyproject.toml"
+    source = Path(__file__).parents[1] / "pyproject.toml"
     if version == "absent" and source.is_file():
         for line in source.read_text(encoding="utf-8").splitlines():
             if line.startswith("version = "):
@@ -119,24 +108,10 @@ def _cpu() -> tuple[str, set[str]]:
     return name or platform.processor() or platform.machine(), flags
 
 
-def _cores() -> int:
-    return os.cpu_count() or 1
-
-
 def _driver() -> str | None:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        done = subprocess.run(
-            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
-            capture_output=True,
-            text=True,
-            timeout=20,
-            check=True,
-        )
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.split("\n", 1)[0].strip() or None
-
-
-def program() -> str:
-    """How `python -m fastcov.bench` was called."""
-    return f"{Path(sys.executable).name} -m fastcov.bench"

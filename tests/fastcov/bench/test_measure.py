@@ -5,12 +5,117 @@ import math
 import pytest
 import torch
 
-from fastcov.bench import timing
-from fastcov.bench.peak import Probe
-from fastcov.bench.timing import Case, Contender, Effort, Verdict, measure, quantile
+from fastcov.bench import measure as measuring
+from fastcov.bench.measure import (
+    Case,
+    Contender,
+    Effort,
+    Gate,
+    Probe,
+    Verdict,
+    expected_lower,
+    gate,
+    lower_error,
+    measure,
+    peak_beyond,
+    peak_probe,
+    quantile,
+    upper_is_untouched,
+)  # fmt: skip
 from fastcov.errors import KernelUnavailable
 
 CPU = torch.device("cpu")
+
+
+def test_expected_lower_by_hand():
+    X = torch.tensor([[1.0, 2.0], [3.0, -1.0]])
+    C = torch.tensor([[10.0, 99.0], [1.0, 20.0]])
+    assert expected_lower(C, X).tril().tolist() == [[20.0, 0.0], [0.0, 25.0]]
+    assert C.tolist() == [[10.0, 99.0], [1.0, 20.0]]
+    double = C.double()
+    expected_lower(double, X)
+    assert double.tolist() == C.tolist()  # a float64 sum is not added to in place
+
+
+def test_errors_by_hand_and_the_upper_triangle_does_not_count():
+    wanted = torch.tensor([[3.0, -7.0, 1.0], [0.0, 4.0, 5.0], [0.0, 0.0, 1.0]]).double()
+    got = torch.tensor([[3.3, 50.0, 60.0], [0.4, 4.0, 70.0], [0.0, 0.0, 1.0]])
+    error, bias = lower_error(got, wanted)
+    assert error == pytest.approx(0.5 / 26**0.5, rel=1e-5)  # (0.3, 0.4) of (3, 4, 1)
+    assert bias == pytest.approx(0.1 / 3, rel=1e-5)
+    got[0, 1] = math.nan
+    got[0, 0] = 2.7
+    assert lower_error(got, wanted)[1] == pytest.approx(-0.1 / 3, rel=1e-5)
+
+
+def test_the_gates_are_those_of_the_documents():
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert gate(cpu, torch.float32) == Gate(error=1e-6)
+    assert gate(cuda, torch.float32) == Gate(error=1e-5, bias=3e-6)
+    assert gate(cuda, torch.float64) == Gate(error=1e-13)
+
+
+def test_what_fails_a_gate():
+    both = Gate(error=1e-5, bias=3e-6)
+    assert both.failure(1e-5, -3e-6) is None
+    assert both.failure(2e-5, 0.0) == "relative error 2e-05 is above 1e-05"
+    assert both.failure(1e-6, -4e-6) == "diagonal bias -4e-06 is beyond 3e-06"
+    assert both.failure(math.nan, 0.0) is not None
+    assert both.failure(0.0, math.nan) is not None
+    assert Gate(error=1e-6).failure(1e-7, 1.0) is None
+
+
+def test_a_change_above_the_diagonal_is_seen():
+    before = torch.ones(3, 3)
+    C = before.clone()
+    C[2, 0] = C[1, 1] = 5.0
+    assert upper_is_untouched(C, before)
+    C[1, 2] = 5.0
+    assert not upper_is_untouched(C, before)
+
+
+@pytest.mark.parametrize(("dtype", "word"), [("float64", "float64"), ("bfloat16", "float32")])
+def test_the_peak_of_the_cpu_is_of_a_full_precision(dtype, word):
+    probe = peak_probe(getattr(torch, dtype), CPU)
+    assert probe.name == f"cpu {word}"
+    assert 0.01 < probe.measure() < 1e5
+
+
+def test_what_a_gpu_multiplies_is_named():
+    cuda = torch.device("cuda")
+    assert peak_probe(torch.float32, cuda).name == "cuda bfloat16"
+    assert peak_probe(torch.float64, cuda).name == "cuda float64"
+
+
+def test_the_peak_of_a_call_is_what_it_held_at_once():
+    def run():
+        first = torch.ones(64 << 20, dtype=torch.uint8)
+        del first
+        return torch.ones(96 << 20, dtype=torch.uint8)
+
+    peak = peak_beyond(run, CPU)
+    if peak is None:
+        pytest.skip("this system does not let a process reset its high-water mark")
+    assert 0.95 * (96 << 20) < peak < 1.3 * (96 << 20)
+
+
+def test_memory_that_an_earlier_call_left_with_malloc_counts_again():
+    def run():
+        return [torch.ones(4 << 20, dtype=torch.uint8) for _ in range(16)]
+
+    for _ in range(3):
+        run()
+    peak = peak_beyond(run, CPU)
+    if peak is None:
+        pytest.skip("this system does not let a process reset its high-water mark")
+    assert 0.95 * (64 << 20) < peak < 1.3 * (64 << 20)
+
+
+def test_where_it_cannot_be_measured_it_is_not(monkeypatch, tmp_path):
+    monkeypatch.setattr(measuring, "_CLEAR", tmp_path / "no folder" / "clear_refs")
+    assert peak_beyond(lambda: None, CPU) is None
+
+
 RIGHT = Verdict(error=1e-9)
 
 
@@ -23,9 +128,7 @@ def case(**changes):
         "n": 10,
         "d": 4,
         "flops": lambda: 6e9,
-        "baseline": "base",
-        "probes": {},
-        "fallback": Probe("GEMM", lambda: 4.0),
+        "probe": Probe("GEMM", lambda: 4.0),
     }
     return Case(**{**settings, **changes})
 
@@ -36,12 +139,11 @@ def seconds(monkeypatch):
     calls: list[str] = []
 
     def clock(contender, device):
-        if contender.prepare is not None:
-            contender.prepare()
+        contender.prepare()
         calls.append(contender.name)
         return contender.run()
 
-    monkeypatch.setattr(timing, "clock", clock)
+    monkeypatch.setattr(measuring, "clock", clock)
     return calls
 
 
@@ -71,15 +173,15 @@ def test_ratios_rates_and_shares_by_hand(seconds):
 
 def test_the_peak_is_measured_before_and_after_and_the_share_is_of_the_larger(seconds):
     rates = iter([2.0, 6.0])
-    (row,) = measure(case(fallback=Probe("p", lambda: next(rates))), [contender("a", 2.0)], Effort(1, 3, 3))
+    (row,) = measure(case(probe=Probe("p", lambda: next(rates))), [contender("a", 2.0)], Effort(1, 3, 3))
     assert (row.peak_before, row.peak_after, row.share) == (2.0, 6.0, 3.0 / 6.0)
 
 
 def test_a_kernel_is_held_against_its_own_peak_and_a_library_against_the_first(seconds):
-    probes = {"k1": Probe("loop 1", lambda: 10.0), "k2": Probe("loop 2", lambda: 5.0)}
+    first, second = Probe("loop 1", lambda: 10.0), Probe("loop 2", lambda: 5.0)
     rows = measure(
-        case(probes=probes),
-        [contender("k1", 1.0), contender("k2", 1.0), contender("base", 1.0, "library")],
+        case(),
+        [contender("k1", 1.0, probe=first), contender("k2", 1.0, probe=second), contender("base", 1.0, "library")],
         Effort(1, 3, 3),
     )
     assert [row.peak for row in rows] == ["loop 1", "loop 2", "loop 1"]
@@ -94,8 +196,8 @@ def test_the_peak_of_a_kernel_that_refuses_is_not_measured(seconds):
         raise AssertionError("measured")
 
     rows = measure(
-        case(probes={"k1": Probe("loop 1", never)}),
-        [Contender("k1", "ours", check=refuse, run=never), contender("base", 1.0)],
+        case(),
+        [Contender("k1", "ours", refuse, never, probe=Probe("loop 1", never)), contender("base", 1.0)],
         Effort(1, 3, 3),
     )
     assert (rows[0].status, rows[0].reason) == ("cannot", "it wants half of it")
@@ -160,7 +262,7 @@ def test_the_clock_counts_the_call_and_not_the_preparation():
     import time
 
     c = Contender("a", "ours", run=lambda: time.sleep(0.02), prepare=lambda: time.sleep(0.5))
-    assert 0.02 <= timing.clock(c, CPU) < 0.4
+    assert 0.02 <= measuring.clock(c, CPU) < 0.4
 
 
 def test_nan_is_no_small_error(seconds):

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
-from fastcov.bench.schema import Machine, Row, Run
-from fastcov.bench.table import LEGEND, heading, table
+from fastcov.bench.report import LEGEND, Row, Run, heading, table
+from fastcov.machine import Machine
 
 BASE = {
     "suite": "rank_k",

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastcov.bench.models import SHAPES, Attention, Stack, build
+from benchmarks.shapes import SHAPES, Attention, Stack, build
 
 CPU = torch.device("cpu")
 
@@ -16,12 +16,12 @@ def test_the_shapes_are_those_of_the_models():
 
 
 def test_a_stack_has_the_modules_it_names_and_documents_enough():
-    model, modules, documents = build("tiny", CPU, torch.float32, 10.0)
+    model, modules, documents = build("tiny", CPU)
     assert modules == ["layers.1.mlp.down_proj", "layers.2.mlp.down_proj"]
     assert all(model.get_submodule(path).in_features == 128 for path in modules)
     assert sum(map(len, documents)) >= 1280
     assert max(map(len, documents)) <= SHAPES["tiny"].context
-    assert build("tiny", CPU, torch.float32, 10.0)[2] == documents
+    assert build("tiny", CPU)[2] == documents
 
 
 @pytest.mark.parametrize("parallel", [False, True])

@@ -1,7 +1,9 @@
-"""Decoder stacks with the shapes of known models and random weights, in plain torch.
+"""Decoder stacks with the shapes of known models and random weights, in plain torch, for the suite collect.
+
+    python -m fastcov.bench collect --load benchmarks.shapes:gpt_j
 
 For timing alone: what a forward pass costs depends on the shapes and not on the weights. Only the blocks up to the last
-edited one exist, since no contender runs those above.
+edited one exist, since no contender runs those above. On a GPU where there is one, there in bfloat16.
 """
 
 from __future__ import annotations
@@ -72,7 +74,7 @@ class Attention(nn.Module):
             k = k.repeat_interleave(self.heads // self.key_heads, 1)
             v = v.repeat_interleave(self.heads // self.key_heads, 1)
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.o_proj(mixed.transpose(1, 2).reshape(B, L, d))  # type: ignore[no-any-return]
+        return self.o_proj(mixed.transpose(1, 2).reshape(B, L, d))
 
 
 class MLP(nn.Module):
@@ -88,7 +90,7 @@ class MLP(nn.Module):
         """Up, activation, down."""
         up = self.up_proj(x)
         key = F.gelu(up) if self.gate_proj is None else F.silu(self.gate_proj(x)) * up
-        return self.down_proj(key)  # type: ignore[no-any-return]
+        return self.down_proj(key)
 
 
 class Block(nn.Module):
@@ -107,9 +109,9 @@ class Block(nn.Module):
         normed = self.attention_norm(x)
         attended = self.attention(normed, turn)
         if self.mlp_norm is None:
-            return x + attended + self.mlp(normed)  # type: ignore[no-any-return]
+            return x + attended + self.mlp(normed)
         x = x + attended
-        return x + self.mlp(self.mlp_norm(x))  # type: ignore[no-any-return]
+        return x + self.mlp(self.mlp_norm(x))
 
 
 class Stack(nn.Module):
@@ -131,26 +133,43 @@ class Stack(nn.Module):
         turn = _turns(input_ids.shape[1], self.shape.d // self.shape.heads, x)
         for layer in self.layers:
             x = layer(x, turn)
-        return x  # type: ignore[no-any-return]
+        return x
 
 
-def build(
-    name: str, device: torch.device, dtype: torch.dtype, multiplier: float
-) -> tuple[Stack, list[str], list[list[int]]]:
+Loaded = tuple[Stack, list[str], list[list[int]]]
+
+
+def build(name: str, device: torch.device | None = None, multiplier: float = 10.0) -> Loaded:
     """A stack, the paths of its edited projections, and documents enough for the budget.
 
     Args:
         name: One of `SHAPES`.
         device: Where the weights are.
-        dtype: Of the weights.
         multiplier: Keys a layer over d_k.
     """
     shape = SHAPES[name]
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     with torch.device(device):
-        model = Stack(shape).to(dtype).eval()
+        model = Stack(shape).to(torch.bfloat16 if device.type == "cuda" else torch.float32).eval()
     modules = [f"layers.{layer}.mlp.down_proj" for layer in shape.layers]
     return model, modules, list(_documents(shape, round(multiplier * shape.d_k)))
+
+
+def smollm2_135m() -> Loaded:
+    return build("smollm2-135m")
+
+
+def gpt_j() -> Loaded:
+    return build("gpt-j")
+
+
+def llama_2_7b() -> Loaded:
+    return build("llama-2-7b")
+
+
+def tiny() -> Loaded:
+    return build("tiny", torch.device("cpu"))
 
 
 def _documents(shape: Shape, tokens: int) -> Iterator[list[int]]:

@@ -5,12 +5,12 @@ import types
 
 import torch
 
-from fastcov.bench import machine as module
-from fastcov.bench.machine import machine, new_run, versions
+from fastcov import machine as module
+from fastcov.machine import this_machine, versions
 
 
 def test_the_machine_names_its_processor_and_no_gpu_on_a_cpu():
-    found = machine(torch.device("cpu"))
+    found = this_machine(torch.device("cpu"))
     assert found.cpu and found.cores >= 1
     assert (found.gpu, found.driver, found.capability) == (None, None, None)
 
@@ -19,7 +19,7 @@ def test_flags_and_name_are_read_from_what_linux_says(monkeypatch, tmp_path):
     text = "processor : 0\nmodel name\t: Some CPU @ 2 GHz\nflags\t\t: sse avx2 fma avx512f\n"
     (tmp_path / "cpuinfo").write_text(text)
     monkeypatch.setattr(module, "Path", lambda name: tmp_path / "cpuinfo")
-    found = machine(torch.device("cpu"))
+    found = this_machine(torch.device("cpu"))
     assert (found.cpu, found.isa) == ("Some CPU @ 2 GHz", ("avx2", "fma", "avx512f"))
 
 
@@ -27,7 +27,7 @@ def test_a_gpu_is_named_with_its_driver_and_capability(monkeypatch):
     properties = types.SimpleNamespace(name="GPU X", major=9, minor=0, total_memory=80 << 30)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(module, "_driver", lambda: "570.1")
-    found = machine(torch.device("cuda"))
+    found = this_machine(torch.device("cuda"))
     assert (found.gpu, found.driver, found.capability, found.gpu_memory_gib) == ("GPU X", "570.1", "9.0", 80.0)
 
 
@@ -43,10 +43,3 @@ def test_where_the_package_is_not_installed_its_version_is_that_of_the_source(mo
     installed = versions()["fastmemit"]
     monkeypatch.setattr(module, "_distribution", lambda name: "absent")
     assert module._own() == installed
-
-
-def test_a_run_begins_without_rows_and_with_its_command():
-    run = new_run(["rank_k", "--json", "a b.json"], torch.device("cpu"), "python -m fastcov.bench")
-    assert run.command == "python -m fastcov.bench rank_k --json 'a b.json'"
-    assert run.rows == [] and run.threads == torch.get_num_threads()
-    assert run.date.endswith("+00:00")
