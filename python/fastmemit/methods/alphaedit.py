@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 import fastcov
-from fastcov import LowRank
 from fastmemit.errors import BadConfig, BadRequest
-from fastmemit.methods.base import Draft, register, write_layers
+from fastmemit.methods.base import Draft, register, residuals
 from fastmemit.methods.config import AlphaEditConfig
 from fastmemit.request import EditRequest
 
@@ -26,8 +25,7 @@ def write(draft: Draft[AlphaEditConfig], requests: list[EditRequest], goal: Tens
         BadRequest: A key has no part in the null space.
     """
     config = draft.config
-
-    def solve(layer: int, K: Tensor, R: Tensor) -> LowRank:
+    for layer, K, R in residuals(draft, requests, goal):
         space = draft.work.statistics.null_space(config, layer)
         if space.rank == 0:
             raise BadConfig(
@@ -38,7 +36,7 @@ def write(draft: Draft[AlphaEditConfig], requests: list[EditRequest], goal: Tens
         earlier = draft.earlier_keys(layer)
         joined = torch.cat([k.to(K.device) for k in earlier], 1) if earlier else None
         try:
-            return fastcov.alphaedit(space, K, R, config.l2, joined)
+            change = fastcov.alphaedit(space, K, R, config.l2, joined)
         except fastcov.NoNullSpace as error:
             request = requests[error.columns[0]]
             raise BadRequest(
@@ -51,5 +49,4 @@ def write(draft: Draft[AlphaEditConfig], requests: list[EditRequest], goal: Tens
                 f"In the null space of layer {layer} ({space.rank} directions) the keys depend on one "
                 f"another, which l2={config.l2:g} does not allow for; set l2=10, or write fewer facts."
             ) from error
-
-    write_layers(draft, requests, goal, solve)
+        draft.write(layer, change, K)

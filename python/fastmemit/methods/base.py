@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, NamedTuple
 from weakref import WeakKeyDictionary
@@ -389,24 +389,25 @@ def share(spread: str, left: int) -> float:
     return math.sqrt(left) if spread == "sqrt" else left
 
 
-def write_layers(
+def residuals(
     draft: Draft[Any],
     requests: list[EditRequest],
     goal: Tensor,  # (B, d)
-    solve: Callable[[int, Tensor, Tensor], LowRank],  # layer, K (d_k, B), R (d, B) -> change
-) -> None:
-    """Write a batch into ``config.layers``, each layer a share of what is still missing.
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """The edited layers from the lowest up, each with its keys and its share of what is still missing.
 
-    For each layer the activations are read afresh, after the layers below it were written.
+    The activations of a layer are read after the layers below it were written.
+
+    Yields:
+        The layer, K (d_k, B) and R (d, B).
     """
     adapter, layers = draft.adapter, draft.config.layers
     subjects = draft.subjects(requests)
     for position, layer in enumerate(layers):
         read = draft.read(subjects, layer)
-        keys = averaged_keys(read.keys)  # (d_k, B)
         missing = goal.to(read.block.device) - read.block
         missing = missing / share(draft.config.spread, len(layers) - position)
         # The last edited block may be on another device than this layer, its norm and its factor.
         missing = missing.to(read.outputs.device)
         residual = adapter.projection_residual(layer, read.outputs, missing, subjects.bare_ids)
-        draft.write(layer, solve(layer, keys, residual.T), keys)
+        yield layer, averaged_keys(read.keys), residual.T

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from fastcov import closed_form
-from fastmemit.methods.base import Draft, register, write_layers
+from fastmemit.methods.base import Draft, register, residuals
 from fastmemit.methods.config import EncoreConfig, MemitConfig, PmetConfig
 from fastmemit.request import EditRequest
 
@@ -30,4 +30,5 @@ def write(draft: Draft[Any], requests: list[EditRequest], goal: Tensor) -> None:
     vectors are finished as soon as the target is what the model would say (the setting ``stop`` is
     ``"most-probable"``). With ``ridge=0, stop="loss"`` it is sequential MEMIT.
     """
-    write_layers(draft, requests, goal, lambda i, K, R: closed_form.memit(draft.solver(i), K, R))
+    for layer, K, R in residuals(draft, requests, goal):
+        draft.write(layer, closed_form.memit(draft.solver(layer), K, R), K)
