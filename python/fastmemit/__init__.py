@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from fastmemit.errors import FastmemitError
@@ -18,13 +19,16 @@ if TYPE_CHECKING:
         EncoreConfig,
         MemitConfig,
         PmetConfig,
+        PreservedKeys,
         RomeConfig,
     )
+    from fastmemit.statistics import Collection, Statistics
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AlphaEditConfig",
+    "Collection",
     "Delta",
     "Edit",
     "EditConfig",
@@ -35,27 +39,26 @@ __all__ = [
     "FastmemitError",
     "MemitConfig",
     "PmetConfig",
+    "PreservedKeys",
     "RomeConfig",
+    "Statistics",
 ]
 
 _HOMES = {
+    "Collection": "fastmemit.statistics",
     "Delta": "fastmemit.delta",
     "Edit": "fastmemit.edits",
     "Editor": "fastmemit.editor",
-    "AlphaEditConfig": "fastmemit.methods",
-    "EditConfig": "fastmemit.methods",
-    "EmmetConfig": "fastmemit.methods",
-    "EncoreConfig": "fastmemit.methods",
-    "MemitConfig": "fastmemit.methods",
-    "PmetConfig": "fastmemit.methods",
-    "RomeConfig": "fastmemit.methods",
+    "Statistics": "fastmemit.statistics",
 }
 
 
 def __getattr__(name: str) -> Any:
     """Import what needs torch and transformers only when it is asked for."""
-    if name not in _HOMES:
+    if name not in __all__:
         raise AttributeError(f"module 'fastmemit' has no attribute {name!r}")
-    from importlib import import_module
+    return getattr(import_module(_HOMES.get(name, "fastmemit.methods")), name)
 
-    return getattr(import_module(_HOMES[name]), name)
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,0 +1,74 @@
+"""The face: what a first script writes, in each of its forms."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fastmemit
+from fastmemit import Edit, EditRequest, MemitConfig
+from fastmemit.errors import BadConfig, BadRequest
+from fastmemit.request import as_requests
+from tiny_editors import FACTS, QUICK, tiny_corpus, tiny_editor
+
+FACT = EditRequest("{} is located in the city of", "Eiffel Tower", "Rome")
+SAME: list[Any] = [
+    FACT,
+    ("{} is located in the city of", "Eiffel Tower", "Rome"),
+    ("Eiffel Tower is located in the city of", "Eiffel Tower", "Rome"),
+    {"prompt": "{} is located in the city of", "subject": "Eiffel Tower", "target": "Rome"},
+]
+
+
+def test_dir_shows_what_is_public() -> None:
+    assert dir(fastmemit) == sorted([*fastmemit.__all__, "__version__"])
+    assert all(getattr(fastmemit, name) is not None for name in fastmemit.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'Sources'"):
+        _ = fastmemit.Sources
+
+
+@pytest.mark.parametrize("fact", SAME, ids=["request", "triple", "filled", "dict"])
+def test_a_fact_may_be_written_in_several_ways(fact: Any) -> None:
+    assert as_requests(fact) == as_requests([fact]) == [FACT]
+    assert as_requests((fact, FACTS[1], fact)) == [FACT, FACTS[1], FACT]
+
+
+@pytest.mark.parametrize("wrong", ["a text", ["a text"], [("one", "two")], [3], [None]])
+def test_what_is_no_fact_is_refused(wrong: Any) -> None:
+    with pytest.raises(BadRequest, match="is no fact; give an EditRequest, a dictionary, or a triple"):
+        as_requests(wrong)
+
+
+def test_the_face_of_an_edit(tmp_path: Path) -> None:
+    editor = tiny_editor(tmp_path / "cache", layers=None)
+    assert editor.statistics is None
+    found = editor.precompute(tiny_corpus(), multiplier=4, layers=(0, 1))
+    assert editor.statistics is found
+    before = [tensor.clone() for tensor in editor.model.state_dict().values()]
+
+    def unchanged() -> bool:
+        return all(map(torch.equal, before, editor.model.state_dict().values()))
+
+    planned = editor.plan(SAME[1], MemitConfig(**QUICK))
+    assert isinstance(planned, Edit) and not planned.applied and unchanged()
+    planned.save(tmp_path / "edit.safetensors")
+    loaded = editor.load(tmp_path / "edit.safetensors")
+    assert type(loaded) is type(planned) and not loaded.applied
+    assert editor.edit(SAME[3], "memit", **QUICK).delta.digest() == planned.delta.digest()
+    editor.edits[0].undo()
+    with planned as inside:
+        assert inside is planned and planned.applied and not unchanged()
+        assert editor.generate("The capital of") == editor.generate(["The capital of"])
+    assert unchanged() and loaded.apply() is loaded
+    loaded.undo()
+    assert unchanged()
+    assert (planned.save_adapter(tmp_path / "adapter") / "adapter_config.json").is_file()
+    dry = planned.push_to_hub("me/edit", dry_run=tmp_path / "dry")
+    assert str(tmp_path / "dry") in str(dry) and (tmp_path / "dry" / "README.md").is_file()
+    editor.save_pretrained(tmp_path / "model")
+    assert (tmp_path / "model" / "config.json").is_file()
+    with pytest.raises(BadConfig, match="lambda_e is a setting of emmet"):
+        editor.plan(FACT, MemitConfig(**QUICK), lambda_e=0.1)
