@@ -1,16 +1,11 @@
-"""The edit as a file: low-rank factors of what each weight gains, with what they were made for.
-
-A delta knows nothing of how it was found.  It can be added to the weights it names, saved, and
-loaded on another machine; the file format is described in docs/reference/store-format.md.
-"""
+"""The edit as a file: low-rank factors of what each weight gains, with what they were made for."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,7 +23,9 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class Delta:
-    """What an edit adds to the weights of a model.
+    """What an edit adds to the weights of a model, and the file of it (docs/reference/store-format.md).
+
+    It knows nothing of how it was found. It can be added to the weights it names, saved, and loaded on another machine.
 
     Attributes:
         factors: Weight name -> (left (rows, B), right (columns, B)), float32 on the CPU, in the weight's own
@@ -52,8 +49,8 @@ class Delta:
 
     def digest(self) -> str:
         """SHA-256 (hex) over names, shapes and bytes of all factors."""
-        # Read again only where a factor was written or replaced since; the tensors are held, so
-        # that no other one gets their numbers.
+        # Read again only where a factor was written or replaced since; the tensors are held, so that no other one gets
+        # their numbers.
         sides = [side for name in sorted(self.factors) for side in self.factors[name]]
         marks = _marks(sides)
         known, text, _ = self.__dict__.get("_digest", (None, "", ()))
@@ -83,14 +80,9 @@ class Delta:
             tensors[f"{name}:left"], tensors[f"{name}:right"] = left, right
         provenance = json.dumps(self.provenance, sort_keys=True)
         parse_json(provenance)  # what `load` would refuse is not written
-        metadata = {
-            "format": FORMAT,
-            "version": str(VERSION),
-            "provenance": provenance,
-            "sha256": _seal(self.digest(), provenance),
-        }
+        about = {"format": FORMAT, "version": str(VERSION), "provenance": provenance}
         with atomic_file(path) as file:
-            write_safetensors(file, tensors, metadata)
+            write_safetensors(file, tensors, {**about, "sha256": _seal(self.digest(), provenance)})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Delta:
@@ -103,11 +95,17 @@ class Delta:
         from safetensors import SafetensorError, safe_open
 
         if not Path(path).is_file():
-            raise FileNotFoundError(f"There is no edit file {os.fspath(path)!r}; give the path that --out wrote.")
+            raise FileNotFoundError(f"There is no edit file {os.fspath(path)!r}; give the path that --save wrote.")
         try:
             with safe_open(os.fspath(path), framework="pt") as file:
                 metadata = file.metadata() or {}
-                _check_format(path, metadata)
+                if metadata.get("format") != FORMAT:
+                    raise _damaged(path, "is not an edit file of fastmemit")
+                if metadata.get("version", "") != str(VERSION):
+                    raise DamagedFile(
+                        f"The edit file {os.fspath(path)!r} has version {metadata.get('version', '')!r:.40} but this "
+                        f"fastmemit reads {VERSION}; upgrade fastmemit."
+                    )
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except SafetensorError as error:
             raise _damaged(path, f"is not a readable safetensors file ({error!s:.120})") from error
@@ -149,6 +147,19 @@ class Delta:
             _check_finite(name, left, right)
             _check_sum(name, weights[name], left, right)
 
+    @isolated()
+    def add_to(self, model: nn.Module) -> None:
+        """Add the change to the model's weights, all or none; errors are those of `weights`, and change nothing."""
+        weights = self.weights(model)
+        before = {name: weight.detach().clone() for name, weight in weights.items()}
+        try:
+            for name, (left, right) in self.factors.items():
+                add_low_rank(weights[name], left, right)
+        except BaseException:
+            for name, weight in weights.items():
+                restore(weight, before[name])
+            raise
+
     def check_stored(self, model: nn.Module) -> None:
         """Refuse quantised weights; one that the model lacks is left to `check`.
 
@@ -156,33 +167,18 @@ class Delta:
             QuantisedWeight: One is packed, of whole numbers, or of fewer than 16 bits.
         """
         for name, weight in model.named_parameters(remove_duplicate=False):
-            plain = type(weight) is nn.Parameter and weight.is_floating_point()
-            if name in self.factors and not (plain and weight.element_size() >= 2):
+            if name in self.factors and not (type(weight) is nn.Parameter and _is_plain(weight)):
                 raise QuantisedWeight(
                     f"The edit changes {name}, which is stored as {weight.dtype} "
                     f"({type(weight).__name__}); load the model in floating point."
                 )
-
-    @isolated()
-    def add_to(self, model: nn.Module) -> None:
-        """Add the change to the model's weights, all or none.
-
-        Raises:
-            WrongModel: A weight is missing or of another shape; nothing is changed then, nor by the next three.
-            NonFiniteEdit: A weight would hold NaN or infinity.
-            QuantisedWeight: A weight is not stored in floating point.
-            OffloadedWeight: A weight is not in memory.
-        """
-        weights = self.weights(model)
-        with restored_on_error(list(weights.values())):
-            for name, (left, right) in self.factors.items():
-                add_low_rank(weights[name], left, right)
 
     def weights(self, model: nn.Module) -> dict[str, Tensor]:
         """The weights that the change can be added to, by name.
 
         Raises:
             WrongModel: A weight is missing or of another shape.
+            NonFiniteEdit: A weight would hold NaN or infinity.
             QuantisedWeight: A weight is not stored in floating point.
             OffloadedWeight: A weight is not in memory.
         """
@@ -214,9 +210,20 @@ def add_low_rank(weight: Tensor, left: Tensor, right: Tensor) -> None:
     torch.clear_autocast_cache()  # which would go on with a copy of the former weight
 
 
+@isolated()
+def restore(weight: Tensor, saved: Tensor) -> None:
+    """Copy saved bits back into a weight."""
+    weight.copy_(saved)
+    torch.clear_autocast_cache()
+
+
 def _sum(weight: Tensor, left: Tensor, right: Tensor) -> Tensor:
     gain = left.to(weight.device) @ right.to(weight.device).T
     return weight.float().add_(gain) if weight.dtype != torch.float32 else weight + gain
+
+
+def _is_plain(weight: Tensor) -> bool:
+    return weight.is_floating_point() and weight.element_size() >= 2
 
 
 def _check_finite(name: str, left: Tensor, right: Tensor) -> None:
@@ -226,15 +233,12 @@ def _check_finite(name: str, left: Tensor, right: Tensor) -> None:
 
 @isolated()
 def _check_sum(name: str, weight: Tensor, left: Tensor, right: Tensor) -> None:
-    """Refuse a change after which a weight would hold NaN or infinity.
-
-    No number of the product is beyond the longest row of one factor times that of the other (Cauchy and Schwarz); only
-    where that does not show that all is well is the sum made.
-    """
-    plain = weight.is_floating_point() and weight.element_size() >= 2
-    if weight.is_meta or not plain or not weight.numel():
+    """Refuse a change after which a weight would hold NaN or infinity."""
+    if weight.is_meta or not _is_plain(weight) or not weight.numel():
         return
     largest = torch.finfo(weight.dtype).max
+    # No number of the product is beyond the longest row of one factor times that of the other (Cauchy and Schwarz);
+    # only where that does not show that all is well is the sum made.
     bound = left.double().norm(dim=1).max() * right.double().norm(dim=1).max()
     low, high = torch.aminmax(weight)
     if float(torch.maximum(-low, high)) + float(bound) < 0.99 * largest:  # NaN is not
@@ -247,25 +251,6 @@ def _check_sum(name: str, weight: Tensor, left: Tensor, right: Tensor) -> None:
             f"{str(weight.dtype).removeprefix('torch.')}; load the model in bfloat16 or float32, "
             "or make a smaller edit."
         )
-
-
-@contextlib.contextmanager
-def restored_on_error(weights: list[Tensor]) -> Iterator[None]:
-    """Give the weights their bits back if anything inside fails."""
-    before = [weight.detach().clone() for weight in weights]
-    try:
-        yield
-    except BaseException:
-        restore(weights, before)
-        raise
-
-
-@isolated()
-def restore(weights: list[Tensor], before: list[Tensor]) -> None:
-    """Copy saved bits back into weights."""
-    for weight, saved in zip(weights, before, strict=True):
-        weight.copy_(saved)
-    torch.clear_autocast_cache()
 
 
 def _marks(tensors: list[Tensor]) -> list[tuple[int, int]] | None:
@@ -292,17 +277,6 @@ def _pairs(path: str | os.PathLike[str], tensors: Mapping[str, Tensor]) -> dict[
             raise _damaged(path, f"holds factors of {name:.80} that do not fit each other")
         factors[name] = (left, right)
     return factors
-
-
-def _check_format(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> None:
-    if metadata.get("format") != FORMAT:
-        raise _damaged(path, "is not an edit file of fastmemit")
-    version = metadata.get("version", "")
-    if version != str(VERSION):
-        raise DamagedFile(
-            f"The edit file {os.fspath(path)!r} has version {version!r:.40} but this fastmemit "
-            f"reads {VERSION}; upgrade fastmemit."
-        )
 
 
 def _damaged(path: str | os.PathLike[str], what: str) -> DamagedFile:

@@ -531,7 +531,7 @@ class EditStack:
             return
         with self.lock:
             for weight, saved in journal.bits.values():
-                restore([weight], [saved])
+                restore(weight, saved)
             edit = journal.edit
             if edit is not None:
                 self._forget(edit, journal.bits)

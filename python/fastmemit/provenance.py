@@ -25,8 +25,7 @@ def provenance_of(path: Path) -> dict[str, Any]:
 
     Raises:
         StoreMissing: There is no such file.
-        StoreDamaged: Its header is not what was written, or a field is missing or is something else; the message names
-            it.
+        StoreDamaged: Its header is not what was written, or a field, which is named, is missing or something else.
     """
     stored = fastcov.read_provenance(path)
     for field in lacking(stored):
@@ -39,10 +38,7 @@ def provenance_of(path: Path) -> dict[str, Any]:
 
 
 def lacking(stored: Mapping[str, Any]) -> list[str]:
-    """The fields of a provenance that are missing or are something else than `precompute` writes.
-
-    Those that older files do not have may be missing.
-    """
+    """The fields of a provenance that are missing, unless older files lack them, or not what is written."""
     corpus = stored.get("corpus")
     smaller = stored.get("snapshots", [])
     sound = {
@@ -76,13 +72,7 @@ def _is_number(value: object) -> bool:
 
 
 def is_there(path: Path, shared: dict[str, Any], module: str, budget: int) -> bool:
-    """Whether the moment of a module is stored already.
-
-    Args:
-        path: Its file.
-        shared: What the moments of all modules are of.
-        module: The module's name.
-        budget: How many keys it is to have.
+    """Whether the moment of a module with so many keys is stored already; `shared` is what all modules' are of.
 
     Raises:
         StoreDamaged: The file is not what was written.
@@ -104,10 +94,7 @@ def there(home: Path) -> list[str]:
 def compare(path: Path, stored: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
     """Refuse a file that is of something else than expected, field by field.
 
-    Args:
-        path: The file.
-        stored: Its provenance.
-        expected: What it is to be of: all that statistics depend on, and those of `OWN` that are to be compared too.
+    Compared is all that statistics depend on, and those of `OWN` that are expected.
 
     Raises:
         StoreMismatch: A field differs, or only one of them has it.
@@ -132,14 +119,7 @@ def _mismatch(path: Path, field: str, stored: object, expected: object) -> fastc
 
 
 def provenances_in(home: Path, modules: Sequence[str], model: str) -> list[dict[str, Any]]:
-    """What the moments of some modules in a folder of statistics say that they are of.
-
-    They are of one collection, the one that the folder is called by.
-
-    Args:
-        home: The folder.
-        modules: The modules.
-        model: The fingerprint of the model.
+    """What the moments of some modules in a folder say that they are of: one collection, which the folder is called by.
 
     Raises:
         StoreMissing: There is no file of a module.
@@ -229,16 +209,7 @@ def home_of(folder: Path, shared: dict[str, Any]) -> Path:
 def stored(
     folder: Path, shared: dict[str, Any], moments: Mapping[str, tuple[fastcov.SecondMoment, dict[str, Any]]]
 ) -> dict[str, Path]:
-    """Write moments that were not collected here, over former ones of the same provenance.
-
-    Args:
-        folder: That of the model's statistics.
-        shared: What all of them are of.
-        moments: Module name -> moment, and what it alone is of.
-
-    Raises:
-        OSError: A file cannot be written; those that were written are whole.
-    """
+    """Write moments that were not collected here into a model's folder, each with what it alone is of; their files."""
     home = home_of(folder, shared)
     paths = {}
     shared_folder(home)
@@ -251,15 +222,13 @@ def stored(
 def copied(
     paths: dict[str, Path], provenance: Mapping[str, Any], folder: Path, home: str | None = None
 ) -> dict[str, Path]:
-    """The files of some statistics in another folder of statistics, named by their modules.
-
-    A file that is there already stays.
+    """The files of some statistics in another folder of a model's statistics, where a file that is there already stays.
 
     Args:
         paths: Module name -> file, all in one folder.
         provenance: What all of them are of.
-        folder: That of the model's statistics.
-        home: The name of their own folder in it; None takes the one that they have.
+        folder: The folder of the model's statistics.
+        home: The name for their own folder in it; None takes the one that they have.
 
     Raises:
         StoreDamaged: A file is not what was written.

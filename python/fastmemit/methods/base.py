@@ -235,7 +235,7 @@ class Draft(Generic[Config]):
         # From the unedited weight in one step, as the delta will be applied.
         assert self._trial is not None
         weight = self.adapter.weight(layer).T if transposed else self.adapter.weight(layer)
-        restore([weight], [self._trial.before(name)])
+        restore(weight, self._trial.before(name))
         add_low_rank(weight, *self.factors[name])
 
     # -- what methods read from the model ---------------------------------------------------------
