@@ -1,7 +1,7 @@
 """Which kernel a GPU gets: the order of their measured times there, and a right result before one is chosen.
 
 *Measured.* ``measured.json`` beside this file holds, for each device that was measured, the seconds of each kernel by
-dtype and width. ``python -m fastcov.kernels.gpu FILE`` takes over the results that ``make gpu-check`` wrote. Where a
+dtype and width. ``python benchmarks/gpu_check.py --adopt FILE`` takes over the results of ``make gpu-check``. Where a
 device is not in it, the order in `fastcov.ops` holds.
 
 *Checked.* Devices, drivers and compilers are many, and this project has tried few of them. Two small updates of a
