@@ -77,8 +77,8 @@ class Collection:
         corpus: ``"wikipedia"`` (from the hub), ``"builtin"``, ``"self"`` (text that the model writes), a text or JSON
             file, ``"hub:NAME[:CONFIG][@SPLIT]"``, or a `Corpus`.
         layers: The layers whose keys are wanted.
-        multiplier: d_m: each layer gets exactly ``round(d_m * d_k)`` keys. ``"auto"`` collects until an edit's
-            solution is near its limit, at most 10 (see `fastcov.sizing`).
+        multiplier: d_m: each layer gets exactly ``round(d_m * d_k)`` keys. ``"auto"`` collects until an edit's solution
+            is near its limit, at most 10 (see `fastcov.sizing`).
         allow_fewer: Take a corpus that ends early for what it has.
         max_length: Cut documents at so many tokens; None takes the model's context (at most 2048). More, shorter
             documents make keys more independent.
@@ -154,8 +154,8 @@ class Statistics:
     def resolved(self, adapter: ModelAdapter, config: Config) -> Config:
         """The settings with the relative ridge that they come to, one for all layers.
 
-        Layers of unlike widths may have unlike multipliers where the corpus ended early: the widest one has fewest
-        keys for its width and decides.
+        Layers of unlike widths may have unlike multipliers where the corpus ended early: the widest one has fewest keys
+        for its width and decides.
         """
         return config.resolved(self.multiplier_of(max(map(adapter.d_k, config.layers))))
 
@@ -235,8 +235,8 @@ class StatisticsStore:
             spec: What is collected.
             after: Statistics of the same text, with a smaller multiplier: only the keys beyond theirs are collected,
                 and added to them. How the sum was reached is part of what it is, because it decides on the last bits.
-            aside: Store them where `find` does not look: an experiment with few keys must not become what the next
-                edit uses.
+            aside: Store them where `find` does not look: an experiment with few keys must not become what the next edit
+                uses.
 
         Raises:
             WrongModel: The model is edited; statistics belong to the unedited one.

@@ -73,9 +73,8 @@ Config = TypeVar("Config", bound="EditConfig")
 class EditConfig:
     """What the settings of all methods share: the layers, and how target vectors are optimised.
 
-    Each method has a class of its own, which has its settings and no others: `RomeConfig`, `EmmetConfig`,
-    `MemitConfig`, `PmetConfig`, `EncoreConfig`, `AlphaEditConfig`. An object that you make yourself is taken as it is;
-    `fastmemit.Editor.config` begins with the model's preset.
+    Each method has a class of its own with its settings and no others. An object that you make yourself is taken as it
+    is; `fastmemit.Editor.config` begins with the model's preset.
 
     Attributes:
         method: The method's name, one of `METHODS`.
@@ -125,15 +124,9 @@ class EditConfig:
 
     @classmethod
     def settings(cls) -> dict[str, Any]:
-        """The names of the method's settings with their defaults; layers have None.
-
-        The layers' default is the model's.
-        """
-        return {
-            f.name: None if f.default is dataclasses.MISSING else f.default
-            for f in dataclasses.fields(cls)
-            if f.name != "preset"
-        }
+        """The method's settings with their defaults; layers have None, for theirs is the model's."""
+        own = [f for f in dataclasses.fields(cls) if f.name != "preset"]
+        return {f.name: None if f.default is dataclasses.MISSING else f.default for f in own}
 
     @classmethod
     def check_name(cls, name: str) -> None:
@@ -457,7 +450,6 @@ def _kinds(cls: type[EditConfig]) -> dict[str, str]:
 
 
 def _layers(value: Any) -> tuple[int, ...]:
-    """Layers, or the one layer, as a tuple."""
     listed = (value,) if isinstance(value, int | str) or not isinstance(value, Iterable) else value
     layers = tuple(listed)
     if not layers or any(not isinstance(i, int) or isinstance(i, bool) for i in layers):
@@ -500,7 +492,7 @@ def describe(method: str | None = None) -> str:
 
 
 def _meanings(cls: type[EditConfig]) -> dict[str, str]:
-    """The first sentence that the docstrings have for each setting, the nearest class's."""
+    """The first sentence that the nearest class's docstring has for each setting."""
     found: dict[str, str] = {}
     for base in reversed(cls.__mro__):
         text = inspect.cleandoc(base.__doc__ or "") if issubclass(base, EditConfig) else ""
@@ -523,12 +515,8 @@ def defaults(adapter: ModelAdapter, cls: type[EditConfig], asked: tuple[int, ...
     """The settings by name that a method has for a model, without those that its class has.
 
     What a preset has for MEMIT holds for its relatives too, but for what makes them others: where the class's default
-    is not MEMIT's. What it has for a method itself comes before all.
-
-    Args:
-        adapter: The model.
-        cls: The method's class of settings.
-        asked: The layers that the caller names, where it does: others are not looked for then.
+    is not MEMIT's. What it has for a method itself comes before all. Where the caller has asked for layers, others are
+    not looked for.
 
     Raises:
         BadConfig: A preset has a setting that its method does not have.
@@ -544,14 +532,9 @@ def defaults(adapter: ModelAdapter, cls: type[EditConfig], asked: tuple[int, ...
             cls.check_name(name)
     except BadConfig as error:
         raise BadConfig(f"The preset {preset['name']!r}: {error}") from error
-    inherited = {name: value for name, value in shared.items() if _is_memits(cls, name)}
+    own, memits = cls.settings(), MemitConfig.settings()
+    inherited = {name: value for name, value in shared.items() if name in own and own[name] == memits[name]}
     return {**inherited, **exact, "preset": preset["name"]}
-
-
-def _is_memits(cls: type[EditConfig], name: str) -> bool:
-    """Whether a relative of MEMIT has the setting with the same default."""
-    own = cls.settings()
-    return name in own and own[name] == MemitConfig.settings()[name]
 
 
 def candidates(adapter: ModelAdapter) -> list[int]:

@@ -14,11 +14,10 @@ from fastmemit.request import EditRequest
 def write(draft: Draft[RomeConfig], requests: list[EditRequest], goal: Tensor) -> None:
     """Write one fact, on the model with the earlier ones of its batch written.
 
-    ``Delta = (v* - W k)(C^-1 k)^T / (k^T C^-1 k)`` with one key k everywhere, which is what r-ROME
-    (arXiv 2403.07175) repairs in ROME. ``keys`` chooses it: ``"consistent"`` is the key of MEMIT
-    and EMMET, half the bare prompt's, so that ROME is EMMET with one fact; ``"mean"`` is r-ROME's own, the mean over
-    contexts; ``"original"`` is ROME as first released: the mean, but the bare prompt's key in the denominator and in
-    ``W k``.
+    ``Delta = (v* - W k)(C^-1 k)^T / (k^T C^-1 k)`` with one key k everywhere, which is what r-ROME (arXiv 2403.07175)
+    repairs in ROME. ``keys`` chooses it: ``"consistent"`` is the key of MEMIT and EMMET, half the bare prompt's, so
+    that ROME is EMMET with one fact; ``"mean"`` is r-ROME's own, the mean over contexts; ``"original"`` is ROME as
+    first released: the mean, but the bare prompt's key in the denominator and in ``W k``.
 
     In a model without a BOS token a subject that begins its prompt has nothing before it, and is often cut into other
     tokens than inside a text: its key there can be far from the mean over 21 contexts, in which it all but vanishes.
