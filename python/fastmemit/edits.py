@@ -125,9 +125,8 @@ class Chain:
             if checksum(found) == wanted:
                 return found
         raise BadUndo(
-            "The weights below this edit cannot be computed again bit for bit, because torch adds "
-            "otherwise now than when the edits were applied (another device or library); load the "
-            "model again to be rid of its edits."
+            "The weights below this edit cannot be computed again bit for bit, because torch adds otherwise now than "
+            "when the edits were applied (another device or library); load the model again to be rid of its edits."
         )
 
     def _replayed(self, start: int, place: int, *, recorded: bool) -> Tensor:
@@ -373,9 +372,8 @@ class EditStack:
             if changed:
                 more = f" and {len(changed) - 1} more were" if len(changed) > 1 else " was"
                 raise WrongModel(
-                    f"{changed[0]}{more} changed by something else since the model was first used "
-                    "here, so its statistics, contexts and targets are those of another model; "
-                    "make a new Editor of it."
+                    f"{changed[0]}{more} changed by something else since the model was first used here, so its "
+                    "statistics, contexts and targets are those of another model; make a new Editor of it."
                 )
             return self._fingerprint
 
@@ -473,9 +471,8 @@ class EditStack:
             for name in names:
                 if found.get(name) != self._chains[name].checksum:
                     raise BadUndo(
-                        f"{name} was changed by something else since {edit!r} was applied, so "
-                        "undoing it would destroy that change; load the model again to be rid of "
-                        "both."
+                        f"{name} was changed by something else since {edit!r} was applied, so undoing it would destroy "
+                        "that change; load the model again to be rid of both."
                     )
             bits = {name: (weight, self._chains[name].before()) for name, weight in weights.items()}
             writing = Writing(self, _Journal(bits, edit))

@@ -284,8 +284,7 @@ def check_batch(facts: Fact | Iterable[Fact]) -> list[EditRequest]:
         first = seen.setdefault(asked, index)
         if first != index:
             raise DuplicateRequest(
-                f"Requests {first} and {index} both edit {_shown(request.text)} (to "
-                f"{_shown(batch[first].target_new)} and {_shown(request.target_new)}); "
-                "keep one of them in the batch."
+                f"Requests {first} and {index} both edit {_shown(request.text)} (to {_shown(batch[first].target_new)} "
+                f"and {_shown(request.target_new)}); keep one of them in the batch."
             )
     return batch
