@@ -7,13 +7,14 @@ hooks the projections' inputs, and lets no forward pass run further than the las
 from __future__ import annotations
 
 import difflib
+import functools
 import random
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ContextDecorator, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +47,10 @@ _CUDA_PRODUCTS = {
 }
 
 
-class isolated(ContextDecorator):
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+class isolated:
     """Torch as it is when it has just been imported, with gradients off.
 
     Inside, autocast, inference mode, TF32 and other short products of float32 are off on every device, the default
@@ -64,14 +68,26 @@ class isolated(ContextDecorator):
 
     def __init__(self, *, gradients: bool = False) -> None:
         self._gradients = gradients
+        self._before: bool | None = None  # whether gradients were on, once it is entered
         self._undo: list[Callable[[], object]] = []
 
-    def _recreate_cm(self) -> isolated:  # one for every call of a decorated function
-        return isolated(gradients=self._gradients)
+    def __call__(self, function: _Function) -> _Function:
+        """The function with each of its calls inside."""
+
+        @functools.wraps(function)
+        def inside(*args: Any, **named: Any) -> Any:
+            each = isolated(gradients=self._gradients)
+            # An interrupt can come as the inner one is left, before it could do anything: then the outer one does it.
+            with each, each:
+                return function(*args, **named)
+
+        return cast(_Function, inside)
 
     def __enter__(self) -> None:
         try:
-            self._change()
+            if self._before is None:
+                self._before = torch.is_grad_enabled()
+                self._change()
         except BaseException:
             self._restore()
             raise
@@ -80,14 +96,21 @@ class isolated(ContextDecorator):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._restore()
+        if error is not None and self._before is not None:  # torch.no_grad may have been stopped as it was left
+            torch.set_grad_enabled(self._before)
 
     def _change(self) -> None:
-        """Set what is not as it should be; how to undo it is noted before it is done."""
+        """Set what is not as it should be; how to undo it, once or twice, is noted before it is done."""
         undo = self._undo
         if torch.is_inference_mode_enabled():
             normal = torch.inference_mode(False)
+
+            def inference_again() -> None:
+                if not torch.is_inference_mode_enabled():
+                    normal.__exit__(None, None, None)
+
+            undo.append(inference_again)
             normal.__enter__()
-            undo.append(partial(normal.__exit__, None, None, None))
         if torch.is_grad_enabled() is not self._gradients:
             undo.append(partial(torch.set_grad_enabled, not self._gradients))
             torch.set_grad_enabled(self._gradients)
@@ -101,9 +124,14 @@ class isolated(ContextDecorator):
             torch.set_default_dtype(torch.float32)
         # A default device is a mode on this stack; to ask for the device itself takes far longer.
         if torch._C._len_torch_function_stack() and torch.get_default_device().type != "cpu":
-            cpu = torch.device("cpu")
+            cpu, depth = torch.device("cpu"), torch._C._len_torch_function_stack()
+
+            def device_again() -> None:
+                if torch._C._len_torch_function_stack() > depth:
+                    cpu.__exit__(None, None, None)
+
+            undo.append(device_again)
             cpu.__enter__()
-            undo.append(partial(cpu.__exit__, None, None, None))
         precision = _matmul_precision()
         if precision != "highest":
             undo.append(_precision_restorer(precision))
@@ -119,7 +147,8 @@ class isolated(ContextDecorator):
     def _restore(self) -> None:
         try:
             while self._undo:
-                self._undo.pop()()
+                self._undo[-1]()
+                del self._undo[-1]  # not before it is done
         except BaseException:  # an interrupt comes once
             self._restore()
             raise

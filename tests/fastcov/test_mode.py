@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import dis
 import random
+import sys
 
 import numpy as np
 import pytest
@@ -31,6 +33,57 @@ def test_isolated_is_torch_as_imported_and_all_comes_back(name):
     for field in ("deterministic", "autocast dtype", "function modes", "fp32"):
         inside.pop(field), plain.pop(field)
     assert inside == plain
+
+
+class Interrupt:
+    """Raise at the n-th place in `isolated` where CPython looks for signals: as a call begins, and behind one."""
+
+    def __init__(self, left):
+        self.left, self.last = left, ""
+
+    def __call__(self, frame, event, _):
+        if not frame.f_code.co_filename.endswith("hooks.py") or frame.f_code.co_name == "inside":
+            return None
+        frame.f_trace_opcodes = True
+        if event == "opcode":
+            last, self.last = self.last, dis.opname[frame.f_code.co_code[frame.f_lasti]]
+        if event == "call" or (event == "opcode" and last == "CALL"):
+            self.left -= 1
+            if self.left == 0:
+                sys.settrace(None)
+                raise KeyboardInterrupt
+        return self
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_all_comes_back_wherever_an_interrupt_stops_isolated(name):
+    def work():
+        with torch.no_grad():
+            return 1
+
+    def stopped():
+        torch.set_grad_enabled(False)  # as torch.no_grad leaves it where it is stopped on the way out
+        raise KeyboardInterrupt
+
+    for gradients in (False, True):
+        with STATES[name]():
+            before = settings()
+            places = Interrupt(-1)
+            sys.settrace(places)
+            isolated(gradients=gradients)(work)()
+            sys.settrace(None)
+            assert -places.left - 1 > 8
+            for place in range(1, -places.left):
+                sys.settrace(Interrupt(place))
+                try:
+                    with pytest.raises(KeyboardInterrupt):
+                        isolated(gradients=gradients)(work)()
+                finally:
+                    sys.settrace(None)
+                assert settings() == before, place
+            with pytest.raises(KeyboardInterrupt):
+                isolated(gradients=gradients)(stopped)()
+            assert settings() == before
 
 
 def test_isolated_decorates_functions_that_call_themselves():
