@@ -226,10 +226,8 @@ class StatisticsStore:
     def collect(self, spec: Collection, *, after: Statistics | None = None, aside: bool = False) -> Statistics:
         """Collect the second moments of several layers in one pass, unless they are stored already, and use them.
 
-        Text is read, tokenised and put into batches by a thread, ahead of the model, except where the model writes the
-        text. The result is the same bit for bit. A pass that was killed resumes at its last checkpoint, to the same
-        bits. Of two processes that want the same statistics one collects and the other waits. Inside
-        `fastmemit.parallel.together` the batches are divided between processes.
+        A pass that was killed resumes at its last checkpoint, to the same bits. Of two processes that want the same
+        statistics one collects and the other waits. Inside `fastmemit.parallel.together` the batches are divided.
 
         Args:
             spec: What is collected.
@@ -249,8 +247,7 @@ class StatisticsStore:
             BadCorpus: The corpus cannot be read.
             StoreDamaged: A stored file's header is not what was written.
             StoreMismatch: A stored file is of something else than its folder says.
-            NonFinite: An activation is NaN or infinite.
-            FailedElsewhere: Another process failed.
+            fastcov.FastcovError: An activation is NaN or infinite, or another process failed.
             OSError: A file cannot be written; those that were written are whole.
         """
         budgets = self.budgets(spec)
@@ -469,9 +466,6 @@ class StatisticsStore:
         Args:
             shared: What all of them are of, beside `identity`.
             moments: Module name -> moment, and what it alone is of.
-
-        Raises:
-            OSError: A file cannot be written; those that were written are whole.
         """
         paths = stored(self._home, {**self.identity, **shared}, moments)
         found = Statistics(paths, common([provenance_of(path) for path in paths.values()]))
@@ -578,9 +572,8 @@ class StatisticsStore:
     def null_space(self, config: AlphaEditConfig, layer: int) -> NullSpace:
         """The null space of a layer's C in float64, on the weight's device, for AlphaEdit.
 
-        A symmetric eigenproblem of the key width: about a second at 1,536 on one core, and the time grows with the cube
-        of the width. It takes four to five matrices of float64 while it is made, and after that the basis, at most one
-        matrix.
+        A symmetric eigenproblem of the key width: about a second at 1,536 on one core, and in time as the width's cube.
+        It takes four to five matrices of float64 while it is made, and after that the basis, at most one.
 
         Raises:
             fastcov.StoreDamaged: The second moment's file is not what was written.
