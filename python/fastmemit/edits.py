@@ -47,11 +47,7 @@ class _Link:
 
 
 class Chain:
-    """The deltas on one weight.
-
-    Args:
-        weight: The weight, unedited.
-    """
+    """The deltas on one weight, which is unedited when the chain is made."""
 
     def __init__(self, weight: Tensor) -> None:
         self._links: list[_Link] = []
@@ -71,8 +67,7 @@ class Chain:
         """A copy of the weight's bits, which another delta is about to cover.
 
         Raises:
-            BadUndo: Adding the last delta again does not give these bits, and there are as many copies of such bits as
-                may be.
+            BadUndo: Adding the last delta again does not give these bits, and there are enough copies of such bits.
         """
         place = len(self._links)
         if place in self._copies:
@@ -90,19 +85,11 @@ class Chain:
         return copy
 
     def add(self, owner: object, factors: Factors, weight: Tensor, checksum: str) -> None:
-        """Note a delta that was added to the weight.
-
-        Args:
-            owner: Whose it is.
-            factors: The delta.
-            weight: The weight with it.
-            checksum: The weight's checksum.
-        """
-        link = _Link(owner, factors, checksum, weight.device, torch.get_num_threads())
-        self._links.append(link)
+        """Note a delta that was added to the weight, which has this checksum with it."""
+        self._links.append(_Link(owner, factors, checksum, weight.device, torch.get_num_threads()))
 
     def cut(self, owner: object) -> None:
-        """Forget the last delta if it is this one's, and copies of bits that nothing covers."""
+        """Forget the last delta if it is this owner's, and copies of bits that nothing covers."""
         if self._links and self._links[-1].owner is owner:
             self._links.pop()
         for place in [place for place in self._copies if place >= max(len(self._links), 1)]:
@@ -158,10 +145,7 @@ class Chain:
             torch.set_num_threads(threads)
 
     def _keep(self, place: int, copy: Tensor) -> None:
-        """Keep a copy; where there are too many, drop the one that is missed least.
-
-        That is the one whose neighbours are nearest to each other, as seen from the top.
-        """
+        """Keep a copy; where there are too many, drop the one whose neighbours are nearest, as seen from the top."""
         self._copies[place] = copy
         free = sorted(self._copies.keys() - self._pinned - {0})
         if len(free) > COPIES:
@@ -266,34 +250,21 @@ class Edit:
 
 @dataclass
 class _Layer:
-    """An applied edit.
+    """An applied edit."""
 
-    Attributes:
-        names: The weights that it changes.
-        digest: Of its delta.
-        state: What identifies the edits up to this one, in their order.
-        blocks: How many blocks of `EditStack.block` with it are open.
-    """
-
-    names: tuple[str, ...]
-    digest: str
-    state: str
-    blocks: int = 0
+    names: tuple[str, ...]  # the weights that it changes
+    digest: str  # its delta's
+    state: str  # what identifies the edits up to this one, in their order
+    blocks: int = 0  # how many with statements of it are open
 
 
 @dataclass
 class _Journal:
-    """What is being written: noted down before, so that what is left of it can be put right.
+    """What is being written: noted down before, so that what is left of it can be put right."""
 
-    Attributes:
-        bits: Weight name -> the weight, and the bits that it shall have.
-        edit: The edit that is not in the weights then; None for trial writes.
-        open: Whether whoever writes is at it, as far as one can tell.
-    """
-
-    bits: Mapping[str, tuple[Tensor, Tensor]]
-    edit: Edit | None = None
-    open: bool = True
+    bits: Mapping[str, tuple[Tensor, Tensor]]  # weight name -> the weight, and the bits that it shall have
+    edit: Edit | None = None  # that is not in the weights then; None for trial writes
+    open: bool = True  # whether whoever writes is at it, as far as one can tell
 
 
 class EditStack:
@@ -410,11 +381,7 @@ class EditStack:
         return edit in self._layers
 
     def check(self, edit: Edit) -> None:
-        """Refuse an edit of another model's stack.
-
-        Raises:
-            WrongModel: It is one.
-        """
+        """Refuse an edit of another model's stack by `WrongModel`."""
         if edit._stack is not self:
             raise WrongModel(f"{edit!r} belongs to another editor; save it there and load it with this one.")
 
@@ -510,11 +477,7 @@ class EditStack:
             self.pop(edit)
 
     def trial(self, names: Iterable[str]) -> Writing:
-        """A context inside which weights may be written; afterwards they have their bits back.
-
-        Args:
-            names: Of the weights.
-        """
+        """A context inside which the named weights may be written; afterwards they have their bits back."""
         with self.lock:
             self.settle()
             named = dict(self.model.named_parameters(remove_duplicate=False))

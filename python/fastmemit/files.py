@@ -40,9 +40,6 @@ def shared_folder(folder: Path) -> None:
 
     The umask of most systems gives a new folder to its owner alone. In a cache that several users share the others
     could then neither add to what one has begun nor lock it.
-
-    Raises:
-        OSError: It cannot be made.
     """
     missing = []
     while not folder.is_dir():
@@ -188,7 +185,6 @@ class Bar:
         self._shape = shape
 
     def __call__(self, done: int) -> None:
-        """Move on."""
         self._shape.update(done)
 
     def note(self, text: str) -> None:
@@ -198,16 +194,7 @@ class Bar:
 
 @contextmanager
 def bar(what: str, total: int, shown: bool) -> Iterator[Bar]:
-    """A progress bar to count on.
-
-    Args:
-        what: What is being counted.
-        total: How many there are.
-        shown: False draws nothing; nor is anything drawn where stderr is not a terminal.
-
-    Yields:
-        The bar; call it with how many were done since the last call.
-    """
+    """A progress bar to count on; nothing is drawn where stderr is not a terminal, or it is not to be shown."""
     disable = None if shown else True  # None: tqdm looks for a terminal itself
     what = printable(what)
     with tqdm(total=total, desc=what, leave=False, dynamic_ncols=True, disable=disable) as shape:
