@@ -185,6 +185,7 @@ class Bar:
         self._shape = shape
 
     def __call__(self, done: int) -> None:
+        """Move on."""
         self._shape.update(done)
 
     def note(self, text: str) -> None:
