@@ -20,7 +20,7 @@ from fastmemit.cli import main
 from fastmemit.delta import Delta
 from fastmemit.edits import Edit, EditStack
 from fastmemit.experiments import report
-from fastmemit.provenance import stored
+from fastmemit.files import write_moments
 from fastmemit.sharing import compose, compressed, parts, remove
 from tiny_models import D_K, D, tiny_model
 from tiny_sweeps import made, record, write
@@ -64,7 +64,7 @@ def _statistics(folder: Path) -> Path:
         keys = torch.randn(20, 5, generator=torch.Generator().manual_seed(number))
         own = {"budget": 20, "keys": 20, "versions": {"torch": "2.13.0"}}
         moments[module] = (fastcov.SecondMoment(5).update(keys), own)
-    return stored(folder / _MODEL[:16], shared, moments)[_MODULES[0]]
+    return write_moments(folder / _MODEL[:16], shared, moments)[_MODULES[0]]
 
 
 def _find(path: Path) -> Any:

@@ -29,22 +29,25 @@ from fastmemit import parallel
 from fastmemit.data.corpora import Corpus, corpus_batches, open_corpus, tokens_per_batch
 from fastmemit.edits import EditStack
 from fastmemit.errors import BadConfig, UnknownArchitecture, WrongModel
-from fastmemit.files import alone, bar, lock_of, shared_folder
-from fastmemit.models import ModelAdapter, tokenizer_fingerprint
-from fastmemit.provenance import (
+from fastmemit.files import (
+    alone,
+    bar,
     check_moment,
-    common,
-    compare,
-    copied,
+    common_provenance,
+    compare_provenance,
+    copy_moments,
     essence,
     home_of,
-    is_there,
+    is_stored,
+    lock_of,
     provenance_of,
     provenances_in,
+    shared_folder,
     shared_of,
-    stored,
-    there,
+    stored_modules,
+    write_moments,
 )
+from fastmemit.models import ModelAdapter, tokenizer_fingerprint
 
 if TYPE_CHECKING:
     from fastmemit.methods.config import AlphaEditConfig, Config, CovarianceConfig, EditConfig
@@ -136,7 +139,7 @@ class Statistics:
             )
         path = self.paths[module]
         said = provenance_of(path)
-        compare(path, said, {**shared_of(self.provenance), "module": module})
+        compare_provenance(path, said, {**shared_of(self.provenance), "module": module})
         moment, _ = fastcov.load_moment(path, said)
         check_moment(path, said, moment)
         return moment
@@ -269,14 +272,14 @@ class StatisticsStore:
         home = home_of(self._folder / ("snapshots" if aside else "statistics") / fingerprint[:16], shared)
         paths = {name: home / f"{name}.safetensors" for name in budgets}
         throughput: Throughput | None = None
-        if parallel.current() is None and all(is_there(path, shared, n, budgets[n]) for n, path in paths.items()):
+        if parallel.current() is None and all(is_stored(path, shared, n, budgets[n]) for n, path in paths.items()):
             _remove_leftovers(home)
         else:
             throughput = self._fill(home, shared, budgets, corpus, after)
         said = [provenance_of(path) for path in paths.values()]
         for (name, path), about in zip(paths.items(), said, strict=True):
-            compare(path, about, {**shared, "module": name, "budget": budgets[name]})
-        found = Statistics(paths, common(said), throughput)
+            compare_provenance(path, about, {**shared, "module": name, "budget": budgets[name]})
+        found = Statistics(paths, common_provenance(said), throughput)
         self.use(found)
         return found
 
@@ -317,7 +320,7 @@ class StatisticsStore:
             if ours:
                 _remove_stale(home)
             # Whoever was waited for may have made some of them.
-            missing = [name for name, path in paths.items() if not is_there(path, shared, name, budgets[name])]
+            missing = [name for name, path in paths.items() if not is_stored(path, shared, name, budgets[name])]
             missing = parallel.agreed(processes, {**essence(shared), "modules": list(paths)}, missing)
             held = {} if after is None else {name: after.moment(name) for name in missing}
             made = {**versions(), **parallel.recorded(processes)}
@@ -454,7 +457,7 @@ class StatisticsStore:
 
     def keep(self, found: Statistics) -> Statistics:
         """Put statistics that lie aside where edits find them, and use them."""
-        kept = Statistics(copied(found.paths, found.provenance, self._home), found.provenance, found.throughput)
+        kept = Statistics(copy_moments(found.paths, found.provenance, self._home), found.provenance, found.throughput)
         self.use(kept)
         return kept
 
@@ -467,8 +470,8 @@ class StatisticsStore:
             shared: What all of them are of, beside `identity`.
             moments: Module name -> moment, and what it alone is of.
         """
-        paths = stored(self._home, {**self.identity, **shared}, moments)
-        found = Statistics(paths, common([provenance_of(path) for path in paths.values()]))
+        paths = write_moments(self._home, {**self.identity, **shared}, moments)
+        found = Statistics(paths, common_provenance([provenance_of(path) for path in paths.values()]))
         self.use(found)
         return found
 
@@ -506,13 +509,13 @@ class StatisticsStore:
         wanted = {"multiplier": multiplier, "tokenizer": self._tokenizer_is}
         homes = [home for home in self._home.glob("*") if home.is_dir()]
         for home in sorted(homes, key=lambda home: home.stat().st_mtime_ns, reverse=True):
-            names = there(home) if modules is None else modules
+            names = stored_modules(home) if modules is None else modules
             paths = {name: home / f"{name}.safetensors" for name in names}
             if not paths or not all(path.is_file() for path in paths.values()):
                 continue
             said = provenances_in(home, names, self._stack.fingerprint)
             if all(v is None or said[0].get(k) == v for k, v in wanted.items()):
-                return Statistics(paths, common(said))
+                return Statistics(paths, common_provenance(said))
         return None
 
     @isolated()

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import fastcov
-from fastmemit.provenance import OWN, copied, provenances_in
+from fastmemit.files import OWN, copy_moments, provenances_in
 from fastmemit.statistics import Collection, Statistics
 from tiny_editors import FACTS, tiny_corpus, tiny_editor
 from tiny_models import tiny_model
@@ -238,12 +238,12 @@ def test_a_provenance_that_is_cut_or_no_object_is_refused(tmp_path: Path, text: 
 
 def test_a_copy_that_is_there_already_is_compared(tmp_path: Path) -> None:
     found, other = collected(tmp_path / "a"), collected(tmp_path / "b", seed=7)
-    paths = copied(found.paths, found.provenance, tmp_path / "to")
-    assert copied(found.paths, found.provenance, tmp_path / "to") == paths
+    paths = copy_moments(found.paths, found.provenance, tmp_path / "to")
+    assert copy_moments(found.paths, found.provenance, tmp_path / "to") == paths
     name = next(iter(paths))
     shutil.copyfile(other.paths[name], paths[name])
     with pytest.raises(fastcov.StoreMismatch, match=r"another seed \(7, not 0\)"):
-        copied(found.paths, found.provenance, tmp_path / "to")
+        copy_moments(found.paths, found.provenance, tmp_path / "to")
 
 
 def test_sums_on_the_way_are_compared_before_they_are_gone_on_from(tmp_path: Path) -> None:

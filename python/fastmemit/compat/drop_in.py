@@ -28,11 +28,10 @@ from fastmemit.data.corpora import open_corpus
 from fastmemit.delta import Delta
 from fastmemit.edits import Edit, EditStack
 from fastmemit.errors import BadConfig, BadCorpus, BadLayer, WrongModel
-from fastmemit.files import cache_dir
+from fastmemit.files import cache_dir, stored_modules
 from fastmemit.methods import Workspace, find_config, run
 from fastmemit.models import ModelAdapter, find_adapter, fingerprint
 from fastmemit.models.structure import unwrapped
-from fastmemit.provenance import there
 from fastmemit.request import Fact, check_batch
 from fastmemit.sampling import Contexts, Kind
 from fastmemit.statistics import AUTO, Collection, Statistics, StatisticsStore
@@ -256,7 +255,7 @@ class Live:
         if found is None:
             return None
         home = next(iter(found.paths.values())).parent
-        return Statistics({name: home / f"{name}.safetensors" for name in there(home)}, found.provenance)
+        return Statistics({name: home / f"{name}.safetensors" for name in stored_modules(home)}, found.provenance)
 
     def _collected(self, layers: Sequence[int], dataset: str, multiplier: float | None) -> Statistics:
         settings = self.settings

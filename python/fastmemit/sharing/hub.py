@@ -16,10 +16,18 @@ from typing import Any
 import fastcov
 from fastmemit.delta import Delta
 from fastmemit.errors import BadConfig, DamagedFile, HubError, WrongModel
-from fastmemit.files import cache_dir
+from fastmemit.files import (
+    cache_dir,
+    check_moment,
+    common_provenance,
+    compare_provenance,
+    copy_moments,
+    home_of,
+    lacking_fields,
+    shared_of,
+)
 from fastmemit.methods import METHODS
 from fastmemit.models import new_folder
-from fastmemit.provenance import check_moment, common, compare, copied, home_of, lacking, shared_of
 from fastmemit.sharing.composition import facts_of, parts
 from fastmemit.statistics import Statistics
 
@@ -225,7 +233,7 @@ def open_statistics(folder: _Path) -> Statistics:
     forms = {"model": _FINGERPRINT, "tokenizer": _FINGERPRINT, "module": _MODULE}
     for file in files:
         moment, provenance = fastcov.load_moment(file)
-        wrong = lacking(provenance)  # what could not have been written by `precompute`
+        wrong = lacking_fields(provenance)  # what could not have been written by `precompute`
         wrong += [n for n, form in forms.items() if not form.fullmatch(str(provenance.get(n)))]
         if wrong:
             raise _damaged(file, f"does not say its {wrong[0]} ({provenance.get(wrong[0])!r:.80})")
@@ -235,11 +243,11 @@ def open_statistics(folder: _Path) -> Statistics:
         stored.append(provenance)
     for file, provenance in zip(files, stored, strict=True):
         try:
-            compare(file, provenance, shared_of(stored[0]))
+            compare_provenance(file, provenance, shared_of(stored[0]))
         except fastcov.StoreMismatch as differs:
             others = f"than {files[0].name} ({differs.expected!r:.80})"
             raise _damaged(file, f"is of another {differs.field} ({differs.stored!r:.80}) {others}") from differs
-    return Statistics({p["module"]: file for p, file in zip(stored, files, strict=True)}, common(stored))
+    return Statistics({p["module"]: file for p, file in zip(stored, files, strict=True)}, common_provenance(stored))
 
 
 def cache_statistics(found: Statistics, folder: Path) -> Statistics:
@@ -249,7 +257,7 @@ def cache_statistics(found: Statistics, folder: Path) -> Statistics:
     already stays.
     """
     home = home_of(folder / found.provenance["model"][:16], shared_of(found.provenance))
-    return Statistics(copied(found.paths, found.provenance, home.parent, home.name), found.provenance)
+    return Statistics(copy_moments(found.paths, found.provenance, home.parent, home.name), found.provenance)
 
 
 def _damaged(file: Path, what: str) -> DamagedFile:

@@ -15,7 +15,7 @@ from huggingface_hub import ModelCard
 import fastcov
 from fastmemit.delta import Delta
 from fastmemit.errors import BadConfig
-from fastmemit.provenance import common, provenance_of
+from fastmemit.files import common_provenance, provenance_of
 from fastmemit.request import EditRequest
 from fastmemit.sharing import compose
 from fastmemit.sharing.hub import edit_card, statistics_card
@@ -139,7 +139,7 @@ def test_statistics_say_what_nobody_knows_and_what_was_left_out(tmp_path: Path) 
     moment, stored = fastcov.load_moment(path)
     about = {k: v for k, v in stored.items() if k != "context"}
     fastcov.save_moment(path, moment, {**about, "seed": None, "bos": False})
-    other = Statistics({module: path}, common([provenance_of(path)]))
+    other = Statistics({module: path}, common_provenance([provenance_of(path)]))
     shown = {row[0]: row[1] for row in rows(statistics_card(other, "me/m")) if len(row) == 2}
     assert shown["seed"] == shown["documents cut at"] == "unknown"
     assert shown["first positions"] == "left out"
