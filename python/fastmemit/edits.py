@@ -204,6 +204,8 @@ class Edit:
                 the weights since.
         """
         self._stack.pop(self)
+        while self._blocks:  # also one whose end an interrupt has stopped: it would hold the lock for ever
+            self._blocks.pop().__exit__(None, None, None)
 
     def __enter__(self) -> Edit:
         block = self._stack.block(self)
@@ -219,7 +221,8 @@ class Edit:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._blocks.pop().__exit__(kind, error, trace)
+        if self._blocks:  # none where the edit was undone inside
+            self._blocks.pop().__exit__(kind, error, trace)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the delta to a safetensors file.

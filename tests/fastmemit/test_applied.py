@@ -297,6 +297,27 @@ def test_a_block_entered_twice_with_one_edit_ends_with_the_outer_one(editor: Edi
     assert changed(editor.model, before) == [] and not edit.applied
 
 
+def test_an_undo_ends_blocks_whose_end_an_interrupt_has_stopped(editor: Editor) -> None:
+    before, edit = weights(editor.model), random_edit(editor, 0)
+
+    def stopped(frame, event, _):
+        if frame.f_code is Edit.__exit__.__code__:
+            sys.settrace(None)
+            raise KeyboardInterrupt
+
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt), edit:
+            sys.settrace(stopped)
+        assert edit.applied  # on record, and the thread still has the lock
+        assert editor._stack.lock._is_owned()
+        edit.undo()
+        assert not changed(editor.model, before) and not editor._stack.lock._is_owned()
+    with edit, edit:
+        edit.undo()
+        assert not changed(editor.model, before)
+    assert not edit.applied and not editor._stack.lock._is_owned()
+
+
 def test_what_is_raised_in_a_block_comes_out_and_later_edits_go_too(editor: Editor) -> None:
     before = weights(editor.model)
     outside = random_edit(editor, 2, seed=5).apply()
