@@ -27,8 +27,8 @@ for folder in (ROOT, ROOT / "python", ROOT / "tests"):
 
 from fastmemit.data import batches, builtin_facts, load_records  # noqa: E402
 from fastmemit.models import find_adapter, load_model  # noqa: E402
-from fastmemit.sampling import generate_contexts  # noqa: E402
 from fastmemit.targets import TargetSettings, optimise  # noqa: E402
+from fastmemit.text import generate_contexts  # noqa: E402
 from reference.literal_targets import literal_target  # noqa: E402
 
 TOLERANCE = 1e-4

@@ -1,8 +1,8 @@
 """What modules take in and put out at the subject's last token, for many rows at once.
 
-Rows can be run in stages: what enters a block is kept, and a later reading of modules in it or
-above it begins there.  That is right as long as nothing below that block has changed, and it gives
-the bits of a run from the first block on, because the same batches go through the same code.
+Rows can be run in stages: what enters a block is kept, and a later reading of modules in it or above it begins there.
+That is right as long as nothing below that block has changed, and it gives the bits of a run from the first block on,
+because the same batches go through the same code.
 
 Blocks that take more from below than the hidden states (keys and values of a lower block, several streams) allow no
 stages: a few tokens are tried both ways, and such models run from the first block on each time.
@@ -13,9 +13,10 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -23,10 +24,20 @@ from torch import Tensor, nn
 
 from fastcov.hooks import evaluation_mode, isolated
 from fastmemit.errors import FastmemitError, UnknownArchitecture
-from fastmemit.models import ModelAdapter, agrees, check_lengths, hidden_of, probe_ids, token_states
-from fastmemit.partial_forward import forward_as
+from fastmemit.models import (
+    ModelAdapter,
+    agrees,
+    check_lengths,
+    hidden_of,
+    length_batches,
+    pad_batch,
+    probe_ids,
+    token_states,
+)
+from fastmemit.models.running import Reached
+from fastmemit.partial_forward import begun_at
 from fastmemit.request import EditRequest
-from fastmemit.tokens import Row, length_batches, pad_batch, subject_row
+from fastmemit.text import Row, subject_row
 
 log = logging.getLogger(__name__)
 
@@ -34,10 +45,6 @@ log = logging.getLogger(__name__)
 BATCH_TOKENS = 8192
 #: Bytes of hidden states that one pass keeps at most; batches beyond it begin at the first block.
 KEPT = 1 << 30
-
-
-class _AllRead(Exception):
-    """Every module has been read; the rest of the forward is not needed."""
 
 
 @dataclass(frozen=True)
@@ -69,13 +76,7 @@ class SubjectPass:
     @classmethod
     @isolated()
     def of(cls, adapter: ModelAdapter, rows: Sequence[Row], batch_tokens: int = BATCH_TOKENS) -> SubjectPass:
-        """Rows that have not been run yet.
-
-        Args:
-            adapter: The model; where padding changes its rows, each is a batch of its own.
-            rows: N rows.
-            batch_tokens: Padded tokens that a forward takes at most (one row always runs).
-        """
+        """N rows that have not been run yet, in batches of `batch_tokens` padded tokens (one always runs)."""
         if adapter.right_padding == "none":
             batch_tokens = 1
         wanted = [row.ids[: row.subject + 1] for row in rows]
@@ -87,7 +88,7 @@ class SubjectPass:
     @property
     def nbytes(self) -> int:
         """What the kept states take."""
-        return sum(e.hidden.numel() * e.hidden.element_size() for e in self.entering if e)
+        return sum(e.hidden.nbytes for e in self.entering if e)
 
     @isolated()
     def read(
@@ -97,6 +98,7 @@ class SubjectPass:
         inputs: Sequence[nn.Module] = (),
         outputs: Sequence[nn.Module] = (),
         keep: int = 0,
+        tried: bool = False,
     ) -> tuple[list[Tensor], list[Tensor], SubjectPass]:
         """Read activations at each row's subject.
 
@@ -109,32 +111,65 @@ class SubjectPass:
             outputs: Modules, not below `layer`, whose output is wanted.
             keep: Keep what enters this block, at or above `layer` and at or below every module read; 0 keeps nothing
                 new.
+            tried: It is known that states may be kept there.
 
         Returns:
             Two lists of float32 tensors (N, width), in the order of `inputs` and `outputs`, and the pass to go on with:
             this one, or one that begins at the block `keep`.
+
+        Raises:
+            UnknownArchitecture: A module does not run, or has not one state for every token.
         """
         if 0 < keep < self.layer:
             raise ValueError(f"The pass begins at block {self.layer}, above block {keep}.")
-        keep = 0 if keep == self.layer else keep
-        if keep and not _in_stages(adapter, keep, inputs, outputs):
+        if keep == self.layer or (keep and not tried and not runs_in_stages(adapter, keep, inputs, outputs)):
             keep = 0
-        return self._run(adapter, inputs, outputs, keep)
-
-    def _run(
-        self, adapter: ModelAdapter, inputs: Sequence[nn.Module], outputs: Sequence[nn.Module], keep: int
-    ) -> tuple[list[Tensor], list[Tensor], SubjectPass]:
-        """`read`, where it is known whether states can be kept."""
-        read: list[list[Tensor]] = [[] for _ in (*inputs, *outputs)]
+        names = [type(module).__name__ for module in (*inputs, *outputs)]
+        read: list[list[Tensor]] = [[] for _ in names]
         kept: list[Entering | None] = []
         room = KEPT
-        with evaluation_mode(adapter.model):
-            for batch, entering in zip(self.batches, self.entering, strict=True):
-                with _begun_at(adapter, self.layer, entering):
-                    values, now = _read_batch(adapter, batch, inputs, outputs, keep)
-                for collected, value in zip(read, values, strict=True):
-                    collected.append(value)
-                room -= now.hidden.numel() * now.hidden.element_size() if now else 0
+        # Of the batch that runs: its shape, its rows' last tokens, what was read, and what enters the block `keep`.
+        shape, last = (0, 0), torch.empty(0)
+        values: dict[int, Tensor] = {}
+        now: Entering | None = None
+
+        def store(slot: int, _module: nn.Module, args: tuple[Any, ...], out: Any = None) -> None:
+            tensor = args[0] if slot < len(inputs) else hidden_of(out)
+            # Some blocks flatten their tokens before the MLP.
+            tokens = token_states(tensor, shape, tensor.shape[-1], names[slot])
+            values[slot] = tokens[torch.arange(len(last)), last].float()
+            if len(values) == len(names):
+                raise Reached
+
+        def on_entry(_module: nn.Module, _args: Any, out: Any) -> None:
+            nonlocal now
+            if isinstance(out, (tuple, Tensor)):  # what is returned otherwise cannot be given back
+                now = Entering(hidden_of(out), isinstance(out, tuple))
+
+        with evaluation_mode(adapter.model), ExitStack() as hooks:
+            if keep:
+                hooks.enter_context(adapter.block(keep - 1).register_forward_hook(on_entry))
+            for slot, module in enumerate(inputs):
+                hooks.enter_context(module.register_forward_pre_hook(partial(store, slot)))
+            for slot, module in enumerate(outputs, start=len(inputs)):
+                hooks.enter_context(module.register_forward_hook(partial(store, slot)))
+            for ids, entering in zip(self.batches, self.entering, strict=True):
+                check_lengths(adapter.model, ids)
+                shape, last = (len(ids), max(map(len, ids))), torch.tensor([len(row) - 1 for row in ids])
+                now = None
+                values.clear()
+                with ExitStack() as run, suppress(Reached):
+                    if entering is not None:
+                        # A copy, for a block may write into what it is given.
+                        run.enter_context(begun_at(adapter, self.layer, entering.hidden.clone, entering.in_tuple))
+                    adapter.run(**pad_batch(ids, device=adapter.device), use_cache=False)
+                for slot, name in enumerate(names):
+                    if slot not in values:
+                        raise UnknownArchitecture(
+                            f"{type(adapter.model).__name__} does not run its {name}, so nothing is read there."
+                        )
+                    read[slot].append(values[slot])
+                room -= now.hidden.nbytes if now else 0
                 kept.append(now if room >= 0 else None)
         joined = [torch.cat(parts)[self.places.to(parts[0].device)] for parts in read]
         after = dataclasses.replace(self, layer=keep, entering=tuple(kept)) if keep else self
@@ -154,20 +189,19 @@ def read_at_subject(
     return taken, given
 
 
-def _in_stages(adapter: ModelAdapter, layer: int, inputs: Sequence[nn.Module], outputs: Sequence[nn.Module]) -> bool:
-    """Whether a run that begins at a block reads what a run from the first block on reads."""
-    modules = [*inputs, *outputs]
-    key = ("begun at", layer, id(modules[-1]))
+def runs_in_stages(
+    adapter: ModelAdapter, layer: int, inputs: Sequence[nn.Module], outputs: Sequence[nn.Module]
+) -> bool:
+    """Whether a run that begins at a block reads what a run from the first block on reads; a few tokens are tried."""
+    key = ("begun at", layer, id([*inputs, *outputs][-1]))
     if key not in adapter.measured:
         ids = probe_ids(adapter.model)
         rows = SubjectPass.of(adapter, [Row(ids, len(ids) - 1), Row(ids[:2], 1)])
-        taken, given, kept = rows._run(adapter, inputs, outputs, layer)
+        taken, given, kept = rows.read(adapter, inputs=inputs, outputs=outputs, keep=layer, tried=True)
         try:
-            again, more, _ = kept._run(adapter, inputs, outputs, 0)
-            why = "differ"
-            same = all(
-                agrees(adapter.model, got, want) for got, want in zip([*again, *more], [*taken, *given], strict=True)
-            )
+            again, more, _ = kept.read(adapter, inputs=inputs, outputs=outputs)
+            pairs = zip([*again, *more], [*taken, *given], strict=True)
+            why, same = "differ", all(agrees(adapter.model, got, want) for got, want in pairs)
         except (FastmemitError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # what a block makes of a run without those below it
@@ -183,77 +217,6 @@ def _in_stages(adapter: ModelAdapter, layer: int, inputs: Sequence[nn.Module], o
         adapter.measured[key] = same
     found: bool = adapter.measured[key]
     return found
-
-
-@contextmanager
-def _begun_at(adapter: ModelAdapter, layer: int, entering: Entering | None) -> Iterator[None]:
-    """Pass through the blocks below `layer` and give the block itself the kept states."""
-    if entering is None:
-        yield
-        return
-
-    def passed(hidden: Tensor, *_: Any, **__: Any) -> Any:
-        return (hidden,) if entering.in_tuple else hidden
-
-    def given(_hidden: Tensor, *_: Any, **__: Any) -> Any:
-        return passed(entering.hidden.clone())  # a block may write into what it is given
-
-    with ExitStack() as stack:
-        for below in range(layer):
-            forward = given if below == layer - 1 else passed
-            stack.enter_context(forward_as(adapter.block(below), forward))
-        yield
-
-
-def _read_batch(
-    adapter: ModelAdapter,
-    ids: Sequence[Sequence[int]],
-    inputs: Sequence[nn.Module],
-    outputs: Sequence[nn.Module],
-    keep: int,
-) -> tuple[list[Tensor], Entering | None]:
-    check_lengths(adapter.model, ids)
-    batch = pad_batch(ids, device=adapter.device)
-    shape = (len(ids), max(map(len, ids)))
-    last = torch.tensor([len(row) - 1 for row in ids])
-    values: dict[int, Tensor] = {}
-    names = [type(module).__name__ for module in (*inputs, *outputs)]
-    total = len(inputs) + len(outputs)
-    entering: Entering | None = None
-
-    def store(slot: int, tensor: Tensor) -> None:
-        # Some blocks flatten their tokens before the MLP.
-        tokens = token_states(tensor, shape, tensor.shape[-1], names[slot])
-        values[slot] = tokens[torch.arange(len(last)), last].float()
-        if len(values) == total:
-            raise _AllRead
-
-    def on_input(slot: int) -> Callable[..., None]:
-        return lambda _module, args: store(slot, args[0])
-
-    def on_output(slot: int) -> Callable[..., None]:
-        return lambda _module, _args, out: store(slot, hidden_of(out))
-
-    def on_entry(_module: nn.Module, _args: Any, out: Any) -> None:
-        nonlocal entering
-        if isinstance(out, (tuple, Tensor)):  # what is returned otherwise cannot be given back
-            entering = Entering(hidden_of(out), isinstance(out, tuple))
-
-    with ExitStack() as hooks:
-        if keep:
-            hooks.callback(adapter.block(keep - 1).register_forward_hook(on_entry).remove)
-        for slot, module in enumerate(inputs):
-            hooks.callback(module.register_forward_pre_hook(on_input(slot)).remove)
-        for slot, module in enumerate(outputs, start=len(inputs)):
-            hooks.callback(module.register_forward_hook(on_output(slot)).remove)
-        with suppress(_AllRead):
-            adapter.run(**batch, use_cache=False)
-    for slot, name in enumerate(names):
-        if slot not in values:
-            raise UnknownArchitecture(
-                f"{type(adapter.model).__name__} does not run its {name}, so nothing is read there."
-            )
-    return [values[slot] for slot in range(total)], entering
 
 
 @dataclass(frozen=True)
@@ -275,7 +238,8 @@ class Reading:
     @property
     def nbytes(self) -> int:
         """What it takes, the states in its passes included."""
-        return _bytes(self.keys, self.outputs, self.block) + sum(p.nbytes for p in self.passes)
+        own = self.keys.nbytes + self.outputs.nbytes + self.block.nbytes
+        return own + sum(each.nbytes for each in self.passes)
 
 
 @dataclass(frozen=True)
@@ -293,7 +257,7 @@ class ContextReading:
     @property
     def nbytes(self) -> int:
         """What it takes."""
-        return _bytes(self.keys, self.outputs)
+        return self.keys.nbytes + self.outputs.nbytes
 
 
 _Read = TypeVar("_Read", Reading, ContextReading)
@@ -302,10 +266,9 @@ _Read = TypeVar("_Read", Reading, ContextReading)
 class ReadCache:
     """What the unedited model shows, kept over several plans.
 
-    What a method reads before it has written anything depends on the weights and the requests, not
-    on the statistics: all that EMMET reads, MEMIT's first layer, ROME's first fact.  A sweep over
-    multipliers that hands the same cache to each `fastmemit.Editor.plan` or `edit` reads it once,
-    and gets the same bits.  Nothing of an edited model is kept.
+    What a method reads before it has written anything depends on the weights and the requests, not on the statistics:
+    all that EMMET reads, MEMIT's first layer, ROME's first fact. A sweep over multipliers that hands the same cache to
+    each `fastmemit.Editor.plan` or `edit` reads it once, and gets the same bits. Nothing of an edited model is kept.
 
     Args:
         capacity: Bytes to hold at most; the least recently used go first.
@@ -370,38 +333,23 @@ class Subjects:
         self._passes = reading.passes
 
     def read(self, layer: int, last: int) -> Reading:
-        """Run as far as this layer needs.
-
-        Args:
-            layer: The layer to edit next.  Nothing below it may have changed since it was read.
-            last: The last edited layer, at or above `layer`.
-        """
-        if not self._passes:
-            self._passes = tuple(self._begin())
+        """What a batch shows at the layer to edit next, below which nothing changed since it was read."""
         adapter, projection = self._adapter, self._adapter.projection(layer)
-        keep = layer if layer < last else 0
+        if not self._passes:
+            bare: list[Row] = []
+            others: list[Row] = []
+            for request in self._requests:
+                for number, context in enumerate(self._contexts):
+                    (others if number else bare).append(subject_row(self._tokenizer, context, request))
+            self._passes = tuple(SubjectPass.of(adapter, rows) for rows in (bare, others) if rows)
         # Of one module the input comes before its output, and the block's output last of all.
-        keys, (out, block), bare = self._passes[0].read(
-            adapter, inputs=[projection], outputs=[projection, adapter.block(last)], keep=keep
-        )
-        passes = [bare]
+        inputs, outputs = [projection], [projection, adapter.block(last)]
+        keep = layer if layer < last and runs_in_stages(adapter, layer, inputs, outputs) else 0
+        keys, (out, block), after = self._passes[0].read(adapter, inputs=inputs, outputs=outputs, keep=keep)
+        passes = [after]
         read = [keys[0].double()[:, None]]  # (B, 1, d_k)
-        for others in self._passes[1:]:
-            keys, _, after = others.read(adapter, inputs=[projection], keep=keep)
+        for rest in self._passes[1:]:
+            keys, _, after = rest.read(adapter, inputs=inputs, keep=layer if layer < last else 0)
             read.append(keys[0].double().reshape(len(self._requests), len(self._contexts) - 1, -1))
             passes.append(after)
         return Reading(torch.cat(read, 1), out.double(), block.double(), tuple(passes))
-
-    def _begin(self) -> list[SubjectPass]:
-        rows = [
-            [subject_row(self._tokenizer, context, request) for context in self._contexts] for request in self._requests
-        ]
-        passes = [SubjectPass.of(self._adapter, [row[0] for row in rows])]
-        if len(self._contexts) > 1:
-            others = [each for row in rows for each in row[1:]]
-            passes.append(SubjectPass.of(self._adapter, others))
-        return passes
-
-
-def _bytes(*tensors: Tensor) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

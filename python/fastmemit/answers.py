@@ -20,12 +20,11 @@ from torch import Tensor
 from fastcov.errors import printable
 from fastcov.hooks import evaluation_mode, isolated
 from fastmemit.errors import BadRequest
-from fastmemit.models import ModelAdapter, check_lengths
+from fastmemit.models import ModelAdapter, check_lengths, length_batches, pad_batch
 from fastmemit.models.running import context_limit
 from fastmemit.partial_forward import head_reads
 from fastmemit.request import EditRequest
-from fastmemit.sampling import continue_rows, end_tokens
-from fastmemit.tokens import encode_with_target, lead, length_batches, pad_batch
+from fastmemit.text import continue_rows, encode_with_target, end_tokens, lead
 
 Question = tuple[str, str]  # (prompt, answer with its leading space)
 
@@ -68,14 +67,7 @@ def answer_nlls(
     batch_tokens: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> list[float]:
-    """Mean negative log-likelihood per token of each answer after its prompt: see `judge_answers`.
-
-    Returns:
-        Nats per token, in the order of the questions.
-
-    Raises:
-        BadRequest: An answer yields no token, or no token stands before it.
-    """
+    """Mean negative log-likelihood per token, in nats, of each answer after its prompt; see `judge_answers`."""
     judged = judge_answers(adapter, tokenizer, questions, batch_tokens=batch_tokens, progress=progress)
     return [answer.nll for answer in judged]
 
@@ -89,7 +81,7 @@ def judge_answers(
     batch_tokens: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> list[Answer]:
-    """Cost and accuracy of each answer after its prompt, under teacher forcing.
+    """Cost and accuracy of each answer after its prompt, under teacher forcing; in the order of the questions.
 
     Sequences are run sorted by length, and what several questions share runs once: the answers " Rome" and " Paris" of
     one prompt are read from the same forward, because an answer's last token is never an input; and a sequence that
@@ -102,9 +94,6 @@ def judge_answers(
         batch_tokens: Padded tokens a forward takes at most (one sequence always runs); None takes 512 on a CPU and 8192
             elsewhere.
         progress: Called with the number of questions done since the last call.
-
-    Returns:
-        An answer for each question, in their order.
 
     Raises:
         UnknownArchitecture: The model is not causal.

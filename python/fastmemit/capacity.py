@@ -14,9 +14,9 @@ from pathlib import Path
 
 from fastcov.hooks import isolated
 from fastmemit.errors import BadConfig, ModelNotFound
-from fastmemit.models.adapter import find_adapter
+from fastmemit.models import find_adapter
 from fastmemit.models.loading import load_skeleton
-from fastmemit.models.structure import text_config
+from fastmemit.models.running import text_config
 
 #: What MEMIT's authors ran for each layer; see arXiv 2506.04226.
 FULL_KEYS = 44_000_000

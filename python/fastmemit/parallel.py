@@ -38,15 +38,10 @@ def current() -> Processes | None:
 def together(*, timeout: float = TIMEOUT) -> Iterator[Processes | None]:
     """Divide what is collected inside the block between the processes that torchrun started.
 
-    All of them must enter the block and make the same calls in it. An error in one ends the block in all: there it is
-    raised, in the others `fastcov.FailedElsewhere`. Where torchrun started nothing, or one process, the block changes
-    nothing.
-
-    Args:
-        timeout: How many seconds a process may give no sign of life, which is a batch or a file.
-
-    Yields:
-        The processes, or None.
+    All of them must enter the block and make the same calls in it; a process may give no sign of life, which is a batch
+    or a file, for `timeout` seconds. An error in one ends the block in all: there it is raised, in the others
+    `fastcov.FailedElsewhere`. Where torchrun started nothing, or one process, the block changes nothing and yields
+    None.
 
     Raises:
         FailedElsewhere: Another process failed.
@@ -83,11 +78,7 @@ def together(*, timeout: float = TIMEOUT) -> Iterator[Processes | None]:
 
 @contextmanager
 def for_verb(verb: str, divided: Sequence[str]) -> Iterator[None]:
-    """What the command line runs a verb in.
-
-    Args:
-        verb: Which one.
-        divided: The verbs that can be divided between processes.
+    """What the command line runs a verb in; the verbs in `divided` can be divided between processes.
 
     Raises:
         BadConfig: torchrun started several processes for one that cannot.
@@ -102,9 +93,8 @@ def for_verb(verb: str, divided: Sequence[str]) -> Iterator[None]:
         if os.environ["RANK"] != "0":
             raise FailedElsewhere(f"{verb} cannot be divided", rank=0)
         raise BadConfig(
-            f"fastmemit {verb} runs in one process but torchrun started "
-            f"{os.environ['WORLD_SIZE']}; only {', '.join(divided)} is divided, so run {verb} "
-            "without torchrun."
+            f"fastmemit {verb} runs in one process but torchrun started {os.environ['WORLD_SIZE']}; only "
+            f"{', '.join(divided)} is divided, so run {verb} without torchrun."
         )
     with together():
         yield
@@ -118,9 +108,6 @@ def started() -> bool:
 
 def local_device(device: str | None) -> str | None:
     """The first GPU of this process where several share a machine, if a GPU was asked for or none.
-
-    Args:
-        device: As `fastmemit.models.load_model` takes it.
 
     Raises:
         BadConfig: There are more processes on this machine than GPUs.
@@ -158,7 +145,6 @@ def agreed(processes: Processes | None, identity: Mapping[str, Any], missing: Se
 
     Raises:
         BadConfig: The processes are about to collect different things.
-        FailedElsewhere: Another process failed.
     """
     if processes is None:
         return list(missing)
@@ -168,9 +154,8 @@ def agreed(processes: Processes | None, identity: Mapping[str, Any], missing: Se
         for field in ours:
             if theirs.get(field) != ours[field]:
                 raise BadConfig(
-                    f"Process {rank} has another {field} ({theirs.get(field)!r:.80}) than process "
-                    f"{processes.rank} ({ours[field]!r:.80}); give all of them the same model, "
-                    "corpus and options."
+                    f"Process {rank} has another {field} ({theirs.get(field)!r:.80}) than process {processes.rank} "
+                    f"({ours[field]!r:.80}); give all of them the same model, corpus and options."
                 )
     anywhere = {name for _, names in said for name in names}
     return [name for name in ours["modules"] if name in anywhere]
@@ -182,12 +167,6 @@ def save_once(
     """Let the first process write a moment; where the others do not see it, they write their own.
 
     So each machine has it, whether they share a disk or not.
-
-    Args:
-        processes: Those that hold the moment; None for this one alone.
-        path: The file.
-        moment: The total.
-        provenance: What it belongs to.
 
     Raises:
         FailedElsewhere: Another process failed.

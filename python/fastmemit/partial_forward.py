@@ -1,11 +1,10 @@
 """Run only what a target's change can reach: blocks above the edited one, tokens from the subject.
 
-The change enters at the output of one block, or of the edited projection in it, at the subject's
-last token.  Blocks below and tokens before never see it, so both run once: the hidden states that
-leave the last of these blocks and the attention keys and values of the earlier tokens are kept, and
-each step of the optimisation feeds them to the model's own code.  No architecture is written twice:
-the blocks below are replaced by pass-throughs for the time of a step, and the kept keys and values are given to the
-model as a cache that hands them out and never grows.
+The change enters at the output of one block, or of the edited projection in it, at the subject's last token. Blocks
+below and tokens before never see it, so both run once: the hidden states that leave the last of these blocks and the
+attention keys and values of the earlier tokens are kept, and each step of the optimisation feeds them to the model's
+own code. No architecture is written twice: the blocks below are replaced by pass-throughs for the time of a step, and
+the kept keys and values are given to the model as a cache that hands them out and never grows.
 
 Not every model allows this; `fastmemit.partial_forward` finds out which one does.
 """
@@ -13,7 +12,7 @@ Not every model allows this; `fastmemit.partial_forward` finds out which one doe
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, Literal
@@ -25,24 +24,19 @@ from transformers.cache_utils import DynamicLayer
 
 from fastcov.hooks import evaluation_mode, isolated
 from fastmemit.errors import FastmemitError, UnknownArchitecture
-from fastmemit.models import ModelAdapter, hidden_of, probe_ids, token_states, with_hidden
-from fastmemit.models.running import difference, remembered, tolerance
-from fastmemit.tokens import Row, pad_batch
+from fastmemit.models import ModelAdapter, hidden_of, pad_batch, probe_ids, token_states, with_hidden
+from fastmemit.models.running import difference, place_rows, remembered, tolerance
+from fastmemit.text import Row
 
 log = logging.getLogger(__name__)
 
 
 @contextmanager
 def head_reads(adapter: ModelAdapter, rows: Sequence[int], columns: Sequence[int]) -> Iterator[None]:
-    """Let the model's output head see M chosen positions instead of every one.
+    """Let the model's output head see M positions, in these rows and columns of the batch, instead of every one.
 
-    Inside the block a forward returns logits of shape (1, M, vocabulary), with whatever the model does to logits after
-    its head (scaling, soft caps) done to them.
-
-    Args:
-        adapter: The model.
-        rows: M rows of the batch.
-        columns: M positions in these rows.
+    Inside, a forward returns logits (1, M, vocabulary), with whatever the model does to logits after its head (scaling,
+    soft caps) done to them.
 
     Raises:
         UnknownArchitecture: The model does not call its output head.
@@ -55,16 +49,12 @@ def head_reads(adapter: ModelAdapter, rows: Sequence[int], columns: Sequence[int
         called = True
         return (args[0][chosen][None], *args[1:])
 
-    handle = adapter.lm_head.register_forward_pre_hook(gather)
-    try:
+    with adapter.lm_head.register_forward_pre_hook(gather):
         yield
-    finally:
-        handle.remove()
     if not called:
         raise UnknownArchitecture(
-            f"{type(adapter.model).__name__} does not call {type(adapter.lm_head).__name__}, which "
-            "it names as its output head, so its logits cannot be told from others; load it with "
-            "AutoModelForCausalLM."
+            f"{type(adapter.model).__name__} does not call {type(adapter.lm_head).__name__}, which it names as its "
+            "output head, so its logits cannot be told from others; load it with AutoModelForCausalLM."
         )
 
 
@@ -86,161 +76,25 @@ class PrefixLayer(DynamicLayer):  # type: ignore[misc]
         return keys, torch.cat([self.values, value_states], dim=-2)
 
 
-class SuffixForward:
-    """The model from where a change enters, on the tokens from each row's subject on.
-
-    Args:
-        adapter: The model.
-        layer: The edited block.
-        rows: N rows; their subjects are aligned in column P, prefixes to the left of it (padded on the left), suffixes
-            of up to S tokens from it on (padded on the right).
-        site: Where the change enters: at the block's output or at its projection's.
-
-    Attributes:
-        start: (N, d) what is put out there at the subject, unchanged, float32.
-    """
-
-    def __init__(self, adapter: ModelAdapter, layer: int, rows: Sequence[Row], site: Site = "block") -> None:
-        self._adapter, self._site = adapter, site
-        self._module = module_at(adapter, layer, site)
-        self._passed = layer + 1 if site == "block" else layer  # blocks that do not run
-        self._lengths = torch.tensor([len(row.ids) - row.subject for row in rows])
-        self._prefix = max(row.subject for row in rows)
-        ids, mask = align(rows, self._prefix, int(self._lengths.max()))
-        self._ids, self._mask = ids.to(adapter.device), mask.to(adapter.device)
-        self._positions = (self._mask.cumsum(1) - 1).clamp(min=0)
-        self._run_once()
-
-    @torch.no_grad()
-    def _run_once(self) -> None:
-        kept: dict[str, Any] = {}
-        adapter, column = self._adapter, self._prefix
-        with ExitStack() as hooks:
-            hooks.callback(_on_output(self._module, kept, "site").remove)
-            if self._passed:
-                below = adapter.block(self._passed - 1)
-                hooks.callback(_on_output(below, kept, "block").remove)
-            # No logits are needed here: one position through the output head instead of all.
-            hooks.enter_context(head_reads(adapter, [0], [0]))
-            cache = DynamicCache()
-            adapter.run(
-                input_ids=self._ids,
-                attention_mask=self._mask,
-                position_ids=self._positions,
-                past_key_values=cache,
-                use_cache=True,
-            )
-        columns = self._ids.shape[1]
-        # Copies, so that the prefix's columns are freed.
-        self.start = self._states(kept["site"], columns)[:, column].float().clone()
-        self._hidden: Tensor | None = None
-        if self._passed:
-            self._returns_tuple = isinstance(kept["block"], tuple)
-            self._hidden = self._states(kept["block"], columns)[:, column:].clone()
-        self._kept = [
-            (entry.keys[:, :, :column].clone(), entry.values[:, :, :column].clone())
-            for entry in cache.layers[self._passed :]
-        ]
-
-    def _states(self, out: Any, columns: int) -> Tensor:  # (N, columns, d)
-        shape = (len(self._lengths), columns)
-        return token_states(out, shape, self._adapter.d, type(self._module).__name__)
-
-    def _cache(self) -> Cache:
-        # The model asks the first layer how long the past is; the passed-through layers answer with
-        # a tensor of that length that has no memory behind it.
-        n = len(self._lengths)
-        like = self.start if self._hidden is None else self._hidden
-        empty = like.new_zeros(()).expand(n, 1, self._prefix, 1)
-        below = [PrefixLayer(empty, empty) for _ in range(self._passed)]
-        return Cache(layers=below + [PrefixLayer(k, v) for k, v in self._kept])
-
-    @contextmanager
-    def installed(self) -> Iterator[None]:
-        """Replace the blocks that do not run by pass-throughs until the block ends."""
-        with ExitStack() as stack:
-            for index in range(self._passed):
-                last = index == self._passed - 1
-                stack.enter_context(forward_as(self._adapter.block(index), self._passing(last)))
-            if self._site == "projection":
-                stack.callback(self._module.register_forward_hook(self._put).remove)
-            yield
-
-    def _passing(self, inject: bool) -> Any:
-        def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-            out = self._entering if inject else hidden_states
-            return (out,) if self._returns_tuple else out
-
-        return forward
-
-    def _put(self, _module: nn.Module, _args: Any, out: Any) -> Any:
-        """The projection's output with that of the subjects replaced."""
-        states = self._states(out, self._ids.shape[1] - self._prefix)
-        changed = torch.cat([self._value.to(states)[:, None], states[:, 1:]], dim=1)
-        return with_hidden(out, changed.reshape(hidden_of(out).shape))
-
-    def logits(self, value: Tensor, rows: Sequence[int], columns: Sequence[int]) -> Tensor:
-        """Logits with what is put out at the subjects replaced.
-
-        Args:
-            value: (N, d) what is put out at the rows' subjects instead; carries gradients.
-            rows: M row numbers to read.
-            columns: M columns to read, counted from the row's subject.
-
-        Returns:
-            (M, vocabulary) logits, as the model's own code gives them.
-        """
-        self._value, self._entering = value, self._hidden
-        if self._site == "block":
-            assert self._hidden is not None
-            changed = value.to(self._hidden)[:, None]  # (N, 1, d)
-            self._entering = torch.cat([changed, self._hidden[:, 1:]], dim=1)
-        with head_reads(self._adapter, rows, columns):
-            out = self._adapter.run(
-                input_ids=self._ids[:, self._prefix :],
-                attention_mask=self._mask,
-                position_ids=self._positions[:, self._prefix :],
-                past_key_values=self._cache(),
-                use_cache=True,
-            )
-        del self._value, self._entering
-        logits: Tensor = out.logits[0]
-        return logits
-
-    def keep(self, rows: list[int]) -> None:
-        """Drop all rows but these (numbers in the present order), and columns nobody needs then."""
-        index = torch.tensor(rows)
-        self._lengths = self._lengths[index]
-        suffix = int(self._lengths.max())
-        width = self._prefix + suffix
-        select = index.to(self._ids.device)
-        self._ids = self._ids[select, :width]
-        self._mask = self._mask[select, :width]
-        self._positions = self._positions[select, :width]
-        if self._hidden is not None:
-            self._hidden = self._hidden[index.to(self._hidden.device), :suffix]
-        self.start = self.start[index.to(self.start.device)]
-        self._kept = [(k[index.to(k.device)], v[index.to(v.device)]) for k, v in self._kept]
+Past = list[tuple[Tensor, Tensor]]  # per block its keys and values (n, heads, P, width)
 
 
-def module_at(adapter: ModelAdapter, layer: int, site: Site) -> nn.Module:
-    """The module at whose output a change enters."""
-    return adapter.block(layer) if site == "block" else adapter.projection(layer)
+def past_of(cache: Cache, columns: int, first: int = 0) -> Past:
+    """Copies of the cached keys and values of the first columns, of the blocks from `first` on."""
+    return [(e.keys[:, :, :columns].clone(), e.values[:, :, :columns].clone()) for e in cache.layers[first:]]
 
 
-def align(rows: Sequence[Row], prefix: int, suffix: int) -> tuple[Tensor, Tensor]:
-    """Ids and mask, (N, prefix + suffix), every subject in column `prefix`."""
-    ids = torch.zeros(len(rows), prefix + suffix, dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    for number, row in enumerate(rows):
-        place = slice(prefix - row.subject, prefix - row.subject + len(row.ids))
-        ids[number, place] = torch.tensor(row.ids)
-        mask[number, place] = 1
-    return ids, mask
+def as_cache(past: Past, passed: int, like: Tensor, shape: tuple[int, int]) -> Cache:
+    """A cache that hands out the past (n, P columns) of the blocks above the `passed` ones and never grows."""
+    # The model asks the first layer how long the past is; the passed-through layers answer with a tensor of that length
+    # that has no memory behind it.
+    empty = like.new_zeros(()).expand(shape[0], 1, shape[1], 1)
+    return Cache(layers=[PrefixLayer(k, v) for k, v in [(empty, empty)] * passed + past])
 
 
-def _on_output(module: nn.Module, kept: dict[str, Any], name: str) -> Any:
-    return module.register_forward_hook(lambda _m, _a, out: kept.__setitem__(name, out))
+def align(rows: Sequence[Row], prefix: int, suffix: int) -> dict[str, Tensor]:
+    """Ids, mask and positions, (N, prefix + suffix) each, every subject in column `prefix`."""
+    return place_rows([row.ids for row in rows], [prefix - row.subject for row in rows], prefix + suffix)
 
 
 @contextmanager
@@ -257,51 +111,168 @@ def forward_as(module: nn.Module, forward: Any) -> Iterator[None]:
             module.forward = before
 
 
-class FullForward:
-    """The whole model on whole rows, with the same face as `SuffixForward`.
+@contextmanager
+def begun_at(adapter: ModelAdapter, layer: int, entering: Callable[[], Tensor], in_tuple: bool) -> Iterator[None]:
+    """Pass through the blocks below `layer` and give the block itself the states that `entering` makes."""
 
-    Args:
-        adapter: The model.
-        layer: The edited block.
-        rows: N rows.
-        site: Where the change enters: at the block's output or at its projection's.
-        alone: Run rows one by one, without padding.
+    def passed(hidden_states: Tensor, *_: Any, **__: Any) -> Any:
+        return (hidden_states,) if in_tuple else hidden_states
+
+    def given(hidden_states: Tensor, *_: Any, **__: Any) -> Any:
+        return (entering(),) if in_tuple else entering()
+
+    with ExitStack() as stack:
+        for below in range(layer):
+            stack.enter_context(forward_as(adapter.block(below), given if below == layer - 1 else passed))
+        yield
+
+
+class SuffixForward:
+    """The model from where a change enters, on the tokens from each row's subject on.
+
+    The subjects of the N rows are aligned in column P, prefixes to the left of it (padded on the left), suffixes of up
+    to S tokens from it on (padded on the right).
 
     Attributes:
-        start: (N, d) what is put out there at the subject, unchanged, float32.
+        start: (N, d) what is put out at the site at the subject, unchanged, float32.
     """
+
+    def __init__(self, adapter: ModelAdapter, layer: int, rows: Sequence[Row], site: Site = "block") -> None:
+        self._adapter, self._site = adapter, site
+        self._module = module_at(adapter, layer, site)
+        self._passed = layer + 1 if site == "block" else layer  # blocks that do not run
+        self._lengths = torch.tensor([len(row.ids) - row.subject for row in rows])
+        self._prefix = max(row.subject for row in rows)
+        batch = align(rows, self._prefix, int(self._lengths.max()))
+        self._batch = {name: part.to(adapter.device) for name, part in batch.items()}
+        self._run_once()
+
+    @torch.no_grad()
+    def _run_once(self) -> None:
+        seen: dict[str, Any] = {}
+        adapter, column, cache = self._adapter, self._prefix, DynamicCache()
+        with ExitStack() as hooks:
+            hooks.enter_context(self._module.register_forward_hook(lambda _m, _a, out: seen.update(site=out)))
+            if self._passed:
+                below = adapter.block(self._passed - 1)
+                hooks.enter_context(below.register_forward_hook(lambda _m, _a, out: seen.update(block=out)))
+            # No logits are needed here: one position through the output head instead of all.
+            hooks.enter_context(head_reads(adapter, [0], [0]))
+            adapter.run(**self._batch, past_key_values=cache, use_cache=True)
+        columns = self._batch["input_ids"].shape[1]
+        # Copies, so that the prefix's columns are freed.
+        self.start = self._states(seen["site"], columns)[:, column].float().clone()
+        self._hidden: Tensor | None = None
+        self._in_tuple = isinstance(seen.get("block"), tuple)
+        if self._passed:
+            self._hidden = self._states(seen["block"], columns)[:, column:].clone()
+        self._past = past_of(cache, column, self._passed)
+
+    def _states(self, out: Any, columns: int) -> Tensor:  # (N, columns, d)
+        return token_states(out, (len(self._lengths), columns), self._adapter.d, type(self._module).__name__)
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Replace the blocks that do not run by pass-throughs until the block ends."""
+        with ExitStack() as stack:
+            stack.enter_context(begun_at(self._adapter, self._passed, lambda: self._entering, self._in_tuple))
+            if self._site == "projection":
+                stack.enter_context(self._module.register_forward_hook(self._put))
+            yield
+
+    def _put(self, _module: nn.Module, _args: Any, out: Any) -> Any:
+        """The projection's output with that of the subjects replaced."""
+        states = self._states(out, self._batch["input_ids"].shape[1] - self._prefix)
+        changed = torch.cat([self._value.to(states)[:, None], states[:, 1:]], dim=1)
+        return with_hidden(out, changed.reshape(hidden_of(out).shape))
+
+    def logits(self, value: Tensor, rows: Sequence[int], columns: Sequence[int]) -> Tensor:
+        """Logits (M, vocabulary), as the model's own code gives them, with what is put out at the subjects replaced.
+
+        Args:
+            value: (N, d) what is put out at the rows' subjects instead; carries gradients.
+            rows: M row numbers to read.
+            columns: M columns to read, counted from the row's subject.
+        """
+        self._value, self._entering = value, self._hidden
+        if self._site == "block":
+            assert self._hidden is not None
+            changed = value.to(self._hidden)[:, None]  # (N, 1, d)
+            self._entering = torch.cat([changed, self._hidden[:, 1:]], dim=1)
+        like = self.start if self._hidden is None else self._hidden
+        with head_reads(self._adapter, rows, columns):
+            out = self._adapter.run(
+                input_ids=self._batch["input_ids"][:, self._prefix :],
+                attention_mask=self._batch["attention_mask"],
+                position_ids=self._batch["position_ids"][:, self._prefix :],
+                past_key_values=as_cache(self._past, self._passed, like, (len(self._lengths), self._prefix)),
+                use_cache=True,
+            )
+        del self._value, self._entering
+        logits: Tensor = out.logits[0]
+        return logits
+
+    def keep(self, rows: list[int]) -> None:
+        """Drop all rows but these (numbers in the present order), and columns nobody needs then."""
+        index = torch.tensor(rows)
+        self._lengths = self._lengths[index]
+        suffix = int(self._lengths.max())
+        for name, part in self._batch.items():
+            self._batch[name] = part[index.to(part.device), : self._prefix + suffix]
+        if self._hidden is not None:
+            self._hidden = self._hidden[index.to(self._hidden.device), :suffix]
+        self.start = self.start[index.to(self.start.device)]
+        self._past = [(k[index.to(k.device)], v[index.to(v.device)]) for k, v in self._past]
+
+
+def module_at(adapter: ModelAdapter, layer: int, site: Site) -> nn.Module:
+    """The module at whose output a change enters."""
+    return adapter.block(layer) if site == "block" else adapter.projection(layer)
+
+
+def _run_whole(
+    adapter: ModelAdapter,
+    module: nn.Module,
+    rows: Sequence[Row],
+    reads: tuple[Sequence[int], Sequence[int]],
+    change: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Run n whole rows through the whole model, with `change` made to what the module puts out at the subjects (n, d).
+
+    Returns what is put out there unchanged, float32, and the logits (M, vocabulary) at `reads`: numbers of rows, and
+    columns counted from the row's subject.
+    """
+    subjects = torch.tensor([row.subject for row in rows])
+    shape = (len(rows), max(len(row.ids) for row in rows))
+    starts: list[Tensor] = []
+
+    def put(_module: nn.Module, _args: Any, out: Any) -> Any:
+        states = token_states(out, shape, adapter.d, type(module).__name__)
+        starts.append(states[torch.arange(len(rows)), subjects].float())
+        if change is None:
+            return None
+        here = (torch.arange(shape[1]) == subjects[:, None]).to(states.device)[..., None]  # (n, L, 1)
+        changed = torch.where(here, change(starts[0]).to(states)[:, None], states)
+        return with_hidden(out, changed.reshape(hidden_of(out).shape))
+
+    batch = pad_batch([row.ids for row in rows], device=adapter.device)
+    columns = [rows[row].subject + column for row, column in zip(*reads, strict=True)]
+    with module.register_forward_hook(put), head_reads(adapter, reads[0], columns):
+        logits: Tensor = adapter.run(**batch, use_cache=False).logits[0]
+    return starts[0], logits
+
+
+class FullForward:
+    """The whole model on N whole rows, `alone` one by one without padding, with the same face as `SuffixForward`."""
 
     def __init__(
         self, adapter: ModelAdapter, layer: int, rows: Sequence[Row], site: Site = "block", *, alone: bool = False
     ) -> None:
-        self._adapter, self._alone = adapter, alone
+        self._adapter, self._alone, self._rows = adapter, alone, list(rows)
         self._module = module_at(adapter, layer, site)
-        self._rows = list(rows)
-        starts: list[Tensor] = []
-
-        def read(_module: nn.Module, _args: Any, out: Any) -> None:
-            states = self._states(out, group)
-            places = [row.subject for row in group]
-            starts.append(states[torch.arange(len(group)), places].float())
-
-        handle = self._module.register_forward_hook(read)
-        try:
-            for group in [[row] for row in rows] if alone else [self._rows]:
-                with torch.no_grad():
-                    self._run(group, [0], [0])
-        finally:
-            handle.remove()
-        self.start = torch.cat(starts)
-
-    def _states(self, out: Any, group: Sequence[Row]) -> Tensor:  # (n, L, d)
-        shape = (len(group), max(len(row.ids) for row in group))
-        return token_states(out, shape, self._adapter.d, type(self._module).__name__)
-
-    def _run(self, group: Sequence[Row], rows: Sequence[int], columns: Sequence[int]) -> Tensor:
-        batch = pad_batch([row.ids for row in group], device=self._adapter.device)
-        with head_reads(self._adapter, rows, columns):
-            logits: Tensor = self._adapter.run(**batch, use_cache=False).logits[0]
-        return logits
+        groups = [[row] for row in rows] if alone else [self._rows]
+        with torch.no_grad():
+            self.start = torch.cat([_run_whole(adapter, self._module, group, ([0], [0]))[0] for group in groups])
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -311,32 +282,15 @@ class FullForward:
     def logits(self, value: Tensor, rows: Sequence[int], columns: Sequence[int]) -> Tensor:
         """Logits with what is put out at the subjects replaced; see `SuffixForward.logits`."""
         if not self._alone:
-            return self._changed(self._rows, value, rows, columns)
+            return _run_whole(self._adapter, self._module, self._rows, (rows, columns), lambda _: value)[1]
         found: dict[int, Tensor] = {}
         for number in sorted(set(rows)):
             reads = [place for place, row in enumerate(rows) if row == number]
-            where = [columns[place] for place in reads]
-            one = self._rows[number : number + 1]
-            logits = self._changed(one, value[number : number + 1], [0] * len(reads), where)
+            where = ([0] * len(reads), [columns[place] for place in reads])
+            one, new = self._rows[number : number + 1], value[number : number + 1]
+            _, logits = _run_whole(self._adapter, self._module, one, where, lambda _, new=new: new)  # type: ignore[misc]
             found.update(zip(reads, logits, strict=True))
         return torch.stack([found[place] for place in range(len(rows))])
-
-    def _changed(self, group: Sequence[Row], value: Tensor, rows: Sequence[int], columns: Sequence[int]) -> Tensor:
-        subjects = torch.tensor([row.subject for row in group])
-
-        def put(_module: nn.Module, _args: Any, out: Any) -> Any:
-            states = self._states(out, group)
-            here = torch.arange(states.shape[1]) == subjects[:, None]  # (n, L)
-            here = here.to(states.device)[..., None]  # (n, L, 1)
-            changed = torch.where(here, value.to(states)[:, None], states)
-            return with_hidden(out, changed.reshape(hidden_of(out).shape))
-
-        handle = self._module.register_forward_hook(put)
-        try:
-            absolute = [group[row].subject + column for row, column in zip(rows, columns, strict=True)]
-            return self._run(group, rows, absolute)
-        finally:
-            handle.remove()
 
     def keep(self, rows: list[int]) -> None:
         """Drop all rows but these (numbers in the present order)."""
@@ -347,21 +301,17 @@ class FullForward:
 def forward_for(adapter: ModelAdapter, layer: int, rows: Sequence[Row], site: Site) -> SuffixForward | FullForward:
     """The fastest forward of these rows that agrees with the whole model on one row alone.
 
-    The row that would be padded most is compared, with another vector than its own put in.  What
-    does not agree for one group is not tried again for this layer.
-
-    Args:
-        adapter: The model, in evaluation mode.
-        layer: The edited block.
-        rows: N rows.
-        site: Where the change enters.
+    The row that would be padded most is compared, with another vector than its own put in. What does not agree for one
+    group is not tried again for this layer. The model is in evaluation mode.
 
     Raises:
-        UnknownArchitecture: What is put out there is not one vector a token.
+        UnknownArchitecture: What is put out at the site is not one vector a token.
     """
     number = min(range(len(rows)), key=lambda i: (rows[i].subject, len(rows[i].ids)))
     columns = range(len(rows[number].ids) - rows[number].subject)
-    start, value, want = _changed_alone(adapter, layer, rows[number], site)
+    with torch.no_grad():
+        reads = ([0] * len(columns), columns)
+        start, want = _run_whole(adapter, module_at(adapter, layer, site), [rows[number]], reads, _another)
     excluded = adapter.measured.setdefault(("targets", layer, site), set())
     for form in (SuffixForward, FullForward):
         if form in excluded:
@@ -369,7 +319,7 @@ def forward_for(adapter: ModelAdapter, layer: int, rows: Sequence[Row], site: Si
         try:
             forward: SuffixForward | FullForward = form(adapter, layer, rows, site)
             others = forward.start.clone()
-            others[number] = value[0]
+            others[number] = _another(start)[0]
             with forward.installed(), torch.no_grad():
                 got = forward.logits(others, [number] * len(columns), columns)
             off = max(difference(got, want), difference(forward.start[number : number + 1], start))
@@ -392,30 +342,9 @@ def forward_for(adapter: ModelAdapter, layer: int, rows: Sequence[Row], site: Si
     return FullForward(adapter, layer, rows, site, alone=True)
 
 
-@torch.no_grad()
-def _changed_alone(adapter: ModelAdapter, layer: int, row: Row, site: Site) -> tuple[Tensor, Tensor, Tensor]:
-    """One row through the whole model, with another vector put in.
-
-    Returns:
-        What is put out at the subject (1, d), what is put in instead (1, d), and the logits from the subject on.
-    """
-    module, length = module_at(adapter, layer, site), len(row.ids)
-    seen: list[Tensor] = []
-
-    def put(_module: nn.Module, _args: Any, out: Any) -> Any:
-        states = token_states(out, (1, length), adapter.d, type(module).__name__).clone()
-        start = states[:, row.subject].float()
-        seen[:] = start.clone(), start + start.roll(1, -1) / 2
-        states[:, row.subject] = seen[1].to(states)
-        return with_hidden(out, states.reshape(hidden_of(out).shape))
-
-    handle = module.register_forward_hook(put)
-    try:
-        with head_reads(adapter, [0] * (length - row.subject), range(row.subject, length)):
-            logits: Tensor = adapter.run(**pad_batch([row.ids], device=adapter.device), use_cache=False).logits[0]
-    finally:
-        handle.remove()
-    return seen[0], seen[1], logits
+def _another(start: Tensor) -> Tensor:
+    """Vectors (n, d) that are tried in place of others."""
+    return start + start.roll(1, -1) / 2
 
 
 _WORDS: dict[type, tuple[str, str]] = {
@@ -426,13 +355,9 @@ _WORDS: dict[type, tuple[str, str]] = {
 
 @isolated()
 def check_targets(adapter: ModelAdapter, layers: Sequence[int]) -> None:
-    """Refuse a model whose targets cannot be computed, before anything is paid for statistics.
+    """Refuse a model whose targets cannot be computed at these layers, before anything is paid for statistics.
 
-    A few tokens run at each kind of block among these layers.
-
-    Args:
-        adapter: The model.
-        layers: The layers that may be edited.
+    A few tokens run at each kind of block among them.
 
     Raises:
         UnknownArchitecture: The model is not causal, changes its own weights, or no change can enter at such a block.

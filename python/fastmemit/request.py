@@ -155,9 +155,9 @@ _WITHOUT_SPACES = (
 
 
 def joined_answer(text: str, answer: str, join: str | None = None) -> str:
-    """An answer with what stands between it and the text before it, as a user would write both.
+    """What follows a text: an answer behind what stands between the two, as a user would write both.
 
-    White space behind the answer is removed.  In front of it stands, by the first rule that fits:
+    White space behind the answer is removed. In front of it stands, by the first rule that fits:
 
     1. `join`, if it is given.
     2. Nothing, if the text ends in white space.
@@ -166,14 +166,6 @@ def joined_answer(text: str, answer: str, join: str | None = None) -> str:
        and others) or its punctuation, with a bracket or quotation mark that opens, with a sign of
        currency, with one of ``/ @ # _ < ¿ ¡``, or with a special token that is written ``<|...|>``.
     5. One space.
-
-    Args:
-        text: What the answer continues.
-        answer: The answer.
-        join: What stands between them; None leaves it to the rules.
-
-    Returns:
-        What follows the text: ``text + joined_answer(text, answer)`` is the whole.
     """
     bare = answer.strip()
     if join is not None:

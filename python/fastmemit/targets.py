@@ -28,9 +28,9 @@ from fastcov.hooks import evaluation_mode, isolated
 from fastmemit.errors import FastmemitError
 from fastmemit.files import shared_folder
 from fastmemit.models import ModelAdapter, check_lengths
-from fastmemit.partial_forward import forward_for
+from fastmemit.partial_forward import FullForward, SuffixForward, forward_for
 from fastmemit.request import EditRequest
-from fastmemit.tokens import RequestRows, lead, like_lengths, request_rows
+from fastmemit.text import RequestRows, lead, like_lengths, request_rows
 
 log = logging.getLogger(__name__)
 
@@ -108,16 +108,15 @@ def optimise(
     batch_tokens: int = 1024,
     progress: Callable[[int], None] | None = None,
 ) -> list[Target]:
-    """Optimise the target vectors of all requests.
+    """Optimise the target vectors of all requests on the unedited model.
 
     Args:
-        adapter: The unedited model.
+        adapter: The model.
         tokenizer: Its tokenizer.
         requests: The facts.
         contexts: Texts before the prompts, the first one ``""``.
         settings: See `TargetSettings`.
-        batch_tokens: Upper bound on the padded tokens of one group of requests that run together;
-            it bounds the memory.  One request always runs, however long.
+        batch_tokens: Most padded tokens of requests that run together; it bounds the memory. One always runs.
         progress: Called with the number of request-steps done since the last call; in total ``len(requests) * steps``.
 
     Returns:
@@ -126,21 +125,24 @@ def optimise(
     Raises:
         BadLayer: The layer does not exist.
         UnknownArchitecture: The model is not causal, or a change cannot enter at this layer.
-        BadRequest: A request's subject and target cannot be told apart in tokens, or it is longer than the model's
-            context.
+        BadRequest: Subject and target cannot be told apart in tokens, or a request is longer than the model's context.
         FastmemitError: A loss became non-finite.
     """
     adapter.check_layer(settings.layer)
     adapter.check_causal()
-    rows = [request_rows(tokenizer, request, contexts) for request in requests]
-    check_lengths(adapter.model, [row.ids for request in rows for row in request.rows])
+    rows: list[RequestRows] = []
+    for request in requests:
+        rows.append(request_rows(tokenizer, request, contexts))
+    check_lengths(adapter.model, [row.ids for each in rows for row in each.rows])
     targets: dict[int, Target] = {}
     with evaluation_mode(adapter.model, frozen=True):
         for group in like_lengths(rows, batch_tokens):
             log.debug("targets: a group of %d requests", len(group))
             members = [rows[index] for index in group]
             names = [requests[index].text for index in group]
-            run = _Group(adapter, members, settings, names)
+            flat = [row for member in members for row in member.rows]
+            forward = forward_for(adapter, settings.layer, flat, settings.site)
+            run = _Group(forward, members, settings, names)
             for index, target in zip(group, run.optimise(progress), strict=True):
                 targets[index] = target
     return [targets[index] for index in range(len(rows))]
@@ -150,12 +152,14 @@ class _Group:
     """Requests that are optimised side by side."""
 
     def __init__(
-        self, adapter: ModelAdapter, members: Sequence[RequestRows], settings: TargetSettings, names: Sequence[str]
+        self,
+        forward: SuffixForward | FullForward,
+        members: Sequence[RequestRows],
+        settings: TargetSettings,
+        names: Sequence[str],
     ) -> None:
-        self._members, self._settings, self._names = members, settings, names
-        flat = [row for member in members for row in member.rows]
-        self._forward = forward_for(adapter, settings.layer, flat, settings.site)
-        self._device = self._forward.start.device
+        self._forward, self._members, self._settings, self._names = forward, members, settings, names
+        self._device = forward.start.device
         firsts, offset = [], 0
         for member in members:
             firsts.append(offset)  # rows[0] is the bare prompt
@@ -283,11 +287,7 @@ _READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 @dataclass(frozen=True)
 class TargetKey:
-    """Everything that a target vector depends on.
-
-    Attributes:
-        content: Names and values as JSON, always written in the same way.
-    """
+    """Everything that a target vector depends on: names and values as JSON, always written in the same way."""
 
     content: str
 
@@ -316,14 +316,14 @@ class TargetStore:
     def key(
         self, model: str, request: EditRequest, contexts: Sequence[str], settings: TargetSettings, front: str = ""
     ) -> TargetKey:
-        """Everything that the vector depends on.
+        """Everything that the vector of a request depends on.
 
         Args:
             model: What identifies model and tokenizer as they are now.
             request: The fact; its true answer does not matter.
             contexts: Texts before the prompt.
-            settings: Of the optimiser.
-            front: What the bare prompt stands behind, `fastmemit.tokens.lead`.
+            settings: How it is optimised.
+            front: What the bare prompt stands behind, `fastmemit.text.lead`.
         """
         content = {
             "recipe": RECIPE,

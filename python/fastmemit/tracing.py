@@ -29,11 +29,20 @@ from transformers import Cache, DynamicCache
 from fastcov.hooks import evaluation_mode, isolated
 from fastmemit.answers import judge_answers
 from fastmemit.errors import BadConfig, BadRequest, FastmemitError, UnknownArchitecture
-from fastmemit.models import ModelAdapter, agrees, check_lengths, hidden_of, probe_ids, token_states, with_hidden
-from fastmemit.models.structure import linear_shape
-from fastmemit.partial_forward import PrefixLayer, align, forward_as, head_reads
+from fastmemit.models import (
+    ModelAdapter,
+    agrees,
+    check_lengths,
+    hidden_of,
+    pad_batch,
+    probe_ids,
+    token_states,
+    with_hidden,
+)
+from fastmemit.models.adapter import linear_shape
+from fastmemit.partial_forward import align, as_cache, begun_at, head_reads, past_of
 from fastmemit.request import EditRequest
-from fastmemit.tokens import Row, encode_with_target, pad_batch, subject_end
+from fastmemit.text import Row, encode_with_target, subject_end
 
 Kind = Literal["mlp", "attention", "hidden"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -335,8 +344,8 @@ class Runs:
         self._samples = samples = spots[0].noise.shape[0]
         self._column = column = max(spot.position for spot in spots)
         rows = [Row(spot.fact.ids, spot.position) for spot in spots]
-        ids, mask = (part.to(adapter.device) for part in align(rows, column, spots[0].suffix))
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        batch = align(rows, column, spots[0].suffix)
+        ids, mask, positions = (part.to(adapter.device) for part in batch.values())
         self._answers = torch.tensor([spot.fact.answer for spot in spots])
         self.clean = self._run_clean(ids, mask, positions, kinds)
         self._ids, self._mask, self._positions = (part.repeat_interleave(samples, 0) for part in (ids, mask, positions))
@@ -362,7 +371,7 @@ class Runs:
             return self._probability(ids, mask, positions)
 
     def _run_corrupted(self) -> Tensor:
-        """Probabilities; and the states that restored runs begin with, in `_hidden` and `_cached`."""
+        """Probabilities; and the states that restored runs begin with, in `_hidden` and `_past`."""
         self._hidden: list[Tensor] = []  # per block its output, (rows, S, d)
         cache, column = DynamicCache(), self._column
 
@@ -375,36 +384,22 @@ class Runs:
                 hooks.enter_context(self._adapter.block(layer).register_forward_hook(record))
             hooks.enter_context(added_to_embeddings(self._adapter, self._noise))
             found = self._probability(self._ids, self._mask, self._positions, cache)
-        self._cached = [(e.keys[:, :, :column].clone(), e.values[:, :, :column].clone()) for e in cache.layers]
+        self._past = past_of(cache, column)
         return found.reshape(-1, self._samples)
 
     def restored(self, kind: Kind, first: int, last: int) -> Tensor:  # (n, samples)
         """Probabilities with the clean values of the layers `first` to `last` put back."""
         begin = first + 1 if kind == "hidden" else first  # the first block that runs
         ids, positions = self._ids[:, self._column :], self._positions[:, self._column :]
-        # The model asks the first layer how long the past is; the passed-through layers answer with
-        # a tensor of that length that has no memory behind it.
-        empty = self._hidden[0].new_zeros(()).expand(len(ids), 1, self._column, 1)
-        past = [(empty, empty)] * begin + self._cached[begin:]
+        cache = as_cache(self._past[begin:], begin, self._hidden[0], (len(ids), self._column))
         with ExitStack() as changes:
-            for layer in range(begin):
-                out = self._hidden[layer] if layer == begin - 1 else None
-                changes.enter_context(forward_as(self._adapter.block(layer), self._passing(out)))
+            changes.enter_context(begun_at(self._adapter, begin, lambda: self._hidden[begin - 1], self._returns_tuple))
             for layer in range(first, last + 1):
                 value = self._values[kind, layer].repeat_interleave(self._samples, 0)  # (rows, d)
                 changes.enter_context(replaced_output(restored_module(self._adapter, kind, layer), ids.shape, value))
             changes.enter_context(added_to_embeddings(self._adapter, self._noise[:, self._column :]))
-            found = self._probability(ids, self._mask, positions, Cache(layers=[PrefixLayer(k, v) for k, v in past]))
+            found = self._probability(ids, self._mask, positions, cache)
         return found.reshape(-1, self._samples)
-
-    def _passing(self, out: Tensor | None) -> Any:
-        """A block's forward that does nothing, or puts out a given state."""
-
-        def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-            given = hidden_states if out is None else out
-            return (given,) if self._returns_tuple else given
-
-        return forward
 
     def _probability(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Cache | None = None) -> Tensor:
         """Run the model; float32 probabilities (rows,) of the answers, read at the last column."""

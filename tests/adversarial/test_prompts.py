@@ -17,7 +17,7 @@ from fastmemit.data import Record
 from fastmemit.errors import BadRequest, DuplicateRequest, FastmemitError
 from fastmemit.evaluation import score_records
 from fastmemit.request import EditRequest, check_batch
-from fastmemit.tokens import encode, request_rows
+from fastmemit.text import encode, request_rows
 from tiny_editors import tiny_editor
 from tiny_models import CONTEXT, tiny_tokenizer
 

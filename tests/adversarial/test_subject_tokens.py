@@ -17,7 +17,7 @@ from tokenizers import pre_tokenizers
 from adversarial.awkward import PROMPTS, SCIENTIST, SUBJECTS, requests
 from fastmemit.errors import BadRequest
 from fastmemit.request import EditRequest
-from fastmemit.tokens import NOWHERE, encode, encode_with_target, subject_end
+from fastmemit.text import NOWHERE, encode, encode_with_target, subject_end
 from tiny_tokenizers import SPECIAL, tiny_tokenizer
 
 KINDS = ("byte_bpe", "bpe_bos", "adds_eos", "metaspace", "slow_bytes")

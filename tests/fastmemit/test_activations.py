@@ -12,7 +12,7 @@ from fastmemit import activations
 from fastmemit.activations import SubjectPass, read_at_subject
 from fastmemit.errors import UnknownArchitecture
 from fastmemit.models import find_adapter
-from fastmemit.tokens import Row
+from fastmemit.text import Row
 from tiny_models import ARCHITECTURES, LAYERS, tiny_model
 
 ROWS = [

@@ -12,7 +12,7 @@ from fastmemit import answers as module
 from fastmemit.answers import answer_nlls, judge_answers
 from fastmemit.errors import BadRequest, UnknownArchitecture
 from fastmemit.models import ModelAdapter, find_adapter
-from fastmemit.tokens import encode_with_target
+from fastmemit.text import encode_with_target
 from tiny_models import tiny_model, tiny_tokenizer
 
 QUESTIONS = [

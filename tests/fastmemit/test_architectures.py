@@ -22,7 +22,7 @@ from fastmemit.data import corpus_from_texts
 from fastmemit.errors import BadLayer, FastmemitError, UnknownArchitecture
 from fastmemit.models import hidden_of, with_hidden
 from fastmemit.targets import TargetSettings, optimise
-from fastmemit.tokens import request_rows
+from fastmemit.text import request_rows
 from tiny_models import tiny_tokenizer
 from tiny_tokenizers import VOCAB_SIZE
 

@@ -16,8 +16,8 @@ from fastmemit.errors import InferenceWeight
 from fastmemit.evaluation.downstream import evaluate_tasks
 from fastmemit.evaluation.perplexity import PerplexityText, perplexity
 from fastmemit.models import find_adapter
-from fastmemit.sampling import continue_texts
 from fastmemit.sharing import compose, parts, remove
+from fastmemit.text import continue_texts
 from fastmemit.tracing import TraceSettings, choose_facts, trace
 from tiny_editors import FACTS, QUICK, texts, tiny_editor
 from tiny_models import tiny_model, tiny_tokenizer

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from fastmemit import sampling as contexts_module
+from fastmemit import text as contexts_module
 from fastmemit.errors import WrongModel
-from fastmemit.sampling import OPENINGS, generate_contexts
+from fastmemit.text import OPENINGS, generate_contexts
 from tiny_editors import FACTS, tiny_editor
 from tiny_models import tiny_model, tiny_tokenizer
 

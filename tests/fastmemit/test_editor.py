@@ -12,8 +12,8 @@ from fastmemit import Edit, Editor, MemitConfig, RomeConfig
 from fastmemit.errors import BadConfig, BadLayer, BadRequest, DamagedFile, DuplicateRequest
 from fastmemit.evaluation import evaluate
 from fastmemit.request import EditRequest
-from fastmemit.sampling import continue_texts
 from fastmemit.statistics import versions
+from fastmemit.text import continue_texts
 from tiny_editors import FACTS, QUICK, record, tiny_corpus, tiny_editor
 from tiny_models import tiny_model, tiny_tokenizer
 

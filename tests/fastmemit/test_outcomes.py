@@ -14,7 +14,7 @@ from fastmemit.answers import Outcome, Reply, ask, compare, verdict
 from fastmemit.errors import FastmemitError, MissedFacts
 from fastmemit.models import find_adapter
 from fastmemit.request import EditRequest
-from fastmemit.tokens import encode, encode_with_target
+from fastmemit.text import encode, encode_with_target
 from tiny_editors import FACTS, QUICK, tiny_editor
 from tiny_models import tiny_model, tiny_tokenizer
 

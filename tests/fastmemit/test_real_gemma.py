@@ -6,7 +6,7 @@ import torch
 from fastmemit import Editor
 from fastmemit.activations import read_at_subject
 from fastmemit.data import builtin_facts
-from fastmemit.tokens import subject_row
+from fastmemit.text import subject_row
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastmemit.errors import BadConfig, BadRequest, FastmemitError
-from fastmemit.sampling import continue_rows, continue_texts
+from fastmemit.text import continue_rows, continue_texts
 from tiny_models import tiny_model, tiny_tokenizer
 
 ROWS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14], [15, 16]]

@@ -217,7 +217,7 @@ def _prose(tokenizer: Any) -> PerplexityText:
     """The end of the built-in prose, as running text."""
     from fastmemit.data import load_corpus
     from fastmemit.evaluation.perplexity import PerplexityText
-    from fastmemit.tokens import encode
+    from fastmemit.text import encode
 
     corpus = load_corpus("builtin")
     prose = "\n\n".join(corpus.documents())

@@ -36,7 +36,7 @@ from fastmemit.data.reading import (
     read_values,
 )
 from fastmemit.errors import BadCorpus
-from fastmemit.sampling import continue_texts
+from fastmemit.text import continue_texts
 
 logger = printable_logger(__name__)
 

@@ -14,7 +14,7 @@ from fastmemit.data import Record
 from fastmemit.data.reading import is_clean_text, read_values
 from fastmemit.errors import BadConfig, BadData
 from fastmemit.evaluation.scores import mean
-from fastmemit.sampling import continue_texts
+from fastmemit.text import continue_texts
 
 NEW_TOKENS = 100
 TOP_K = 5

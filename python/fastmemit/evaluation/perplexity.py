@@ -26,7 +26,7 @@ from fastmemit.errors import BadConfig, BadData, FastmemitError, UnknownArchitec
 from fastmemit.models import ModelAdapter, agrees, hidden_of, with_hidden
 from fastmemit.models.running import context_limit
 from fastmemit.partial_forward import forward_as, head_reads
-from fastmemit.tokens import encode
+from fastmemit.text import encode
 
 log = logging.getLogger(__name__)
 

@@ -38,7 +38,7 @@ from fastmemit.experiments.sweep import (
 from fastmemit.files import bar
 from fastmemit.methods import PRESERVING, EditConfig, PreservedKeys, ReadCache
 from fastmemit.request import check_batch
-from fastmemit.tokens import request_rows
+from fastmemit.text import request_rows
 
 log = logging.getLogger(__name__)
 

@@ -1,8 +1,6 @@
 """Models: loading and saving them, and one way to ask any architecture for what editing needs."""
 
-from __future__ import annotations
-
-from fastmemit.models.adapter import ModelAdapter, find_adapter
+from fastmemit.models.adapter import ModelAdapter
 from fastmemit.models.fingerprint import Watch, checksum, checksums, fingerprint, tokenizer_fingerprint
 from fastmemit.models.loading import load_model, load_skeleton
 from fastmemit.models.running import (
@@ -10,12 +8,14 @@ from fastmemit.models.running import (
     check_lengths,
     hidden_of,
     input_device,
+    length_batches,
+    pad_batch,
     probe_ids,
-    run_model,
     token_states,
     with_hidden,
 )
 from fastmemit.models.saving import new_folder, save_model
+from fastmemit.models.structure import find_adapter
 
 __all__ = [
     "ModelAdapter",
@@ -28,11 +28,12 @@ __all__ = [
     "fingerprint",
     "hidden_of",
     "input_device",
+    "length_batches",
     "load_model",
     "load_skeleton",
     "new_folder",
+    "pad_batch",
     "probe_ids",
-    "run_model",
     "save_model",
     "token_states",
     "tokenizer_fingerprint",

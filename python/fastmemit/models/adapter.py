@@ -12,9 +12,17 @@ from torch import nn
 
 from fastcov.hooks import evaluation_mode, isolated
 from fastmemit.errors import BadLayer, OffloadedWeight, QuantisedWeight, UnknownArchitecture
-from fastmemit.models.block_map import PROBE, BlockMap, inverse
-from fastmemit.models.running import Padding, context_limit, input_device, run_model, traits
-from fastmemit.models.structure import find_template, linear_maps, linear_shape, text_config, unwrapped
+from fastmemit.models.running import (
+    PROBE,
+    BlockMap,
+    Padding,
+    accepted,
+    context_limit,
+    input_device,
+    inverse,
+    text_config,
+    traits,
+)
 
 log = logging.getLogger(__name__)
 
@@ -23,6 +31,18 @@ CONTEXT_LIMIT = 2048
 REFUSED, WARNED = 0.1, 0.5
 #: Share of a move by which it may be another one among other tokens.
 ROWS_MATTER = 0.1
+
+
+def linear_shape(module: nn.Module) -> tuple[int, int] | None:
+    """(in, out) features of a linear map, quantised ones included; None for anything else."""
+    from transformers.pytorch_utils import Conv1D
+
+    if isinstance(module, Conv1D):
+        return int(module.weight.shape[0]), int(module.nf)
+    found = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    if isinstance(found[0], int) and isinstance(found[1], int):
+        return found[0], found[1]
+    return None
 
 
 class ModelAdapter:
@@ -99,9 +119,8 @@ class ModelAdapter:
         if len(sharing) > 1:
             free = ", ".join(map(str, self.layers)) or "none"
             raise BadLayer(
-                f"The layers {', '.join(map(str, sharing))} share one {self._inside!r}, so that an "
-                f"edit of layer {layer} would change all of them; the layers with one of their own "
-                f"are {free}."
+                f"The layers {', '.join(map(str, sharing))} share one {self._inside!r}, so that an edit of layer "
+                f"{layer} would change all of them; the layers with one of their own are {free}."
             )
 
     def _check_number(self, layer: int) -> None:
@@ -195,14 +214,12 @@ class ModelAdapter:
 
     @isolated()
     def reach(self, layer: int) -> float:
-        """How far the projection can move its block's output, as a share of it, by measurement.
-
-        Outputs that are large in every coordinate are put in, with either sign; half of the way between what comes out,
-        over the length of what the block puts out now. It compares layers of one model.
-        """
+        """How far the projection can move its block's output, as a measured share of it; it compares layers."""
         self.check_constant()  # before anything runs the model
         key = ("reach", layer)
         if key not in self.measured:
+            # Outputs that are large in every coordinate go in, with either sign: half of the way between what comes
+            # out, over the length of what the block puts out now.
             probe = torch.full((4, self.d), PROBE, device=self.device)
             probe[:, 1::2] *= -1
             with evaluation_mode(self.model):
@@ -226,22 +243,21 @@ class ModelAdapter:
         residual: torch.Tensor,  # (B, d)
         rows: Sequence[Sequence[int]] | None = None,
     ) -> torch.Tensor:  # (B, d)
-        """What to add to the projection's output so that the block's output moves by `residual`.
+        """What to add to the projection's output (B, d) so that the block's output moves by `residual` (B, d).
 
-        For most architectures the residual itself, because a block adds the projection's output to
-        its stream as it is; that is measured once a layer.  See `fastmemit.models.block_map` for
-        what is done where it does not.
+        For most architectures the residual itself, which is measured once a layer; see
+        `fastmemit.models.running.inverse`.
 
         Args:
             layer: The edited layer.
             output: The projection's output now.
             residual: By how much the block's output shall move.
             rows: The token ids up to where each output is of; None takes arbitrary ones, which is right as long as what
-                the block does behind its MLP does not depend on them.
+            the block does behind its MLP does not depend on them.
 
         Raises:
             BadLayer: The block's output cannot be moved so, not even by a tenth; or it depends on tokens that were not
-                given.
+            given.
         """
         if self.adds_plainly(layer):
             return residual
@@ -267,9 +283,8 @@ class ModelAdapter:
             )
         if reached < WARNED:
             log.warning(
-                "layer %d reaches %.2f of the wanted change (mean of %d facts; the lowest %.2f), "
-                "because its block normalises what its projection puts out; later layers and other "
-                "layers may carry more",
+                "layer %d reaches %.2f of the wanted change (mean of %d facts; the lowest %.2f), because its block "
+                "normalises what its projection puts out; later layers and other layers may carry more",
                 *(layer, reached, len(share), float(share.min())),
             )
         return change
@@ -303,8 +318,8 @@ class ModelAdapter:
         return input_device(self.model)
 
     def run(self, **inputs: Any) -> Any:
-        """The model's output; see `fastmemit.models.running.run_model`."""
-        return run_model(self.model, **inputs)
+        """The model's output, without the optional inputs that it does not know."""
+        return self.model(**accepted(self.model, inputs))
 
     @cached_property
     def is_causal(self) -> bool:
@@ -352,39 +367,3 @@ class ModelAdapter:
             f"{type(self.model).__name__} is not causal: a later token changes what it says at an "
             f"earlier one, so it can be neither edited nor scored token by token; {fix}."
         )
-
-
-def find_adapter(model: nn.Module, module: str | None = None) -> ModelAdapter:
-    """The adapter of a model, found by the model's structure.
-
-    Args:
-        model: A causal language model; what torch.compile, PEFT or a parallel wrapper puts around one is taken off, so
-            that weights have the names that the model itself gives them.
-        module: The projection to edit with ``{}`` for the layer, where its structure leaves doubt.
-
-    Raises:
-        UnknownArchitecture: The blocks or the projection cannot be told; the message lists what was
-            found.  Or `module` names nothing that can be edited.
-    """
-    model = unwrapped(model)
-    if module is not None:
-        return ModelAdapter(model, _checked(model, module))
-    return ModelAdapter(model, find_template(model))
-
-
-def _checked(model: nn.Module, module: str) -> str:
-    """`module`, if it names a linear map in at least one block."""
-    exist = linear_maps(model)
-    if module.count("{}") != 1:
-        raise UnknownArchitecture(f"The module {module!r} must contain exactly one {{}} for the layer; {exist}.")
-    prefix, _, rest = module.partition(".{}.")
-    try:
-        blocks: nn.Module | None = model.get_submodule(prefix) if rest else None
-    except AttributeError:
-        blocks = None
-    linear = {name for name, part in model.named_modules() if linear_shape(part) is not None}
-    if isinstance(blocks, nn.ModuleList) and any(
-        module.replace("{}", str(layer)) in linear for layer in range(len(blocks))
-    ):
-        return module
-    raise UnknownArchitecture(f"The module {module!r} leads to no linear map; {exist}.")

@@ -1,7 +1,6 @@
 """Which model is this: a short text that changes with every bit of its weights.
 
-Statistics and edits belong to one exact model.  The name says little: an edited copy, another
-revision or another dtype bear the same one.
+Statistics and edits belong to one exact model; an edited copy, another revision or another dtype bear the same name.
 """
 
 from __future__ import annotations
@@ -49,18 +48,21 @@ def stored_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _own(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """A module's own tensors: parts of packed ones, and what its weights need beside them."""
-    for name, parameter in module._parameters.items():
-        if parameter is not None:
-            yield from _parts(name, parameter)
-    for name, buffer in module._buffers.items():
-        if buffer is not None and name not in module._non_persistent_buffers_set:
-            yield from _parts(name, buffer)
+    for name, tensor in _persistent(module):
+        yield from _parts(name, tensor)
     # bitsandbytes keeps scales neither as parameters nor as buffers, but saves them.
     packed = (p for p in module._parameters.values() if p is not None and type(p) not in _PLAIN)
     if any(not hasattr(p, "__tensor_flatten__") for p in packed):
         for name, value in module.state_dict().items():
             if isinstance(value, Tensor) and name not in module._parameters:
                 yield name, value
+
+
+def _persistent(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """A module's own parameters and persistent buffers."""
+    for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+        if tensor is not None and name not in module._non_persistent_buffers_set:
+            yield name, tensor
 
 
 def _parts(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
@@ -75,15 +77,13 @@ def _parts(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
 
 def _tied(model: nn.Module, found: dict[str, Tensor]) -> set[str]:
     """Names of embeddings and head where they are one matrix but offloading took them apart."""
-    config = getattr(model, "config", None)
-    if not getattr(config, "tie_word_embeddings", False):
+    if not getattr(getattr(model, "config", None), "tie_word_embeddings", False):
         return set()
-    both = []
+    both = set()
     for get in ("get_input_embeddings", "get_output_embeddings"):
-        module = getattr(model, get, lambda: None)()
-        weight = getattr(module, "weight", None)
-        both += [name for name, tensor in found.items() if tensor is weight]
-    return set(both) if any(found[name].is_meta for name in both) else set()
+        weight = getattr(getattr(model, get, lambda: None)(), "weight", None)
+        both |= {name for name, tensor in found.items() if tensor is weight}
+    return both if any(found[name].is_meta for name in both) else set()
 
 
 def _value(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
@@ -105,7 +105,8 @@ RECIPE = 2
 _WORDS = 1 << 17  # 64-bit words in a block: 1 MB, which stays in the caches
 _CPU = torch.device("cpu")
 _TOGETHER = 32  # blocks that an accelerator takes at a time
-# Fields of a config that say nothing about the function a model in evaluation mode computes.
+# Fields of a config that say nothing about the function a model in evaluation mode computes. That embeddings are tied
+# shows in the tensors.
 _VOLATILE = {
     "architectures",
     "attn_implementation",
@@ -116,7 +117,7 @@ _VOLATILE = {
     "pretraining_tp",
     "quantization_config",
     "task_specific_params",
-    "tie_word_embeddings",  # shows in the tensors
+    "tie_word_embeddings",
     "torch_dtype",
     "transformers_version",
     "use_cache",
@@ -149,7 +150,7 @@ def checksums(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
     Raises:
         OffloadedWeight: A tensor is not in memory.
     """
-    kinds: dict[str, tuple[str, int]] = {}  # name -> dtype and shape, number of blocks
+    kinds: dict[str, str] = {}  # name -> dtype and shape
     pending: dict[torch.device, list[tuple[str, Tensor]]] = {}
     with _Summing() as summing:
         for name, tensor in tensors:
@@ -160,17 +161,17 @@ def checksums(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
             sums = summing(_words(tensor))
             shape = "x".join(map(str, tensor.shape))
             dtype = str(tensor.dtype).removeprefix("torch.")
-            kinds[name] = (f"{dtype}[{shape}]", len(sums))
+            kinds[name] = f"{dtype}[{shape}]"
             pending.setdefault(sums.device, []).append((name, sums))
     digests: dict[str, str] = {}
     for parts in pending.values():
         values = torch.cat([sums for _, sums in parts]).cpu().numpy().astype("<i8")
         start = 0
         for name, sums in parts:
-            block = values[start : start + len(sums)]
-            start += len(sums)
-            digests[name] = hashlib.blake2b(block.tobytes(), digest_size=16).hexdigest()
-    return {name: f"{kind}:{digests[name]}" for name, (kind, _) in kinds.items()}
+            end = start + len(sums)
+            digests[name] = hashlib.blake2b(values[start:end].tobytes(), digest_size=16).hexdigest()
+            start = end
+    return {name: f"{kind}:{digests[name]}" for name, kind in kinds.items()}
 
 
 def _words(tensor: Tensor) -> Tensor:
@@ -185,11 +186,10 @@ def _words(tensor: Tensor) -> Tensor:
 
 
 class _Summing:
-    """The sums (blocks, 2) of words (n,), on their device.
+    """The sums (blocks, 2) of words (n,), on their device."""
 
-    On the CPU each thread of torch's number takes blocks of its own, in buffers that stay in its caches: the product of
-    two integer vectors is computed by one thread alone.
-    """
+    # On the CPU each of torch's threads takes blocks of its own, in buffers that stay in its caches: torch computes the
+    # product of two integer vectors in one thread alone.
 
     def __enter__(self) -> _Summing:
         number = torch.get_num_threads()
@@ -202,9 +202,8 @@ class _Summing:
             self._threads.shutdown()
 
     def __call__(self, words: Tensor) -> Tensor:
-        return (self.on_cpu if words.device.type == "cpu" else self.on_accelerator)(words)
-
-    def on_cpu(self, words: Tensor) -> Tensor:
+        if words.device.type != "cpu":
+            return self.on_accelerator(words)
         blocks = words.split(_WORDS)
         number = len(self._buffers)
         if self._threads is None or len(blocks) < 2:
@@ -215,10 +214,10 @@ class _Summing:
         return torch.stack([each for sums in found for each in sums]).view(-1, 2)
 
     def _in_caches(self, thread: int, blocks: Sequence[Tensor]) -> list[Tensor]:
-        """The sums of some blocks on the CPU, in the buffer of one thread."""
+        keys = _keys(_CPU)
         if self._buffers[thread] is None:
-            self._buffers[thread] = _keys(_CPU).new_empty(_WORDS), _keys(_CPU).new_empty(_WORDS)
-        keys, (y, high) = _keys(_CPU), self._buffers[thread]
+            self._buffers[thread] = torch.empty_like(keys), torch.empty_like(keys)
+        y, high = self._buffers[thread]
         sums = []
         for words in blocks:
             if len(words) < _WORDS:
@@ -250,9 +249,9 @@ def _keys(device: torch.device) -> Tensor:
 def fingerprint(model: Any) -> str:
     """The identity of a model: 64 hexadecimal digits.
 
-    It changes with any bit of any parameter, persistent buffer or scale of a quantised weight, and
-    with those fields of the config that change what the model computes.  The same weights loaded
-    again, on any device or offloaded, have the same fingerprint; in another dtype, or quantised, they have another.
+    It changes with any bit of any parameter, persistent buffer or scale of a quantised weight, and with those fields of
+    the config that change what the model computes. The same weights loaded again, on any device or offloaded, have the
+    same fingerprint; in another dtype, or quantised, they have another.
 
     Raises:
         OffloadedWeight: Some weight is neither in memory nor where accelerate offloads to.
@@ -262,8 +261,7 @@ def fingerprint(model: Any) -> str:
 
 def fingerprint_of(model: Any, tensors: dict[str, str]) -> str:
     """The fingerprint of a model whose stored tensors have these checksums."""
-    content = {"recipe": RECIPE, "config": _essence(model.config.to_dict()), "tensors": tensors}
-    return hashlib.sha256(_canonical(content)).hexdigest()
+    return _digest({"recipe": RECIPE, "config": _essence(model.config.to_dict()), "tensors": tensors})
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
@@ -285,17 +283,14 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
             "special": tokenizer.all_special_tokens,
             "sample": list(tokenizer(_PROBE)["input_ids"]),
         }
-    return hashlib.sha256(_canonical(content)).hexdigest()
+    return _digest(content)
 
 
 def _essence(config: dict[str, Any]) -> dict[str, Any]:
-    """A config without what is volatile, unset or about training and generation only.
-
-    Fields that every config has are left out: the base class gains and loses them between versions of transformers, and
-    none changes the weights' function.
-    """
+    """A config without what is volatile, unset or about training and generation only."""
     from transformers import PretrainedConfig
 
+    # The base class gains and loses fields between versions of transformers; none changes the weights' function.
     common = set(PretrainedConfig().to_dict()) - {"model_type"}
     kept = _without(config, common | _VOLATILE)
     # Version 5 of transformers puts into one dict what version 4 kept in two fields.
@@ -317,8 +312,9 @@ def _without(config: dict[str, Any], names: set[str]) -> dict[str, Any]:
     return kept
 
 
-def _canonical(content: Any) -> bytes:
-    return json.dumps(content, sort_keys=True, ensure_ascii=True, default=str).encode()
+def _digest(content: Any) -> str:
+    text = json.dumps(content, sort_keys=True, ensure_ascii=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 class Watch:
@@ -335,15 +331,12 @@ class Watch:
         self._storages: dict[int, StorageWeakRef] = {}
 
     def identify(self, model: nn.Module) -> str:
-        """Read all tensors; the model is the one to be watched from now on.
-
-        Returns:
-            Its fingerprint.
+        """The model's fingerprint; the model is the one to be watched from now on.
 
         Raises:
-            OffloadedWeight: Some weight is neither in memory nor where accelerate offloads to.
+            OffloadedWeight: A weight is neither in memory nor where accelerate offloads to.
         """
-        tensors = _own_tensors(model)
+        tensors = _tensors(model)
         self._checksums = checksums(stored_tensors(model))
         self._note(tensors)
         return fingerprint_of(model, self._checksums)
@@ -367,7 +360,7 @@ class Watch:
             model: The model.
             edited: Parameter -> (itself, the checksum that it shall have instead).
         """
-        tensors = _own_tensors(model)
+        tensors = _tensors(model)
         if len(tensors) == len(self._marks) and all(map(self._known, tensors)):
             return []
         stored = dict(stored_tensors(model))
@@ -387,17 +380,9 @@ class Watch:
         return mark is not None and mark == _mark(tensor)
 
 
-def _own_tensors(model: nn.Module) -> list[Tensor]:
-    """The tensors of a model, each once: parameters and persistent buffers."""
-    found: dict[int, Tensor] = {}
-    for module in model.modules():
-        for tensor in module._parameters.values():
-            if tensor is not None:
-                found[id(tensor)] = tensor
-        for name, buffer in module._buffers.items():
-            if buffer is not None and name not in module._non_persistent_buffers_set:
-                found[id(buffer)] = buffer
-    return list(found.values())
+def _tensors(model: nn.Module) -> list[Tensor]:
+    """Parameters and persistent buffers, each once."""
+    return list({id(tensor): tensor for module in model.modules() for _, tensor in _persistent(module)}.values())
 
 
 def _mark(tensor: Tensor) -> Any:

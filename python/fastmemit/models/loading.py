@@ -47,10 +47,7 @@ def demo_file() -> Path:
 
 
 def expanded_folder(file: Path) -> Path:
-    """The folder with the float32 model of a GGUF file, made on the first call and then kept.
-
-    Expanding SmolLM2-135M takes 20 seconds and 540 MB in the cache.  The folder is named by the
-    file's content, so another file of the same name gets another folder.
+    """The folder with the float32 model of a GGUF file, named by its content, made on the first call and then kept.
 
     Raises:
         ModelNotFound: The packages that read GGUF are not installed.
@@ -93,16 +90,13 @@ def _expand(file: Path, folder: Path) -> None:
 
 
 def _tokenizer(file: Path, converted: Any) -> Any:
-    """The tokenizer of a GGUF file as a plain fast tokenizer.
-
-    transformers 4 wraps any converted tokenizer of this family as Llama's: it puts a BOS in front
-    that the file forbids, and what it saves transformers 5 would load with Llama's own rules.  The
-    tokenizer's definition itself is right, so it is kept, without that BOS.
-    """
+    """The tokenizer of a GGUF file as a plain fast tokenizer."""
     from gguf import GGUFReader
     from tokenizers.processors import TemplateProcessing
     from transformers import PreTrainedTokenizerFast
 
+    # transformers 4 wraps any converted tokenizer of this family as Llama's: it puts a BOS in front that the file
+    # forbids, and what it saves transformers 5 would load with Llama's own rules. The definition itself is right.
     fields = GGUFReader(file).fields
     backend = converted.backend_tokenizer
     adds = fields.get("tokenizer.ggml.add_bos_token")
@@ -132,11 +126,7 @@ LOAD_IN = ("8bit", "4bit")
 
 
 def checked_map(device_map: str | Mapping[str, Any], device: str | torch.device | None) -> str | dict[str, Any]:
-    """A device map that `from_pretrained` takes.
-
-    Args:
-        device_map: One of `MAPS`, or a device for each module.
-        device: The single device that was asked for.
+    """A device map that `from_pretrained` takes: one of `MAPS`, or a device for each module.
 
     Raises:
         BadConfig: It is neither, a single device was asked for too, or accelerate is missing.
@@ -154,11 +144,7 @@ def checked_map(device_map: str | Mapping[str, Any], device: str | torch.device 
 
 
 def memory_of_own_gpus() -> dict[int | str, int] | None:
-    """Free bytes of the GPUs of this process and of the CPU; None where it may take all GPUs.
-
-    Raises:
-        BadConfig: There are more processes on this machine than GPUs.
-    """
+    """Free bytes of the GPUs of this process and of the CPU; None where it may take all GPUs."""
     own = parallel.own_gpus()
     if own is None:
         return None
@@ -169,11 +155,7 @@ def memory_of_own_gpus() -> dict[int | str, int] | None:
 
 
 def quantised(load_in: str, dtype: str | torch.dtype) -> Any:
-    """The configuration that quantises weights as they are loaded.
-
-    Args:
-        load_in: One of `LOAD_IN`.
-        dtype: That of the model's other tensors, in which 4-bit weights are multiplied too.
+    """The configuration that quantises weights as they are loaded, to one of `LOAD_IN`.
 
     Raises:
         BadConfig: There is no such form, or bitsandbytes or accelerate is missing.
@@ -192,11 +174,7 @@ def quantised(load_in: str, dtype: str | torch.dtype) -> Any:
 
 
 def needs_accelerate(what: str) -> None:
-    """Refuse what cannot be done without accelerate.
-
-    Raises:
-        BadConfig: It is not installed.
-    """
+    """Refuse what cannot be done without accelerate where it is not installed."""
     if importlib.util.find_spec("accelerate") is None:
         raise BadConfig(f"{what[0].upper()}{what[1:]} needs the package accelerate; pip install accelerate.")
 
@@ -274,9 +252,7 @@ def load_model(
 
 @isolated()
 def load_skeleton(name: str, *, trust_remote_code: bool = False) -> Any:
-    """A model without its weights: every module and shape, nothing to compute with.
-
-    Only the configuration is read, so that a model of any size takes no memory.
+    """A model without its weights: every module and shape, nothing to compute with, and no memory taken.
 
     Args:
         name: As for `load_model`.
@@ -284,7 +260,7 @@ def load_skeleton(name: str, *, trust_remote_code: bool = False) -> Any:
 
     Raises:
         ModelNotFound: Nothing of this name can be loaded, its configuration describes no model, or it needs code that
-            is not there.
+        is not there.
     """
     source = str(_source(name))
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -336,11 +312,7 @@ def _why_not(name: str, error: Exception) -> str:
 
 
 def _device(device: str | torch.device | None) -> str:
-    """A device that exists here, or "auto".
-
-    Raises:
-        BadConfig: There is no such device.
-    """
+    """A device that exists here, or "auto"."""
     if device is None:
         if torch.cuda.is_available():
             return "cuda"
@@ -367,11 +339,7 @@ def _device(device: str | torch.device | None) -> str:
 
 
 def _dtype(dtype: str | torch.dtype | None, device: str) -> str | torch.dtype:
-    """A floating-point dtype, or "auto" for the checkpoint's own.
-
-    Raises:
-        BadConfig: It is neither.
-    """
+    """A floating-point dtype, or "auto" for the checkpoint's own."""
     if dtype is None:
         return torch.float32 if device == "cpu" else "auto"
     if isinstance(dtype, torch.dtype) and dtype in DTYPES.values():

@@ -1,27 +1,56 @@
-"""Run a model, and measure on it what a batched or a shortened run of it may rely on.
+"""Run a model, or one block of it, and measure what a batched or a shortened run may rely on.
 
-What a config says of a model (that it is causal, which kinds of state its layers keep) is not what
-decides: a few tiny forwards do.  Part of a model, or a batch of padded rows, stands for the whole
-model on one row only where both give the same to rounding.
+What a config says of a model (that it is causal, which kinds of state its layers keep) is not what decides: a few tiny
+forwards do. Part of a model, or a batch of padded rows, stands for the whole model on one row only where both give the
+same to rounding.
 """
 
 from __future__ import annotations
 
+import copy
 import inspect
 import weakref
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from fastcov.hooks import evaluation_mode, isolated
 from fastmemit.errors import BadRequest, UnknownArchitecture
-from fastmemit.models.structure import text_config
-from fastmemit.tokens import pad_batch
 
-_FIELDS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+if TYPE_CHECKING:
+    from fastmemit.models.adapter import ModelAdapter
+
+Padding = Literal["unmasked", "masked", "none"]
+Found = TypeVar("Found")
+
+_LIMITS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+_LONG, _SHORT, _CHANGED = 12, 7, 4  # tokens of the rows that are tried, and of a changed ending
+
+
+# -- what goes in and comes out -----------------------------------------------------------------------
+
+
+def text_config(model: nn.Module) -> Any:
+    """The config of the text decoder; that of the whole model where there is only one.
+
+    Raises:
+        UnknownArchitecture: The model has no config, or is an encoder-decoder.
+    """
+    config = getattr(model, "config", None)
+    if config is None:
+        raise UnknownArchitecture(
+            f"{type(model).__name__} has no config; give a causal language model of transformers."
+        )
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnknownArchitecture(
+            f"{type(model).__name__} is an encoder-decoder; only decoder-only models can be edited."
+        )
+    read = getattr(config, "get_text_config", None)
+    return read(decoder=True) if callable(read) else config
 
 
 def context_limit(model: nn.Module) -> int | None:
@@ -29,17 +58,12 @@ def context_limit(model: nn.Module) -> int | None:
     if getattr(model, "config", None) is None:
         return None
     config = text_config(model)
-    stated = (getattr(config, field, None) for field in _FIELDS)
+    stated = (getattr(config, field, None) for field in _LIMITS)
     return next((limit for limit in stated if isinstance(limit, int) and limit > 0), None)
 
 
 def check_lengths(model: nn.Module, rows: Sequence[Sequence[int]], more: int = 0) -> None:
-    """Refuse rows of tokens that the model has no positions for.
-
-    Args:
-        model: The model.
-        rows: Token ids.
-        more: Tokens that will be added to each.
+    """Refuse rows of tokens that the model has no positions for, with `more` tokens added to each.
 
     Raises:
         BadRequest: A row is too long; the message says by how much.
@@ -53,19 +77,61 @@ def check_lengths(model: nn.Module, rows: Sequence[Sequence[int]], more: int = 0
         )
 
 
-def hidden_of(output: Any) -> torch.Tensor:
+def pad_batch(
+    rows: Sequence[Sequence[int]], pad_id: int = 0, side: str = "right", device: torch.device | str | None = None
+) -> dict[str, Tensor]:
+    """Rows of token ids, of any lengths, as one batch (n, L) for a model, padded on the "right" or the "left".
+
+    What pads is masked, so any id of the vocabulary will do. Positions count a row's own tokens from 0 on either side.
+
+    Raises:
+        ValueError: `side` is neither.
+    """
+    if side not in ("right", "left"):
+        raise ValueError(f"The padding side must be 'right' or 'left', not {side!r}.")
+    width = max((len(row) for row in rows), default=0)
+    starts = [0 if side == "right" else width - len(row) for row in rows]
+    batch = place_rows(rows, starts, width, pad_id)
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def place_rows(rows: Sequence[Sequence[int]], starts: Sequence[int], width: int, pad_id: int = 0) -> dict[str, Tensor]:
+    """Rows of token ids in a batch (n, width), each from a column of its own on; see `pad_batch`."""
+    ids = torch.full((len(rows), width), pad_id, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for index, (row, start) in enumerate(zip(rows, starts, strict=True)):
+        ids[index, start : start + len(row)] = torch.tensor(list(row), dtype=torch.int64)
+        mask[index, start : start + len(row)] = 1
+    return {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+
+
+def length_batches(rows: Iterable[Sequence[int]], batch_tokens: int) -> list[list[Sequence[int]]]:
+    """Rows of like lengths together, so that padding costs little.
+
+    Batches hold at most `batch_tokens` tokens, padding included, but one row always goes; they come shortest first, and
+    rows of equal length keep their order.
+    """
+    batches: list[list[Sequence[int]]] = []
+    for row in sorted(rows, key=len):  # ascending lengths: the newest is the longest
+        if not batches or (len(batches[-1]) + 1) * len(row) > batch_tokens:
+            batches.append([])
+        batches[-1].append(row)
+    return batches
+
+
+def hidden_of(output: Any) -> Tensor:
     """The hidden states (B, L, d) in a block's output, be it a tensor, a tuple or a ModelOutput.
 
     Raises:
         TypeError: The output holds no tensor in first place.
     """
-    if isinstance(output, torch.Tensor):
+    if isinstance(output, Tensor):
         return output
     if isinstance(output, dict):
         first = next(iter(output.values()), None)
     else:
         first = output[0] if isinstance(output, (tuple, list)) and output else None
-    if not isinstance(first, torch.Tensor):
+    if not isinstance(first, Tensor):
         raise TypeError(
             f"A block returned {type(output).__name__} without a tensor in first place; "
             "its hidden states cannot be found."
@@ -73,48 +139,34 @@ def hidden_of(output: Any) -> torch.Tensor:
     return first
 
 
-def token_states(output: Any, shape: tuple[int, int], d: int, of: str) -> torch.Tensor:  # (rows, L, d)
-    """The hidden states in a module's output, one of width `d` a token.
+def token_states(output: Any, shape: tuple[int, int], d: int, of: str) -> Tensor:  # (rows, L, d)
+    """The hidden states in the output of a module, named `of`, one of width `d` for each token of a batch (rows, L).
 
     Some blocks flatten rows and tokens before their MLP: (rows * L, d).
-
-    Args:
-        output: What the module put out.
-        shape: (rows, L) of the batch.
-        d: The width.
-        of: The module in words, for the error.
 
     Raises:
         UnknownArchitecture: There are several states a token (Gemma 3n), or not one for every token (a routed expert).
     """
-    hidden = hidden_of(output)
+    hidden = output if isinstance(output, Tensor) else hidden_of(output)
     rows, length = shape
     if tuple(hidden.shape) not in {(rows, length, d), (rows * length, d)}:
         raise UnknownArchitecture(
-            f"{of} handles a tensor of shape {tuple(hidden.shape)} for {rows} rows of {length} "
-            f"tokens, not one state of width {d} a token, so it can be neither read nor changed at "
-            "the subject."
+            f"{of} handles a tensor of shape {tuple(hidden.shape)} for {rows} rows of {length} tokens, not one state "
+            f"of width {d} a token, so it can be neither read nor changed at the subject."
         )
     return hidden.reshape(rows, length, d)
 
 
-def with_hidden(output: Any, hidden: torch.Tensor) -> Any:
+def with_hidden(output: Any, hidden: Tensor) -> Any:
     """The same kind of object as `output`, with its hidden states replaced by `hidden`."""
     hidden_of(output)  # the same refusal for what cannot be read
-    if isinstance(output, torch.Tensor):
+    if isinstance(output, Tensor):
         return hidden
     if isinstance(output, dict):
-        first = next(iter(output))
-        return type(output)(**{**output, first: hidden})
+        return type(output)(**{**output, next(iter(output)): hidden})
     if hasattr(output, "_replace"):  # a named tuple takes its fields one by one
         return output._replace(**{output._fields[0]: hidden})
     return type(output)((hidden, *output[1:]))
-
-
-Padding = Literal["unmasked", "masked", "none"]
-Found = TypeVar("Found")
-
-_LONG, _SHORT, _CHANGED = 12, 7, 4  # tokens of the rows that are tried, and of a changed ending
 
 
 def input_device(model: Any) -> torch.device:
@@ -128,21 +180,29 @@ def input_device(model: Any) -> torch.device:
     return device
 
 
-def run_model(model: Any, **inputs: Any) -> Any:
-    """What a model gives for some inputs, without the names that its forward does not know.
+def accepted(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+    """Inputs without the optional ones that the model's forward does not know.
 
     BLOOM, MPT and Mamba count positions themselves; where padding stands they read from the mask.
     """
     known = inspect.signature(model.forward).parameters
     optional = {"position_ids", "use_cache"} - known.keys()
-    return model(**{name: value for name, value in inputs.items() if name not in optional})
+    return {name: value for name, value in inputs.items() if name not in optional}
+
+
+def run_model(model: Any, **inputs: Any) -> Any:
+    """What a model gives for some inputs, without those that it does not know."""
+    return model(**accepted(model, inputs))
+
+
+# -- what may be relied on ----------------------------------------------------------------------------
 
 
 def tolerance(model: Any) -> float:
     """The largest `difference` between two runs of a model that rounding alone can explain.
 
-    In float32 it is a thousandth, hundreds of times what is seen.  Half precision rounds every
-    activation, and what reaches the logits of a deep model is several of its epsilons.
+    In float32 it is a thousandth, hundreds of times what is seen. Half precision rounds every activation, and what
+    reaches the logits of a deep model is several of its epsilons.
     """
     dtypes = {p.dtype for p in model.parameters() if p.is_floating_point() and p.itemsize > 1}
     epsilons = [torch.finfo(dtype).eps for dtype in dtypes]
@@ -154,8 +214,8 @@ def tolerance(model: Any) -> float:
 def difference(got: Tensor, want: Tensor) -> float:
     """How far two results (rows, width) of a model are apart: the largest share of a row's length.
 
-    A row's length is counted from its mean, because logits may share a large offset.  What is not
-    finite in `want` is left out: forbidden words, or a broken model, which is not judged here.
+    A row's length is counted from its mean, because logits may share a large offset. What is not finite in `want` is
+    left out: forbidden words, or a broken model, which is not judged here.
     """
     got, want = got.detach().to(want.device).double(), want.detach().double()
     finite = want.isfinite()
@@ -185,21 +245,21 @@ class _State:
     """What a model was when something was found out about it."""
 
     def __init__(self, model: Any) -> None:
-        self._modules = [(weakref.ref(module), _settings(module)) for module in model.modules()]
         self._config = _config(model)
-        self._tensors = [(weakref.ref(tensor), _place(tensor), version) for tensor, version in _tensors(model)]
+        self._modules = [(weakref.ref(module), _settings(module)) for module in model.modules()]
+        self._tensors = [(weakref.ref(p), _place(p), _version(p)) for p in model.parameters()]
 
     def holds(self, model: Any, *, weights: bool) -> bool:
         """Whether a model still has the same modules and settings and, if asked for, the same weights."""
-        modules, tensors = list(model.modules()), list(_tensors(model))
+        modules, tensors = list(model.modules()), list(model.parameters())
         return (
             self._config == _config(model)
             and len(modules) == len(self._modules)
             and all(ref() is m and was == _settings(m) for m, (ref, was) in zip(modules, self._modules, strict=True))
             and len(tensors) == len(self._tensors)
             and all(
-                ref() is tensor and place == _place(tensor) and (was == now or not weights)
-                for (tensor, now), (ref, place, was) in zip(tensors, self._tensors, strict=True)
+                ref() is p and place == _place(p) and (not weights or version == _version(p))
+                for p, (ref, place, version) in zip(tensors, self._tensors, strict=True)
             )
         )
 
@@ -223,10 +283,9 @@ def _config(model: Any) -> str:
     return f"{getattr(config, '_attn_implementation', None)} {as_dict}"
 
 
-def _tensors(model: Any) -> Iterator[tuple[Tensor, int]]:
-    """The parameters of a model and how often each was written to."""
-    for tensor in model.parameters():
-        yield tensor, 0 if tensor.is_inference() else tensor._version
+def _version(tensor: Tensor) -> int:
+    """How often a tensor was written to."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _place(tensor: Tensor) -> Any:
@@ -237,14 +296,7 @@ _found: weakref.WeakKeyDictionary[Any, dict[Hashable, tuple[_State, Any]]] = wea
 
 
 def remembered(model: Any, what: Hashable, measure: Callable[[], Found], *, weights: bool = False) -> Found:
-    """What was measured on a model, once for as long as the model stays what it was.
-
-    Args:
-        model: The model.
-        what: What is measured.
-        measure: Measures it.
-        weights: Whether the result depends on the weights as well, so that an edit makes it void.
-    """
+    """What was measured on a model, once for as long as it stays what it was; with `weights`, its weights too."""
     found = _found.setdefault(model, {})
     if what not in found or not found[what][0].holds(model, weights=weights):
         value = measure()
@@ -289,9 +341,7 @@ def _is_usual(model: Any) -> bool:
     long, short, other = probe_ids(model), probe_ids(model, _SHORT), _changed_ending(model)
     with evaluation_mode(model):
         alone = _output(model, [short])[0]
-        batch = pad_batch([long, other, short], device=input_device(model))
-        del batch["attention_mask"]
-        together = hidden_of(run_model(model, **batch, use_cache=False))
+        together = _output(model, [long, other, short], masked=False)
     kept = max(len(long) - _CHANGED, 0)
     return agrees(model, together[1, :kept], together[0, :kept]) and agrees(model, together[2, : len(short)], alone)
 
@@ -325,20 +375,259 @@ def padding(model: Any, side: Literal["left", "right"]) -> Padding:
         ``"none"``: nothing helps, rows of different lengths do not go together.
     """
     long, short = probe_ids(model), probe_ids(model, _SHORT)
-    batch = pad_batch([long, short], side=side, device=input_device(model))
     own = slice(len(short)) if side == "right" else slice(len(long) - len(short), None)
+    forms: tuple[Padding, Padding] = ("unmasked", "masked")
     with evaluation_mode(model):
         alone = _output(model, [short])[0]
-        free = {name: value for name, value in batch.items() if name != "attention_mask"}
-        forms: list[tuple[Padding, dict[str, Tensor]]] = [("unmasked", free), ("masked", batch)]
-        for name, inputs in forms:
-            together = hidden_of(run_model(model, **inputs, use_cache=False))[1, own]
-            if agrees(model, together, alone):
-                return name
+        for form in forms:
+            if agrees(model, _output(model, [long, short], side, masked=form == "masked")[1, own], alone):
+                return form
     return "none"
 
 
-def _output(model: Any, rows: Sequence[Sequence[int]]) -> Tensor:  # (rows, L, vocabulary)
-    """Logits of rows of one length; the hidden states of a model without a head."""
-    batch = pad_batch(rows, device=input_device(model))
+def _output(model: Any, rows: Sequence[Sequence[int]], side: str = "right", *, masked: bool = True) -> Tensor:
+    """Logits (rows, L, vocabulary); the hidden states of a model without a head."""
+    batch = pad_batch(rows, side=side, device=input_device(model))
+    if not masked:
+        del batch["attention_mask"]
     return hidden_of(run_model(model, **batch, use_cache=False))
+
+
+# -- one block as a function of what its projection puts out ------------------------------------------
+#
+# An edit changes what leaves the projection; a target says how the block's output shall move. Most blocks add the one
+# to the stream as it is. Others scale it (MiniCPM, Granite, the gate of a shared expert), normalise it (Gemma, OLMo 2)
+# or work on the sum as well (Gemma 4), and a list of names is never complete. So the map between the two is read off
+# the block: what enters the block is kept, its projection's output is replaced, and what comes out is looked at.
+
+_BATCH_TOKENS = 8192
+#: How far from a straight line a response may be before the map counts as bent, beside rounding.
+STRAIGHT = 1e-3
+#: Corrections of a bent map, each by one run of the block.
+CORRECTIONS = 6
+#: By what share of a wanted move a prediction may be off before a norm does not explain a block.
+UNEXPLAINED = 0.05
+#: Steps of descent where no norm explains it.
+DESCENT = 30
+#: A probe is this long in every coordinate: any epsilon of a norm is negligible against it.
+PROBE = 16.0
+#: How much staying near the present u counts beside the wanted output, in median squared gains.
+NEAR = 0.1
+
+
+class Reached(Exception):
+    """All that was wanted has been seen; the rest of the forward is not needed."""
+
+
+class _Run(NamedTuple):
+    """One batch of rows: their numbers, the index of the last token of each, and what entered the block."""
+
+    members: list[int]
+    last: list[int]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class BlockMap:
+    """One block as a function of its projection's output at the last token of each row.
+
+    Args:
+        adapter: The model.
+        layer: The block.
+        rows: B rows of token ids; the output is replaced at a row's last token.
+    """
+
+    def __init__(self, adapter: ModelAdapter, layer: int, rows: Sequence[Sequence[int]]) -> None:
+        self._block, self._projection = adapter.block(layer), adapter.projection(layer)
+        half = next(self._projection.parameters()).element_size() < 4
+        self._runs = []
+        order = iter(sorted(range(len(rows)), key=lambda n: len(rows[n])))
+        for batch in length_batches(rows, _BATCH_TOKENS):
+            args, kwargs = _entering(adapter, self._block, batch)
+            if half:
+                args, kwargs = _in_float32(args), _in_float32(kwargs)
+            self._runs.append(_Run([next(order) for _ in batch], [len(row) - 1 for row in batch], args, kwargs))
+        if half:
+            # On a copy in float32: what is looked at is small against the stream, and half precision would round it
+            # away.
+            name = next(n for n, part in self._block.named_modules() if part is self._projection)
+            self._block = copy.deepcopy(self._block).float()
+            self._projection = self._block.get_submodule(name)
+        # As it is now: while targets are optimised another one stands in its place.
+        self._forward = self._block.forward
+
+    def __call__(self, outputs: Tensor | None) -> Tensor:
+        """What leaves the block (B, d), in float32 or wider, with these outputs (B, d) of its projection or its own."""
+        parts = []
+        for run in self._runs:
+            parts.append(self._run(run, None if outputs is None else outputs[run.members]))
+        order = torch.tensor([n for run in self._runs for n in run.members])
+        return torch.cat(parts)[torch.argsort(order).to(parts[0].device)]
+
+    def _run(self, run: _Run, outputs: Tensor | None) -> Tensor:
+        rows = torch.arange(len(run.members))
+        # A block may write into what it is given.
+        args = tuple(a.clone() if isinstance(a, Tensor) else a for a in run.args)
+        kwargs = dict(run.kwargs)
+        if "hidden_states" in kwargs:
+            kwargs["hidden_states"] = kwargs["hidden_states"].clone()
+        width = (kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]).shape[1]
+
+        def replaced(_module: nn.Module, _args: Any, out: Any) -> Tensor | None:
+            if outputs is None:
+                return None
+            states = hidden_of(out)
+            # Some blocks flatten their tokens before the projection: (N * L, d).
+            tokens = states.reshape(len(run.members), width, -1).clone()
+            tokens[rows, run.last] = outputs.to(tokens)
+            return tokens.reshape(states.shape)
+
+        with self._projection.register_forward_hook(replaced):
+            states = hidden_of(self._forward(*args, **kwargs))[rows, run.last]
+        return states if states.dtype == torch.float64 else states.float()
+
+
+@torch.no_grad()
+def _entering(adapter: ModelAdapter, block: nn.Module, rows: Sequence[Sequence[int]]) -> Any:
+    """What a block is called with when the model runs these rows: arguments by place, and by name."""
+    seen = []
+
+    def on_entry(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append((args, kwargs))
+        raise Reached
+
+    with block.register_forward_pre_hook(on_entry, with_kwargs=True), suppress(Reached):
+        adapter.run(**pad_batch(rows, device=adapter.device), use_cache=False)
+    return seen[0]
+
+
+def _in_float32(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.float() if value.is_floating_point() else value
+    if isinstance(value, dict):
+        return {name: _in_float32(part) for name, part in value.items()}
+    if isinstance(value, tuple | list):
+        return type(value)(_in_float32(part) for part in value)
+    return value
+
+
+@isolated()
+def inverse(f: BlockMap, outputs: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    """The change of the projection's output that moves the block's output by `residual`.
+
+    Three kinds of map are told apart by what comes out. A block that adds the output as it is: the change is the
+    residual. One that scales it by s: the residual over s. One that normalises it: with u = y / rms(y) and gains g,
+    read off by a probe, all that can come out is ``g u`` with ``mean(u^2) = 1``; the u' of that ellipsoid is taken that
+    is nearest to what is wanted, ``c = g u + r``, and a little to what is there (`_Norm.solve`). What is still missing
+    is added to c and solved for again. Where a norm alone does not explain what comes out (Gemma 4 goes on with the
+    sum), descent along the block's own gradients follows. Of each row the best y' is taken.
+
+    Args:
+        f: The block, at the rows that the outputs are of.
+        outputs: y (B, d), what leaves the projection now.
+        residual: r (B, d), by how much the block's output shall move.
+
+    Returns:
+        ``y' - y`` (B, d) in the dtype of `residual`, and the share of r that it reaches (B,): the projection of the
+        block's measured move on r, as a multiple of r. Both are zero for a row of which nothing better than no change
+        was found, and the share is 1 where nothing is wanted.
+    """
+    h = f(outputs.float())
+    y, r = outputs.to(h), residual.to(h)
+    size = torch.linalg.vector_norm(r, dim=1, keepdim=True)  # (B, 1)
+    square = size.square().clamp_min(torch.finfo(h.dtype).tiny)
+    rounding = 64 * torch.finfo(h.dtype).eps * torch.linalg.vector_norm(h, dim=1, keepdim=True)
+    moved = f(y + r) - h
+    if _within(moved - r, STRAIGHT * size + rounding):
+        return residual, torch.ones_like(size[:, 0])
+    s = (moved * r).sum(1, keepdim=True) / square  # (B, 1)
+    change, share = torch.zeros_like(r), torch.zeros_like(size[:, 0])
+    if _within(moved - s * r, STRAIGHT * s.abs() * size + rounding):
+        open_ = s.abs() > STRAIGHT
+        change = torch.where(open_, r / torch.where(open_, s, 1.0), change)
+        share = torch.where(open_[:, 0], 1.0, share)
+    else:
+        norm, aim, error, explained = _Norm(f, y, h), r, size[:, 0], True
+        for turn in range(CORRECTIONS + 1):
+            if turn < CORRECTIONS:
+                trial = norm.solve(aim) - y
+            elif explained:
+                break
+            else:
+                trial = _descend(f, y, h, r, change, norm.scale)
+            got = f(y + trial) - h
+            if turn == 0:
+                explained = _within(norm.move(y + trial) - got, UNEXPLAINED * size + rounding)
+            distance = torch.linalg.vector_norm(r - got, dim=1)
+            better = distance < error
+            error = torch.where(better, distance, error)
+            change = torch.where(better[:, None], trial, change)
+            share = torch.where(better, ((got * r).sum(1, keepdim=True) / square)[:, 0], share)
+            aim = aim + (r - got)
+    return change.to(residual), torch.where(size[:, 0] > 0, share, 1.0)
+
+
+class _Norm:
+    """What a norm behind the projection can put out: an ellipsoid, and where on it the block is."""
+
+    def __init__(self, f: BlockMap, y: Tensor, h: Tensor) -> None:
+        signs = torch.ones(y.shape[1], device=h.device)
+        signs[1::2] = -1  # no mean, for norms that take it off
+        probe = (PROBE * signs).expand_as(y)
+        plus, minus = f(probe), f(-probe)
+        self._gain = (plus - minus) / 2 * signs  # (B, d)
+        self._out = h - (plus + minus) / 2  # (B, d), what the norm puts out now
+        self._y = y
+        self._length = y.square().mean(1, keepdim=True).sqrt().clamp_min(1e-30)  # (B, 1)
+        self._near = NEAR * self._gain.square().median(1, keepdim=True).values
+
+    @property
+    def scale(self) -> Tensor:
+        """(B, d) by how much a coordinate of y must change, about, for a change of 1 behind it."""
+        return self._length / (self._gain.square() + self._near).sqrt().clamp_min(1e-30)
+
+    def move(self, outputs: Tensor) -> Tensor:
+        """By how much the block's output would move with these outputs, if this norm were all."""
+        length = outputs.square().mean(1, keepdim=True).sqrt().clamp_min(1e-30)
+        return self._gain * outputs / length - self._out
+
+    def solve(self, residual: Tensor) -> Tensor:
+        """The y' (B, d) that gives what is nearest to the present output plus `residual`.
+
+        ``min ||g u' - c||^2 + nu ||u' - u||^2`` is ``u' = (g c + nu u) / (g^2 + nu + mu)``, mu by bisection; then ``y'
+        = a u'`` with the a that makes y' nearest to y. (Dividing r by g asks nearly closed coordinates for everything,
+        and the norm then shrinks all others away.)
+        """
+        g, u = self._gain, self._y / self._length
+        wanted = g * (self._out + residual) + self._near * u
+        stiff = g.square() + self._near
+        # mean(u'^2) falls from infinity to 0 as mu grows from -min(stiff).
+        low = -stiff.amin(1, keepdim=True)
+        high = torch.linalg.vector_norm(wanted, dim=1, keepdim=True)
+        for _ in range(60):
+            mu = (low + high) / 2
+            long = (wanted / (stiff + mu)).square().mean(1, keepdim=True) > 1
+            low, high = torch.where(long, mu, low), torch.where(long, high, mu)
+        u = wanted / (stiff + high)
+        along = (u * self._y).mean(1, keepdim=True)  # the nearest length, since mean(u'^2) = 1
+        return torch.maximum(along, 0.1 * self._length) * u
+
+
+def _descend(f: BlockMap, y: Tensor, h: Tensor, r: Tensor, begin: Tensor, scale: Tensor) -> Tensor:
+    """The change (B, d) with the smallest error that descent from `begin` finds."""
+    size = r.square().sum(1).clamp_min(torch.finfo(r.dtype).tiny)
+    z = (begin / scale).requires_grad_(True)
+    optimiser = torch.optim.LBFGS([z], max_iter=DESCENT, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        with torch.enable_grad():
+            loss = ((f(y + z * scale) - h - r).square().sum(1) / size).sum()
+            (z.grad,) = torch.autograd.grad(loss, z)
+        return loss.detach()
+
+    optimiser.step(closure)
+    return (z * scale).detach()
+
+
+def _within(difference: Tensor, allowed: Tensor) -> bool:
+    return bool((torch.linalg.vector_norm(difference, dim=1, keepdim=True) <= allowed).all())

@@ -19,18 +19,10 @@ from fastmemit.errors import QuantisedWeight
 
 @isolated()
 def save_model(model: Any, tokenizer: Any, folder: str | os.PathLike[str]) -> Path:
-    """Write a model and its tokenizer to `folder`.
+    """Write a model and its tokenizer, if it is not None, to `folder`, which must not exist or be empty.
 
     Everything is written to a temporary folder beside it, which is renamed when it is complete: a full disk or an
     interruption leaves nothing under the final name.
-
-    Args:
-        model: A transformers model, also one that was read from a GGUF file.
-        tokenizer: Its tokenizer, or None to write the model alone.
-        folder: Where to; it must not exist, or be empty.
-
-    Returns:
-        The folder.
 
     Raises:
         FileExistsError: `folder` holds something already, or is a file.
@@ -58,10 +50,7 @@ def save_model(model: Any, tokenizer: Any, folder: str | os.PathLike[str]) -> Pa
 
 @contextlib.contextmanager
 def new_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
-    """A folder to write into that takes its name only when the block ends well.
-
-    Args:
-        folder: The final name; it must not exist, or be empty.
+    """A folder to write into that takes its name, where nothing is yet, only when the block ends well.
 
     Raises:
         FileExistsError: `folder` holds something already, or is a file.
@@ -107,11 +96,7 @@ def _disk_error(error: BaseException, folder: Path) -> OSError:
 
 @contextlib.contextmanager
 def _as_plain(model: Any) -> Iterator[None]:
-    """Hide the mark of a quantised origin from a model whose weights are plain by now.
-
-    transformers expands a GGUF file to plain weights and then refuses to save the model, because it remembers where
-    they came from.
-    """
+    """Hide from transformers that weights which are plain by now were read from GGUF: it would not save them."""
     quantizer = getattr(model, "hf_quantizer", None)
     config = model.config
     remembered = getattr(config, "quantization_config", None)

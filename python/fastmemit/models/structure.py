@@ -1,9 +1,8 @@
 """Where a decoder keeps its blocks and the projection to edit, read from its structure.
 
 Nothing here looks at a model's name: the blocks are a list as long as the config says, and the edited projection is the
-linear map of a block that leads back to the hidden size from outside what
-mixes tokens (attention, a convolution or recurrence).  Where this leaves no or several answers the
-user names the module.
+linear map of a block that leads back to the hidden size from outside what mixes tokens (attention, a convolution or
+recurrence). Where this leaves no or several answers the user names the module.
 """
 
 from __future__ import annotations
@@ -13,6 +12,8 @@ from typing import Any
 from torch import nn
 
 from fastmemit.errors import UnknownArchitecture
+from fastmemit.models.adapter import ModelAdapter, linear_shape
+from fastmemit.models.running import text_config
 
 _INNER_FIELDS = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")
 
@@ -43,42 +44,46 @@ def unwrapped(model: Any) -> Any:
         for name, module in model.named_modules():
             if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
                 raise UnknownArchitecture(
-                    f"{name or type(model).__name__} was compiled in place, so nothing inside it "
-                    "can be read or replaced; give the model before its parts are compiled, or "
-                    "torch.compile(model) of the whole."
+                    f"{name or type(model).__name__} was compiled in place, so nothing inside it can be read or "
+                    "replaced; give the model before its parts are compiled, or torch.compile(model) of the whole."
                 )
     return model
 
 
-def text_config(model: nn.Module) -> Any:
-    """The config of the text decoder; that of the whole model where there is only one.
+def find_adapter(model: nn.Module, module: str | None = None) -> ModelAdapter:
+    """The adapter of a model, found by the model's structure.
+
+    Args:
+        model: A causal language model; what torch.compile, PEFT or a parallel wrapper puts around one is taken off, so
+            that weights have the names that the model itself gives them.
+        module: The projection to edit with ``{}`` for the layer, where its structure leaves doubt.
 
     Raises:
-        UnknownArchitecture: The model has no config, or is an encoder-decoder.
+        UnknownArchitecture: The blocks or the projection cannot be told; the message lists what was found. Or `module`
+            names nothing that can be edited.
     """
-    config = getattr(model, "config", None)
-    if config is None:
-        raise UnknownArchitecture(
-            f"{type(model).__name__} has no config; give a causal language model of transformers."
-        )
-    if getattr(config, "is_encoder_decoder", False):
-        raise UnknownArchitecture(
-            f"{type(model).__name__} is an encoder-decoder; only decoder-only models can be edited."
-        )
-    read = getattr(config, "get_text_config", None)
-    return read(decoder=True) if callable(read) else config
+    model = unwrapped(model)
+    if module is not None:
+        return ModelAdapter(model, _checked(model, module))
+    return ModelAdapter(model, find_template(model))
 
 
-def linear_shape(module: nn.Module) -> tuple[int, int] | None:
-    """(in, out) features of a linear map, quantised ones included; None for anything else."""
-    from transformers.pytorch_utils import Conv1D
-
-    if isinstance(module, Conv1D):
-        return int(module.weight.shape[0]), int(module.nf)
-    found = getattr(module, "in_features", None), getattr(module, "out_features", None)
-    if isinstance(found[0], int) and isinstance(found[1], int):
-        return found[0], found[1]
-    return None
+def _checked(model: nn.Module, module: str) -> str:
+    """`module`, if it names a linear map in at least one block."""
+    exist = linear_maps(model)
+    if module.count("{}") != 1:
+        raise UnknownArchitecture(f"The module {module!r} must contain exactly one {{}} for the layer; {exist}.")
+    prefix, _, rest = module.partition(".{}.")
+    try:
+        blocks: nn.Module | None = model.get_submodule(prefix) if rest else None
+    except AttributeError:
+        blocks = None
+    linear = {name for name, part in model.named_modules() if linear_shape(part) is not None}
+    if isinstance(blocks, nn.ModuleList) and any(
+        module.replace("{}", str(layer)) in linear for layer in range(len(blocks))
+    ):
+        return module
+    raise UnknownArchitecture(f"The module {module!r} leads to no linear map; {exist}.")
 
 
 def find_template(model: nn.Module) -> str:
@@ -156,9 +161,6 @@ def find_projection(block: nn.Module, width: int, inner: set[int], path: str) ->
         width: The hidden size d: the projection's output.
         inner: The MLP's widths as the config states them, to choose between candidates.
         path: The name of the list that holds the block, for what an error advises.
-
-    Raises:
-        UnknownArchitecture: No module answers to this, or several do.
     """
     shapes = {name: shape for name, module in block.named_modules() if (shape := linear_shape(module)) is not None}
     # A map inside another one is a part of it: the weights of an adapter, what it was put around.
@@ -194,9 +196,8 @@ def find_projection(block: nn.Module, width: int, inner: set[int], path: str) ->
         )
     if len({name.rpartition(".")[0] for name in names}) > 1:
         raise UnknownArchitecture(
-            f"The projection to edit in {kind} is not clear, for {len(names)} modules of it could "
-            f"be the one (found {', '.join(names[:8])}); "
-            f"{_advice(path, max(names, key=lambda name: shapes[name][0]))}."
+            f"The projection to edit in {kind} is not clear, for {len(names)} modules of it could be the one (found "
+            f"{', '.join(names[:8])}); {_advice(path, max(names, key=lambda name: shapes[name][0]))}."
         )
     return names[-1]  # an MLP as wide as the model itself: the last map is the one that writes
 

@@ -24,7 +24,7 @@ from fastcov.hooks import isolated
 from fastmemit.delta import Delta
 from fastmemit.errors import BadAdapter, DamagedFile
 from fastmemit.models import ModelAdapter, fingerprint, new_folder
-from fastmemit.models.structure import linear_shape
+from fastmemit.models.adapter import linear_shape
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 OURS = "fastmemit"  # the metadata entry with what a delta has and an adapter has no place for

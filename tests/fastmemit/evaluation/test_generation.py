@@ -12,7 +12,7 @@ from fastmemit.errors import BadConfig, BadData
 from fastmemit.evaluation import generate_records
 from fastmemit.evaluation import generation as module
 from fastmemit.evaluation.generation import n_gram_entropy
-from fastmemit.sampling import continue_texts
+from fastmemit.text import continue_texts
 from tiny_editors import FACTS
 from tiny_models import tiny_model, tiny_tokenizer
 

@@ -14,7 +14,7 @@ from fastmemit.evaluation import scores as module
 from fastmemit.evaluation.scores import count_zsre_questions
 from fastmemit.models import find_adapter
 from fastmemit.request import EditRequest
-from fastmemit.tokens import encode_with_target
+from fastmemit.text import encode_with_target
 from tiny_models import tiny_model, tiny_tokenizer
 
 RECORDS = [

@@ -9,7 +9,7 @@ from fastmemit.data.corpora import corpus_from_texts
 from fastmemit.errors import DuplicateRequest, FastmemitError
 from fastmemit.methods import Draft, memit
 from fastmemit.methods.base import averaged_keys
-from fastmemit.tokens import subject_row
+from fastmemit.text import subject_row
 from reference import closed_form as literal
 from tiny_models import ARCHITECTURES, tiny_model, tiny_tokenizer
 

@@ -13,7 +13,7 @@ from fastmemit.editor import Editor
 from fastmemit.errors import BadConfig, BadRequest
 from fastmemit.methods import CONFIGS, METHODS, PRESERVING, Draft, PreservedKeys
 from fastmemit.methods.base import averaged_keys, share
-from fastmemit.tokens import subject_row
+from fastmemit.text import subject_row
 from reference import closed_form as literal
 from tiny_editors import FACTS, tiny_editor
 

@@ -13,7 +13,7 @@ from fastmemit.delta import Delta
 from fastmemit.editor import Editor
 from fastmemit.methods import Draft, ReadCache
 from fastmemit.methods.base import averaged_keys
-from fastmemit.tokens import subject_row
+from fastmemit.text import subject_row
 from tiny_editors import FACTS, tiny_corpus, tiny_editor
 
 LAYERS = (0, 1, 2)

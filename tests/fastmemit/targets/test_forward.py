@@ -18,7 +18,7 @@ from fastmemit.models.running import tolerance
 from fastmemit.partial_forward import FullForward, SuffixForward, check_targets, forward_for
 from fastmemit.request import EditRequest
 from fastmemit.targets import TargetSettings, optimise
-from fastmemit.tokens import Row
+from fastmemit.text import Row
 from reference.literal_targets import literal_target
 from tiny_models import ARCHITECTURES, LAYERS, VOCAB_SIZE, D, tiny_model, tiny_tokenizer
 

@@ -207,8 +207,8 @@ def test_a_loss_that_is_not_finite_names_the_request():
 
 
 def test_a_subject_that_merges_with_the_target_is_refused(monkeypatch):
-    from fastmemit import tokens as rows
-    from fastmemit.tokens import Encoded
+    from fastmemit import text as rows
+    from fastmemit.text import Encoded
 
     def merged(_tokenizer, text, target):
         return Encoded((5, 6), ((0, 4), (4, len(text) + len(target)))), 1
@@ -219,7 +219,7 @@ def test_a_subject_that_merges_with_the_target_is_refused(monkeypatch):
 
 
 def test_contexts_must_begin_with_the_bare_prompt():
-    from fastmemit.tokens import request_rows
+    from fastmemit.text import request_rows
 
     with pytest.raises(ValueError, match="bare prompt"):
         request_rows(tiny_tokenizer("byte_bpe"), REQUESTS[0], ("The end. ",))

@@ -1,7 +1,7 @@
 """Rows: where the change enters, where the loss reads, and when the KL prompt needs no row."""
 
 from fastmemit.request import EditRequest
-from fastmemit.tokens import lead, request_rows, subject_row
+from fastmemit.text import lead, request_rows, subject_row
 from tiny_models import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer("byte_bpe")

@@ -11,17 +11,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fastmemit.errors import BadConfig, BadRequest
+from fastmemit.models import length_batches, pad_batch
 from fastmemit.request import EditRequest
-from fastmemit.tokens import (
-    NOWHERE,
-    Encoded,
-    encode,
-    encode_with_target,
-    length_batches,
-    pad_batch,
-    subject_end,
-    text_tokenizer,
-)
+from fastmemit.text import NOWHERE, Encoded, encode, encode_with_target, subject_end, text_tokenizer
 from tiny_tokenizers import BOS, EOS, FAST, PAD, UNK, tiny_tokenizer
 
 KINDS = (*FAST, "slow_bytes", "slow_words")

@@ -1,20 +1,26 @@
-"""Text to tokens, with the place in the text that each token covers.
+"""Text to tokens, with the place in the text that each token covers; and text that the model writes.
 
 Which token carries a subject is a question about characters: the request knows where its subject stands in the text, so
 the token is found by the span that it covers and never by searching for the subject's own tokens, which may be merged
 differently in another context.
+
+Text is written with a seed, in batches, with the settings named and none inherited.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-import torch
+from torch import Tensor
 
-from fastmemit.errors import BadConfig, BadRequest
+from fastcov.hooks import evaluation_mode, isolated, random_state_kept
+from fastmemit.errors import BadConfig, BadRequest, FastmemitError, WrongModel
+from fastmemit.models import check_lengths, input_device, pad_batch
+from fastmemit.models.running import padding, remembered
 from fastmemit.request import EditRequest
 
 NOWHERE = (-1, -1)
@@ -60,18 +66,12 @@ def text_tokenizer(tokenizer: Any) -> Any:
 
 
 def encode(tokenizer: Any, text: str) -> Encoded:
-    """Tokenise `text` the way the model's own inputs are tokenised.
+    """Tokenise `text`, which may be empty, the way the model's own inputs are tokenised.
 
-    Args:
-        tokenizer: A transformers tokenizer.  Fast ones state the span of each token; for slow ones
-            it is found by decoding, see `_spans_by_decoding`.
-        text: Any text; it may be empty.
-
-    Returns:
-        Ids and character spans.  Special tokens that the tokenizer puts in front (BOS) are kept,
-        those that it puts behind (EOS) are removed, so that the text can be continued.  A text that
-        begins with them itself (a rendered chat template) does not get them again.  White space
-        that no token claims belongs to the token that follows it.
+    Special tokens that the tokenizer puts in front (BOS) are kept, those that it puts behind (EOS) are removed, so that
+    the text can be continued. A text that begins with them itself (a rendered chat template) does not get them again.
+    White space that no token claims belongs to the token that follows it. Fast tokenizers state the span of each token;
+    for slow ones it is found by decoding.
     """
     read = _encode_fast if getattr(tokenizer, "is_fast", False) else _encode_slow
     ids, spans = read(tokenizer, text)
@@ -144,12 +144,9 @@ def _encode_slow(tokenizer: Any, text: str) -> _Pair:
 def _spans_by_decoding(tokenizer: Any, ids: list[int], text: str) -> list[tuple[int, int]]:
     """The span of each token, from how far the decoded text grows with it.
 
-    A token that ends inside a character (one byte of an emoji) decodes to U+FFFD and covers that
-    whole character.  Where the decoded text is not the text itself (collapsed white space, lower
-    case, unknown words) the two are aligned, and a token covers all that it may stand for.
-
-    Raises:
-        BadRequest: The text is longer than `MAX_DECODED`.
+    A token that ends inside a character (one byte of an emoji) decodes to U+FFFD and covers that whole character. Where
+    the decoded text is not the text itself (collapsed white space, lower case, unknown words) the two are aligned, and
+    a token covers all that it may stand for.
     """
     if len(text) > MAX_DECODED:
         raise BadRequest(
@@ -193,12 +190,7 @@ def _alignment(whole: str, text: str) -> list[tuple[int, int]]:
 
 
 def subject_end(encoded: Encoded, start: int, end: int) -> int:
-    """The index of the last token that overlaps the subject ``text[start:end]``.
-
-    Args:
-        encoded: The encoding of the text.
-        start: The subject's first character, ``len(request.before)``.
-        end: One past its last character.
+    """The index of the last token that overlaps the subject, which is ``text[start:end]``.
 
     Raises:
         BadRequest: The range is empty, or no token covers any of its characters.
@@ -216,13 +208,8 @@ def subject_end(encoded: Encoded, start: int, end: int) -> int:
 def encode_with_target(tokenizer: Any, text: str, target: str) -> tuple[Encoded, int]:
     """Tokenise `text` and the `target` that follows it as one text.
 
-    Joint, because a model reads one text: tokens at the border may merge.  A token that holds
-    characters of both belongs to the target, and the text's end goes with it.
-
-    Args:
-        tokenizer: A transformers tokenizer.
-        text: What comes before the target.
-        target: The target with what joins it to the text, `EditRequest.target`.
+    Joint, because a model reads one text: tokens at the border may merge. A token that holds characters of both belongs
+    to the target, and the text's end goes with it.
 
     Returns:
         The encoding of ``text + target`` and the number of tokens at its end that are the target's.
@@ -238,56 +225,6 @@ def encode_with_target(tokenizer: Any, text: str, target: str) -> tuple[Encoded,
             f"The target {target!r} yields no token after {text!r:.80}; give an answer that the tokenizer knows."
         )
     return encoded, n_target
-
-
-def pad_batch(
-    rows: Sequence[Sequence[int]], pad_id: int = 0, side: str = "right", device: torch.device | str | None = None
-) -> dict[str, torch.Tensor]:
-    """Rows of token ids as one batch for a model.
-
-    Args:
-        rows: n rows of ids, of any lengths.
-        pad_id: What fills them up to the longest, L; masked, so any id of the vocabulary will do.
-        side: "right" or "left".
-        device: Where the tensors go; None for the default device.
-
-    Returns:
-        ``input_ids``, ``attention_mask`` and ``position_ids``, int64, each (n, L).  Positions count
-        the row's own tokens from 0 on either side of the padding.
-
-    Raises:
-        ValueError: `side` is neither.
-    """
-    if side not in ("right", "left"):
-        raise ValueError(f"The padding side must be 'right' or 'left', not {side!r}.")
-    width = max((len(row) for row in rows), default=0)
-    ids = torch.full((len(rows), width), pad_id, dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    for index, row in enumerate(rows):
-        start = 0 if side == "right" else width - len(row)
-        ids[index, start : start + len(row)] = torch.tensor(list(row), dtype=torch.int64)
-        mask[index, start : start + len(row)] = 1
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    batch = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
-    return {name: tensor.to(device) for name, tensor in batch.items()}
-
-
-def length_batches(rows: Iterable[tuple[int, ...]], batch_tokens: int) -> list[list[tuple[int, ...]]]:
-    """Rows of like lengths together, so that padding costs little.
-
-    Args:
-        rows: Token ids.
-        batch_tokens: Tokens in a batch at most, padding included; one row always goes.
-
-    Returns:
-        Batches of rows, shortest first; rows of equal length keep their order.
-    """
-    batches: list[list[tuple[int, ...]]] = []
-    for row in sorted(rows, key=len):  # ascending lengths: the newest is the longest
-        if not batches or (len(batches[-1]) + 1) * len(row) > batch_tokens:
-            batches.append([])
-        batches[-1].append(row)
-    return batches
 
 
 KL_PROMPT_ENDING = " is a"
@@ -369,12 +306,7 @@ def _placed(tokenizer: Any, prefix: str, request: EditRequest) -> tuple[str, int
 
 
 def request_rows(tokenizer: Any, request: EditRequest, contexts: Sequence[str]) -> RequestRows:
-    """Build the rows of the target loss (ROME, section 3.1; method of MEMIT, section 4.2).
-
-    Args:
-        tokenizer: The model's tokenizer.
-        request: The fact.
-        contexts: Texts put before the prompt; the first must be ``""``, the bare prompt.
+    """The rows of the target loss (ROME, 3.1; MEMIT, 4.2); the first context is ``""``, the bare prompt.
 
     Raises:
         BadRequest: The subject's last token and the target share a token.
@@ -382,7 +314,9 @@ def request_rows(tokenizer: Any, request: EditRequest, contexts: Sequence[str]) 
     if not contexts or contexts[0] != "":
         raise ValueError(f"contexts must begin with '' (the bare prompt), not {contexts[:1]!r}.")
     front = lead(tokenizer, request)
-    rows = [_target_row(tokenizer, request, prefix or front) for prefix in contexts]
+    rows = []
+    for prefix in contexts:
+        rows.append(_target_row(tokenizer, request, prefix or front))
     # Bare, as published, where the prompt is; a lead is the whole request's.
     essence = EditRequest("{}" + KL_PROMPT_ENDING, request.subject, request.target_new)
     kl = _subject_row(tokenizer, front, essence)
@@ -430,3 +364,205 @@ def _target_row(tokenizer: Any, request: EditRequest, prefix: str) -> Row:
     # The last target token is predicted, never read: it needs no column.
     reads = tuple((index - 1, encoded.ids[index]) for index in range(first, len(encoded.ids)))
     return Row(encoded.ids[:-1], subject, reads)
+
+
+@isolated()
+def continue_rows(
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[Sequence[int]],
+    new_tokens: int,
+    *,
+    top_k: int | None = None,
+    seed: int = 0,
+) -> list[list[int]]:
+    """Continue rows of token ids by exactly `new_tokens` tokens each; no end-of-text ends one early.
+
+    Args:
+        model: A causal language model.
+        tokenizer: Its tokenizer.
+        rows: Token ids, at least one in each row.
+        new_tokens: How many tokens to add.
+        top_k: Sample among the k most probable tokens; 0 samples among all; None takes the most probable (greedy).
+        seed: Seed for the sampling; the process's own random state is left as it was.
+
+    Raises:
+        BadConfig: `new_tokens` is below 1.
+        BadRequest: A row with its new tokens is longer than the model's context.
+        FastmemitError: The model's logits are NaN or infinite, or it has no way to write text.
+    """
+    from transformers import GenerationConfig, LogitsProcessorList
+
+    if new_tokens < 1:
+        raise BadConfig(f"The number of new tokens must be 1 or more but is {new_tokens}.")
+    if not rows:
+        return []
+    check_lengths(model, rows, more=new_tokens)
+    if not callable(getattr(model, "generate", None)):
+        raise FastmemitError(
+            f"{type(model).__name__} has no generate(), so it cannot write text; load it with AutoModelForCausalLM."
+        )
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    chosen: dict[str, Any] = {"do_sample": False}
+    if top_k is not None:
+        chosen = {"do_sample": True, "top_k": top_k, "top_p": 1.0, "temperature": 1.0}
+    found: dict[int, list[int]] = {}
+    # `generate` fills whatever it is not told from the model's own settings, which differ between
+    # versions of transformers; nothing but the end-of-text is taken from them.
+    own = model.generation_config
+    model.generation_config = GenerationConfig(eos_token_id=_end(model, tokenizer))
+    try:
+        with evaluation_mode(model), random_state_kept(seed):
+            for group in _together(model, rows):
+                batch = pad_batch([rows[number] for number in group], side="left", device=input_device(model))
+                out = model.generate(
+                    input_ids=batch["input_ids"],
+                    attention_mask=batch["attention_mask"],
+                    max_new_tokens=new_tokens,
+                    min_new_tokens=new_tokens,
+                    num_beams=1,
+                    repetition_penalty=1.0,
+                    pad_token_id=0 if pad is None else pad,
+                    logits_processor=LogitsProcessorList([_Checked(model)]),
+                    **chosen,
+                )
+                width = batch["input_ids"].shape[1]
+                found.update(zip(group, (row[width:].tolist() for row in out), strict=True))
+    finally:
+        model.generation_config = own
+    return [found[number] for number in range(len(rows))]
+
+
+def _end(model: Any, tokenizer: Any) -> Any:
+    """What ends a text: one token, several or None."""
+    stated = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    return tokenizer.eos_token_id if stated is None else stated
+
+
+def end_tokens(model: Any, tokenizer: Any) -> set[int]:
+    """The tokens that `continue_rows` never writes, because they would end a text."""
+    end = _end(model, tokenizer)
+    return set() if end is None else set(end) if isinstance(end, list | tuple) else {end}
+
+
+def _together(model: Any, rows: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Numbers of rows that can be continued in one batch: all of them where padding allows it."""
+    lengths = {len(row) for row in rows}
+    if len(lengths) == 1 or remembered(model, "left padding", lambda: padding(model, "left")) != "none":
+        return [list(range(len(rows)))]
+    return [[n for n, row in enumerate(rows) if len(row) == length] for length in sorted(lengths)]
+
+
+class _Checked:
+    """Refuses logits of which no token can be chosen; -inf forbids one and is no fault."""
+
+    def __init__(self, model: Any) -> None:
+        self._name = type(model).__name__
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if not bool((scores < math.inf).all()):  # written so that NaN is caught too
+            raise FastmemitError(
+                f"The logits of {self._name} are NaN or infinite, so it cannot write text; look "
+                "for NaN in its weights, or load it in float32 or bfloat16."
+            )
+        return scores
+
+
+def continue_texts(
+    model: Any, tokenizer: Any, texts: Sequence[str], new_tokens: int, *, top_k: int | None = None, seed: int = 0
+) -> list[str]:
+    """`continue_rows` on texts: the new text of each, special tokens left out.
+
+    Raises:
+        BadRequest: A text gives no token to continue from.
+        BadConfig: `new_tokens` is below 1.
+        FastmemitError: The model's logits are NaN or infinite.
+    """
+    rows = [encode(tokenizer, text).ids for text in texts]
+    for text, row in zip(texts, rows, strict=True):
+        if not row:
+            raise BadRequest(f"The text {text!r} gives no token to continue; write a word.")
+    new = continue_rows(model, tokenizer, rows, new_tokens, top_k=top_k, seed=seed)
+    return [tokenizer.decode(row, skip_special_tokens=True) for row in new]
+
+
+OPENINGS = ("The", "Therefore", "Because", "I", "You")
+Kind = Literal["words", "start"]
+
+
+class Contexts:
+    """The contexts of one model by method, each kind written once.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        seed: Seed for the sampling.
+        written: Those that were written before, by kind; new ones join them. None: none were.
+        any_time: Whether an edited model may write them, too.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        seed: int,
+        written: dict[Kind, tuple[str, ...]] | None = None,
+        *,
+        any_time: bool = False,
+    ) -> None:
+        self.seed = seed
+        self._model, self._tokenizer, self._any_time = model, tokenizer, any_time
+        self._written = {} if written is None else written
+
+    def of(self, method: str, *, edited: bool = False) -> tuple[str, ...]:
+        """The texts of a method, for a model that is edited now or not; see `fastmemit.Editor.contexts`.
+
+        Raises:
+            WrongModel: They were never written and the model is edited now.
+        """
+        kind: Kind = "start" if method == "rome" else "words"
+        if kind not in self._written:
+            if edited and not self._any_time:
+                raise WrongModel(
+                    "Contexts are written by the unedited model; undo the edits, or call "
+                    f"editor.contexts({method!r}) before editing."
+                )
+            self._written[kind] = generate_contexts(self._model, self._tokenizer, kind, self.seed)
+        return self._written[kind]
+
+
+@isolated()
+def generate_contexts(model: Any, tokenizer: Any, kind: Kind, seed: int = 0) -> tuple[str, ...]:
+    """The texts that stand before a prompt, written by the unedited model; the first is ``""``, the bare prompt.
+
+    Returns:
+        For ``"words"`` 6 texts, of 10 tokens from fixed words; for ``"start"`` 21, ten of 5 and ten of 10 tokens from
+        the start-of-text token. Sampled with top-k 5. Each ends in ``". "`` but the first; white space is folded, so
+        that line breaks do not part a context from its prompt.
+    """
+    texts = [""]
+    if kind == "words":
+        rows = [list(encode(tokenizer, word).ids) for word in OPENINGS]
+        new = continue_rows(model, tokenizer, rows, 10, top_k=5, seed=seed)
+        texts += [
+            _finished(word + tokenizer.decode(row, skip_special_tokens=True))
+            for word, row in zip(OPENINGS, new, strict=True)
+        ]
+        return tuple(texts)
+    start = [[_start_token(tokenizer)]] * 10
+    for length in (5, 10):
+        new = continue_rows(model, tokenizer, start, length, top_k=5, seed=seed + length)
+        texts += [_finished(tokenizer.decode(row, skip_special_tokens=True)) for row in new]
+    return tuple(texts)
+
+
+def _finished(text: str) -> str:
+    return " ".join(text.split()) + ". "
+
+
+def _start_token(tokenizer: Any) -> int:
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        token = getattr(tokenizer, name)
+        if token is not None:
+            return int(token)
+    return int(encode(tokenizer, "The").ids[0])
