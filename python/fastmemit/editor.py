@@ -21,10 +21,9 @@ from fastmemit.methods import METHODS, EditConfig, PreservedKeys, ReadCache, Wor
 from fastmemit.models import find_adapter, load_model, save_model
 from fastmemit.partial_forward import check_targets
 from fastmemit.request import EditRequest, Fact, as_requests, check_batch
-from fastmemit.sampling import Contexts, continue_texts
 from fastmemit.statistics import Collection, Statistics, StatisticsStore
 from fastmemit.targets import Target, TargetStore
-from fastmemit.tokens import text_tokenizer
+from fastmemit.text import Contexts, continue_texts, text_tokenizer
 
 log = printable_logger(__name__)
 

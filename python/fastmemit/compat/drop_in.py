@@ -33,9 +33,9 @@ from fastmemit.methods import Workspace, find_config, run
 from fastmemit.models import ModelAdapter, find_adapter, fingerprint
 from fastmemit.models.structure import unwrapped
 from fastmemit.request import Fact, check_batch
-from fastmemit.sampling import Contexts, Kind
 from fastmemit.statistics import AUTO, Collection, Statistics, StatisticsStore
 from fastmemit.targets import TargetStore
+from fastmemit.text import Contexts, Kind
 
 log = logging.getLogger(__name__)
 

@@ -28,10 +28,9 @@ from fastmemit.files import bar
 from fastmemit.methods.config import PRESERVING, Config, EditConfig
 from fastmemit.models import ModelAdapter
 from fastmemit.request import EditRequest, check_batch
-from fastmemit.sampling import Contexts
 from fastmemit.statistics import StatisticsStore, versions
 from fastmemit.targets import Target, TargetStore, stored_or_optimised
-from fastmemit.tokens import subject_row
+from fastmemit.text import Contexts, subject_row
 
 log = logging.getLogger(__name__)
 

@@ -16,9 +16,9 @@ import torch
 from fastcov import factorize
 from fastmemit import Editor, EditRequest
 from fastmemit.methods.base import Draft
-from fastmemit.sampling import Contexts
 from fastmemit.statistics import Statistics
 from fastmemit.targets import TargetSettings, optimise
+from fastmemit.text import Contexts
 from reference.literal_targets import literal_target
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]
