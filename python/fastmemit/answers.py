@@ -175,7 +175,7 @@ class Reply:
     """What a model makes of one fact as it is now.
 
     Attributes:
-        asked: The prompt as it was put to the model, behind its lead if it has one (`fastmemit.tokens.lead`).
+        asked: The prompt as it was put to the model, behind its lead if it has one (`fastmemit.text.lead`).
         probability: Of the whole new answer.
         said: Whether the new answer is what the model says: each token the most probable one.
         says: The new answer, or what the model says instead: its most probable tokens.
