@@ -1,19 +1,21 @@
-"""Run only what a target's change can reach: blocks above the edited one, tokens from the subject.
+"""Run part of a model: from where a change enters up to the logits, or from the first tokens up to the subject.
 
-The change enters at the output of one block, or of the edited projection in it, at the subject's last token. Blocks
-below and tokens before never see it, so both run once: the hidden states that leave the last of these blocks and the
-attention keys and values of the earlier tokens are kept, and each step of the optimisation feeds them to the model's
-own code. No architecture is written twice: the blocks below are replaced by pass-throughs for the time of a step, and
-the kept keys and values are given to the model as a cache that hands them out and never grows.
+A target's change enters at the output of one block, or of the edited projection in it, at the subject's last token.
+Blocks below and tokens before never see it, so both run once: the hidden states that leave the last of these blocks and
+the attention keys and values of the earlier tokens are kept, and each step of the optimisation feeds them to the
+model's own code. No architecture is written twice: the blocks below are replaced by pass-throughs for the time of a
+step, and the kept keys and values are given to the model as a cache that hands them out and never grows.
 
-Not every model allows this; `fastmemit.partial_forward` finds out which one does.
+Not every model allows this; what does not agree with the whole model is found out here and not used.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -24,8 +26,18 @@ from transformers.cache_utils import DynamicLayer
 
 from fastcov.hooks import evaluation_mode, isolated
 from fastmemit.errors import FastmemitError, UnknownArchitecture
-from fastmemit.models import ModelAdapter, hidden_of, pad_batch, probe_ids, token_states, with_hidden
-from fastmemit.models.running import difference, place_rows, remembered, tolerance
+from fastmemit.models import (
+    ModelAdapter,
+    agrees,
+    check_lengths,
+    hidden_of,
+    length_batches,
+    pad_batch,
+    probe_ids,
+    token_states,
+    with_hidden,
+)
+from fastmemit.models.running import Reached, difference, place_rows, remembered, tolerance
 from fastmemit.text import Row
 
 log = logging.getLogger(__name__)
@@ -406,3 +418,188 @@ def _refusal(adapter: ModelAdapter, layer: int, site: Site) -> UnknownArchitectu
         found.__cause__ = error
         return found
     return None
+
+
+# -- up to the subject --------------------------------------------------------------------------------
+#
+# Rows can be run in stages: what enters a block is kept, and a later reading of modules in it or above it begins there.
+# That is right as long as nothing below that block has changed, and it gives the bits of a run from the first block on,
+# because the same batches go through the same code. Blocks that take more from below than the hidden states (keys and
+# values of a lower block, several streams) allow no stages: a few tokens are tried both ways, and such models run from
+# the first block on each time.
+
+READ_TOKENS = 8192
+#: Bytes of hidden states that one pass keeps at most; batches beyond it begin at the first block.
+KEPT = 1 << 30
+
+
+@dataclass(frozen=True)
+class Entering:
+    """What enters a block: the hidden states (n, L, d) of one batch, and how blocks return them."""
+
+    hidden: Tensor
+    in_tuple: bool
+
+
+@dataclass(frozen=True)
+class SubjectPass:
+    """N rows up to their subjects, and how far up the model they have been run.
+
+    Made by `SubjectPass.of`; nothing in it changes, so that one may be begun from again and again.
+
+    Attributes:
+        batches: Distinct rows of token ids, in batches of like lengths.
+        places: (N,) where each row stands among the distinct ones.
+        layer: The block that the kept states enter.
+        entering: The kept states of each batch, None where there are none.
+    """
+
+    batches: tuple[tuple[tuple[int, ...], ...], ...]
+    places: Tensor
+    layer: int
+    entering: tuple[Entering | None, ...]
+
+    @classmethod
+    @isolated()
+    def of(cls, adapter: ModelAdapter, rows: Sequence[Row], batch_tokens: int = READ_TOKENS) -> SubjectPass:
+        """N rows that have not been run yet, in batches of `batch_tokens` padded tokens (one always runs)."""
+        if adapter.right_padding == "none":
+            batch_tokens = 1
+        wanted = [row.ids[: row.subject + 1] for row in rows]
+        batches = length_batches(dict.fromkeys(wanted), batch_tokens)
+        place = {ids: n for n, ids in enumerate(ids for batch in batches for ids in batch)}
+        places = torch.tensor([place[ids] for ids in wanted])
+        return cls(tuple(map(tuple, batches)), places, 0, (None,) * len(batches))
+
+    @property
+    def nbytes(self) -> int:
+        """What the kept states take."""
+        return sum(e.hidden.nbytes for e in self.entering if e)
+
+    @isolated()
+    def read(
+        self,
+        adapter: ModelAdapter,
+        *,
+        inputs: Sequence[nn.Module] = (),
+        outputs: Sequence[nn.Module] = (),
+        keep: int = 0,
+        tried: bool = False,
+    ) -> tuple[list[Tensor], list[Tensor], SubjectPass]:
+        """Read activations at each row's subject.
+
+        Only the tokens up to the subject run, only from the kept states on and as far up as the last module read, and
+        equal rows run once.
+
+        Args:
+            adapter: The model, the same below block `layer` as when the states were kept.
+            inputs: Modules, not below `layer`, whose input is wanted (an edited projection's input is its key).
+            outputs: Modules, not below `layer`, whose output is wanted.
+            keep: Keep what enters this block, at or above `layer` and at or below every module read; 0 keeps nothing
+                new.
+            tried: It is known that states may be kept there.
+
+        Returns:
+            Two lists of float32 tensors (N, width), in the order of `inputs` and `outputs`, and the pass to go on with:
+            this one, or one that begins at the block `keep`.
+
+        Raises:
+            UnknownArchitecture: A module does not run, or has not one state for every token.
+        """
+        if 0 < keep < self.layer:
+            raise ValueError(f"The pass begins at block {self.layer}, above block {keep}.")
+        if keep == self.layer or (keep and not tried and not runs_in_stages(adapter, keep, inputs, outputs)):
+            keep = 0
+        names = [type(module).__name__ for module in (*inputs, *outputs)]
+        read: list[list[Tensor]] = [[] for _ in names]
+        kept: list[Entering | None] = []
+        room = KEPT
+        # Of the batch that runs: its shape, its rows' last tokens, what was read, and what enters the block `keep`.
+        shape, last = (0, 0), torch.empty(0)
+        values: dict[int, Tensor] = {}
+        now: Entering | None = None
+
+        def store(slot: int, _module: nn.Module, args: tuple[Any, ...], out: Any = None) -> None:
+            tensor = args[0] if slot < len(inputs) else hidden_of(out)
+            # Some blocks flatten their tokens before the MLP.
+            tokens = token_states(tensor, shape, tensor.shape[-1], names[slot])
+            values[slot] = tokens[torch.arange(len(last)), last].float()
+            if len(values) == len(names):
+                raise Reached
+
+        def on_entry(_module: nn.Module, _args: Any, out: Any) -> None:
+            nonlocal now
+            if isinstance(out, (tuple, Tensor)):  # what is returned otherwise cannot be given back
+                now = Entering(hidden_of(out), isinstance(out, tuple))
+
+        with evaluation_mode(adapter.model), ExitStack() as hooks:
+            if keep:
+                hooks.enter_context(adapter.block(keep - 1).register_forward_hook(on_entry))
+            for slot, module in enumerate(inputs):
+                hooks.enter_context(module.register_forward_pre_hook(partial(store, slot)))
+            for slot, module in enumerate(outputs, start=len(inputs)):
+                hooks.enter_context(module.register_forward_hook(partial(store, slot)))
+            for ids, entering in zip(self.batches, self.entering, strict=True):
+                check_lengths(adapter.model, ids)
+                shape, last = (len(ids), max(map(len, ids))), torch.tensor([len(row) - 1 for row in ids])
+                now = None
+                values.clear()
+                with ExitStack() as run, suppress(Reached):
+                    if entering is not None:
+                        # A copy, for a block may write into what it is given.
+                        run.enter_context(begun_at(adapter, self.layer, entering.hidden.clone, entering.in_tuple))
+                    adapter.run(**pad_batch(ids, device=adapter.device), use_cache=False)
+                for slot, name in enumerate(names):
+                    if slot not in values:
+                        raise UnknownArchitecture(
+                            f"{type(adapter.model).__name__} does not run its {name}, so nothing is read there."
+                        )
+                    read[slot].append(values[slot])
+                room -= now.hidden.nbytes if now else 0
+                kept.append(now if room >= 0 else None)
+        joined = [torch.cat(parts)[self.places.to(parts[0].device)] for parts in read]
+        after = dataclasses.replace(self, layer=keep, entering=tuple(kept)) if keep else self
+        return joined[: len(inputs)], joined[len(inputs) :], after
+
+
+def read_at_subject(
+    adapter: ModelAdapter,
+    rows: Sequence[Row],
+    *,
+    inputs: Sequence[nn.Module] = (),
+    outputs: Sequence[nn.Module] = (),
+    batch_tokens: int = READ_TOKENS,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Read activations at each row's subject, from the first block on; see `SubjectPass.read`."""
+    taken, given, _ = SubjectPass.of(adapter, rows, batch_tokens).read(adapter, inputs=inputs, outputs=outputs)
+    return taken, given
+
+
+def runs_in_stages(
+    adapter: ModelAdapter, layer: int, inputs: Sequence[nn.Module], outputs: Sequence[nn.Module]
+) -> bool:
+    """Whether a run that begins at a block reads what a run from the first block on reads; a few tokens are tried."""
+    key = ("begun at", layer, id([*inputs, *outputs][-1]))
+    if key not in adapter.measured:
+        ids = probe_ids(adapter.model)
+        rows = SubjectPass.of(adapter, [Row(ids, len(ids) - 1), Row(ids[:2], 1)])
+        taken, given, kept = rows.read(adapter, inputs=inputs, outputs=outputs, keep=layer, tried=True)
+        try:
+            again, more, _ = kept.read(adapter, inputs=inputs, outputs=outputs)
+            pairs = zip([*again, *more], [*taken, *given], strict=True)
+            why, same = "differ", all(agrees(adapter.model, got, want) for got, want in pairs)
+        except (FastmemitError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # what a block makes of a run without those below it
+            why, same = f"fail ({type(error).__name__}: {str(error)[:200]})", False
+        if not same:
+            log.log(
+                logging.DEBUG if "said of stages" in adapter.measured else logging.WARNING,
+                "%s: activations are read from the first block on each time, which takes longer, "
+                "because runs that begin at block %d %s.",
+                type(adapter.model).__name__, layer, why,
+            )  # fmt: skip
+            adapter.measured["said of stages"] = True
+        adapter.measured[key] = same
+    found: bool = adapter.measured[key]
+    return found

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from fastmemit import Editor
-from fastmemit.activations import read_at_subject
 from fastmemit.data import builtin_facts
+from fastmemit.partial_forward import read_at_subject
 from fastmemit.text import subject_row
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from fastmemit.activations import ReadCache
 from fastmemit.methods import alphaedit, emmet, memit, rome  # noqa: F401 (each registers itself)
-from fastmemit.methods.base import REGISTRY, Draft, PreservedKeys, Workspace, run
+from fastmemit.methods.base import REGISTRY, Draft, PreservedKeys, ReadCache, Workspace, run
 from fastmemit.methods.config import (
     CONFIGS,
     METHODS,

@@ -10,9 +10,10 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -21,21 +22,157 @@ from torch import Tensor
 from fastcov import CholeskyFactor, LowRank
 from fastcov.hooks import isolated
 from fastcov.linalg import updated
-from fastmemit.activations import ContextReading, ReadCache, Reading, Subjects, read_at_subject
 from fastmemit.delta import Delta, add_low_rank, restore
 from fastmemit.edits import Edit, EditStack, Writing
 from fastmemit.files import bar
 from fastmemit.methods.config import PRESERVING, Config, EditConfig
 from fastmemit.models import ModelAdapter
+from fastmemit.partial_forward import SubjectPass, read_at_subject, runs_in_stages
 from fastmemit.request import EditRequest, check_batch
 from fastmemit.statistics import StatisticsStore, versions
 from fastmemit.targets import Target, TargetStore, stored_or_optimised
-from fastmemit.text import Contexts, subject_row
+from fastmemit.text import Contexts, Row, subject_row
 
 log = logging.getLogger(__name__)
 
 Blocks = tuple[Tensor, ...]
 Keys = dict[int, list[Tensor]]  # layer -> keys (d_k, B), float64, block by block
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What was read for one layer; nobody writes into it.
+
+    Attributes:
+        keys: (B, contexts, d_k) float64, the keys at the subject in every context, the bare prompt's first.
+        outputs: (B, d) float64, what the projection puts out at the bare prompt's subject.
+        block: (B, d) float64, what the last edited block puts out there.
+        passes: Where to go on: over the bare prompts, and over the other contexts if there are any.
+    """
+
+    keys: Tensor
+    outputs: Tensor
+    block: Tensor
+    passes: tuple[SubjectPass, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """What it takes, the states in its passes included."""
+        own = self.keys.nbytes + self.outputs.nbytes + self.block.nbytes
+        return own + sum(each.nbytes for each in self.passes)
+
+
+@dataclass(frozen=True)
+class ContextReading:
+    """What ROME reads of a batch; nobody writes into it.
+
+    Attributes:
+        keys: (B, contexts, d_k) float64, the keys at the subject in every context.
+        outputs: (B, contexts, d) float64, what the projection puts out there.
+    """
+
+    keys: Tensor
+    outputs: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """What it takes."""
+        return self.keys.nbytes + self.outputs.nbytes
+
+
+_Read = TypeVar("_Read", Reading, ContextReading)
+
+
+class ReadCache:
+    """What the unedited model shows, kept over several plans.
+
+    What a method reads before it has written anything depends on the weights and the requests, not on the statistics:
+    all that EMMET reads, MEMIT's first layer, ROME's first fact. A sweep over multipliers that hands the same cache to
+    each `fastmemit.Editor.plan` or `edit` reads it once, and gets the same bits. Nothing of an edited model is kept.
+
+    Args:
+        capacity: Bytes to hold at most; the least recently used go first.
+    """
+
+    def __init__(self, capacity: int = 1 << 30) -> None:
+        self._capacity = capacity
+        self._held: OrderedDict[Hashable, Any] = OrderedDict()
+
+    def get(self, key: Hashable, make: Callable[[], _Read]) -> _Read:
+        """The reading of this key, made if it is not held."""
+        if key in self._held:
+            self._held.move_to_end(key)
+            held: _Read = self._held[key]
+            return held
+        reading = make()
+        if reading.nbytes <= self._capacity:
+            self._held[key] = reading
+            while self.nbytes > self._capacity:
+                self._held.popitem(last=False)
+        return reading
+
+    @property
+    def nbytes(self) -> int:
+        """What is held."""
+        return sum(reading.nbytes for reading in self._held.values())
+
+    def __len__(self) -> int:
+        """How many readings are held."""
+        return len(self._held)
+
+
+class Subjects:
+    """One batch on its way up.
+
+    Args:
+        adapter: The model.
+        tokenizer: Its tokenizer.
+        requests: B facts.
+        contexts: Texts before the prompts, the first one ``""``.
+    """
+
+    def __init__(
+        self, adapter: ModelAdapter, tokenizer: Any, requests: Sequence[EditRequest], contexts: Sequence[str]
+    ) -> None:
+        self._adapter, self._tokenizer = adapter, tokenizer
+        self._requests, self._contexts = tuple(requests), tuple(contexts)
+        self._passes: tuple[SubjectPass, ...] = ()
+
+    @property
+    def bare_ids(self) -> list[tuple[int, ...]]:
+        """The token ids of each bare prompt up to its subject's last token."""
+        rows = [subject_row(self._tokenizer, "", request) for request in self._requests]
+        return [row.ids for row in rows]
+
+    def key(self, layer: int, last: int) -> Hashable:
+        """What a reading depends on beside the weights."""
+        return (self._requests, self._contexts, layer, last)
+
+    def resume(self, reading: Reading) -> None:
+        """Go on from a reading, whether it was made here or held elsewhere."""
+        self._passes = reading.passes
+
+    def read(self, layer: int, last: int) -> Reading:
+        """What a batch shows at the layer to edit next, below which nothing changed since it was read."""
+        adapter, projection = self._adapter, self._adapter.projection(layer)
+        if not self._passes:
+            bare: list[Row] = []
+            others: list[Row] = []
+            for request in self._requests:
+                for number, context in enumerate(self._contexts):
+                    (others if number else bare).append(subject_row(self._tokenizer, context, request))
+            self._passes = tuple(SubjectPass.of(adapter, rows) for rows in (bare, others) if rows)
+        # Of one module the input comes before its output, and the block's output last of all.
+        inputs, outputs = [projection], [projection, adapter.block(last)]
+        keep = layer if layer < last and runs_in_stages(adapter, layer, inputs, outputs) else 0
+        keys, (out, block), after = self._passes[0].read(adapter, inputs=inputs, outputs=outputs, keep=keep)
+        passes = [after]
+        read = [keys[0].double()[:, None]]  # (B, 1, d_k)
+        for rest in self._passes[1:]:
+            keys, _, after = rest.read(adapter, inputs=inputs, keep=layer if layer < last else 0)
+            read.append(keys[0].double().reshape(len(self._requests), len(self._contexts) - 1, -1))
+            passes.append(after)
+        return Reading(torch.cat(read, 1), out.double(), block.double(), tuple(passes))
 
 
 class _Held(NamedTuple):

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from fastmemit import Editor, EditRequest
-from fastmemit.activations import read_at_subject
 from fastmemit.data.corpora import corpus_from_texts
 from fastmemit.errors import DuplicateRequest, FastmemitError
 from fastmemit.methods import Draft, memit
 from fastmemit.methods.base import averaged_keys
+from fastmemit.partial_forward import read_at_subject
 from fastmemit.text import subject_row
 from reference import closed_form as literal
 from tiny_models import ARCHITECTURES, tiny_model, tiny_tokenizer

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from fastmemit.activations import read_at_subject
 from fastmemit.editor import Editor
 from fastmemit.errors import BadConfig, BadRequest
 from fastmemit.methods import CONFIGS, METHODS, PRESERVING, Draft, PreservedKeys
 from fastmemit.methods.base import averaged_keys, share
+from fastmemit.partial_forward import read_at_subject
 from fastmemit.text import subject_row
 from reference import closed_form as literal
 from tiny_editors import FACTS, tiny_editor

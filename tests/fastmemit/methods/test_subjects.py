@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from fastmemit.activations import Reading, read_at_subject
 from fastmemit.delta import Delta
 from fastmemit.editor import Editor
 from fastmemit.methods import Draft, ReadCache
-from fastmemit.methods.base import averaged_keys
+from fastmemit.methods.base import Reading, averaged_keys
+from fastmemit.partial_forward import read_at_subject
 from fastmemit.text import subject_row
 from tiny_editors import FACTS, tiny_corpus, tiny_editor
 

@@ -8,10 +8,10 @@ from collections import Counter
 import pytest
 import torch
 
-from fastmemit import activations
-from fastmemit.activations import SubjectPass, read_at_subject
+from fastmemit import partial_forward as activations
 from fastmemit.errors import UnknownArchitecture
 from fastmemit.models import find_adapter
+from fastmemit.partial_forward import SubjectPass, read_at_subject
 from fastmemit.text import Row
 from tiny_models import ARCHITECTURES, LAYERS, tiny_model
 
