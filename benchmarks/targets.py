@@ -28,7 +28,7 @@ for folder in (ROOT, ROOT / "python", ROOT / "tests"):
 from fastmemit.data import batches, builtin_facts, load_records  # noqa: E402
 from fastmemit.models import find_adapter, load_model  # noqa: E402
 from fastmemit.targets import TargetSettings, optimise  # noqa: E402
-from fastmemit.text import generate_contexts  # noqa: E402
+from fastmemit.text import Contexts  # noqa: E402
 from reference.literal_targets import literal_target  # noqa: E402
 
 TOLERANCE = 1e-4
@@ -41,7 +41,7 @@ def main() -> None:
     adapter = find_adapter(model)
     records = load_records(args.data) if args.data else builtin_facts()
     requests = [r.request for r in batches(records, args.requests, 1, seed=args.seed)[0]]
-    contexts = generate_contexts(model, tokenizer, "words", args.seed)
+    contexts = Contexts(model, tokenizer, args.seed).of("memit")
     settings = TargetSettings(layer=args.layer, steps=args.steps)
 
     ours: list[float] = []

@@ -13,6 +13,7 @@ import difflib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 from torch import Tensor
@@ -406,6 +407,9 @@ def continue_rows(
     chosen: dict[str, Any] = {"do_sample": False}
     if top_k is not None:
         chosen = {"do_sample": True, "top_k": top_k, "top_p": 1.0, "temperature": 1.0}
+    groups, lengths = [list(range(len(rows)))], {len(row) for row in rows}
+    if len(lengths) > 1 and remembered(model, "left padding", partial(padding, model, "left")) == "none":
+        groups = [[n for n, row in enumerate(rows) if len(row) == length] for length in sorted(lengths)]
     found: dict[int, list[int]] = {}
     # `generate` fills whatever it is not told from the model's own settings, which differ between
     # versions of transformers; nothing but the end-of-text is taken from them.
@@ -413,7 +417,7 @@ def continue_rows(
     model.generation_config = GenerationConfig(eos_token_id=_end(model, tokenizer))
     try:
         with evaluation_mode(model), random_state_kept(seed):
-            for group in _together(model, rows):
+            for group in groups:
                 batch = pad_batch([rows[number] for number in group], side="left", device=input_device(model))
                 out = model.generate(
                     input_ids=batch["input_ids"],
@@ -443,14 +447,6 @@ def end_tokens(model: Any, tokenizer: Any) -> set[int]:
     """The tokens that `continue_rows` never writes, because they would end a text."""
     end = _end(model, tokenizer)
     return set() if end is None else set(end) if isinstance(end, list | tuple) else {end}
-
-
-def _together(model: Any, rows: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Numbers of rows that can be continued in one batch: all of them where padding allows it."""
-    lengths = {len(row) for row in rows}
-    if len(lengths) == 1 or remembered(model, "left padding", lambda: padding(model, "left")) != "none":
-        return [list(range(len(rows)))]
-    return [[n for n, row in enumerate(rows) if len(row) == length] for length in sorted(lengths)]
 
 
 class _Checked:
@@ -491,7 +487,10 @@ Kind = Literal["words", "start"]
 
 
 class Contexts:
-    """The contexts of one model by method, each kind written once.
+    """The texts that stand before a prompt, by method, each kind written once by the unedited model.
+
+    The first is ``""``, the bare prompt. For ROME 20 others follow, ten of 5 and ten of 10 tokens from the
+    start-of-text token; else 5, of 10 tokens from fixed words. Sampled with top-k 5; each ends in ``". "``.
 
     Args:
         model: The model.
@@ -515,49 +514,35 @@ class Contexts:
         self._written = {} if written is None else written
 
     def of(self, method: str, *, edited: bool = False) -> tuple[str, ...]:
-        """The texts of a method, for a model that is edited now or not; see `fastmemit.Editor.contexts`.
+        """The texts of a method, for a model that is edited now or not.
 
         Raises:
             WrongModel: They were never written and the model is edited now.
         """
         kind: Kind = "start" if method == "rome" else "words"
-        if kind not in self._written:
-            if edited and not self._any_time:
-                raise WrongModel(
-                    "Contexts are written by the unedited model; undo the edits, or call "
-                    f"editor.contexts({method!r}) before editing."
-                )
-            self._written[kind] = generate_contexts(self._model, self._tokenizer, kind, self.seed)
+        if kind in self._written:
+            return self._written[kind]
+        if edited and not self._any_time:
+            raise WrongModel(
+                "Contexts are written by the unedited model; undo the edits, or call "
+                f"editor.contexts({method!r}) before editing."
+            )
+        model, tokenizer = self._model, self._tokenizer
+        texts: list[str] = []
+        with isolated():
+            if kind == "words":
+                rows: list[Sequence[int]] = [encode(tokenizer, word).ids for word in OPENINGS]
+                new = continue_rows(model, tokenizer, rows, 10, top_k=5, seed=self.seed)
+                for word, row in zip(OPENINGS, new, strict=True):
+                    texts.append(word + tokenizer.decode(row, skip_special_tokens=True))
+            else:
+                for length in (5, 10):
+                    rows = [[_start_token(tokenizer)]] * 10
+                    new = continue_rows(model, tokenizer, rows, length, top_k=5, seed=self.seed + length)
+                    texts += [tokenizer.decode(row, skip_special_tokens=True) for row in new]
+        # White space is folded, so that line breaks do not part a context from its prompt.
+        self._written[kind] = ("", *(" ".join(text.split()) + ". " for text in texts))
         return self._written[kind]
-
-
-@isolated()
-def generate_contexts(model: Any, tokenizer: Any, kind: Kind, seed: int = 0) -> tuple[str, ...]:
-    """The texts that stand before a prompt, written by the unedited model; the first is ``""``, the bare prompt.
-
-    Returns:
-        For ``"words"`` 6 texts, of 10 tokens from fixed words; for ``"start"`` 21, ten of 5 and ten of 10 tokens from
-        the start-of-text token. Sampled with top-k 5. Each ends in ``". "`` but the first; white space is folded, so
-        that line breaks do not part a context from its prompt.
-    """
-    texts = [""]
-    if kind == "words":
-        rows = [list(encode(tokenizer, word).ids) for word in OPENINGS]
-        new = continue_rows(model, tokenizer, rows, 10, top_k=5, seed=seed)
-        texts += [
-            _finished(word + tokenizer.decode(row, skip_special_tokens=True))
-            for word, row in zip(OPENINGS, new, strict=True)
-        ]
-        return tuple(texts)
-    start = [[_start_token(tokenizer)]] * 10
-    for length in (5, 10):
-        new = continue_rows(model, tokenizer, start, length, top_k=5, seed=seed + length)
-        texts += [_finished(tokenizer.decode(row, skip_special_tokens=True)) for row in new]
-    return tuple(texts)
-
-
-def _finished(text: str) -> str:
-    return " ".join(text.split()) + ". "
 
 
 def _start_token(tokenizer: Any) -> int:

@@ -9,9 +9,13 @@ import pytest
 
 from fastmemit import text as contexts_module
 from fastmemit.errors import WrongModel
-from fastmemit.text import OPENINGS, generate_contexts
+from fastmemit.text import OPENINGS, Contexts
 from tiny_editors import FACTS, tiny_editor
 from tiny_models import tiny_model, tiny_tokenizer
+
+
+def generate_contexts(model: Any, tokenizer: Any, kind: str, seed: int) -> tuple[str, ...]:
+    return Contexts(model, tokenizer, seed).of("rome" if kind == "start" else "memit")
 
 
 def written(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[list[int]], int, dict[str, Any]]]:

@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 import torch
@@ -323,7 +324,7 @@ class Traits:
 @isolated()
 def traits(model: Any) -> Traits:
     """The traits of a model, by two tiny forwards where it is like most; see `is_causal` and `padding`."""
-    return remembered(model, "traits", lambda: _measure(model))
+    return remembered(model, "traits", partial(_measure, model))
 
 
 def _measure(model: Any) -> Traits:
