@@ -162,16 +162,16 @@ class Subjects:
                 for number, context in enumerate(self._contexts):
                     (others if number else bare).append(subject_row(self._tokenizer, context, request))
             self._passes = tuple(SubjectPass.of(adapter, rows) for rows in (bare, others) if rows)
-        # Of one module the input comes before its output, and the block's output last of all.
-        inputs, outputs = [projection], [projection, adapter.block(last)]
-        keep = layer if layer < last and runs_in_stages(adapter, layer, inputs, outputs) else 0
-        keys, (out, block), after = self._passes[0].read(adapter, inputs=inputs, outputs=outputs, keep=keep)
-        passes = [after]
-        read = [keys[0].double()[:, None]]  # (B, 1, d_k)
-        for rest in self._passes[1:]:
-            keys, _, after = rest.read(adapter, inputs=inputs, keep=layer if layer < last else 0)
-            read.append(keys[0].double().reshape(len(self._requests), len(self._contexts) - 1, -1))
+        read, given, passes = [], [], []
+        for rows in self._passes:
+            # Of one module the input comes before its output, and the block's output last of all.
+            outputs = [] if read else [projection, adapter.block(last)]  # of the bare prompts alone
+            keep = layer if layer < last and runs_in_stages(adapter, layer, [projection], outputs) else 0
+            (keys,), put_out, after = rows.read(adapter, inputs=[projection], outputs=outputs, keep=keep, tried=True)
+            read.append(keys.double().reshape(len(self._requests), -1, keys.shape[-1]))  # (B, contexts, d_k)
+            given += put_out
             passes.append(after)
+        out, block = given
         return Reading(torch.cat(read, 1), out.double(), block.double(), tuple(passes))
 
 
