@@ -59,8 +59,11 @@ def context_limit(model: nn.Module) -> int | None:
     if getattr(model, "config", None) is None:
         return None
     config = text_config(model)
-    stated = (getattr(config, field, None) for field in _LIMITS)
-    return next((limit for limit in stated if isinstance(limit, int) and limit > 0), None)
+    for field in _LIMITS:
+        limit = getattr(config, field, None)
+        if isinstance(limit, int) and limit > 0:
+            return limit
+    return None
 
 
 def check_lengths(model: nn.Module, rows: Sequence[Sequence[int]], more: int = 0) -> None:
@@ -189,11 +192,6 @@ def accepted(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
     known = inspect.signature(model.forward).parameters
     optional = {"position_ids", "use_cache"} - known.keys()
     return {name: value for name, value in inputs.items() if name not in optional}
-
-
-def run_model(model: Any, **inputs: Any) -> Any:
-    """What a model gives for some inputs, without those that it does not know."""
-    return model(**accepted(model, inputs))
 
 
 # -- what may be relied on ----------------------------------------------------------------------------
@@ -391,7 +389,7 @@ def _output(model: Any, rows: Sequence[Sequence[int]], side: str = "right", *, m
     batch = pad_batch(rows, side=side, device=input_device(model))
     if not masked:
         del batch["attention_mask"]
-    return hidden_of(run_model(model, **batch, use_cache=False))
+    return hidden_of(model(**accepted(model, {**batch, "use_cache": False})))
 
 
 # -- one block as a function of what its projection puts out ------------------------------------------

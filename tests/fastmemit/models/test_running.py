@@ -11,7 +11,7 @@ from torch import nn
 
 from fastmemit.errors import UnknownArchitecture
 from fastmemit.models import find_adapter
-from fastmemit.models.running import agrees, difference, is_causal, padding, run_model, tolerance
+from fastmemit.models.running import accepted, agrees, difference, is_causal, padding, tolerance
 from tiny_models import ARCHITECTURES, D_K, LAYERS, VOCAB_SIZE, D, tiny_model
 
 IDS = torch.arange(4, 11)[None]
@@ -126,10 +126,10 @@ def test_tolerance_follows_the_dtype_and_bfloat16_is_no_disagreement() -> None:
 def test_names_that_a_forward_does_not_know_are_left_out() -> None:
     model = tiny_model("gpt2")
     want = model(input_ids=IDS).logits
-    got = run_model(model, input_ids=IDS, position_ids=torch.arange(7)[None], use_cache=False)
+    got = model(**accepted(model, {"input_ids": IDS, "position_ids": torch.arange(7)[None], "use_cache": False}))
     assert torch.equal(got.logits, want)
     with pytest.raises(TypeError):
-        run_model(OneAhead(), input_ids=IDS, something_else=1)
+        OneAhead()(**accepted(OneAhead(), {"input_ids": IDS, "something_else": 1}))
 
 
 def test_a_model_that_changes_its_own_weights_is_refused() -> None:
