@@ -59,19 +59,6 @@ class _Read(NamedTuple):
     tokens: tuple[int, ...]  # of the answer
 
 
-def answer_nlls(
-    adapter: ModelAdapter,
-    tokenizer: Any,
-    questions: Sequence[Question],
-    *,
-    batch_tokens: int | None = None,
-    progress: Callable[[int], None] | None = None,
-) -> list[float]:
-    """Mean negative log-likelihood per token, in nats, of each answer after its prompt; see `judge_answers`."""
-    judged = judge_answers(adapter, tokenizer, questions, batch_tokens=batch_tokens, progress=progress)
-    return [answer.nll for answer in judged]
-
-
 @isolated()
 def judge_answers(
     adapter: ModelAdapter,

@@ -124,7 +124,7 @@ def forward_as(module: nn.Module, forward: Any) -> Iterator[None]:
 
 
 @contextmanager
-def begun_at(adapter: ModelAdapter, layer: int, entering: Callable[[], Tensor], in_tuple: bool) -> Iterator[None]:
+def begun_at(adapter: ModelAdapter, layer: int, entering: Callable[[], Any], in_tuple: bool) -> Iterator[None]:
     """Pass through the blocks below `layer` and give the block itself the states that `entering` makes."""
 
     def passed(hidden_states: Tensor, *_: Any, **__: Any) -> Any:

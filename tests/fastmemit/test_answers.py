@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fastmemit import answers as module
-from fastmemit.answers import answer_nlls, judge_answers
+from fastmemit.answers import judge_answers
 from fastmemit.errors import BadRequest, UnknownArchitecture
 from fastmemit.models import ModelAdapter, find_adapter
 from fastmemit.text import encode_with_target
@@ -26,6 +26,10 @@ QUESTIONS = [
     ("A language that is spoken by many people is English. The capital of Italy is", " Rome"),
     ("x", " a"),
 ]
+
+
+def answer_nlls(*args: Any, **settings: Any) -> list[float]:
+    return [answer.nll for answer in judge_answers(*args, **settings)]
 
 
 def literal(model: Any, tokenizer: Any, prompt: str, answer: str) -> tuple[float, tuple[bool, ...]]:

@@ -17,7 +17,7 @@ import transformers
 from torch import Tensor, nn
 
 from fastmemit import Editor, EditRequest
-from fastmemit.answers import answer_nlls
+from fastmemit.answers import judge_answers
 from fastmemit.data import corpus_from_texts
 from fastmemit.errors import BadLayer, FastmemitError, UnknownArchitecture
 from fastmemit.models import hidden_of, with_hidden
@@ -213,14 +213,14 @@ def test_it_is_edited_as_a_literal_full_forward_says(
     said = [r.getMessage() for r in caplog.records if r.name.startswith("fastmemit")]
     assert any("run whole rows" in line for line in said) == whole
     questions = [(r.text, r.target) for r in REQUESTS]
-    unedited = answer_nlls(editor.adapter, tokenizer, questions)
+    unedited = [answer.nll for answer in judge_answers(editor.adapter, tokenizer, questions)]
     for method in ("memit", "emmet", "rome"):
         try:
             edit = editor.edit(REQUESTS, method, steps=3, ridge=0.1)
         except FastmemitError as error:  # a block whose projection cannot carry the move
             assert str(error).endswith(".") and method != "rome"
             continue
-        edited = answer_nlls(editor.adapter, tokenizer, questions)
+        edited = [answer.nll for answer in judge_answers(editor.adapter, tokenizer, questions)]
         literal = [self_cost(model, tokenizer, *question) for question in questions]
         assert edited == pytest.approx(literal, rel=1e-3, abs=1e-3)
         assert edited != unedited

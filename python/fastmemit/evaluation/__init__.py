@@ -1,6 +1,6 @@
 """CounterFact, zsRE, running text and lm-evaluation-harness's tasks on a model before and after editing it."""
 
-from fastmemit.answers import Answer, answer_nlls, judge_answers
+from fastmemit.answers import Answer, judge_answers
 from fastmemit.evaluation.generation import References, generate_records, load_references
 from fastmemit.evaluation.runner import Result, evaluate
 from fastmemit.evaluation.scores import judge_zsre, score_records
@@ -9,7 +9,6 @@ __all__ = [
     "Answer",
     "References",
     "Result",
-    "answer_nlls",
     "evaluate",
     "generate_records",
     "judge_answers",

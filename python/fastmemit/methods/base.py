@@ -162,7 +162,9 @@ class Subjects:
                 for number, context in enumerate(self._contexts):
                     (others if number else bare).append(subject_row(self._tokenizer, context, request))
             self._passes = tuple(SubjectPass.of(adapter, rows) for rows in (bare, others) if rows)
-        read, given, passes = [], [], []
+        read: list[Tensor] = []
+        given: list[Tensor] = []
+        passes: list[SubjectPass] = []
         for rows in self._passes:
             # Of one module the input comes before its output, and the block's output last of all.
             outputs = [] if read else [projection, adapter.block(last)]  # of the bare prompts alone

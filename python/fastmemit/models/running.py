@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 Padding = Literal["unmasked", "masked", "none"]
 Found = TypeVar("Found")
+Ids = TypeVar("Ids", bound=Sequence[int])
 
 _LIMITS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 _LONG, _SHORT, _CHANGED = 12, 7, 4  # tokens of the rows that are tried, and of a changed ending
@@ -109,13 +110,13 @@ def place_rows(rows: Sequence[Sequence[int]], starts: Sequence[int], width: int,
     return {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
 
 
-def length_batches(rows: Iterable[Sequence[int]], batch_tokens: int) -> list[list[Sequence[int]]]:
+def length_batches(rows: Iterable[Ids], batch_tokens: int) -> list[list[Ids]]:
     """Rows of like lengths together, so that padding costs little.
 
     Batches hold at most `batch_tokens` tokens, padding included, but one row always goes; they come shortest first, and
     rows of equal length keep their order.
     """
-    batches: list[list[Sequence[int]]] = []
+    batches: list[list[Ids]] = []
     for row in sorted(rows, key=len):  # ascending lengths: the newest is the longest
         if not batches or (len(batches[-1]) + 1) * len(row) > batch_tokens:
             batches.append([])
@@ -250,7 +251,8 @@ class _State:
 
     def holds(self, model: Any, *, weights: bool) -> bool:
         """Whether a model still has the same modules and settings and, if asked for, the same weights."""
-        modules, tensors = list(model.modules()), list(model.parameters())
+        modules: list[nn.Module] = list(model.modules())
+        tensors: list[Tensor] = list(model.parameters())
         return (
             self._config == _config(model)
             and len(modules) == len(self._modules)
@@ -277,7 +279,7 @@ def _settings(module: Any) -> list[tuple[str, object]]:
 
 
 def _config(model: Any) -> str:
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     as_dict = config.to_dict() if hasattr(config, "to_dict") else {}
     return f"{getattr(config, '_attn_implementation', None)} {as_dict}"
 

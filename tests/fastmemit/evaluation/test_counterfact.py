@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fastmemit.answers import Answer, answer_nlls
+from fastmemit.answers import Answer, judge_answers
 from fastmemit.data import Record
 from fastmemit.errors import BadData
 from fastmemit.evaluation import score_records
@@ -80,7 +80,7 @@ def test_scores_are_those_of_the_costs() -> None:
 
         def pairs(prompts: tuple[str, ...], request: EditRequest) -> list[tuple[float, float]]:
             both = (request.target, f" {request.target_true}")
-            return [tuple(answer_nlls(adapter, tokenizer, [(p, a)])[0] for a in both) for p in prompts]
+            return [tuple(judge_answers(adapter, tokenizer, [(p, a)])[0].nll for a in both) for p in prompts]
 
         assert score.case_id == asked.case_id
         ((new, true),) = pairs((asked.request.text,), asked.request)

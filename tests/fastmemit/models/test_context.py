@@ -7,7 +7,7 @@ import torch
 
 from fastmemit import Editor, EditRequest
 from fastmemit.errors import BadRequest
-from fastmemit.evaluation import answer_nlls
+from fastmemit.evaluation import judge_answers
 from fastmemit.models.running import check_lengths, context_limit
 from tiny_models import tiny_model, tiny_tokenizer
 
@@ -41,6 +41,6 @@ def test_every_way_into_the_model_says_so(architecture, tmp_path):
     with pytest.raises(BadRequest, match="takes 256 at once"):
         editor.targets([request], config)
     with pytest.raises(BadRequest, match="takes 256 at once"):
-        answer_nlls(editor.adapter, editor.tokenizer, [(LONG, " x")])
+        judge_answers(editor.adapter, editor.tokenizer, [(LONG, " x")])
     with pytest.raises(BadRequest, match="takes 256 at once"):
         editor.generate([LONG])
