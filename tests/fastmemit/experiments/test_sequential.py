@@ -123,13 +123,13 @@ def test_scores_are_taken_after_every_kth_batch_and_the_last(editor: Editor) -> 
 
 def test_targets_are_those_of_the_edited_model(editor: Editor, monkeypatch: pytest.MonkeyPatch) -> None:
     states: list[tuple[int, str]] = []
-    real = editor.targets
+    real = editor.workspace.targets
 
     def spy(*args: Any, **kwargs: Any) -> Any:
         states.append((len(editor.edits), editor._stack.state()))
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(editor, "targets", spy)
+    monkeypatch.setattr(editor.workspace, "targets", spy)
     run(editor)
     assert [edits for edits, _ in states] == [0, 0, 1, 1, 2, 2]
     assert len({state for _, state in states}) == len(set(states)) == 3
