@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fastcov.files import atomic_file, parse_json, write_safetensors
 from fastcov.hooks import isolated
-from fastmemit.errors import DamagedFile, NonFiniteEdit, OffloadedWeight, QuantisedWeight, WrongModel
+from fastmemit.errors import DamagedFile, NonFiniteEdit, WrongModel
 
 FORMAT = "fastmemit-delta"
 VERSION = 1
@@ -164,11 +164,11 @@ class Delta:
         """Refuse quantised weights; one that the model lacks is left to `check`.
 
         Raises:
-            QuantisedWeight: One is packed, of whole numbers, or of fewer than 16 bits.
+            WrongModel: One is packed, of whole numbers, or of fewer than 16 bits.
         """
         for name, weight in model.named_parameters(remove_duplicate=False):
             if name in self.factors and not (type(weight) is nn.Parameter and _is_plain(weight)):
-                raise QuantisedWeight(
+                raise WrongModel(
                     f"The edit changes {name}, which is stored as {weight.dtype} "
                     f"({type(weight).__name__}); load the model in floating point."
                 )
@@ -177,17 +177,15 @@ class Delta:
         """The weights that the change can be added to, by name.
 
         Raises:
-            WrongModel: A weight is missing or of another shape.
+            WrongModel: A weight is missing, of another shape, not stored in floating point or not in memory.
             NonFiniteEdit: A weight would hold NaN or infinity.
-            QuantisedWeight: A weight is not stored in floating point.
-            OffloadedWeight: A weight is not in memory.
         """
         self.check_stored(model)
         self.check(model)
         named = dict(model.named_parameters(remove_duplicate=False))
         for name in self.factors:
             if named[name].is_meta:
-                raise OffloadedWeight(
+                raise WrongModel(
                     f"The edit changes {name}, which is not in memory (device meta); load the "
                     "model without offloading it."
                 )

@@ -15,7 +15,7 @@ from fastmemit.answers import Reply, ask, compare, verdict
 from fastmemit.data.corpora import Corpus
 from fastmemit.delta import Delta
 from fastmemit.edits import Edit, EditStack
-from fastmemit.errors import BadConfig, InferenceWeight, MissedFacts, WrongModel
+from fastmemit.errors import BadConfig, MissedFacts, WrongModel
 from fastmemit.files import cache_dir as _cache_dir
 from fastmemit.methods import METHODS, EditConfig, PreservedKeys, ReadCache, Workspace, find_config, run
 from fastmemit.models import find_adapter, load_model, save_model
@@ -55,7 +55,7 @@ class Editor:
     Raises:
         UnknownArchitecture: The model's edited projection cannot be told.
         BadConfig: The tokenizer is none.
-        InferenceWeight: The model was made under ``torch.inference_mode``.
+        WrongModel: The model was made under ``torch.inference_mode``.
     """
 
     @isolated()
@@ -75,7 +75,7 @@ class Editor:
         self.model = model = self.adapter.model  # without what is wrapped around it
         for place, parameter in model.named_parameters():
             if parameter.is_inference():
-                raise InferenceWeight(
+                raise WrongModel(
                     f"The weight {place} was made inside torch.inference_mode(), so torch allows neither an edit nor "
                     "a gradient outside of it; load the model before that block begins."
                 )

@@ -189,9 +189,7 @@ class Edit:
 
         Raises:
             BadUndo: It is in them already.
-            WrongModel: The model lacks a weight, or has it in another shape.
-            QuantisedWeight: A weight is not stored in floating point.
-            OffloadedWeight: A weight is not in memory.
+            WrongModel: The model lacks a weight, or has it in another shape, not in floating point or not in memory.
         """
         self._stack.push(self)
         return self

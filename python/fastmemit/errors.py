@@ -16,31 +16,15 @@ class FastmemitError(Exception):
 
 
 class BadRequest(FastmemitError, ValueError):
-    """An edit request that cannot be carried out as it is written."""
-
-
-class DuplicateRequest(BadRequest):
-    """Two requests of one batch edit the same subject in the same prompt."""
-
-
-class ConflictingEdits(BadRequest):
-    """Two saved edits that shall be put together write the same fact."""
+    """Edit requests that cannot be carried out as they are written, alone or together."""
 
 
 class MissedFacts(FastmemitError):
     """An edit after which the model does not say all of its facts, though that was asked for."""
 
 
-class BadAdapter(FastmemitError, ValueError):
-    """An adapter that is no change of plain weights, or an edit that no adapter can hold."""
-
-
-class HubError(FastmemitError):
-    """Something that the hub refused, does not have, or cannot be asked for now."""
-
-
 class BadData(FastmemitError, ValueError):
-    """A malformed record; the message names its index and the field."""
+    """A malformed record, whose index and field are named, or an adapter that is no change of plain weights."""
 
 
 class BadCorpus(FastmemitError, ValueError):
@@ -49,18 +33,6 @@ class BadCorpus(FastmemitError, ValueError):
 
 class UnknownArchitecture(FastmemitError):
     """The part of a model that would be edited cannot be told from its structure."""
-
-
-class QuantisedWeight(FastmemitError):
-    """A weight that is not stored in floating point and so cannot take an edit."""
-
-
-class InferenceWeight(FastmemitError):
-    """A weight that was made under inference mode, which torch lets nobody write to elsewhere."""
-
-
-class OffloadedWeight(FastmemitError):
-    """A weight that is not in memory, as offloading leaves it."""
 
 
 class BadLayer(FastmemitError, ValueError):
@@ -76,7 +48,7 @@ class ModelNotFound(FastmemitError):
 
 
 class WrongModel(FastmemitError):
-    """An edit or a statistic that was made for another model."""
+    """A model that an edit or a statistic is not of, or one with a weight that cannot take an edit."""
 
 
 class NonFiniteEdit(FastmemitError, ValueError):

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
-from fastmemit.errors import BadRequest, DuplicateRequest
+from fastmemit.errors import BadRequest
 
 
 def _shown(text: str, limit: int = 80) -> str:
@@ -263,7 +263,7 @@ def check_batch(facts: Fact | Iterable[Fact]) -> list[EditRequest]:
 
     Raises:
         BadRequest: There are none, or one cannot be read as a fact.
-        DuplicateRequest: Two have the same subject and prompt; one batch cannot hold both answers, and writing the same
+        BadRequest: Two have the same subject and prompt; one batch cannot hold both answers, and writing the same
             one twice makes the exact solve singular.
     """
     batch = as_requests(facts)
@@ -275,7 +275,7 @@ def check_batch(facts: Fact | Iterable[Fact]) -> list[EditRequest]:
         asked = (request.prompt.rstrip(), request.subject.strip().lower())
         first = seen.setdefault(asked, index)
         if first != index:
-            raise DuplicateRequest(
+            raise BadRequest(
                 f"Requests {first} and {index} both edit {_shown(request.text)} (to {_shown(batch[first].target_new)} "
                 f"and {_shown(request.target_new)}); keep one of them in the batch."
             )

@@ -14,7 +14,7 @@ from adversarial.awkward import PROMPTS, SUBJECTS, TARGETS, requests
 from fastcov import FastcovError
 from fastmemit import Edit, Editor
 from fastmemit.data import Record
-from fastmemit.errors import BadRequest, DuplicateRequest, FastmemitError
+from fastmemit.errors import BadRequest, FastmemitError
 from fastmemit.evaluation import score_records
 from fastmemit.request import EditRequest, check_batch
 from fastmemit.text import encode, request_rows
@@ -234,5 +234,5 @@ def test_a_subject_that_is_twice_in_a_filled_prompt() -> None:
 def test_the_same_fact_twice_in_a_batch() -> None:
     one = EditRequest("{} is", "Paris", "Rome")
     for other in ("Paris", " PARIS "):
-        with pytest.raises(DuplicateRequest, match="Requests 0 and 1 both edit"):
+        with pytest.raises(BadRequest, match="Requests 0 and 1 both edit"):
             check_batch([one, EditRequest("{} is", other, "Lyon")])

@@ -12,7 +12,7 @@ import torch
 from fastmemit.answers import judge_answers
 from fastmemit.delta import Delta
 from fastmemit.editor import Editor
-from fastmemit.errors import InferenceWeight
+from fastmemit.errors import WrongModel
 from fastmemit.evaluation.downstream import evaluate_tasks
 from fastmemit.evaluation.perplexity import PerplexityText, perplexity
 from fastmemit.models import find_adapter
@@ -120,7 +120,7 @@ def _saved(editor, folder):
 def test_a_model_made_under_inference_mode_is_refused_in_one_sentence(tmp_path):
     with torch.inference_mode():
         model = tiny_model("gpt2").double()
-    with pytest.raises(InferenceWeight, match=r"inference_mode\(\)"):
+    with pytest.raises(WrongModel, match=r"inference_mode\(\)"):
         Editor(model, tiny_tokenizer("byte_bpe"), cache_dir=tmp_path)
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fastmemit import Edit, Editor, MemitConfig, RomeConfig
-from fastmemit.errors import BadConfig, BadLayer, BadRequest, DamagedFile, DuplicateRequest
+from fastmemit.errors import BadConfig, BadLayer, BadRequest, DamagedFile
 from fastmemit.evaluation import evaluate
 from fastmemit.request import EditRequest
 from fastmemit.statistics import versions
@@ -105,7 +105,7 @@ def test_an_edit_on_top_of_another_sees_it_and_says_so(editor: Editor) -> None:
     ("requests", "method", "settings", "error"),
     [
         ([], "memit", QUICK, BadRequest),
-        ([FACTS[0], FACTS[0]], "memit", QUICK, DuplicateRequest),
+        ([FACTS[0], FACTS[0]], "memit", QUICK, BadRequest),
         (FACTS, "ft", {}, BadConfig),
         (FACTS, "memit", {"layers": (0, 9)}, BadLayer),
         (FACTS, "memit", {"speed": 3}, BadConfig),

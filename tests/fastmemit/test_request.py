@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from fastmemit.errors import BadRequest, DuplicateRequest
+from fastmemit.errors import BadRequest
 from fastmemit.request import EditRequest, check_batch, joined_answer
 
 TOWER = {"prompt": "{} is in the city of", "subject": "Eiffel Tower", "target_new": "Rome"}
@@ -195,7 +195,7 @@ def test_a_batch_keeps_its_order() -> None:
 
 
 def test_white_space_behind_a_prompt_makes_no_other_fact() -> None:
-    with pytest.raises(DuplicateRequest, match="Requests 0 and 1 both edit 'a is '"):
+    with pytest.raises(BadRequest, match="Requests 0 and 1 both edit 'a is '"):
         check_batch([EditRequest("{} is", "a", "x"), EditRequest("{} is ", "a", "y")])
 
 
@@ -212,7 +212,7 @@ def test_duplicates_are_named(subject: str, target: str) -> None:
         EditRequest("{} is", "Rome", "x"),
         EditRequest("{} is", subject, target),
     ]
-    with pytest.raises(DuplicateRequest) as caught:
+    with pytest.raises(BadRequest) as caught:
         check_batch(batch)
     message = str(caught.value)
     assert message.startswith(f"Requests 1 and 2 both edit '{subject} is'")

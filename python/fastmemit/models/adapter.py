@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from fastcov.hooks import evaluation_mode, isolated
-from fastmemit.errors import BadLayer, OffloadedWeight, QuantisedWeight, UnknownArchitecture
+from fastmemit.errors import BadLayer, UnknownArchitecture, WrongModel
 from fastmemit.models.running import (
     PROBE,
     BlockMap,
@@ -167,20 +167,19 @@ class ModelAdapter:
         """The projection's weight as (d, d_k): a view, so that writing to it changes the model.
 
         Raises:
-            QuantisedWeight: It is not stored as a plain floating-point matrix.
-            OffloadedWeight: It is not in memory.
+            WrongModel: It is not stored as a plain floating-point matrix, or not in memory.
         """
         module, name = self.projection(layer), self.projection_name(layer)
         stored = {**module._parameters, **module._buffers}.get("weight")
         shape = self._shape(layer)
         expected = shape if self.weight_is_transposed(layer) else (shape or ())[::-1]
         if stored is not None and stored.is_meta:
-            raise OffloadedWeight(
+            raise WrongModel(
                 f"The weight of {name} is not in memory (device meta); load the model without "
                 "offloading the layers to edit."
             )
         if stored is None and isinstance(getattr(module, "base_layer", None), nn.Module):
-            raise QuantisedWeight(
+            raise WrongModel(
                 f"{name} ({type(module).__name__}) adds an adapter to its weight, so an edit of "
                 "the weight alone is not what the model uses; call merge_and_unload() first."
             )
@@ -195,7 +194,7 @@ class ModelAdapter:
         else:
             view = stored.detach()
             return view.t() if self.weight_is_transposed(layer) else view
-        raise QuantisedWeight(
+        raise WrongModel(
             f"{name} ({type(module).__name__}) has {what}, so it cannot be edited; load the model "
             "in floating point (float32, bfloat16 or float16), without quantisation."
         )

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from fastcov.hooks import isolated
-from fastmemit.errors import OffloadedWeight
+from fastmemit.errors import WrongModel
 
 _PLAIN = (nn.Parameter, torch.Tensor)
 
@@ -138,7 +138,7 @@ def checksum(tensor: Tensor) -> str:
     tensor's own device and do not depend on it.
 
     Raises:
-        OffloadedWeight: The tensor is not in memory.
+        WrongModel: The tensor is not in memory.
     """
     return checksums([("", tensor)])[""]
 
@@ -148,14 +148,14 @@ def checksums(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
     """The checksum of each tensor by name, with one wait for each device.
 
     Raises:
-        OffloadedWeight: A tensor is not in memory.
+        WrongModel: A tensor is not in memory.
     """
     kinds: dict[str, str] = {}  # name -> dtype and shape
     pending: dict[torch.device, list[tuple[str, Tensor]]] = {}
     with _Summing() as summing:
         for name, tensor in tensors:
             if tensor.is_meta:
-                raise OffloadedWeight(
+                raise WrongModel(
                     f"A tensor {name!r} on the device meta has no values to identify; load it without offloading."
                 )
             sums = summing(_words(tensor))
@@ -254,7 +254,7 @@ def fingerprint(model: Any) -> str:
     same fingerprint; in another dtype, or quantised, they have another.
 
     Raises:
-        OffloadedWeight: Some weight is neither in memory nor where accelerate offloads to.
+        WrongModel: Some weight is neither in memory nor where accelerate offloads to.
     """
     return fingerprint_of(model, checksums(stored_tensors(model)))
 
@@ -334,7 +334,7 @@ class Watch:
         """The model's fingerprint; the model is the one to be watched from now on.
 
         Raises:
-            OffloadedWeight: A weight is neither in memory nor where accelerate offloads to.
+            WrongModel: A weight is neither in memory nor where accelerate offloads to.
         """
         tensors = _tensors(model)
         self._checksums = checksums(stored_tensors(model))

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from fastcov.hooks import isolated
-from fastmemit.errors import QuantisedWeight
+from fastmemit.errors import WrongModel
 
 
 @isolated()
@@ -26,7 +26,7 @@ def save_model(model: Any, tokenizer: Any, folder: str | os.PathLike[str]) -> Pa
 
     Raises:
         FileExistsError: `folder` holds something already, or is a file.
-        QuantisedWeight: The weights are in a quantised form that has no file format.
+        WrongModel: The weights are in a quantised form that has no file format.
         OSError: The disk refused.
     """
     target = Path(folder)
@@ -111,7 +111,7 @@ def _as_plain(model: Any) -> Iterator[None]:
             except TypeError:  # transformers 4 asked with an argument
                 serializable = True
         if quantizer is not None and not serializable:
-            raise QuantisedWeight(
+            raise WrongModel(
                 f"{type(model).__name__} holds quantised weights that cannot be saved; load the "
                 "model in floating point to save it."
             )

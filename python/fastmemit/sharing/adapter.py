@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from fastcov.files import parse_json, write_safetensors
 from fastcov.hooks import isolated
 from fastmemit.delta import Delta
-from fastmemit.errors import BadAdapter, DamagedFile
+from fastmemit.errors import BadData, DamagedFile
 from fastmemit.models import ModelAdapter, fingerprint, new_folder
 from fastmemit.models.adapter import linear_shape
 
@@ -71,12 +71,12 @@ def save_adapter(
         pad: Pad ranks; else modules have their own ranks in ``rank_pattern`` and ``alpha_pattern``.
 
     Raises:
-        BadAdapter: The delta changes nothing, a weight of no linear map, or one that several modules share.
+        BadData: The delta changes nothing, a weight of no linear map, or one that several modules share.
     """
     net = model.model if isinstance(model, ModelAdapter) else model
     delta.check(net)
     if not delta.factors:
-        raise BadAdapter("The edit changes no weight, so there is no adapter to write.")
+        raise BadData("The edit changes no weight, so there is no adapter to write.")
     modules = {_module_of(net, name): name for name in delta.factors}
     ranks = {module: delta.factors[name][0].shape[1] for module, name in modules.items()}
     most = max(1, *ranks.values())
@@ -142,12 +142,12 @@ def _module_of(model: nn.Module, name: str) -> str:
     module, _, last = name.rpartition(".")
     part = model.get_submodule(module)
     if last != "weight" or linear_shape(part) is None:
-        raise BadAdapter(
+        raise BadData(
             f"The edit changes {name}, which is not the weight of a linear map ({type(part).__name__}), and LoRA "
             "adapters change only those; save the whole model instead."
         )
     if other := _sharing(model, name):
-        raise BadAdapter(
+        raise BadData(
             f"The edit changes {name}, which {other} shares, while an adapter would change one of the two; save the "
             "whole model instead."
         )
@@ -305,8 +305,8 @@ def _as_written(folder: _Path, factors: Mapping[str, tuple[Tensor, Tensor]], our
     return delta
 
 
-def _bad(folder: _Path, what: str) -> BadAdapter:
-    return BadAdapter(f"The adapter {os.fspath(folder)!r} {what}, so it cannot be read as an edit.")
+def _bad(folder: _Path, what: str) -> BadData:
+    return BadData(f"The adapter {os.fspath(folder)!r} {what}, so it cannot be read as an edit.")
 
 
 def _damaged(folder: _Path, what: str) -> DamagedFile:

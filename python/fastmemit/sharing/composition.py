@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastcov.hooks import isolated
 from fastmemit.delta import Delta
-from fastmemit.errors import BadConfig, BadData, BadRequest, ConflictingEdits, DamagedFile, WrongModel
+from fastmemit.errors import BadConfig, BadData, BadRequest, DamagedFile, WrongModel
 from fastmemit.request import EditRequest
 from fastmemit.statistics import versions
 
@@ -52,7 +52,7 @@ def compose(
 
     Raises:
         BadConfig: There is no delta, or a rank below 1.
-        ConflictingEdits: Two write the same fact, or two are the same edit.
+        BadRequest: Two write the same fact, or two are the same edit.
     """
     flat = [part for delta in deltas for part in parts(delta)]
     if not flat:
@@ -61,7 +61,7 @@ def compose(
     digests = [part.digest() for part in flat]
     for place, digest in enumerate(digests):
         if digest in digests[:place]:
-            raise ConflictingEdits(
+            raise BadRequest(
                 f"Edits {digests.index(digest) + 1} and {place + 1} are the same edit ({digest:.12}), whose change "
                 "would be made twice; give it once."
             )
@@ -220,7 +220,7 @@ def check_facts(deltas: Sequence[Delta]) -> None:
     made twice, except where the later edit was computed on top of the earlier.
 
     Raises:
-        ConflictingEdits: Two edits do so; the message names the fact, both edits and both answers.
+        BadRequest: Two edits do so; the message names the fact, both edits and both answers.
     """
     seen: dict[tuple[str, str], tuple[int, EditRequest]] = {}
     for place, delta in enumerate(deltas):
@@ -229,12 +229,12 @@ def check_facts(deltas: Sequence[Delta]) -> None:
             if first == place:
                 continue
             if other.target.strip() != fact.target.strip():
-                raise ConflictingEdits(
+                raise BadRequest(
                     f"Edit {first + 1} makes {fact.text!r:.80} go on with {other.target!r:.40} and edit {place + 1} "
                     f"with {fact.target!r:.40}; leave one of them out, or pass allow_conflicts=True to add both."
                 )
             if deltas[first].digest() not in listed_texts(delta, "on_top_of"):
-                raise ConflictingEdits(
+                raise BadRequest(
                     f"Edits {first + 1} and {place + 1} both write {fact.text + fact.target!r:.80} and would together "
                     "change twice what is needed; leave one of them out, or pass allow_conflicts=True to add both."
                 )

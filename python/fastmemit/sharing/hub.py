@@ -15,7 +15,7 @@ from typing import Any
 
 import fastcov
 from fastmemit.delta import Delta
-from fastmemit.errors import BadConfig, DamagedFile, HubError, WrongModel
+from fastmemit.errors import BadConfig, DamagedFile, FastmemitError, WrongModel
 from fastmemit.files import (
     cache_dir,
     check_moment,
@@ -116,21 +116,23 @@ def _push(
 
     start = f"The repository {repo!r} cannot be written, because"
     if constants.HF_HUB_OFFLINE:
-        raise HubError(f"{start} HF_HUB_OFFLINE is set; unset it, or write to a folder by --dry-run (dry_run=...).")
+        raise FastmemitError(
+            f"{start} HF_HUB_OFFLINE is set; unset it, or write to a folder by --dry-run (dry_run=...)."
+        )
     if token is None and huggingface_hub.get_token() is None:
-        raise HubError(f"{start} you are not logged in to the hub; run hf auth login, or set HF_TOKEN.")
+        raise FastmemitError(f"{start} you are not logged in to the hub; run hf auth login, or set HF_TOKEN.")
     api = huggingface_hub.HfApi(token=token)
     with told_plainly(repo, "written"):
         api.create_repo(repo, private=private, exist_ok=True)
         if private and not api.model_info(repo).private:
-            raise HubError(
+            raise FastmemitError(
                 f"The repository {repo!r} exists and is public, so nothing was put there; make it "
                 "private on its page first, or name another."
             )
         # Files of another kind would lose their card.
         foreign = [name for name in api.list_repo_files(repo) if name not in {*files, CARD, ".gitattributes"}]
         if foreign:
-            raise HubError(
+            raise FastmemitError(
                 f"The repository {repo!r} holds {foreign[0]!r:.80} already, which is not replaced by "
                 "this push, so nothing was put there; name another."
             )
@@ -153,12 +155,12 @@ def pull_edit(repo: str, *, revision: str | None = None, model: str | None = Non
         token: A token of the hub; None takes the one that you are logged in with.
 
     Raises:
-        HubError: It cannot be fetched, or the repository holds no edit.
+        FastmemitError: It cannot be fetched, or the repository holds no edit.
         WrongModel: It is of another model.
     """
     folder = _fetched(repo, revision, token, EDIT)
     if not (folder / EDIT).is_file():
-        raise HubError(f"The repository {repo!r} holds no {EDIT}; name one that has an edit.")
+        raise FastmemitError(f"The repository {repo!r} holds no {EDIT}; name one that has an edit.")
     delta = Delta.load(folder / EDIT)
     if model is not None and delta.model != model:
         raise WrongModel(
@@ -184,12 +186,12 @@ def pull_statistics(
     `pull_edit`. What is returned is in the cache, for `fastmemit.Editor.use`.
 
     Raises:
-        HubError: They cannot be fetched, or the repository holds none.
+        FastmemitError: They cannot be fetched, or the repository holds none.
         StoreMismatch: They are of another model or tokenizer, or of a newer format.
     """
     folder = _fetched(repo, revision, token, f"{MOMENTS}/*.safetensors") / MOMENTS
     if not any(folder.glob("*.safetensors")):
-        raise HubError(
+        raise FastmemitError(
             f"The repository {repo!r} holds no second moments; name one that has some, or pull an edit (--out FILE)."
         )
     found = open_statistics(folder)
@@ -280,7 +282,7 @@ def told_plainly(repo: str, doing: str) -> Iterator[None]:
     """Turn what the hub's library raises while a repository is "fetched" or "written" into one sentence.
 
     Raises:
-        HubError: Anything that has to do with the hub. The disk's own errors pass.
+        FastmemitError: Anything that has to do with the hub. The disk's own errors pass.
     """
     try:
         yield
@@ -288,7 +290,7 @@ def told_plainly(repo: str, doing: str) -> Iterator[None]:
         reason = _reason(repo, error)
         if reason is None:
             raise
-        raise HubError(f"The repository {repo!r} could not be {doing}{reason}") from error
+        raise FastmemitError(f"The repository {repo!r} could not be {doing}{reason}") from error
 
 
 def _reason(repo: str, error: Exception) -> str | None:

@@ -14,7 +14,7 @@ import torch
 import fastcov
 from fastmemit import compat
 from fastmemit.compat import drop_in
-from fastmemit.errors import BadConfig, BadLayer, BadRequest, DuplicateRequest
+from fastmemit.errors import BadConfig, BadLayer, BadRequest
 from fastmemit.methods import MemitConfig, RomeConfig
 from fastmemit.methods.config import SMALL_BUDGET_RIDGE
 from tiny_editors import FACTS, tiny_editor
@@ -215,7 +215,7 @@ def test_what_goes_wrong_changes_nothing(model: Any, tok: Any) -> None:
     before = state(model)
     refusals: list[tuple[type[Exception], str, Any, Any]] = [
         (BadRequest, "no request to edit", [], hparams("memit")),
-        (DuplicateRequest, "both edit", [MEMIT_STYLE[0]] * 2, hparams("memit")),
+        (BadRequest, "both edit", [MEMIT_STYLE[0]] * 2, hparams("memit")),
         (BadRequest, "has no target_new", [{"prompt": "{} is", "subject": "x"}], hparams("memit")),
         (BadConfig, "v_loss_layer is 31 but the last .* is 2", MEMIT_STYLE,
          hparams("memit", v_loss_layer=31)),

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from fastmemit.editor import Editor
-from fastmemit.errors import DuplicateRequest, FastmemitError, WrongModel
+from fastmemit.errors import BadRequest, FastmemitError, WrongModel
 from fastmemit.evaluation import evaluate, runner, score_records
 from fastmemit.evaluation.runner import RecordResult, Result
 from fastmemit.evaluation.scores import FullScoreTable, summarise
@@ -189,7 +189,7 @@ def test_an_error_while_scoring_gives_the_weights_back(editor: Editor, monkeypat
 
 def test_a_batch_that_contradicts_itself(editor: Editor) -> None:
     twice = [record(1, FACTS[0]), record(2, FACTS[0])]
-    with pytest.raises(DuplicateRequest, match="Requests 0 and 1"):
+    with pytest.raises(BadRequest, match="Requests 0 and 1"):
         evaluate(editor, [twice], "memit", QUICK)
 
 

@@ -11,7 +11,7 @@ import torch
 from fastcov.errors import NonFinite
 from fastmemit.data import Record
 from fastmemit.editor import Editor
-from fastmemit.errors import BadConfig, BadData, DuplicateRequest, WrongModel
+from fastmemit.errors import BadConfig, BadData, BadRequest, WrongModel
 from fastmemit.evaluation import score_records
 from fastmemit.evaluation.scores import RecordScore, summarise
 from fastmemit.experiments.sequential import Step, run_sequential
@@ -225,7 +225,7 @@ def test_what_makes_no_sense_is_refused_before_anything_is_written(editor: Edito
     refused(BadData, "at least one record each", [])
     refused(BadData, "at least one record each", [RECORDS[:1], []])
     twice = [Record(1, FACTS[0]), Record(2, FACTS[0])]
-    refused(DuplicateRequest, "Requests 0 and 1", [RECORDS[:1], twice])
+    refused(BadRequest, "Requests 0 and 1", [RECORDS[:1], twice])
     edit = editor.edit(FACTS[:1], "memit", **SETTINGS)
     refused(WrongModel, "edited already; undo its edits before a sequence", BATCHES)
     edit.undo()

@@ -5,7 +5,7 @@ import torch
 
 from fastmemit import Editor, EditRequest
 from fastmemit.data.corpora import corpus_from_texts
-from fastmemit.errors import DuplicateRequest, FastmemitError
+from fastmemit.errors import BadRequest, FastmemitError
 from fastmemit.methods import Draft, memit
 from fastmemit.methods.base import averaged_keys
 from fastmemit.partial_forward import read_at_subject
@@ -197,7 +197,7 @@ def test_an_error_half_way_leaves_the_weights(tmp_path, monkeypatch):
 def test_duplicates_are_named_before_any_work(tmp_path):
     editor = make_editor("llama", tmp_path)
     twice = [*REQUESTS, EditRequest(REQUESTS[1].prompt, "danielle darrieux ", "Dutch")]
-    with pytest.raises(DuplicateRequest, match=r"1 and 3 .*English.*Dutch"):
+    with pytest.raises(BadRequest, match=r"1 and 3 .*English.*Dutch"):
         editor.plan(twice, "memit")
 
 

@@ -10,7 +10,7 @@ import transformers
 from torch import nn
 from torch.testing import assert_close
 
-from fastmemit.errors import BadLayer, OffloadedWeight, QuantisedWeight, UnknownArchitecture
+from fastmemit.errors import BadLayer, UnknownArchitecture, WrongModel
 from fastmemit.models import find_adapter, hidden_of, with_hidden
 from tiny_models import ARCHITECTURES, D_K, LAYERS, VOCAB_SIZE, D, tiny_model
 
@@ -201,14 +201,14 @@ def test_a_quantised_weight_says_so_when_it_is_asked_for(quantise: Any, what: st
     adapter = find_adapter(model)  # finding and measuring it is possible
     assert adapter.d_k(1) == D_K
     assert adapter.weight(0).shape == (D, D_K)
-    with pytest.raises(QuantisedWeight, match=rf"model.layers.1.mlp.down_proj .*{what}.*floating"):
+    with pytest.raises(WrongModel, match=rf"model.layers.1.mlp.down_proj .*{what}.*floating"):
         adapter.weight(1)
 
 
 def test_an_offloaded_weight_says_so() -> None:
     model = tiny_model("llama")
     model.model.layers[0].mlp.to("meta")
-    with pytest.raises(OffloadedWeight, match=r"layers\.0\.mlp\.down_proj.*offloading"):
+    with pytest.raises(WrongModel, match=r"layers\.0\.mlp\.down_proj.*offloading"):
         find_adapter(model).weight(0)
 
 

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastmemit.errors import OffloadedWeight
+from fastmemit.errors import WrongModel
 from fastmemit.models import checksum, fingerprint, tokenizer_fingerprint
 from tiny_models import ARCHITECTURES, tiny_model
 from tiny_tokenizers import FAST, SENTENCES, tiny_tokenizer
@@ -225,7 +225,7 @@ def test_both_spellings_of_the_rotary_settings_are_one() -> None:
 def test_weights_that_are_not_in_memory_are_refused() -> None:
     model = tiny_model("llama")
     model.model.layers[0].mlp.to("meta")
-    with pytest.raises(OffloadedWeight, match="offloading"):
+    with pytest.raises(WrongModel, match="offloading"):
         fingerprint(model)
 
 

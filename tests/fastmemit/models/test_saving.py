@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastmemit.errors import QuantisedWeight
+from fastmemit.errors import WrongModel
 from fastmemit.models import fingerprint, load_model, save_model, tokenizer_fingerprint
 from tiny_models import ARCHITECTURES, tiny_model, tiny_tokenizer
 
@@ -82,7 +82,7 @@ def test_weights_that_are_still_quantised_are_refused(method: str, tmp_path: Pat
     if method == "gguf":
         head = model.model.layers[0].mlp.down_proj
         head.weight = torch.nn.Parameter(head.weight.data.to(torch.int8), requires_grad=False)
-    with pytest.raises(QuantisedWeight, match="cannot be saved; load the model in floating point"):
+    with pytest.raises(WrongModel, match="cannot be saved; load the model in floating point"):
         save_model(model, None, tmp_path / "model")
     assert list(tmp_path.iterdir()) == []
 

@@ -12,7 +12,7 @@ import torch
 
 import fastcov
 from fastmemit.editor import Editor
-from fastmemit.errors import BadConfig, OffloadedWeight, QuantisedWeight
+from fastmemit.errors import BadConfig, WrongModel
 from fastmemit.models import fingerprint, load_model, loading
 from fastmemit.models.fingerprint import stored_tensors
 from tiny_editors import FACTS, tiny_corpus, tiny_editor
@@ -56,7 +56,7 @@ def test_an_offloaded_model_is_the_same_model(tmp_path: Path, tied: bool) -> Non
 def test_a_tensor_that_is_nowhere_cannot_be_identified() -> None:
     with torch.device("meta"):
         model = tiny_model("llama")
-    with pytest.raises(OffloadedWeight, match="has no values to identify"):
+    with pytest.raises(WrongModel, match="has no values to identify"):
         fingerprint(model)
 
 
@@ -97,7 +97,7 @@ def test_edits_of_blocks_in_memory_between_offloaded_ones(tmp_path: Path, method
 def test_offloaded_weights_are_not_edited_and_nothing_is_optimised_first(tmp_path: Path) -> None:
     editor = tiny_editor(tmp_path, model=dispatched(tiny_model("llama"), tmp_path, 1))
     editor.workspace.contexts_of = None  # type: ignore[assignment,method-assign]
-    with pytest.raises(OffloadedWeight, match=r"down_proj is not in memory .* without offloading"):
+    with pytest.raises(WrongModel, match=r"down_proj is not in memory .* without offloading"):
         editor.edit(FACTS, layers=(0, 1))
 
 
@@ -206,7 +206,7 @@ def test_statistics_of_a_quantised_model(tmp_path: Path, form: str) -> None:
     whole = tiny_editor(tmp_path / "whole", model=tiny_model("llama").bfloat16(), layers=None)
     assert whole.fingerprint != editor.fingerprint
     assert whole.store.find([1]) is None
-    with pytest.raises(QuantisedWeight, match="cannot be edited; load the model in floating point"):
+    with pytest.raises(WrongModel, match="cannot be edited; load the model in floating point"):
         editor.edit(FACTS[:1], layers=(1,))
     with pytest.raises(fastcov.FastcovError):
         whole.edit(FACTS[:1], layers=(1,))

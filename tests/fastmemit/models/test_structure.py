@@ -10,7 +10,7 @@ import torch
 import transformers
 from torch import nn
 
-from fastmemit.errors import BadLayer, QuantisedWeight, UnknownArchitecture
+from fastmemit.errors import BadLayer, UnknownArchitecture, WrongModel
 from fastmemit.models import find_adapter
 from tiny_models import D_K, LAYERS, VOCAB_SIZE, D, tiny_model
 
@@ -143,7 +143,7 @@ def test_a_model_with_an_adapter_in_it_has_its_own_names() -> None:
     assert adapter.weight(0).data_ptr() == model.model.layers[0].mlp.down_proj.weight.data_ptr()
     on_edited = peft.LoraConfig(target_modules=["down_proj"], **settings)
     adapter = find_adapter(peft.get_peft_model(tiny_model("llama"), on_edited))
-    with pytest.raises(QuantisedWeight, match=r"adapter.*merge_and_unload"):
+    with pytest.raises(WrongModel, match=r"adapter.*merge_and_unload"):
         adapter.weight(0)
     prompt = peft.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
     with pytest.raises(UnknownArchitecture, match="give the base model"):

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fastmemit.delta import Delta
-from fastmemit.errors import BadAdapter, DamagedFile, QuantisedWeight, WrongModel
+from fastmemit.errors import BadData, DamagedFile, WrongModel
 from fastmemit.models import fingerprint
 from fastmemit.sharing import load_adapter, save_adapter
 from tiny_editors import FACTS, tiny_editor
@@ -142,7 +142,7 @@ B = f"base_model.model.{DOWN.format(1)}.lora_B.weight"
 )  # fmt: skip
 def test_what_is_no_plain_lora_is_refused(fields: Any, tensors: Any, message: str, tmp_path: Path) -> None:
     folder = by_hand(tmp_path / "adapter", fields=fields, tensors=tensors)
-    with pytest.raises(BadAdapter, match=message):
+    with pytest.raises(BadData, match=message):
         load_adapter(folder, tiny_model("llama"))
 
 
@@ -175,11 +175,11 @@ def test_another_model_is_refused(tmp_path: Path) -> None:
     model = tiny_model("llama")
     part = model.model.layers[1].mlp.down_proj
     part.weight = torch.nn.Parameter(part.weight.data.to(torch.int8), requires_grad=False)
-    with pytest.raises(QuantisedWeight, match=r"stored as torch\.int8"):
+    with pytest.raises(WrongModel, match=r"stored as torch\.int8"):
         load_adapter(folder, model)
     packed = torch.zeros(1024, 1, dtype=torch.uint8)  # two numbers to a byte
     part.weight = torch.nn.Parameter(packed, requires_grad=False)
-    with pytest.raises(QuantisedWeight, match=r"stored as torch\.uint8"):
+    with pytest.raises(WrongModel, match=r"stored as torch\.uint8"):
         load_adapter(folder, model)
 
 
@@ -189,7 +189,7 @@ def test_a_shared_weight_is_refused(tmp_path: Path) -> None:
         "base_model.model.lm_head.lora_B.weight": torch.ones(640, 2),
     }
     folder = by_hand(tmp_path / "adapter", tensors=head)
-    with pytest.raises(BadAdapter, match=r"embed_tokens\.weight shares"):
+    with pytest.raises(BadData, match=r"embed_tokens\.weight shares"):
         load_adapter(folder, tiny_model("llama", tie_word_embeddings=True))
     delta = load_adapter(folder, tiny_model("llama", tie_word_embeddings=False))
     assert "lm_head.weight" in delta.factors

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from fastmemit.delta import Delta
-from fastmemit.errors import BadAdapter, WrongModel
+from fastmemit.errors import BadData, WrongModel
 from fastmemit.models import find_adapter, load_skeleton
 from fastmemit.sharing import compose, save_adapter
 from tiny_editors import FACTS, QUICK, tiny_editor
@@ -186,12 +186,12 @@ def test_what_no_adapter_can_hold_is_refused(tmp_path: Path) -> None:
     head, norm = "lm_head.weight", "model.layers.0.input_layernorm.weight"
     rows, columns = model.get_parameter(head).shape
     tied = Delta({head: (torch.ones(rows, 1), torch.ones(columns, 1))})
-    with pytest.raises(BadAdapter, match=r"embed_tokens\.weight shares"):
+    with pytest.raises(BadData, match=r"embed_tokens\.weight shares"):
         save_adapter(tied, model, tmp_path / "x")
     table = Delta({"model.embed_tokens.weight": (torch.ones(rows, 1), torch.ones(columns, 1))})
-    with pytest.raises(BadAdapter, match="not the weight of a linear map"):
+    with pytest.raises(BadData, match="not the weight of a linear map"):
         save_adapter(table, model, tmp_path / "x")
-    with pytest.raises(BadAdapter, match="changes no weight"):
+    with pytest.raises(BadData, match="changes no weight"):
         save_adapter(Delta({}), model, tmp_path / "x")
     with pytest.raises(WrongModel, match="layernorm"):
         save_adapter(Delta({norm: (torch.ones(32, 1), torch.ones(1, 1))}), model, tmp_path / "x")

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from fastmemit.delta import Delta
-from fastmemit.errors import BadConfig, ConflictingEdits, DamagedFile, WrongModel
+from fastmemit.errors import BadConfig, BadRequest, DamagedFile, WrongModel
 from fastmemit.request import EditRequest
 from fastmemit.sharing import compose, compressed, parts, remove
 from tiny_editors import FACTS, QUICK, tiny_editor
@@ -123,24 +123,24 @@ def test_a_digest_that_names_no_part_is_refused() -> None:
 def test_contradictions_are_named_and_can_be_allowed() -> None:
     first = made(1, requests=[fact("Eiffel Tower", "Rome")])
     second = made(2, requests=[fact(" eiffel tower", " Oslo")])
-    with pytest.raises(ConflictingEdits, match=r"Edit 1 .* ' Rome' and edit 2 with ' Oslo'"):
+    with pytest.raises(BadRequest, match=r"Edit 1 .* ' Rome' and edit 2 with ' Oslo'"):
         compose([first, second])
     assert len(compose([first, second], allow_conflicts=True).provenance["requests"]) == 2
     other = made(3, requests=[fact("Eiffel Tower", "Oslo", "{} was built in")])
     compose([first, other])
-    with pytest.raises(ConflictingEdits, match="edit 3 with"):
+    with pytest.raises(BadRequest, match="edit 3 with"):
         compose([compose([first, other]), second])
     composed = compose([first, second], allow_conflicts=True)
-    with pytest.raises(ConflictingEdits):
+    with pytest.raises(BadRequest):
         compose([composed, made(4)])
 
 
 def test_the_same_answer_twice_is_refused_unless_the_second_knew_the_first() -> None:
     first = made(1, requests=[fact("Eiffel Tower", "Rome")])
-    with pytest.raises(ConflictingEdits, match="twice what is needed"):
+    with pytest.raises(BadRequest, match="twice what is needed"):
         compose([first, made(2, requests=[fact("Eiffel Tower", " Rome ")])])
     compose([first, made(2, requests=[fact("Eiffel Tower", "Rome")], on_top_of=[first.digest()])])
-    with pytest.raises(ConflictingEdits, match="Edits 1 and 3 are the same edit"):
+    with pytest.raises(BadRequest, match="Edits 1 and 3 are the same edit"):
         compose([first, made(2), first], allow_conflicts=True)
 
 

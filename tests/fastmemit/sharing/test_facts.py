@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fastmemit.delta import Delta
-from fastmemit.errors import BadData, ConflictingEdits
+from fastmemit.errors import BadData, BadRequest
 from fastmemit.sharing import compose
 from fastmemit.sharing.composition import check_facts, facts_of, listed_texts
 from tiny_editors import FACTS
@@ -44,5 +44,5 @@ def test_a_later_edit_may_repeat_what_it_was_computed_on() -> None:
     facts = [dataclasses.asdict(FACTS[0])]
     first = made(facts, 1)
     check_facts([first, made(facts, 2, on_top_of=[first.digest()])])
-    with pytest.raises(ConflictingEdits, match="Edits 1 and 2 both write"):
+    with pytest.raises(BadRequest, match="Edits 1 and 2 both write"):
         check_facts([first, made(facts, 2, on_top_of=["0" * 64])])

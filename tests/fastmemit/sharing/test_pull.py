@@ -10,7 +10,7 @@ import torch
 import fastcov
 from fastmemit.delta import Delta
 from fastmemit.editor import Editor
-from fastmemit.errors import BadConfig, DamagedFile, HubError, WrongModel
+from fastmemit.errors import BadConfig, DamagedFile, FastmemitError, WrongModel
 from fastmemit.sharing import pull_edit, pull_statistics, push_edit, push_statistics
 from stand_in_hub import StandInHub, stand_in_hub
 from tiny_editors import FACTS, QUICK, tiny_corpus, tiny_editor
@@ -90,9 +90,9 @@ def test_statistics_of_something_else_are_refused(hub: StandInHub, editor: Edito
 
 def test_a_repository_without_it(hub: StandInHub, editor: Editor, tmp_path: Path) -> None:
     hub.repo("me/empty")
-    with pytest.raises(HubError, match=r"holds no edit\.safetensors"):
+    with pytest.raises(FastmemitError, match=r"holds no edit\.safetensors"):
         pull_edit("me/empty")
-    with pytest.raises(HubError, match="holds no second moments"):
+    with pytest.raises(FastmemitError, match="holds no second moments"):
         pull_statistics("me/empty", cache=tmp_path / "cache")
     with pytest.raises(BadConfig, match="write USER/NAME"):
         pull_edit("../../etc")
@@ -109,9 +109,9 @@ def test_an_altered_edit_is_refused(hub: StandInHub, editor: Editor) -> None:
 
 
 def test_offline_for_real(tmp_path: Path) -> None:
-    with pytest.raises(HubError, match="HF_HUB_OFFLINE is set and no copy is kept"):
+    with pytest.raises(FastmemitError, match="HF_HUB_OFFLINE is set and no copy is kept"):
         pull_edit("nobody/nothing-here")
-    with pytest.raises(HubError, match="HF_HUB_OFFLINE is set and no copy is kept"):
+    with pytest.raises(FastmemitError, match="HF_HUB_OFFLINE is set and no copy is kept"):
         pull_statistics("nobody/nothing-here", cache=tmp_path)
 
 

@@ -12,7 +12,7 @@ import torch
 
 import fastcov
 from fastmemit.delta import Delta
-from fastmemit.errors import BadConfig, DamagedFile, HubError
+from fastmemit.errors import BadConfig, DamagedFile, FastmemitError
 from fastmemit.sharing import push_edit, push_statistics
 from fastmemit.statistics import Statistics
 from stand_in_hub import StandInHub, stand_in_hub
@@ -71,7 +71,7 @@ def test_a_dry_run_asks_nobody(tmp_path: Path, found: Statistics) -> None:
 
 def test_what_is_private_is_not_put_where_everybody_looks(hub: StandInHub) -> None:
     hub.repo("me/edit", private=False)
-    with pytest.raises(HubError, match="exists and is public, so nothing was put there"):
+    with pytest.raises(FastmemitError, match="exists and is public, so nothing was put there"):
         push_edit(delta(), "me/edit", private=True)
     assert hub.list_repo_files("me/edit") == [".gitattributes"]
 
@@ -81,7 +81,7 @@ def test_what_others_put_there_stays(name: str, hub: StandInHub) -> None:
     file = hub.repo("me/edit") / name
     file.parent.mkdir(exist_ok=True)
     file.write_text("theirs")
-    with pytest.raises(HubError, match=f"holds '{name}' already"):
+    with pytest.raises(FastmemitError, match=f"holds '{name}' already"):
         push_edit(delta(), "me/edit")
     assert hub.list_repo_files("me/edit") == [".gitattributes", name]
 
@@ -114,15 +114,15 @@ def test_damaged_statistics_do_not_travel(hub: StandInHub, found: Statistics, tm
 
 
 def test_offline_for_real() -> None:
-    with pytest.raises(HubError, match="because HF_HUB_OFFLINE is set"):
+    with pytest.raises(FastmemitError, match="because HF_HUB_OFFLINE is set"):
         push_edit(delta(), "me/edit")
 
 
 def test_not_logged_in(hub: StandInHub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
-    with pytest.raises(HubError, match="not logged in to the hub; run hf auth login"):
+    with pytest.raises(FastmemitError, match="not logged in to the hub; run hf auth login"):
         push_edit(delta(), "me/edit")
     push_edit(delta(), "me/edit", token="hf_given")
     hub.error = ConnectionError("no route")
-    with pytest.raises(HubError, match="could not be written, because the hub cannot be reached"):
+    with pytest.raises(FastmemitError, match="could not be written, because the hub cannot be reached"):
         push_edit(delta(), "me/edit", token="hf_given")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from huggingface_hub import constants, errors
 
-from fastmemit.errors import BadConfig, HubError
+from fastmemit.errors import BadConfig, FastmemitError
 from fastmemit.sharing.hub import check_repo, told_plainly
 
 
@@ -60,7 +60,7 @@ class ConnectError(Exception):
 def test_one_sentence_for_each(error: Exception, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     with (
-        pytest.raises(HubError, match=f"^The repository 'me/edit' could not be fetched.*{words}"),
+        pytest.raises(FastmemitError, match=f"^The repository 'me/edit' could not be fetched.*{words}"),
         told_plainly("me/edit", "fetched"),
     ):
         raise error
@@ -68,7 +68,7 @@ def test_one_sentence_for_each(error: Exception, words: str, monkeypatch: pytest
 
 def test_offline_is_named_where_it_is_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(HubError, match="HF_HUB_OFFLINE"), told_plainly("me/edit", "fetched"):
+    with pytest.raises(FastmemitError, match="HF_HUB_OFFLINE"), told_plainly("me/edit", "fetched"):
         raise made(errors.LocalEntryNotFoundError)
 
 
