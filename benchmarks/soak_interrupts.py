@@ -202,6 +202,9 @@ def run(rounds: int, seed: int, folder: Path) -> dict[str, Any]:
                 signal.setitimer(signal.ITIMER_REAL, 0)
         except (KeyboardInterrupt, MemoryError) as caught:
             error = type(caught).__name__
+        except Exception as caught:  # a library made another error of the signal that came inside of it
+            error = type(caught).__name__
+            tally[f"came out as {error}"] += 1
         if not error:
             tally["finished before it came"] += 1
             continue
