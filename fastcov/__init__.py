@@ -23,7 +23,6 @@ from fastcov.errors import (
     StaleCheckpoint,
     StoreDamaged,
     StoreMismatch,
-    StoreMissing,
 )
 from fastcov.hooks import KeyHooks
 from fastcov.linalg import CholeskyFactor, factorize, regularised
@@ -36,7 +35,7 @@ __all__ = [
     "BadInput", "BudgetNotMet", "Checkpoint", "CholeskyFactor", "FailedElsewhere", "FastcovError",
     "KernelUnavailable", "KeyHooks", "LowRank", "NoNullSpace", "NonFinite", "NotPositiveDefinite", "NullSpace",
     "Prefetcher", "ProcessLost", "Processes", "SecondMoment", "Span", "StaleCheckpoint", "StoppingRule",
-    "StoreDamaged", "StoreMismatch", "StoreMissing", "alphaedit", "between", "bucket", "budget", "collect_moments",
+    "StoreDamaged", "StoreMismatch", "alphaedit", "between", "bucket", "budget", "collect_moments",
     "emmet", "factorize", "ledoit_wolf", "load_moment", "memit", "null_space", "oas", "rank_k_update",
     "read_provenance", "regularised", "rome", "save_moment", "take",
 ]  # fmt: skip

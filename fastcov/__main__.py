@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import platform
 import sys
 
@@ -27,47 +26,33 @@ def show_kernels() -> None:
 
     from fastcov import ops
     from fastcov.kernels import native, native_missing
+    from fastcov.machine import version
 
-    module = native()
-    print(f"fastmemit {version('fastmemit')}, torch {torch.__version__}, {platform.machine()}")
-    print(f"triton {version('triton')}, Python {platform.python_version()}")
-    if module is None:
+    fastmemit, triton = (version(name, "not installed") for name in ("fastmemit", "triton"))
+    print(f"fastmemit {fastmemit}, torch {torch.__version__}, {platform.machine()}")
+    print(f"triton {triton}, Python {platform.python_version()}")
+    if (module := native()) is None:
         print(f"native module: none, {native_missing()}")
     else:
         build = module.build()  # compiler, openmp, cuda, cuda_archs
         cuda = f"CUDA {build['cuda']} for {build['cuda_archs']}" if build["cuda"] else "without CUDA"
         openmp = "OpenMP" if build["openmp"] else "one thread (no OpenMP)"
         print(f"native module: {build['compiler']}, {openmp}, {cuda}")
-    devices = ["cpu"]
-    if torch.cuda.is_available():
-        devices += [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     print("\nkernels, best first")
     over = ops.not_preferred()
     for name, reason in ops.kernels().items():
         runs = f"by name only: {over[name]}" if name in over else "runs"
         print(f"  {name:<12} {runs if reason is None else f'no: {reason}'}")
     print("\nchosen")
-    for device in devices:
-        what = torch.cuda.get_device_name(device) if device != "cpu" else _threads()
+    devices = {"cpu": f"{torch.get_num_threads()} threads"}
+    if torch.cuda.is_available():
+        devices |= {f"cuda:{i}": torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())}
+    for device, what in devices.items():
         print(f"  {device} ({what})")
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             C = torch.zeros(256, 256, device=device)
             X = torch.zeros(1, 256, device=device, dtype=dtype)
             print(f"    {str(dtype).removeprefix('torch.'):<10} {ops.chosen(C, X)}")
-
-
-def _threads() -> str:
-    import torch
-
-    return f"{torch.get_num_threads()} threads"
-
-
-def version(distribution: str) -> str:
-    """The installed version of a distribution, for people."""
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
 
 
 if __name__ == "__main__":

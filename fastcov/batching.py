@@ -21,6 +21,8 @@ from torch import Tensor
 from fastcov.errors import BadInput
 from fastcov.files import raw_bytes
 
+Document = Sequence[int]
+
 
 class Span(list[int]):
     """Token ids of which those before position `first_key` are read by the model but are no keys.
@@ -34,7 +36,7 @@ class Span(list[int]):
 
 
 def between(
-    documents: Iterable[Sequence[int]], start: int, stop: int | None, max_length: int, skip: int = 0
+    documents: Iterable[Document], start: int, stop: int | None, max_length: int, skip: int = 0
 ) -> Iterator[Span]:
     """The documents that hold the keys from number `start` up to and without number `stop`.
 
@@ -63,31 +65,22 @@ def between(
             f"max_length must be at least 1 token and above skip but they are {max_length} and "
             f"{skip}; pass the model's context length."
         )
-    return _between(documents, start, stop, max_length, skip)
 
+    def generate() -> Iterator[Span]:
+        position = 0
+        for document in documents:
+            keys = min(len(document), max_length) - skip
+            if keys <= 0:
+                continue
+            first = max(start - position, 0)
+            last = keys if stop is None else min(keys, stop - position)
+            position += keys
+            if first < last:
+                yield Span(document[: skip + last], skip + first)
+            if stop is not None and position >= stop:
+                return
 
-def _between(
-    documents: Iterable[Sequence[int]], start: int, stop: int | None, max_length: int, skip: int
-) -> Iterator[Span]:
-    position = 0
-    for document in documents:
-        keys = min(len(document), max_length) - skip
-        if keys <= 0:
-            continue
-        first = max(start - position, 0)
-        last = keys if stop is None else min(keys, stop - position)
-        position += keys
-        if first < last:
-            yield Span(document[: skip + last], skip + first)
-        if stop is not None and position >= stop:
-            return
-
-
-Document = Sequence[int]
-
-# Padding that a single batch may have, tried in turn until the window as a whole has little enough.
-# Wide limits make few large batches; the last resort is the limit that the window itself has.
-_LIMITS = (1.0, 0.5, 0.35, 0.25, 0.2, 0.15, 0.12, 0.1, 0.08, 0.065)
+    return generate()  # the arguments were checked before the first document is asked for
 
 
 def take(documents: Iterable[Document], budget: int | None, max_length: int) -> Iterator[Document]:
@@ -108,24 +101,24 @@ def take(documents: Iterable[Document], budget: int | None, max_length: int) -> 
         raise BadInput(f"The budget must be above 0 but is {budget}; see fastcov.budget.")
     if max_length < 1:
         raise ValueError(f"max_length must be at least 1 token but is {max_length}; pass the model's context length.")
-    return _take(documents, budget, max_length)
 
+    def generate() -> Iterator[Document]:
+        left = budget
+        for document in documents:
+            if isinstance(document, str | bytes):
+                raise TypeError(
+                    f"A document must be a list of token ids but is the text {document[:40]!r}; tokenise it first."
+                )
+            length = min(len(document), max_length if left is None else min(max_length, left))
+            if length == 0:
+                continue
+            yield document[:length]
+            if left is not None:
+                left -= length
+                if left == 0:
+                    return
 
-def _take(documents: Iterable[Document], budget: int | None, max_length: int) -> Iterator[Document]:
-    left = budget
-    for document in documents:
-        if isinstance(document, str | bytes):
-            raise TypeError(
-                f"A document must be a list of token ids but is the text {document[:40]!r}; tokenise it first."
-            )
-        length = min(len(document), max_length if left is None else min(max_length, left))
-        if length == 0:
-            continue
-        yield document[:length]
-        if left is not None:
-            left -= length
-            if left == 0:
-                return
+    return generate()
 
 
 def bucket(
@@ -157,25 +150,26 @@ def bucket(
         )
     if not 0 <= max_padding < 1:
         raise ValueError(f"max_padding is a share from 0 to below 1 but is {max_padding!r}; 0.05 is usual.")
-    return _bucket(documents, tokens_per_batch, max_padding, window)
 
+    def generate() -> Iterator[dict[str, Tensor]]:
+        source = iter(documents)
+        while held := list(islice(source, window)):
+            # Longest first: a batch that is too large for the memory fails at once. The sort is stable.
+            held = sorted((document for document in held if len(document)), key=len, reverse=True)
+            lengths = [len(document) for document in held]
+            for start, stop in _cuts(lengths, tokens_per_batch, max_padding):
+                yield _pad(held[start:stop])
 
-def _bucket(
-    documents: Iterable[Document], tokens_per_batch: int, max_padding: float, window: int
-) -> Iterator[dict[str, Tensor]]:
-    source = iter(documents)
-    while held := list(islice(source, window)):
-        # Longest first: a batch that is too large for the memory fails at once. The sort is stable.
-        held = sorted((document for document in held if len(document)), key=len, reverse=True)
-        lengths = [len(document) for document in held]
-        for start, stop in _cuts(lengths, tokens_per_batch, max_padding):
-            yield _pad(held[start:stop])
+    return generate()
 
 
 def _cuts(lengths: Sequence[int], tokens_per_batch: int, max_padding: float) -> list[tuple[int, int]]:
     """Where to cut falling lengths: as few batches as the padding of all together allows."""
     cuts: list[tuple[int, int]] = []
-    for limit in (*(limit for limit in _LIMITS if limit > max_padding), max_padding):
+    # Padding that a single batch may have, tried in turn until the window as a whole has little enough.
+    # Wide limits make few large batches; the last resort is the limit that the window itself has.
+    limits = (1.0, 0.5, 0.35, 0.25, 0.2, 0.15, 0.12, 0.1, 0.08, 0.065)
+    for limit in (*(limit for limit in limits if limit > max_padding), max_padding):
         cuts = _greedy(lengths, tokens_per_batch, limit)
         padded = sum(lengths[start] * (stop - start) for start, stop in cuts)
         if padded - sum(lengths) <= max_padding * padded:
@@ -221,14 +215,14 @@ def pinned(batches: Iterable[Mapping[str, Any]], device: torch.device) -> Iterat
     From there `fastcov.collect_moments` sends them without waiting. Pinning is a copy of its own, so do it where
     batches are read ahead.
     """
+    if device.type != "cuda":
+        yield from batches
+        return
     for batch in batches:
-        if device.type == "cuda":
-            yield {
-                name: value.pin_memory() if isinstance(value, Tensor) and _on_cpu(value) else value
-                for name, value in batch.items()
-            }
-        else:
-            yield batch
+        yield {
+            name: value.pin_memory() if isinstance(value, Tensor) and value.device.type == "cpu" else value
+            for name, value in batch.items()
+        }
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
@@ -236,13 +230,9 @@ def sent(tensor: Tensor, device: torch.device) -> Tensor:
 
     What is launched on the device afterwards sees the whole of it.
     """
-    if device.type != "cuda" or not _on_cpu(tensor):
+    if device.type != "cuda" or tensor.device.type != "cpu":
         return tensor.to(device)
     return (tensor if tensor.is_pinned() else tensor.pin_memory()).to(device, non_blocking=True)
-
-
-def _on_cpu(tensor: Tensor) -> bool:
-    return tensor.device.type == "cpu"
 
 
 def chained(before: bytes, batch: Mapping[str, Any]) -> bytes:

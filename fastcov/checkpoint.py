@@ -33,34 +33,22 @@ if TYPE_CHECKING:
 
 logger = printable_logger(__name__)
 
-
 FORMAT = "fastcov-checkpoint"
 VERSION = 1
 
-_DIGEST = 32  # bytes
-_PIECE = 16 << 20
-_STATE = {"identity": dict, "sums": dict, "machine": dict, "batches": int, "stream": str, "modules": dict}
+_STATE = (("identity", dict), ("sums", dict), ("machine", dict), ("batches", int), ("stream", str), ("modules", dict))
 
 
 @dataclass(frozen=True)
 class Taken:
-    """What one module has given after some batches: all that is needed to go on from there.
-
-    Attributes:
-        moment: What was summed.
-        limit: How many keys are wanted in all, or None for all there are.
-        found: How many were taken, those that wait included.
-        waiting: Keys that are not in the sum yet (n, d_k), in their order; None where none waits.
-        waiting_since: The batch of the oldest of them.
-        device: Where the keys come from.
-    """
+    """What one module has given after some batches: all that is needed to go on from there."""
 
     moment: SecondMoment
-    limit: int | None
-    found: int
-    waiting: Tensor | None
-    waiting_since: int
-    device: torch.device
+    limit: int | None  # how many keys are wanted in all, or None for all there are
+    found: int  # how many were taken, those that wait included
+    waiting: Tensor | None  # keys that are not in the sum yet (n, d_k), in their order
+    waiting_since: int  # the batch of the oldest of them
+    device: torch.device  # where the keys come from
 
 
 @isolated()
@@ -75,14 +63,13 @@ def read_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[
 
     if not os.path.isfile(path):  # to open a pipe is to wait for somebody to write into it
         raise _damaged(path, "is not a file")
-    size = os.path.getsize(path)
+    left = max(os.path.getsize(path) - 32, 0)  # before the digest
     with open(path, "rb") as file:
         digest = hashlib.sha256()
-        left = max(size - _DIGEST, 0)
-        while left and (piece := file.read(min(left, _PIECE))):
+        while left and (piece := file.read(min(left, 16 << 20))):
             digest.update(piece)
             left -= len(piece)
-        if digest.digest() != file.read(_DIGEST):
+        if digest.digest() != file.read(32):
             raise _damaged(path, "is not what was written")
     try:
         with safe_open(os.fspath(path), framework="pt") as file:
@@ -90,12 +77,10 @@ def read_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[
             if (metadata.get("format"), metadata.get("version")) != (FORMAT, str(VERSION)):
                 raise _damaged(path, f"has version {metadata.get('version')!r:.40}")
             state = parse_json(metadata["state"])
-            if not isinstance(state, dict) or not all(
-                isinstance(state.get(name), kind) for name, kind in _STATE.items()
-            ):
+            if not isinstance(state, dict) or any(not isinstance(state.get(part), kind) for part, kind in _STATE):
                 raise _damaged(path, "lacks a part of its state")
-            modules = state.pop("modules")
-            taken = {name: _read(file, number, module) for number, (name, module) in enumerate(modules.items())}
+            modules = state.pop("modules").items()
+            taken = {name: _read(file, number, module) for number, (name, module) in enumerate(modules)}
     except (SafetensorError, KeyError, ValueError, TypeError) as error:
         raise _damaged(path, f"is no checkpoint ({error!s:.120})") from error
     return state, taken
@@ -136,15 +121,11 @@ def write_checkpoint(file: BinaryIO, state: Mapping[str, Any], taken: Mapping[st
     for number, (name, module) in enumerate(taken.items()):
         moment = module.moment
         modules[name] = {
-            "d": moment.d,
-            "count": moment.count,
-            "limit": module.limit,
-            "found": module.found,
-            "waiting_since": module.waiting_since,
-            "device": str(module.device),
-        }
-        shape = (moment.d * (moment.d + 1) // 2,)
-        tensors[f"{number}:sum"] = Later(moment.dtype, shape, partial(packed, moment.lower))
+            "d": moment.d, "count": moment.count, "limit": module.limit, "found": module.found,
+            "waiting_since": module.waiting_since, "device": str(module.device),
+        }  # fmt: skip
+        size = moment.d * (moment.d + 1) // 2
+        tensors[f"{number}:sum"] = Later(moment.dtype, (size,), partial(packed, moment.lower))
         for part, tensor in (("quartic", moment.quartic), ("waiting", module.waiting)):
             if tensor is not None:
                 tensors[f"{number}:{part}"] = tensor
@@ -199,14 +180,12 @@ class Checkpoint:
         Raises:
             StaleCheckpoint: The batches are not the same.
         """
-        found = self._found(sums)
         self._batches, self._stream = 0, b""
         rest = self._read(batches)
-        if found is not None:
+        if (found := self._found(sums)) is not None:
             state, taken = found
-            for _ in range(state["batches"]):
-                if next(rest, None) is None:
-                    break
+            for _ in zip(range(state["batches"]), rest, strict=False):
+                pass
             if (self._batches, self._stream.hex()) != (state["batches"], state["stream"]):
                 raise StaleCheckpoint(
                     f"The text is not what it was when {str(self.path)!r} was written, somewhere "
@@ -228,13 +207,8 @@ class Checkpoint:
         if begun - self._last < wait:
             return
         taken = sums.taken()
-        state = {
-            "identity": self._identity,
-            "sums": sums.describe(),
-            "machine": _machine(),
-            "batches": self._batches,
-            "stream": self._stream.hex(),
-        }
+        state = {"identity": self._identity, "sums": sums.describe(), "machine": _machine(),
+                 "batches": self._batches, "stream": self._stream.hex()}  # fmt: skip
         try:
             with atomic_file(self.path) as file:
                 write_checkpoint(file, state, taken)
@@ -271,34 +245,25 @@ class Checkpoint:
             return None
         limits = {name: module.limit for name, module in taken.items() if name in sums.wanted}
         stored = {**state["identity"], "order of the sums": state["sums"], "budget": limits}
-        order = sums.describe()
-        expected = {**self._identity, "order of the sums": order, "budget": dict(sums.wanted)}
-        if differs := _differences(stored, expected):
+        expected = {**self._identity, "order of the sums": sums.describe(), "budget": dict(sums.wanted)}
+        differs = [
+            f"{name} ({_said(stored, name)}, not {_said(expected, name)})"
+            for name in sorted(stored.keys() | expected.keys())
+            if name not in stored or name not in expected or stored[name] != expected[name]
+        ]
+        if differs:
             logger.warning("the checkpoint %s is of another %s and is not used", self.path, "; ".join(differs))
             return None
-        if state["machine"] != _machine():
+        if state["machine"] != (here := _machine()):
             logger.warning(
                 "the checkpoint %s was written with %s and goes on with %s: the last bits may "
-                "differ from those of an unbroken run",
-                self.path,
-                state["machine"],
-                _machine(),
-            )
+                "differ from those of an unbroken run", self.path, state["machine"], here,
+            )  # fmt: skip
         return state, taken
 
 
-_ABSENT = object()
-
-
-def _differences(stored: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
-    """The fields that differ, each with the value in the file and the one that is expected."""
-    differs = []
-    for name in sorted(stored.keys() | expected.keys()):
-        values = stored.get(name, _ABSENT), expected.get(name, _ABSENT)
-        if values[0] != values[1]:
-            said, wanted = ("nothing" if value is _ABSENT else f"{value!r:.80}" for value in values)
-            differs.append(f"{name} ({said}, not {wanted})")
-    return differs
+def _said(fields: Mapping[str, Any], name: str) -> str:
+    return f"{fields[name]!r:.80}" if name in fields else "nothing"
 
 
 def _machine() -> dict[str, Any]:

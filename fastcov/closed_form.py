@@ -16,8 +16,8 @@ from torch import Tensor
 
 from fastcov.errors import BadInput, NonFinite, NoNullSpace, NotPositiveDefinite
 from fastcov.hooks import isolated
-from fastcov.linalg import CholeskyFactor, factorize, moved
-from fastcov.matrices import matrix, place_of_float64, square
+from fastcov.linalg import CholeskyFactor, as_columns, factorize, moved
+from fastcov.matrices import matrix, non_finite, place_of_float64, square
 from fastcov.moments import SecondMoment
 
 
@@ -59,8 +59,8 @@ def memit(factor: CholeskyFactor, K: Tensor, R: Tensor) -> LowRank:
 def emmet(factor: CholeskyFactor, K: Tensor, R: Tensor, lambda_e: float = 0.0) -> LowRank:
     """EMMET: ``Delta = R (K^T A^-1 K + lambda_e I)^-1 K^T A^-1``, memorisation as a constraint.
 
-    With lambda_e = 0 every key is mapped to its residual exactly, ``Delta K = R``; above 0 the constraint is relaxed.
-    Exactness is impossible for keys that depend on one another, and it is an error then, not a quiet approximation.
+    With lambda_e = 0 every key is mapped to its residual exactly, ``Delta K = R``, which keys that depend on one
+    another make impossible; above 0 the constraint is relaxed.
 
     Raises:
         BadInput: K is no dense matrix (d_k, B) of numbers, R none with B columns, or there is no factor.
@@ -106,14 +106,14 @@ def rome(factor: CholeskyFactor, k: Tensor, r: Tensor, *, denominator_key: Tenso
         NonFinite: A key or r holds NaN or infinity, or the update overflows.
         NotPositiveDefinite: The denominator is not above 0 (a key of zeros, or two keys that have nothing in common).
     """
-    k, r = _column(k, "An edit key"), _column(r, "A residual")
+    k, r = as_columns(matrix(k, "An edit key")), as_columns(matrix(r, "A residual"))
     if k.dim() == 2 and k.shape[1] != 1:
         raise BadInput(f"ROME makes one edit but got {k.shape[1]} keys; use emmet or memit.")
     k, r = _checked(factor, k, r)
     x = factor.solve(k)  # (d_k, 1)
     q = k
     if denominator_key is not None:
-        q, _ = _checked(factor, _column(denominator_key, "The denominator's key"), r)
+        q, _ = _checked(factor, as_columns(matrix(denominator_key, "The denominator's key")), r)
     denominator = float((q.mT @ x).item())
     if not math.isfinite(denominator) or denominator <= 0:
         raise NotPositiveDefinite(
@@ -130,11 +130,6 @@ def _joint_solve(factor: CholeskyFactor, K: Tensor, share: float) -> Tensor:
     # eigenvalue of the inverse jitter there, and loses as many digits.
     root = factor.L
     return factorize(torch.addmm(K @ K.mT, root, root.mT, alpha=share), in_place=True).solve(K)
-
-
-def _column(x: Tensor, name: str) -> Tensor:
-    x = matrix(x, name)
-    return x.unsqueeze(1) if x.dim() == 1 else x
 
 
 def _checked(factor: CholeskyFactor, K: Tensor, R: Tensor) -> tuple[Tensor, Tensor]:
@@ -167,29 +162,28 @@ def checked_edits(K: Tensor, R: Tensor, d: int, like: CholeskyFactor | Tensor) -
             f"they must be columns, (d, {K.shape[1]})."
         )
     for name, what in (("edit key", K), ("residual", R)):
-        finite = what.isfinite().all(0)  # (B,)
-        if not bool(finite.all()):
-            first = int((~finite).nonzero()[0])
-            message = (
-                f"{int((~finite).sum())} of {finite.numel()} {name}s hold NaN or infinity, the "
-                f"first in column {first}; check that request, or run the model in float32."
+        if bad := non_finite(what.mT):  # a request is a row there
+            entries, (first, row) = bad
+            lost = int((~what.isfinite()).any(0).sum())
+            raise NonFinite(
+                f"{lost} of {what.shape[1]} {name}s hold NaN or infinity, the "
+                f"first in column {first}; check that request, or run the model in float32.",
+                entries=entries,
+                where=(row, first),
             )
-            bad = ~what.isfinite()
-            raise NonFinite(message, entries=int(bad.sum()), where=(int(bad[:, first].nonzero()[0]), first))
     return moved(K, like), moved(R, like)
 
 
 def finite_change(left: Tensor, right: Tensor) -> LowRank:
     """A change of left (d, B) and right (d_k, B), or NonFinite where one of them overflows its dtype."""
     for name, factor in (("left", left), ("right", right)):
-        bad = ~factor.isfinite()
-        if bool(bad.any()):
-            row, column = bad.nonzero()[0].tolist()
+        if bad := non_finite(factor):
+            entries, (row, column) = bad
             raise NonFinite(
-                f"The {name} factor of the update overflows {factor.dtype} in {int(bad.sum())} of its {bad.numel()} "
+                f"The {name} factor of the update overflows {factor.dtype} in {entries} of its {factor.numel()} "
                 f"entries, the first in row {row}, column {column}; the matrix solved with, the keys or the residuals "
                 "are too small or too large: check the weight and the ridge.",
-                entries=int(bad.sum()),
+                entries=entries,
                 where=(row, column),
             )
     return LowRank(left=left, right=right)
@@ -252,13 +246,12 @@ def null_space(
     if not math.isfinite(value) or value <= 0:
         raise ValueError(f"{name} must be a finite number above 0 but is {value!r}; 0.02 is usual.")
     C = second_moment.to(place_of_float64(second_moment.device)).double()
-    bad = ~C.isfinite()
-    if bool(bad.any()):
-        row, column = (int(i) for i in bad.nonzero()[0])
+    if bad := non_finite(C):
+        entries, (row, column) = bad
         raise NonFinite(
-            f"The second moment holds {int(bad.sum())} entries that are NaN or infinite, the first "
+            f"The second moment holds {entries} entries that are NaN or infinite, the first "
             f"in row {row}, column {column}; collect it again from a model in float32.",
-            entries=int(bad.sum()),
+            entries=entries,
             where=(row, column),
         )
     limit = threshold if relative is None else relative * float(C.diagonal().mean())
@@ -310,17 +303,31 @@ def alphaedit(null_space: NullSpace, K: Tensor, R: Tensor, l2: float, preserved:
         )
     K, R = checked_edits(K, R, U.shape[0], U)
     K_u = U.mT @ K  # (r, B)
-    _check_parts(K, K_u, null_space)
+    length = torch.linalg.vector_norm(K, dim=0)  # (B,)
+    lost = torch.linalg.vector_norm(K_u, dim=0) <= NOTHING * length
+    if bool(lost.any()):
+        columns = tuple(int(i) for i in lost.nonzero()[:, 0])
+        what = "is zero" if float(length[columns[0]]) == 0 else "lies outside the null space"
+        raise NoNullSpace(
+            f"{len(columns)} of {K.shape[1]} edit keys have no part in the null space of {null_space.rank} directions "
+            f"(threshold {null_space.threshold:g}), the first in column {columns[0]}, which {what}; raise threshold or "
+            "relative, or leave out that request.",
+            columns=columns,
+        )
     J = K_u
     earlier = None if preserved is None else matrix(preserved, "Keys of earlier edits")
     if earlier is not None and earlier.numel():
-        J = torch.cat([K_u, U.mT @ _checked_earlier(earlier, U)], 1)  # (r, B + m)
-    Y = _solved(J, K_u, l2)  # (r, B)
-    return finite_change(R.contiguous(), U @ Y)
+        if earlier.dim() != 2 or earlier.shape[0] != U.shape[0]:
+            raise BadInput(
+                f"Keys of earlier edits of shape {tuple(earlier.shape)} do not fit a null space of "
+                f"width {U.shape[0]}; they must be columns, ({U.shape[0]}, m)."
+            )
+        J = torch.cat([K_u, U.mT @ checked_edits(earlier, earlier[:1], U.shape[0], U)[0]], 1)  # (r, B + m)
+    return finite_change(R.contiguous(), U @ _solved(J, K_u, l2))
 
 
 def _solved(J: Tensor, K_u: Tensor, l2: float) -> Tensor:
-    """``(J J^T + l2 I)^-1 K_u`` for the keys J (r, B + m), of which K_u (r, B) come first."""
+    """``(J J^T + l2 I)^-1 K_u`` (r, B) for the keys J (r, B + m), of which K_u (r, B) come first."""
     (r, n), B = J.shape, K_u.shape[1]
     wide = n > r and l2 > 0  # more keys than directions: they depend on one another
     S = J @ J.mT if wide else J.mT @ J
@@ -338,29 +345,4 @@ def _solved(J: Tensor, K_u: Tensor, l2: float) -> Tensor:
         ) from error
     if wide:
         return factor.solve(K_u)
-    first = torch.eye(n, B, dtype=J.dtype, device=J.device)
-    return J @ factor.solve(first)
-
-
-def _check_parts(K: Tensor, K_u: Tensor, null_space: NullSpace) -> None:
-    """Refuse keys that an edit in the null space cannot lead anywhere."""
-    length = torch.linalg.vector_norm(K, dim=0)  # (B,)
-    lost = torch.linalg.vector_norm(K_u, dim=0) <= NOTHING * length
-    if bool(lost.any()):
-        columns = tuple(int(i) for i in lost.nonzero()[:, 0])
-        what = "is zero" if float(length[columns[0]]) == 0 else "lies outside the null space"
-        raise NoNullSpace(
-            f"{len(columns)} of {K.shape[1]} edit keys have no part in the null space of {null_space.rank} directions "
-            f"(threshold {null_space.threshold:g}), the first in column {columns[0]}, which {what}; raise threshold or "
-            "relative, or leave out that request.",
-            columns=columns,
-        )
-
-
-def _checked_earlier(preserved: Tensor, U: Tensor) -> Tensor:
-    if preserved.dim() != 2 or preserved.shape[0] != U.shape[0]:
-        raise BadInput(
-            f"Keys of earlier edits of shape {tuple(preserved.shape)} do not fit a null space of "
-            f"width {U.shape[0]}; they must be columns, ({U.shape[0]}, m)."
-        )
-    return checked_edits(preserved, preserved[:1], U.shape[0], U)[0]
+    return J @ factor.solve(torch.eye(n, B, dtype=J.dtype, device=J.device))

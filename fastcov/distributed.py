@@ -27,7 +27,6 @@ TIMEOUT = 3600.0
 
 _FAILED = "failed"
 _WAIT = (0.002, 0.25)  # seconds between two looks into the store: the first, and the most
-_LEAVE = 10.0  # seconds that the first one waits for the others to leave
 _PANEL_BYTES = 64 << 20  # of a sum that are copied and added up at a time
 _PANEL_ROWS = 256  # and its rows at least: smaller sums are one panel
 
@@ -111,7 +110,7 @@ class Processes:
         self.gather("the end")
         with self._asking():
             left = self._store.add("left", 1)
-            until = time.monotonic() + _LEAVE
+            until = time.monotonic() + 10.0
             # The first one may be the store's keeper, with whom it is gone.
             while self.first and left < self.size and time.monotonic() < until:
                 time.sleep(_WAIT[0])

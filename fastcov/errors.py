@@ -48,8 +48,11 @@ def printable_logger(name: str) -> logging.Logger:
 class FastcovError(Exception):
     """Base class of every error that fastcov raises on purpose; control characters in its message are spelled out."""
 
-    def __init__(self, message: str = "") -> None:
+    def __init__(self, message: str = "", **about: object) -> None:
         super().__init__(printable(message))
+        if unknown := [name for name in about if not hasattr(type(self), name)]:
+            raise TypeError(f"{type(self).__name__} has no attribute {unknown[0]!r}")
+        vars(self).update(about)
 
 
 class BadInput(FastcovError, ValueError):
@@ -59,50 +62,29 @@ class BadInput(FastcovError, ValueError):
 class BudgetNotMet(BadInput):
     """The corpus ended before the budget of keys was met, with `found` keys of `wanted`."""
 
-    def __init__(self, message: str = "", *, found: int = 0, wanted: int = 0) -> None:
-        super().__init__(message)
-        self.found, self.wanted = found, wanted
+    found: int = 0
+    wanted: int = 0
 
 
 class NonFinite(FastcovError):
-    """Keys or a matrix hold NaN or infinity, or the squares of keys overflow their sum.
+    """Keys or a matrix hold NaN or infinity, or the squares of keys overflow their sum."""
 
-    Attributes:
-        entries: How many entries of a matrix do; 0 where that is not known.
-        where: Row and column of the first one, None where that is not known.
-    """
-
-    def __init__(self, message: str = "", *, entries: int = 0, where: tuple[int, int] | None = None) -> None:
-        super().__init__(message)
-        self.entries, self.where = entries, where
+    entries: int = 0  # how many entries of a matrix do; 0 where that is not known
+    where: tuple[int, int] | None = None  # row and column of the first one
 
 
 class NotPositiveDefinite(FastcovError):
-    """A matrix has no Cholesky factor, even with the largest jitter that was allowed.
+    """A matrix has no Cholesky factor, even with the largest jitter that was allowed."""
 
-    Attributes:
-        tried: The jitters that were tried, relative to the mean of the diagonal.
-        d: The width of the matrix.
-        rank: About how many of its d directions are there, None where that was not estimated.
-    """
-
-    def __init__(
-        self, message: str = "", *, tried: tuple[float, ...] = (), d: int = 0, rank: int | None = None
-    ) -> None:
-        super().__init__(message)
-        self.tried, self.d, self.rank = tried, d, rank
+    tried: tuple[float, ...] = ()  # the jitters that were tried, relative to the mean of the diagonal
+    d: int = 0  # the width of the matrix
+    rank: int | None = None  # about how many of its directions are there, None where that was not estimated
 
 
 class NoNullSpace(FastcovError):
-    """An update that is confined to a null space has no direction there, or a key has no part.
+    """An update that is confined to a null space has no direction there, or a key has no part."""
 
-    Attributes:
-        columns: The edit keys that have no part in it; empty where it has no direction at all.
-    """
-
-    def __init__(self, message: str = "", *, columns: tuple[int, ...] = ()) -> None:
-        super().__init__(message)
-        self.columns = columns
+    columns: tuple[int, ...] = ()  # the edit keys that have no part in it; empty where it has no direction at all
 
 
 class KernelUnavailable(FastcovError):
@@ -112,17 +94,13 @@ class KernelUnavailable(FastcovError):
 class ProcessLost(FastcovError):
     """The process of this `rank` (None: unknown), which collects together with this one, does not answer any more."""
 
-    def __init__(self, message: str = "", *, rank: int | None = None) -> None:
-        super().__init__(message)
-        self.rank = rank
+    rank: int | None = None
 
 
 class FailedElsewhere(FastcovError):
     """The process of this `rank` failed, and says itself what happened; this one only stops too."""
 
-    def __init__(self, message: str = "", *, rank: int = 0) -> None:
-        super().__init__(message)
-        self.rank = rank
+    rank: int = 0
 
 
 class StaleCheckpoint(FastcovError):
@@ -130,22 +108,12 @@ class StaleCheckpoint(FastcovError):
 
 
 class StoreMismatch(FastcovError):
-    """A stored moment is sound, but of another thing than the one expected.
+    """A stored moment is sound, but of another thing than the one expected."""
 
-    Attributes:
-        field: The name of the field that differs.
-        stored: Its value in the file, None where the file has no such field.
-        expected: The value that was expected.
-    """
-
-    def __init__(self, message: str = "", *, field: str = "", stored: object = None, expected: object = None) -> None:
-        super().__init__(message)
-        self.field, self.stored, self.expected = field, stored, expected
+    field: str = ""  # the name of the field that differs
+    stored: object = None  # its value in the file, None where the file has no such field
+    expected: object = None
 
 
 class StoreDamaged(FastcovError):
     """A stored moment is not what was written: truncated, altered, or not a moment at all."""
-
-
-class StoreMissing(FastcovError):
-    """There is no stored moment at this path."""

@@ -32,7 +32,6 @@ logger = printable_logger(__name__)
 DTYPE_NAMES = {torch.float32: "F32", torch.float64: "F64", torch.float16: "F16", torch.bfloat16: "BF16"}
 _WRITE_BYTES = 16 << 20  # written and digested at a time
 
-
 #: Lists and objects inside one another at most. Python's own limit is met in different places by
 #: what reads a value, shows it and compares it; this one is met first, and where it is read.
 MAX_DEPTH = 100
@@ -48,13 +47,18 @@ def parse_json(text: str | bytes) -> Any:
     """
     if isinstance(text, bytes):
         text = text.decode("utf-8")
+    too_deep = ValueError(f"lists and objects are more than {MAX_DEPTH} deep")
     try:
         value = json.loads(text, object_pairs_hook=_object, parse_float=_number, parse_constant=_no_number)
     except RecursionError:
-        raise _too_deep() from None
+        raise too_deep from None
     # What has few brackets is not deep, and most texts have few.
-    if text.count("[") + text.count("{") > MAX_DEPTH:
-        _check_depth(value)
+    level = [value] if text.count("[") + text.count("{") > MAX_DEPTH else []
+    for _ in range(MAX_DEPTH):
+        parts = [list(one.values()) if isinstance(one, dict) else one for one in level if isinstance(one, (dict, list))]
+        level = [inner for part in parts for inner in part if isinstance(inner, (dict, list))]
+    if level:
+        raise too_deep
     return value
 
 
@@ -78,25 +82,6 @@ def _number(text: str) -> float:
 
 def _no_number(text: str) -> NoReturn:
     raise ValueError(f"{text} is no number")
-
-
-def _check_depth(value: Any) -> None:
-    level = [value]
-    for _ in range(MAX_DEPTH):
-        inner: list[Any] = []
-        for one in level:
-            if isinstance(one, dict):
-                inner.extend(x for x in one.values() if isinstance(x, (dict, list)))
-            elif isinstance(one, list):
-                inner.extend(x for x in one if isinstance(x, (dict, list)))
-        if not inner:
-            return
-        level = inner
-    raise _too_deep()
-
-
-def _too_deep() -> ValueError:
-    return ValueError(f"lists and objects are more than {MAX_DEPTH} deep")
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:
@@ -179,7 +164,8 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     final.parent.mkdir(parents=True, exist_ok=True)
     # Not tempfile, whose files only their owner can read: statistics are shared. What replaces a
     # file that others may not read is not theirs to read while it is written either.
-    temporary = final.with_name(_temporary(final.name))
+    head = os.fsencode(final.name)[:200].decode("utf-8", "ignore")  # of 255 bytes, 30 more are needed here
+    temporary = final.with_name(f".{head}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     mode = 0o666 if former is None else 0o600
     try:
         with open(temporary, "xb", opener=partial(os.open, mode=mode)) as file:
@@ -200,14 +186,6 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             os.fsync(folder)
         finally:
             os.close(folder)
-
-
-_NAME_BYTES = 200  # of 255, which the name of a temporary file needs 30 more of
-
-
-def _temporary(name: str) -> str:
-    head = os.fsencode(name)[:_NAME_BYTES].decode("utf-8", "ignore")
-    return f".{head}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
 
 
 def _hand_on(descriptor: int, former: os.stat_result) -> None:
@@ -252,10 +230,8 @@ def _pipe(path: Path) -> BinaryIO:
             if error.errno != errno.ENXIO:
                 raise
             if time.monotonic() >= until:
-                logger.warning(
-                    "nobody reads the pipe %r, so what is written into it is lost; start its reader first",
-                    os.fspath(path),
-                )
+                message = "nobody reads the pipe %r, so what is written into it is lost; start its reader first"
+                logger.warning(message, os.fspath(path))
                 return open(os.devnull, "wb")
             time.sleep(0.05)
         else:

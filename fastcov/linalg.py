@@ -12,19 +12,13 @@ from torch import Tensor
 
 from fastcov.errors import BadInput, NonFinite, NotPositiveDefinite
 from fastcov.hooks import isolated
-from fastcov.matrices import matrix, mirror, shares_entries, square
+from fastcov.matrices import matrix, mirror, non_finite, shares_entries, square
 from fastcov.moments import SecondMoment, check_intensity, shrunk
 from fastcov.ops import rank_k_update
 
 logger = logging.getLogger(__name__)
 
-# Columns of a block. Fewer than the least leave too little to each matrix product; an accelerator
-# waits for every block, so there are fewer of them, and nothing is packed there.
-_WIDTHS = {"cpu": (64, 256, 16)}  # the least, the most, blocks of a matrix in between
-_WIDTHS_ELSEWHERE = (128, 1024, 12)
-
 JITTERS = (0.0, 1e-10, 1e-9, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4)
-_CHECKED = 64  # rows whose entries are looked at together
 
 
 @isolated()
@@ -34,13 +28,8 @@ def factorize(
     """The Cholesky factor of a symmetric matrix, with jitter only where it cannot do without.
 
     The jitters are tried in turn, each times the mean of the diagonal; one that was needed is logged as a warning and
-    is on record in the factor, with an estimate of the rank. A factorisation also counts as failed where the matrix is
-    singular up to rounding: one of too few keys often passes by luck, with a last pivot that is noise, and so is then
-    every solve. The test scales the diagonal to one first, so that coordinates of small scale are not at fault.
-
-    One matrix holds it all: L grows in the lower triangle, while the upper one and the diagonal, which is set aside,
-    keep what another attempt needs. Besides it there are four panels of at most d / 16 columns: with `in_place` 0.3 of
-    a matrix, else 1.3, jitter or not (for d from 1,024 on).
+    is on record in the factor, with an estimate of the rank. A matrix that is singular up to rounding counts as failed
+    too. It takes 0.3 of a matrix with `in_place`, else 1.3, jitter or not (for d from 1,024 on).
 
     Args:
         A: The matrix (d, d), float32 or float64, a tensor or a NumPy array. Only its lower triangle is read.
@@ -58,6 +47,8 @@ def factorize(
         raise BadInput(
             "A SecondMoment is factorised with a weight and a ridge; pass fastcov.regularised(moment, weight, ridge)."
         )
+    # One matrix holds it all: L grows in the lower triangle, while the upper one and the diagonal,
+    # which is set aside, keep what another attempt needs.
     work = square(A, "The matrix to factorise")
     if work.dtype not in (torch.float32, torch.float64):
         raise BadInput(f"The matrix must be float32 or float64 but is {work.dtype}; convert it.")
@@ -89,9 +80,19 @@ def factorize(
         _restore(work, diagonal)
         if pivots is None:  # the first failure, of which NaN may be the cause
             pivots = _checked_pivots(work, diagonal)
-    if pivots is None:
-        pivots = _checked_pivots(work, diagonal)
-    raise _failed(work.shape[0], mean, tuple(tried), len(pivots))
+    rank = len(_checked_pivots(work, diagonal) if pivots is None else pivots)
+    if mean > 0:
+        message = (
+            f"The matrix of width {len(work)} and of a rank of about {rank} is not positive definite, not "
+            f"even with {max(tried, default=0.0):g} times its mean diagonal added (tried "
+            f"{', '.join(f'{jitter:g}' for jitter in tried) or 'none'}); collect more keys or pass a ridge."
+        )
+    else:
+        message = (
+            f"The matrix of width {len(work)} has a diagonal of mean {mean:g}, and no jitter relative to that makes it "
+            "positive definite; collect keys that are not all zero, or pass a ridge."
+        )
+    raise NotPositiveDefinite(message, tried=tuple(tried), d=len(work), rank=rank)
 
 
 @isolated()
@@ -136,10 +137,9 @@ def regularised(
         raise BadInput(f"The result must be float32 or float64 but is to be {dtype}; pass one.")
     if not math.isfinite(weight) or weight <= 0:
         raise ValueError(f"The weight must be finite and above 0 but is {weight!r}; 15000 is usual.")
-    if not math.isfinite(ridge) or ridge < 0:
-        raise ValueError(f"The ridge must be finite and not below 0 but is {ridge!r}; 0 is usual.")
-    if not math.isfinite(relative_ridge) or relative_ridge < 0:
-        raise ValueError(f"The relative_ridge must be finite and not below 0 but is {relative_ridge!r}; 0 is usual.")
+    for name, value in (("ridge", ridge), ("relative_ridge", relative_ridge)):
+        if not math.isfinite(value) or value < 0:
+            raise ValueError(f"The {name} must be finite and not below 0 but is {value!r}; 0 is usual.")
     check_intensity(shrinkage)
     A = second_moment.to(dtype, copy=True).mul_(weight / count)
     added = ridge
@@ -159,33 +159,23 @@ def _restore(work: Tensor, diagonal: Tensor) -> None:
 
 def _checked_pivots(work: Tensor, diagonal: Tensor) -> list[float]:
     """The pivots of a matrix of finite numbers, which is afterwards as it was."""
-    _check_finite(work)
+    if bad := non_finite(work, lower=True):
+        entries, where = bad
+        raise NonFinite(
+            f"The lower triangle of the matrix of width {len(work)} holds {entries} entries of NaN or infinity, the "
+            f"first in row {where[0]}, column {where[1]}; collect the keys again, or in float64.",
+            entries=entries,
+            where=where,
+        )
     pivots = pivots_(work, diagonal)
     _restore(work, diagonal)
     return pivots
 
 
-def _check_finite(A: Tensor) -> None:
-    """Refuse NaN and infinity in the lower triangle."""
-    entries, where = 0, None
-    for start in range(0, A.shape[0], _CHECKED):
-        bad = ~A[start : start + _CHECKED].tril(start).isfinite()  # (b, d)
-        entries += int(bad.sum())
-        if where is None and entries:
-            row, column = bad.nonzero()[0].tolist()
-            where = (start + row, column)
-    if where is not None:
-        raise NonFinite(
-            f"The lower triangle of the matrix of width {A.shape[0]} holds {entries} entries of NaN or infinity, the "
-            f"first in row {where[0]}, column {where[1]}; collect the keys again, or in float64.",
-            entries=entries,
-            where=where,
-        )
-
-
 def _is_noise(factor: CholeskyFactor, diagonal: Tensor) -> bool:
     """Whether the smallest eigenvalue of the matrix, scaled to a unit diagonal, is rounding error."""
-    # A few steps of inverse iteration with the factor itself; each costs two solves of one column.
+    # A matrix of too few keys often passes by luck, with a last pivot that is noise, and so is then every
+    # solve. A few steps of inverse iteration with the factor itself; each costs two solves of one column.
     # Matrices of d - 1 keys come out below half a unit of rounding, those of d + 1 keys above 90.
     scale = diagonal.sqrt()  # (d,): the scaled matrix is A over the scale of its row and column
     x = torch.randn(factor.d, generator=torch.Generator().manual_seed(0)).to(scale)  # (d,)
@@ -197,21 +187,6 @@ def _is_noise(factor: CholeskyFactor, diagonal: Tensor) -> bool:
     return not bool(growth * (4 * torch.finfo(x.dtype).eps) < 1)
 
 
-def _failed(d: int, mean: float, tried: tuple[float, ...], rank: int) -> NotPositiveDefinite:
-    if mean > 0:
-        message = (
-            f"The matrix of width {d} and of a rank of about {rank} is not positive definite, not "
-            f"even with {max(tried, default=0.0):g} times its mean diagonal added (tried "
-            f"{', '.join(f'{jitter:g}' for jitter in tried) or 'none'}); collect more keys or pass a ridge."
-        )
-    else:
-        message = (
-            f"The matrix of width {d} has a diagonal of mean {mean:g}, and no jitter relative to that makes it "
-            "positive definite; collect keys that are not all zero, or pass a ridge."
-        )
-    return NotPositiveDefinite(message, tried=tried, d=d, rank=rank)
-
-
 _SMALLEST, _LARGEST = 32, 64  # coordinates eliminated at a time
 _WAITING = 0.1  # of the largest pivot: what a pivot of the same block must be
 
@@ -219,20 +194,14 @@ _WAITING = 0.1  # of the largest pivot: what a pivot of the same block must be
 def pivots_(A: Tensor, diagonal: Tensor) -> list[float]:
     """The pivots of a positive semidefinite matrix, scaled to a unit diagonal; A is used up.
 
-    A Cholesky elimination that takes, block by block, the coordinates of which most is left, and skips those of which
-    no more is left than rounding. For a semidefinite matrix the number of pivots estimates its rank: dead coordinates,
-    copies of others and whatever exceeds the number of keys do not count. For an indefinite one it is the number of
-    coordinates that could be eliminated before nothing positive was left. It takes about the arithmetic of three
-    factorisations, less for a low rank.
-
-    Args:
-        A: The matrix (d, d), float32 or float64. Only its lower triangle is read, and changed.
-        diagonal: Its diagonal (d,), not a view of A.
-
-    Returns:
-        The accepted pivots, roughly from large to small, each between 0 and 1: the share of a coordinate's mean square
-            that those before it do not explain.
+    Of A (d, d), float32 or float64, only the lower triangle is read, and changed; its diagonal (d,) is no view of it.
+    The pivots come roughly from large to small, each between 0 and 1: the share of a coordinate's mean square that
+    those before it do not explain. How many there are estimates the rank of a semidefinite matrix: dead coordinates,
+    copies of others and whatever exceeds the number of keys do not count. Of an indefinite one it is the number of
+    coordinates that could be eliminated before nothing positive was left.
     """
+    # A Cholesky elimination that takes, block by block, the coordinates of which most is left, and skips
+    # those of which no more is left than rounding. About the arithmetic of three factorisations.
     d = A.shape[0]
     size = max(_SMALLEST, min(_LARGEST, d // 24))  # five panels of it are a fifth of the matrix
     # In float64 well above rounding, which is some 1e-14, and below every jitter.
@@ -289,12 +258,12 @@ def _eliminate(block: Tensor) -> tuple[Tensor, Tensor]:
 def cholesky_(A: Tensor) -> bool:
     """Overwrite the lower triangle of A (d, d) with its Cholesky factor; whether every pivot was above 0.
 
-    Right-looking: the factor of a diagonal block, the panel below it by a triangular solve, then the triangle that is
-    left by a symmetric rank-k update of half the arithmetic of a product. Workspace is one panel, d times the width of
-    a block, or two where it is copied, and two more in which the native kernel packs it. A is float32 or float64, with
-    any strides; nothing above its diagonal is read or changed. Without a factor the lower triangle holds nothing of
-    use.
+    A is float32 or float64, with any strides; nothing above its diagonal is read or changed. Without a factor the lower
+    triangle holds nothing of use.
     """
+    # Right-looking: the factor of a diagonal block, the panel below it by a triangular solve, then the
+    # triangle that is left by a symmetric rank-k update of half the arithmetic of a product. Workspace
+    # is one panel, or two where it is copied, and two more in which the native kernel packs it.
     d = A.shape[0]
     width = block_width(d, A.device)
     # The kernels of accelerators may split float32 into parts of fewer bits. Here every step
@@ -317,7 +286,9 @@ def cholesky_(A: Tensor) -> bool:
 
 def block_width(d: int, device: torch.device) -> int:
     """How many columns `cholesky_` takes at a time for a matrix of width d."""
-    least, most, blocks = _WIDTHS.get(device.type, _WIDTHS_ELSEWHERE)
+    # Fewer than the least leave too little to each matrix product; an accelerator waits for every
+    # block, so there are fewer of them, and nothing is packed there.
+    least, most, blocks = (64, 256, 16) if device.type == "cpu" else (128, 1024, 12)
     return max(least, min(most, d // blocks // 32 * 32))
 
 
@@ -400,11 +371,10 @@ class CholeskyFactor:
 
     def _triangular(self, B: Tensor, *, transposed: bool) -> Tensor:
         B = moved(self._right_side(B), self.lower)
-        columns = B if B.dim() == 2 else B.unsqueeze(1)  # (d, m)
         factor = self.lower.mT if transposed else self.lower
         # Reads no entry on the other side of the diagonal. Blocks with inverted diagonals, all of
         # matrix products, were measured on a CPU and are no faster than this.
-        solved: Tensor = torch.linalg.solve_triangular(factor, columns, upper=transposed)
+        solved: Tensor = torch.linalg.solve_triangular(factor, as_columns(B), upper=transposed)  # (d, m)
         return solved.reshape(B.shape)
 
     def _right_side(self, B: Tensor) -> Tensor:
@@ -458,7 +428,7 @@ class UpdatedFactor(CholeskyFactor):
         """``M^-1 B``: whitened columns."""
         G = super().half_solve(B)
         H, C = self.whitened, self.small
-        inner = torch.linalg.solve_triangular(C, H.mT @ _columns(G), upper=False)
+        inner = torch.linalg.solve_triangular(C, H.mT @ as_columns(G), upper=False)
         inner = torch.linalg.solve_triangular((C + _eye(C)).mT, inner, upper=True)
         half: Tensor = G - (H @ inner).reshape(G.shape)
         return half
@@ -468,7 +438,7 @@ class UpdatedFactor(CholeskyFactor):
         """``M^-T B``, which makes a `half_solve` whole."""
         B = moved(self._right_side(B), self.lower)
         H, C = self.whitened, self.small
-        inner = torch.linalg.solve_triangular(C + _eye(C), H.mT @ _columns(B), upper=False)
+        inner = torch.linalg.solve_triangular(C + _eye(C), H.mT @ as_columns(B), upper=False)
         inner = torch.linalg.solve_triangular(C.mT, inner, upper=True)
         return super().back_solve(B - (H @ inner).reshape(B.shape))
 
@@ -532,5 +502,6 @@ def _eye(like: Tensor) -> Tensor:
     return torch.eye(like.shape[0], dtype=like.dtype, device=like.device)
 
 
-def _columns(B: Tensor) -> Tensor:
-    return B if B.dim() == 2 else B.unsqueeze(1)
+def as_columns(x: Tensor) -> Tensor:
+    """A matrix as it is, a vector (d,) as one column (d, 1)."""
+    return x.unsqueeze(1) if x.dim() == 1 else x

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.metadata
 import os
 import platform
 import subprocess
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
+
+from fastcov.kernels import native
 
 # What decides which kernel runs and how fast.
 _ISA = (
@@ -61,37 +61,33 @@ def versions() -> dict[str, str]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda or "absent",
-        **{name: _distribution(name) for name in ("triton", "numpy", "scipy")},
+        **{name: version(name) for name in ("triton", "numpy", "scipy")},
         "fastmemit": _own(),
         "native": _native(),
     }
 
 
-def _distribution(name: str) -> str:
+def version(distribution: str, missing: str = "absent") -> str:
+    """The installed version of a distribution."""
     try:
-        return importlib.metadata.version(name)
+        return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
-        return "absent"
+        return missing
 
 
 def _own() -> str:
     """The version of the distribution; from its source where it runs without being installed."""
-    version = _distribution("fastmemit")
     source = Path(__file__).parents[1] / "pyproject.toml"
-    if version == "absent" and source.is_file():
-        for line in source.read_text(encoding="utf-8").splitlines():
-            if line.startswith("version = "):
-                return line.partition("=")[2].strip().strip('"')
-    return version
+    lines = source.read_text(encoding="utf-8").splitlines() if source.is_file() else []
+    said = [line.partition("=")[2].strip().strip('"') for line in lines if line.startswith("version = ")]
+    return version("fastmemit", *said[:1])
 
 
 def _native() -> str:
     """What the native extension says about its own build."""
-    try:
-        native: Any = importlib.import_module("fastcov._native")
-    except ImportError:
+    if (module := native()) is None:
         return "absent"
-    build = native.build() if hasattr(native, "build") else {}
+    build = module.build() if hasattr(module, "build") else {}
     return ", ".join(f"{name} {value}" for name, value in build.items()) or "present"
 
 

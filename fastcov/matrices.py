@@ -13,6 +13,7 @@ from torch import Tensor
 from fastcov.errors import BadInput
 
 _MIRRORED = 64  # rows mirrored at a time, few enough for the cache
+_LOOKED_AT = 1 << 16  # entries searched for NaN at a time
 
 
 def matrix(x: Any, name: str, *, meta: bool = False) -> Tensor:
@@ -49,6 +50,19 @@ def square(x: Any, name: str, *, meta: bool = False) -> Tensor:
     if found.dim() != 2 or found.shape[0] != found.shape[1] or found.shape[0] == 0:
         raise BadInput(f"{name} must be a square matrix but has shape {tuple(found.shape)}; pass (d, d).")
     return found
+
+
+def non_finite(A: Tensor, *, lower: bool = False) -> tuple[int, tuple[int, int]] | None:
+    """How many entries of a matrix, or of its lower triangle, hold NaN or infinity, and row and column of the first."""
+    entries, first = 0, None
+    rows = max(64, _LOOKED_AT // max(1, A.shape[1]))
+    for start in range(0, A.shape[0], rows):
+        bad = ~A[start : start + rows].isfinite()
+        if bool((bad.tril_(start) if lower else bad).any()):
+            entries += int(bad.sum())
+            row, column = bad.nonzero()[0].tolist()
+            first = first or (start + row, column)
+    return None if first is None else (entries, first)
 
 
 def shares_entries(x: Tensor) -> bool:

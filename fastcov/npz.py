@@ -22,9 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastcov.errors import BadInput, NonFinite, StoreDamaged, StoreMissing
+from fastcov.errors import BadInput, FastcovError, NonFinite, StoreDamaged
 from fastcov.files import atomic_file
 from fastcov.hooks import isolated
+from fastcov.matrices import non_finite
 from fastcov.moments import SecondMoment, check_moment
 
 _BLOCK = 512  # rows looked at a time
@@ -33,16 +34,14 @@ _ROUNDING = 1e-3  # more than a float32 sum of 44 million keys has
 
 def check_finite(total: Tensor, name: str) -> None:
     """Refuse a matrix (d, d) with entries that are no finite numbers, as NonFinite in a sentence about `name`."""
-    for start in range(0, total.shape[0], _BLOCK):
-        bad = ~total[start : start + _BLOCK].isfinite()
-        if bool(bad.any()):
-            row, column = (int(i) for i in bad.nonzero()[0])
-            raise NonFinite(
-                f"{name} holds NaN or infinity, first in row {start + row}, column {column}; "
-                "collect it again, from a model in float32 or bfloat16.",
-                entries=int((~total.isfinite()).sum()),
-                where=(start + row, column),
-            )
+    if bad := non_finite(total):
+        entries, (row, column) = bad
+        raise NonFinite(
+            f"{name} holds NaN or infinity, first in row {row}, column {column}; "
+            "collect it again, from a model in float32 or bfloat16.",
+            entries=entries,
+            where=(row, column),
+        )
 
 
 def not_a_sum(total: Tensor) -> str | None:
@@ -84,17 +83,12 @@ _OTHER = 1 << 26  # bytes of arrays that are not looked at
 _EXPANSION = 64  # keys are noise to a compressor: it saves less than half of their sum
 # What NumPy writes. Of the others Python takes a whole chunk at once, however far it expands.
 _PACKED = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+# From NumPy, which looks for Python 2 in a header that is not Python, also tokenize's error; an
+# unknown compression is NotImplementedError, an encrypted member RuntimeError.
 _UNREADABLE = (
-    zipfile.BadZipFile,
-    zlib.error,
-    lzma.LZMAError,
-    EOFError,
-    tokenize.TokenError,  # from NumPy, which looks for Python 2 in a header that is not Python
-    NotImplementedError,  # a compression that Python does not know
-    RuntimeError,  # an encrypted member
-    ValueError,
-    OverflowError,
-)
+    zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, tokenize.TokenError, NotImplementedError, RuntimeError,
+    ValueError, OverflowError,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -155,14 +149,14 @@ def load_npz(path: str | os.PathLike[str], *, width: int | None = None) -> NpzMo
         width: The width that the keys must have; None takes any up to `MAX_WIDTH`.
 
     Raises:
-        StoreMissing: There is no such file.
+        FastcovError: There is no such file.
         BadInput: The keys are of another width.
         NonFinite: The sum holds NaN or infinity.
         StoreDamaged: It is no such file, is cut short, is larger than a moment of this width, needs to be unpickled, or
             holds what no sum of ``k k^T`` can be.
     """
     if not Path(path).is_file():
-        raise StoreMissing(f"There is no file {os.fspath(path)!r}; check its path.")
+        raise FastcovError(f"There is no file {os.fspath(path)!r}; check its path.")
     widest = MAX_WIDTH if width is None else width
     if os.path.getsize(path) > 8 * widest**2 + _OTHER:  # before its list of contents is read
         raise _damaged(path, f"is larger than any moment of width {widest}")
@@ -171,7 +165,8 @@ def load_npz(path: str | os.PathLike[str], *, width: int | None = None) -> NpzMo
             members = _members(path, archive)
             for name in (COUNT, SUM):
                 if name not in members:
-                    raise _damaged(path, f"has no {name} (it holds {_listed(members)})")
+                    listed = ", ".join(f"{each:.40}" for each in sorted(members)[:8]) or "nothing"
+                    raise _damaged(path, f"has no {name} (it holds {listed})")
             _check_sum(path, archive, members, width)
             count = _scalar(path, archive, members[COUNT], COUNT)
             asked = members.get(SAMPLE_SIZE)
@@ -183,10 +178,8 @@ def load_npz(path: str | os.PathLike[str], *, width: int | None = None) -> NpzMo
         if isinstance(error, BadInput):
             raise
         raise _damaged(path, f"is not a readable .npz file ({error})") from error
-    native = total.astype(total.dtype.newbyteorder("="), order="C", copy=False)
-    matrix = torch.from_numpy(native)
-    named = f"The sum in {os.fspath(path)!r}"
-    check_finite(matrix, named)
+    matrix = torch.from_numpy(total.astype(total.dtype.newbyteorder("="), order="C", copy=False))
+    check_finite(matrix, f"The sum in {os.fspath(path)!r}")
     if (wrong := not_a_sum(matrix)) is not None:
         raise _damaged(path, f"holds no sum of k k^T, for {wrong}")
     return NpzMoment(SecondMoment.from_lower(matrix, count), sample_size)
@@ -228,10 +221,6 @@ def _check_sum(
     needed = header + shape[0] * shape[1] * dtype.itemsize
     if info.file_size != needed:
         raise _damaged(path, f"has {info.file_size} bytes for a sum of shape {shape}, which takes {needed}")
-    _check_expansion(path, info)
-
-
-def _check_expansion(path: str | os.PathLike[str], info: zipfile.ZipInfo) -> None:
     if info.file_size > _EXPANSION * info.compress_size + (1 << 24):
         raise _damaged(path, f"expands {info.compress_size} bytes to {info.file_size}")
 
@@ -272,10 +261,6 @@ def _read(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Any:
 
     with archive.open(info) as stream:
         return npy.read_array(stream, allow_pickle=False, max_header_size=_HEADER)
-
-
-def _listed(members: dict[str, Any]) -> str:
-    return ", ".join(f"{name:.40}" for name in sorted(members)[:8]) or "nothing"
 
 
 def _damaged(path: str | os.PathLike[str], what: str) -> StoreDamaged:

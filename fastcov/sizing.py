@@ -11,12 +11,9 @@ Mallett and Brennan, 1974). What S^-1 alone is off by is the same but for terms 
 
     leverage = mean over fresh keys of k^T S^-1 k / d = n / (n - d - 1)
 
-That one can be measured without C, from nothing but two sums: the keys that came after S are fresh to it.
-`StoppingRule` measures it whenever the sum has grown. (The change of the solution from one look to the next would
-depend on the step, and eigenvalues that are biased low, Marchenko-Pastur, are so before and after a small one.)
-
-It can be carried from one number of keys to another: leave one key out of S, and by Sherman and Morrison its leverage
-rises from h to ``h / (1 - h / n)``. So for independent keys of any distribution that are all about equally unusual
+That one is measured without C, from nothing but two sums: the keys that came after S are fresh to it. It can be carried
+from one number of keys to another: leave one key out of S, and by Sherman and Morrison its leverage rises from h to
+``h / (1 - h / n)``. So for independent keys of any distribution that are all about equally unusual
 
     leverage = 1 / (1 - c d / n),        c = trace((S + ridge)^-1 S) / d,
 
@@ -37,29 +34,29 @@ from torch import Tensor
 from fastcov.errors import BadInput, NotPositiveDefinite
 from fastcov.hooks import isolated
 from fastcov.linalg import factorize, regularised
+from fastcov.matrices import place_of_float64
 from fastcov.moments import SecondMoment, check_moment
 
 logger = logging.getLogger(__name__)
 
 
 def budget(multiplier: float, d_k: int) -> int:
-    """The number of keys to collect: ``round(multiplier * d_k)``, at least 1.
+    """The number of keys to collect of width d_k: ``round(multiplier * d_k)``, at least 1.
 
-    The multiplier is the paper's dynamic multiplier d_m (arXiv 2506.04226, section 4), any finite number above 0: 10 is
-    recommended for every model, 2 is near parity for some, and 1 collapses everywhere, because the smallest eigenvalue
-    of a second moment of ``d_m * d_k`` samples is biased low by about ``(1 - 1/sqrt(d_m))^2``. d_k is the input width
-    of the edited projection.
+    The multiplier is the paper's dynamic multiplier d_m (arXiv 2506.04226, section 4): 10 is recommended for every
+    model, 2 is near parity for some, and 1 collapses everywhere, because the smallest eigenvalue of a second moment of
+    ``d_m * d_k`` samples is biased low by about ``(1 - 1/sqrt(d_m))^2``.
 
     Raises:
         BadInput: The multiplier is NaN, infinite, not above 0 or so small that no key is left, or d_k is not a whole
             number above 0.
     """
-    if not _is(d_k, Integral) or d_k <= 0:
+    if not isinstance(d_k, Integral) or isinstance(d_k, bool) or d_k <= 0:
         raise BadInput(
             f"The width of the keys d_k must be a whole number above 0 but is {d_k!r}; "
             "pass the input width of the edited projection."
         )
-    if not _is(multiplier, Real):
+    if not isinstance(multiplier, Real) or isinstance(multiplier, bool):
         raise BadInput(f"The multiplier must be a number above 0 but is {multiplier!r}; 10 is recommended.")
     if not math.isfinite(multiplier) or multiplier <= 0:
         raise BadInput(f"The multiplier must be finite and above 0 but is {multiplier!r}; 10 is recommended.")
@@ -74,53 +71,36 @@ def budget(multiplier: float, d_k: int) -> int:
     return round(keys)
 
 
-def _is(value: object, kind: type) -> bool:
-    """Whether a value is a number of a kind, NumPy's included; True and False are no numbers."""
-    return isinstance(value, kind) and not isinstance(value, bool)
-
-
 #: The excess that is good enough: what an edit disturbs is at most half more than the least.
 TOLERANCE = 0.5
 #: The bound on the keys, as a multiplier: what is recommended where nothing is measured.
 LIMIT = 10.0
 
-_STEPS = (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0)  # looks from one to ten times the width
 _BLOCK = 1024  # rows of the triangle that are multiplied at a time
 
 
 @dataclass(frozen=True)
 class Look:
-    """What the rule saw in a moment.
-
-    Attributes:
-        keys: How many keys are in it.
-        multiplier: The same over the width.
-        leverage: Mean ``k^T A^-1 k`` of the keys since the last look, over that of the keys before, with A of the keys
-            before; infinite or NaN where there was nothing to solve with.
-        worth: c of the law, how many keys are worth one independent key; NaN where not known.
-        excess: By the law, with all `keys`: the share of what an edit disturbs that it need not, over the least;
-            infinite where not known.
-    """
+    """What the rule saw in a moment."""
 
     keys: int
-    multiplier: float
+    multiplier: float  # the keys over their width
+    #: Mean ``k^T A^-1 k`` of the keys since the last look, over that of the keys before, with A of the keys before;
+    #: infinite or NaN where there was nothing to solve with.
     leverage: float
-    worth: float
-    excess: float
+    worth: float  # c of the law, how many keys are worth one independent key; NaN where not known
+    excess: float  # by the law, what an edit disturbs needlessly over the least; infinite where not known
 
 
 def checkpoints(d_k: int, limit: float = LIMIT) -> list[int]:
     """The numbers of keys to look at: the width d_k, 1.5, 2, 3, 4, 5, 6, 8, 10, 15 of it, and so on, up to `limit`.
 
-    Each look costs a factorisation, and what a coarser step costs is keys that were not needed.
-
-    Raises:
-        BadInput: As `budget`.
+    Each look costs a factorisation, and what a coarser step costs is keys that were not needed. BadInput as `budget`.
     """
     last = budget(limit, d_k)
-    looks = [
-        budget(step * 10**decade, d_k) for decade in range(1 + max(0, math.ceil(math.log10(limit)))) for step in _STEPS
-    ]
+    steps = (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0)  # of each decade
+    decades = range(1 + max(0, math.ceil(math.log10(limit))))
+    looks = [budget(step * 10**decade, d_k) for decade in decades for step in steps]
     return [keys for keys in looks if keys < last] + [last]
 
 
@@ -155,7 +135,7 @@ class StoppingRule:
             )
         if probes < 1:
             raise ValueError(f"There must be at least 1 probe but there are {probes}; pass more.")
-        budget(limit, 1 << 30)  # refuses what is no multiplier
+        budget(limit, 1 << 30)  # raises where that is no multiplier
         self._tolerance, self._limit = tolerance, limit
         self._ridge, self._probes = relative_ridge, probes
         self._before: _Probed | None = None
@@ -180,22 +160,22 @@ class StoppingRule:
         """
         check_moment(moment, "A stopping rule")
         n, d = moment.count, moment.d
-        if self.looks:
-            if n <= self.looks[-1].keys:
+        if self.looks and n <= self.looks[-1].keys:
+            raise BadInput(
+                f"The moment has {n} keys and had {self.looks[-1].keys} at the last look; "
+                "add keys to it before it is looked at again."
+            )
+        leverage, worth, excess = math.nan, math.nan, math.inf
+        if (before := self._before) is not None:
+            if len(before.V) != d:
                 raise BadInput(
-                    f"The moment has {n} keys and had {self.looks[-1].keys} at the last look; "
-                    "add keys to it before it is looked at again."
+                    f"The moment is {d} wide and the one before was {len(before.V)}; make a rule for each module."
                 )
-            if self._before is not None and self._before.d != d:
-                raise BadInput(
-                    f"The moment is {d} wide and the one before was {self._before.d}; make a rule for each module."
-                )
-        leverage = math.nan if self._before is None else self._before.leverage(moment)
-        worth, excess = math.nan, math.inf
-        if self._before is not None and math.isfinite(leverage):
-            worth = (1 - 1 / leverage) * self._before.count / d if leverage > 0 else math.nan
-            left = 1 - worth * d / n
-            excess = 1 / left - 1 if left > 0 else math.inf
+            leverage = before.leverage(moment)
+            if math.isfinite(leverage):
+                worth = (1 - 1 / leverage) * before.count / d if leverage > 0 else math.nan
+                left = 1 - worth * d / n
+                excess = 1 / left - 1 if left > 0 else math.inf
         self.looks.append(Look(n, n / d, leverage, worth, excess))
         logger.info("%d keys of width %d: leverage %.3f, excess %.3f", n, d, leverage, excess)
         if self.converged or n >= budget(self._limit, d):
@@ -207,15 +187,11 @@ class StoppingRule:
 
 @dataclass(frozen=True)
 class _Probed:
-    """What is kept of a moment: ``V = L^-T Z`` with L of its A and Z random signs, (d, m)."""
+    """What is held of a moment: ``V = L^-T Z`` with L of its A and Z random signs, (d, m)."""
 
     V: Tensor
     count: int
     form: float  # sum of v^T (sum of k k^T) v, over the columns v of V
-
-    @property
-    def d(self) -> int:
-        return self.V.shape[0]
 
     def leverage(self, later: SecondMoment) -> float:
         """Mean ``k^T A^-1 k`` of the keys that were added, over that of the ones before."""
@@ -227,7 +203,7 @@ def _probed(moment: SecondMoment, ridge: float, probes: int) -> _Probed | None:
     """The moment, seen by the probes; None where there is nothing to solve with."""
     if moment.count <= moment.d and ridge == 0:
         return None  # it is singular
-    place = torch.device("cpu") if moment.device.type == "mps" else moment.device
+    place = place_of_float64(moment.device)
     moment = moment.to(place)
     try:
         # With the jitter that an edit would take, if it takes one.

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastcov.errors import StoreDamaged, StoreMismatch, StoreMissing, printable_logger
+from fastcov.errors import FastcovError, StoreDamaged, StoreMismatch, printable_logger
 from fastcov.files import DTYPE_NAMES, atomic_file, parse_json, raw_bytes, write_safetensors
 from fastcov.hooks import isolated
 from fastcov.moments import SecondMoment, check_moment
@@ -30,7 +30,6 @@ logger = printable_logger(__name__)
 
 FORMAT = 1
 _DTYPES = {"F32": torch.float32, "F64": torch.float64}
-_ABSENT = object()
 
 
 @isolated()
@@ -77,7 +76,7 @@ def load_moment(
             before the sum is read.
 
     Raises:
-        StoreMissing: There is no such file.
+        FastcovError: There is no such file.
         StoreDamaged: The file is not what was written.
         StoreMismatch: A field of the provenance is not as expected, or a newer version wrote it.
     """
@@ -90,19 +89,23 @@ def load_moment(
     if triangle.dim() != 1 or d < 1 or triangle.numel() != d * (d + 1) // 2:
         raise _damaged(path, f"holds a sum of shape {tuple(triangle.shape)} for a width of {d}")
     if triangle.dtype != _DTYPES.get(metadata.get("dtype", "")):
-        raise _damaged(path, f"holds a sum of {triangle.dtype} and says {_said(metadata, 'dtype')}")
-    found = hashlib.sha256(raw_bytes(triangle)).hexdigest()
-    if found != metadata.get("sha256"):
+        raise _damaged(path, f"holds a sum of {triangle.dtype} and says {metadata.get('dtype')!r:.40}")
+    if hashlib.sha256(raw_bytes(triangle)).hexdigest() != metadata.get("sha256"):
         raise _damaged(path, "holds a sum whose bytes have changed")
-    lower = unpacked(triangle, d)
-    return SecondMoment.from_lower(lower, count, _quartic(path, metadata)), provenance
+    try:
+        quartic = float(metadata["quartic"]) if "quartic" in metadata else None
+    except ValueError:
+        quartic = math.nan
+    if quartic is not None and not 0 <= quartic < math.inf:
+        raise _damaged(path, f"says {metadata['quartic']!r:.40} for a sum of fourth powers")
+    return SecondMoment.from_lower(unpacked(triangle, d), count, quartic), provenance
 
 
 def read_provenance(path: str | os.PathLike[str]) -> dict[str, Any]:
     """What a stored moment belongs to, from the header alone.
 
     Raises:
-        StoreMissing: There is no such file.
+        FastcovError: There is no such file.
         StoreDamaged: The header is not what was written, or the file is too short or too long.
         StoreMismatch: A newer version wrote it.
     """
@@ -130,47 +133,28 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[tuple[Any, dict[str, str]]
     from safetensors import SafetensorError, safe_open
 
     if not Path(path).exists():
-        raise StoreMissing(f"There is no stored moment at {os.fspath(path)!r}; precompute it first.")
+        raise FastcovError(f"There is no stored moment at {os.fspath(path)!r}; precompute it first.")
     if not Path(path).is_file():  # to open a pipe is to wait for somebody to write into it
         raise _damaged(path, "is not a file")
     try:
         with safe_open(os.fspath(path), framework="pt") as file:
             metadata: dict[str, str] = file.metadata() or {}
-            _check(path, metadata)
+            if metadata.get("check") != _digest(metadata):
+                raise _damaged(path, "has a header that is not what was written")
+            version = _whole(metadata.get("format", ""))
+            if version is not None and version > FORMAT:
+                raise StoreMismatch(
+                    f"The moment {os.fspath(path)!r} has format {version} but this fastcov knows {FORMAT}; "
+                    "upgrade, or delete the file and precompute again.",
+                    field="format",
+                    stored=version,
+                    expected=FORMAT,
+                )
             if set(file.keys()) != {"sum"}:
                 raise _damaged(path, f"holds {sorted(file.keys())!s:.80} and not a sum")
             yield file, metadata
     except SafetensorError as error:
         raise _damaged(path, f"is not a readable safetensors file ({error!s:.120})") from error
-
-
-def _check(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> None:
-    """Refuse metadata of another format, or that are not what was written."""
-    sound = metadata.get("check") == _digest(metadata)
-    version = _whole(metadata.get("format", ""))
-    if sound and version is not None and version > FORMAT:
-        raise StoreMismatch(
-            f"The moment {os.fspath(path)!r} has format {version} but this fastcov knows {FORMAT}; "
-            "upgrade, or delete the file and precompute again.",
-            field="format",
-            stored=version,
-            expected=FORMAT,
-        )
-    if not sound:
-        raise _damaged(path, "has a header that is not what was written")
-
-
-def _quartic(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> float | None:
-    """The sum of ``||k||^4``, or None in a file that does not say."""
-    if "quartic" not in metadata:
-        return None
-    try:
-        value = float(metadata["quartic"])
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value) or value < 0:
-        raise _damaged(path, f"says {metadata['quartic']!r:.40} for a sum of fourth powers")
-    return value
 
 
 def _provenance(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> dict[str, Any]:
@@ -186,7 +170,7 @@ def _provenance(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> di
 def _number(path: str | os.PathLike[str], metadata: Mapping[str, str], name: str) -> int:
     value = _whole(metadata.get(name, ""))
     if value is None:
-        raise _damaged(path, f"says {_said(metadata, name)} for its {name}")
+        raise _damaged(path, f"says {metadata.get(name)!r:.40} for its {name}")
     return value
 
 
@@ -195,20 +179,16 @@ def _whole(text: str) -> int | None:
     return int(text) if text.isascii() and text.isdecimal() and len(text) <= 18 else None
 
 
-def _said(metadata: Mapping[str, str], name: str) -> str:
-    return f"{metadata.get(name)!r:.40}"
-
-
 def _compare(path: str | os.PathLike[str], provenance: Mapping[str, Any], expect: Mapping[str, Any]) -> None:
     for field, value in json.loads(_json(expect)).items():
-        stored = provenance.get(field, _ABSENT)
-        if stored != value:
-            shown = "not on record" if stored is _ABSENT else repr(stored)
+        stored = provenance.get(field)
+        if field not in provenance or stored != value:
+            shown = repr(stored) if field in provenance else "not on record"
             raise StoreMismatch(
                 f"The moment {os.fspath(path)!r} is of something else: its {field} is {shown} but "
                 f"{value!r} is expected; precompute it for these settings, in another file.",
                 field=field,
-                stored=None if stored is _ABSENT else stored,
+                stored=stored,
                 expected=value,
             )
 

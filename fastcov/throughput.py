@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Operations whose number grows with the square of a sequence's length, by name.
-_ATTENTION = ("bmm", "baddbmm", "attention")
 _SECONDS = 0.05  # what measuring the peak by products may take
 _LOOP_SECONDS = 0.03  # and by loops of multiply-adds
 _LARGEST = 8192  # width of the largest product tried
@@ -37,22 +35,19 @@ class Throughput:
 
     Args:
         peak: The machine's speed in operations a second (a multiply-add is two). None measures it by `measured_peak`
-            when the collect begins, which takes about 0.1 s that are not counted.
+            when the collect begins, which takes about 0.1 s that are not counted; it stays None where that fails.
 
     Attributes:
-        peak: The same; None where it could not be measured.
         flops: The operations that the keys cost at least: of the forward pass and the triangles.
     """
 
     def __init__(self, peak: float | None = None) -> None:
         self.peak = peak
+        self.flops = 0.0
         self._begun: float | None = None
         self._ended: float | None = None
         self._keys: dict[str, int] = {}
-        self.flops = 0.0
-        self._linear = 0.0  # operations of the forward pass for a token, attention aside
-        self._attention = 0.0  # and for a pair of tokens of one sequence
-        self._counted = False
+        self._forward: tuple[float, float] | None = None  # operations a token, and a pair of tokens of one sequence
 
     @property
     def modules(self) -> int:
@@ -84,23 +79,18 @@ class Throughput:
     @property
     def share(self) -> float | None:
         """Which part of the limit this is."""
-        limit = self.limit
-        return self.tokens_per_second / limit if limit else None
+        return self.tokens_per_second / self.limit if self.limit else None
 
     def rate(self) -> str:
         """Tokens a second and the share of the limit, for a progress bar."""
-        share = self.share
-        known = "" if share is None else f", {share:.0%} of the limit"
+        known = "" if self.share is None else f", {self.share:.0%} of the limit"
         return f"{self.tokens_per_second:,.0f} tokens/s{known}"
 
     def __str__(self) -> str:
         """One line for people."""
-        share = self.share
-        known = (
-            "the machine's limit was not measured"
-            if share is None
-            else f"{100 * share:.0f} % of what this machine's arithmetic allows"
-        )
+        known = "the machine's limit was not measured"
+        if self.share is not None:
+            known = f"{100 * self.share:.0f} % of what this machine's arithmetic allows"
         layers = f"{self.modules} layer{'' if self.modules == 1 else 's'}"
         return (
             f"{self.keys:,} keys of {layers} in {self.seconds:.1f} s: {self.tokens_per_second:,.0f} tokens/s, {known}"
@@ -127,18 +117,15 @@ class Throughput:
     def batch(self, batch: Mapping[str, Any], sums: Accumulator) -> Iterator[None]:
         """Count one batch, the model's forward pass on which happens inside."""
         sequences, length = _shape(batch)
-        if self._counted:
+        if self._forward is not None:
             yield
         else:
-            with _counting() as operations:
+            with _counting() as counted:
                 yield
-            attention = sum(n for name, n in operations.items() if _is_attention(name))
-            self._linear = (sum(operations.values()) - attention) / max(sequences * length, 1)
-            self._attention = attention / max(sequences * length**2, 1)
-            self._counted = True
+            linear, attention = counted
+            self._forward = linear / max(sequences * length, 1), attention / max(sequences * length**2, 1)
         tokens = sequences * length if sums.tokens is None else sums.tokens
-        pairs = _pairs(batch, sequences, length)
-        self.flops += tokens * self._linear + pairs * self._attention
+        self.flops += tokens * self._forward[0] + _pairs(batch, sequences, length) * self._forward[1]
         for name, keys in sums.took().items():
             d_k = sums.moments[name].d if keys else 0
             self.flops += keys * d_k * (d_k + 1)
@@ -192,12 +179,10 @@ def _multiply_adds(dtype: torch.dtype) -> float:
     """The best rate of the native kernels' multiply-adds, 0 where there are none of this dtype."""
     # Keys of 16 bits are multiplied in float32 where the processor has no products of their own.
     # Not float32 in parts of bfloat16: the forward pass, which is most of the work, has no such.
-    tried = {
-        torch.float64: [("avx512f", torch.float64), ("avx2", torch.float64)],
-        torch.bfloat16: [("amx_bf16", torch.bfloat16), ("avx512_bf16", torch.bfloat16)],
-    }.get(dtype, [])
+    names = {torch.float64: ("avx512f", "avx2"), torch.bfloat16: ("amx_bf16", "avx512_bf16")}.get(dtype, ())
+    tried = [(name, dtype) for name in names]
     if dtype != torch.float64:
-        tried = [*tried, ("avx512f", torch.float32), ("avx2", torch.float32)]
+        tried += [("avx512f", torch.float32), ("avx2", torch.float32)]
     for name, of in tried:
         kernel = cpu.CpuKernel(name)
         if kernel.why_not() is None and kernel.not_preferred() is None:
@@ -206,8 +191,8 @@ def _multiply_adds(dtype: torch.dtype) -> float:
 
 
 @contextmanager
-def _counting() -> Iterator[dict[str, int]]:
-    """Operations by the name of the operator; filled on leaving."""
+def _counting() -> Iterator[list[int]]:
+    """Operations without those of attention, and those of attention; filled on leaving."""
     from torch.utils import flop_counter
 
     of_shapes: Any = flop_counter.sdpa_flop_count  # untyped
@@ -217,16 +202,13 @@ def _counting() -> Iterator[dict[str, int]]:
 
     # The counter of torch 2.13 does not know the attention that runs on a CPU.
     more = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention}
-    operations: dict[str, int] = {}
+    counted: list[int] = []
     with flop_counter.FlopCounterMode(display=False, custom_mapping=more) as counter:
-        yield operations
+        yield counted
+    counted += [0, 0]
     for name, number in counter.get_flop_counts().get("Global", {}).items():
-        operations[str(name)] = operations.get(str(name), 0) + int(number)
-
-
-def _is_attention(name: str) -> bool:
-    short = name.rpartition(".")[2]
-    return short in _ATTENTION or _ATTENTION[-1] in short
+        short = str(name).rpartition(".")[2]
+        counted[short in ("bmm", "baddbmm") or "attention" in short] += int(number)  # grows with the square of a length
 
 
 def _pairs(batch: Mapping[str, Any], sequences: int, length: int) -> float:
@@ -240,9 +222,8 @@ def _pairs(batch: Mapping[str, Any], sequences: int, length: int) -> float:
 
 def _shape(batch: Mapping[str, Any]) -> tuple[int, int]:
     """How many sequences a batch has, and how long they are with their padding."""
-    tensors = [value for value in batch.values() if isinstance(value, Tensor)]
     named = (batch.get(name) for name in ("attention_mask", "input_ids"))
-    tensor = next((value for value in (*named, *tensors) if isinstance(value, Tensor)), None)
+    tensor = next((value for value in (*named, *batch.values()) if isinstance(value, Tensor)), None)
     if tensor is None or tensor.dim() == 0:
         return 1, 1
     return (1, tensor.shape[0]) if tensor.dim() == 1 else (tensor.shape[0], tensor.shape[1])

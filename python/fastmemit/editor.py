@@ -249,7 +249,7 @@ class Editor:
             BadConfig: See `config`.
             BadRequest: A request that cannot be carried out, or two that contradict each other.
             WrongModel: The preserved keys are of another editor's edits.
-            fastcov.StoreMissing: No statistics of the edited layers were precomputed.
+            fastcov.FastcovError: No statistics of the edited layers were precomputed.
         """
         config = self.config(method, **overrides)
         with self._stack.lock:

@@ -196,7 +196,7 @@ def provenance_of(path: Path) -> dict[str, Any]:
     """What a stored moment says that it is of, complete.
 
     Raises:
-        StoreMissing: There is no such file.
+        FastcovError: There is no such file.
         StoreDamaged: Its header is not what was written, or a field, which is named, is missing or something else.
     """
     stored = fastcov.read_provenance(path)
@@ -294,7 +294,7 @@ def provenances_in(home: Path, modules: Sequence[str], model: str) -> list[dict[
     """What the moments of some modules in a folder say that they are of: one collection, which the folder is called by.
 
     Raises:
-        StoreMissing: There is no file of a module.
+        FastcovError: There is no file of a module.
         StoreDamaged: A file's header is not what was written, or lacks a field.
         StoreMismatch: A file is of another model, module or collection.
     """

@@ -128,12 +128,12 @@ class Statistics:
         """The moment of one module, on the CPU, every byte of the file verified.
 
         Raises:
-            StoreMissing: It was not precomputed for this module.
+            FastcovError: It was not precomputed for this module.
             StoreDamaged: The file is not what was written.
             StoreMismatch: The file is of something else than it was when it was found.
         """
         if module not in self.paths:
-            raise fastcov.StoreMissing(
+            raise fastcov.FastcovError(
                 f"There is no second moment of {module} among the precomputed "
                 f"({', '.join(self.paths)}); precompute its layer too."
             )
@@ -523,13 +523,13 @@ class StatisticsStore:
         """The statistics in use if they cover these layers, else the newest stored ones that do, used from now on.
 
         Raises:
-            fastcov.StoreMissing: There are none.
+            fastcov.FastcovError: There are none.
         """
         names = {self._adapter.projection_name(layer) for layer in layers}
         if self.current is None or not names <= self.current.paths.keys():
             found = self.find(layers)
             if found is None:
-                raise fastcov.StoreMissing(
+                raise fastcov.FastcovError(
                     f"There are no second moments of the layers {list(layers)} of {self._name}; "
                     "call precompute first (fastmemit precompute)."
                 )

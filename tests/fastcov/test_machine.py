@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-import sys
+import importlib.metadata
 import types
 
 import torch
@@ -33,13 +33,17 @@ def test_a_gpu_is_named_with_its_driver_and_capability(monkeypatch):
 
 def test_the_native_module_tells_how_it_was_built(monkeypatch):
     native = types.SimpleNamespace(build=lambda: {"compiler": "gcc 12", "cuda": None})
-    monkeypatch.setitem(sys.modules, "fastcov._native", native)
+    monkeypatch.setattr(module, "native", lambda: native)
     assert versions()["native"] == "compiler gcc 12, cuda None"
-    monkeypatch.setitem(sys.modules, "fastcov._native", None)
+    monkeypatch.setattr(module, "native", lambda: None)
     assert versions()["native"] == "absent"
 
 
 def test_where_the_package_is_not_installed_its_version_is_that_of_the_source(monkeypatch):
     installed = versions()["fastmemit"]
-    monkeypatch.setattr(module, "_distribution", lambda name: "absent")
-    assert module._own() == installed
+
+    def missing(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    assert module._own() == installed and module.version("triton") == "absent"

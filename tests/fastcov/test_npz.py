@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastcov import BadInput, NonFinite, SecondMoment, StoreDamaged, StoreMissing
+from fastcov import BadInput, FastcovError, NonFinite, SecondMoment, StoreDamaged
 from fastcov.npz import load_npz, save_npz
 
 KEYS = torch.tensor([[1.0, 2.0, 3.0], [0.0, 1.0, -1.0]])
@@ -291,5 +291,5 @@ def test_a_file_that_cannot_be_read(tmp_path: Path, make: Any) -> None:
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     for path in (tmp_path / "none.npz", tmp_path):
-        with pytest.raises(StoreMissing, match="There is no file"):
+        with pytest.raises(FastcovError, match="There is no file"):
             load_npz(path)

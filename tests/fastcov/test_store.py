@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from fastcov import (
+    FastcovError,
     SecondMoment,
     StoreDamaged,
     StoreMismatch,
-    StoreMissing,
     files,
     load_moment,
     read_provenance,
@@ -196,7 +196,7 @@ def test_other_files_are_not_moments(tmp_path):
     save_file({"weight": torch.ones(3)}, path)
     with pytest.raises(StoreDamaged):
         load_moment(path)
-    with pytest.raises(StoreMissing, match="precompute"):
+    with pytest.raises(FastcovError, match="precompute"):
         load_moment(tmp_path / "nothing")
 
 

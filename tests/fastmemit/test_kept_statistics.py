@@ -128,7 +128,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path: Path, monkeypatch
 
 def test_a_module_that_was_not_precomputed(tmp_path: Path) -> None:
     found = tiny_editor(tmp_path, layers=None).precompute(tiny_corpus(), multiplier=1, layers=[0])
-    with pytest.raises(fastcov.StoreMissing, match=r"no second moment of x\.y among .*layers\.0\."):
+    with pytest.raises(fastcov.FastcovError, match=r"no second moment of x\.y among .*layers\.0\."):
         found.second_moment("x.y")
 
 
@@ -216,7 +216,7 @@ def test_find_takes_the_newest_that_has_all_modules(tmp_path: Path) -> None:
 
 def test_an_edit_without_statistics_says_what_to_do(tmp_path: Path) -> None:
     editor = tiny_editor(tmp_path, layers=None, name="my-model")
-    with pytest.raises(fastcov.StoreMissing, match=r"\[1\] of my-model; .*fastmemit precompute"):
+    with pytest.raises(fastcov.FastcovError, match=r"\[1\] of my-model; .*fastmemit precompute"):
         editor.edit(FACTS[:1], "rome", layers=(1,))
 
 

@@ -34,15 +34,16 @@ def _doctor(args: argparse.Namespace) -> None:
     """
     from huggingface_hub import constants, get_token
 
-    from fastcov.__main__ import show_kernels, version
+    from fastcov.__main__ import show_kernels
+    from fastcov.machine import version
     from fastmemit.files import cache_dir
 
     show_kernels()
     print("\nlibraries")
-    print("  " + ", ".join(f"{name} {version(name)}" for name in VERSIONS))
+    print("  " + ", ".join(f"{name} {version(name, 'not installed')}" for name in VERSIONS))
     print("\nextras")
     for name, what in EXTRAS.items():
-        print(f"  {name:<14} {version(name):<14} {what}")
+        print(f"  {name:<14} {version(name, 'not installed'):<14} {what}")
     print("\ncaches")
     print(f"  {_folder(args.cache or cache_dir())}")
     print(f"  {_folder(Path(constants.HF_HUB_CACHE))}")

@@ -248,9 +248,9 @@ def _statistics(editor: Editor, args: argparse.Namespace, layers: tuple[int, ...
     """The statistics to write: newly collected where a corpus is named, else stored ones.
 
     Raises:
-        fastcov.StoreMissing: None are stored.
+        fastcov.FastcovError: None are stored.
     """
-    from fastcov import StoreMissing
+    from fastcov import FastcovError
     from fastmemit.methods import METHODS
 
     if args.corpus is not None or args.multiplier == "auto":
@@ -261,7 +261,7 @@ def _statistics(editor: Editor, args: argparse.Namespace, layers: tuple[int, ...
         return found
     many = "" if args.multiplier is None else f" for the multiplier {args.multiplier:g}"
     which = "" if layers is None else f" of the layers {list(layers)}"
-    raise StoreMissing(
+    raise FastcovError(
         f"No second moments{which} of {editor.name} are stored{many}; name a --corpus "
         "to collect them from, or other --layers."
     )

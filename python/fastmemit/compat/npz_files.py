@@ -235,7 +235,7 @@ def files_of(editor: Editor, place: StatsPlace, layers: Sequence[int] | None = N
     """The files of a model's layers in another codebase's folder, by module; without `layers` those that are there.
 
     Raises:
-        fastcov.StoreMissing: There is none for a layer, or none at all; the message says what is.
+        fastcov.FastcovError: There is none for a layer, or none at all; the message says what is.
     """
     adapter = editor.adapter
     names = list(layers_by_name(adapter)) if layers is None else [adapter.projection_name(layer) for layer in layers]
@@ -249,7 +249,7 @@ def files_of(editor: Editor, place: StatsPlace, layers: Sequence[int] | None = N
         folder = folder.parent
     found = sorted(path.name for path in folder.iterdir())
     more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
-    raise fastcov.StoreMissing(
+    raise fastcov.FastcovError(
         f"There is no file {str(lacking)!r} ({str(folder)!r} holds {', '.join(found[:_SHOWN]) or 'nothing'}{more}); "
         "correct --stats-dir, --layout, --model-name, --dataset, --precision or --sample-size, or name the files."
     )

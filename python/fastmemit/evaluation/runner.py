@@ -181,7 +181,7 @@ def evaluate(
         BadData: The records lack what a metric asks for.
         FastmemitError: The unedited model gives NaN for the text.
         BadRequest: A record cannot be edited, or two of a batch contradict each other.
-        fastcov.StoreMissing: No statistics of the edited layers were precomputed.
+        fastcov.FastcovError: No statistics of the edited layers were precomputed.
     """
     if editor.edits:
         raise WrongModel("The model is edited already; undo its edits before an evaluation.")

@@ -224,7 +224,7 @@ def run_sequential(
         BadConfig: `score_every` is below 1.
         BadData: There is no batch, or an empty one.
         BadRequest: A record cannot be edited, or two of a batch contradict each other.
-        fastcov.StoreMissing: No statistics of the edited layers were precomputed.
+        fastcov.FastcovError: No statistics of the edited layers were precomputed.
     """
     if editor.edits:
         raise WrongModel(_EDITED)

@@ -458,7 +458,7 @@ def run(
         BadRequest: A request that cannot be carried out, or two that contradict each other.
         WrongModel: The preserved keys are of another editor's edits; or a weight is not in floating point or not in
             memory, which is said before any work.
-        fastcov.StoreMissing: No statistics of the edited layers were precomputed.
+        fastcov.FastcovError: No statistics of the edited layers were precomputed.
     """
     batch = check_batch(facts)
     stack, own = work.stack, preserved

@@ -159,20 +159,20 @@ def test_names_that_lead_nowhere(place: StatsPlace, tmp_path: Path) -> None:
     match = r"is of transformer\.h\.0\.mlp\.c_proj, but .* me/tiny are model\.layers\.\{\}\.mlp"
     refused(mine, [gpt2], BadConfig, match)
     gone = {MODULES[0]: tmp_path / "gone.npz"}
-    refused(mine, gone, fastcov.StoreMissing, r"no file '.*gone\.npz'")
+    refused(mine, gone, fastcov.FastcovError, r"no file '.*gone\.npz'")
 
 
 def test_a_missing_file_says_what_is_there(place: StatsPlace, tmp_path: Path) -> None:
     mine = fresh(tmp_path)
     place.path(MODULES[1]).unlink()
-    with pytest.raises(fastcov.StoreMissing, match=r"layers\.1\.mlp.*wikipedia_stats' holds model"):
+    with pytest.raises(fastcov.FastcovError, match=r"layers\.1\.mlp.*wikipedia_stats' holds model"):
         files_of(mine, place, [0, 1])
     assert list(files_of(mine, place)) == [MODULES[0], MODULES[2]]
     wrong = StatsPlace(place.stats_dir, "easyedit", "me/tiny")
-    with pytest.raises(fastcov.StoreMissing, match=r"stats' holds me_tiny\); correct --stats-dir"):
+    with pytest.raises(fastcov.FastcovError, match=r"stats' holds me_tiny\); correct --stats-dir"):
         files_of(mine, wrong)
     nowhere = StatsPlace(tmp_path / "nowhere", "easyedit", "me/tiny")
-    with pytest.raises(fastcov.StoreMissing, match=r"no file '.*nowhere/tiny/wikipedia_stats"):
+    with pytest.raises(fastcov.FastcovError, match=r"no file '.*nowhere/tiny/wikipedia_stats"):
         files_of(mine, nowhere)
 
 

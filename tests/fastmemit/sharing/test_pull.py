@@ -56,7 +56,7 @@ def test_an_edit_of_another_model_is_refused(hub: StandInHub, editor: Editor) ->
 def test_statistics_arrive_where_edits_find_them(hub: StandInHub, editor: Editor, tmp_path: Path) -> None:
     push_statistics(editor.store.covering([0, 1]), "me/moments")
     other = elsewhere(tmp_path / "cache")
-    with pytest.raises(fastcov.StoreMissing):
+    with pytest.raises(fastcov.FastcovError):
         other.store.covering([0, 1])
     found = pull_statistics("me/moments", model=other.fingerprint, cache=tmp_path / "cache")
     assert other.store.covering([0, 1]) == found
