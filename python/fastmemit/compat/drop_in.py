@@ -509,7 +509,8 @@ def _applying(method: str, about: str) -> Callable[..., tuple[nn.Module, dict[st
             model = copying.deepcopy(model)
             found = _ready(model, tok, theirs)
         found.stack.look()
-        delta = run(find_config(found.adapter, theirs.config), found.workspace, batch).delta
+        config = find_config(found.adapter, theirs.config)
+        delta = isolated()(run)(config, found.workspace, batch).delta
         before = {}
         if return_orig_weights or keep_original_weight:
             weights = dict(model.named_parameters(remove_duplicate=False))

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from fastcov import CholeskyFactor, LowRank
-from fastcov.hooks import isolated
 from fastcov.linalg import updated
 from fastmemit.delta import Delta, add_low_rank, restore
 from fastmemit.edits import Edit, EditStack, Writing
@@ -341,16 +340,15 @@ class Draft(Generic[Config]):
         self._trial = self.work.stack.trial(map(self.adapter.weight_name, self.config.layers))
         return self._trial
 
-    def solver(self, layer: int) -> CholeskyFactor:
+    def preserving(self, layer: int, factor: CholeskyFactor) -> CholeskyFactor:
         """The factor of all that a layer shall preserve.
 
-        ``w C + ridge I``, and with `preserved` also ``K_p K_p^T`` of every edit in it and of the facts that this batch
-        has written into the layer already.
+        That of ``w C + ridge I``, joined with `preserved` by ``K_p K_p^T`` of every edit in it and of the facts that
+        this batch has written into the layer already.
         """
-        base = self.work.statistics.factor(self.config, layer)  # type: ignore[arg-type]
         if self.preserved is None:
-            return base
-        return self.preserved.factor(layer, base, self.keys.get(layer, ()))
+            return factor
+        return self.preserved.factor(layer, factor, self.keys.get(layer, ()))
 
     def earlier_keys(self, layer: int) -> Blocks:
         """The preserved keys (d_k, B): of earlier edits, and what this one has written there."""
@@ -433,7 +431,6 @@ def register(*configs: type[EditConfig], one_by_one: bool = False) -> Callable[[
     return registered
 
 
-@isolated()
 def run(
     config: EditConfig,
     work: Workspace,
@@ -441,7 +438,7 @@ def run(
     preserved: PreservedKeys | None = None,
     reads: ReadCache | None = None,
 ) -> Edit:
-    """Compute an edit; the weights are the same before and after.
+    """Compute an edit; the weights are the same before and after. To be called inside `fastcov.hooks.isolated`.
 
     Args:
         config: The settings.

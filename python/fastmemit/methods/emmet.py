@@ -27,4 +27,5 @@ def write(draft: Draft[EmmetConfig], requests: list[EditRequest], goal: Tensor) 
         missing = (goal.to(read.block.device) - read.block).to(read.outputs.device)
         residual = draft.adapter.projection_residual(layer, read.outputs, missing, subjects.bare_ids)
     relaxed = draft.config.lambda_e if len(requests) > 1 else 0.0
-    draft.write(layer, closed_form.emmet(draft.solver(layer), keys, residual.T, relaxed), keys)
+    A = draft.preserving(layer, draft.work.statistics.factor(draft.config, layer))
+    draft.write(layer, closed_form.emmet(A, keys, residual.T, relaxed), keys)

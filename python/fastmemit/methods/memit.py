@@ -31,4 +31,5 @@ def write(draft: Draft[Any], requests: list[EditRequest], goal: Tensor) -> None:
     ``"most-probable"``). With ``ridge=0, stop="loss"`` it is sequential MEMIT.
     """
     for layer, K, R in residuals(draft, requests, goal):
-        draft.write(layer, closed_form.memit(draft.solver(layer), K, R), K)
+        A = draft.preserving(layer, draft.work.statistics.factor(draft.config, layer))
+        draft.write(layer, closed_form.memit(A, K, R), K)

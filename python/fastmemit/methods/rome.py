@@ -34,7 +34,8 @@ def write(draft: Draft[RomeConfig], requests: list[EditRequest], goal: Tensor) -
     # The projection is affine, so an average of its outputs is its output at the average key.
     now = outputs[0, 0] if original else average(outputs)[:, 0]
     residual = goal[0].to(now) - now  # (d,)
-    change = closed_form.rome(draft.solver(layer), key, residual, denominator_key=bare if original else None)
+    C = draft.preserving(layer, draft.work.statistics.factor(draft.config, layer))
+    change = closed_form.rome(C, key, residual, denominator_key=bare if original else None)
     draft.write(layer, change, key[:, None])
 
 

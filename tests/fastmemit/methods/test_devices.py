@@ -43,7 +43,8 @@ def test_the_last_block_is_on_another_device_than_the_layer(monkeypatch: pytest.
         adapter=SimpleNamespace(projection_residual=lambda layer, out, r, rows: norms[layer](out.float() + r) - out),
         subjects=lambda requests: SimpleNamespace(bare_ids=[]),
         read=lambda subjects, layer: reading[layer],
-        solver=lambda layer: on(PLACES[layer], D_K, D_K),
+        work=SimpleNamespace(statistics=SimpleNamespace(factor=lambda _, layer: on(PLACES[layer], D_K, D_K))),
+        preserving=lambda _, factor: factor,
         write=lambda layer, change, keys: written.append((layer, change, keys)),
     )
     module.write(work, [None] * B, torch.stack([on("cpu", D)] * B).double())  # type: ignore[list-item]
