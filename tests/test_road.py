@@ -12,7 +12,7 @@ import pytest
 
 from road import Road, roads
 
-FILES, DEPTH, BOTH = {"precompute": 16, "edit": 22}, {"precompute": 11, "edit": 11}, 32
+FILES, DEPTH, BOTH = {"precompute": 24, "edit": 25}, {"precompute": 18, "edit": 11}, 35
 
 
 @pytest.fixture(scope="module")

@@ -152,6 +152,7 @@ _WITHOUT_SPACES = (
     (0x1B000, 0x1B16F),  # historic kana
     (0x20000, 0x323AF),  # Han extensions
 )
+_UNSPACED = re.compile("[" + "".join(f"{chr(first)}-{chr(last)}" for first, last in _WITHOUT_SPACES) + "]")
 
 
 def joined_answer(text: str, answer: str, join: str | None = None) -> str:
@@ -187,19 +188,15 @@ def _attaches(text: str) -> bool:
     if not end or (end < len(text) and text[end - 1].isspace()):
         return True
     last = text[end - 1]
-    if last in _ATTACHING or _unspaced(last) or unicodedata.category(last) in ("Ps", "Sc"):
+    if last in _ATTACHING or _UNSPACED.match(last) or unicodedata.category(last) in ("Ps", "Sc"):
         return True
     return re.search(r"<[|\uff5c][^<>\s]*[|\uff5c]>\Z", text) is not None
 
 
-def _unspaced(character: str) -> bool:
-    return any(first <= ord(character) <= last for first, last in _WITHOUT_SPACES)
-
-
 def _as_a_word(text: str) -> re.Pattern[str]:
     """Finds a text that is not part of a longer word, where words are told apart by spaces."""
-    start = "" if _unspaced(text[0]) else r"(?<!\w)"
-    end = "" if _unspaced(text[-1]) else r"(?!\w)"
+    start = "" if _UNSPACED.match(text[0]) else r"(?<!\w)"
+    end = "" if _UNSPACED.match(text[-1]) else r"(?!\w)"
     return re.compile(start + re.escape(text) + end, re.IGNORECASE)
 
 
