@@ -6,6 +6,7 @@ import re
 import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, cast
 
 from fastmemit.errors import BadRequest
@@ -92,10 +93,10 @@ class EditRequest:
         """The prompt with the subject in place."""
         return self.before + self.subject + self.after
 
-    @property
+    @cached_property
     def target(self) -> str:
         """The new answer with what joins it to the prompt, as a rule a space."""
-        return self.answer_to(self.text, self.target_new)
+        return joined_answer(self.text, self.target_new, self.join)
 
     def answer_to(self, text: str, answer: str) -> str:
         """An answer as it stands behind the prompt, or behind another text about the fact."""

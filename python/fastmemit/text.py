@@ -529,17 +529,16 @@ class Contexts:
             )
         model, tokenizer = self._model, self._tokenizer
         texts: list[str] = []
-        with isolated():
-            if kind == "words":
-                rows: list[Sequence[int]] = [encode(tokenizer, word).ids for word in OPENINGS]
-                new = continue_rows(model, tokenizer, rows, 10, top_k=5, seed=self.seed)
-                for word, row in zip(OPENINGS, new, strict=True):
-                    texts.append(word + tokenizer.decode(row, skip_special_tokens=True))
-            else:
-                for length in (5, 10):
-                    rows = [[_start_token(tokenizer)]] * 10
-                    new = continue_rows(model, tokenizer, rows, length, top_k=5, seed=self.seed + length)
-                    texts += [tokenizer.decode(row, skip_special_tokens=True) for row in new]
+        if kind == "words":
+            rows: list[Sequence[int]] = [encode(tokenizer, word).ids for word in OPENINGS]
+            new = continue_rows(model, tokenizer, rows, 10, top_k=5, seed=self.seed)
+            for word, row in zip(OPENINGS, new, strict=True):
+                texts.append(word + tokenizer.decode(row, skip_special_tokens=True))
+        else:
+            for length in (5, 10):
+                rows = [[_start_token(tokenizer)]] * 10
+                new = continue_rows(model, tokenizer, rows, length, top_k=5, seed=self.seed + length)
+                texts += [tokenizer.decode(row, skip_special_tokens=True) for row in new]
         # White space is folded, so that line breaks do not part a context from its prompt.
         self._written[kind] = ("", *(" ".join(text.split()) + ". " for text in texts))
         return self._written[kind]
