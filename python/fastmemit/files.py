@@ -42,6 +42,15 @@ def cache_dir() -> Path:
     return Path(base) / "fastmemit"
 
 
+def sha256_of(path: Path) -> str:
+    """The digest of a file's bytes in hex, read piece by piece."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
 def shared_folder(folder: Path) -> None:
     """Make a folder, and those above it, for all who may write where the first one is made.
 

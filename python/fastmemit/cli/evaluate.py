@@ -66,7 +66,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     """
     from fastmemit.data import batches, load_records
     from fastmemit.data.reading import check_file
-    from fastmemit.data.zsre import is_zsre, load_zsre
+    from fastmemit.data.records import is_zsre, load_zsre
     from fastmemit.evaluation import evaluate, load_references
     from fastmemit.evaluation.runner import Measures
     from fastmemit.experiments.results import unbounded_as_text

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 import fastcov
 from fastcov.hooks import isolated
 from fastmemit.compat.hparams import Hparams, fields_of, multiplier_of, read_hparams, whole_numbers
+from fastmemit.compat.npz_files import layers_by_name
 from fastmemit.data import Corpus
 from fastmemit.data.corpora import open_corpus
 from fastmemit.delta import Delta
@@ -165,7 +166,7 @@ class Live:
         return copy
 
     def __reduce__(self) -> Any:
-        return (_nothing, ())
+        return (type(None), ())  # None is what is left of it in a file
 
     def open(self, model: nn.Module, tokenizer: Any, module: str | None) -> None:
         """Get ready for a call; what was remembered stays where it still holds."""
@@ -223,7 +224,7 @@ class Live:
             return
         wanted = {self.adapter.projection_name(layer) for layer in layers}
         wanted |= set() if self._statistics is None else self._statistics.paths.keys()
-        every = [i for i in range(self.adapter.n_layers) if self.adapter.template.replace("{}", str(i)) in wanted]
+        every = [layer for name, layer in layers_by_name(self.adapter).items() if name in wanted]
         self.stack.look()
         found = self._cached(every) or self._cached(layers if needed is None else needed)
         if found is None and self.stack.edits:
@@ -241,14 +242,10 @@ class Live:
         self._matrices.clear()
 
     def _cached(self, layers: Sequence[int]) -> Statistics | None:
-        """Cached statistics that have some layers, with all others that were collected with them.
-
-        None where they would have to be of a corpus that was named: if they are, nothing is collected a second time
-        either.
-        """
+        """Cached statistics that have some layers, with all others that were collected with them."""
         multiplier = self.settings.multiplier
         if self.settings.corpus is not None or isinstance(multiplier, str):
-            if not self.stack.edits:
+            if not self.stack.edits:  # to collect on the corpus that was named finds what is there, too
                 return None
             multiplier = None if isinstance(multiplier, str) else multiplier
         found = self.store.find(layers, multiplier)
@@ -310,10 +307,7 @@ class Live:
 
 
 def live(model: nn.Module, tokenizer: Any, module: str | None) -> Live:
-    """What is remembered of a model, ready for a call; one that was never seen is unedited.
-
-    `module` is the edited projection with ``{}`` for the layer; None finds it.
-    """
+    """What is remembered of a model, ready for a call; `module` is the projection with ``{}`` for the layer."""
     model = unwrapped(model)
     found = model.__dict__.get(_PLACE)
     if not isinstance(found, Live):
@@ -324,15 +318,8 @@ def live(model: nn.Module, tokenizer: Any, module: str | None) -> Live:
 
 
 def forget(model: nn.Module) -> None:
-    """Forget a model: it counts as unedited, as it is, at the next call.
-
-    To be called after other weights were loaded into the same object.
-    """
+    """Count a model as unedited at the next call; to be called after other weights were loaded into the same object."""
     unwrapped(model).__dict__.pop(_PLACE, None)
-
-
-def _nothing() -> None:
-    """What is left of a memory in a file."""
 
 
 @isolated()

@@ -65,11 +65,7 @@ class Hparams:
     multiplier: float | None = None  # d_m, where they say it (``dynamic`` with ``dynamic_multiplier``)
 
     def check(self, adapter: ModelAdapter) -> None:
-        """Refuse a model that these are not for.
-
-        Raises:
-            BadConfig: The loss is read from another block than the last, or another module is edited.
-        """
+        """Refuse a model that these are not for: its loss is read, or its keys are, at another place."""
         for layer in self.config.layers:
             adapter.check_layer(layer)
         last = adapter.n_layers - 1
@@ -89,9 +85,7 @@ class Hparams:
 
 
 def read_hparams(hparams: Any, method: str | None = None, name: str = "hparams") -> Hparams:
-    """Read hyper-parameters as other codebases hold them.
-
-    Names that are not known are left out, with one line in the log.
+    """Read hyper-parameters as other codebases hold them; names that are not known are logged and left out.
 
     Args:
         hparams: An object with attributes, a mapping, settings such as `MemitConfig`, or `Hparams`.

@@ -28,6 +28,7 @@ from fastmemit.data import load_corpus
 from fastmemit.data.corpora import corpus_batches
 from fastmemit.editor import Editor
 from fastmemit.errors import BadConfig, WrongModel
+from fastmemit.files import sha256_of
 from fastmemit.models import ModelAdapter
 from fastmemit.statistics import Statistics, versions
 
@@ -47,7 +48,6 @@ LEAST_CORRELATION = 0.3
 MOST_TIMES = 10.0
 
 _NAMED = re.compile(r"(?P<module>.+)_(?P<precision>[a-z0-9]+)_mom2_(?P<size>\d+)\.npz")
-_READ_BYTES = 1 << 24
 _SHOWN = 6
 
 
@@ -61,9 +61,7 @@ class StatsPlace:
 
     stats_dir: Path  # the codebase's own folder, data/stats in all of them as released
     layout: Layout  # whose
-    model_name: (
-        str  # as the codebase loads it; ROME and MEMIT write "_" for its "/", the others keep what follows the last
-    )
+    model_name: str  # as the codebase loads it; ROME and MEMIT make its "/" a "_", the others take the last part
     dataset: str = "wikipedia"  # mom2_dataset there
     precision: str = "float32"  # mom2_dtype there, or float64
     sample_size: int = SAMPLE_SIZE  # mom2_n_samples there: in the name and in the file, and not the number of keys
@@ -115,11 +113,7 @@ def layers_by_name(adapter: ModelAdapter) -> dict[str, int]:
 
 
 def check_new(*paths: Path) -> None:
-    """Refuse to write over files.
-
-    Raises:
-        BadConfig: One of them exists.
-    """
+    """Refuse to write over files; a `BadConfig` names the first that exists."""
     for path in paths:
         if path.exists():
             raise BadConfig(
@@ -278,7 +272,7 @@ def import_statistics(editor: Editor, files: Mapping[str, Path] | Sequence[Path]
     digests: dict[str, str] = {}
     for name, path in named.items():
         _check_sample_size(path, read[name])
-        digest = _sha256(path)
+        digest = sha256_of(path)
         for other, theirs in digests.items():
             if theirs == digest:
                 raise BadConfig(
@@ -342,10 +336,7 @@ def _named(editor: Editor, files: Mapping[str, Path] | Sequence[Path]) -> dict[s
 
 
 def _check_sample_size(path: Path, found: NpzMoment) -> None:
-    """Refuse a file that says another sample size than its name, as their loaders do.
-
-    It is all that a file of theirs says of itself beside the count.
-    """
+    """Refuse a file that says another sample size than its name, as their loaders do."""
     named = _NAMED.fullmatch(path.name)
     size = None if named is None or len(named["size"]) > 18 else int(named["size"])
     if None not in (size, found.sample_size) and size != found.sample_size:
@@ -367,14 +358,6 @@ def _corpus_name(named: Mapping[str, Path]) -> str:
     return IMPORTED + next(iter(named.values())).name
 
 
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(_READ_BYTES):
-            digest.update(piece)
-    return digest.hexdigest()
-
-
 # Whether a moment can be of a model's keys at all. Its width is all that could be compared. But each coordinate of a
 # key is one neuron, and which neurons are active is the same on any text, and unlike in another layer or model. So the
 # mean square of every coordinate, the diagonal of C, is compared with the model's own on the package's prose.
@@ -389,12 +372,9 @@ class Likeness(NamedTuple):
 
 @isolated()
 def likeness(diagonal: Tensor, mean_squares: Tensor) -> Likeness:
-    """Compare the diagonal of C (d_k,) with mean squares of keys (d_k,).
-
-    Coordinates that are zero in either are left out: a little text cannot tell a dead neuron from a rare one.
-    """
+    """Compare the diagonal of C (d_k,) with mean squares of keys (d_k,)."""
     theirs, mine = diagonal.double().cpu(), mean_squares.double().cpu()
-    alive = (theirs > 0) & (mine > 0)
+    alive = (theirs > 0) & (mine > 0)  # a little text cannot tell a dead neuron from a rare one
     if int(alive.sum()) < 2:
         return Likeness(0.0, 0.0)
     logs = torch.stack([theirs[alive].log(), mine[alive].log()])
@@ -403,11 +383,9 @@ def likeness(diagonal: Tensor, mean_squares: Tensor) -> Likeness:
 
 
 def check_likeness(editor: Editor, moments: Mapping[str, SecondMoment]) -> None:
-    """Refuse moments, by module, that are unlike those of the unedited model's own keys.
+    """Refuse moments, by module, that are unlike those of the unedited model's own keys, by a `WrongModel`.
 
-    Raises:
-        WrongModel: One is of another layer, another model, or not a sum of as many keys as it says; or the model is
-            edited now.
+    One may be of another layer, another model, or not a sum of as many keys as it says.
     """
     if editor.edits:
         raise WrongModel(
@@ -434,15 +412,10 @@ def check_likeness(editor: Editor, moments: Mapping[str, SecondMoment]) -> None:
 
 @isolated()
 def mean_squares(editor: Editor, modules: Sequence[str]) -> dict[str, Tensor]:
-    """The mean square of each coordinate of the keys on some prose, module name -> (d_k,).
-
-    The first position of a text is left out: its key is unlike all others, and how much it weighs depends on how long
-    texts are.
-    """
+    """The mean square of each coordinate of the keys on some prose, module name -> (d_k,)."""
     model, device = editor.adapter.model, editor.adapter.device
     sums: dict[str, Tensor] = {}
     counts = dict.fromkeys(modules, 0)
-
     mask: Tensor | None = None  # of the batch that runs
 
     def add(name: str, x: Tensor) -> None:
@@ -451,6 +424,7 @@ def mean_squares(editor: Editor, modules: Sequence[str]) -> dict[str, Tensor]:
             sums[name] = sums.get(name, 0) + counted.double().square().sum(0).cpu()
             counts[name] += counted.shape[0]
 
+    # The first position's key is unlike all others, and how much it weighs depends on how long texts are.
     prose = corpus_batches(load_corpus("builtin"), editor.tokenizer, device, tokens=TOKENS, context=LENGTH, skip=1)
     with prose as batches, KeyHooks(model, modules, add) as hooks, evaluation_mode(model):
         for batch in batches:

@@ -4,8 +4,16 @@
 """
 
 from fastmemit.data.corpora import Corpus, corpus_from_texts, load_corpus
-from fastmemit.data.counterfact import COUNTERFACT_HUB, Record, batches, builtin_facts, load_records, load_requests
-from fastmemit.data.zsre import ZsreRecord, load_zsre
+from fastmemit.data.records import (
+    COUNTERFACT_HUB,
+    Record,
+    ZsreRecord,
+    batches,
+    builtin_facts,
+    load_records,
+    load_requests,
+    load_zsre,
+)  # fmt: skip
 
 __all__ = [
     "COUNTERFACT_HUB", "Corpus", "Record", "ZsreRecord", "batches", "builtin_facts", "corpus_from_texts",

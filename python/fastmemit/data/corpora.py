@@ -119,24 +119,23 @@ def load_corpus(spec: str | Path, *, field: str = "text") -> Corpus:
     """
     name = str(spec)
     if name == "builtin":
-        return _builtin()
+        folder = files("fastmemit.data") / "corpus"
+        texts = sorted((entry for entry in folder.iterdir() if entry.name.endswith(".txt")), key=lambda e: e.name)
+        prose = "\n\n".join(entry.read_text(encoding="utf-8").strip() for entry in texts)
+        return corpus_from_texts("builtin", prose.split("\n\n"))
     if name == "self":
         raise BadCorpus(
             "The corpus 'self' is written by a model, so it cannot be opened without one; "
             "pass corpus='self' to Editor.precompute, or --corpus self."
         )
-    if _on_hub(name):
+    if not is_at_hand(name):
         return _from_hub(name, WIKIPEDIA_HUB if name == "wikipedia" else name, field)
     return _from_file(name, Path(spec), field)
 
 
 def is_at_hand(spec: str | Path) -> bool:
     """Whether a corpus of this name needs neither a model nor the hub: a file, or ``"builtin"``."""
-    return str(spec) != "self" and not _on_hub(str(spec))
-
-
-def _on_hub(name: str) -> bool:
-    return name == "wikipedia" or name.startswith(PREFIX)
+    return str(spec) not in ("self", "wikipedia") and not str(spec).startswith(PREFIX)
 
 
 def corpus_from_texts(name: str, texts: Iterable[str]) -> Corpus:
@@ -161,13 +160,6 @@ def corpus_from_texts(name: str, texts: Iterable[str]) -> Corpus:
         return (documents[index] for index in order)
 
     return Corpus(name, digest.hexdigest(), read, len(documents))
-
-
-def _builtin() -> Corpus:
-    folder = files("fastmemit.data") / "corpus"
-    texts = sorted((entry for entry in folder.iterdir() if entry.name.endswith(".txt")), key=lambda e: e.name)
-    prose = "\n\n".join(entry.read_text(encoding="utf-8").strip() for entry in texts)
-    return corpus_from_texts("builtin", prose.split("\n\n"))
 
 
 # Files may be larger than memory, so documents are indexed in one pass and then read one by one. The pass checks every

@@ -8,7 +8,6 @@ divide are in ``results-1of4.jsonl`` and so on. ``sequential.jsonl`` has the ste
 
 from __future__ import annotations
 
-import hashlib
 import json
 import lzma
 import math
@@ -32,7 +31,7 @@ from fastmemit.editor import Editor
 from fastmemit.errors import BadData, DamagedFile, WrongModel
 from fastmemit.evaluation.perplexity import Perplexity, PerplexityText
 from fastmemit.evaluation.scores import SHARES, ScoreTable, score_means
-from fastmemit.files import alone
+from fastmemit.files import alone, sha256_of
 from fastmemit.methods import CONFIGS, EditConfig
 from fastmemit.methods.config import config_class
 from fastmemit.statistics import versions
@@ -169,11 +168,7 @@ def file_identity(path: str | Path) -> dict[str, str]:
     found = Path(path)
     if not found.is_file():
         return {"name": str(path)}
-    digest = hashlib.sha256()
-    with open(found, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return {"name": found.name, "sha256": digest.hexdigest()}
+    return {"name": found.name, "sha256": sha256_of(found)}
 
 
 def timing(editor: Editor, key: str, seconds: Any) -> dict[str, Any]:

@@ -33,12 +33,18 @@ REFUSED, WARNED = 0.1, 0.5
 ROWS_MATTER = 0.1
 
 
-def linear_shape(module: nn.Module) -> tuple[int, int] | None:
-    """(in, out) features of a linear map, quantised ones included; None for anything else."""
+def is_transposed(module: nn.Module) -> bool:
+    """Whether a linear map stores its weight as (in, out), as Conv1D does, instead of (out, in)."""
     from transformers.pytorch_utils import Conv1D
 
-    if isinstance(module, Conv1D):
-        return int(module.weight.shape[0]), int(module.nf)
+    return isinstance(module, Conv1D)
+
+
+def linear_shape(module: nn.Module) -> tuple[int, int] | None:
+    """(in, out) features of a linear map, quantised ones included; None for anything else."""
+    if is_transposed(module):
+        conv: Any = module
+        return int(conv.weight.shape[0]), int(conv.nf)
     found = getattr(module, "in_features", None), getattr(module, "out_features", None)
     if isinstance(found[0], int) and isinstance(found[1], int):
         return found[0], found[1]
@@ -159,9 +165,7 @@ class ModelAdapter:
 
     def weight_is_transposed(self, layer: int) -> bool:
         """Whether the model stores the weight as (d_k, d), as Conv1D does, instead of (d, d_k)."""
-        from transformers.pytorch_utils import Conv1D
-
-        return isinstance(self.projection(layer), Conv1D)
+        return is_transposed(self.projection(layer))
 
     def weight(self, layer: int) -> torch.Tensor:  # (d, d_k)
         """The projection's weight as (d, d_k): a view, so that writing to it changes the model.

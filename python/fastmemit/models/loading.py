@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import logging
 from collections.abc import Mapping
@@ -14,7 +13,7 @@ import torch
 from fastcov.hooks import isolated, random_state_kept
 from fastmemit import parallel
 from fastmemit.errors import BadConfig, DamagedFile, ModelNotFound
-from fastmemit.files import cache_dir
+from fastmemit.files import cache_dir, sha256_of
 from fastmemit.models.saving import save_model
 
 logger = logging.getLogger(__name__)
@@ -58,7 +57,7 @@ def expanded_folder(file: Path) -> Path:
 
     # Of the major version too: version 4 of transformers cannot read tokenizers that 5 wrote.
     major = transformers.__version__.partition(".")[0]
-    content = f"{file.stat().st_size}-{_sha256(file)[:16]}"
+    content = f"{file.stat().st_size}-{sha256_of(file)[:16]}"
     folder = cache_dir() / "models" / f"{file.stem}-{content}-transformers{major}"
     if not (folder / "config.json").is_file():
         _expand(file, folder)
@@ -110,14 +109,6 @@ def _tokenizer(file: Path, converted: Any) -> Any:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **special)
     tokenizer.chat_template = converted.chat_template
     return tokenizer
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while piece := stream.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 #: What accelerate can be asked to work out by itself.

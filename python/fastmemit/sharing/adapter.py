@@ -24,7 +24,7 @@ from fastcov.hooks import isolated
 from fastmemit.delta import Delta
 from fastmemit.errors import BadData, DamagedFile
 from fastmemit.models import ModelAdapter, fingerprint, new_folder
-from fastmemit.models.adapter import linear_shape
+from fastmemit.models.adapter import is_transposed, linear_shape
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 OURS = "fastmemit"  # the metadata entry with what a delta has and an adapter has no place for
@@ -85,7 +85,7 @@ def save_adapter(
         rank = most if pad else max(1, ranks[module])
         left, right = delta.factors[name]
         # A (r, in) and B (out, r) of ``left @ right^T``, which is (out, in), or transposed storage.
-        a, b = (left.T, right) if _is_transposed(net.get_submodule(module)) else (right.T, left)
+        a, b = (left.T, right) if is_transposed(net.get_submodule(module)) else (right.T, left)
         lacking = rank - ranks[module]
         tensors[f"{PREFIX}{module}.lora_A.weight"] = nn.functional.pad(a, (0, 0, 0, lacking)).contiguous()
         tensors[f"{PREFIX}{module}.lora_B.weight"] = nn.functional.pad(b, (0, lacking)).contiguous()
@@ -104,7 +104,7 @@ def save_adapter(
         "lora_alpha": most,  # the scaling is alpha / r
         "rank_pattern": own,
         "alpha_pattern": own,
-        "fan_in_fan_out": any(_is_transposed(net.get_submodule(module)) for module in modules),
+        "fan_in_fan_out": any(is_transposed(net.get_submodule(module)) for module in modules),
         "lora_dropout": 0.0,
         "bias": "none",
         "use_rslora": False,
@@ -122,13 +122,6 @@ def save_adapter(
             write_safetensors(file, tensors, {"format": "pt", OURS: json.dumps(ours, sort_keys=True)})
         (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return Path(folder)
-
-
-def _is_transposed(module: nn.Module) -> bool:
-    """Whether a module stores its weight as (in, out), as Conv1D does: PEFT's fan_in_fan_out."""
-    from transformers.pytorch_utils import Conv1D
-
-    return isinstance(module, Conv1D)
 
 
 def _sharing(model: nn.Module, name: str) -> str | None:
@@ -174,7 +167,7 @@ def load_adapter(folder: _Path, model: nn.Module) -> Delta:
     for module, (a, b) in pairs.items():
         part = _linear(folder, model, module)
         b = b if scalings[module] == 1 else b * scalings[module]
-        left, right = (a.T, b) if _is_transposed(part) else (b, a.T)
+        left, right = (a.T, b) if is_transposed(part) else (b, a.T)
         factors[f"{module}.weight"] = (left.contiguous(), right.contiguous())
     delta = _as_written(folder, factors, ours) if ours else Delta(factors, {})
     delta.check_stored(model)  # before the shapes: a packed weight has another

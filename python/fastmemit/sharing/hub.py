@@ -90,10 +90,7 @@ def push_statistics(
     dry_run: _Path | None = None,
     token: str | None = None,
 ) -> str:
-    """Put second moments on the hub, what `fastmemit.Editor.precompute` gave or a folder of moments, and a card.
-
-    All else is as for `push_edit`.
-    """
+    """Put second moments, a folder of them or what `fastmemit.Editor.precompute` gave, on the hub; see `push_edit`."""
     if not isinstance(found, Statistics):
         found = open_statistics(found)
     card = statistics_card(found, check_repo(repo), license=license, base_model=base_model)
@@ -209,29 +206,24 @@ def pull_statistics(
 
 
 def _fetched(repo: str, revision: str | None, token: str | None, files: str) -> Path:
-    """A folder with those files and the card, as far as the repository has them; no other file is ever fetched."""
+    """A folder with those files and the card, as far as the repository has them; nothing else is ever fetched."""
     check_repo(repo)
     import huggingface_hub
 
     with told_plainly(repo, "fetched"):
-        return Path(
-            huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=[files, CARD], token=token)
-        )
+        wanted = [files, CARD]
+        return Path(huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=wanted, token=token))
 
 
 def open_statistics(folder: _Path) -> Statistics:
-    """The moments in a folder, as ``fastmemit precompute`` makes it, as statistics; every byte is verified.
-
-    Raises:
-        FileNotFoundError: There is no such folder, or no moment in it.
-    """
+    """The moments in a folder that ``fastmemit precompute`` made; every byte is verified, and there must be one."""
     files = sorted(Path(folder).glob("*.safetensors"))
     if not files:
         raise FileNotFoundError(
             f"There is no moment in {os.fspath(folder)!r}; name a folder of statistics, as "
             "fastmemit precompute lists its files."
         )
-    stored: list[dict[str, Any]] = []
+    stored = []
     forms = {"model": _FINGERPRINT, "tokenizer": _FINGERPRINT, "module": _MODULE}
     for file in files:
         moment, provenance = fastcov.load_moment(file)
@@ -267,11 +259,7 @@ def _damaged(file: Path, what: str) -> DamagedFile:
 
 
 def check_repo(repo: str) -> str:
-    """The name of a repository, if it can be one.
-
-    Raises:
-        BadConfig: It is not of the form ``USER/NAME``.
-    """
+    """The name of a repository, ``USER/NAME``; a `BadConfig` where it cannot be one."""
     if not _REPO.fullmatch(repo) or ".." in repo or "--" in repo or repo.endswith((".git", ".")):
         raise BadConfig(f"{repo!r:.120} is no name of a repository on the hub; write USER/NAME.")
     return repo
@@ -279,16 +267,14 @@ def check_repo(repo: str) -> str:
 
 @contextmanager
 def told_plainly(repo: str, doing: str) -> Iterator[None]:
-    """Turn what the hub's library raises while a repository is "fetched" or "written" into one sentence.
+    """Turn what the hub's library raises into a `FastmemitError` of one sentence; the disk's own errors pass.
 
-    Raises:
-        FastmemitError: Anything that has to do with the hub. The disk's own errors pass.
+    `doing` is "fetched" or "written".
     """
     try:
         yield
     except Exception as error:
-        reason = _reason(repo, error)
-        if reason is None:
+        if (reason := _reason(repo, error)) is None:
             raise
         raise FastmemitError(f"The repository {repo!r} could not be {doing}{reason}") from error
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from fastmemit.data import batches, load_records, load_requests
-from fastmemit.data.counterfact import Record
+from fastmemit.data.records import Record
 from fastmemit.errors import BadData
 from fastmemit.request import EditRequest
 

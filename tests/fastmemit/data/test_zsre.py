@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from fastmemit.data import ZsreRecord, batches, load_zsre
-from fastmemit.data.zsre import is_zsre
+from fastmemit.data.records import is_zsre
 from fastmemit.errors import BadData
 from fastmemit.request import EditRequest
 

@@ -1,9 +1,9 @@
-"""CounterFact records: read, checked field by field, and dealt into batches."""
+"""Records to edit and evaluate: CounterFact's, and zsRE's in MEND's format; read, checked field by field, dealt out."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -18,8 +18,11 @@ logger = printable_logger(__name__)
 
 #: All 21,919 cases with the full ROME schema, in the splits train and test.
 COUNTERFACT_HUB = "hub:azhx/counterfact"
+#: How a zsRE file is named where another file could stand too.
+ZSRE_PREFIX = "zsre:"
 
 _OFFLINE = "check the name and the network, or give a file in CounterFact's JSON format."
+_ZSRE_UNRELATED = "nq question: "
 _SHOWN = 10  # problems listed in one error
 
 
@@ -36,7 +39,7 @@ class Record:
     relation_id: str | None = None  # Wikidata's number of the relation, such as ``"P19"``
 
 
-class Problem(Exception):
+class _Problem(Exception):
     """A field of one record that cannot be read."""
 
     def __init__(self, field: str, reason: str) -> None:
@@ -65,16 +68,18 @@ def load_records(source: str | Path, *, skip_malformed: bool = False) -> list[Re
     if spec == "counterfact":
         spec = COUNTERFACT_HUB
     if spec.startswith(PREFIX):
-        return read_all(spec, _hub_rows(spec), _record, skip_malformed)
+        splits = load_splits(spec, BadData, _OFFLINE).items()
+        rows = (Value(f"{split} row {i}", row) for split, rows in splits for i, row in enumerate(rows))
+        return _read_all(spec, rows, _record, skip_malformed)
     values = list(read_values(Path(source), BadData))
     _refuse_wrapped(spec, values)
-    return read_all(spec, values, _record, skip_malformed)
+    return _read_all(spec, values, _record, skip_malformed)
 
 
 def builtin_facts() -> list[Record]:
     """The facts that the package ships for its demonstration, in the full schema."""
     with as_file(files("fastmemit.data") / "facts.jsonl") as path:
-        return read_all("builtin", read_values(path, BadData), _record, skip_malformed=False)
+        return _read_all("builtin", read_values(path, BadData), _record, skip_malformed=False)
 
 
 def load_requests(path: str | Path) -> list[EditRequest]:
@@ -132,12 +137,6 @@ def batches(
     return [chosen[start : start + batch_size] for start in range(0, wanted, batch_size)]
 
 
-def _hub_rows(spec: str) -> Iterator[Value]:
-    for split, rows in load_splits(spec, BadData, _OFFLINE).items():
-        for index, row in enumerate(rows):
-            yield Value(f"{split} row {index}", row)
-
-
 def _refuse_wrapped(source: str, values: Sequence[Value]) -> None:
     """A file with one object around the list, such as {"data": [...]}, is not a record."""
     if len(values) != 1 or not isinstance(values[0].value, Mapping):
@@ -152,7 +151,7 @@ def _refuse_wrapped(source: str, values: Sequence[Value]) -> None:
         )
 
 
-def read_all(
+def _read_all(
     source: str, values: Iterable[Value], parse: Callable[[int, Any], _Some], skip_malformed: bool
 ) -> list[_Some]:
     """The records in values, each parsed by its place in the source; see `load_records` for what is malformed."""
@@ -164,13 +163,13 @@ def read_all(
         total += 1
         try:
             if not isinstance(value, Mapping):
-                raise Problem("(all)", f"a record must be an object, not {type(value).__name__}")
+                raise _Problem("(all)", f"a record must be an object, not {type(value).__name__}")
             record = parse(index, value)
             first = first_with.setdefault(record.case_id, index)
             if first != index:
-                raise Problem("case_id", f"{record.case_id} is also that of record {first}")
+                raise _Problem("case_id", f"{record.case_id} is also that of record {first}")
             records.append(record)
-        except Problem as bad:
+        except _Problem as bad:
             problems.append(f"record {index} ({place}), field {bad}")
     if problems and not skip_malformed:
         listed = _listed(source, problems, total, "records")
@@ -192,11 +191,11 @@ def _listed(source: str, problems: list[str], total: int, what: str) -> str:
 def _record(index: int, value: Mapping[str, Any]) -> Record:
     case_id = value.get("case_id")
     if isinstance(case_id, bool) or not isinstance(case_id, int):
-        raise Problem("case_id", f"must be a whole number, not {case_id!r:.40}")
+        raise _Problem("case_id", f"must be a whole number, not {case_id!r:.40}")
     if "requested_rewrite" in value:
         rewrite = value["requested_rewrite"]
         if not isinstance(rewrite, Mapping):
-            raise Problem("requested_rewrite", f"must be an object, not {rewrite!r:.40}")
+            raise _Problem("requested_rewrite", f"must be an object, not {rewrite!r:.40}")
         return Record(
             case_id,
             _request(rewrite, "requested_rewrite."),
@@ -207,14 +206,14 @@ def _record(index: int, value: Mapping[str, Any]) -> Record:
             relation_id=_relation(rewrite, "requested_rewrite."),
         )
     if not {"prompt", "subject"} & set(value):
-        raise Problem("requested_rewrite", f"is missing (fields: {_fields(value)})")
+        raise _Problem("requested_rewrite", f"is missing (fields: {_fields(value)})")
     if "target_true" not in value and "ground_truth" in value:
         value = {**value, "target_true": value["ground_truth"]}
     request = _request(value, "")
     truth = value.get("locality_ground_truth")
     if isinstance(truth, str) and truth.strip() != str(request.target_true).strip():
         # Neighbourhood success compares target_true with target_new, so another answer would lie.
-        raise Problem("locality_ground_truth", f"is {truth!r:.40}, not {request.target_true!r:.40}")
+        raise _Problem("locality_ground_truth", f"is {truth!r:.40}, not {request.target_true!r:.40}")
     return Record(
         case_id,
         request,
@@ -228,13 +227,13 @@ def _request(fields: Mapping[str, Any], prefix: str) -> EditRequest:
     for name in ("prompt", "subject", "target_new", "target_true"):
         found = fields.get(name)
         if isinstance(found, Mapping):
-            text(found.get("str"), f"{prefix}{name}.str")
+            _text(found.get("str"), f"{prefix}{name}.str")
         else:
-            text(found, prefix + name)
+            _text(found, prefix + name)
     try:
         return EditRequest.from_dict(fields)
     except BadRequest as bad:
-        raise Problem(f"{prefix}prompt", str(bad)) from None
+        raise _Problem(f"{prefix}prompt", str(bad)) from None
 
 
 def _prompts(record: Mapping[str, Any], name: str) -> tuple[str, ...]:
@@ -244,27 +243,87 @@ def _prompts(record: Mapping[str, Any], name: str) -> tuple[str, ...]:
         return ()
     prompts = [found] if isinstance(found, str) else found
     if not isinstance(prompts, list):
-        raise Problem(name, f"must be a list of texts, not {type(found).__name__}")
+        raise _Problem(name, f"must be a list of texts, not {type(found).__name__}")
     for index, prompt in enumerate(prompts):
-        text(prompt, name if isinstance(found, str) else f"{name}[{index}]", missing=False)
+        _text(prompt, name if isinstance(found, str) else f"{name}[{index}]", missing=False)
     return tuple(prompts)
 
 
-def text(found: Any, field: str, missing: bool = True) -> str:
+def _text(found: Any, field: str, missing: bool = True) -> str:
     """What a field holds, if it is text that is not empty."""
     if found is None and missing:
-        raise Problem(field, "is missing")
+        raise _Problem(field, "is missing")
     if not is_clean_text(found) or not found.strip():
-        raise Problem(field, f"must be text that is not empty, not {found!r:.40}")
+        raise _Problem(field, f"must be text that is not empty, not {found!r:.40}")
     return str(found)
 
 
 def _relation(fields: Mapping[str, Any], prefix: str) -> str | None:
     found = fields.get("relation_id")
     if found is not None and not isinstance(found, str):
-        raise Problem(f"{prefix}relation_id", f"must be text or null, not {found!r:.40}")
+        raise _Problem(f"{prefix}relation_id", f"must be text or null, not {found!r:.40}")
     return found
 
 
 def _fields(value: Mapping[str, Any]) -> str:
     return ", ".join(map(str, value))[:120] or "none"
+
+
+@dataclass(frozen=True)
+class ZsreRecord(Record):
+    """One question to answer anew, a rephrased one, and an unrelated one with an answer of its own."""
+
+    #: The answers of `neighbourhood`, in its order; there is no ``target_true`` that they would share.
+    neighbourhood_answers: tuple[str, ...] = ()
+
+
+def load_zsre(source: str | Path, *, skip_malformed: bool = False) -> list[ZsreRecord]:
+    """Read zsRE records in MEND's format, as MEMIT's evaluation reads them.
+
+    The question `src` with ``{}`` for its subject is the prompt and the first of `answers` the new answer (`alt` is not
+    read); `rephrase` is the one paraphrase. `loc` is the unrelated question: it keeps its beginning "nq question: " and
+    gets a "?", and `loc_ans` is its answer. A record's number is its place in the file, from 0.
+
+    Args:
+        source: A JSON list or JSONL file, with or without ``zsre:`` before its path.
+        skip_malformed: Log records that cannot be read and go on without them.
+    """
+    path = Path(str(source).removeprefix(ZSRE_PREFIX))
+    return _read_all(str(path), list(read_values(path, BadData)), _zsre_record, skip_malformed)
+
+
+def is_zsre(source: str | Path) -> bool:
+    """Whether records are asked for as zsRE, or their file's first one has zsRE's fields."""
+    if str(source).startswith(ZSRE_PREFIX):
+        return True
+    path = Path(source)
+    if not path.is_file() or path.stat().st_size == 0:
+        return False  # a name, or a file that is refused elsewhere
+    first = next(read_values(path, BadData), None)
+    return first is not None and isinstance(first.value, Mapping) and {"src", "loc"} <= set(first.value)
+
+
+def _zsre_record(index: int, value: Mapping[str, Any]) -> ZsreRecord:
+    subject, question = _text(value.get("subject"), "subject"), _text(value.get("src"), "src")
+    if subject not in question:
+        raise _Problem("src", f"{question!r:.60} does not contain the subject {subject!r:.40}")
+    if question.count(subject) > 1:
+        raise _Problem("src", f"{question!r:.60} contains the subject {subject!r:.40} twice")
+    answers = value.get("answers")
+    if not isinstance(answers, list) or not answers:
+        raise _Problem("answers", f"must be a list of one text or more, not {answers!r:.40}")
+    answer = _text(answers[0], "answers[0]")
+    try:
+        request = EditRequest(question.replace(subject, "{}"), subject, answer)
+    except BadRequest as bad:
+        raise _Problem("src", str(bad)) from None
+    unrelated = _text(value.get("loc"), "loc")
+    if not unrelated.startswith(_ZSRE_UNRELATED):
+        raise _Problem("loc", f"{unrelated!r:.60} does not begin with {_ZSRE_UNRELATED!r}")
+    return ZsreRecord(
+        index,
+        request,
+        paraphrases=(_text(value.get("rephrase"), "rephrase"),),
+        neighbourhood=(unrelated + "?",),
+        neighbourhood_answers=(_text(value.get("loc_ans"), "loc_ans"),),
+    )
