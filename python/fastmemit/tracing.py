@@ -57,11 +57,7 @@ _CHUNK = 32  # facts asked for at a time, until as many are known as are to be t
 
 @dataclass(frozen=True)
 class TraceSettings:
-    """Everything that a trace depends on but the model and the facts.
-
-    Raises:
-        BadConfig: A value out of range.
-    """
+    """Everything that a trace depends on but the model and the facts; a `BadConfig` if a value is out of range."""
 
     samples: int = 10  # corrupted runs per fact, each with noise of its own
     noise: float = 3.0  # standard deviation of the noise, in standard deviations of the subjects' embeddings
@@ -99,11 +95,7 @@ class TraceSettings:
         return self.batch_tokens or (2048 if device.type == "cpu" else 16384)
 
     def window_of(self, kind: Kind, n_layers: int) -> int:
-        """How many layers are restored together.
-
-        Raises:
-            BadConfig: The setting is more than the model's layers.
-        """
+        """How many layers are restored together; a `BadConfig` if the setting is more than the model has."""
         window = self.hidden_window if kind == "hidden" else self.window
         if window is None:
             return max(1, min(_PAPER_WINDOW, n_layers * _PAPER_WINDOW // _PAPER_LAYERS))
@@ -113,11 +105,8 @@ class TraceSettings:
 
 
 def window_at(layer: int, window: int, n_layers: int) -> tuple[int, int]:
-    """First and last layer of the window around a layer, cut where the model ends.
-
-    A window of 10 reaches from 5 layers below to 4 above, as in ROME's own traces.
-    """
-    first = layer - window // 2
+    """First and last layer of the window around a layer, cut where the model ends."""
+    first = layer - window // 2  # 10 layers are 5 below to 4 above, as in ROME's own traces
     return max(0, first), min(n_layers, first + window) - 1
 
 
@@ -272,11 +261,7 @@ def _input_embeddings(adapter: ModelAdapter) -> Any:
 
 
 def restored_module(adapter: ModelAdapter, kind: Kind, layer: int) -> nn.Module:
-    """The module whose output is a layer's hidden state, MLP output (the edited projection's) or attention output.
-
-    Raises:
-        UnknownArchitecture: The block's attention cannot be told.
-    """
+    """The module whose output is a layer's hidden state, MLP output (the edited projection's) or attention output."""
     block = adapter.block(layer)
     if kind != "attention":
         return block if kind == "hidden" else adapter.projection(layer)
@@ -298,14 +283,11 @@ def restored_module(adapter: ModelAdapter, kind: Kind, layer: int) -> nn.Module:
 def replaced_output(
     module: nn.Module, shape: Sequence[int], value: Tensor, column: int = 0
 ) -> AbstractContextManager[Any]:
-    """Put `value` (rows, d) in place of the module's output at one token inside the block.
-
-    `shape` is the batch's (rows, tokens); some blocks (OPT) flatten these before their MLP.
-    """
+    """Put `value` (rows, d) in place of the module's output at one token of a batch (rows, tokens) inside the block."""
 
     def put(_module: nn.Module, _args: object, out: object) -> object:
         hidden = hidden_of(out)
-        changed = hidden.reshape(*shape, -1).clone()
+        changed = hidden.reshape(*shape, -1).clone()  # some blocks (OPT) flatten rows and tokens before their MLP
         changed[:, column] = value.to(changed)
         return with_hidden(out, changed.reshape(hidden.shape))
 
@@ -414,13 +396,10 @@ class Runs:
 
 
 def check_tracing(adapter: ModelAdapter) -> None:
-    """See once that runs which begin in the middle of a model are those of the whole model.
+    """Refuse a model that is not causal, or of which runs that begin in its middle are not those of the whole.
 
     Some tokens run with noise at the first two and one clean state put back at a later one: in part and beside a
     shorter row, and whole and alone. The model is in evaluation mode.
-
-    Raises:
-        UnknownArchitecture: The model is not causal, or the two differ by more than rounding.
     """
     if adapter.measured.get("traced in part"):
         return
@@ -560,11 +539,9 @@ def _places(facts: Sequence[TracedFact], settings: TraceSettings) -> list[_Place
 def _batches(
     facts: Sequence[TracedFact], places: Sequence[_Place], samples: int, batch_tokens: int
 ) -> Iterator[list[int]]:
-    """Indices of places that run together.
-
-    From the restored token on they are equally long, because these tokens run for every state and padding would too;
-    the tokens before it run once.
-    """
+    """Indices of places that run together."""
+    # From the restored token on they are equally long: these tokens run for every state and padding would too, while
+    # the tokens before it run once.
     shapes = [(len(facts[place.number].ids) - place.position, place.position) for place in places]  # from it on, before
     for _, equal in groupby(sorted(range(len(places)), key=shapes.__getitem__), key=lambda index: shapes[index][0]):
         batch: list[int] = []

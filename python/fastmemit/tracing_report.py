@@ -138,11 +138,7 @@ def located(
 
 
 def check_figure(path: Path | None) -> None:
-    """Refuse a picture that cannot be drawn before anything is traced.
-
-    Raises:
-        BadConfig: The name ends in neither .svg nor .png, or matplotlib is not installed.
-    """
+    """Refuse a picture that cannot be drawn, by its name or without matplotlib, before anything is traced."""
     if path is None:
         return
     if path.suffix.lower() not in (".svg", ".png"):

@@ -107,9 +107,9 @@ class _Unknown(Delta):
 
 
 class LiveStack(EditStack):
-    """The edits in a model that others edit too, read off the weights; `baseline` is the unedited model's fingerprint.
+    """The edits in a model that others edit too, read off the weights.
 
-    Without a baseline the model as it is counts as unedited.
+    `baseline` is the unedited model's fingerprint; without, the model as it is counts as unedited.
     """
 
     def __init__(self, model: nn.Module, baseline: str | None) -> None:
@@ -145,8 +145,7 @@ class LiveStack(EditStack):
 class Live:
     """What is remembered of one model object: which it was at first, and its statistics.
 
-    A deep copy of the model is the same model at another place, and its memory is that of the original; a pickled one
-    has none.
+    A deep copy of the model has the memory of the original; a pickled one has none.
     """
 
     def __init__(self) -> None:
@@ -215,9 +214,6 @@ class Live:
         """Have statistics of the unedited model with these layers, or at least those `needed`.
 
         `dataset` is what the caller would collect them on, `multiplier` its d_m where the settings do not say it.
-
-        Raises:
-            WrongModel: They were not collected while the model was unedited, and it is edited now.
         """
         if self._statistics is not None and self.covers(layers):
             self.store.use(self._statistics)

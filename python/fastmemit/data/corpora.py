@@ -139,11 +139,7 @@ def is_at_hand(spec: str | Path) -> bool:
 
 
 def corpus_from_texts(name: str, texts: Iterable[str]) -> Corpus:
-    """A corpus of texts in memory; those of only white space are left out.
-
-    Raises:
-        BadCorpus: Nothing is left, or a text holds half of a surrogate pair.
-    """
+    """A corpus of texts in memory, but for white ones; a `BadCorpus` if none is left or one is broken Unicode."""
     documents = [text.strip() for text in texts if text.strip()]
     for index, text in enumerate(documents):
         if not is_clean_text(text):
@@ -315,11 +311,7 @@ def self_written(model: Any, tokenizer: Any, fingerprint: str) -> Corpus:
 def open_corpus(
     corpus: str | os.PathLike[str] | Corpus, model: Any, tokenizer: Any, fingerprint: str, field: str
 ) -> Corpus:
-    """A corpus by its name as `load_corpus` takes it, or ``"self"``; one that is open already is given back.
-
-    Raises:
-        BadCorpus: It cannot be read, or not by several processes.
-    """
+    """A corpus by its name as `load_corpus` takes it, or ``"self"``; one that is open already is given back."""
     if isinstance(corpus, Corpus):
         return corpus
     if corpus != "self":

@@ -190,11 +190,7 @@ def _not_as_said(what: str) -> DamagedFile:
 
 
 def facts_of(delta: Delta) -> list[EditRequest]:
-    """The requests on record; none where there are none.
-
-    Raises:
-        BadData: They are no requests.
-    """
+    """The requests on record, none where there are none; a `BadData` where they cannot be read."""
     found = delta.provenance.get("requests", [])
     if not isinstance(found, list):
         raise BadData(f"The edit's requests are no list but {found!r:.80}; make the edit again.")
