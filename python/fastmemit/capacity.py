@@ -172,14 +172,8 @@ def plan(
     each earlier token, and ``d_k (d_k + 1)`` for one triangle of each layer. A ring of N processes sends ``2 (N - 1) /
     N`` of what is added up, which is a little more than the triangle (`fastcov.distributed.add_up_lower`).
 
-    Args:
-        shape: Shape of the model.
-        machine: What each process has.
-        layers: The edited layers.
-        keys: Keys of each layer.
-        processes: How many divide the text.
-        batch_tokens: Tokens of a batch.
-        length: Tokens of a document as the model sees it.
+    Each of the edited `layers` gets so many `keys`. The `processes`, each with such a machine, divide the text, in
+    batches of so many tokens, of documents that are `length` tokens long as the model sees them.
 
     Raises:
         BadConfig: A layer that the model does not have, or a number below 1.
@@ -242,8 +236,7 @@ MACHINES = {
         tokenise=250e3,
         dtype_bytes=2,
         source="published: 790 TFLOP/s of large bfloat16 products; data sheet: memory, bandwidth, "
-        "NVLink one way; assumed: half of the products' rate, 30 TFLOP/s of a float64 Cholesky, "
-        "disk, text",
+        "NVLink one way; assumed: half of the products' rate, 30 TFLOP/s of a float64 Cholesky, disk, text",
     ),
     "2-core": Machine(
         flops=152e9,

@@ -114,11 +114,7 @@ def _changes(
 ) -> dict[str, dict[str, Estimate | float | None]]:
     """What is shown: before, after and the paired change of every score, for `show_changes`.
 
-    Args:
-        result: Under ``before`` and ``after`` the scores that have no interval.
-        records: Each with its shares before and after, of which intervals are made.
-        names: The scores.
-        perplexity: Before and after, where it was measured.
+    Intervals are made of the records' shares; scores without one are those of the result.
     """
     from fastmemit.evaluation.scores import HARMONIC, SHARES
     from fastmemit.experiments.intervals import difference_intervals, score_intervals

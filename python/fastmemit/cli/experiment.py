@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from fastmemit.data import Corpus, Record
     from fastmemit.editor import Editor
     from fastmemit.evaluation.downstream import State
-    from fastmemit.experiments.results import Cell, Inputs
+    from fastmemit.experiments.results import Inputs
     from fastmemit.tracing_report import Effect
 
 PRESERVE = {"both": (True, False), "yes": (True,), "no": (False,)}
@@ -89,7 +90,9 @@ def _sweep(args: argparse.Namespace) -> None:
             editor.config(method, **variant)
     inputs = _inputs(args, editor, corpus)
     cells = sweep.run_sweep(editor, grid, records, inputs, shard=shard, progress=not args.quiet)
-    show_scores({cell["key"]: _row(cell) for cell in cells}, (*SCORES, "perplexity"))
+    costs = {cell["key"]: cell["perplexity"] and cell["perplexity"]["after"] for cell in cells}
+    rows = {cell["key"]: {**sweep.table_of(cell["records"]), "perplexity": costs[cell["key"]]} for cell in cells}
+    show_scores(rows, (*SCORES, "perplexity"))
     number, of = shard
     if of == 1:
         print(f"{len(cells)} cells in {args.out}; fastmemit experiment report {args.out} draws them")
@@ -97,18 +100,12 @@ def _sweep(args: argparse.Namespace) -> None:
         print(f"shard {number} of {of} is done: {len(cells)} of {len(grid.places())} cells so far")
 
 
-def _row(cell: Cell) -> dict[str, Any]:
-    from fastmemit.experiments.sweep import table_of
-
-    found = cell["perplexity"]
-    return {**table_of(cell["records"]), "perplexity": None if found is None else found["after"]}
-
-
 def _variants(vary: list[str], only: bool, methods: Sequence[str]) -> tuple[dict[str, Any], ...]:
     from fastmemit.methods import parse_overrides
 
     try:
-        varied = [parse_overrides(_settings(text), methods) for text in vary]
+        # A part without "=" belongs to the setting before it: layers=4,5.
+        varied = [parse_overrides(re.split(r",(?=[^,=]*=)", text), methods) for text in vary]
     except BadConfig as error:
         if len(methods) == 1:
             raise
@@ -124,17 +121,6 @@ def _variants(vary: list[str], only: bool, methods: Sequence[str]) -> tuple[dict
             raise BadConfig(f"The settings {settings} are there twice; give each --vary once.")
         found.append(settings)
     return tuple(found)
-
-
-def _settings(text: str) -> list[str]:
-    """``"a=1,b=2"`` as two settings; a part without ``=`` belongs to the one before (layers)."""
-    parts: list[str] = []
-    for part in text.split(","):
-        if "=" in part or not parts:
-            parts.append(part)
-        else:
-            parts[-1] += f",{part}"
-    return parts
 
 
 @verb(

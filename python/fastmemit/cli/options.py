@@ -37,21 +37,13 @@ MODEL_NAMES = (
 
 @dataclass(frozen=True)
 class Verb:
-    """One command.
-
-    Attributes:
-        run: Does it.
-        help: What it does, in a sentence.
-        flags: Names from `FLAGS` and `SETS`, ``NAME!`` is required, ``NAME=VALUE`` has a default; the first counts.
-        epilog: Examples, which --help ends with.
-        changes: What else is different from `FLAGS` for this verb, by flag.
-    """
+    """One command."""
 
     run: Callable[[argparse.Namespace], None]
-    help: str
-    flags: str
-    epilog: str
-    changes: Mapping[str, Mapping[str, Any]]
+    help: str  # what it does, in a sentence
+    flags: str  # from `FLAGS` and `SETS`; ``NAME!`` is required, ``NAME=VALUE`` has a default; the first counts
+    epilog: str  # examples, which --help ends with
+    changes: Mapping[str, Mapping[str, Any]]  # flag -> what else differs from `FLAGS` for this verb
 
     def declare(self, parser: argparse.ArgumentParser) -> None:
         """Declare the verb's flags, in the groups that they have in `FLAGS`."""
@@ -330,13 +322,10 @@ FLAGS: dict[str, dict[str, dict[str, Any]]] = {
 
 
 def chosen_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """The settings that ``--config`` and ``--set`` give, by name.
+    """The settings that ``--config`` and ``--set`` give, by name; BadConfig for what makes no sense.
 
     Sets ``args.method`` too, and the module and the multiplier where the file alone names them. To be called before
     `make_editor`, which checks that the file is for the model.
-
-    Raises:
-        BadConfig: A file or a setting that makes no sense, or a file for another method.
     """
     from fastmemit.methods import parse_overrides
 
@@ -388,7 +377,7 @@ def quiet_libraries() -> None:
 
 
 def precompute(editor: Editor, corpus: Any, layers: Sequence[int] | None, args: argparse.Namespace) -> Statistics:
-    """Collect statistics as the flags of `add_corpus` say."""
+    """Collect statistics as the flags of `CORPUS` say."""
     return editor.precompute(
         corpus,
         multiplier=DEFAULT_MULTIPLIER if args.multiplier is None else args.multiplier,
@@ -415,11 +404,7 @@ def ensure_statistics(editor: Editor, layers: Sequence[int], args: argparse.Name
 
 
 def check_writable(*paths: Path | None) -> None:
-    """Refuse places that cannot be written before any work is done.
-
-    Raises:
-        BadConfig: A path's folder does not exist or cannot be written, or the path is a folder.
-    """
+    """Refuse files that cannot be written (BadConfig) before any work is done."""
     for path in paths:
         if path is None:
             continue
@@ -437,11 +422,7 @@ def check_writable(*paths: Path | None) -> None:
 
 
 def check_free(folder: Path | None) -> None:
-    """Refuse a folder for a model that already holds something.
-
-    Raises:
-        BadConfig: It exists and is not an empty folder.
-    """
+    """Refuse a place for a new folder (BadConfig) that exists and is not an empty folder."""
     if folder is not None and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise BadConfig(f"{str(folder)!r} exists and is not an empty folder; name a new one.")
 

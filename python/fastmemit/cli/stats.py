@@ -104,9 +104,8 @@ def _plan(args: argparse.Namespace) -> None:
         for keys in dict.fromkeys([*wanted, FULL_KEYS])
     ]
     print(
-        f"{args.shape}: {shape.weights / 1e9:.2f} billion weights, {shape.layers} layers, "
-        f"d {shape.d}, d_k {shape.d_k}; statistics of layers {args.layers}, "
-        f"{args.processes} x {args.machine}"
+        f"{args.shape}: {shape.weights / 1e9:.2f} billion weights, {shape.layers} layers, d {shape.d}, d_k "
+        f"{shape.d_k}; statistics of layers {args.layers}, {args.processes} x {args.machine}"
     )
     rows: list[tuple[str, list[str]]] = [
         ("keys of each layer", [f"{p.keys:,}" for p in plans]),
@@ -216,11 +215,7 @@ def _export(args: argparse.Namespace) -> None:
 
 
 def _null_space(args: argparse.Namespace) -> Path | None:
-    """Where AlphaEdit's projectors go, if they are to be written.
-
-    Raises:
-        BadConfig: Options that contradict each other, a threshold that is not above 0, or a folder for a file.
-    """
+    """Where AlphaEdit's projectors go, if they are to be written."""
     given = [args.threshold, args.relative_threshold]
     if None not in given:
         raise BadConfig("Give either --threshold or --relative-threshold.")
@@ -245,11 +240,7 @@ def _null_space(args: argparse.Namespace) -> Path | None:
 
 
 def _statistics(editor: Editor, args: argparse.Namespace, layers: tuple[int, ...] | None) -> Statistics:
-    """The statistics to write: newly collected where a corpus is named, else stored ones.
-
-    Raises:
-        fastcov.FastcovError: None are stored.
-    """
+    """The statistics to write: newly collected where a corpus is named, else stored ones."""
     from fastcov import FastcovError
     from fastmemit.methods import METHODS
 

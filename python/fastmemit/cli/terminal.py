@@ -57,11 +57,7 @@ class _Printable:
 
 
 def printable_output() -> Callable[[], None]:
-    """From here on all that goes to stdout and stderr is printable: print, logs, warnings.
-
-    Returns:
-        What takes it back.
-    """
+    """Make all that goes to stdout and stderr printable: print, logs, warnings. Returns what takes it back."""
     outputs = sys.stdout, sys.stderr
     sys.stdout = cast(TextIO, _Printable(sys.stdout or _nowhere(), bars=False))
     sys.stderr = cast(TextIO, _Printable(sys.stderr or _nowhere(), bars=True))
@@ -85,9 +81,7 @@ def show_traceback(kind: type[BaseException], error: BaseException, trace: Any) 
 def show_table(rows: Sequence[Sequence[str]], *, right: bool = True) -> None:
     """Print a table, ruled where stdout is a terminal.
 
-    Args:
-        rows: The heads first; a row's first cell is its label, and a row may end early.
-        right: Whether the cells behind a label end, or else begin, in one column.
+    The heads come first; a row begins with its label and may end early. The other cells are set to the right, or left.
     """
     from rich import box
     from rich.console import Console
@@ -118,11 +112,9 @@ def show_scores(rows: Mapping[str, Mapping[str, Any]], names: Sequence[str] = SC
 
 
 def show_changes(columns: Mapping[str, Mapping[str, Estimate | float | None]]) -> None:
-    """A table with a line for each score, its interval in brackets; a column for each time, and one for the change.
+    """A table with a line for each score of the first column, its interval in brackets where it has one.
 
-    Args:
-        columns: Title -> score -> value; the first one says which scores there are. Without an interval a value stands
-            alone.
+    The columns, one for each time and one for the change, are title -> score -> value.
     """
     names = next(iter(columns.values()))
     rows = [[_title(name), *(_cell(values.get(name), title) for title, values in columns.items())] for name in names]

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 from fastmemit.data import Record
 from fastmemit.data.reading import is_clean_text, read_values
@@ -26,13 +26,6 @@ _FIELDS = ("relation_id", "target_new", "text")
 _SHOWN = 3  # records named in one error
 
 
-class GenerationTable(TypedDict):
-    """Free text about the subjects; in a table of scores only if it was asked for."""
-
-    ge: float | None  # n-gram entropy in bits (published tables show 100 times this)
-    rs: float | None  # reference score in percent; None without reference texts
-
-
 @dataclass(frozen=True)
 class RecordGeneration:
     """What one record's openings were continued to."""
@@ -47,8 +40,8 @@ class RecordGeneration:
         return {"ge": self.ge, "rs": self.rs, "texts": list(self.texts)}
 
 
-def summarise_generation(records: Iterable[RecordGeneration]) -> GenerationTable:
-    """Average over records, each of which counts once."""
+def summarise_generation(records: Iterable[RecordGeneration]) -> dict[str, float | None]:
+    """Average over records: ge, n-gram entropy in bits (published tables show 100 times this), and rs in percent."""
     written = list(records)
     likeness = mean([record.rs for record in written if record.rs is not None])
     return {"ge": mean([record.ge for record in written]), "rs": None if likeness is None else 100 * likeness}
@@ -67,10 +60,7 @@ def n_gram_entropy(text: str) -> float:
     """The fluency of a text: low where it repeats itself.
 
     ``H_n = -sum p log2 p`` over the distinct n-grams, p their share of all n-grams of the text. The result is the mean
-    of ``2/3 H_2`` and ``4/3 H_3`` (Meng et al. 2022, after Zhang et al. 2018).
-
-    Returns:
-        Bits; 0 for a text of fewer than three tokens.
+    of ``2/3 H_2`` and ``4/3 H_3``, in bits (Meng et al. 2022, after Zhang et al. 2018); 0 below three tokens.
     """
     tokens = tokens_of(text)
     return math.fsum(weight * _entropy(tokens, n) for n, weight in WEIGHTS.items()) / len(WEIGHTS)
@@ -86,10 +76,8 @@ class References:
     """Reference texts by relation and new answer, and how alike another text is to them.
 
     They are texts about things for which an edit's new answer is true. Likeness is the cosine of TF-IDF vectors, by
-    scikit-learn's `TfidfVectorizer` with its own settings, fitted on all of them.
-
-    Args:
-        texts: The texts of each ``(relation_id, target_new)``; the answer's case does not matter.
+    scikit-learn's `TfidfVectorizer` with its own settings, fitted on all of them. They are given by ``(relation_id,
+    target_new)``, the case of which does not matter.
 
     Raises:
         BadConfig: scikit-learn is not installed.

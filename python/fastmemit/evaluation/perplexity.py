@@ -251,11 +251,9 @@ def _batches(windows: Sequence[Window], batch_tokens: int) -> Iterator[list[Wind
 
 
 def _run(adapter: ModelAdapter, windows: Sequence[Window]) -> float:
-    """The summed cost of the predicted tokens of windows of one shape, in nats.
-
-    The blocks run once. Their hidden states then go through the rest of the model's own forward (head, scaling, soft
-    caps) in pieces, as if the decoder had given only those.
-    """
+    """The summed cost of the predicted tokens of windows of one shape, in nats."""
+    # The blocks run once. Their hidden states then go through the rest of the model's own forward (head, scaling, soft
+    # caps) in pieces, as if the decoder had given only those.
     ids = torch.tensor([window.ids for window in windows], device=adapter.device)  # (B, L)
     first = windows[0].first
     # The module that owns the blocks and gives the hidden states after the last norm.

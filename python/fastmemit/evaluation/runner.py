@@ -27,10 +27,9 @@ from fastmemit.evaluation.scores import (
     judge_zsre,
     score_records,
     summarise,
-    summarise_accuracy,
 )
 from fastmemit.files import bar
-from fastmemit.methods import EditConfig
+from fastmemit.methods import EditConfig, ReadCache
 from fastmemit.statistics import versions
 
 #: What can be asked for. The first three are read from the same answers.
@@ -40,7 +39,7 @@ METRICS = ("score", "magnitude", "accuracy", "attributes", "generation")
 class RecordResult(TypedDict):
     """One record before and after the edit of its batch.
 
-    Shares of CounterFact: those of `FullScoreTable`, and nll: [new, true] of each prompt; of zsRE: ea, pa and na;
+    Shares of CounterFact: those of `RecordScore`, and nll: [new, true] of each prompt; of zsRE: ea, pa and na;
     "generation" with ge in bits, rs as a share and the texts if it was asked for.
     """
 
@@ -53,7 +52,7 @@ class RecordResult(TypedDict):
 class Result(TypedDict):
     """Everything that an evaluation found (``fastmemit evaluate --json``)."""
 
-    before: dict[str, float | None]  # unedited model, same records: FullScoreTable (and GenerationTable), AccuracyTable
+    before: dict[str, float | None]  # `table` of the unedited model, same records
     after: dict[str, float | None]
     records: list[RecordResult]
     perplexity: Perplexity | None  # None where it was not asked for
@@ -137,12 +136,9 @@ class Measures:
 
 
 def table(measured: Sequence[Measured]) -> dict[str, float | None]:
-    """The means over records, at least one: `FullScoreTable`, with `GenerationTable`, or `AccuracyTable`."""
-    answers: list[Any] = [one.answers for one in measured]
-    if answers and isinstance(answers[0], RecordAccuracy):
-        return cast("dict[str, float | None]", summarise_accuracy(answers))
+    """The means over records, at least one: see `summarise` and `summarise_generation`."""
     written = [one.written for one in measured if one.written is not None]
-    return cast("dict[str, float | None]", {**summarise(answers), **(summarise_generation(written) if written else {})})
+    return {**summarise(one.answers for one in measured), **(summarise_generation(written) if written else {})}
 
 
 @contextmanager
@@ -153,6 +149,24 @@ def stage(seconds: dict[str, float], name: str) -> Iterator[None]:
         yield
     finally:
         seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - begun
+
+
+@contextmanager
+def edited(
+    editor: Editor,
+    batch: Sequence[Record],
+    config: EditConfig,
+    seconds: dict[str, float],
+    reads: ReadCache | None = None,
+) -> Iterator[None]:
+    """Write a batch into the model inside, and take it out again; both are stages."""
+    with stage(seconds, "edit"):
+        edit = editor.edit([record.request for record in batch], config, reads=reads, verify=False)
+    try:
+        yield
+    finally:
+        with stage(seconds, "undo"):
+            edit.undo()
 
 
 def evaluate(
@@ -202,17 +216,12 @@ def evaluate(
     after: list[Measured] = []
     with bar("edited batches", len(batches), progress) as advance:
         for number, batch in enumerate(batches):
-            with stage(seconds, "edit"):
-                edit = editor.edit([record.request for record in batch], config, verify=False)
-            try:
+            with edited(editor, batch, config, seconds):
                 with stage(seconds, "after"):
                     after += measures.take(editor, batch, "edited scores", False)
                 if text is not None and number < perplexity_batches:
                     with stage(seconds, "perplexity"):
                         costs.append(edited_nll(editor.adapter, text))
-            finally:
-                with stage(seconds, "undo"):
-                    edit.undo()
             advance(1)
     numbers = [index for index, batch in enumerate(batches) for _ in batch]
     return Result(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypedDict, cast
+from typing import Any, NamedTuple, TypedDict
 
 from fastmemit.answers import Answer, Question, judge_answers
 from fastmemit.data import Record, ZsreRecord
@@ -22,14 +22,15 @@ SHARES = ("es", "ps", "ns", "ea", "pa", "na")
 SCORES = ("es", "ps", "ns", "s", "ea", "pa", "na")
 #: Harmonic means of the others: S of CounterFact, A of zsRE.
 HARMONIC = {"s": ("es", "ps", "ns"), "a": ("ea", "pa", "na")}
-_ALL = ("es", "ps", "ns", "s", "em", "pm", "nm", "ea", "pa", "na", "as")
+#: All that CounterFact's answers tell. em, pm and nm are magnitudes, in [-100, 100]: p(new) - p(true) at the rewrite
+#: prompt and at the paraphrases, p(true) - p(new) at the neighbourhood prompts; "as" is the attribute prompts' score.
+ALL = ("es", "ps", "ns", "s", "em", "pm", "nm", "ea", "pa", "na", "as")
+#: zsRE's, per answer token: the question and the rephrased one get the new answer, the unrelated one its own.
+ACCURACIES = ("ea", "pa", "na", "a")
 
-# A field of this name cannot be written as a class's, because "as" is a word of Python's own.
-_AttributeScore = TypedDict("_AttributeScore", {"as": float | None}, total=False)
 
-
-class ScoreTable(_AttributeScore):
-    """CounterFact's scores in percent; None where no record has such prompts or none was asked."""
+class ScoreTable(TypedDict):
+    """CounterFact's scores in percent; None where no record has such prompts."""
 
     es: float  # efficacy: the rewrite prompt gives the new answer
     ps: float | None  # the paraphrases give it
@@ -38,23 +39,6 @@ class ScoreTable(_AttributeScore):
     ea: float | None  # exact match: the wanted answer is what greedy decoding gives
     pa: float | None
     na: float | None
-
-
-class FullScoreTable(ScoreTable):
-    """The scores, and what else the same answers tell; all in percent, "as" included."""
-
-    em: float | None  # magnitudes: p(new) - p(true), at the rewrite prompt; in [-100, 100]
-    pm: float | None  # at the paraphrases
-    nm: float | None  # p(true) - p(new), at the neighbourhood prompts
-
-
-class AccuracyTable(TypedDict):
-    """zsRE's accuracies per answer token, in percent; None where no record has such questions."""
-
-    ea: float  # the question gets the new answer
-    pa: float | None  # the rephrased question gets it
-    na: float | None  # the unrelated question gets its own answer
-    a: float | None  # harmonic mean of the three
 
 
 class NllPair(NamedTuple):
@@ -160,28 +144,20 @@ def score_means(shares: Sequence[Mapping[str, float | None]], names: Sequence[st
     return {name: None if value is None else 100 * value for name, value in found.items()}
 
 
-def summarise(records: Iterable[RecordScore]) -> FullScoreTable:
-    """Average the scores over records, so that each record counts once however many prompts it has.
+def summarise(records: Iterable[RecordScore | RecordAccuracy]) -> dict[str, float | None]:
+    """Average over records of one kind, each of which counts once however many prompts it has; in percent.
+
+    Returns:
+        `ALL` of CounterFact or `ACCURACIES` of zsRE; None where no record has such prompts or none was asked.
 
     Raises:
         BadData: There is no record.
     """
-    shares = [record.shares() for record in records]
-    if not shares:
+    known = list(records)
+    if not known:
         raise BadData("There is no record to average scores over; evaluate at least one.")
-    return cast(FullScoreTable, score_means(shares, _ALL))
-
-
-def summarise_accuracy(records: Iterable[RecordAccuracy]) -> AccuracyTable:
-    """Average the accuracies over records, each of which counts once.
-
-    Raises:
-        BadData: There is no record.
-    """
-    shares = [record.shares() for record in records]
-    if not shares:
-        raise BadData("There is no record to average accuracies over; evaluate at least one.")
-    return cast(AccuracyTable, score_means(shares, ("ea", "pa", "na", "a")))
+    names = ACCURACIES if isinstance(known[0], RecordAccuracy) else ALL
+    return score_means([record.shares() for record in known], names)
 
 
 def score_record(

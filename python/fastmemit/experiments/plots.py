@@ -167,11 +167,7 @@ def sequence_figure(lines: Sequence[Mapping[str, Any]], title: str) -> tuple[byt
     """Scores and perplexity of sequences against the number of facts written; as SVG and as PNG.
 
     A colour and marker for each multiplier; solid where the keys of earlier edits are preserved, dashed where they are
-    not. A score that no line has gets no panel.
-
-    Args:
-        lines: As `run_sequences` gives them, at least one.
-        title: Above the panels.
+    not. A score that no line has gets no panel. The lines are those of `run_sequences`, at least one.
     """
     multipliers = list(dict.fromkeys(line["multiplier"] for line in lines))
     drawn = []

@@ -38,12 +38,8 @@ def write_report(folders: Sequence[Path], out: Path | None = None, *, resamples:
     """Read sweeps and write their report; the same results give the same bytes.
 
     Writes ``report.html``, ``tables.md``, ``tables.tex``, ``tables.csv`` (full against fast, the paper's numbers among
-    them), ``cells.csv`` (every cell, unrounded, with intervals) and ``figures/NAME.svg`` and ``.png``.
-
-    Args:
-        folders: Folders of sweeps of one model.
-        out: Where to; ``report`` in the first folder if it is None.
-        resamples: Draws behind every interval.
+    them), ``cells.csv`` (every cell, unrounded, with intervals) and ``figures/NAME.svg`` and ``.png`` into `out`, or
+    into ``report`` in the first folder. Behind every interval are `resamples` draws.
 
     Raises:
         BadData: A folder holds no results, or results that contradict one another.

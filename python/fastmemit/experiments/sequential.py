@@ -69,10 +69,7 @@ class Plan:
     method: str  # one of `fastmemit.methods.METHODS`
     settings: Mapping[str, Any]  # what replaces the preset's settings
     multipliers: Sequence[float | None]  # in ascending order; None, which comes last, is the full precompute
-    preserve: Sequence[bool] = (
-        True,
-        False,
-    )  # with the keys of earlier edits among the preserved ones, without, or both
+    preserve: Sequence[bool] = (True, False)  # with the keys of earlier edits preserved too, without, or both
     score_every: int = 1  # after how many batches scores are taken
 
     def runs(self) -> dict[str, tuple[float | None, bool]]:
@@ -184,15 +181,11 @@ def check_step(place: str, line: Mapping[str, Any]) -> None:
     results.check_fields(place, line, kinds, _MEND)
     if not line["by_batch"]:
         raise DamagedFile(f"{place} has no by_batch; {_MEND}.")
-    tables = [
-        ("scores", line["scores"]),
-        ("before", line["before"]),
-        *(("by_batch", part) for part in line["by_batch"]),
-    ]
-    for name, table in tables:
-        # Lines of earlier versions have no exact matches.
-        known = ("es", "ps", "ns", "s", *(score for score in SHARES if isinstance(table, dict) and score in table))
-        results.check_fields(f"{place} in {name}", table, dict.fromkeys(known, results.PERCENT), _MEND)
+    for name in ("scores", "before", "by_batch"):
+        for table in line[name] if name == "by_batch" else [line[name]]:
+            # Lines of earlier versions have no exact matches.
+            known = ("es", "ps", "ns", "s", *(score for score in SHARES if isinstance(table, dict) and score in table))
+            results.check_fields(f"{place} in {name}", table, dict.fromkeys(known, results.PERCENT), _MEND)
     results.check_records(place, line.get("records", ()), _MEND)
 
 

@@ -23,7 +23,7 @@ from fastmemit.data import Record, batches
 from fastmemit.editor import Editor
 from fastmemit.errors import BadConfig, BadData, WrongModel
 from fastmemit.evaluation.perplexity import PerplexityResult, before_and_after, edited_nll, perplexity
-from fastmemit.evaluation.runner import stage
+from fastmemit.evaluation.runner import edited, stage
 from fastmemit.evaluation.scores import (
     Exact,
     NllPair,
@@ -142,27 +142,23 @@ def multiplier_name(multiplier: float | None) -> str:
 def parse_multipliers(text: str) -> tuple[float | None, ...]:
     """``"1,2,10,full"`` in ascending order, ``full`` last, as None."""
 
-    def number(part: str) -> float:
+    def number(part: str) -> float | None:
+        if part == FULL:
+            return math.inf
         try:
-            value = math.inf if part == FULL else float(part)
+            value = float(part)
         except ValueError:
-            value = math.nan
-        if not value > 0 or (value == math.inf and part != FULL):
-            raise BadConfig(f"The multiplier {part!r} is neither a number above 0 nor 'full'; write 1,2,10,full.")
-        return value
+            return None
+        return value if 0 < value < math.inf else None
 
-    return tuple(None if value == math.inf else value for value in sorted(_each("multiplier", text, number)))
+    wrong = "The multiplier {} is neither a number above 0 nor 'full'; write 1,2,10,full."
+    return tuple(None if value == math.inf else value for value in sorted(_each("multiplier", text, number, wrong)))
 
 
 def parse_methods(text: str) -> tuple[str, ...]:
     """``"emmet,memit"`` as method names."""
-
-    def known(name: str) -> str:
-        if name not in METHODS:
-            raise BadConfig(f"There is no method {name!r}; choose from {', '.join(METHODS)}.")
-        return name
-
-    return _each("method", text, known)
+    wrong = "There is no method {}; choose from " + f"{', '.join(METHODS)}."
+    return _each("method", text, lambda name: name if name in METHODS else None, wrong)
 
 
 def parse_batches(sizes: str | None, numbers: str | None) -> dict[int, int]:
@@ -170,13 +166,14 @@ def parse_batches(sizes: str | None, numbers: str | None) -> dict[int, int]:
 
     Without sizes they are those of Table 1, and without numbers as many as there.
     """
-    wanted = tuple(TABLE_1) if sizes is None else _each("batch size", sizes, _whole)
+    wrong = "{} is not a whole number above 0; write batch sizes, and how many, as 1,16,64."
+    wanted = tuple(TABLE_1) if sizes is None else _each("batch size", sizes, lambda part: _whole(part, 1), wrong)
     if numbers is None:
         for size in wanted:
             if size not in TABLE_1:
                 raise BadConfig(f"Table 1 has no batches of {size}; say how many of each size with --num-batches.")
         return {size: TABLE_1[size] for size in wanted}
-    counts = [_whole(part) for part in _parts("number of batches", numbers)]
+    counts = _each("number of batches", numbers, lambda part: _whole(part, 1), wrong, once=False)
     if len(counts) not in (1, len(wanted)):
         raise BadConfig(
             f"There are {len(counts)} numbers of batches for {len(wanted)} batch sizes; give one for each, or for all."
@@ -186,13 +183,8 @@ def parse_batches(sizes: str | None, numbers: str | None) -> dict[int, int]:
 
 def parse_seeds(text: str) -> tuple[int, ...]:
     """``"0,1,2"`` as seeds."""
-
-    def seed(part: str) -> int:
-        if not part.isdecimal() or int(part) >= 2**32:
-            raise BadConfig(f"The seed {part!r} is not a whole number from 0 on; write 0,1,2.")
-        return int(part)
-
-    return _each("seed", text, seed)
+    wrong = "The seed {} is not a whole number from 0 on; write 0,1,2."
+    return _each("seed", text, lambda part: _whole(part, 0, 2**32 - 1), wrong)
 
 
 def parse_shard(text: str | None) -> tuple[int, int]:
@@ -203,26 +195,24 @@ def parse_shard(text: str | None) -> tuple[int, int]:
     return int(number), int(of)
 
 
-def _whole(text: str) -> int:
-    if not text.strip().isdecimal() or int(text) < 1:
-        raise BadConfig(f"{text!r} is not a whole number above 0; write batch sizes, and how many, as 1,16,64.")
-    return int(text)
+def _whole(text: str, low: int, high: float = math.inf) -> int | None:
+    return int(text) if text.isdecimal() and low <= int(text) <= high else None
 
 
-def _parts(what: str, text: str) -> list[str]:
+def _each(what: str, text: str, read: Callable[[str], Any], wrong: str, *, once: bool = True) -> tuple[Any, ...]:
+    """The parts of a list, read one by one; what reads as None is refused, and by default what is there twice."""
     parts = [part.strip() for part in text.split(",")]
     if not all(parts):
         raise BadConfig(f"{text!r} has an empty part; separate each {what} by a single comma.")
-    return parts
-
-
-def _each(what: str, text: str, read: Callable[[str], Any]) -> tuple[Any, ...]:
-    """The parts of a list, read one by one; each is there once."""
-    found = tuple(map(read, _parts(what, text)))
-    for value in found:
-        if found.count(value) > 1:
+    found = []
+    for part in parts:
+        value = read(part)
+        if value is None:
+            raise BadConfig(wrong.format(repr(part)))
+        if once and value in found:
             raise BadConfig(f"The {what} {value} is there twice; name each once.")
-    return found
+        found.append(value)
+    return tuple(found)
 
 
 def precompute_multipliers(
@@ -418,17 +408,12 @@ class _Run:
         with stage(seconds, "factor"):
             jitter = {str(layer): value for layer, value in editor.store.prepare(config).items()}
         for number, batch in enumerate(self.dealt[place.batch_size]):
-            with stage(seconds, "edit"):
-                edit = editor.edit([record.request for record in batch], config, reads=self.reads, verify=False)
-            try:
+            with edited(editor, batch, config, seconds, self.reads):
                 with stage(seconds, "evaluate"):
                     scores = scored_or_failed(editor, batch)
                 if text is not None and number < self.inputs.perplexity_batches:
                     with stage(seconds, "perplexity"):
                         costs.append(edited_nll(editor.adapter, text))
-            finally:
-                with stage(seconds, "undo"):
-                    edit.undo()
             for record, score in zip(batch, scores, strict=True):
                 stored = self.before[record.case_id]
                 before = {name: value for name, value in stored.items() if name not in ("case_id", "nll")}

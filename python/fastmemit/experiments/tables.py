@@ -282,17 +282,12 @@ def markdown(tables: Sequence[Table]) -> str:
     """The tables, each under a heading of its own."""
     parts = []
     for table in tables:
+        heads = [f"{column.over} {column.name}".strip() for column in table.columns]
+        shown = ["| " + " | ".join(map(markdown_text, line)) + " |" for line in (heads, *table.rows)]
+        shown.insert(1, "| " + " | ".join("---" if column.text else "---:" for column in table.columns) + " |")
         note = [markdown_text(table.note), ""] if table.note else []
-        parts += [f"## {markdown_text(table.title)}", "", markdown_rows(table), "", *note]
+        parts += [f"## {markdown_text(table.title)}", "", *shown, "", *note]
     return "\n".join(parts)
-
-
-def markdown_rows(table: Table) -> str:
-    """A table without its title and note."""
-    heads = [f"{column.over} {column.name}".strip() for column in table.columns]
-    shown = ["| " + " | ".join(map(markdown_text, line)) + " |" for line in (heads, *table.rows)]
-    shown.insert(1, "| " + " | ".join("---" if column.text else "---:" for column in table.columns) + " |")
-    return "\n".join(shown)
 
 
 def markdown_text(text: str) -> str:
@@ -443,10 +438,8 @@ def difference_tables(groups: Sequence[Group]) -> list[Table]:
 def sequence_table(lines: Sequence[Mapping[str, Any]]) -> str:
     """Sequences in Markdown, a row for each step: the scores over all facts, of the oldest and of the newest batch.
 
-    Scores have their 95 % intervals where a line has its records, as lines of this version have.
-
-    Args:
-        lines: As `run_sequences` gives them, at least one.
+    Scores have their 95 % intervals where a line has its records, as lines of this version have. The lines are those of
+    `run_sequences`, at least one.
     """
     measured = any(line["perplexity"] is not None for line in lines)
     names = ["multiplier", "edit keys", "facts", *(name.upper() for name in SCORES)]
@@ -554,10 +547,7 @@ def _csv(names: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
 
 
 def _csv_cell(value: Any) -> Any:
-    """A value that a spreadsheet takes for text or a number, and never for a formula.
-
-    Text that begins as a formula gets an apostrophe before it, as a spreadsheet itself marks text.
-    """
+    """A value that no spreadsheet takes for a formula: text that begins like one has an apostrophe before it."""
     if not isinstance(value, str) or not value.startswith(_FORMULA):
         return value
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fastmemit.errors import BadData
-from fastmemit.evaluation.scores import accuracy_record, summarise_accuracy
+from fastmemit.evaluation.scores import accuracy_record, summarise
 
 
 def test_one_record_by_hand() -> None:
@@ -18,7 +18,7 @@ def test_one_record_by_hand() -> None:
 def test_means_are_over_records_and_answers_not_over_tokens() -> None:
     long = accuracy_record(0, [True] * 9, [[True] * 9], [[True]])
     short = accuracy_record(1, [False], [[False]], [[True]])
-    total = summarise_accuracy([long, short])
+    total = summarise([long, short])
     assert (total["ea"], total["pa"], total["na"]) == (50.0, 50.0, 100.0)
     assert total["a"] == pytest.approx(3 / (1 / 50 + 1 / 50 + 1 / 100))
     assert total == {"ea": 50.0, "pa": 50.0, "na": 100.0, "a": total["a"]}
@@ -27,13 +27,13 @@ def test_means_are_over_records_and_answers_not_over_tokens() -> None:
 def test_what_was_not_asked() -> None:
     bare = accuracy_record(0, [True])
     assert (bare.pa, bare.na) == (None, None)
-    total = summarise_accuracy([bare, accuracy_record(1, [True], [[True]], [[False]])])
+    total = summarise([bare, accuracy_record(1, [True], [[True]], [[False]])])
     assert (total["pa"], total["na"], total["a"]) == (100.0, 0.0, 0.0)
-    assert summarise_accuracy([bare])["a"] is None
+    assert summarise([bare])["a"] is None
 
 
 def test_nothing_to_judge() -> None:
     with pytest.raises(BadData, match="no record"):
-        summarise_accuracy([])
+        summarise([])
     with pytest.raises(BadData, match="answer to a rephrased question of case 6 has no token"):
         accuracy_record(6, [True], [[]])

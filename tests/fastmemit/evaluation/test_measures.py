@@ -13,7 +13,7 @@ from fastmemit.errors import BadConfig, BadData
 from fastmemit.evaluation import References, evaluate, generate_records, judge_zsre, score_records
 from fastmemit.evaluation.generation import summarise_generation
 from fastmemit.evaluation.runner import METRICS, Measured, Measures, table
-from fastmemit.evaluation.scores import summarise, summarise_accuracy
+from fastmemit.evaluation.scores import summarise
 from fastmemit.request import EditRequest
 from tiny_editors import FACTS, QUICK, record, tiny_editor
 
@@ -65,7 +65,7 @@ def test_zsre_has_its_accuracies(editor: Editor) -> None:
     result = evaluate(editor, [ZSRE], "memit", {**QUICK, "steps": 20, "clamp": 4.0})
     assert result["before"].keys() == {"ea", "pa", "na", "a"}
     judged = judge_zsre(editor.adapter, editor.tokenizer, ZSRE)
-    assert result["before"] == summarise_accuracy(judged)
+    assert result["before"] == summarise(judged)
     assert result["records"][0]["before"] == {name: getattr(judged[0], name) for name in ("ea", "pa", "na")}
 
 
