@@ -21,8 +21,8 @@ from fastcov.errors import BadInput, NonFinite
 from fastcov.hooks import isolated, key_rows
 from fastcov.moments import SecondMoment
 
-#: Rows that one launch should have; the buffer of a module has as many (268 MB for GPT-J in 16 bits). A CPU is
-#: efficient with a few hundred, and gets every batch as it comes.
+#: Rows that one launch should have; a module's buffer has as many (268 MB for GPT-J in 16 bits). A CPU gets batches as
+#: they come.
 LAUNCH_ROWS, CPU_LAUNCH_ROWS = 8192, 1
 #: Batches between two looks at what a device has found.
 LOOK_EVERY, CPU_LOOK_EVERY = 16, 1
@@ -51,25 +51,14 @@ class _Answer:
 
 
 class Accumulator:
-    """Cuts the keys of each module at its budget, and sums them.
-
-    Args:
-        model: Where the modules are.
-        wanted: How many keys of each, or None for all.
-        dtype: Of the sums.
-        quartic: Whether to sum ``||k||^4`` too.
-
-    Attributes:
-        batches: How many batches were begun.
-        tokens: How many tokens the batch's mask keeps; None where it has no mask.
-    """
+    """Cuts the keys of each module of a model at its budget, None for all there are, and sums them in a dtype."""
 
     def __init__(
         self, model: nn.Module, wanted: Mapping[str, int | None], dtype: torch.dtype, quartic: bool = False
     ) -> None:
         self._model, self.wanted, self._dtype, self._quartic = model, wanted, dtype, quartic
-        self.batches = 0
-        self.tokens: int | None = None
+        self.batches = 0  # how many were begun
+        self.tokens: int | None = None  # how many the mask of the batch keeps; None where it has no mask
         self._mask: Tensor | None = None  # of the batch, on the CPU
         self._cuts: dict[int, Tensor] = {}  # of the mask, by how many keys are left in it
         self._modules: dict[str, _Module] = {}
@@ -145,9 +134,8 @@ class Accumulator:
     def first(self, rows: int, left: int | None) -> tuple[Tensor | None, int]:
         """The first `left` keys, None for all, of the batch's `rows` positions, counted row by row.
 
-        Returns:
-            A mask of the shape that the batch's has, or (rows,) where it has none, and how many keys it keeps. None
-            keeps every row.
+        Returns a mask of the shape that the batch's has, or (rows,) where it has none, or None for every row; and how
+        many keys it keeps.
         """
         count = rows if self.tokens is None else self.tokens
         if left is None or count <= left:
@@ -271,14 +259,12 @@ class Accumulator:
         earlier = self._earlier.pop(name, None)
         if earlier is None:
             moment = SecondMoment(d, dtype=self._dtype, device=device, quartic=self._quartic)
-            module = _Module(name, moment)
-        else:
-            module = _Module(name, earlier.moment.to(device), since=earlier.waiting_since)
-        self._modules[name] = module
-        if earlier is not None and earlier.waiting is not None:
-            since = module.since
+            module = self._modules[name] = _Module(name, moment)
+            return module
+        module = self._modules[name] = _Module(name, earlier.moment.to(device))
+        if earlier.waiting is not None:
             self._add(module, earlier.waiting.to(device), None)
-            module.since = since
+        module.since = earlier.waiting_since
         return module
 
     def _check(self, name: str, x: Tensor) -> None:

@@ -38,7 +38,7 @@ class Span(list[int]):
 def between(
     documents: Iterable[Document], start: int, stop: int | None, max_length: int, skip: int = 0
 ) -> Iterator[Span]:
-    """The documents that hold the keys from number `start` up to and without number `stop`.
+    """The documents that hold the keys from number `start` up to and without number `stop`, each with at least one.
 
     Keys are counted over all documents, in their order, each truncated to `max_length`. Documents before `start` are
     read and left out; none is asked for after `stop` is reached.
@@ -50,9 +50,6 @@ def between(
         max_length: The longest document that the model takes, in tokens.
         skip: How many tokens at the beginning of every document are never keys. 1 leaves out the position that many
             models use to park attention, with or without a token for it.
-
-    Returns:
-        An iterator of documents with ``(stop or all) - start`` keys in total, each with at least one.
 
     Raises:
         BadInput: start is below 0, or stop is not above start.
@@ -86,9 +83,8 @@ def between(
 def take(documents: Iterable[Document], budget: int | None, max_length: int) -> Iterator[Document]:
     """The first documents, with exactly as many tokens as the budget says; None takes all.
 
-    Each document is truncated to `max_length`, the last one is cut so that the count is exact, and empty documents are
-    skipped. No document is asked for after the budget is met. A corpus that ends before gives what it has;
-    `fastcov.collect_moments` reports it.
+    Each document is truncated to `max_length`, the last one is cut so that the count is exact, and empty ones are
+    skipped. No document is asked for after the budget is met. A corpus that ends before gives what it has.
 
     Raises:
         BadInput: The budget is not a whole number above 0.
@@ -124,21 +120,17 @@ def take(documents: Iterable[Document], budget: int | None, max_length: int) -> 
 def bucket(
     documents: Iterable[Document], tokens_per_batch: int, max_padding: float = 0.05, window: int = 1024
 ) -> Iterator[dict[str, Tensor]]:
-    """Batches of documents of similar length, padded on the right.
+    """Batches of documents of similar length, padded on the right; the same documents always give the same batches.
 
-    Documents are read a window at a time, sorted by length and cut into batches. The share of padding in a window's
-    batches together is at most `max_padding`. The same documents always give the same batches.
+    Each has ``input_ids``, ``attention_mask`` and ``position_ids``, int64 of shape (documents, length of the longest),
+    and where documents are a `Span` with tokens that are no keys ``key_mask``. Padded positions have id 0 and mask 0.
+    Documents are read a window at a time, sorted by length and cut into batches, longest first.
 
     Args:
         documents: Token ids, one sequence a document; empty ones are skipped.
         tokens_per_batch: The most tokens in a batch, padding included; a longer document is a batch of its own.
-        max_padding: The largest share of padding, from 0 to below 1.
+        max_padding: The largest share of padding in a window's batches together, from 0 to below 1.
         window: How many documents are sorted together, and held in memory.
-
-    Returns:
-        An iterator of batches: ``input_ids``, ``attention_mask`` and ``position_ids``, all int64 of shape (documents,
-            length of the longest), longest batch of a window first. Padded positions have id 0 and mask 0. Where
-            documents are a `Span` with tokens that are no keys, also ``key_mask`` of the same shape.
 
     Raises:
         ValueError: tokens_per_batch or window below 1, or max_padding outside of [0, 1).
@@ -254,19 +246,15 @@ P = ParamSpec("P")
 
 
 class Prefetcher(Generic[Item]):
-    """Reads a source in a thread of its own, a bounded number of items ahead.
+    """Reads a source in a thread of its own, at most `depth` items ahead besides the one that it is working on.
 
     Items come in the order of the source. Only the thread touches the source, so it may be a generator; what it raises
-    is raised where the item would have come. Leaving the context stops the thread and waits until it is gone, whether
-    the source was read to its end or not. Do not read what runs the same model or tokenizer as the consumer does
-    meanwhile.
+    is raised where the item would have come. Leaving the context stops the thread and waits until it is gone. Do not
+    read what runs the same model or tokenizer as the consumer does meanwhile.
 
     Example:
         >>> with Prefetcher(4).read(batches) as items:
         ...     moments = collect_moments(model, modules, items, budget)
-
-    Args:
-        depth: How many items may wait, besides the one that the thread is working on.
 
     Raises:
         ValueError: A depth below 1.

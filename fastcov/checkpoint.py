@@ -147,11 +147,11 @@ Batches = Iterable[Mapping[str, Any]]
 class Checkpoint:
     """Where one `fastcov.collect_moments` stores what it has, and where the same one finds it again.
 
-    What is damaged or of something else is reported, not used, and replaced by the next write. A write that fails is
-    reported too, and the collect goes on: the file before it stays.
+    A file that is damaged or of something else is reported, not used, and replaced by the next write. A write that
+    fails is reported too, and the collect goes on. Two collects must not have the same file at the same time.
 
     Args:
-        path: The file. Two collects must not have the same one at the same time.
+        path: The file.
         identity: JSON values: what the batches and the sums depend on (model, text, its order, the size of batches,
             versions). A checkpoint serves only where all of it is equal.
         seconds: At least so long between two writes; 0 writes after every batch, infinity never. None takes `SECONDS`,

@@ -194,17 +194,11 @@ THRESHOLD = 0.02
 
 @dataclass(frozen=True)
 class NullSpace:
-    """An orthonormal basis of the directions whose eigenvalue lies below a threshold.
+    """An orthonormal basis of the directions whose eigenvalue lies below a threshold."""
 
-    Attributes:
-        basis: U, shape (d_k, r), float64; r may be 0.
-        eigenvalues: All of C's, ascending, shape (d_k,), float64.
-        threshold: In the units of C: eigenvalues below it count as zero.
-    """
-
-    basis: Tensor
-    eigenvalues: Tensor
-    threshold: float
+    basis: Tensor  # U, shape (d_k, r), float64; r may be 0
+    eigenvalues: Tensor  # all of C's, ascending, shape (d_k,), float64
+    threshold: float  # in the units of C: eigenvalues below it count as zero
 
     @property
     def rank(self) -> int:
@@ -268,10 +262,8 @@ NOTHING = 1e-7
 def alphaedit(null_space: NullSpace, K: Tensor, R: Tensor, l2: float, preserved: Tensor | None = None) -> LowRank:
     """AlphaEdit: ``Delta^T = (P (K K^T + K_p K_p^T) + l2 I)^-1 P K R^T``, with right in the null space.
 
-    ``Delta k = 0`` for every key k that has no part in the null space.
-
     Args:
-        null_space: Of the second moment, width d_k; see `null_space`.
+        null_space: That of the second moment, width d_k; see `null_space`.
         K: Edit keys, shape (d_k, B); equal keys are fine where l2 is above 0.
         R: Residuals, shape (d, B).
         l2: How much the size of the change counts; released with 10. With 0 the keys are led to their residuals
@@ -283,8 +275,7 @@ def alphaedit(null_space: NullSpace, K: Tensor, R: Tensor, l2: float, preserved:
         BadInput: K or earlier keys are no dense matrix of numbers that is d_k wide, R has not B columns, or there is no
             null space.
         NonFinite: K, R or an earlier key holds NaN or infinity, or the update overflows.
-        NotPositiveDefinite: l2 is 0, or too small for float64, and the keys' parts in the null space are not
-            independent.
+        NotPositiveDefinite: l2 is 0, or too small for float64, and the keys' parts are not independent.
         ValueError: l2 is negative or not finite.
     """
     if not math.isfinite(l2) or l2 < 0:

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 class Division:
-    """The batches of one collect, divided between processes; `progress` is told the keys of those that others run."""
+    """The batches of one collect, divided among processes; `progress` is told the keys of those that others run."""
 
     def __init__(self, processes: Processes, sums: Accumulator, progress: Callable[[int], None] | None = None) -> None:
         self._processes, self._sums, self._progress = processes, sums, progress
@@ -130,10 +130,8 @@ def collect_moments(
     Every token that the attention mask keeps is a key, the first of a document included. The moment of each module is
     ``sum of k k^T`` over its first `budget` keys in the order of the batches, row by row: C_0 of equation (2) of arXiv
     2506.04226 once divided by the count. Collect on the unedited model. Each forward pass ends before the last of the
-    modules computes anything, and no batch is read after all budgets are met.
-
-    The model runs without a key-value cache, in evaluation mode, and whatever the caller has set in torch (see
-    `fastcov.hooks.isolated`); every submodule is in its former mode afterwards, and no hook stays behind.
+    modules computes anything, without a key-value cache, in evaluation mode and whatever the caller has set in torch.
+    No batch is read after all budgets are met, and no hook stays behind.
 
     Args:
         model: Called as ``model(**batch)``.
@@ -147,18 +145,16 @@ def collect_moments(
         quartic: Whether to sum ``||k||^4`` too, for `fastcov.ledoit_wolf`.
         progress: Called after each batch with the number of keys that it gave to the module that took most.
         throughput: Told of each batch, so that `progress` may ask it how fast this goes.
-        causal: Every token attends to itself and earlier ones alone. What pads a sequence on the right is then seen by
-            no key, so the model is not given a mask that says only that, and may take its faster attention without one.
+        causal: Every token attends to itself and earlier ones alone. A mask that only pads on the right is then not
+            given to the model, which may take a faster attention without one.
         checkpoint: Where sums are stored from time to time, and taken from by a run that does the same again after it
-            was killed: the batches that are in them are read and not run. The result is that of an unbroken run, bit
-            for bit. Remove it when the moments are safe.
+            was killed, to the same bits. Remove it when the moments are safe.
         processes: Those among which the batches are divided. Each calls this with the same model, budgets and batches,
             and runs its share of them; progress counts everybody's.
 
     Returns:
         A moment for each module, in the order given, on the device of that module's input; with `processes`, the sum
-        over all of them, in each. The keys are those of one process; their sums differ by rounding, as far as the order
-        of additions does.
+        over all of them, in each, equal up to the order of additions.
 
     Raises:
         BadInput: A budget that is not a whole number above 0, or none for one of the modules; a path that is not in the
@@ -217,7 +213,7 @@ def collect_moments(
 
 
 def _complete(sums: Accumulator, allow_fewer: bool) -> None:
-    """See that every module has given what was wanted, or what is allowed."""
+    """Raise where a module has not given what was wanted, or what is allowed."""
     if sums.most == 0:
         raise BudgetNotMet(
             f"The corpus gave no key at all in {sums.batches} batches; pass documents with at least one token.",
@@ -255,17 +251,16 @@ def _budgets(modules: Sequence[str], budget: int | Mapping[str, int] | None) -> 
 def _without_cache(model: nn.Module) -> Iterator[dict[str, Any]]:
     """No key-value cache: by argument where the model takes it, else by its configuration."""
     config: Any = getattr(model, "config", None)
-    if "use_cache" in inspect.signature(model.forward).parameters:
-        yield {"use_cache": False}
-    elif hasattr(config, "use_cache"):
-        before = config.use_cache
-        config.use_cache = False
-        try:
-            yield {}
-        finally:
-            config.use_cache = before
-    else:
+    taken = "use_cache" in inspect.signature(model.forward).parameters
+    if taken or not hasattr(config, "use_cache"):
+        yield {"use_cache": False} if taken else {}
+        return
+    before = config.use_cache
+    config.use_cache = False
+    try:
         yield {}
+    finally:
+        config.use_cache = before
 
 
 def _unaccepted(model: nn.Module) -> set[str]:
@@ -294,8 +289,7 @@ def _input_device(model: nn.Module) -> torch.device:
     device: torch.device = next(
         (parameter.device for parameter in (*first.parameters(), *model.parameters())), torch.device("cpu")
     )
-    if device.type == "meta":
-        hook = getattr(first, "_hf_hook", None)
-        target = getattr(hook, "execution_device", None)
-        return torch.device("cpu" if target is None else target)
-    return device
+    if device.type != "meta":
+        return device
+    target = getattr(getattr(first, "_hf_hook", None), "execution_device", None)
+    return torch.device("cpu" if target is None else target)

@@ -24,15 +24,9 @@ from fastcov.errors import BadInput, FastcovError
 from fastcov.matrices import matrix
 
 _HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-)
-
+    "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks",
+)  # fmt: skip
 
 _cuda: Any = torch.cuda  # in part untyped
 _AUTOCAST = tuple(
@@ -51,19 +45,15 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 class isolated:
-    """Torch as it is when it has just been imported, with gradients off.
+    """Torch as it is when it has just been imported, with gradients off unless asked for; a decorator or a context.
 
     Inside, autocast, inference mode, TF32 and other short products of float32 are off on every device, the default
     dtype is float32, the default device is the CPU, and reductions of 16-bit products are as torch has them by default.
-    All of it is afterwards as it was, also after an exception. ``torch.use_deterministic_algorithms`` is left as it is:
-    nothing here needs an operator that it forbids. Gradients, inference mode, autocast and the default device are those
-    of the running thread; the other settings are the whole process's.
+    All of it is afterwards as it was, also after an exception. Gradients, inference mode, autocast and the default
+    device are those of the running thread; the other settings are the whole process's.
 
-    A decorator or a with statement. It must not enclose a ``yield`` to a caller, whose settings are the caller's own; a
-    decorated generator would not run inside it at all.
-
-    Args:
-        gradients: Whether operations are recorded for a backward pass.
+    It must not enclose a ``yield`` to a caller, whose settings are the caller's own; a decorated generator would not
+    run inside it at all.
     """
 
     def __init__(self, *, gradients: bool = False) -> None:
@@ -132,15 +122,22 @@ class isolated:
 
             undo.append(device_again)
             cpu.__enter__()
-        precision = _matmul_precision()
+        try:
+            precision = torch.get_float32_matmul_precision()
+        except RuntimeError:  # newer settings contradict it
+            precision = None
         if precision != "highest":
             undo.append(_precision_restorer(precision))
-            _full_precision(precision)
+            if precision is not None:
+                torch.set_float32_matmul_precision("highest")
+            for where in _newer_settings():
+                where.fp32_precision = "ieee"
         if _cuda.is_initialized():
             products: Any = torch.backends.cuda.matmul
             for name, value in _CUDA_PRODUCTS.items():
-                if hasattr(products, name) and getattr(products, name) is not value:
-                    before = _reduction(products, name)
+                if hasattr(products, name) and (before := getattr(products, name)) is not value:
+                    if hasattr(products, split := f"{name}_split_k"):  # of newer torch, set together with it
+                        before = (before, getattr(products, split))
                     undo.append(partial(setattr, products, name, before))
                     setattr(products, name, value)
 
@@ -160,25 +157,10 @@ def _any_autocast() -> bool:
     return torch._C._is_any_autocast_enabled() or any(torch.is_autocast_enabled(kind) for kind in _UNSEEN)
 
 
-def _matmul_precision() -> str | None:
-    """What ``torch.get_float32_matmul_precision`` says; None where newer settings contradict it."""
-    try:
-        return torch.get_float32_matmul_precision()
-    except RuntimeError:
-        return None
-
-
 def _newer_settings() -> list[Any]:
     """Where torch 2.9 and newer keep the precision of float32 products, for each backend."""
     found = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
     return [where for where in found if hasattr(where, "fp32_precision")]
-
-
-def _full_precision(precision: str | None) -> None:
-    if precision is not None:
-        torch.set_float32_matmul_precision("highest")
-    for where in _newer_settings():
-        where.fp32_precision = "ieee"
 
 
 def _precision_restorer(precision: str | None) -> Callable[[], None]:
@@ -196,26 +178,16 @@ def _precision_restorer(precision: str | None) -> Callable[[], None]:
     return restore
 
 
-def _reduction(products: Any, name: str) -> Any:
-    """A setting of CUDA's products; newer torch has a second one beside each reduction."""
-    split = f"{name}_split_k"
-    value = getattr(products, name)
-    return (value, getattr(products, split)) if hasattr(products, split) else value
-
-
 class evaluation_mode:
-    """No submodule trains inside; afterwards each is in the mode that it was in before.
+    """No submodule trains inside, and, frozen, no parameter asks for a gradient; afterwards each is as it was before.
 
-    Frozen, no parameter asks for a gradient either.
-
-    Only those that train are touched: setting the mode of all of them several times took a tenth of planning one edit.
-
-    Where something is raised inside, the model has afterwards all that it had before. An interrupt can come between the
-    registration of a hook and the note of how to remove it, or just as a context is left, before it could do anything.
-    A hook that stays would make every later forward raise. So whatever contexts inside were stopped at, here hooks that
-    are new go (those of somebody else as well), a replaced ``forward`` goes, and modules, parameters and gradients have
-    the modes that they had.
+    Where something is raised inside, hooks that are new go (those of somebody else as well), a replaced ``forward``
+    goes, and modules, parameters and gradients have the modes that they had.
     """
+
+    # An interrupt can come between the registration of a hook and the note of how to remove it, or just as a
+    # context is left, before it could do anything; a hook that stays would make every later forward raise.
+    # Only modules that train are touched: setting the mode of all of them took a tenth of planning one edit.
 
     def __init__(self, model: nn.Module, *, frozen: bool = False) -> None:
         self._frozen = frozen
@@ -225,7 +197,6 @@ class evaluation_mode:
         self._parameters = [(p, p.requires_grad) for p in model.parameters()]
 
     def __enter__(self) -> None:
-        """Switch training off, and gradients of parameters where they are frozen."""
         try:
             for module, training, _ in self._modules:
                 if training:
@@ -240,7 +211,6 @@ class evaluation_mode:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Put back what was changed, and where something was raised all that is not as it was."""
         if error is not None:
             torch.set_grad_enabled(self._gradients)  # torch.no_grad may be stopped as it is left
             for module, _, forward in self._modules:
@@ -295,15 +265,11 @@ def random_state_kept(seed: int | None = None) -> Iterator[None]:
         random.setstate(python)
 
 
-OnKeys = Callable[[str, Tensor], None]
-
-
 def key_rows(x: Tensor, mask: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """View keys as rows without ever copying them: in one piece where the strides allow it.
+    """View keys as rows without ever copying them, in the order of the memory, each beside its mask entry.
 
-    Rows and mask are permuted together into the order of the memory, so a row and its mask entry stay together, but the
-    rows need not be in row-major order. Where the strides allow no view, as in ``x[:, 1:]``, each entry of the
-    outermost dimension is a piece of its own: one sequence of the batch.
+    Where the strides allow no view of all, as in ``x[:, 1:]``, each entry of the outermost dimension is a piece of its
+    own: one sequence of the batch.
 
     Args:
         x: Keys, shape (..., d_k).
@@ -316,21 +282,6 @@ def key_rows(x: Tensor, mask: Tensor | None = None) -> Iterator[tuple[Tensor, Te
     Raises:
         BadInput: x is a scalar, or the mask is none or has another number of entries than x has rows.
     """
-    x, mask = _outermost_first(x, mask)
-    pieces = [(x, mask)]
-    while pieces:
-        x, mask = pieces.pop()
-        try:
-            rows = x.view(x.shape[:-1].numel(), x.shape[-1])
-        except RuntimeError:  # a matrix has a view always, so this ends
-            masks = [None] * len(x) if mask is None else list(mask)
-            pieces.extend(reversed(list(zip(x, masks, strict=True))))
-        else:
-            yield rows, None if mask is None else mask.reshape(-1)
-
-
-def _outermost_first(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Keys (..., d_k) and mask (...) with dimensions in the order of the memory."""
     x = matrix(x, "Keys") if not isinstance(x, Tensor) or x.layout is not torch.strided else x
     if x.dim() == 0:
         raise BadInput("Keys must have shape (..., d_k) but are a scalar; pass the projection's input.")
@@ -346,7 +297,16 @@ def _outermost_first(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | N
         order = sorted(range(x.dim() - 1), key=x.stride, reverse=True)
         x = x.permute(*order, x.dim() - 1)
         mask = None if mask is None else mask.permute(order)
-    return x, mask
+    pieces = [(x, mask)]
+    while pieces:
+        x, mask = pieces.pop()
+        try:
+            rows = x.view(x.shape[:-1].numel(), x.shape[-1])
+        except RuntimeError:  # a matrix has a view always, so this ends
+            masks = [None] * len(x) if mask is None else list(mask)
+            pieces.extend(reversed(list(zip(x, masks, strict=True))))
+        else:
+            yield rows, None if mask is None else mask.reshape(-1)
 
 
 def _as_mask(mask: Any) -> Tensor:
@@ -365,9 +325,8 @@ def _as_mask(mask: Any) -> Tensor:
 
 
 class KeyHooks:
-    """Reads the inputs of named modules during a forward pass that ends at the last of them.
+    """Reads the inputs of named modules during a forward pass that ends before the last of them computes anything.
 
-    The pass ends before the last hooked module computes anything: neither its own product nor a module above it runs.
     Hooks are removed on leaving the context, whatever happened inside.
 
     Example:
@@ -377,15 +336,14 @@ class KeyHooks:
     Args:
         model: The model, called as ``model(**batch)``.
         modules: Paths of the modules, as in ``model.named_modules()``.
-        on_keys: Called as ``on_keys(path, x)`` with the module's input x (..., d_k). It must not keep x without a copy:
-            the tensor is the model's.
+        on_keys: Called as ``on_keys(path, x)`` with the module's input x (..., d_k), the model's own tensor: copy it.
 
     Raises:
         BadInput: A path is not in the model.
         ValueError: No path at all, or two paths that are the same module.
     """
 
-    def __init__(self, model: nn.Module, modules: Sequence[str], on_keys: OnKeys) -> None:
+    def __init__(self, model: nn.Module, modules: Sequence[str], on_keys: Callable[[str, Tensor], None]) -> None:
         if isinstance(modules, str) or not modules:
             raise ValueError(
                 f"modules must be a list of at least one module path but is {modules!r}; "
@@ -412,7 +370,6 @@ class KeyHooks:
         return len(self._handles)
 
     def __enter__(self) -> KeyHooks:
-        """Put the hooks on."""
         if self._handles:
             raise FastcovError("These hooks are on the model already; enter the context once.")
         for path, module in self._targets.items():
@@ -425,7 +382,6 @@ class KeyHooks:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Take the hooks off."""
         while self._handles:
             self._handles.pop().remove()
 
@@ -448,8 +404,7 @@ class KeyHooks:
                 raise
         finally:
             self._running = False
-        missing = [path for path in self._targets if path not in self._fired]
-        if missing:
+        if missing := [path for path in self._targets if path not in self._fired]:
             raise BadInput(
                 f"The module {', '.join(map(repr, missing))} was never called in a complete "
                 "forward pass; name the projection that the model really runs."
@@ -485,9 +440,6 @@ class _Reached(BaseException):
 
 def _unknown(path: str, known: Mapping[str, nn.Module]) -> str:
     near = difflib.get_close_matches(path, [name for name in known if name], n=3, cutoff=0.5)
-    hint = (
-        f"did you mean {' or '.join(map(repr, near))}?"
-        if near
-        else ("look at model.named_modules() for the paths that exist.")
-    )
-    return f"The model has no module {path!r}; {hint}"
+    hint = f"did you mean {' or '.join(map(repr, near))}?"
+    none = "look at model.named_modules() for the paths that exist."
+    return f"The model has no module {path!r}; {hint if near else none}"

@@ -34,8 +34,7 @@ def factorize(
     Args:
         A: The matrix (d, d), float32 or float64, a tensor or a NumPy array. Only its lower triangle is read.
         jitters: What to add to the diagonal, relative to its mean, in the order of trial.
-        in_place: Use A itself where it can be written over: the factor then lies in A's lower triangle, and what was
-            there in the upper one. After an error the lower triangle is as it was. By default A is copied.
+        in_place: Use A itself where it can be written over, both triangles; after an error the lower one is as it was.
 
     Raises:
         NonFinite: The lower triangle holds NaN or infinity.
@@ -105,22 +104,20 @@ def regularised(
     relative_ridge: float = 0.0,
     shrinkage: float = 0.0,
 ) -> Tensor:
-    """``A = weight * C + ridge * I``, the part of equation (2) that does not depend on the edits.
+    """``A = weight * C + ridge * I``, the part of equation (2) that does not depend on the edits: a new matrix.
 
     With a relative ridge r and a shrinkage a, and m the mean of C's diagonal, it is ``weight * ((1 - a) C + a m I) +
     (ridge + r * weight * m) I``. Shrinking keeps the mean of the diagonal, so neither changes what the other one means.
 
     Args:
         second_moment: C, the mean of ``k k^T``, shape (d_k, d_k), of which the lower triangle is enough for
-            `factorize`; or the moment, whose sum is then read where it lies: no copy is made but the result.
+            `factorize`; or the moment, read without a copy, of which only the lower triangle of the result means
+            anything.
         weight: How much the preserved keys count; a finite number above 0.
         ridge: What is added to the diagonal; 0 or a finite number above.
-        dtype: Of the result.
+        dtype: Of the result, float32 or float64.
         relative_ridge: What is added to the diagonal, over the mean of the diagonal of ``weight * C``; 0 or above.
         shrinkage: How far C is moved towards a multiple of the identity, from 0 to 1; see `fastcov.oas`.
-
-    Returns:
-        A new matrix (d_k, d_k), to be factorised. Of a moment only the lower triangle of it means anything.
 
     Raises:
         BadInput: C is no dense square matrix of numbers, or a moment without a key, or the dtype is another.
@@ -301,21 +298,15 @@ def moved(x: Tensor, like: CholeskyFactor | Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class CholeskyFactor:
-    """The factor of a positive definite matrix, ``L L^T = A + jitter * mean(diag A) * I``.
+    """The factor of a positive definite matrix, ``L L^T = A + jitter * mean(diag A) * I``; L is lower triangular.
 
     Right sides B (d, m) or (d,) may be of any real floating dtype, with any strides and on any device, or NumPy arrays;
     they are read in the dtype and on the device of the answer. What is no such matrix with d rows is `BadInput`.
-
-    Attributes:
-        lower: Shape (d, d), with L in its lower triangle. What stands above the diagonal is no part of L and is never
-            read as such: `factorize` leaves A there.
-        jitter: What was added to the diagonal, relative to the mean of the diagonal of A.
-        rank: Where a jitter was needed, about how many directions of A stand out above it.
     """
 
-    lower: Tensor
-    jitter: float
-    rank: int | None = None
+    lower: Tensor  # (d, d); above the diagonal stands no part of L, `factorize` leaves A there
+    jitter: float  # what was added to the diagonal, relative to the mean of the diagonal of A
+    rank: int | None = None  # where a jitter was needed, about how many directions of A stand out above it
 
     @property
     @isolated()
@@ -395,14 +386,10 @@ class UpdatedFactor(CholeskyFactor):
 
         M = L (I + H (I + C)^-1 H^T),   M^-1 = (I - H (I + C^T)^-1 C^-1 H^T) L^-1,
 
-    which multiplying out shows: ``M M^T = L (I + H H^T) L^T``. (The symmetric factorisation of a low-rank update as in
-    Ambikasaran, O'Neil and Singh 2014, arXiv 1405.0223.) M is a square root and no triangle; the gram ``K^T A^-1 K`` is
-    had from half a solve, without a difference of two large numbers, which Woodbury's formula would be.
-
-    Attributes:
-        lower, jitter, rank: Those of A's factor.
-        whitened: H, shape (d, m).
-        small: C in its lower triangle, shape (m, m).
+    which multiplying out shows (Ambikasaran, O'Neil and Singh 2014, arXiv 1405.0223). M is a square root and no
+    triangle; the gram ``K^T A^-1 K`` is had from half a solve, without the difference of two large numbers in
+    Woodbury's formula. `whitened` is H (d, m), `small` has C in its lower triangle; `lower`, `jitter` and `rank` are
+    those of A's factor.
     """
 
     whitened: Tensor = field(kw_only=True)

@@ -15,8 +15,8 @@ from fastcov.kernels import native
 
 # What decides which kernel runs and how fast.
 _ISA = (
-    "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_bf16", "avx512_fp16", "amx_bf16",
-    "asimd", "bf16", "i8mm", "sve",
+    "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_bf16", "avx512_fp16", "amx_bf16", "asimd", "bf16", "i8mm",
+    "sve",
 )  # fmt: skip
 
 

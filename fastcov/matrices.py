@@ -17,15 +17,10 @@ _LOOKED_AT = 1 << 16  # entries searched for NaN at a time
 
 
 def matrix(x: Any, name: str, *, meta: bool = False) -> Tensor:
-    """A floating-point tensor of what a caller gave, which is read and never written to.
+    """A floating-point tensor of what a caller gave, without its gradient, which is read and never written to.
 
-    Args:
-        x: A dense tensor of any shape and strides and with or without a gradient, or a NumPy array.
-        name: What to call it in a message, as the beginning of a sentence.
-        meta: Whether a tensor on the meta device is taken, of which nothing is computed.
-
-    Returns:
-        The tensor without its gradient; of an array one on the CPU, which shares its memory where that is possible.
+    It may be a dense tensor of any shape and strides, on the meta device only where `meta` says so, or a NumPy array,
+    which gives a tensor on the CPU that shares its memory where possible. A message begins with `name`.
 
     Raises:
         BadInput: It is something else, or its entries are not real floating-point numbers.

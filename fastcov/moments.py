@@ -21,20 +21,18 @@ _SQUARED = 256  # rows of a sum whose squares are summed at a time
 class SecondMoment:
     """The running sum of ``k k^T`` over keys k, and how many there were.
 
-    The canonical layout: the sum is a matrix (d, d) of which only the lower triangle means anything; whatever lies
-    above the diagonal is never read as data. Readings are symmetric copies. The mean is C_0 of equation (2) of arXiv
-    2506.04226 divided by the number of keys, uncentred, so that the number of keys does not change the weight it gets.
+    Of the sum `lower` (d, d) only the lower triangle means anything; readings are symmetric copies. The mean is C_0 of
+    equation (2) of arXiv 2506.04226 divided by the number of keys, uncentred, so that the number of keys does not
+    change the weight it gets.
 
     Args:
         d: The width of the keys.
-        dtype: Of the sum, float32 or float64. Keys of any floating dtype are taken; products are never summed in less
-            than float32.
+        dtype: Of the sum, float32 or float64. Keys of any floating dtype are taken.
         device: Where the sum lives, and where keys must come from.
-        quartic: Whether to sum ``||k||^4`` too, which says how far single keys lie from the mean: `ledoit_wolf` needs
-            it, no second moment can tell it afterwards, and it costs some percent of every update.
+        quartic: Whether to sum ``||k||^4`` too, for `ledoit_wolf`; it costs some percent of every update.
 
     Attributes:
-        lower: The sum itself (d, d), not a copy; only its lower triangle means anything.
+        lower: The sum itself (d, d), not a copy.
         count: How many keys were added.
         quartic: The sum of ``||k||^4``, float64 () on the sum's device (float32 on Apple's GPUs); None where not known.
 
@@ -67,9 +65,8 @@ class SecondMoment:
     def from_lower(cls, lower: Tensor, count: int, quartic: Tensor | float | None = None) -> SecondMoment:
         """Take over a sum (d, d), float32 or float64, of which the lower triangle is filled.
 
-        It is not copied unless nothing could be added to it: where it is a NumPy array, its entries share memory, or it
-        was made under inference mode. `quartic` is None where nobody knows the sum of ``||k||^4`` over its `count`
-        keys.
+        It is not copied unless nothing could be added to it: a NumPy array, one whose entries share memory, or one that
+        was made under inference mode. `quartic` is the sum of ``||k||^4`` over its `count` keys where that is known.
 
         Raises:
             BadInput: The matrix is no dense square one of numbers.
@@ -88,10 +85,7 @@ class SecondMoment:
 
     @isolated()
     def update(self, x: Tensor, mask: Tensor | None = None) -> SecondMoment:
-        """Add keys, where they lie: none is copied, gathered or converted on the way to the kernel.
-
-        Returns this moment. Keys that would leave a sum that is not finite are refused before any is added; on a GPU
-        this waits.
+        """Add keys, where they lie, and return this moment; on a GPU this waits.
 
         Args:
             x: Keys, shape (..., d), float32, float64, float16 or bfloat16, on the sum's device; or a NumPy array of
@@ -157,8 +151,8 @@ class SecondMoment:
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> SecondMoment:
         """Add up the moments of all processes of a group; every one then holds the total.
 
-        Little more than the lower triangle is sent. The order of the additions, and with it the last bits of a sum,
-        depends on how many processes there are. Without an initialised process group there is one, and nothing to add.
+        Little more than the lower triangle is sent. The last bits of a sum depend on how many processes there are.
+        Without an initialised process group there is one, and nothing to add.
         """
         if dist.is_available() and dist.is_initialized():
             device = reducing_device(self.lower.device)
@@ -258,7 +252,6 @@ class SecondMoment:
             )
 
     def __repr__(self) -> str:
-        """Width, count, dtype and device."""
         return f"SecondMoment(d={self.d}, count={self.count}, dtype={self.dtype}, device={str(self.device)!r})"
 
 
@@ -395,7 +388,12 @@ def _traces(moment: SecondMoment) -> tuple[int, float, float]:
         )
     lower = moment.lower
     diagonal = lower.diagonal().cpu().double()  # through the CPU: not every device has float64
-    below = sum(_below(lower, start) for start in range(0, moment.d, _SQUARED))
+    below = 0.0
+    for start in range(0, moment.d, _SQUARED):
+        rows = slice(start, start + _SQUARED)
+        # Norms are taken, and not squares, which float32 need not hold.
+        for part in (lower[rows, :start], lower[rows, rows].tril(-1)):
+            below += float(torch.linalg.vector_norm(part, dtype=_zero(lower.device).dtype)) ** 2
     trace = float(diagonal.sum()) / n
     squares = (2 * below + float(diagonal.square().sum())) / n / n
     if not squares < float("inf"):
@@ -404,11 +402,3 @@ def _traces(moment: SecondMoment) -> tuple[int, float, float]:
             "collect the keys again, or in float64."
         )
     return n, trace, squares
-
-
-def _below(lower: Tensor, start: int) -> float:
-    """The sum of squares under the diagonal, of one block of rows."""
-    stop = min(start + _SQUARED, lower.shape[0])
-    left, corner = lower[start:stop, :start], lower[start:stop, start:stop].tril(-1)
-    # Their norms are taken, and not their squares, which float32 need not hold.
-    return sum(float(torch.linalg.vector_norm(part, dtype=_zero(lower.device).dtype)) ** 2 for part in (left, corner))

@@ -2,10 +2,8 @@
 
 ROME, MEMIT and what grew from them store the sum of ``k k^T`` as a full symmetric matrix ``mom2.mom2``, the number of
 keys as ``mom2.count``, and as ``sample_size`` the number of documents that was asked for, without which their loaders
-collect again. A file may hold more; what it holds more is never looked at.
-
-The reader takes files from strangers: nothing is unpickled, and the declared sizes and the arrays' headers are compared
-with what a moment of that width needs before any memory is taken for it.
+collect again. The reader takes files from strangers: nothing is unpickled, what else a file holds is never looked at,
+and declared sizes and headers are compared with what a moment of that width needs before memory is taken for it.
 """
 
 from __future__ import annotations
@@ -103,10 +101,7 @@ class NpzMoment:
 def save_npz(
     path: str | os.PathLike[str], moment: SecondMoment, *, sample_size: int, dtype: torch.dtype = torch.float32
 ) -> None:
-    """Write a moment so that the loaders of other codebases take it as their own.
-
-    The file has ``mom2.count`` and ``sample_size`` (int64) and ``mom2.mom2``, the full symmetric sum; equal moments
-    give equal files. It is either the old one or the whole new one.
+    """Write a moment so that the loaders of other codebases take it as their own; equal moments give equal files.
 
     Args:
         path: Where to; missing folders are made.
@@ -125,17 +120,14 @@ def save_npz(
     check_moment(moment, "An .npz file")
     if dtype not in (torch.float32, torch.float64):
         raise ValueError(f"A sum is written as float32 or float64 but not as {dtype}.")
-    if isinstance(sample_size, bool) or not isinstance(sample_size, int) or sample_size < 1:
+    if type(sample_size) is not int or sample_size < 1:
         raise ValueError(f"sample_size must be a whole number above 0 but is {sample_size!r}.")
     if moment.count < 1:
         raise ValueError(f"The moment for {os.fspath(path)!r} has seen no key; update it first.")
     total = moment.sum.cpu().to(dtype)  # (d, d), both triangles
     check_finite(total, f"The sum for {os.fspath(path)!r}")
-    arrays: dict[str, Any] = {
-        COUNT: np.asarray(moment.count, dtype=np.int64),
-        SUM: total.numpy(),
-        SAMPLE_SIZE: np.asarray(sample_size, dtype=np.int64),
-    }
+    count, asked = (np.asarray(number, dtype=np.int64) for number in (moment.count, sample_size))
+    arrays: dict[str, Any] = {COUNT: count, SUM: total.numpy(), SAMPLE_SIZE: asked}
     with atomic_file(path) as file:
         np.savez(file, **arrays)
 

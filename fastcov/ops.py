@@ -23,7 +23,6 @@ from fastcov.hooks import isolated, key_rows
 from fastcov.kernels import cpu, cuda, gpu, plain, triton
 from fastcov.matrices import matrix, shares_entries
 
-_EXACT = (0.0, 1.0, -1.0)  # values of alpha that make no sum larger or smaller
 _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
@@ -35,23 +34,14 @@ class WhyNot(Protocol):
 
 @dataclass(frozen=True)
 class Kernel:
-    """One implementation of the update.
+    """One implementation of the update."""
 
-    Attributes:
-        name: What callers ask for.
-        update: ``(C (d, d), X (n, d), mask (n,) bool or None, alpha)``, C changes in place.
-        why_not: Why it cannot run here, or with these tensors, as a clause; None if it can.
-        not_preferred: Why it is not chosen on this machine though it can run, or None.
-        checked: Whether it must pass a check on the device before it is chosen.
-        native: Whether it reads memory itself, so that no setting of torch has a say in the sum.
-    """
-
-    name: str
-    update: gpu.Update
+    name: str  # what callers ask for
+    update: gpu.Update  # (C (d, d), X (n, d), mask (n,) bool or None, alpha), C changes in place
     why_not: WhyNot
-    not_preferred: Callable[[], str | None] = lambda: None
-    checked: bool = False
-    native: bool = False
+    not_preferred: Callable[[], str | None] = lambda: None  # why it is not chosen on this machine though it can run
+    checked: bool = False  # whether it must pass a check on the device before it is chosen
+    native: bool = False  # whether it reads memory itself, so that no setting of torch has a say in the sum
 
 
 #: All kernels, best first.
@@ -174,8 +164,7 @@ def _choice(C: Tensor, X: Tensor, name: str | None) -> Kernel:
 def _named(name: str, C: Tensor, X: Tensor) -> Kernel:
     if name not in KERNELS:
         raise KernelUnavailable(f"There is no kernel {name!r}; there are {', '.join(KERNELS)}.")
-    reason = KERNELS[name].why_not(C, X)
-    if reason is not None:
+    if (reason := KERNELS[name].why_not(C, X)) is not None:
         raise KernelUnavailable(f"The kernel {name!r} cannot run: {reason}; name another or none.")
     return KERNELS[name]
 
@@ -190,11 +179,10 @@ def _best(C: Tensor, X: Tensor) -> tuple[Kernel, bool]:
         kernel = KERNELS[name]
         if kernel.why_not(C, X) is not None or kernel.not_preferred() is not None:
             continue
-        if kernel.checked:
-            if gpu.failure(name, kernel.update, C.device, X.dtype, C.shape[0]):
-                continue
+        if not kernel.checked:
+            return kernel, True
+        if not gpu.failure(name, kernel.update, C.device, X.dtype, C.shape[0]):
             return kernel, gpu.done(name, C.device, X.dtype, C.shape[0])
-        return kernel, True
     raise KernelUnavailable(
         f"No kernel takes keys {X.dtype} and a sum {C.dtype} on {C.device}; see fastcov.ops.kernels."
     )
@@ -204,7 +192,7 @@ def _run(C: Tensor, X: Tensor, mask: Tensor | None = None, alpha: float = 1.0, k
     found = _choice(C, X, kernel)
     if X.untyped_storage().data_ptr() == C.untyped_storage().data_ptr():
         X = X.clone()
-    if alpha not in _EXACT:
+    if alpha not in (0.0, 1.0, -1.0):  # which make no sum larger or smaller
         X, alpha = _balanced(C, X, alpha)
     if found.native:
         found.update(C, X, mask, alpha)
@@ -231,14 +219,10 @@ def _balanced(C: Tensor, X: Tensor, alpha: float) -> tuple[Tensor, float]:
     return X * 2.0**half, math.ldexp(alpha, -2 * half)
 
 
-def _fake(C: Tensor, X: Tensor, mask: Tensor | None = None, alpha: float = 1.0, kernel: str | None = None) -> None:
-    """Nothing to say about outputs: the operator has none."""
-
-
 # Not torch.library.custom_op: its first call imports torch._dynamo, which takes more than a second.
 # The registration lives as long as this object. Its class is untyped, hence Any.
 _library: Any = torch.library.Library
 _LIBRARY = _library("fastcov", "DEF")
 _LIBRARY.define("rank_k_update(Tensor(a!) C, Tensor X, Tensor? mask=None, float alpha=1.0, str? kernel=None) -> ()")
 _LIBRARY.impl("rank_k_update", _run, "CompositeExplicitAutograd")
-torch.library.register_fake("fastcov::rank_k_update", _fake, lib=_LIBRARY)
+torch.library.register_fake("fastcov::rank_k_update", lambda *given, **named: None, lib=_LIBRARY)  # no outputs

@@ -1,24 +1,21 @@
 """How many keys are enough: a budget, and a rule that stops collecting when the solution is near its limit.
 
 The update for a key k runs along ``u = S^-1 k / (k^T S^-1 k)``, with S the mean of n keys. What it disturbs in other
-text is ``u^T C u``, with C what S tends to, and the least it can disturb is ``1 / (k^T C^-1 k)``. Since the best u is
-the projection of 0 onto ``k^T u = 1``, Pythagoras gives
+text is ``u^T C u``, with C what S tends to, and the least it can disturb is ``1 / (k^T C^-1 k)``. By Pythagoras
 
     excess = (u^T C u) / least - 1 = ||u - best||^2 / ||best||^2        in the norm of C,
 
-the share that is disturbed needlessly. For Gaussian keys its mean is ``(d - 1) / (n - d)``, whatever C is (Reed,
-Mallett and Brennan, 1974). What S^-1 alone is off by is the same but for terms of the order of 1 / n:
+the share that is disturbed needlessly: in the mean ``(d - 1) / (n - d)`` for Gaussian keys (Reed, Mallett and Brennan,
+1974), and but for terms of the order of 1 / n what S^-1 alone is off by,
 
-    leverage = mean over fresh keys of k^T S^-1 k / d = n / (n - d - 1)
+    leverage = mean over fresh keys of k^T S^-1 k / d = n / (n - d - 1).
 
-That one is measured without C, from nothing but two sums: the keys that came after S are fresh to it. It can be carried
-from one number of keys to another: leave one key out of S, and by Sherman and Morrison its leverage rises from h to
-``h / (1 - h / n)``. So for independent keys of any distribution that are all about equally unusual
+That one is measured from two sums alone: the keys that came after S are fresh to it. Leave one key out of S, and by
+Sherman and Morrison its leverage rises from h to ``h / (1 - h / n)``; so for independent keys of any distribution
 
     leverage = 1 / (1 - c d / n),        c = trace((S + ridge)^-1 S) / d,
 
-which is 1 without a ridge. Text is worse, since the tokens of a document share its topic: the same law holds with a
-larger c, which is measured. It is how many tokens are worth one independent key.
+with c = 1 without a ridge. Tokens of a document share its topic: c is then larger, and is measured.
 """
 
 from __future__ import annotations
@@ -107,19 +104,14 @@ def checkpoints(d_k: int, limit: float = LIMIT) -> list[int]:
 class StoppingRule:
     """Whether the moment of one module has enough keys, asked each time that it has grown.
 
-    Between two looks it holds `probes` vectors and no matrix. A look costs one factorisation in float64 and products
-    with the probes, which estimate traces (Hutchinson, 1990): with random signs z, ``E z^T M z = trace(M)``. The signs
-    are the same each time, so equal moments give equal decisions.
+    A look costs one factorisation in float64 and products with random signs, which estimate traces (Hutchinson, 1990).
+    The signs are the same each time, so equal moments give equal decisions. `looks` has a `Look` for each update.
 
     Args:
         tolerance: The excess that is good enough, above 0.
         limit: The multiplier at which it is enough in any case.
-        relative_ridge: That of the solution, as in `fastcov.regularised`. With one, the small eigenvalues matter less,
-            and fewer keys are enough.
-        probes: How many vectors estimate a trace, at least 1.
-
-    Attributes:
-        looks: What was seen, one `Look` for each update.
+        relative_ridge: That of the solution, as in `fastcov.regularised`; with one, fewer keys are enough.
+        probes: How many vectors of signs, at least 1.
 
     Raises:
         ValueError: A tolerance or a number of probes that is not above 0.

@@ -87,7 +87,6 @@ class Throughput:
         return f"{self.tokens_per_second:,.0f} tokens/s{known}"
 
     def __str__(self) -> str:
-        """One line for people."""
         known = "the machine's limit was not measured"
         if self.share is not None:
             known = f"{100 * self.share:.0f} % of what this machine's arithmetic allows"

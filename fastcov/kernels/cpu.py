@@ -57,20 +57,11 @@ class CpuKernel:
         module = kernels.native()
         assert module is not None
         module.cpu_rank_k(
-            variant=self.name,
-            x=X.data_ptr(),
-            x_dtype=_CODES[X.dtype],
-            x_column_stride=X.stride(1),
-            offsets=offsets.data_ptr(),
-            rows=offsets.shape[0],
-            d=X.shape[1],
-            c=C.data_ptr(),
-            c_dtype=_CODES[C.dtype],
-            c_row_stride=C.stride(0),
-            c_column_stride=C.stride(1),
-            alpha=alpha,
-            threads=torch.get_num_threads(),
-        )
+            variant=self.name, x=X.data_ptr(), x_dtype=_CODES[X.dtype], x_column_stride=X.stride(1),
+            offsets=offsets.data_ptr(), rows=offsets.shape[0], d=X.shape[1],
+            c=C.data_ptr(), c_dtype=_CODES[C.dtype], c_row_stride=C.stride(0), c_column_stride=C.stride(1),
+            alpha=alpha, threads=torch.get_num_threads(),
+        )  # fmt: skip
 
 
 #: The fastest first.
@@ -84,15 +75,11 @@ def fma_peak(
 ) -> float:
     """The rate of multiply-adds on registers alone, in GFLOP/s: what no kernel of this kind can exceed.
 
-    Args:
-        kernel: The name of a `CpuKernel` that can run here.
-        threads: How many at once; by default those of torch.
-        dtype: float32 or float64; bfloat16 for ``avx512_bf16`` gives that of its pairs. For ``amx_bf16`` that of the
-            keys: of products of bfloat16, float16 takes four and float32 six.
-        seconds: How long to measure.
+    The dtype is float32 or float64; bfloat16 for ``avx512_bf16`` gives the rate of its pairs. For ``amx_bf16`` it is
+    that of the keys: of products of bfloat16, float16 takes four and float32 six. `threads` are by default torch's.
 
     Raises:
-        ValueError: The kernel cannot run here.
+        ValueError: The kernel of this name cannot run here.
     """
     reason = _missing(kernel)
     if reason is not None:

@@ -37,10 +37,8 @@ def _missing() -> str | None:
         return "there is no CUDA device"
     # Loading the code takes memory on a device, so only one is tried; `why_not` tries the others.
     new = [index for index in range(torch.cuda.device_count()) if _too_old(index) is None]
-    if not new:
-        return _too_old(0)
     current = torch.cuda.current_device()
-    return _unfit(current if current in new else new[0])
+    return _unfit(current if current in new else (new or [0])[0])
 
 
 def _too_old(index: int) -> str | None:
@@ -119,25 +117,16 @@ def _arguments(
 ) -> dict[str, int | float]:
     """What the native functions take: addresses, sizes, and strides in elements."""
     return {
-        "device": _index(C),
-        "stream": torch.cuda.current_stream(C.device).cuda_stream,
-        "c": C.data_ptr(),
-        "c_row_stride": C.stride(0),
-        "c_col_stride": C.stride(1),
-        "x": X.data_ptr(),
-        "dtype": _CODES[X.dtype],
-        "n": X.shape[0],
-        "d": X.shape[1],
-        "x_row_stride": X.stride(0),
-        "x_col_stride": X.stride(1),
+        "device": _index(C), "stream": torch.cuda.current_stream(C.device).cuda_stream,
+        "c": C.data_ptr(), "c_row_stride": C.stride(0), "c_col_stride": C.stride(1),
+        "x": X.data_ptr(), "x_row_stride": X.stride(0), "x_col_stride": X.stride(1),
+        "dtype": _CODES[X.dtype], "n": X.shape[0], "d": X.shape[1],
         "mask": 0 if mask is None else mask.data_ptr(),
-        "rows": 0,  # a list of rows in place of a mask, and its length
-        "count": 0,
+        "rows": 0, "count": 0,  # a list of rows in place of a mask, and its length
         "alpha": alpha,
-        "turns": 0 if turns is None else turns.data_ptr(),
-        "turns_count": 0 if turns is None else turns.shape[0],
+        "turns": 0 if turns is None else turns.data_ptr(), "turns_count": 0 if turns is None else turns.shape[0],
         "route": _ROUTES[route],
-    }
+    }  # fmt: skip
 
 
 def _index(C: Tensor) -> int:

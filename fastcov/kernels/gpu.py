@@ -47,7 +47,24 @@ def failure(name: str, update: Update, device: torch.device, dtype: torch.dtype,
     A kernel for wide keys must pass with narrow and with wide ones. Without memory to check it there is no reason not
     to.
     """
-    return next((why for w in _widths(d) if (why := _failure(name, update, device, dtype, w))), None)
+    for width in _widths(d):
+        key = (name, device, dtype, width)
+        if key not in _failures:
+            try:
+                _failures[key] = found = _try(update, device, dtype, width)
+            except torch.OutOfMemoryError:
+                # Says nothing of the kernel. It is chosen, and checked when there is room.
+                logger.info("no memory on %s to check the kernel %s", device, name)
+                continue
+            if found is not None:
+                logger.warning(
+                    "the kernel %s is not used on %s for %s keys about %d wide: %s; please report it, "
+                    "and name another kernel to silence this",
+                    name, device, str(dtype).removeprefix("torch."), width, found,
+                )  # fmt: skip
+        if _failures[key] is not None:
+            return _failures[key]
+    return None
 
 
 def done(name: str, device: torch.device, dtype: torch.dtype, d: int) -> bool:
@@ -57,29 +74,6 @@ def done(name: str, device: torch.device, dtype: torch.dtype, d: int) -> bool:
 
 def _widths(d: int) -> tuple[int, ...]:
     return (_NARROW, _WIDE) if d >= _IS_WIDE else (_NARROW,)
-
-
-def _failure(name: str, update: Update, device: torch.device, dtype: torch.dtype, width: int) -> str | None:
-    key = (name, device, dtype, width)
-    if key not in _failures:
-        try:
-            found = _try(update, device, dtype, width)
-        except torch.OutOfMemoryError:
-            # Says nothing of the kernel. It is chosen, and checked when there is room.
-            logger.info("no memory on %s to check the kernel %s", device, name)
-            return None
-        _failures[key] = found
-        if found is not None:
-            logger.warning(
-                "the kernel %s is not used on %s for %s keys about %d wide: %s; please report it, "
-                "and name another kernel to silence this",
-                name,
-                device,
-                str(dtype).removeprefix("torch."),
-                width,
-                found,
-            )
-    return _failures[key]
 
 
 def _try(update: Update, device: torch.device, dtype: torch.dtype, d: int) -> str | None:

@@ -39,21 +39,13 @@ _BAND = 8  # tile rows that share a stretch of columns
 
 @dataclass(frozen=True)
 class Config:
-    """How the work is cut up.
+    """How the work is cut up."""
 
-    Attributes:
-        tile: Width of a tile of C, a power of two from 16.
-        depth: Rows of X in one step, a power of two from 16.
-        warps: Warps of a program.
-        stages: Steps whose keys are on their way at once.
-        programs: Programs on a multiprocessor at once.
-    """
-
-    tile: int
-    depth: int
-    warps: int
-    stages: int
-    programs: int
+    tile: int  # width of a tile of C, a power of two from 16
+    depth: int  # rows of X in one step, a power of two from 16
+    warps: int  # of a program
+    stages: int  # steps whose keys are on their way at once
+    programs: int  # on a multiprocessor at once
 
 
 # By route, see `_route`, and bytes of a key. The two sums of a tile fill half the registers, so
@@ -176,26 +168,13 @@ def choose(route: str, aligned: bool, processors: int, X: Tensor) -> Config:
 
 
 def launch(
-    C: Tensor,
-    X: Tensor,
-    mask: Tensor | None,
-    alpha: float,
-    config: Config,
-    tma: bool,
-    processors: int = 1,
-    chain: int | None = None,
-) -> None:
+    C: Tensor, X: Tensor, mask: Tensor | None, alpha: float,
+    config: Config, tma: bool, processors: int = 1, chain: int | None = None,
+) -> None:  # fmt: skip
     """Run the kernel as told; see `update`, which decides.
 
-    Args:
-        C: The sum, (d, d).
-        X: The keys, (n, d).
-        mask: Rows to keep, (n,), or None.
-        alpha: A factor for what is added.
-        config: How the work is cut up.
-        tma: Bring whole blocks of rows through a tensor descriptor.
-        processors: Multiprocessors to fill.
-        chain: Rows until promotion, a multiple of the config's depth; None takes the default.
+    With `tma` whole blocks of rows are brought through a tensor descriptor; `processors` multiprocessors are filled,
+    and sums promoted after `chain` rows, a multiple of the config's depth, of which None takes the default.
     """
     n, d = X.shape
     if n == 0 or d == 0:
@@ -211,30 +190,12 @@ def launch(
     tiles = -(-d // config.tile)
     grid = min(processors * config.programs, tiles * (tiles + 1) // 2)
     triton_code.rank_k[(grid,)](
-        C,
-        X if pointed else None,
-        tiled,
-        blocks,
-        rows,
-        counts,
-        n,
-        d,
-        float(alpha),
-        X.stride(0),
-        C.stride(0),
-        TILED=tma,
-        POINTED=pointed,
-        COUNTED=mask is not None,
-        GATHERED=rows is not None,
-        TILE=config.tile,
-        DEPTH=config.depth,
-        EVERY=(chain or _ROWS_OF_CHAIN[X.element_size()]) // config.depth,
-        BAND=_BAND,
-        STAGES=config.stages,
-        EMULATED=interpreting(),
-        num_warps=config.warps,
-        num_stages=config.stages,
-    )
+        C, X if pointed else None, tiled, blocks, rows, counts, n, d, float(alpha), X.stride(0), C.stride(0),
+        TILED=tma, POINTED=pointed, COUNTED=mask is not None, GATHERED=rows is not None,
+        TILE=config.tile, DEPTH=config.depth, EVERY=(chain or _ROWS_OF_CHAIN[X.element_size()]) // config.depth,
+        BAND=_BAND, STAGES=config.stages, EMULATED=interpreting(),
+        num_warps=config.warps, num_stages=config.stages,
+    )  # fmt: skip
 
 
 def _kept(mask: Tensor, depth: int | None) -> tuple[Tensor | None, Tensor, Tensor]:

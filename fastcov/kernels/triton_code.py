@@ -159,30 +159,13 @@ def rank_k(
     TILE: tl.constexpr, DEPTH: tl.constexpr, EVERY: tl.constexpr, BAND: tl.constexpr,
     STAGES: tl.constexpr, EMULATED: tl.constexpr,
 ):  # fmt: skip
-    """Lower triangle of C (d, d) += alpha * X^T X, by persistent programs.
+    """Lower triangle of C (d, d), float32, += alpha * X^T X for X (n, d), by persistent programs.
 
-    Args:
-        C: The sum, float32, rows `down` apart.
-        keys: X (n, d), rows `stride` apart, for what is read by pointers.
-        tiled: The same as a tensor descriptor of blocks (DEPTH, TILE), for what TMA brings.
-        blocks: With COUNTED and TILED: the blocks whose rows are all kept, int64.
-        rows: With GATHERED: the rows to read by pointers, int64.
-        counts: With COUNTED: how many of `blocks` and of `rows` to read, int64 (2,).
-        n: How many rows X has.
-        d: The width of X.
-        alpha: A factor for what is added.
-        stride: From a row of X to the next.
-        down: From a row of C to the next.
-        TILED: Blocks are brought by TMA.
-        POINTED: Rows are read by pointers; with TILED as well, the rows that no whole block has.
-        COUNTED: The counts are in device memory, where a mask became lists.
-        GATHERED: `rows` names the rows to read by pointers.
-        TILE: Width of a tile of C.
-        DEPTH: Rows of X in one product.
-        EVERY: Products after which the sum is promoted.
-        BAND: Tile rows in a band.
-        STAGES: Steps whose keys are on their way at once.
-        EMULATED: The interpreter runs this.
+    Rows of X are `stride` apart, those of C `down`. With TILED, TMA brings X through the descriptor `tiled` in blocks
+    (DEPTH, TILE); with POINTED, rows are read from `keys`, with both of them those that no whole block has. COUNTED, a
+    mask became lists (int64) on the device, whose lengths are `counts` (2,): `blocks` whose rows are all kept and, with
+    GATHERED, `rows` to read by pointers. The sum is promoted after EVERY products, tile rows go in bands of BAND, the
+    keys of STAGES steps are on their way at once, and EMULATED means that the interpreter runs this.
     """
     whole = tl.cdiv(n, DEPTH)
     single = n
