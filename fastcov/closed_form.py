@@ -93,13 +93,9 @@ def emmet(factor: CholeskyFactor, K: Tensor, R: Tensor, lambda_e: float = 0.0) -
 def rome(factor: CholeskyFactor, k: Tensor, r: Tensor, *, denominator_key: Tensor | None = None) -> LowRank:
     """ROME: ``Delta = r (A^-1 k)^T / (k^T A^-1 k)``, one edit; the scale of A cancels.
 
-    Args:
-        factor: Of A, width d_k.
-        k: The edit key, shape (d_k,) or (d_k, 1).
-        r: The residual, shape (d,) or (d, 1).
-        denominator_key: The key q of the denominator ``q^T A^-1 k``, shaped as k. By default k itself, which is r-ROME
-            and makes ``Delta k = r``. ROME as released takes the bare prompt's key here and the mean over contexts as
-            k.
+    The key k is (d_k,) or (d_k, 1), the residual r (d,) or (d, 1). With `denominator_key` q, shaped as k, the
+    denominator is ``q^T A^-1 k``. By default q is k itself, which is r-ROME and makes ``Delta k = r``; ROME as released
+    takes the bare prompt's key as q and the mean over contexts as k.
 
     Raises:
         BadInput: A key or r is no column of numbers of its width, there is more than one edit, or there is no factor.
@@ -222,11 +218,8 @@ def null_space(
 ) -> NullSpace:
     """The eigenvectors of C whose eigenvalue is below a threshold (AlphaEdit, arXiv 2410.02355).
 
-    Args:
-        second_moment: C, shape (d_k, d_k), the mean of ``k k^T``; its lower triangle is read. Or the moment whose mean
-            is taken.
-        threshold: Eigenvalues below it count as zero.
-        relative: Instead of `threshold`, a multiple of the mean of C's diagonal.
+    C (d_k, d_k) is the mean of ``k k^T``, of which the lower triangle is read, or the moment whose mean is taken. With
+    `relative` the threshold is that multiple of the mean of C's diagonal.
 
     Raises:
         BadInput: C is no dense square matrix of numbers, or a moment without a key.

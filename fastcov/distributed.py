@@ -36,7 +36,7 @@ class Processes:
 
     Args:
         store: What `torch.distributed` keeps its keys in, under a prefix of its own.
-        rank: Which one this is, from 0.
+        rank: Which one this is, from 0, of `size`.
         size: How many there are.
         group: Where sums are added up; None takes the default one.
         timeout: See `TIMEOUT`.
@@ -79,9 +79,7 @@ class Processes:
     def gather(self, what: str, value: Any = None) -> list[Any]:
         """What each process says, by rank, as JSON values; so nobody goes on before all have come this far.
 
-        Args:
-            what: What is said, the same in every process.
-            value: JSON.
+        All name the same `what`.
 
         Raises:
             FailedElsewhere: A process failed before it came here.

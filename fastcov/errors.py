@@ -18,14 +18,10 @@ _LINES = {code: text for code, text in _FIELD.items() if chr(code) not in "\n\t"
 
 
 def printable(text: str, *, lines: bool = False) -> str:
-    r"""`text` with every control character spelled out: ESC becomes the four letters ``\x1b``.
+    """`text` with every control character spelled out; `lines` leaves line feeds and tabs.
 
     Everything that reaches a person goes through here: messages of errors, lines of the command line and of logs, and
     what a report is made of.
-
-    Args:
-        text: From a file, or about one.
-        lines: Leave line feeds and tabs, as in text of several lines that this program laid out.
     """
     # The test is quick, and text with nothing to spell out is almost all of it.
     return text if text.isprintable() else text.translate(_LINES if lines else _FIELD)

@@ -268,13 +268,9 @@ def random_state_kept(seed: int | None = None) -> Iterator[None]:
 def key_rows(x: Tensor, mask: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor | None]]:
     """View keys as rows without ever copying them, in the order of the memory, each beside its mask entry.
 
-    Where the strides allow no view of all, as in ``x[:, 1:]``, each entry of the outermost dimension is a piece of its
-    own: one sequence of the batch.
-
-    Args:
-        x: Keys, shape (..., d_k).
-        mask: What to keep, shape (...) or any shape with as many entries (some models flatten tokens before the
-            projection); non-zero means kept. None keeps all.
+    Keys x are (..., d_k). Of the mask (...), or of any shape with as many entries (some models flatten tokens before
+    the projection), non-zero means kept. Where the strides allow no view of all, as in ``x[:, 1:]``, each entry of the
+    outermost dimension is a piece of its own: one sequence of the batch.
 
     Yields:
         A view of rows (n, d_k), each row in one piece, and their mask as bool (n,) on the device of the mask, or None.

@@ -87,10 +87,8 @@ class SecondMoment:
     def update(self, x: Tensor, mask: Tensor | None = None) -> SecondMoment:
         """Add keys, where they lie, and return this moment; on a GPU this waits.
 
-        Args:
-            x: Keys, shape (..., d), float32, float64, float16 or bfloat16, on the sum's device; or a NumPy array of
-                them.
-            mask: Which of them count, shape (...), non-zero means kept; None keeps all.
+        Keys x (..., d) are float32, float64, float16 or bfloat16, on the sum's device, or a NumPy array; those count
+        whose mask (...) is non-zero.
 
         Raises:
             BadInput: Keys that are not d wide or not floating point, live on another device, or do not fit the mask.

@@ -103,11 +103,8 @@ def save_npz(
 ) -> None:
     """Write a moment so that the loaders of other codebases take it as their own; equal moments give equal files.
 
-    Args:
-        path: Where to; missing folders are made.
-        moment: What to write.
-        sample_size: What the loader is configured with (``mom2_n_samples``); with another number it collects again.
-        dtype: Of the sum in the file, float32 or float64.
+    The sum is written as float32 or float64. `sample_size` is what the loader is configured with (``mom2_n_samples``):
+    with another number it collects again.
 
     Raises:
         BadInput: It is no moment.
@@ -136,9 +133,7 @@ def save_npz(
 def load_npz(path: str | os.PathLike[str], *, width: int | None = None) -> NpzMoment:
     """Read a moment that another codebase wrote, on the CPU and in the dtype of the file.
 
-    Args:
-        path: The file.
-        width: The width that the keys must have; None takes any up to `MAX_WIDTH`.
+    Its keys must have this width; None takes any up to `MAX_WIDTH`.
 
     Raises:
         FastcovError: There is no such file.

@@ -36,10 +36,7 @@ _DTYPES = {"F32": torch.float32, "F64": torch.float64}
 def save_moment(path: str | os.PathLike[str], moment: SecondMoment, provenance: Mapping[str, Any]) -> None:
     """Write a moment without rounding; the file under this name is either the old one or the whole new one.
 
-    Args:
-        path: Where to; missing folders are made.
-        moment: What to write.
-        provenance: What the moment belongs to (model, module, corpus, ...), as JSON values.
+    The provenance is what the moment belongs to (model, module, corpus, ...), as JSON values. Missing folders are made.
 
     Raises:
         ValueError: The provenance is not JSON.
@@ -70,10 +67,7 @@ def load_moment(
 ) -> tuple[SecondMoment, dict[str, Any]]:
     """Read a moment, on the CPU, and its provenance, every byte verified.
 
-    Args:
-        path: The file.
-        expect: Provenance that the file must have, field by field; fields not named here may be anything. Compared
-            before the sum is read.
+    `expect` is provenance that the file must have, compared before the sum is read; other fields may be anything.
 
     Raises:
         FastcovError: There is no such file.

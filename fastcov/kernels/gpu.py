@@ -1,12 +1,11 @@
 """Which kernel a GPU gets: the order of their measured times there, and a right result before one is chosen.
 
-*Measured.* ``measured.json`` beside this file holds, for each device that was measured, the seconds of each kernel by
-dtype and width. ``python benchmarks/gpu_check.py --adopt FILE`` takes over the results of ``make gpu-check``. Where a
-device is not in it, the order in `fastcov.ops` holds.
+*Measured.* ``measured.json`` has for each measured device the seconds of each kernel by dtype and width, taken over
+from ``make gpu-check`` by ``python benchmarks/gpu_check.py --adopt FILE``. Elsewhere the order in `fastcov.ops` holds.
 
-*Checked.* Devices, drivers and compilers are many, and this project has tried few of them. Two small updates of a
-kernel that is compiled for a device, one of them with a mask, compared with float64 on the same device, turn a wrong
-second moment into a warning and another kernel. A kernel asked for by name is not checked.
+*Checked.* Devices, drivers and compilers are many. Two small updates of a kernel that is compiled for a device, one of
+them with a mask, compared with float64, turn a wrong second moment into a warning and another kernel. A kernel asked
+for by name is not checked.
 """
 
 from __future__ import annotations

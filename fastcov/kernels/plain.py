@@ -1,13 +1,11 @@
 """The rank-k update in plain torch: the reference, which runs everywhere, and row panels for 16-bit keys on CUDA.
 
 *reference* is what other kernels are checked against. The triangle is halved recursively: its lower-left square is one
-matrix product straight into C, its two smaller triangles are done the same way. Only the smallest triangles, `_LEAF`
-wide, compute a full square and keep half of it, so the arithmetic is close to half of a full product and the memory is
-one leaf. Products are full ones: `fastcov.ops` switches TF32 and autocast off around a kernel.
+matrix product straight into C, its two smaller triangles are done the same way, and only the smallest ones compute a
+full square and keep half of it. Products are full ones: `fastcov.ops` switches TF32 and autocast off around a kernel.
 
-*panels* is cuBLAS, one row panel of C at a time. It has no symmetric update for 16-bit keys, but multiplies them into
-float32: with 8 panels 9/16 of a full product are computed. It is what a kernel has to beat, and what runs where none
-can.
+*panels* is cuBLAS, which has no symmetric update for 16-bit keys, one row panel of C at a time: with 8 panels 9/16 of a
+full product. It is what a kernel has to beat, and what runs where none can.
 """
 
 from __future__ import annotations

@@ -1,24 +1,18 @@
 """The rank-k update in Triton, for NVIDIA GPUs of compute capability 8.0 and above.
 
 C is cut into square tiles and only those of the lower triangle are computed: half the arithmetic of a full product. One
-program a multiprocessor takes tiles in turn; the number of a tile gives its row and column by an exact decoding,
-ordered so that programs that run at the same time share keys in the L2 cache. In tiles on the diagonal only what is on
-and below it is read and written.
+program a multiprocessor takes tiles in turn, ordered so that programs that run at the same time share keys in the L2
+cache. In tiles on the diagonal only what is on and below it is read and written.
 
 Sums. Tensor cores truncate when they add, so a long chain of products comes out too small, on the diagonal always.
-After at most 1024 rows the chain is therefore added to a second float32 sum and starts again at zero. Keys of 16 bits
-are exact on the tensor cores. Float32 keys are split into three bfloat16 each and the six larger of the nine products
-are summed, which leaves out 2^-24 of a product of two keys; their chain has six times the steps and is promoted after
-64 rows. (tf32x3 costs the same on the tensor cores and keeps 22 bits; plain tf32 keeps 11.)
+After at most 1024 rows the chain is therefore added to a second float32 sum and starts again at zero. Float32 keys are
+split into three bfloat16 each and the six larger of the nine products are summed, which leaves out 2^-24 of a product;
+their chain is promoted after 64 rows. (tf32x3 costs the same and keeps 22 bits; plain tf32 keeps 11.)
 
-Loads. On compute capability 9 and 10 aligned keys are brought by TMA, in blocks of rows, through a tensor descriptor:
-no addresses in registers, and what lies beyond the edges comes as zeros. A mask becomes two lists on the device,
-without waiting for it: the blocks whose rows are all kept, which TMA brings, and the remaining kept rows, which are
-read one by one through pointers. What is not kept is never read, so it may be NaN. Everything else goes through
-pointers: all keys on other devices. Offsets into C and X are of 64
-bits.
-
-The device code is in `fastcov.kernels.triton_code`, which alone imports triton.
+Loads. On compute capability 9 and 10 aligned keys are brought by TMA, in blocks of rows: no addresses in registers, and
+what lies beyond the edges comes as zeros. A mask becomes two lists on the device: the blocks whose rows are all kept,
+and the other kept rows, which are read one by one through pointers, as all keys are elsewhere. What is not kept is
+never read. The device code is in `fastcov.kernels.triton_code`, which alone imports triton.
 """
 
 from __future__ import annotations
