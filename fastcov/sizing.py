@@ -48,12 +48,12 @@ def budget(multiplier: float, d_k: int) -> int:
         BadInput: The multiplier is NaN, infinite, not above 0 or so small that no key is left, or d_k is not a whole
             number above 0.
     """
-    if not isinstance(d_k, Integral) or isinstance(d_k, bool) or d_k <= 0:
+    if not _is(d_k, Integral) or d_k <= 0:
         raise BadInput(
             f"The width of the keys d_k must be a whole number above 0 but is {d_k!r}; "
             "pass the input width of the edited projection."
         )
-    if not isinstance(multiplier, Real) or isinstance(multiplier, bool):
+    if not _is(multiplier, Real):
         raise BadInput(f"The multiplier must be a number above 0 but is {multiplier!r}; 10 is recommended.")
     if not math.isfinite(multiplier) or multiplier <= 0:
         raise BadInput(f"The multiplier must be finite and above 0 but is {multiplier!r}; 10 is recommended.")
@@ -66,6 +66,11 @@ def budget(multiplier: float, d_k: int) -> int:
             f"pass more than {0.5 / d_k:g} (10 is recommended)."
         )
     return round(keys)
+
+
+def _is(value: object, kind: type) -> bool:
+    """Whether a value is a number of a kind, NumPy's included; True and False are no numbers."""
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 #: The excess that is good enough: what an edit disturbs is at most half more than the least.

@@ -37,8 +37,10 @@ def _missing() -> str | None:
         return "there is no CUDA device"
     # Loading the code takes memory on a device, so only one is tried; `why_not` tries the others.
     new = [index for index in range(torch.cuda.device_count()) if _too_old(index) is None]
+    if not new:
+        return _too_old(0)
     current = torch.cuda.current_device()
-    return _unfit(current if current in new else (new or [0])[0])
+    return _unfit(current if current in new else new[0])
 
 
 def _too_old(index: int) -> str | None:
