@@ -134,7 +134,7 @@ class Plan:
     weights_run: int  # bytes of the part that the pass uses, embeddings included
     activations: int  # bytes that a batch needs at most
     moments: int  # bytes of the sums of all layers
-    factor: int  # bytes of one layer's factor in float64; refined in float32, half of that
+    factor: int  # bytes of one layer's factor in float64
     file: int  # bytes of one layer's file
     flops: float  # operations of all processes together: the forward passes
     triangles: float  # and those of the sums

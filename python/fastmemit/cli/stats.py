@@ -127,7 +127,6 @@ def _plan(args: argparse.Namespace) -> None:
         ("  to disk, each layer", [byte_size(p.file) for p in plans]),
         ("then, for each layer", []),
         ("  a factor in float64", [byte_size(p.factor) for p in plans]),
-        ("  in float32, refined", [byte_size(p.factor / 2) for p in plans]),
         ("  seconds in float64", [_seconds(p.factor_seconds) for p in plans]),
     ]
     show_table([[name, *cells] for name, cells in rows])
