@@ -240,11 +240,8 @@ def subject_embeddings(adapter: ModelAdapter, facts: Sequence[TracedFact]) -> tu
 
 @isolated()
 def subject_noise(fact: TracedFact, samples: int, width: int, std: float, seed: int) -> Tensor:
-    """Gaussian noise for the subject's tokens, (samples, subject tokens, width), float32.
-
-    It depends on the seed and the fact's own tokens alone: a fact gets the same noise wherever it stands in a file or a
-    batch, and at whichever position something is restored.
-    """
+    """Gaussian noise for the subject's tokens, (samples, subject tokens, width), float32."""
+    # A fact gets the same wherever it stands in a file or a batch, and at whichever position something is restored.
     digest = hashlib.sha256(f"{seed} {fact.first} {fact.last} {fact.ids}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
     return std * torch.randn(samples, fact.last - fact.first + 1, width, generator=generator)

@@ -98,14 +98,6 @@ def _multiplier(value: Any, name: str) -> Any:
         raise BadConfig(f"{name} must be a number or 'auto' but is {value!r}.") from error
 
 
-class _Unknown(Delta):
-    """What others have written into the weights."""
-
-    def digest(self) -> str:
-        """What the weights are with it."""
-        return f"unknown:{self.provenance['weights']}"
-
-
 class LiveStack(EditStack):
     """The edits in a model that others edit too, read off the weights.
 
@@ -130,12 +122,12 @@ class LiveStack(EditStack):
 
     @property
     def edits(self) -> tuple[Edit, ...]:
-        """Nothing if the weights are the unedited ones, else whatever it is that is in them."""
-        return () if self._now == self.fingerprint else (Edit(_Unknown({}, {"weights": self._now}), self),)
+        """Nothing if the weights are the unedited ones, else one that stands for whatever it is that is in them."""
+        return () if self._now == self.fingerprint else (Edit(Delta({}, {}), self),)
 
     def digests(self) -> list[str]:
         """What the weights are with what is in them, if anything is."""
-        return [edit.delta.digest() for edit in self.edits]
+        return [f"unknown:{self._now}"] if self.edits else []
 
     def state(self) -> str:
         """What identifies the weights as they were when last looked at."""

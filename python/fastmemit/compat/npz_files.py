@@ -53,11 +53,7 @@ _SHOWN = 6
 
 @dataclass(frozen=True)
 class StatsPlace:
-    """The files of one model, data set and setting in a folder of statistics.
-
-    Raises:
-        BadConfig: One of them makes no sense, or would leave the folder.
-    """
+    """The files of one model, data set and setting in a folder of statistics, which no name may leave (`BadConfig`)."""
 
     stats_dir: Path  # the codebase's own folder, data/stats in all of them as released
     layout: Layout  # whose

@@ -245,11 +245,8 @@ def open_statistics(folder: _Path) -> Statistics:
 
 
 def cache_statistics(found: Statistics, folder: Path) -> Statistics:
-    """Copy what `open_statistics` gave to where edits find it, the folder ``statistics`` of a cache.
-
-    The names come from what the files say and what was checked, not from how they were called. A file that is there
-    already stays.
-    """
+    """Copy what `open_statistics` gave to the folder ``statistics`` of a cache; a file that is there already stays."""
+    # Names come from what the files say and what was checked, not from how they were called.
     home = home_of(folder / found.provenance["model"][:16], shared_of(found.provenance))
     return Statistics(copy_moments(found.paths, found.provenance, home.parent, home.name), found.provenance)
 

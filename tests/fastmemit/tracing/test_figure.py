@@ -35,7 +35,7 @@ def result(groups: tuple[str, ...], proposal: Proposal | None = None, facts: int
         seconds=1.26,
         versions={"torch": "2"},
         hardware={"cpu": "some"},
-        command=["fastmemit", "locate", "--facts", "two words.json"],
+        command=["fastmemit", "experiment", "locate", "--facts", "two words.json"],
     )
 
 
