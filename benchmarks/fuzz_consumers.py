@@ -8,6 +8,7 @@ import io
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -15,13 +16,13 @@ import torch
 
 import fastcov
 from benchmarks.fuzz_readers import Absent, Reader, seal_delta, seal_moment
-from fastmemit import statistics
 from fastmemit.cli import main
 from fastmemit.delta import Delta
 from fastmemit.edits import Edit, EditStack
 from fastmemit.experiments import report
 from fastmemit.files import write_moments
 from fastmemit.sharing import compose, compressed, parts, remove
+from fastmemit.statistics import StatisticsStore
 from tiny_models import D_K, D, tiny_model
 from tiny_sweeps import made, record, write
 
@@ -67,9 +68,22 @@ def _statistics(folder: Path) -> Path:
     return write_moments(folder / _MODEL[:16], shared, moments)[_MODULES[0]]
 
 
+class _Store(StatisticsStore):
+    """The statistics in a folder, of a model that is not there."""
+
+    def __init__(self, home: Path) -> None:
+        self._place, self._tokenizer_is = home, "t" * 64
+        self._adapter: Any = SimpleNamespace(projection_name=_MODULES.__getitem__)
+        self._stack: Any = SimpleNamespace(fingerprint=_MODEL)
+
+    @property
+    def _home(self) -> Path:
+        return self._place
+
+
 def _find(path: Path) -> Any:
-    found = statistics.find(path.parents[2], _MODEL, _MODULES, None, "t" * 64)
-    whatever = statistics.find(path.parents[2], _MODEL, None, 4.0)
+    store = _Store(path.parents[1])
+    found, whatever = store.find(range(len(_MODULES))), store.find(None, 4.0)
     for one in (found, whatever):
         if one is not None:
             _ = one.describe(), one.keys, one.exhausted, one.multiplier_of(5)

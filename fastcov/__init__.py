@@ -26,9 +26,9 @@ from fastcov.errors import (
 )
 from fastcov.hooks import KeyHooks
 from fastcov.linalg import CholeskyFactor, factorize, regularised
-from fastcov.moments import SecondMoment, ledoit_wolf, oas
+from fastcov.moments import SecondMoment, budget, ledoit_wolf, oas
 from fastcov.ops import rank_k_update
-from fastcov.sizing import StoppingRule, budget
+from fastcov.sizing import StoppingRule
 from fastcov.store import load_moment, read_provenance, save_moment
 
 __all__ = [

@@ -25,7 +25,7 @@ def show_kernels() -> None:
     import torch
 
     from fastcov import ops
-    from fastcov.kernels import native, native_missing
+    from fastcov.kernels.cpu import native, native_missing
     from fastcov.machine import version
 
     fastmemit, triton = (version(name, "not installed") for name in ("fastmemit", "triton"))

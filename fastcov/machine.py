@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from fastcov.kernels import native
+from fastcov.kernels.cpu import native
 
 # What decides which kernel runs and how fast.
 _ISA = (

@@ -1,4 +1,4 @@
-"""How many keys are enough: a budget, and a rule that stops collecting when the solution is near its limit.
+"""When keys are enough: a rule that stops collecting once the solution is near its limit.
 
 The update for a key k runs along ``u = S^-1 k / (k^T S^-1 k)``, with S the mean of n keys. What it disturbs in other
 text is ``u^T C u``, with C what S tends to, and the least it can disturb is ``1 / (k^T C^-1 k)``. By Pythagoras
@@ -23,7 +23,6 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import dataclass
-from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -32,45 +31,9 @@ from fastcov.errors import BadInput, NotPositiveDefinite
 from fastcov.hooks import isolated
 from fastcov.linalg import factorize, regularised
 from fastcov.matrices import place_of_float64
-from fastcov.moments import SecondMoment, check_moment
+from fastcov.moments import SecondMoment, budget, check_moment
 
 logger = logging.getLogger(__name__)
-
-
-def budget(multiplier: float, d_k: int) -> int:
-    """The number of keys to collect of width d_k: ``round(multiplier * d_k)``, at least 1.
-
-    The multiplier is the paper's dynamic multiplier d_m (arXiv 2506.04226, section 4): 10 is recommended for every
-    model, 2 is near parity for some, and 1 collapses everywhere, because the smallest eigenvalue of a second moment of
-    ``d_m * d_k`` samples is biased low by about ``(1 - 1/sqrt(d_m))^2``.
-
-    Raises:
-        BadInput: The multiplier is NaN, infinite, not above 0 or so small that no key is left, or d_k is not a whole
-            number above 0.
-    """
-    if not _is(d_k, Integral) or d_k <= 0:
-        raise BadInput(
-            f"The width of the keys d_k must be a whole number above 0 but is {d_k!r}; "
-            "pass the input width of the edited projection."
-        )
-    if not _is(multiplier, Real):
-        raise BadInput(f"The multiplier must be a number above 0 but is {multiplier!r}; 10 is recommended.")
-    if not math.isfinite(multiplier) or multiplier <= 0:
-        raise BadInput(f"The multiplier must be finite and above 0 but is {multiplier!r}; 10 is recommended.")
-    keys = float(multiplier) * int(d_k)
-    if not math.isfinite(keys):
-        raise BadInput(f"The multiplier {multiplier!r} times the key width {d_k} overflows; 10 is recommended.")
-    if round(keys) == 0:
-        raise BadInput(
-            f"The multiplier {multiplier!r} times the key width {d_k} rounds to no key at all; "
-            f"pass more than {0.5 / d_k:g} (10 is recommended)."
-        )
-    return round(keys)
-
-
-def _is(value: object, kind: type) -> bool:
-    """Whether a value is a number of a kind, NumPy's included; True and False are no numbers."""
-    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 #: The excess that is good enough: what an edit disturbs is at most half more than the least.

@@ -8,12 +8,13 @@ lower triangle are computed. Threads are those of torch: ``torch.set_num_threads
 from __future__ import annotations
 
 import functools
+import importlib
 from dataclasses import dataclass
+from typing import Any
 
+# torch first: the native module then shares the OpenMP runtime that torch has loaded, and with it torch's threads.
 import torch
 from torch import Tensor
-
-from fastcov import kernels
 
 # The codes of csrc/cpu/rank_k.h.
 _CODES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
@@ -21,6 +22,24 @@ _CODES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 
 # was measured at twice the rate, a Xeon with AMX at half of it: nothing lies near.
 _PAIRS_PAY = 1.2
 _RATE_SECONDS = 3e-4
+
+
+@functools.cache
+def native() -> Any | None:
+    """The module ``fastcov._native``, or None where it is not there or does not load."""
+    return None if native_missing() else importlib.import_module("fastcov._native")
+
+
+@functools.cache
+def native_missing() -> str | None:
+    """Why there is no native module, as a clause; None where there is one."""
+    try:
+        importlib.import_module("fastcov._native")
+    except ModuleNotFoundError:
+        return "the native module is not installed (there was no C++ compiler, or FASTCOV_SKIP_NATIVE was set)"
+    except ImportError as error:
+        return f"the native module does not load ({error})"
+    return None
 
 
 @dataclass(frozen=True)
@@ -54,7 +73,7 @@ class CpuKernel:
     def update(self, C: Tensor, X: Tensor, mask: Tensor | None, alpha: float) -> None:
         """Lower triangle of C (d, d) += alpha * X^T X over the kept rows of X (n, d), in place."""
         offsets = _offsets(X, mask)  # (m,)
-        module = kernels.native()
+        module = native()
         assert module is not None
         module.cpu_rank_k(
             variant=self.name, x=X.data_ptr(), x_dtype=_CODES[X.dtype], x_column_stride=X.stride(1),
@@ -84,7 +103,7 @@ def fma_peak(
     reason = _missing(kernel)
     if reason is not None:
         raise ValueError(f"The peak of {kernel!r} cannot be measured: {reason}; name another.")
-    module = kernels.native()
+    module = native()
     assert module is not None
     rate: float = module.cpu_peak(
         variant=kernel, dtype=_CODES[dtype], threads=threads or torch.get_num_threads(), seconds=seconds
@@ -94,13 +113,13 @@ def fma_peak(
 
 def workspace_bytes() -> int:
     """What is held between updates for packed keys, at most 96 MB or 256 rows."""
-    module = kernels.native()
+    module = native()
     return 0 if module is None else int(module.cpu_workspace())
 
 
 def release_workspace() -> None:
     """Give back what `workspace_bytes` counts; the next update takes it anew."""
-    module = kernels.native()
+    module = native()
     if module is not None:
         module.cpu_release_workspace()
 
@@ -117,9 +136,9 @@ def _rate_of_pairs() -> float:
 
 @functools.cache
 def _missing(name: str) -> str | None:
-    module = kernels.native()
+    module = native()
     if module is None:
-        return kernels.native_missing()
+        return native_missing()
     supported = dict(module.cpu_variants())
     if name not in supported:
         return "this build of the native module does not have it"

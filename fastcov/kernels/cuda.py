@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastcov import kernels
+from fastcov.kernels import cpu
 
 # The codes of csrc/cuda/rank_k.h.
 _CODES = {torch.float32: 0, torch.float16: 2, torch.bfloat16: 3}
@@ -28,9 +28,9 @@ _TURNS = 4  # for every multiprocessor, see csrc/cuda/arguments.h
 @functools.cache
 def _missing() -> str | None:
     """Why it cannot run on this machine, as a clause, or None."""
-    module = kernels.native()
+    module = cpu.native()
     if module is None:
-        return kernels.native_missing()
+        return cpu.native_missing()
     if not hasattr(module, "cuda_rank_k"):
         return "the native module was built without CUDA"
     if not torch.cuda.is_available():
@@ -136,6 +136,6 @@ def _index(C: Tensor) -> int:
 
 
 def _module() -> Any:
-    module = kernels.native()
+    module = cpu.native()
     assert module is not None
     return module

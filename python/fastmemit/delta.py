@@ -95,7 +95,7 @@ class Delta:
         from safetensors import SafetensorError, safe_open
 
         if not Path(path).is_file():
-            raise FileNotFoundError(f"There is no edit file {os.fspath(path)!r}; give the path that --save wrote.")
+            raise FileNotFoundError(f"There is no edit file {os.fspath(path)!r}; give the path that --out wrote.")
         try:
             with safe_open(os.fspath(path), framework="pt") as file:
                 metadata = file.metadata() or {}

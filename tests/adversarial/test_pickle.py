@@ -131,6 +131,6 @@ def test_the_search_finds_what_it_looks_for(source: str, bad: bool) -> None:
 
 def test_no_source_unpickles() -> None:
     files = [*ROOT.glob("fastcov/**/*.py"), *ROOT.glob("python/**/*.py")]
-    assert len(files) > 100
+    assert len(files) > 50
     found = {str(f): bad for f in files if (bad := offences(f.read_text(encoding="utf-8")))}
     assert not found

@@ -28,7 +28,6 @@ from fastmemit.data.reading import (
     Line,
     check_file,
     decode,
-    is_clean_text,
     is_json_list,
     open_stream,
     parse_json,
@@ -73,6 +72,14 @@ _SHUFFLE_BUFFER = 10_000
 _BAR_AFTER_SECONDS = 2.0  # a bar for an index that takes longer; most files need no time at all
 _READ_AHEAD = 4  # batches
 _TOKENISED_TOGETHER = 16
+
+
+def is_clean_text(value: object) -> bool:
+    """Whether `value` is text that can be encoded (JSON can spell half of a surrogate pair)."""
+    try:
+        return isinstance(value, str) and value.encode("utf-8") is not None
+    except UnicodeEncodeError:
+        return False
 
 
 @dataclass(frozen=True)

@@ -125,14 +125,6 @@ def read_values(path: Path, error: type[Exception]) -> Iterator[Value]:
         yield Value(f"line {line.number}", parse_json(line.text, place, error))
 
 
-def is_clean_text(value: object) -> bool:
-    """Whether `value` is text that can be encoded (JSON can spell half of a surrogate pair)."""
-    try:
-        return isinstance(value, str) and value.encode("utf-8") is not None
-    except UnicodeEncodeError:
-        return False
-
-
 class HubName(NamedTuple):
     """What ``hub:NAME[:CONFIG][@SPLIT]`` names."""
 

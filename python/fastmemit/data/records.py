@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from fastcov.errors import printable_logger
-from fastmemit.data.reading import PREFIX, Value, is_clean_text, load_splits, read_values
+from fastmemit.data.corpora import is_clean_text
+from fastmemit.data.reading import PREFIX, Value, load_splits, read_values
 from fastmemit.errors import BadData, BadRequest
 from fastmemit.request import EditRequest
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from fastmemit.data import Record
-from fastmemit.data.reading import is_clean_text, read_values
+from fastmemit.data.corpora import is_clean_text
+from fastmemit.data.reading import read_values
 from fastmemit.errors import BadConfig, BadData
 from fastmemit.evaluation.scores import mean
 from fastmemit.text import continue_texts

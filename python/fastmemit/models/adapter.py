@@ -42,9 +42,10 @@ def is_transposed(module: nn.Module) -> bool:
 
 def linear_shape(module: nn.Module) -> tuple[int, int] | None:
     """(in, out) features of a linear map, quantised ones included; None for anything else."""
-    if is_transposed(module):
-        conv: Any = module
-        return int(conv.weight.shape[0]), int(conv.nf)
+    from transformers.pytorch_utils import Conv1D
+
+    if isinstance(module, Conv1D):
+        return int(module.weight.shape[0]), int(module.nf)
     found = getattr(module, "in_features", None), getattr(module, "out_features", None)
     if isinstance(found[0], int) and isinstance(found[1], int):
         return found[0], found[1]

@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from fastcov import KernelUnavailable, kernels, ops, rank_k_update
+from fastcov import KernelUnavailable, ops, rank_k_update
 from fastcov.kernels import cpu
 
 VARIANTS = [one.name for one in (*cpu.FAST, cpu.PORTABLE)]
@@ -13,7 +13,7 @@ HERE = [name for name in VARIANTS if cpu.CpuKernel(name).why_not() is None]
 FLOATS = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 
 if not HERE:
-    pytest.skip(f"no native kernel: {kernels.native_missing()}", allow_module_level=True)
+    pytest.skip(f"no native kernel: {cpu.native_missing()}", allow_module_level=True)
 
 
 def drawn(*shape, dtype=torch.float32, seed=0):
@@ -122,7 +122,7 @@ def test_keys_are_handed_over_where_they_lie_and_torch_says_how_many_threads(mon
         def cpu_rank_k(self, **arguments):
             calls.append(arguments)
 
-    monkeypatch.setattr(kernels, "native", Module)
+    monkeypatch.setattr(cpu, "native", Module)
     X, C = drawn(6, 8, dtype=torch.bfloat16)[1:, 2:], torch.zeros(6, 6)
     mask = torch.tensor([True, False, True, False, True])
     before = torch.get_num_threads()
@@ -223,14 +223,14 @@ def test_a_peak_is_asked_of_a_variant_in_its_codes(monkeypatch):
             calls.append(arguments)
             return 7.0
 
-    monkeypatch.setattr(kernels, "native", Module)
+    monkeypatch.setattr(cpu, "native", Module)
     assert cpu.fma_peak(HERE[0], 3, torch.float64, 0.5) == 7.0
     assert calls == [{"variant": HERE[0], "dtype": 1, "threads": 3, "seconds": 0.5}]
 
 
 def test_without_the_native_module_the_reason_is_given(monkeypatch):
-    monkeypatch.setattr(kernels, "native", lambda: None)
-    monkeypatch.setattr(kernels, "native_missing", lambda: "the native module is not installed (x)")
+    monkeypatch.setattr(cpu, "native", lambda: None)
+    monkeypatch.setattr(cpu, "native_missing", lambda: "the native module is not installed (x)")
     monkeypatch.setattr(ops, "_chosen", {})
     cpu._missing.cache_clear()
     try:

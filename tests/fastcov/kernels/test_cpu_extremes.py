@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastcov import kernels, rank_k_update
+from fastcov import rank_k_update
 from fastcov.kernels import cpu
 
 HERE = [name for name in (one.name for one in (*cpu.FAST, cpu.PORTABLE)) if cpu.CpuKernel(name).why_not() is None]
 
 if not HERE:
-    pytest.skip(f"no native kernel: {kernels.native_missing()}", allow_module_level=True)
+    pytest.skip(f"no native kernel: {cpu.native_missing()}", allow_module_level=True)
 
 
 def drawn(n, d, seed=0):

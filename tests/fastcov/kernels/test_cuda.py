@@ -12,8 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fastcov import kernels
-from fastcov.kernels import cuda
+from fastcov.kernels import cpu, cuda
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +38,7 @@ def machine(monkeypatch):
         cuda_error=lambda error: f"cudaErrorNumber{error}, it is broken",
         capabilities=[(9, 0), (8, 0)],
     )
-    monkeypatch.setattr(kernels, "native", lambda: module)
+    monkeypatch.setattr(cpu, "native", lambda: module)
     for name, value in {
         "is_available": lambda: True,
         "device_count": lambda: len(module.capabilities),
@@ -59,13 +58,13 @@ def on_gpu(*shape, dtype=torch.float32, device="cuda:0"):
 
 
 def test_without_a_native_module_its_own_reason_is_given(monkeypatch):
-    monkeypatch.setattr(kernels, "native", lambda: None)
-    monkeypatch.setattr(kernels, "native_missing", lambda: "there was no compiler")
+    monkeypatch.setattr(cpu, "native", lambda: None)
+    monkeypatch.setattr(cpu, "native_missing", lambda: "there was no compiler")
     assert cuda.why_not() == "there was no compiler"
 
 
 def test_a_native_module_without_cuda_is_named(monkeypatch):
-    monkeypatch.setattr(kernels, "native", lambda: SimpleNamespace(cpu_rank_k=None))
+    monkeypatch.setattr(cpu, "native", lambda: SimpleNamespace(cpu_rank_k=None))
     assert cuda.why_not() == "the native module was built without CUDA"
 
 
