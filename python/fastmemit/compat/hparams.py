@@ -275,7 +275,7 @@ def _parse_yaml(text: str, path: Path) -> Any:
             return node
 
     try:
-        return yaml.load(text, Loader)
+        return Loader(text).get_single_data()
     except BadConfig:
         raise
     except (yaml.YAMLError, ValueError, RecursionError) as error:
