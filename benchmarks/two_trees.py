@@ -15,6 +15,7 @@ updates of 32 and of 2,048 keys.  A checkout that measures or asks nothing does 
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import os
 import platform
@@ -51,7 +52,9 @@ def tasks() -> dict[str, Callable[[], object]]:
 
     model, tokenizer = load_model("smollm2", device="cpu", dtype="float32")
     cache = tempfile.mkdtemp()
-    editor = Editor(model, tokenizer, cache=cache)
+    # The argument's name was another one before the first release.
+    where = "cache_dir" if "cache_dir" in inspect.signature(Editor).parameters else "cache"
+    editor = Editor(model, tokenizer, **{where: cache})
     collect = {"multiplier": 1, "layers": editor.config("memit").layers, "allow_fewer": True}
     editor.precompute("builtin", **collect)
     records = load_records(DATA / "counterfact_1400.json")[:16]
@@ -65,7 +68,7 @@ def tasks() -> dict[str, Callable[[], object]]:
         return ended[0] - begun[0], ended[1] - begun[1]
 
     def precompute() -> None:
-        Editor(model, tokenizer, cache=tempfile.mkdtemp()).precompute("builtin", **collect)
+        Editor(model, tokenizer, **{where: tempfile.mkdtemp()}).precompute("builtin", **collect)
 
     def rank_k(n: int, d: int) -> Callable[[], None]:
         c, x = torch.zeros(d, d), torch.randn(n, d, generator=torch.Generator().manual_seed(0))
@@ -75,7 +78,7 @@ def tasks() -> dict[str, Callable[[], object]]:
     def forget() -> None:
         """As in a new process, where nothing was measured or asked yet."""
         getattr(sys.modules.get("fastmemit.models.running"), "_found", {}).clear()
-        getattr(editor.sources, "_replies", ("", {}))[1].clear()
+        getattr(getattr(editor, "sources", editor), "_replies", ("", {}))[1].clear()
 
     def anew(task: Callable[[], object]) -> Callable[[], object]:
         return lambda: [forget(), task()][1]
