@@ -141,7 +141,7 @@ def collect_moments(
             model is not given, says which tokens are keys where these are fewer than the attention mask keeps.
         budget: How many keys, for all modules or one number for each; None takes all there are.
         allow_fewer: Accept a corpus that ends before the budget, with a warning.
-        dtype: Of the sums, float32 or float64.
+        dtype: The dtype of the sums, float32 or float64.
         quartic: Whether to sum ``||k||^4`` too, for `fastcov.ledoit_wolf`.
         progress: Called after each batch with the number of keys that it gave to the module that took most.
         throughput: Told of each batch, so that `progress` may ask it how fast this goes.

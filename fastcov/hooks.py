@@ -2,6 +2,10 @@
 
 A key is the input of an edited projection at one token. This file is the only one that knows how to read a module: it
 hooks the projections' inputs, and lets no forward pass run further than the last of them.
+
+What is computed must not depend on where it was called from: a moment summed under autocast, or an edit written with
+TF32 on, would be stored under the name of the right one. So `isolated` stands at every public entry point; nested, it
+costs a few reads.
 """
 
 from __future__ import annotations
@@ -51,6 +55,7 @@ class isolated:
     dtype is float32, the default device is the CPU, and reductions of 16-bit products are as torch has them by default.
     All of it is afterwards as it was, also after an exception. Gradients, inference mode, autocast and the default
     device are those of the running thread; the other settings are the whole process's.
+    ``torch.use_deterministic_algorithms`` is left as it is: nothing here needs an operator that it forbids.
 
     It must not enclose a ``yield`` to a caller, whose settings are the caller's own; a decorated generator would not
     run inside it at all.
@@ -88,6 +93,7 @@ class isolated:
         self._restore()
         if error is not None and self._before is not None:  # torch.no_grad may have been stopped as it was left
             torch.set_grad_enabled(self._before)
+        self._before = None  # so that it can be entered again
 
     def _change(self) -> None:
         """Set what is not as it should be; how to undo it, once or twice, is noted before it is done."""

@@ -22,9 +22,7 @@ JITTERS = (0.0, 1e-10, 1e-9, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4)
 
 
 @isolated()
-def factorize(
-    A: Tensor | SecondMoment, *, jitters: Sequence[float] = JITTERS, in_place: bool = False
-) -> CholeskyFactor:
+def factorize(A: Tensor, *, jitters: Sequence[float] = JITTERS, in_place: bool = False) -> CholeskyFactor:
     """The Cholesky factor of a symmetric matrix, with jitter only where it cannot do without.
 
     The jitters are tried in turn, each times the mean of the diagonal; one that was needed is logged as a warning and
@@ -42,7 +40,8 @@ def factorize(
         BadInput: A is no dense square matrix of numbers, or neither float32 nor float64.
         ValueError: A jitter is negative or not finite.
     """
-    if isinstance(A, SecondMoment):
+    given: object = A
+    if isinstance(given, SecondMoment):
         raise BadInput(
             "A SecondMoment is factorised with a weight and a ridge; pass fastcov.regularised(moment, weight, ridge)."
         )
@@ -115,7 +114,7 @@ def regularised(
             anything.
         weight: How much the preserved keys count; a finite number above 0.
         ridge: What is added to the diagonal; 0 or a finite number above.
-        dtype: Of the result, float32 or float64.
+        dtype: The dtype of the result, float32 or float64.
         relative_ridge: What is added to the diagonal, over the mean of the diagonal of ``weight * C``; 0 or above.
         shrinkage: How far C is moved towards a multiple of the identity, from 0 to 1; see `fastcov.oas`.
 

@@ -29,7 +29,7 @@ class SecondMoment:
 
     Args:
         d: The width of the keys.
-        dtype: Of the sum, float32 or float64. Keys of any floating dtype are taken.
+        dtype: The dtype of the sum, float32 or float64. Keys of any floating dtype are taken.
         device: Where the sum lives, and where keys must come from.
         quartic: Whether to sum ``||k||^4`` too, for `ledoit_wolf`; it costs 0.4 to 1.6 % of every update.
 
@@ -128,7 +128,7 @@ class SecondMoment:
 
     @isolated()
     def merge(self, other: SecondMoment) -> SecondMoment:
-        """Add another moment's keys; the other one stays as it is.
+        """Add another moment's keys; the other one stays as it is. The quartic is known where both know it.
 
         Raises:
             BadInput: It is no moment, or one of another width.
@@ -300,9 +300,9 @@ def ledoit_wolf(moment: SecondMoment) -> float:
     n, trace, squares = _traces(moment)
     if moment.quartic is None:
         raise BadInput(
-            f"This moment of width {moment.d} does not know the sum of ||k||^4 that Ledoit-Wolf "
-            "needs, because it was collected without quartic=True, an older version stored it or it was taken over "
-            'without; precompute again, or give shrinkage="oas".'
+            f"This moment of width {moment.d} does not know the sum of ||k||^4 that Ledoit-Wolf needs, because it was "
+            "collected without quartic=True, imported, or stored by an older version; collect it with quartic=True "
+            '(of stored statistics, delete the file and precompute again), or give shrinkage="oas".'
         )
     if not float(moment.quartic) < float("inf"):
         raise NonFinite(

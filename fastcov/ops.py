@@ -1,10 +1,10 @@
 """The rank-k update as a PyTorch operator, and the choice of the kernel that runs it.
 
 The operator ``fastcov::rank_k_update`` is a schema and a fake. Of the kernels of a device type the first that can take
-the arguments runs; the choice is made once for each device, dtypes, width and strides. None is replaced in silence: one
-asked for by name that cannot run raises, and `kernels` says why. On a GPU those that were measured there come first, in
-the order of their times (`fastcov.kernels.gpu`), and a kernel that is compiled for the device shows a right result
-before it is chosen.
+the arguments runs; the choice is made once for tensors of the same devices, dtypes, width and strides. None is replaced
+in silence: one asked for by name that cannot run raises, and `kernels` says why. On a GPU those that were measured
+there come first, in the order of their times (`fastcov.kernels.gpu`), and a kernel that is compiled for the device
+shows a right result before it is chosen.
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ def _sum(C: Tensor) -> Tensor:
 
 def _choice(C: Tensor, X: Tensor, name: str | None) -> Kernel:
     """The kernel of this name, or the best one; found out once for tensors of one kind."""
-    key = (name, C.device, C.dtype, X.dtype, C.shape[0], C.stride(), X.stride(), X.shape[0] >> 31)
+    key = (name, C.device, X.device, C.dtype, X.dtype, C.shape[0], C.stride(), X.stride(), X.shape[0] >> 31)
     found = _chosen.get(key)
     if found is None:
         found, final = _best(C, X) if name is None else (_named(name, C, X), True)

@@ -21,12 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastcov.errors import FastcovError, StoreDamaged, StoreMismatch, printable_logger
+from fastcov.errors import FastcovError, StoreDamaged, StoreMismatch
 from fastcov.files import DTYPE_NAMES, atomic_file, parse_json, raw_bytes, write_safetensors
 from fastcov.hooks import isolated
 from fastcov.moments import SecondMoment, check_moment
-
-logger = printable_logger(__name__)
 
 FORMAT = 1
 _DTYPES = {"F32": torch.float32, "F64": torch.float64}

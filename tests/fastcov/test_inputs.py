@@ -11,7 +11,7 @@ import torch
 import fastcov
 from fastcov import FastcovError, NonFinite, SecondMoment, closed_form, moments, npz
 from fastcov.linalg import updated
-from fastcov.matrices import matrix, shares_entries, square
+from fastcov.matrices import matrix, place_of_float64, shares_entries, square
 
 # Halves of small whole numbers: exact in every floating dtype that is taken.
 DRAW = torch.Generator().manual_seed(0)
@@ -203,7 +203,7 @@ def test_a_number_that_is_none_is_not_passed_on_in_silence(name, bad):
     try:
         got = function(spoilt)
     except FastcovError as error:
-        assert isinstance(error, (NonFinite)) and one_sentence(error)
+        assert isinstance(error, NonFinite) and one_sentence(error)
     else:  # sums and solves are linear: it shows where it belongs
         assert name in ("regularised", "shrunk", "solve", "half_solve", "solve_and_gram")
         assert not got.isfinite().all()
@@ -249,6 +249,11 @@ def test_entries_that_share_memory(strides, shared):
     x = torch.zeros(64).as_strided((3, 3), strides)
     places = {i * strides[0] + j * strides[1] for i in range(3) for j in range(3)}
     assert shares_entries(x) is shared is (len(places) < 9)
+
+
+def test_float64_lives_on_the_cpu_where_the_device_has_none():
+    assert place_of_float64(torch.device("mps")).type == "cpu"
+    assert place_of_float64(torch.device("cuda:1")) == torch.device("cuda:1")
 
 
 def test_meta_tensors_hold_no_numbers():

@@ -86,6 +86,17 @@ def test_all_comes_back_wherever_an_interrupt_stops_isolated(name):
             assert settings() == before
 
 
+def test_isolated_can_be_entered_again_after_it_was_left():
+    apart = isolated()
+    for _ in range(2):
+        with apart:
+            assert not torch.is_grad_enabled()
+        with pytest.raises(ZeroDivisionError), apart:
+            assert not torch.is_grad_enabled()
+            raise ZeroDivisionError
+        assert torch.is_grad_enabled()
+
+
 def test_isolated_decorates_functions_that_call_themselves():
     seen = []
 

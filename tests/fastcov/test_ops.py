@@ -211,3 +211,13 @@ def test_the_choice_is_made_once_for_tensors_of_one_kind(monkeypatch):
     for X in (wide[:, :4], wide[:2, :4], wide[:, :4].bfloat16(), wide[:, ::2], wide[:, ::2]):
         rank_k_update(C, X)
     assert asked == [(torch.float32, 1), (torch.bfloat16, 1), (torch.float32, 2)]
+
+
+def test_a_choice_for_keys_beside_the_sum_is_not_one_for_keys_elsewhere(monkeypatch):
+    def why_not(C=None, X=None):
+        return None if C is None or C.device == X.device else "keys and sum are apart"
+
+    offer(monkeypatch, ops.Kernel("beside", lambda *arguments: None, why_not))
+    C, X = torch.zeros(4, 4), torch.ones(3, 4)
+    assert ops.chosen(C, X) == "beside"
+    assert ops.chosen(C, X.to("meta")) == "reference"
