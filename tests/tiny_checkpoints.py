@@ -46,7 +46,7 @@ def batches(documents=DOCUMENTS):
 
 
 def run(path, *, kill_after=None, model=None, seconds=0.0, given=None, modules=MODULES, budget=None,
-        identity=IDENTITY, launch_rows=None, told=None, **more):  # fmt: skip
+        identity=IDENTITY, launch_rows=None, told=None, quartic=True, **more):  # fmt: skip
     """Collect with a checkpoint after every batch; how many batches ran, and the moments."""
     model = Tiny(dtype=torch.float32) if model is None else model
     ran = []
@@ -62,7 +62,7 @@ def run(path, *, kill_after=None, model=None, seconds=0.0, given=None, modules=M
     checkpoint = None if path is None else Checkpoint(path, identity, seconds)
     try:
         with launches(launch_rows):
-            found = collect_moments(model, modules, batches() if given is None else given, budget, quartic=True,
+            found = collect_moments(model, modules, batches() if given is None else given, budget, quartic=quartic,
                             progress=progress, checkpoint=checkpoint, **more)  # fmt: skip
     except Killed:
         found = None
@@ -75,4 +75,5 @@ def same(got, wanted):
         other = wanted[name]
         assert moment.count == other.count and moment.dtype == other.dtype
         assert torch.equal(moment.lower.tril(), other.lower.tril())
+        assert (moment.quartic is None) == (other.quartic is None)
         assert moment.quartic is None or torch.equal(moment.quartic, other.quartic)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from unittest import mock
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ SETTINGS = [
     {"dtype": torch.float64},
     {"launch_rows": 37},  # keys wait between batches, and that is part of the order of the sum
     {"launch_rows": 10_000},  # all of them until the end
+    {"launch_rows": 37, "quartic": False},  # as it is where nobody asks for them
     {"launch_rows": 37, "dtype": torch.float64, "budget": {MODULES[0]: 41, MODULES[1]: 150}},
     {"budget": 200},
 ]
@@ -105,3 +107,15 @@ def test_a_corpus_that_ends_where_it_was_killed(tmp_path, settings):
     left, found = run(tmp_path / "c", **settings)
     assert left == 0  # keys that waited are summed all the same
     same(found, whole)
+
+
+def test_keys_that_waited_for_a_large_launch_are_summed_where_nothing_waits(tmp_path):
+    # Begun on a GPU, whose launches are large, and gone on with on a CPU, which takes batches as they come.
+    number, whole = run(None)
+    run(tmp_path / "c", kill_after=3, launch_rows=10_000)
+    with mock.patch.multiple("fastcov.accumulate", LAUNCH_ROWS=10_000, CPU_LAUNCH_ROWS=1):
+        left, found = run(tmp_path / "c")
+    assert left == number - 3
+    for name, moment in found.items():
+        assert moment.count == whole[name].count
+        torch.testing.assert_close(moment.sum, whole[name].sum)

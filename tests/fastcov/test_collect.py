@@ -134,8 +134,9 @@ def test_the_cache_is_off_by_configuration_where_it_is_no_argument():
     "position_ids": torch.arange(2)[None], "attention_mask": torch.zeros(1, 2)}]])  # fmt: skip
 def test_an_empty_corpus(batches):
     for budget in (None, 5):
-        with pytest.raises(BadInput, match="no key at all"):
+        with pytest.raises(BudgetNotMet, match="no key at all") as bad:
             moments(Tiny(), batches, budget, allow_fewer=True)
+        assert (bad.value.found, bad.value.wanted) == (0, budget or 1)
 
 
 def test_a_short_corpus_says_how_many_there_were(caplog):
