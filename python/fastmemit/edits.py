@@ -47,7 +47,13 @@ class _Link:
 
 
 class Chain:
-    """The deltas on one weight, which is unedited when the chain is made."""
+    """The deltas on one weight, which is unedited when the chain is made: its bits below each, without a copy for each.
+
+    The bits without any edit are held once. Those between two edits come from adding the deltas again in their order,
+    to the copy that is nearest below, and a checksum that was taken when they were in the weight decides whether these
+    are they. A few copies are held in between, so that going back through many edits does not begin at the bottom every
+    time.
+    """
 
     def __init__(self, weight: Tensor) -> None:
         self._links: list[_Link] = []
@@ -165,7 +171,8 @@ class Edit:
     Made by `fastmemit.Editor`; a file of it holds the delta alone. In a with statement the model has the edit inside,
     and is as before behind: an edit that is applied already stays so inside and is undone behind; of several blocks
     with one edit the outermost undoes it. If something is raised inside, later edits that lie on this one are undone
-    with it. Other threads that want to use the model wait until the end of the block.
+    with it. Other threads that want to use the model wait until the end of the block; should an interrupt come just as
+    it ends, the edit can be in the weights still and the others wait, until `undo`.
 
     Attributes:
         delta: What it adds to the weights.
@@ -219,8 +226,11 @@ class Edit:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._blocks:  # none where the edit was undone inside
+        if self._blocks:
             self._blocks.pop().__exit__(kind, error, trace)
+            return
+        with self._stack.lock:  # it was undone inside, which ended its blocks, and perhaps applied again
+            self._stack.close(self, raised=error is not None)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the delta to a safetensors file.
@@ -458,24 +468,27 @@ class EditStack:
                 layer.blocks += 1
                 yield edit
             except BaseException:
-                # The caller hears of what went wrong inside, not of what lies on the edit for it.
-                try:
-                    self._close(edit, with_later=True)
-                except BadUndo as refused:
-                    log.warning("%s", refused)
+                self.close(edit, raised=True)
                 raise
-            self._close(edit)
+            self.close(edit)
 
-    def _close(self, edit: Edit, *, with_later: bool = False) -> None:
+    def close(self, edit: Edit, *, raised: bool = False) -> None:
         """The end of a block with an edit: the outermost one undoes it, unless that is done."""
         layer = self._layers.get(edit)
         if layer is None:
             return
         layer.blocks = max(0, layer.blocks - 1)
-        if layer.blocks == 0:
-            for later in reversed(self._above(edit) if with_later else {}):
+        if layer.blocks:
+            return
+        try:
+            for later in reversed(self._above(edit) if raised else {}):
                 self.pop(later)
             self.pop(edit)
+        except BadUndo as refused:
+            if not raised:
+                raise
+            # The caller hears of what went wrong inside, not of what lies on the edit for it.
+            log.warning("%s", refused)
 
     def trial(self, names: Iterable[str]) -> Writing:
         """A context inside which the named weights may be written; afterwards they have their bits back."""

@@ -223,6 +223,23 @@ def test_the_applied_block_gives_the_weights_back(editor: Editor) -> None:
     assert changed(editor.model, before) == []
 
 
+def test_an_edit_that_is_undone_and_applied_again_inside_its_block_is_undone_behind(editor: Editor) -> None:
+    before = weights(editor.model)
+    edit, later = random_edit(editor, 0, seed=1), random_edit(editor, 0, seed=2)
+    with edit:
+        edit.undo()
+        assert changed(editor.model, before) == []
+        edit.apply()
+    assert changed(editor.model, before) == [] and editor.edits == ()
+    with pytest.raises(ZeroDivisionError), edit:
+        edit.undo()
+        edit.apply()
+        later.apply()
+        raise ZeroDivisionError
+    assert changed(editor.model, before) == [] and editor.edits == ()
+    assert not editor._stack.lock._is_owned()
+
+
 def test_a_block_is_of_the_edits_own_editor(editor: Editor, tmp_path: Path) -> None:
     other = tiny_editor(tmp_path, layers=None)
     before = weights(other.model), weights(editor.model)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fastmemit import Edit, Editor, MemitConfig, RomeConfig
-from fastmemit.errors import BadConfig, BadLayer, BadRequest, DamagedFile
+from fastmemit.errors import BadConfig, BadLayer, BadRequest, DamagedFile, WrongModel
 from fastmemit.evaluation import evaluate
 from fastmemit.request import EditRequest
 from fastmemit.statistics import versions
@@ -122,6 +122,15 @@ def test_bad_edits_change_nothing(
         with pytest.raises(error):
             editor.edit(requests, method, **settings)
     assert same(bits(editor), before) and editor.edits == ()
+
+
+def test_a_weight_that_cannot_be_written_is_told_before_statistics_are_asked_for(tmp_path: Path) -> None:
+    editor = tiny_editor(tmp_path, layers=None)
+    weight = editor.model.get_parameter("model.layers.1.mlp.down_proj.weight")
+    weight.data = weight.data.to(torch.float8_e4m3fn)
+    with pytest.raises(WrongModel, match=r"layers\.1\.mlp\.down_proj.* float8"):
+        editor.plan(FACTS[:1], "memit", **QUICK)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(("method", "settings"), METHODS)

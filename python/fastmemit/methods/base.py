@@ -327,8 +327,6 @@ class Draft(Generic[Config]):
     def __post_init__(self) -> None:
         work = self.work
         self.adapter = work.adapter
-        for layer in self.config.layers:
-            self.adapter.weight(layer)  # a weight that cannot be written is told before any work
         self.contexts = self.contexts or work.contexts_of(self.config.method)
         if work.stack.edits:
             self.reads = None
@@ -470,6 +468,8 @@ def run(
     earlier = () if preserved is None else preserved.edits
     for edit in earlier:
         stack.check(edit)
+    for layer in config.layers:
+        work.adapter.weight(layer)  # one that cannot be written is told before statistics are asked for
     used = work.statistics.covering(config.layers)
     draft: Draft[Any] = Draft(work, config, preserved, reads)
     method = REGISTRY[config.method]
