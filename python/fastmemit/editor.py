@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
+import inspect
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -105,7 +108,7 @@ class Editor:
     @isolated()
     def from_pretrained(
         cls,
-        name: str,
+        name: str | os.PathLike[str],
         *,
         device: str | None = None,
         dtype: str | torch.dtype | None = None,
@@ -115,7 +118,7 @@ class Editor:
         """Load a model by its name and make an editor of it.
 
         Args:
-            name: A hub name, a local folder, or "smollm2".
+            name: A hub name, a local folder or ``.gguf`` file, or "smollm2".
             device: See `fastmemit.models.load_model`, also for dtype.
             dtype: float32, bfloat16, float16 or auto.
             trust_remote_code: Run code that comes with the model.
@@ -126,8 +129,10 @@ class Editor:
         """
         more = {key: settings.pop(key, None) for key in ("device_map", "load_in")}
         more["trust_remote_code"] = trust_remote_code
-        model, tokenizer = load_model(name, device=device, dtype=dtype, **more)
-        return cls(model, tokenizer, **{"name": name, **settings})
+        settings = {"name": os.fspath(name), **settings}
+        inspect.signature(cls).bind(None, None, **settings)  # a mistyped one is told before the model is loaded
+        model, tokenizer = load_model(os.fspath(name), device=device, dtype=dtype, **more)
+        return cls(model, tokenizer, **settings)
 
     @property
     def fingerprint(self) -> str:
@@ -169,7 +174,7 @@ class Editor:
         corpus: str | os.PathLike[str] | Corpus = "wikipedia",
         *,
         multiplier: float | Literal["auto"] = 10.0,
-        layers: Sequence[int] | None = None,
+        layers: int | Sequence[int] | None = None,
         method: str | EditConfig | None = None,
         **more: Any,
     ) -> Statistics:
@@ -178,7 +183,7 @@ class Editor:
         Args:
             corpus: See `fastmemit.statistics.Collection`.
             multiplier: See there.
-            layers: Which layers; None takes those of the method.
+            layers: Which layers, or which one; None takes those of the method.
             method: Whose layers, where `layers` is None: see `config`. None: all methods'.
             more: Further fields of `Collection`: ``allow_fewer``, ``max_length``, ``field``, ``bos``, ``seed``.
 
@@ -188,12 +193,19 @@ class Editor:
         Raises:
             WrongModel: The model is edited; statistics belong to the unedited one.
             UnknownArchitecture: Edits of these layers could not be computed with them.
-            BadConfig: The multiplier is neither a number nor ``"auto"``, or there are both layers and a method.
+            BadConfig: The multiplier is neither a number nor ``"auto"``, a field is not one of `Collection` or makes no
+                sense, or there are both layers and a method.
             FastmemitError: See `fastmemit.statistics.StatisticsStore.collect`.
             fastcov.FastcovError: See there.
         """
+        layers = (layers,) if isinstance(layers, int) else layers
         if layers is not None and method is not None:
             raise BadConfig(f"There are layers ({list(layers)}) and a method; leave out one.")
+        fields = [each.name for each in dataclasses.fields(Collection)][3:]
+        for name in more.keys() - fields:
+            near = difflib.get_close_matches(name, fields, 1)
+            meant = f"did you mean {near[0]!r}? A collection" if near else "a collection"
+            raise BadConfig(f"There is no field {name!r}; {meant} has {', '.join(fields)}.")
         if layers is None:
             methods = METHODS if method is None else (method,)
             layers = sorted({i for m in methods for i in self.config(m).layers})
@@ -214,11 +226,13 @@ class Editor:
             return self.workspace.contexts_of(method)
 
     @isolated()
-    def targets(self, facts: Fact | Iterable[Fact], config: str | EditConfig, **settings: Any) -> list[Target]:
+    def targets(
+        self, facts: Fact | Iterable[Fact], config: str | EditConfig, *, stored: bool = True, together: bool = False
+    ) -> list[Target]:
         """Target vectors on the model as it is, from the store where they are in it; see `Workspace.targets`."""
         with self._stack.lock:
             self._stack.settle()
-            return self.workspace.targets(as_requests(facts), self.config(config), **settings)
+            return self.workspace.targets(as_requests(facts), self.config(config), stored=stored, together=together)
 
     @isolated()
     def plan(

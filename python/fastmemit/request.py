@@ -240,7 +240,8 @@ def as_requests(facts: Fact | Iterable[Fact]) -> list[EditRequest]:
         BadRequest: One cannot be read as a fact.
     """
     triple = isinstance(facts, tuple) and len(facts) == 3 and all(isinstance(part, str) for part in facts)
-    listed = [facts] if triple or isinstance(facts, EditRequest | Mapping | str) else facts
+    one = triple or isinstance(facts, EditRequest | Mapping | str) or not isinstance(facts, Iterable)
+    listed = [facts] if one else facts
     return [_as_request(fact) for fact in cast("Iterable[Fact]", listed)]
 
 

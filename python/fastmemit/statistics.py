@@ -11,6 +11,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -89,6 +90,9 @@ class Collection:
         bos: Whether the first position of a document is a key. In most models it draws attention that has nowhere else
             to go, and its key is unlike all others.
         seed: Seed for the order of the documents; None takes that of the store.
+
+    Raises:
+        BadConfig: The multiplier is a text but ``"auto"``; or `max_length` or the seed is no whole number.
     """
 
     corpus: str | os.PathLike[str] | Corpus
@@ -104,6 +108,13 @@ class Collection:
         object.__setattr__(self, "layers", tuple(self.layers))
         if isinstance(self.multiplier, str) and self.multiplier != AUTO:
             raise BadConfig(f"The multiplier {self.multiplier!r} is no number; give one, or 'auto'.")
+        for name in ("allow_fewer", "bos"):
+            object.__setattr__(self, name, bool(getattr(self, name)))  # as files have it
+        for name in ("max_length", "seed"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, Integral)):
+                raise BadConfig(f"{name} must be a whole number but is {value!r}.")
+            object.__setattr__(self, name, None if value is None else int(value))
 
 
 @dataclass(frozen=True)

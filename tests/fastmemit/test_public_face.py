@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import fastmemit
-from fastmemit import Edit, EditRequest, MemitConfig
+from fastmemit import Edit, Editor, EditRequest, MemitConfig
 from fastmemit.errors import BadConfig, BadRequest
 from fastmemit.request import as_requests
 from tiny_editors import FACTS, QUICK, tiny_corpus, tiny_editor
@@ -36,7 +37,7 @@ def test_a_fact_may_be_written_in_several_ways(fact: Any) -> None:
     assert as_requests((fact, FACTS[1], fact)) == [FACT, FACTS[1], FACT]
 
 
-@pytest.mark.parametrize("wrong", ["a text", ["a text"], [("one", "two")], [3], [None]])
+@pytest.mark.parametrize("wrong", ["a text", ["a text"], [("one", "two")], [3], [None], 3, None])
 def test_what_is_no_fact_is_refused(wrong: Any) -> None:
     with pytest.raises(BadRequest, match="is no fact; give an EditRequest, a dictionary, or a triple"):
         as_requests(wrong)
@@ -72,3 +73,44 @@ def test_the_face_of_an_edit(tmp_path: Path) -> None:
     assert (tmp_path / "model" / "config.json").is_file()
     with pytest.raises(BadConfig, match="lambda_e is a setting of emmet"):
         editor.plan(FACT, MemitConfig(**QUICK), lambda_e=0.1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"maxlength": 20}, r"no field 'maxlength'; did you mean 'max_length'\? A collection has allow_fewer, "),
+        ({"colour": "red"}, "no field 'colour'; a collection has .*, seed"),
+        ({"max_length": "20"}, "max_length must be a whole number but is '20'"),
+        ({"max_length": 0}, "max_length must be from 1 to"),
+        ({"seed": "x"}, "seed must be a whole number but is 'x'"),
+        ({"seed": 1.5}, "seed must be a whole number but is 1.5"),
+        ({"multiplier": "10"}, "multiplier '10' is no number"),
+        ({"method": "memit"}, r"layers \(\[1\]\) and a method"),
+    ],
+)
+def test_what_is_no_field_of_a_collection_is_told_before_anything_runs(
+    tmp_path: Path, settings: dict[str, Any], said: str
+) -> None:
+    editor = tiny_editor(tmp_path, layers=None)
+    with pytest.raises(BadConfig, match=said):
+        editor.precompute(tiny_corpus(), layers=1, **settings)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_numbers_of_numpy_and_one_layer_will_do(tmp_path: Path) -> None:
+    editor = tiny_editor(tmp_path, layers=None)
+    plain = editor.precompute(tiny_corpus(), layers=[1], multiplier=2, seed=3, max_length=20, allow_fewer=True)
+    same: dict[str, Any] = {"multiplier": np.float64(2), "seed": np.int64(3), "max_length": np.int64(20)}
+    assert editor.precompute(tiny_corpus(), layers=1, allow_fewer=1, **same) == plain
+
+
+def test_a_model_is_loaded_from_a_path_and_a_mistyped_argument_told_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    editor = tiny_editor(tmp_path / "cache", layers=None)
+    editor.save_pretrained(tmp_path / "model")
+    again = Editor.from_pretrained(tmp_path / "model", device="cpu", cache_dir=tmp_path / "cache")
+    assert again.fingerprint == editor.fingerprint and again.name == "model"
+    monkeypatch.setattr("fastmemit.editor.load_model", None)  # to call it would raise something else
+    with pytest.raises(TypeError, match="'cachedir'"):
+        Editor.from_pretrained(tmp_path / "model", cachedir=tmp_path)

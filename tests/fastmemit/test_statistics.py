@@ -129,7 +129,7 @@ def test_text_that_gives_no_token(tmp_path: Path) -> None:
         return iter(["", ""])
 
     adapter = find_adapter(tiny_model("llama"))
-    with pytest.raises(fastcov.BadInput):
+    with pytest.raises(fastcov.BudgetNotMet, match="gave no key at all"):
         StatisticsStore(adapter, tiny_tokenizer(), EditStack.of(adapter.model), tmp_path).collect(
             Collection(Corpus("empty", "0" * 64, read), [0])
         )
