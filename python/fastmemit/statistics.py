@@ -171,6 +171,8 @@ class Statistics:
         Layers of unlike widths may have unlike multipliers where the corpus ended early: the widest one has fewest keys
         for its width and decides.
         """
+        if not config.needs_statistics:
+            return config.resolved(float("inf"))
         return config.resolved(self.multiplier_of(max(map(adapter.d_k, config.layers))))
 
     @property
@@ -548,6 +550,10 @@ class StatisticsStore:
         assert self.current is not None
         return self.current
 
+    def needed(self, config: EditConfig) -> Statistics:
+        """Those that settings solve with: see `covering`; empty ones where nothing is collected."""
+        return self.covering(config.layers) if config.needs_statistics else Statistics({}, {})
+
     def factor(self, config: CovarianceConfig, layer: int) -> CholeskyFactor:
         """The factor of a layer's ``A = w C + ridge I`` in float64, on the weight's device, made where it is not held.
 
@@ -558,12 +564,16 @@ class StatisticsStore:
             fastcov.BadInput: The file is older than what Ledoit-Wolf needs.
             fastcov.StoreDamaged: The second moment's file is not what was written.
         """
-        used = self.covering(config.layers)
+        used = self.needed(config)
         weight = float(self._adapter.d_k(layer)) if config.weight is None else config.weight
         relative = used.resolved(self._adapter, config).relative_ridge or 0.0
-        key = (layer, weight, config.ridge, relative, config.shrinkage)
+        key = (layer, weight, config.ridge, relative, config.shrinkage, config.covariance)
         found = self._held.get(key)
-        if not isinstance(found, CholeskyFactor):
+        if not isinstance(found, CholeskyFactor) and not config.needs_statistics:
+            identity = torch.eye(self._adapter.d_k(layer), dtype=torch.float64, device=self._place(layer))
+            scaled = fastcov.regularised(identity, weight, config.ridge, relative_ridge=relative)
+            found = CholeskyFactor(scaled.sqrt_(), 0.0)
+        elif not isinstance(found, CholeskyFactor):
             moment = used.moment(self._adapter.projection_name(layer))
             matrix = fastcov.regularised(
                 moment.second_moment.to(self._place(layer)),

@@ -12,7 +12,9 @@ import torch
 
 import fastcov
 from fastcov.errors import BadInput
+from fastmemit.errors import BadConfig
 from fastmemit.methods import MemitConfig, find_config
+from fastmemit.methods.base import Draft, averaged_keys
 from fastmemit.statistics import Statistics, StatisticsStore
 from reference import closed_form as literal
 from reference import shrinkage as literal_shrinkage
@@ -153,3 +155,23 @@ def test_layers_of_unlike_widths_come_to_one_ridge(layers, ridge):
     used = Statistics({}, {"multiplier": 4.0, "budget": 512, "keys": 300})
     config = MemitConfig(layers=layers)
     assert used.resolved(adapter, config).relative_ridge == ridge
+
+
+def test_the_identity_in_the_place_of_c_asks_for_no_statistics(tmp_path):
+    editor = tiny_editor(tmp_path, layers=None)
+    got = editor.store.factor(
+        setting(editor, covariance="identity", weight=20.0, ridge=0.01, relative_ridge=1e-2), layer=1
+    )
+    wanted = literal.regularised(np.eye(64), 20.0, 0.01 + 1e-2 * 20)
+    torch.testing.assert_close(got.L @ got.L.T, torch.from_numpy(wanted), rtol=1e-12, atol=0)
+    config = find_config(editor.adapter, "rome", {"layers": (1,), "covariance": "identity", "steps": 3})
+    edit = editor.edit(FACTS[:1], config)
+    # Delta = r k^T / (k^T k): the change reads nothing but the key's own direction.
+    (name,) = edit.delta.factors
+    right = edit.delta.factors[name][1][:, 0].double()
+    edit.undo()
+    key = averaged_keys(Draft(editor.workspace, config).context_outputs(1, list(FACTS[:1])).keys)[:, 0]
+    assert float(torch.cosine_similarity(right, key, dim=0).abs()) > 1 - 1e-6
+    assert edit.delta.provenance["statistics"] == {} and editor.statistics is None
+    with pytest.raises(BadConfig, match=r"shrinkage='oas' would change nothing, for the identity shrinks to itself"):
+        find_config(editor.adapter, "memit", {"covariance": "identity", "shrinkage": "oas"})

@@ -45,7 +45,7 @@ def _edit(args: argparse.Namespace) -> None:
     check_free(args.save_model)
     editor = make_editor(args)
     config = editor.config(args.method, **overrides)
-    ensure_statistics(editor, config.layers, args)
+    ensure_statistics(editor, config, args)
     before = editor.ask(requests)
     edit = editor.edit(requests, args.method, verify=False, **overrides)
     if not args.strict:

@@ -86,7 +86,7 @@ def _evaluate(args: argparse.Namespace) -> None:
         check_file(args.text, BadData)
     editor = make_editor(args)
     text = read_text(args, editor)
-    ensure_statistics(editor, editor.config(args.method, **overrides).layers, args)
+    ensure_statistics(editor, editor.config(args.method, **overrides), args)
     result = evaluate(
         editor,
         chosen,

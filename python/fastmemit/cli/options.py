@@ -20,6 +20,7 @@ from fastmemit.errors import BadConfig, ModelNotFound
 if TYPE_CHECKING:
     from fastmemit.editor import Editor
     from fastmemit.evaluation.perplexity import PerplexityText
+    from fastmemit.methods import EditConfig
     from fastmemit.statistics import Statistics
 
 # Those of fastmemit.methods, which to import takes a second.
@@ -388,10 +389,16 @@ def precompute(editor: Editor, corpus: Any, layers: Sequence[int] | None, args: 
     )
 
 
-def ensure_statistics(editor: Editor, layers: Sequence[int], args: argparse.Namespace) -> Statistics:
-    """Use the statistics that the flags ask for, collecting them if they are not stored yet."""
-    for layer in layers:
+def ensure_statistics(editor: Editor, config: EditConfig, args: argparse.Namespace) -> None:
+    """Use the statistics that settings need and the flags ask for, collecting them if they are not stored yet."""
+    for layer in config.layers:
         editor.adapter.weight(layer)  # what cannot be edited is refused before, not after
+    if config.needs_statistics:
+        stored_or_collected(editor, config.layers, args)
+
+
+def stored_or_collected(editor: Editor, layers: Sequence[int], args: argparse.Namespace) -> Statistics:
+    """The statistics of some layers that the flags ask for, used from now on."""
     if args.corpus is None and args.multiplier != "auto":
         found = editor.store.find(layers, args.multiplier)
         if found is not None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastmemit.cli import options
-from fastmemit.cli.options import ensure_statistics, make_editor, verb
+from fastmemit.cli.options import make_editor, stored_or_collected, verb
 from fastmemit.cli.terminal import byte_size, show_table
 from fastmemit.errors import BadConfig
 
@@ -245,7 +245,7 @@ def _statistics(editor: Editor, args: argparse.Namespace, layers: tuple[int, ...
 
     if args.corpus is not None or args.multiplier == "auto":
         every = sorted({layer for method in METHODS for layer in editor.config(method).layers})
-        return ensure_statistics(editor, layers or every, args)
+        return stored_or_collected(editor, layers or every, args)
     found = editor.store.find(layers, args.multiplier)
     if found is not None:
         return found

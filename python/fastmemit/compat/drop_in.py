@@ -503,7 +503,8 @@ def _ready(model: nn.Module, tokenizer: Any, theirs: Hparams) -> Live:
     """The model's memory with statistics of the layers to edit."""
     found = live(model, tokenizer, theirs.module)
     theirs.check(found.adapter)
-    found.cover(theirs.config.layers, theirs.dataset, theirs.multiplier)
+    if theirs.config.needs_statistics:
+        found.cover(theirs.config.layers, theirs.dataset, theirs.multiplier)
     return found
 
 

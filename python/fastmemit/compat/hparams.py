@@ -17,13 +17,37 @@ from fastmemit.methods import CONFIGS, EditConfig
 from fastmemit.methods.config import Method
 from fastmemit.models import ModelAdapter
 
-#: Whose files are read; those of PMET and AlphaEdit say more than our methods can honour.
-METHODS: tuple[Method, ...] = ("rome", "emmet", "memit")
-
 log = printable_logger(__name__)
 
 MAX_BYTES = 1 << 16  # a file of hyper-parameters has one or two thousand
 _DEEPEST = 8
+#: What their files are for -> the method here that is the same, by names in small letters with "-".
+METHODS: dict[str, Method] = {
+    "rome": "rome", "r-rome": "rome", "emmet": "emmet", "memit": "memit", "alphaedit": "alphaedit",
+}  # fmt: skip
+# Others that write in closed form with C, and so have much the same fields. Their files are none of the above.
+_OTHERS = {
+    "pmet": "it optimises what attention and MLP put out together; --method pmet is MEMIT with its spread alone",
+    "sphere": "it is AlphaEdit with a projection of each change away from the weight's main directions",
+    "eamet": "it aligns the target vectors with their keys",
+    "memit-fe": "it has a target vector for each layer and spreads nothing; ours is for the last layer",
+    "core": "it has contexts and a loss of its own",
+    "nse": "it chooses neurons, and edits a layer until they fit",
+    "unke": "it trains a whole layer on longer texts, from their last token",
+}
+# Fields that tell what a file is for where nothing names it; the first that fits.
+_MARKS = {
+    "sphere": {"cumulative_ratio", "suppression_strength"},
+    "nse": {"alpha", "max_iterations", "neuron_threshold", "upper_bound"},
+    "pmet": {"nll_loss_factor", "rewrite_module_tmps"},
+    "eamet": {"cs_factor", "ks_bs", "mse_factor"},
+    "core": {"ctx_len", "ctx_num"},
+    "unke": {"ex_data_num", "optim_num_step"},
+    "alphaedit": {"L2", "P_loc", "nullspace_threshold"},
+    "r-rome": {"enable_prompt_keys", "enable_random_prefix_keys", "original_implementation"},
+}
+#: Fields that ROME's family alone has.
+_FAMILY = {"clamp_norm_factor", "emmet_lambda", "mom2_update_weight", "v_loss_layer", "v_lr", "v_num_grad_steps"}
 _OURS = {
     "v_num_grad_steps": "steps",
     "v_lr": "v_lr",
@@ -33,23 +57,29 @@ _OURS = {
     "mom2_update_weight": "weight",
     "update_norm_lambda": "ridge",
     "emmet_lambda": "lambda_e",
+    "L2": "l2",
+    "nullspace_threshold": "null_threshold",
 }
 # What is done here in one way only.
 _FIXED: dict[str, tuple[Any, str]] = {
     "fact_token": ("subject_last", "edits enter at the subject's last token"),
     "layer_selection": ("all", "all layers are edited, none at random"),
-    "mom2_adjustment": (True, "every method uses C, which takes seconds to collect"),
     "context_template_length_params": ([[5, 10], [10, 10]], "these are the contexts' lengths"),
     "bias_update": (False, "biases are not edited"),
     "prob_cutoff": (0, "target vectors stop at their loss alone"),
     "norm_control": (0, "norms of updates are not bounded"),
+    "shuffle_text": (False, "the tokens of a text keep their order"),
+    "skill_preservation": (False, "C is of one corpus"),
+    "random_vector_preservation": (False, "keys are those of a text"),
+    "wikipedia_lang": ("en", "wikipedia is the English one; name another text as the corpus"),
 }
 # Found by the model's structure, done elsewhere, or of no meaning here.
 _PASSED = {
-    "alg_name", "attn_module_tmp", "batch_size", "calculate_objective_value", "device", "dynamic",
-    "dynamic_multiplier", "fp16", "layer_module_tmp", "layers", "lm_head_module", "ln_f_module",
-    "max_length", "mlp_module_tmp", "model_class", "model_name", "model_parallel", "mom2_dataset",
-    "mom2_dtype", "mom2_n_samples", "rewrite_module_tmp", "stats_dir", "tokenizer_class",
+    "alg_name", "algo_name", "attn_module_tmp", "batch_size", "calculate_objective_value", "dataset",
+    "device", "dynamic", "dynamic_multiplier", "fp16", "identity_cov", "layer_module_tmp", "layers",
+    "lm_head_module", "ln_f_module", "max_length", "mlp_module_tmp", "model_class", "model_name", "model_parallel",
+    "mom2_adjustment", "mom2_dataset", "mom2_dtype", "mom2_n_samples", "n_edits", "proj_dim",
+    "rewrite_module_tmp", "sequential", "skill_lambda", "skill_sample_size", "stats_dir", "tokenizer_class",
     "tokenizer_name", "v_loss_layer",
 }  # fmt: skip
 
@@ -89,11 +119,12 @@ def read_hparams(hparams: Any, method: str | None = None, name: str = "hparams")
 
     Args:
         hparams: An object with attributes, a mapping, settings such as `MemitConfig`, or `Hparams`.
-        method: ``"rome"``, ``"emmet"`` or ``"memit"``; None tells it from the fields.
+        method: ``"rome"``, ``"emmet"``, ``"memit"`` or ``"alphaedit"``; None tells it from the fields.
         name: What to call them in messages and in the settings' ``preset``.
 
     Raises:
-        BadConfig: A value out of range, one that cannot be honoured, no layers, or the method is another one.
+        BadConfig: A value out of range, one that cannot be honoured, no layers, or they are for another method, or for
+            one that is not here.
     """
     if isinstance(hparams, EditConfig):
         hparams = Hparams(hparams)
@@ -102,30 +133,30 @@ def read_hparams(hparams: Any, method: str | None = None, name: str = "hparams")
             raise BadConfig(f"The settings are for {hparams.config.method} but not for {method}.")
         return hparams
     fields = fields_of(hparams)
-    chosen = _method(fields, method, name)
+    kind = _kind(fields, method, name)
+    cls = CONFIGS[METHODS[kind]]
     for field, (value, why) in _FIXED.items():
         if field in fields and fields[field] is not None and _plain(fields[field]) != value:
-            raise BadConfig(
-                f"{field} of {name} is {_shown(fields[field])}, which cannot be honoured, for {why}; set it to "
-                f"{json.dumps(value)}."
-            )
+            raise _not_honoured(fields, field, name, why, json.dumps(value))
     if fields.get("layers") in (None, [], ()):
         raise BadConfig(f"{name} has no layers; add them, such as [4, 5, 6, 7, 8].")
     # As theirs: nothing is added to few keys, or relaxed, that the file does not name.
-    layers = whole_numbers(fields["layers"], name)
-    values: dict[str, Any] = {"layers": layers, "relative_ridge": 0.0, "scale": "published", "v_lr": 0.5}
-    values |= {"lambda_e": 0.0} if chosen == "emmet" else {}
+    values: dict[str, Any] = {"relative_ridge": 0.0, "lambda_e": 0.0, "scale": "published", "v_lr": 0.5}
+    values |= {"layers": whole_numbers(fields["layers"], name), **_keys(fields, kind, name)}
+    if _identity(fields, kind, name):
+        values["covariance"] = "identity"
     for theirs, ours in _OURS.items():
-        if fields.get(theirs) is None or (ours == "lambda_e" and chosen != "emmet"):
-            continue
-        number = _number(fields[theirs], theirs, name)
-        values[ours] = int(number) if ours == "steps" and number.is_integer() else number
-    unknown = sorted(fields.keys() - _OURS.keys() - _FIXED.keys() - _PASSED)
+        if fields.get(theirs) is not None and ours in cls.settings():
+            number = _number(fields[theirs], theirs, name)
+            values[ours] = int(number) if ours == "steps" and number.is_integer() else number
+    values = {setting: value for setting, value in values.items() if setting in cls.settings()}
+    known = {theirs for theirs in _OURS if theirs not in _MARKS["alphaedit"]} | _MARKS.get(kind, set())
+    unknown = sorted(fields.keys() - known - _FIXED.keys() - _PASSED)
     if unknown:
         log.warning("%s: not used here: %s", name, ", ".join(f"{field:.40}" for field in unknown))
     loss = fields.get("v_loss_layer")
     return Hparams(
-        CONFIGS[chosen](**values, preset=name),
+        cls(**values, preset=name),
         module=_text(fields, "rewrite_module_tmp", name),
         loss_layer=None if loss is None else int(_number(loss, "v_loss_layer", name)),
         dataset=_text(fields, "mom2_dataset", name) or "wikipedia",
@@ -160,21 +191,60 @@ def multiplier_of(fields: Mapping[str, Any]) -> float | None:
     return _number(fields["dynamic_multiplier"], "dynamic_multiplier", "hparams")
 
 
-def _method(fields: Mapping[str, Any], method: str | None, name: str) -> Method:
-    named = fields.get("alg_name")
-    chosen = method if named is None else str(named).lower()
-    if chosen is None and fields.get("emmet_lambda") is not None:
-        return "emmet"
-    if chosen is None:
-        return "rome" if fields.get("mom2_update_weight") is None else "memit"
-    if chosen not in METHODS:
+def _kind(fields: Mapping[str, Any], method: str | None, name: str) -> str:
+    """What hyper-parameters are for, one of `METHODS`."""
+    named = fields.get("alg_name") or fields.get("algo_name")
+    marked = next((kind for kind, marks in _MARKS.items() if any(fields.get(mark) is not None for mark in marks)), None)
+    asked = None if method is None else _small(method)
+    kind = marked or asked if named is None else _small(named)
+    if kind is None and not fields.keys() & _FAMILY:
         raise BadConfig(
-            f"{name} is for {_shown(named or method)}, but hyper-parameters are read for "
-            f"{', '.join(METHODS)} alone; set those of other methods one by one (--set)."
+            f"{name} names no method (alg_name) and has none of the fields {', '.join(sorted(_FAMILY))}, so it is for "
+            "another one than ROME, R-ROME, EMMET, MEMIT and AlphaEdit; set its values one by one (--set)."
         )
-    if method not in (None, chosen):
-        raise BadConfig(f"{name} is for {named} (alg_name) but not for {method}.")
-    return chosen
+    if kind is None:
+        one = isinstance(fields.get("layers"), Sequence) and len(fields["layers"]) == 1
+        kind = "emmet" if fields.get("emmet_lambda") is not None and one else "memit"
+        kind = "rome" if fields.get("mom2_update_weight") is None else kind
+    if kind not in METHODS:
+        why = f": {_OTHERS[kind]}" if kind in _OTHERS else ""
+        raise BadConfig(
+            f"{name} is for {named or kind.upper()!s:.60}, whose settings are not read{why}. Those of ROME, R-ROME, "
+            "EMMET, MEMIT and AlphaEdit are; set what others share with them one by one (--set)."
+        )
+    if asked not in (None, kind, METHODS[kind]):
+        raise BadConfig(f"{name} is for {named or kind} but not for {method}; name the method that it is for.")
+    return kind
+
+
+def _small(name: object) -> str:
+    return str(name).lower().replace("_", "-")
+
+
+def _keys(fields: Mapping[str, Any], kind: str, name: str) -> dict[str, Any]:
+    """Which keys R-ROME takes: the mean over contexts in both places, where its file says nothing."""
+    if kind != "r-rome":
+        return {}
+    if fields.get("original_implementation"):
+        return {"keys": "original"}
+    if fields.get("enable_prompt_keys") or fields.get("enable_random_prefix_keys") is False:
+        why = "r-ROME's key is the mean over contexts here"
+        raise _not_honoured(fields, "enable_prompt_keys", name, why, "false and enable_random_prefix_keys to true")
+    return {"keys": "mean"}
+
+
+def _identity(fields: Mapping[str, Any], kind: str, name: str) -> bool:
+    """Whether I stands in the place of C."""
+    without = fields.get("mom2_adjustment") is False
+    if without and METHODS[kind] != "rome":
+        log.warning("%s: mom2_adjustment is false, which %s never reads there; C is used as there", name, kind.upper())
+    return bool(fields.get("identity_cov")) or (without and METHODS[kind] == "rome")
+
+
+def _not_honoured(fields: Mapping[str, Any], field: str, name: str, why: str, value: str) -> BadConfig:
+    return BadConfig(
+        f"{field} of {name} is {_shown(fields.get(field))}, which cannot be honoured, for {why}; set it to {value}."
+    )
 
 
 def _number(value: Any, field: str, name: str) -> float:
@@ -226,7 +296,8 @@ def open_hparams(path: str | os.PathLike[str], method: str | None = None) -> Hpa
             (``hparams/MEMIT/gpt2-xl.json``), else what the fields tell.
 
     Raises:
-        BadConfig: The file is not there, too large, or not an object of names and values; or see `read_hparams`.
+        BadConfig: The file is not there, too large, or not an object of names and values; its folder and its
+            ``alg_name`` say different methods; or see `read_hparams`.
     """
     path = Path(path)
     check_file(path, BadConfig)
@@ -238,8 +309,14 @@ def open_hparams(path: str | os.PathLike[str], method: str | None = None) -> Hpa
     values = _parse_yaml(text, path) if yaml else parse_json(text, str(path), BadConfig)
     if not has_names(values):
         raise BadConfig(f"{path} holds no names with values; give a file of hyper-parameters.")
-    folder = path.resolve().parent.name.lower()
-    if method is None and values.get("alg_name") is None and folder in METHODS:
+    folder = path.resolve().parent.name
+    if method is None and folder.lower() in (*METHODS, *_OTHERS):
+        named = values.get("alg_name")
+        if named is not None and str(named).lower().replace("_", "-") != folder.lower():
+            raise BadConfig(
+                f"{str(path)!r} lies among the files of {folder} but says alg_name {_shown(named)}; say which of the "
+                "two it is for with method= (--method)."
+            )
         method = folder
     return read_hparams(values, method, path.name)
 

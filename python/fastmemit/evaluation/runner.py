@@ -201,7 +201,7 @@ def evaluate(
         raise WrongModel("The model is edited already; undo its edits before an evaluation.")
     measures = Measures.of(metrics, references)
     config = editor.config(method, **(overrides or {}))
-    statistics = editor.store.covering(config.layers)
+    statistics = editor.store.needed(config)
     records = [record for batch in batches for record in batch]
     measures.check(records)
     seconds: dict[str, float] = {}

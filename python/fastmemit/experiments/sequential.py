@@ -226,7 +226,7 @@ def run_sequential(
     if not batches or not all(batches):
         raise BadData("A sequence needs batches with at least one record each; give some.")
     config = editor.config(method, **as_published(method, settings))
-    editor.store.covering(config.layers)
+    editor.store.needed(config)
     contexts = editor.contexts(config.method)  # written by the unedited model
     for batch in batches:  # refused now, not when it is their turn
         for request in check_batch([record.request for record in batch]):

@@ -470,7 +470,7 @@ def run(
         stack.check(edit)
     for layer in config.layers:
         work.adapter.weight(layer)  # one that cannot be written is told before statistics are asked for
-    used = work.statistics.covering(config.layers)
+    used = work.statistics.needed(config)
     draft: Draft[Any] = Draft(work, config, preserved, reads)
     method = REGISTRY[config.method]
     trial = draft.trial()

@@ -45,6 +45,7 @@ Spread = Literal["linear", "sqrt"]
 Stop = Literal["loss", "most-probable"]
 Scale = Literal["published", "median"]
 Site = Literal["block", "projection"]
+Covariance = Literal["collected", "identity"]
 
 METHODS: tuple[Method, ...] = get_args(Method)
 #: Those to which the keys of earlier edits belong: they are preserved without being asked for.
@@ -63,6 +64,7 @@ _WORDS: dict[str, tuple[str, ...]] = {
     "stop": get_args(Stop),
     "scale": get_args(Scale),
     "site": get_args(Site),
+    "covariance": get_args(Covariance),
 }
 _ABOVE_ZERO = {"clamp", "v_lr", "null_threshold", "weight", "null_relative"}
 
@@ -189,6 +191,11 @@ class EditConfig:
         """
         return self
 
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether there is a C in the method's formula that has to be collected."""
+        return True
+
     @classmethod
     def _unread(cls, values: Mapping[str, Any]) -> dict[str, str]:
         """The settings that can never matter beside the others, each with the reason."""
@@ -229,21 +236,34 @@ class CovarianceConfig(EditConfig):
             (docs/results/below-minimum.md).
         shrinkage: How C is moved towards a multiple of the identity before: ``"none"``, ``"ledoit-wolf"`` or ``"oas"``
             (see `fastcov.linalg`).
+        covariance: ``"collected"``; or ``"identity"``, which puts I in the place of C: nothing is collected, and what
+            is preserved is the weight itself and not what it does to keys.
     """
 
     weight: float | None = None
     ridge: float = 0.0
     relative_ridge: float | None = None
     shrinkage: Shrinkage = "none"
+    covariance: Covariance = "collected"
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether C is collected."""
+        return self.covariance == "collected"
 
     def resolved(self: Config, multiplier: float) -> Config:
         """The settings with the relative ridge that they come to; see `EditConfig.resolved`."""
         assert isinstance(self, CovarianceConfig)
         if self.relative_ridge is not None:
             return self
-        bare = not self.ridge and self.shrinkage == "none"
+        bare = not self.ridge and self.shrinkage == "none" and self.needs_statistics
         few = multiplier < SMALL_BUDGET
         return dataclasses.replace(self, relative_ridge=SMALL_BUDGET_RIDGE if bare and few else 0.0)
+
+    @classmethod
+    def _unread(cls, values: Mapping[str, Any]) -> dict[str, str]:
+        idle = super()._unread(values)
+        return idle if values["covariance"] == "collected" else {**idle, "shrinkage": "the identity shrinks to itself"}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -77,8 +77,8 @@ def test_the_other_verbs_take_it_too(place: Place, capsys: Capture) -> None:
         ({"v_loss_layer": 47}, [], "v_loss_layer is 47 but the last block of this model is 2"),
         ({"layers": [5]}, [], "Layer 5 is out of range"),
         ({"rewrite_module_tmp": "transformer.h.{}.mlp.c_proj"}, [], "leads to no linear map"),
-        ({}, ["--method", "pmet"], "tiny.json is for 'pmet', but hyper-parameters are read for"),
-        ({"alg_name": "ROME"}, ["--method", "memit"], "is for ROME (alg_name) but not for memit"),
+        ({}, ["--method", "pmet"], "tiny.json is for PMET, whose settings are not read: it optimises what"),
+        ({"alg_name": "ROME"}, ["--method", "memit"], "is for ROME but not for memit"),
     ],
 )
 def test_a_file_that_does_not_fit(
@@ -86,6 +86,14 @@ def test_a_file_that_does_not_fit(
 ) -> None:
     line = refused(capsys, place, *command(place, file(place, "ROME", **changed), *more))
     assert part in line
+
+
+def test_easyedits_rome_asks_for_no_statistics(place: Place, capsys: Capture) -> None:
+    words = ["edit", *place.model, "--config", file(place, "ROME", mom2_adjustment=False), "--facts", place.requests]
+    out = run(capsys, *words, "--out", place.at / "e.st")
+    assert "edited by rome: " in out and "statistics:" not in out
+    provenance = Delta.load(place.at / "e.st").provenance
+    assert (provenance["settings"]["covariance"], provenance["statistics"]) == ("identity", {})
 
 
 def test_no_file(place: Place, capsys: Capture) -> None:
