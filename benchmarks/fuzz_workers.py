@@ -121,7 +121,7 @@ def run(reader: Reader, numbers: Iterable[int], seed: int, patience: float = PAT
 
 
 def is_defect(reader: Reader, outcome: Outcome) -> bool:
-    """Whether the reader must be mended."""
+    """Whether the reader must be fixed."""
     under_checksum = reader.strict and outcome.result == "other"
     return under_checksum or outcome.result in DEFECTS
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import os
 import platform
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 HELP = """\
 Prints the kernels of the rank-k update, which of them run on this machine, why the others do not,
@@ -55,5 +58,20 @@ def show_kernels() -> None:
             print(f"    {str(dtype).removeprefix('torch.'):<10} {ops.chosen(C, X)}")
 
 
+@contextmanager
+def until_reader_goes() -> Iterator[None]:
+    """End quietly where who reads stdout has gone, as ``| head -1`` does."""
+    try:
+        try:
+            yield
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+    except BrokenPipeError:
+        # What is left in the buffer is written once more when the interpreter ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    with until_reader_goes():
+        sys.exit(main())

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 import torch
 
 from fastcov import ops
+from fastcov.__main__ import until_reader_goes
 from fastcov.bench import suites
 from fastcov.bench.measure import Effort
 from fastcov.bench.report import LEGEND, BadInput, Run, heading, save, table
@@ -222,4 +223,5 @@ def _check_memory(given: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    with until_reader_goes():
+        sys.exit(main())

@@ -154,7 +154,7 @@ def test_a_full_disk_leaves_the_old_file(
     monkeypatch.undo()
     assert caught.value.errno == number
     assert contents(tmp_path) == before
-    WRITERS[writer](tmp_path, 1)  # mended, and run again
+    WRITERS[writer](tmp_path, 1)  # room again, and run again
     assert contents(tmp_path) != before
 
 

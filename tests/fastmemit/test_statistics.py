@@ -1,4 +1,4 @@
-"""Statistics: right to the last key, or refused with the value and the mend."""
+"""Statistics: right to the last key, or refused with the value and the fix."""
 
 from __future__ import annotations
 

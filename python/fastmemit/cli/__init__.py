@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb.
 
     Returns:
-        0; 1 if `--strict` was given and a fact did not take; 2 for an error that the caller can mend, said in one
+        0; 1 if `--strict` was given and a fact did not take; 2 for an error that the caller can fix, said in one
         sentence on stderr; 130 if the run was interrupted.
     """
     back = printable_output()
@@ -132,7 +132,7 @@ def _run(argv: Sequence[str] | None) -> int:
         if error.errno is None:  # one of ours, a whole sentence
             return _fail(str(error))
         where = f": {error.filename}" if error.filename else ""
-        return _fail(f"{error.strerror}{where}; nothing was left half written, mend it and run again.")
+        return _fail(f"{error.strerror}{where}; nothing was left half written, fix it and run again.")
     except KeyboardInterrupt as error:
         ended = isinstance(error, _Terminated)
         what = "terminated" if ended else "interrupted"
@@ -172,7 +172,7 @@ def _terminated_like_interrupted() -> Iterator[None]:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-# What a message calls the mend in Python, and what it is called here.
+# What a message calls the fix in Python, and what it is called here.
 _OPTIONS = {
     "force=True (--force)": "--force",
     "--trust-remote-code (trust_remote_code=True)": "--trust-remote-code",

@@ -6,7 +6,8 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
 if TYPE_CHECKING:
@@ -45,12 +46,25 @@ class _Printable:
 
             rest = printable(rest, lines=True)
         encoding = getattr(self._stream, "encoding", None) or "utf-8"
-        self._stream.write(head + rest.encode(encoding, "backslashreplace").decode(encoding))
+        with self._read():
+            self._stream.write(head + rest.encode(encoding, "backslashreplace").decode(encoding))
         return len(text)
+
+    def flush(self) -> None:
+        with self._read():
+            self._stream.flush()
 
     def writelines(self, lines: Any) -> None:
         for line in lines:
             self.write(line)
+
+    @contextmanager
+    def _read(self) -> Iterator[None]:
+        """Where who reads has gone, as ``| head -1`` does, the verb finishes its work and the rest is not said."""
+        try:
+            yield
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)

@@ -141,8 +141,8 @@ def _matches(manager: Any, name: str) -> list[str]:
     if found:
         return found
     near = difflib.get_close_matches(name, manager.all_tasks, n=4)
-    mend = f"near it are {', '.join(near)}" if near else "lm-eval ls tasks lists all there are"
-    raise BadConfig(f"lm-evaluation-harness has no task {name!r}; {mend}.")
+    fix = f"near it are {', '.join(near)}" if near else "lm-eval ls tasks lists all there are"
+    raise BadConfig(f"lm-evaluation-harness has no task {name!r}; {fix}.")
 
 
 def _load(manager: Any, name: str) -> list[Any]:

@@ -144,8 +144,8 @@ def read_text(
     lead = encode(tokenizer, "").ids
     if len(ids) < (tokens or 1) or len(lead) + len(ids) < 2:
         needed = tokens or (1 if lead else 2)
-        mend = "a longer text or ask for fewer" if tokens else "a longer text"
-        raise BadData(f"{path} has {len(ids)} tokens but {needed} are needed for a perplexity; give {mend}.")
+        fix = "a longer text or ask for fewer" if tokens else "a longer text"
+        raise BadData(f"{path} has {len(ids)} tokens but {needed} are needed for a perplexity; give {fix}.")
     return PerplexityText(path.name, hashlib.sha256(raw).hexdigest(), tuple(ids), lead, context, stride)
 
 

@@ -134,15 +134,15 @@ def check_header(path: Path, header: Mapping[str, Any], what: str = "a sweep") -
             known = {method: with_defaults(method, settings) for method, settings in before.items()}
         except (ValueError, KeyError, TypeError) as error:
             raise BadData(f"{str(path)!r} is not the header of {what} ({error}); name another folder.") from error
-        holds, mend = f"{str(path.parent)!r} holds {what} with", "name another folder, or give the same"
+        holds, fix = f"{str(path.parent)!r} holds {what} with", "name another folder, or give the same"
         for name, value in wanted.items():
             if name != "methods" and stored.get(name) != value:
                 there, now = (json.dumps(each, ensure_ascii=False) for each in (stored.get(name), value))
-                raise BadData(f"{holds} another {name}; {mend} (there {there:.80}, now {now:.80}).")
+                raise BadData(f"{holds} another {name}; {fix} (there {there:.80}, now {now:.80}).")
         for method, settings in wanted["methods"].items():
             full = with_defaults(method, settings)
             if known.get(method, full) != full:
-                raise BadData(f"{holds} other settings of {method}; {mend}.")
+                raise BadData(f"{holds} other settings of {method}; {fix}.")
         wanted["methods"] = {**before, **wanted["methods"]}
         if wanted == stored:
             return
@@ -481,14 +481,14 @@ _CELL = {
 _RECORD = {"case_id": Kind((int,)), "before": _OBJECT, "after": _OBJECT}
 # The exponential of a mean cost is never below 1.
 _COST = Kind((int, float), 1.0)
-_MEND = "delete the line, and the sweep will run its cell again"
+_FIX = "delete the line, and the sweep will run its cell again"
 
 
-def check_fields(place: str, value: Any, kinds: Mapping[str, Kind], mend: str = _MEND) -> None:
+def check_fields(place: str, value: Any, kinds: Mapping[str, Kind], fix: str = _FIX) -> None:
     """Raise a DamagedFile that begins with `place` if an object lacks a field, or has one of another kind."""
     for name, (types, low, high) in kinds.items():
         if not isinstance(value, dict) or name not in value:
-            raise DamagedFile(f"{place} lacks the field {name!r}; {mend}.")
+            raise DamagedFile(f"{place} lacks the field {name!r}; {fix}.")
         found = value[name]
         fits = isinstance(found, types)
         if isinstance(found, bool):  # an int to Python, not to this file
@@ -500,20 +500,20 @@ def check_fields(place: str, value: Any, kinds: Mapping[str, Kind], mend: str = 
         if not fits:
             numeric = type(found) in (int, float) and math.isfinite(low)
             bounds = f", which is not from {low:g} to {high:g}" if numeric else ""
-            raise DamagedFile(f"{place} has {name} = {found!r:.80}{bounds}; {mend}.")
+            raise DamagedFile(f"{place} has {name} = {found!r:.80}{bounds}; {fix}.")
 
 
-def check_records(place: str, records: Sequence[Any], mend: str = _MEND) -> None:
+def check_records(place: str, records: Sequence[Any], fix: str = _FIX) -> None:
     """Raise a DamagedFile for what are no records of a cell or step (see `Cell`), or name a case twice."""
     seen: set[int] = set()
     for record in records:
-        check_fields(f"{place}, a record,", record, _RECORD, mend)
+        check_fields(f"{place}, a record,", record, _RECORD, fix)
         case = record["case_id"]
         for when in ("before", "after"):
             known = dict.fromkeys((name for name in SHARES if name in record[when]), SHARE)
-            check_fields(f"{place}, {when} the edit of case {case},", record[when], known, mend)
+            check_fields(f"{place}, {when} the edit of case {case},", record[when], known, fix)
         if case in seen:
-            raise DamagedFile(f"{place} has case {case} twice; {mend}.")
+            raise DamagedFile(f"{place} has case {case} twice; {fix}.")
         seen.add(case)
 
 
@@ -521,11 +521,11 @@ def _check_cell(place: str, value: dict[str, Any]) -> None:
     check_fields(place, value, _CELL)
     for name in ("method", "records"):
         if not value[name]:
-            raise DamagedFile(f"{place} has no {name}; {_MEND}.")
+            raise DamagedFile(f"{place} has no {name}; {_FIX}.")
     check_records(place, value["records"])
     records, wanted = value["records"], value["batch_size"] * value["batches"]
     if len(records) != wanted:
-        raise DamagedFile(f"{place} has {len(records)} records, and its batches make {wanted:,}; {_MEND}.")
+        raise DamagedFile(f"{place} has {len(records)} records, and its batches make {wanted:,}; {_FIX}.")
     for when, scores in (("before", value["before"]), ("after", value["scores"])):
         for name, right in score_means([record[when] for record in records]).items():
             if name not in scores and name in ("ea", "pa", "na"):
@@ -538,7 +538,7 @@ def _check_cell(place: str, value: dict[str, Any]) -> None:
             if not same:
                 raise DamagedFile(
                     f"{place} says that {name.upper()} {when} the edits is {said!s:.40}, and its records make it "
-                    f"{right}; {_MEND}."
+                    f"{right}; {_FIX}."
                 )
     _check_numbers(place, "jitter", value.get("jitter", {}))
     found = value["perplexity"]

@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 
 STEPS, TIMINGS, HEADER = "sequential.jsonl", "sequential-timings.jsonl", "sequential.json"
 _EDITED = "The model is edited already; undo its edits before a sequence."
-_MEND = "delete the lines of its run, which is then run again"
+_FIX = "delete the lines of its run, which is then run again"
 
 
 class Step(TypedDict):
@@ -178,15 +178,15 @@ def check_step(place: str, line: Mapping[str, Any]) -> None:
         "by_batch": Kind((list,)),
         **({"records": Kind((list,))} if "records" in line else {}),
     }
-    results.check_fields(place, line, kinds, _MEND)
+    results.check_fields(place, line, kinds, _FIX)
     if not line["by_batch"]:
-        raise DamagedFile(f"{place} has no by_batch; {_MEND}.")
+        raise DamagedFile(f"{place} has no by_batch; {_FIX}.")
     for name in ("scores", "before", "by_batch"):
         for table in line[name] if name == "by_batch" else [line[name]]:
             # Lines of earlier versions have no exact matches.
             known = ("es", "ps", "ns", "s", *(score for score in SHARES if isinstance(table, dict) and score in table))
-            results.check_fields(f"{place} in {name}", table, dict.fromkeys(known, results.PERCENT), _MEND)
-    results.check_records(place, line.get("records", ()), _MEND)
+            results.check_fields(f"{place} in {name}", table, dict.fromkeys(known, results.PERCENT), _FIX)
+    results.check_records(place, line.get("records", ()), _FIX)
 
 
 def run_sequential(

@@ -1,4 +1,4 @@
-"""Bad input on the command line: exit code 2, one line with value and mend, and nothing changed."""
+"""Bad input on the command line: exit code 2, one line with value and fix, and nothing changed."""
 
 from __future__ import annotations
 

@@ -193,6 +193,39 @@ def test_a_closed_output_is_no_error(tmp_path: Path, closed: tuple[int, ...], co
     assert (done.stderr == b"") == (2 in closed or not code)
 
 
+def unread(*words: object) -> subprocess.CompletedProcess[bytes]:
+    """A command whose stdout nobody reads: its first write into the pipe is refused."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    found = os.pathsep.join(path for path in sys.path if path)
+    try:
+        return subprocess.run(
+            [sys.executable, "-m", *map(str, words)],
+            env={**os.environ, "PYTHONPATH": found},
+            stdout=writer,
+            stderr=subprocess.PIPE,
+            check=False,
+        )
+    finally:
+        os.close(writer)
+
+
+@pytest.mark.parametrize(
+    "words", [("fastcov",), ("fastcov.bench", "--help"), ("fastmemit", "--help"), ("fastmemit", "doctor")]
+)
+def test_a_reader_that_goes_ends_a_command_quietly(words: tuple[str, ...]) -> None:
+    done = unread(*words)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_an_edit_is_saved_though_nobody_reads_what_is_said(place: Place) -> None:
+    saved = place.at / "unread.safetensors"
+    done = unread("fastmemit", "edit", *place.model, *EDIT, "--corpus", place.corpus, "--multiplier", "4",
+                  "--facts", place.requests, "--out", saved)  # fmt: skip
+    assert done.returncode == 0 and b"ipe" not in done.stderr
+    assert len(Delta.load(saved).requests) == 2
+
+
 def test_a_place_that_is_no_file_is_written_into(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
     edit = place.edit(capsys, "for-pipe.safetensors")
     pipe = place.at / "pipe"
