@@ -82,9 +82,8 @@ class Throughput:
         return self.tokens_per_second / self.limit if self.limit else None
 
     def rate(self) -> str:
-        """Tokens a second and the share of the limit, for a progress bar."""
-        known = "" if self.share is None else f", {self.share:.0%} of the limit"
-        return f"{self.tokens_per_second:,.0f} tokens/s{known}"
+        """Tokens a second, for a progress bar."""
+        return f"{self.tokens_per_second:,.0f} tokens/s"
 
     def __str__(self) -> str:
         known = "the machine's limit was not measured"

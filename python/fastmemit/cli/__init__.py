@@ -10,11 +10,12 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NoReturn
 
 from fastmemit import __version__
 from fastmemit.cli import doctor, edit, evaluate, experiment, share, stats  # noqa: F401 (they declare the verbs)
-from fastmemit.cli.options import VERBS, meant
+from fastmemit.cli.options import VERBS, json_place, meant
 from fastmemit.cli.terminal import printable_output, show_traceback
 
 DESCRIPTION = "Edit the facts of a language model: ROME, EMMET, MEMIT and its relatives in seconds."
@@ -117,11 +118,14 @@ def _run(argv: Sequence[str] | None) -> int:
     # Heavy imports happen here, so that --help answers at once.
     from fastcov import FailedElsewhere, FastcovError
     from fastmemit.errors import FastmemitError, MissedFacts
-    from fastmemit.parallel import for_verb
+    from fastmemit.parallel import current, for_verb
 
     try:
-        with _terminated_like_interrupted(), for_verb(args.verb, divided=("precompute",)):
+        with _terminated_like_interrupted(), for_verb(args.verb, divided=("precompute",)), json_place(args):
             VERBS[args.verb].run(args)
+            processes = current()
+            if isinstance(args.json, Path) and (processes is None or processes.first):
+                print(f"written to {args.json}")
     except FailedElsewhere:  # the process that failed says it
         return 2
     except MissedFacts as error:

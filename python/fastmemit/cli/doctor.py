@@ -7,7 +7,7 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-from fastmemit.cli.options import verb
+from fastmemit.cli.options import verb, write_json
 from fastmemit.cli.terminal import byte_size
 
 #: Package -> what needs it.
@@ -34,23 +34,28 @@ def _doctor(args: argparse.Namespace) -> None:
     """
     from huggingface_hub import constants, get_token
 
-    from fastcov.__main__ import show_kernels
+    from fastcov.__main__ import kernels_here, show_kernels
     from fastcov.machine import version
     from fastmemit.files import cache_dir
 
-    show_kernels()
-    print("\nlibraries")
-    print("  " + ", ".join(f"{name} {version(name, 'not installed')}" for name in VERSIONS))
+    found = {
+        **kernels_here(),
+        "libraries": {name: version(name, "not installed") for name in VERSIONS},
+        "extras": {name: version(name, "not installed") for name in EXTRAS},
+        "caches": [_folder(args.cache or cache_dir()), _folder(Path(constants.HF_HUB_CACHE))],
+        "hub": {"endpoint": constants.ENDPOINT, "offline": constants.HF_HUB_OFFLINE, "token": get_token() is not None},
+    }
+    write_json(args.json, found)
+    show_kernels(found)
+    print("\nlibraries\n  " + ", ".join(f"{name} {there}" for name, there in found["libraries"].items()))
     print("\nextras")
-    for name, what in EXTRAS.items():
-        print(f"  {name:<14} {version(name, 'not installed'):<14} {what}")
-    print("\ncaches")
-    print(f"  {_folder(args.cache or cache_dir())}")
-    print(f"  {_folder(Path(constants.HF_HUB_CACHE))}")
-    print("\nhub")
-    reach = "offline (HF_HUB_OFFLINE)" if constants.HF_HUB_OFFLINE else "asked when it is needed"
-    token = "no token" if get_token() is None else "a token is stored"
-    print(f"  {constants.ENDPOINT}, {reach}, {token}")
+    for name, there in found["extras"].items():
+        print(f"  {name:<14} {there:<14} {EXTRAS[name]}")
+    print("\ncaches", *found["caches"], sep="\n  ")
+    hub = found["hub"]
+    reach = "offline (HF_HUB_OFFLINE)" if hub["offline"] else "asked when it is needed"
+    token = "a token is stored" if hub["token"] else "no token"
+    print(f"\nhub\n  {hub['endpoint']}, {reach}, {token}")
 
 
 def _folder(path: Path) -> str:

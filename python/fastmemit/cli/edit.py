@@ -8,7 +8,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastmemit.cli.options import check_free, check_writable, chosen_settings, ensure_statistics, make_editor, verb
+from fastmemit.cli.options import (
+    check_free,
+    check_writable,
+    chosen_settings,
+    ensure_statistics,
+    make_editor,
+    verb,
+    write_json,
+)
 from fastmemit.cli.terminal import byte_size
 from fastmemit.errors import BadConfig, BadData, BadUndo, MissedFacts
 from fastmemit.request import EditRequest, check_batch
@@ -52,13 +60,25 @@ def _edit(args: argparse.Namespace) -> None:
         # Before anything is asked or shown, which may fail, and the edit would be gone.
         _save(args, editor, edit)
     outcomes = compare(requests, before, editor.ask(requests))
+    saved = not args.strict or all(outcome.said for outcome in outcomes)
+    write_json(
+        args.json,
+        {
+            "model": editor.name,
+            "method": args.method,
+            "layers": config.layers,
+            "facts": outcomes,
+            "out": args.out if saved else None,
+            "save_model": args.save_model if saved else None,
+        },
+    )
     layers = ", ".join(map(str, config.layers))
     print(f"layers {layers} of {editor.name} edited by {args.method}: {verdict(outcomes)}")
     print("probability of the new answer, before -> after, and what was said before:")
     for outcome in outcomes:
         print(f"  {outcome.described()}")
     if args.strict:
-        if not all(outcome.said for outcome in outcomes):
+        if not saved:
             raise MissedFacts("Not every fact is what the model says, so nothing was saved.")
         _save(args, editor, edit)
     if args.out is not None:
@@ -113,10 +133,17 @@ def _apply(args: argparse.Namespace) -> None:
     if args.save_model is not None:  # before anything that may fail
         editor.save_pretrained(args.save_model)
     after = editor.generate(args.prompt, args.max_new_tokens) if args.prompt else []
+    outcomes = compare(facts, replies, editor.ask(facts))
+    said = [
+        {"prompt": prompt, "before": old, "after": new}
+        for prompt, old, new in zip(args.prompt, before, after, strict=True)
+    ]
+    found = {"model": editor.name, "edits": args.edit, "facts": outcomes, "prompts": said}
+    write_json(args.json, {**found, "save_model": args.save_model})
     count = sum(len(edit.delta.requests) for edit in edits)
     print(f"{len(edits)} edits with {count} facts applied to {editor.name}")
     if facts:
-        print(verdict(compare(facts, replies, editor.ask(facts))))
+        print(verdict(outcomes))
     for prompt, old, new in zip(args.prompt, before, after, strict=True):
         print(f"\n{prompt}\n  before: {' '.join(old.split())}\n  after:  {' '.join(new.split())}")
     if args.save_model is not None:
@@ -148,11 +175,18 @@ def _show(args: argparse.Namespace) -> None:
     """
     from fastcov.errors import printable
 
-    for path in args.paths:
-        kind, about = _model_shown(path) if path.is_dir() else _edit_shown(path)
+    shown = [(path, *(_model_shown(path) if path.is_dir() else _edit_shown(path))) for path in args.paths]
+    write_json(args.json, [{"path": path, "is": kind, **_gathered(about)} for path, kind, about in shown])
+    for path, kind, about in shown:
         print(f"{path}: {kind}")
         for name, value in about:
             print(f"  {name:<10} {printable(' '.join(str(value).split()))}")
+
+
+def _gathered(about: Sequence[tuple[str, object]]) -> dict[str, object]:
+    """Lines of `_show` by name; those of one name that may stand there often, facts and parts, as a list."""
+    lists = {f"{name}s": [value for key, value in about if key == name] for name in ("part", "fact")}
+    return {**dict(line for line in about if f"{line[0]}s" not in lists), **lists}
 
 
 def _edit_shown(path: Path) -> tuple[str, list[tuple[str, object]]]:
@@ -205,6 +239,7 @@ def _undo(args: argparse.Namespace) -> None:
     The weights come back but for the rounding of the sum. For the bits themselves keep the unedited
     model and the edit's file: apply puts them together when they are needed.
     """
+    from fastmemit.answers import compare
     from fastmemit.delta import Delta
     from fastmemit.edits import Edit, EditStack
     from fastmemit.models import fingerprint
@@ -221,10 +256,14 @@ def _undo(args: argparse.Namespace) -> None:
         negative = Delta({name: (-left, right) for name, (left, right) in delta.factors.items()}, delta.provenance)
         Edit(negative, EditStack.of(editor.model)).apply()
     editor.save_pretrained(args.save_model)
-    now = sum(reply.said for reply in editor.ask(facts))
+    now = editor.ask(facts)
+    exact = fingerprint(editor.model) == unedited
+    found = {"model": editor.name, "edits": args.edit, "facts": compare(facts, before, now), "bit_for_bit": exact}
+    write_json(args.json, {**found, "save_model": args.save_model})
     print(f"{len(deltas)} edits taken out of {editor.name}")
-    print(f"of {len(facts)} facts the model said {sum(reply.said for reply in before)} and says {now} now")
-    if fingerprint(editor.model) == unedited:
+    said, says = (sum(reply.said for reply in replies) for replies in (before, now))
+    print(f"of {len(facts)} facts the model said {said} and says {says} now")
+    if exact:
         print("the weights are bit for bit the unedited model's")
     else:
         print("the weights are the unedited model's but for rounding: their last bits are not in an edited model")
@@ -258,9 +297,13 @@ def _compose(args: argparse.Namespace) -> None:
     if args.compress or args.rank is not None:
         whole = compressed(whole, rank=args.rank)
     whole.save(args.out)
-    for part in found:
-        method = part.provenance.get("method", "unknown")
-        print(f"  {part.digest():.12}  {len(part.requests)} facts by {printable(str(method)):.20}")
-    for name, done in (whole.provenance.get("compression") or {}).items():
+    listed = [(part.digest(), len(part.requests), str(part.provenance.get("method", "unknown"))) for part in found]
+    compression = whole.provenance.get("compression") or {}
+    parts_found = [{"digest": digest, "facts": facts, "method": method} for digest, facts, method in listed]
+    weights = list(whole.factors)
+    write_json(args.json, {"out": args.out, "weights": weights, "parts": parts_found, "compression": compression})
+    for digest, facts, method in listed:
+        print(f"  {digest:.12}  {facts} facts by {printable(method):.20}")
+    for name, done in compression.items():
         print(f"  {printable(name)}: rank {done['from']} -> {done['to']}, relative error {done['relative_error']:.1e}")
     print(f"{len(found)} edits on {len(whole.factors)} weights saved to {args.out}")

@@ -49,7 +49,7 @@ PROSE = 1024  # tokens that the demo measures perplexity on
 @verb(
     "evaluate",
     "--facts! --skip-malformed --batch-size --num-batches --metrics=score --text --text-tokens=4096 --text-batches "
-    "--references --json MODEL METHOD CORPUS",
+    "--references MODEL METHOD CORPUS",
 )
 def _evaluate(args: argparse.Namespace) -> None:
     r"""Edit and score CounterFact or zsRE records in batches, each on the unedited model.
@@ -69,9 +69,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     from fastmemit.data.records import is_zsre, load_zsre
     from fastmemit.evaluation import evaluate, load_references
     from fastmemit.evaluation.runner import Measures
-    from fastmemit.experiments.results import unbounded_as_text
 
-    check_writable(args.json)
     overrides = chosen_settings(args)
     zsre = is_zsre(args.facts)
     if zsre and tuple(args.metrics) != ("score",):
@@ -98,15 +96,13 @@ def _evaluate(args: argparse.Namespace) -> None:
         perplexity_batches=args.text_batches,
         progress=not args.quiet,
     )
-    write_json(args.json, unbounded_as_text(result), allow_nan=False)
+    write_json(args.json, result)
     count = sum(map(len, chosen))
     print(f"{editor.name}, {args.method}, {count} records in {len(chosen)} batches")
     names = ZSRE_COLUMNS if zsre else [name for m in args.metrics for name in COLUMNS[m]]
     show_changes(_changes(result, result["records"], list(dict.fromkeys(names)), result["perplexity"]))
     print(ZSRE_MEANING if zsre else MEANING)
     print(" ".join(f"{name} {value:.1f} s" for name, value in result["seconds"].items()))
-    if args.json is not None:
-        print(f"written to {args.json}")
 
 
 def _changes(
@@ -191,8 +187,23 @@ def _demo(args: argparse.Namespace) -> None:
         {"case_id": old.case_id, "before": old.shares(), "after": new.shares()}
         for old, new in zip(before, after, strict=True)
     ]
+    columns = _changes({"before": {}, "after": {}}, records, SCORES, cost)
+    continued = [
+        {"prompt": prompt, "before": old, "after": new} for prompt, old, new in zip(prompts, said, says, strict=True)
+    ]
+    write_json(
+        args.json,
+        {
+            "model": editor.name,
+            "method": args.method,
+            "out": args.out,
+            "facts": outcomes,
+            "scores": columns,
+            "prompts": continued,
+        },
+    )
     print(f"\n{verdict(outcomes)}\n")
-    show_changes(_changes({"before": {}, "after": {}}, records, SCORES, cost))
+    show_changes(columns)
     print(MEANING)
     print(f"Perplexity is that of {len(text.ids):,} tokens of the built-in prose: lower is better.")
     for fact, prompt, old, new in zip(facts, prompts, said, says, strict=False):

@@ -92,6 +92,7 @@ def _sweep(args: argparse.Namespace) -> None:
     cells = sweep.run_sweep(editor, grid, records, inputs, shard=shard, progress=not args.quiet)
     costs = {cell["key"]: cell["perplexity"] and cell["perplexity"]["after"] for cell in cells}
     rows = {cell["key"]: {**sweep.table_of(cell["records"]), "perplexity": costs[cell["key"]]} for cell in cells}
+    write_json(args.json, rows)
     show_scores(rows, (*SCORES, "perplexity"))
     number, of = shard
     if of == 1:
@@ -164,8 +165,10 @@ def _sequential(args: argparse.Namespace) -> None:
     facts = sum(map(len, chosen))
     print(f"{editor.name}, {args.method}, {facts} facts in {len(chosen)} batches, all of them kept")
     rows = {line["key"].rpartition("/")[0]: {**line["scores"], "perplexity": line["perplexity"]} for line in last}
-    show_scores({"unedited": last[0]["before"], **rows}, (*SCORES, "perplexity"))
-    print(f"{len(rows)} sequences in {args.out}: sequential.jsonl, .md (with intervals), .svg, .png")
+    rows = {"unedited": last[0]["before"], **rows}
+    write_json(args.json, rows)
+    show_scores(rows, (*SCORES, "perplexity"))
+    print(f"{len(rows) - 1} sequences in {args.out}: sequential.jsonl, .md (with intervals), .svg, .png")
 
 
 @verb("experiment report", "folders --out")
@@ -181,6 +184,7 @@ def _report(args: argparse.Namespace) -> None:
     from fastmemit.experiments.tables import summary
 
     report = write_report(args.folders, args.out)
+    write_json(args.json, report)
     print(printable(report.model))
     print(summary(report.groups))
     for path in report.files:
@@ -189,8 +193,7 @@ def _report(args: argparse.Namespace) -> None:
 
 @verb(
     "experiment locate",
-    "--facts! --skip-malformed --limit=200 --unknown-too --samples --noise --window --positions --kinds "
-    "--json --figure MODEL",
+    "--facts! --skip-malformed --limit=200 --unknown-too --samples --noise --window --positions --kinds --figure MODEL",
 )
 def _locate(args: argparse.Namespace) -> None:
     r"""Trace facts through the layers (ROME's causal tracing) and propose layers to edit.
@@ -210,7 +213,7 @@ def _locate(args: argparse.Namespace) -> None:
     from fastmemit.tracing import TraceSettings, choose_facts, count_states, trace
     from fastmemit.tracing_report import check_figure, draw, located, propose
 
-    check_writable(args.json, args.figure)
+    check_writable(args.figure)
     check_figure(args.figure)
     settings = TraceSettings(
         samples=args.samples,
@@ -256,8 +259,6 @@ def _locate(args: argparse.Namespace) -> None:
     )
     write_json(args.json, result)
     _show_effects(result, editor)
-    if args.json is not None:
-        print(f"written to {args.json}")
     if args.figure is not None:
         draw(result, args.figure)
         print(f"drawn in {args.figure}")
@@ -338,7 +339,7 @@ def _command(args: argparse.Namespace, name: str) -> list[str]:
 @verb(
     "experiment downstream",
     "--edit --force --text --text-tokens --context --stride --tasks --include-path --limit --num-fewshot "
-    "--task-batch-size --json MODEL",
+    "--task-batch-size MODEL",
     {"--edit": {"default": []}},
 )
 def _downstream(args: argparse.Namespace) -> None:
@@ -354,7 +355,6 @@ def _downstream(args: argparse.Namespace) -> None:
     names = [name.strip() for name in (args.tasks or "").split(",") if name.strip()]
     if args.text is None and not names:
         raise BadConfig("There is nothing to score; give --text FILE, --tasks NAMES, or both.")
-    check_writable(args.json)
 
     from fastmemit.data.reading import check_file
     from fastmemit.evaluation.downstream import compare, find_tasks
@@ -388,8 +388,6 @@ def _downstream(args: argparse.Namespace) -> None:
     if found["after"] is not None:
         columns["after"] = dict(_lines(found["after"]))
     show_table([["", *columns], *([name, *(c[name] for c in columns.values())] for name in columns["before"])])
-    if args.json is not None:
-        print(f"written to {args.json}")
 
 
 def _lines(state: State) -> Iterator[tuple[str, str]]:

@@ -7,13 +7,15 @@ import difflib
 import inspect
 import json
 import logging
+import math
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from fastmemit.errors import BadConfig, ModelNotFound
 
@@ -71,11 +73,11 @@ VERBS: dict[str, Verb] = {}
 def verb(
     name: str, flags: str, changes: Mapping[str, Mapping[str, Any]] | None = None
 ) -> Callable[[Callable[[argparse.Namespace], None]], Callable[[argparse.Namespace], None]]:
-    """Make a command of a function, whose docstring is its help: a sentence, and examples."""
+    """Make a command of a function, whose docstring is its help: a sentence, and examples. Each has ``--json``."""
 
     def declared(run: Callable[[argparse.Namespace], None]) -> Callable[[argparse.Namespace], None]:
         said, _, epilog = (inspect.getdoc(run) or "").partition("\n\n")
-        VERBS[name] = Verb(run, said, flags, epilog.replace("Examples:", "examples:"), changes or {})
+        VERBS[name] = Verb(run, said, f"{flags} --json", epilog.replace("Examples:", "examples:"), changes or {})
         return run
 
     return declared
@@ -238,7 +240,7 @@ FLAGS: dict[str, dict[str, dict[str, Any]]] = {
     "output": {
         "--out": _flag("PATH", "write the result here", Path),
         "--save-model": _flag("DIR", "write the model here, as a new folder", Path),
-        "--json": _flag("FILE", "write everything found here", Path),
+        "--json": _flag("FILE", "write what was found here too; - is stdout, which has nothing else then", Path),
         "--figure": _flag("FILE", "draw it (.svg or .png)", Path),
         "--overwrite": _switch("replace files that are there"),
         "--throughput": _switch("say too which share of this machine's arithmetic was reached"),
@@ -443,10 +445,44 @@ def read_text(args: argparse.Namespace, editor: Editor, **windows: int | None) -
     return perplexity.read_text(args.text, editor.tokenizer, tokens=args.text_tokens, **windows)
 
 
-def write_json(path: Path | None, content: Any, *, allow_nan: bool = True) -> None:
-    """Write what was found, before it is shown, which may fail; nothing where no file is asked for."""
+@contextmanager
+def json_place(args: argparse.Namespace) -> Iterator[None]:
+    """Make of ``--json`` a place for `write_json`, checked before any work; ``-`` takes stdout for itself."""
+    if args.json != Path("-"):
+        check_writable(args.json)
+        yield
+        return
+    args.json = sys.stdout
+    with redirect_stdout(sys.stderr):
+        yield
+
+
+def write_json(place: Path | TextIO | None, content: Any) -> None:
+    """Write what was found, before it is shown, which may fail; nothing where no place is asked for."""
     from fastcov.files import atomic_file
 
-    if path is not None:
-        with atomic_file(path) as file:
-            file.write(f"{json.dumps(content, indent=1, allow_nan=allow_nan)}\n".encode())
+    if place is None:
+        return
+    text = f"{json.dumps(_plain(content), indent=1, allow_nan=False)}\n"
+    if isinstance(place, Path):
+        with atomic_file(place) as file:
+            file.write(text.encode())
+    else:
+        place.write(text)
+
+
+def _plain(value: Any) -> Any:
+    """What JSON has: a dataclass as its fields, a path as text, a number without bound as ``"inf"``."""
+    if is_dataclass(value) and not isinstance(value, type):
+        value = asdict(value)
+    if isinstance(value, Mapping):
+        return {str(name): _plain(part) for name, part in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_plain(part) for part in value]
+    unbounded = isinstance(value, float) and not math.isfinite(value)
+    return str(value) if unbounded or isinstance(value, Path) else value
+
+
+def statistics_found(found: Statistics, **more: Any) -> dict[str, Any]:
+    """What there is to know of statistics, for `write_json`: what they are of, and their files by module."""
+    return {**more, **found.provenance, "files": found.paths}

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import argparse
 
-from fastmemit.cli.options import check_free, check_writable, make_editor, quiet_libraries, verb
+from fastmemit.cli.options import (
+    check_free,
+    check_writable,
+    make_editor,
+    quiet_libraries,
+    statistics_found,
+    verb,
+    write_json,
+)
 from fastmemit.errors import BadConfig
 
 
@@ -38,6 +46,7 @@ def _export(args: argparse.Namespace) -> None:
     model = load_skeleton(name, trust_remote_code=args.trust_remote_code)
     save_adapter(delta, model, args.out, base_model=args.base_model, pad=not args.own_ranks)
     rank = max(left.shape[1] for left, _ in delta.factors.values())
+    write_json(args.json, {"model": name, "out": args.out, "rank": rank, "weights": list(delta.factors)})
     print(f"adapter of rank {rank} on {len(delta.factors)} modules saved to {args.out}")
 
 
@@ -54,6 +63,7 @@ def _import(args: argparse.Namespace) -> None:
     editor = make_editor(args)
     delta = load_adapter(args.adapter, editor.model)
     delta.save(args.out)
+    write_json(args.json, {"model": editor.name, "out": args.out, "weights": list(delta.factors)})
     print(f"adapter on {len(delta.factors)} weights of {editor.name} saved as {args.out}")
 
 
@@ -85,8 +95,10 @@ def _push(args: argparse.Namespace) -> None:
         place = push_edit(Delta.load(args.edit), args.repo, **options)
     else:
         place = push_statistics(args.statistics, args.repo, **options)
+    what = args.edit or args.statistics
+    write_json(args.json, {"what": what, "repo": args.repo, "pushed": args.dry_run is None, "place": str(place)})
     done = "pushed to" if args.dry_run is None else "would be pushed; it is in"
-    print(f"{args.edit or args.statistics} {done} {place}")
+    print(f"{what} {done} {place}")
 
 
 @verb("hub pull", "--repo! --revision --out --model= MODEL")
@@ -113,10 +125,12 @@ def _pull(args: argparse.Namespace) -> None:
         if editor is not None:
             delta.check(editor.model)
         delta.save(args.out)
+        write_json(args.json, {"repo": args.repo, "out": args.out, "facts": delta.requests})
         print(f"edit with {len(delta.requests)} facts of {args.repo} saved to {args.out}")
         return
     tokenizer = tokenizer_fingerprint(editor.tokenizer) if editor is not None else None
     found = pull_statistics(args.repo, revision=args.revision, model=model, tokenizer=tokenizer, cache=args.cache)
+    write_json(args.json, statistics_found(found, repo=args.repo))
     print(f"second moments of {len(found.paths)} layers: {found.describe()}")
     for path in found.paths.values():
         print(f"  {path}")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastmemit.cli import options
-from fastmemit.cli.options import make_editor, stored_or_collected, verb
+from fastmemit.cli.options import make_editor, statistics_found, stored_or_collected, verb, write_json
 from fastmemit.cli.terminal import byte_size, show_table
 from fastmemit.errors import BadConfig
 
@@ -50,11 +50,10 @@ def _precompute(args: argparse.Namespace) -> None:
     found = options.precompute(editor, corpus, layers, args)
     if processes is not None and not processes.first:
         return
-    print(
-        f"{editor.name}: second moments of {len(found.paths)} layers, {found.describe()}, "
-        f"in {time.perf_counter() - begun:.1f} s"
-    )
-    speed = found.throughput
+    seconds, speed = time.perf_counter() - begun, found.throughput
+    fast = None if speed is None else {"tokens_per_second": speed.tokens_per_second, "share_of_limit": speed.share}
+    write_json(args.json, statistics_found(found, seconds=seconds, throughput=fast))
+    print(f"{editor.name}: second moments of {len(found.paths)} layers, {found.describe()}, in {seconds:.1f} s")
     if speed is not None:
         whose = "" if processes is None else f"process 0 of {processes.size}: "
         # The line ends with the share of the limit, which is for those who look for it.
@@ -103,6 +102,16 @@ def _plan(args: argparse.Namespace) -> None:
         plan(shape, machine, layers, keys, processes=args.processes, batch_tokens=args.batch_tokens, length=args.length)
         for keys in dict.fromkeys([*wanted, FULL_KEYS])
     ]
+    write_json(
+        args.json,
+        {
+            "shape": shape,
+            "machine": machine,
+            "layers": layers,
+            "processes": args.processes,
+            "plans": [{**dataclasses.asdict(p), "memory": p.memory, "total_seconds": p.total} for p in plans],
+        },
+    )
     print(
         f"{args.shape}: {shape.weights / 1e9:.2f} billion weights, {shape.layers} layers, d {shape.d}, d_k "
         f"{shape.d_k}; statistics of layers {args.layers}, {args.processes} x {args.machine}"
@@ -188,6 +197,20 @@ def _export(args: argparse.Namespace) -> None:
     modules = list(found.paths)
     with bar("layers written", len(modules), not args.quiet) as written:
         paths = export_statistics(found, place, modules, overwrite=args.overwrite, progress=written)
+    ranks: dict[str, int] = {}
+    if null_space is not None:
+        with bar("layers decomposed", len(modules), not args.quiet) as decomposed:
+            ranks = export_null_space(
+                found,
+                null_space,
+                modules,
+                **({} if args.threshold is None else {"threshold": args.threshold}),
+                relative=args.relative_threshold,
+                overwrite=args.overwrite,
+                progress=decomposed,
+            )
+    shown = statistics_found(found, exported=paths, null_space=null_space, null_space_ranks=ranks)
+    write_json(args.json, shown)
     print(f"{editor.name}: second moments of {len(paths)} layers, {found.describe()}")
     for path in paths.values():
         print(f"  {path}")
@@ -197,16 +220,6 @@ def _export(args: argparse.Namespace) -> None:
     )
     if null_space is None:
         return
-    with bar("layers decomposed", len(modules), not args.quiet) as decomposed:
-        ranks = export_null_space(
-            found,
-            null_space,
-            modules,
-            **({} if args.threshold is None else {"threshold": args.threshold}),
-            relative=args.relative_threshold,
-            overwrite=args.overwrite,
-            progress=decomposed,
-        )
     print(f"projectors onto the null spaces in {null_space}")
     layer_of = layers_by_name(editor.adapter)
     for name, rank in ranks.items():
@@ -282,6 +295,7 @@ def _import(args: argparse.Namespace) -> None:
     files = args.file or files_of(editor, _place(args, editor), layers)
     found = import_statistics(editor, files, check=not args.no_check)
     dtype = str(editor.model.dtype).removeprefix("torch.")
+    write_json(args.json, statistics_found(found, imported=list(files), dtype=dtype))
     print(f"{editor.name} in {dtype}: second moments of {len(found.paths)} layers taken over, {found.describe()}")
     for path in found.paths.values():
         print(f"  {path}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -12,10 +13,10 @@ import torch
 from safetensors.torch import load_file
 
 from fastmemit.cli import VERBS, main
-from fastmemit.cli.options import FLAGS, SETS
+from fastmemit.cli.options import FLAGS, SETS, write_json
 from fastmemit.cli.terminal import show_table
 from fastmemit.delta import Delta
-from tiny_commands import Place, refused, run
+from tiny_commands import EDIT, Place, refused, run
 
 Capture = pytest.CaptureFixture[str]
 
@@ -55,6 +56,49 @@ def test_the_doctor_says_what_runs_here(place: Place, capsys: Capture) -> None:
     for part in ("kernels, best first", "libraries\n  transformers ", "extras\n", " in ", "hub\n  http"):
         assert part in out
     assert "HF_HUB_OFFLINE" in out or "asked when it is needed" in out
+
+
+def alone(capsys: Capture, *words: object) -> Any:
+    """What a command writes for ``--json -``, which has stdout for itself; the rest is said on stderr."""
+    capsys.readouterr()
+    assert main([*map(str, words), "--json", "-"]) == 0
+    out, err = capsys.readouterr()
+    assert err and not err.startswith(("{", "["))
+    return json.loads(out)
+
+
+def test_what_a_verb_finds_is_there_as_json(place: Place, capsys: Capture) -> None:
+    assert all("--json" in verb.flags.split() for verb in VERBS.values())
+    found = alone(capsys, "precompute", *place.model, "--corpus", place.corpus, "--multiplier", 4, "--layers", "0-1")
+    assert (found["keys"], found["multiplier"], len(found["files"])) == (256, 4.0, 2)
+    assert all(Path(file).is_file() for file in found["files"].values())
+    saved, both, edited = place.at / "edit.st", place.at / "both.st", place.at / "edited"
+    found = alone(capsys, "edit", *place.model, *EDIT, "--facts", place.requests, "--out", saved)
+    assert (found["method"], found["layers"], found["out"]) == ("memit", [0, 1], str(saved))
+    fact = found["facts"][1]
+    assert fact["request"]["subject"] == "France" and fact["after"]["probability"] > fact["before"]["probability"]
+    found = alone(capsys, "apply", *place.model, "--edit", saved, "--prompt", "Paris is", "--save-model", edited)
+    assert found["prompts"][0].keys() == {"prompt", "before", "after"} and len(found["facts"]) == 2
+    assert found["facts"][1]["after"]["probability"] == pytest.approx(fact["after"]["probability"], rel=1e-4)
+    (found,) = alone(capsys, "show", saved)
+    assert found["digest"] == Delta.load(saved).digest() and found["layers"] == "0, 1"
+    assert found["facts"][1] == "The capital of France is -> Berlin" and found["parts"] == []
+    found = alone(capsys, "compose", "--edit", saved, "--out", both)
+    assert [part["facts"] for part in found["parts"]] == [2] and len(found["weights"]) == 2
+    options = ("--model", edited, *place.model[2:])
+    found = alone(capsys, "undo", *options, "--edit", saved, "--save-model", place.at / "back")
+    assert not any(fact["after"]["said"] for fact in found["facts"]) and isinstance(found["bit_for_bit"], bool)
+    found = alone(capsys, "doctor", "--cache", place.at)
+    assert found["kernels"]["reference"]["runs"] is True and found["chosen"]["cpu"]["float32"] in found["kernels"]
+    found = alone(capsys, "stats", "plan", "--shape", "gpt2-xl", "--multipliers", "10")
+    assert [plan["keys"] for plan in found["plans"]] == [64_000, 44_000_000]
+
+
+def test_json_of_what_has_no_number_and_in_a_place_that_cannot_be(place: Place, capsys: Capture) -> None:
+    write_json(place.at / "odd.json", {"a": [float("inf"), float("nan"), Path("b")], "c": (1, None, "inf")})
+    assert json.loads((place.at / "odd.json").read_text()) == {"a": ["inf", "nan", "b"], "c": [1, None, "inf"]}
+    assert "is a folder; name a file" in refused(capsys, place, "doctor", "--json", place.at)
+    assert f"written to {place.at / 'd.json'}\n" in run(capsys, "doctor", "--json", place.at / "d.json")
 
 
 @pytest.mark.parametrize(
