@@ -100,12 +100,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     back = printable_output()
     if argv is None:  # the process' own: what it writes at its end is printable too
+        _wait_briefly()
         sys.excepthook = show_traceback
         return _run(argv)
     try:
         return _run(argv)
     finally:
         back()
+
+
+def _wait_briefly() -> None:
+    """Let threads that wait for one another give their core away soon, where the environment says nothing of it."""
+    # GCC's OpenMP, which torch brings, spins for milliseconds at every barrier. Where other processes want the cores,
+    # the thread that is waited for does not run meanwhile: an edit beside them took three times its processor time
+    # (docs/results/performance.md). Of its own process' threads it knows when they are more than the cores, and spins
+    # 1,000 turns then; of others it does not. It is read once, as torch is loaded, which is later than this.
+    if not os.environ.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}:
+        os.environ["GOMP_SPINCOUNT"] = "1000"
 
 
 def _run(argv: Sequence[str] | None) -> int:

@@ -61,6 +61,39 @@ def test_help_needs_no_torch() -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.parametrize(
+    ("said", "spins"), [({}, "'1000'"), ({"GOMP_SPINCOUNT": "7"}, "'7'"), ({"OMP_WAIT_POLICY": "passive"}, "'0'")]
+)
+def test_threads_wait_briefly_where_the_environment_says_nothing(said: dict[str, str], spins: str) -> None:
+    """What GCC's OpenMP has read by the time that torch is loaded, which it says itself."""
+    code = (
+        "import sys, fastmemit.cli as cli\n"
+        "def run(args): import torch\n"
+        "cli.VERBS['doctor'] = __import__('dataclasses').replace(cli.VERBS['doctor'], run=run)\n"
+        "sys.argv = ['fastmemit', 'doctor']\n"
+        "sys.exit(cli.main())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={"PYTHONPATH": ":".join(sys.path), "PATH": "", "OMP_DISPLAY_ENV": "verbose", **said},
+    )
+    found = [line.split(" = ")[1] for line in done.stderr.splitlines() if "GOMP_SPINCOUNT" in line]
+    if not found:
+        pytest.skip("torch brings another OpenMP than GCC's")
+    assert set(found) == {spins}
+
+
+def test_the_callers_process_waits_as_it_did(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert "GOMP_SPINCOUNT" not in os.environ
+
+
 def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
         main(["--version"])
