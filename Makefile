@@ -13,7 +13,7 @@ SOURCES := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cu
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test gemma bench gpu-check lint types format check clean
+.PHONY: help demo test gemma bench gpu-check docs lint types format check clean
 
 help: ## list the targets
 	@echo "make TARGET, with PYTHON=python3.12 to choose the interpreter of a new .venv:"
@@ -34,6 +34,11 @@ bench: .venv/.bench ## time the kernels, the factorisation and the collecting; A
 # Not in .venv: a machine with a GPU has its own torch, and often no network.
 gpu-check: ## every kernel test and every goal on this machine's GPU, under 9 minutes; PYTHON=python3 as it is
 	PYTHONPATH=.:python HF_HUB_OFFLINE=1 $(PYTHON) benchmarks/gpu_check.py $(ARGS)
+
+# Strict: a broken link, or a docstring whose sections do not parse, ends it; and a page that would fetch something.
+docs: .venv/.docs ## the site in build/site: guide, reference from the docstrings, results
+	PYTHONPATH=.:python NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@! grep -rnE '<(script|link|img)[^>]* (src|href)="?(https?:)?//' build/site --include='*.html'
 
 lint: .venv/.dev ## ruff, the format, and which package may import which
 	$(BIN)/ruff check .
@@ -78,6 +83,10 @@ $(BIN)/pip:
 
 .venv/.bench: .venv/.package
 	$(PIP) -e '.[bench]'
+	@touch $@
+
+.venv/.docs: .venv/.package
+	$(PIP) -e '.[docs]'
 	@touch $@
 
 .venv/.dev: .venv/.test

@@ -257,11 +257,11 @@ class ModelAdapter:
             output: The projection's output now.
             residual: By how much the block's output shall move.
             rows: The token ids up to where each output is of; None takes arbitrary ones, which is right as long as what
-            the block does behind its MLP does not depend on them.
+                the block does behind its MLP does not depend on them.
 
         Raises:
             BadLayer: The block's output cannot be moved so, not even by a tenth; or it depends on tokens that were not
-            given.
+                given.
         """
         if self.adds_plainly(layer):
             return residual

@@ -251,7 +251,7 @@ def load_skeleton(name: str, *, trust_remote_code: bool = False) -> Any:
 
     Raises:
         ModelNotFound: Nothing of this name can be loaded, its configuration describes no model, or it needs code that
-        is not there.
+            is not there.
     """
     source = str(_source(name))
     from transformers import AutoConfig, AutoModelForCausalLM
