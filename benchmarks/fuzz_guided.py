@@ -1,6 +1,7 @@
 """Coverage-guided fuzz of every reader and of what is done with files, in slices.
 
-    pip install atheris nice -n 10 python benchmarks/fuzz_guided.py --runs 100000 --json guided.json
+    pip install atheris
+    nice -n 10 python benchmarks/fuzz_guided.py --runs 100000 --json guided.json
 
 libFuzzer, by way of atheris, keeps the files that reach a line of the packages that none did before, and damages those
 further: as bytes, or with what `fuzz_mutations` knows of their format.
@@ -25,6 +26,7 @@ import traceback
 import warnings
 import zlib
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +34,12 @@ ROOT = Path(__file__).resolve().parents[1]
 for folder in (ROOT, ROOT / "python", ROOT / "tests"):
     sys.path.insert(0, str(folder))
 
-import atheris  # noqa: E402
+try:
+    import atheris
+except ModuleNotFoundError:  # --help is there without it
+    atheris = None
 
-with atheris.instrument_imports(include=["fastcov", "fastmemit"]):
+with nullcontext() if atheris is None else atheris.instrument_imports(include=["fastcov", "fastmemit"]):
     import torch
 
     from benchmarks import fuzz_mutations, fuzz_workers
@@ -52,6 +57,9 @@ _DICTIONARY = (
 def main() -> int:
     """Run the slices, and write what came of them."""
     args = _arguments()
+    if atheris is None:
+        print("error: The package atheris is not installed; pip install atheris.", file=sys.stderr)
+        return 2
     torch.set_num_threads(1)
     logging.disable(logging.CRITICAL)
     warnings.simplefilter("ignore")

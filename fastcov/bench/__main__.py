@@ -100,8 +100,9 @@ def parse(words: Sequence[str], extras: suites.Extras | None = None) -> argparse
         BadInput: It asks for something that cannot be.
         SystemExit: It asks for help.
     """
-    given = _parser().parse_args(words)
-    given.extras = extras or suites.Extras()
+    extras = extras or suites.Extras()
+    given = _parser(f"python {extras.program}").parse_args(words)
+    given.extras = extras
     _one_of("suite", given.suites, SUITES)
     if "collect" in given.suites and given.load is None:
         raise BadInput("The suite collect needs a model; name one, for example --load benchmarks.smollm2:load.")
@@ -141,9 +142,9 @@ class _Parser(argparse.ArgumentParser):
         raise BadInput(f"{message[:1].upper()}{message[1:].rstrip('.')}; see --help.")
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(program: str) -> argparse.ArgumentParser:
     parser = _Parser(
-        prog="python -m fastcov.bench",
+        prog=program,
         description="Times symmetric rank-k updates (rank_k), factorising and editing (factor) and "
         "collecting a model's second moments (collect) against what others run.",
         epilog=_EPILOG,
