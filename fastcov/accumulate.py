@@ -60,7 +60,7 @@ class Accumulator:
         self.batches = 0  # how many were begun
         self.tokens: int | None = None  # how many the mask of the batch keeps; None where it has no mask
         self._mask: Tensor | None = None  # of the batch, on the CPU
-        self._cuts: dict[int, Tensor] = {}  # of the mask, by how many keys are left in it
+        self._cuts: dict[tuple[int, int], Tensor] = {}  # of the mask, by rows and how many keys are left in them
         self._modules: dict[str, _Module] = {}
         self._found = dict.fromkeys(wanted, 0)  # those that wait included
         self._before = dict(self._found)
@@ -141,13 +141,13 @@ class Accumulator:
         if left is None or count <= left:
             everything = self._mask is None or count == self._mask.numel()
             return (None if everything and count == rows else self._mask), count
-        if left not in self._cuts:
+        if (rows, left) not in self._cuts:
             if self._mask is None:
-                self._cuts[left] = torch.arange(rows) < left
+                self._cuts[rows, left] = torch.arange(rows) < left
             else:
                 order = self._mask.flatten().cumsum(0).reshape(self._mask.shape)
-                self._cuts[left] = self._mask & (order <= left)
-        return self._cuts[left], left
+                self._cuts[rows, left] = self._mask & (order <= left)
+        return self._cuts[rows, left], left
 
     def _add(self, module: _Module, rows: Tensor, mask: Tensor | None) -> None:
         """Add the kept rows (n, d_k), or copy them behind those that wait where they are too few for a launch."""

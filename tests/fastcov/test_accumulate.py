@@ -315,6 +315,15 @@ def test_the_first_keys_of_a_batch_by_hand():
     assert count == 2 and mask.tolist() == [True, True, False, False, False, False]
 
 
+def test_modules_that_see_different_numbers_of_rows_are_cut_each_by_its_own():
+    sums = Accumulator(nn.ModuleDict({"a": nn.Identity(), "b": nn.Identity()}), {"a": 2, "b": 2}, torch.float32)
+    sums.start(None)
+    sums.take("a", torch.tensor([[1.0], [2.0], [4.0]]))
+    sums.take("b", torch.tensor([[8.0], [16.0], [32.0], [64.0]]))
+    sums.finish()
+    assert [float(moment.sum) for moment in sums.moments.values()] == [5.0, 320.0]
+
+
 def test_keys_of_a_bfloat16_model_are_summed_as_they_are():
     model = Tiny(dtype=torch.bfloat16)
     documents = [[1, 2, 3, 4], [5, 6]]
