@@ -75,16 +75,11 @@ def emmet(factor: CholeskyFactor, K: Tensor, R: Tensor, lambda_e: float = 0.0) -
         return finite_change(R.contiguous(), _joint_solve(factor, K, lambda_e))
     X, S = factor.solve_and_gram(K)  # (d_k, B), (B, B)
     S.diagonal().add_(lambda_e)
-    try:
-        small = factorize(S, jitters=(0.0,), in_place=True)
-    except NotPositiveDefinite as error:
-        raise NotPositiveDefinite(
-            f"The {K.shape[1]} edit keys of width {K.shape[0]} are not independent with lambda_e={lambda_e:g}, so they "
-            "cannot be mapped exactly; remove duplicate requests, use smaller batches, or pass lambda_e=0.1.",
-            tried=error.tried,
-            d=K.shape[1],
-            rank=error.rank,
-        ) from error
+    small = _independent(
+        S,
+        f"The {K.shape[1]} edit keys of width {K.shape[0]} are not independent with lambda_e={lambda_e:g}, so they "
+        "cannot be mapped exactly; remove duplicate requests, use smaller batches, or pass lambda_e=0.1.",
+    )
     left = small.solve(R.mT).mT  # (d, B)
     return finite_change(left.contiguous(), X)
 
@@ -118,6 +113,14 @@ def rome(factor: CholeskyFactor, k: Tensor, r: Tensor, *, denominator_key: Tenso
             d=factor.d,
         )
     return finite_change(r / denominator, x)
+
+
+def _independent(S: Tensor, otherwise: str) -> CholeskyFactor:
+    """The factor of a small matrix S of edit keys, used up, without jitter; NotPositiveDefinite says `otherwise`."""
+    try:
+        return factorize(S, jitters=(0.0,), in_place=True)
+    except NotPositiveDefinite as error:
+        raise NotPositiveDefinite(otherwise, tried=error.tried, d=error.d, rank=error.rank) from error
 
 
 def _joint_solve(factor: CholeskyFactor, K: Tensor, share: float) -> Tensor:
@@ -316,17 +319,12 @@ def _solved(J: Tensor, K_u: Tensor, l2: float) -> Tensor:
     wide = n > r and l2 > 0  # more keys than directions: they depend on one another
     S = J @ J.mT if wide else J.mT @ J
     S.diagonal().add_(l2)
-    try:
-        factor = factorize(S, jitters=(0.0,), in_place=True)
-    except NotPositiveDefinite as error:
-        raise NotPositiveDefinite(
-            f"The {n} keys, those of earlier edits among them, are not independent in the {r} "
-            f"directions of the null space with l2={l2:g}, so they cannot all be led where they "
-            "shall; pass l2=10, remove duplicate requests, or raise the threshold.",
-            tried=error.tried,
-            d=S.shape[0],
-            rank=error.rank,
-        ) from error
+    factor = _independent(
+        S,
+        f"The {n} keys, those of earlier edits among them, are not independent in the {r} directions of the null space "
+        f"with l2={l2:g}, so they cannot all be led where they shall; pass l2=10, remove duplicate requests, or raise "
+        "the threshold.",
+    )
     if wide:
         return factor.solve(K_u)
     return J @ factor.solve(torch.eye(n, B, dtype=J.dtype, device=J.device))
