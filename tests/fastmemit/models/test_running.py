@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from torch import nn
 
 from fastmemit.errors import UnknownArchitecture
 from fastmemit.models import find_adapter
-from fastmemit.models.running import accepted, agrees, difference, is_causal, padding, tolerance
+from fastmemit.models.running import accepted, agrees, difference, is_causal, padding, remembered, tolerance
 from tiny_models import ARCHITECTURES, D_K, LAYERS, VOCAB_SIZE, D, tiny_model
 
 IDS = torch.arange(4, 11)[None]
@@ -146,3 +147,57 @@ def test_a_model_that_changes_its_own_weights_is_refused() -> None:
         find_adapter(model).check_constant()
     find_adapter(rwkv(num_hidden_layers=7, rescale_every=0)).check_constant()
     find_adapter(tiny_model("llama")).check_constant()
+
+
+def _hooked(model: Any) -> None:
+    model.model.layers[1].register_forward_hook(lambda *_: None)
+
+
+def _other_attention(model: Any) -> None:
+    model.config._attn_implementation = "eager" if model.config._attn_implementation != "eager" else "sdpa"
+
+
+def _replaced_forward(model: Any) -> None:
+    block = model.model.layers[0]
+    block.forward = partial(type(block).forward, block)
+
+
+def _one_weight(model: Any) -> None:
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight.mul_(2.0)
+
+
+def _loaded(model: Any) -> None:
+    model.load_state_dict(tiny_model("llama", seed=1).state_dict())
+
+
+@pytest.mark.parametrize(
+    ("change", "always"),
+    [
+        (lambda model: model.eval(), None),
+        (_hooked, True),
+        (_replaced_forward, True),
+        (_other_attention, True),
+        (lambda model: setattr(model.model.layers[0].mlp, "scale", 2.0), True),
+        (lambda model: setattr(model.model, "norm", torch.nn.Identity()), True),
+        (lambda model: model.bfloat16(), True),
+        (lambda model: model.to("meta"), True),
+        (_loaded, False),
+        (_one_weight, False),
+    ],
+    ids=["mode", "hook", "forward", "attention", "attribute", "module", "bfloat16", "device", "loaded", "weight"],
+)
+def test_what_was_measured_holds_for_as_long_as_the_model_is_what_it_was(change: Any, always: bool | None) -> None:
+    # None: nothing is measured again. False: only what depends on the weights is.
+    model, found = tiny_model("llama"), []
+
+    def ask() -> list[int]:
+        number = len(found)
+        for weights in (False, True):
+            remembered(model, ("test", weights), lambda w=weights: found.append(w), weights=weights)
+        return found[number:]
+
+    assert ask() == [False, True] and ask() == []
+    change(model)
+    assert ask() == {None: [], True: [False, True], False: [True]}[always]
+    assert ask() == []
