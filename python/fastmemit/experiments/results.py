@@ -42,7 +42,7 @@ SWEEP, RESULTS, TIMINGS = "sweep.json", "results.jsonl", "timings.jsonl"
 #: Tokens that MEMIT's authors ran (100,000 Wikipedia articles), the full precompute of the paper.
 FULL_KEYS = 44_000_000
 _UNBOUNDED = "inf"
-_MAX_BYTES = 1 << 30  # of lines in a compressed file
+_MAX_BYTES = 1 << 28  # of lines in a compressed file; 80 times the largest recorded
 _LARGEST = 2**53  # of whole numbers: all up to it are floats as well
 _PRINTED = 0.005  # stored scores and those of the records may differ by rounding, not in what is printed (0.01)
 # What must be equal for cells of two folders to stand in one table.
@@ -222,7 +222,7 @@ def _content(path: Path) -> bytes:
     except lzma.LZMAError as error:
         raise BadData(f"{str(path)!r} cannot be decompressed ({error}); restore it from a copy.") from None
     if not reader.eof or reader.unused_data:
-        raise BadData(f"{str(path)!r} is cut short, or holds more than {_MAX_BYTES >> 30} GiB; restore it from a copy.")
+        raise BadData(f"{str(path)!r} is cut short, or holds more than {_MAX_BYTES >> 20} MiB; restore it from a copy.")
     return found
 
 
