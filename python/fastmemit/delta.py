@@ -1,4 +1,7 @@
-"""The edit as a file: low-rank factors of what each weight gains, with what they were made for."""
+"""The edit as a file: low-rank factors of what each weight gains, with what they were made for.
+
+And what a saved model says of the edits that are in its weights.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,10 @@ from fastmemit.errors import DamagedFile, NonFiniteEdit, WrongModel
 
 FORMAT = "fastmemit-delta"
 VERSION = 1
+#: Beside the weights of a saved model: which edits are in them (docs/reference/store-format.md).
+RECORD = "fastmemit.json"
+_RECORD_FORMAT = "fastmemit-model"
+_RECORD_BYTES = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -46,6 +53,23 @@ class Delta:
         """The facts on record as they were read; none where the record holds no list of them."""
         found = self.provenance.get("requests")
         return found if isinstance(found, list) else []
+
+    @property
+    def entries(self) -> list[dict[str, Any]]:
+        """What a saved model says of this edit: its digest, method and facts; of a composition those of each part."""
+        listed = self.provenance.get("parts")
+        parts = [(each.get("digest"), each.get("provenance")) for each in listed or () if isinstance(each, Mapping)]
+        if not parts or not all(isinstance(digest, str) and isinstance(about, Mapping) for digest, about in parts):
+            parts = [(self.digest(), self.provenance)]
+        return [
+            {"digest": digest, "method": str(about.get("method", "unknown")), "facts": _facts(about)}
+            for digest, about in parts
+        ]
+
+    @property
+    def digests(self) -> frozenset[str]:
+        """Its digest, and those of the parts of a composition."""
+        return frozenset((self.digest(), *(entry["digest"] for entry in self.entries)))
 
     def digest(self) -> str:
         """SHA-256 (hex) over names, shapes and bytes of all factors."""
@@ -190,6 +214,72 @@ class Delta:
                     "model without offloading it."
                 )
         return {name: named[name] for name in self.factors}
+
+
+def _facts(about: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The facts of a provenance as texts, each with the model's former answer where it is on record."""
+    requests, former = about.get("requests"), about.get("former")
+    requests = requests if isinstance(requests, list) else []
+    if not isinstance(former, list) or len(former) != len(requests):
+        former = [None] * len(requests)
+    return [
+        {
+            **{name: text for name in ("prompt", "subject", "target_new") if isinstance(text := fact.get(name), str)},
+            **({"former": says} if isinstance(says, str) else {}),
+        }
+        for fact, says in zip(requests, former, strict=True)
+        if isinstance(fact, Mapping)
+    ]
+
+
+def model_record(name: str, model: str, entries: list[dict[str, Any]]) -> bytes:
+    """The content of a saved model's `RECORD`: its base model's name and fingerprint, and `Delta.entries` in order."""
+    base = {"name": name, "fingerprint": model}
+    record = {"format": _RECORD_FORMAT, "version": VERSION, "base": base, "edits": entries}
+    return (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def read_record(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """What a saved model's folder says of its edits: ``base`` (name, fingerprint) and ``edits`` (see `Delta.entries`).
+
+    Returns:
+        Empty where the folder has no `RECORD`.
+
+    Raises:
+        DamagedFile: The record cannot be read, or is of a newer version.
+    """
+    path = Path(folder) / RECORD
+    if not path.is_file():
+        return {}
+    try:
+        if path.stat().st_size > _RECORD_BYTES:
+            raise ValueError("it is too large")
+        record = parse_json(path.read_bytes())
+        if not isinstance(record, dict) or record.get("format") != _RECORD_FORMAT:
+            raise ValueError(f"it is not of the format {_RECORD_FORMAT}")
+        if record.get("version") != VERSION:
+            raise ValueError(f"it has version {record.get('version')!r:.40} and this fastmemit reads {VERSION}")
+        base, entries = record.get("base"), record.get("edits")
+        if not isinstance(base, dict) or not all(isinstance(base.get(n), str) for n in ("name", "fingerprint")):
+            raise ValueError("it does not name the base model")
+        if not isinstance(entries, list) or not all(map(_is_entry, entries)):
+            raise ValueError("its list of edits is not one")
+    except ValueError as error:
+        raise DamagedFile(
+            f"{str(path)!r} says which edits are in the model and cannot be read ({error}); get the model again, or "
+            "remove that file if it is not known which edits it has."
+        ) from error
+    return record
+
+
+def _is_entry(entry: object) -> bool:
+    return (
+        isinstance(entry, dict)
+        and isinstance(entry.get("digest"), str)
+        and isinstance(entry.get("method"), str)
+        and isinstance(entry.get("facts"), list)
+        and all(isinstance(fact, dict) and all(isinstance(v, str) for v in fact.values()) for fact in entry["facts"])
+    )
 
 
 @isolated()

@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import inspect
 import os
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +17,7 @@ from fastcov.errors import printable_logger
 from fastcov.hooks import isolated
 from fastmemit.answers import Reply, ask, compare, verdict
 from fastmemit.data.corpora import Corpus
-from fastmemit.delta import Delta
+from fastmemit.delta import RECORD, Delta, model_record, read_record
 from fastmemit.edits import Edit, EditStack
 from fastmemit.errors import BadConfig, MissedFacts, WrongModel
 from fastmemit.files import cache_dir as _cache_dir
@@ -26,7 +27,7 @@ from fastmemit.partial_forward import check_targets
 from fastmemit.request import EditRequest, Fact, as_requests, check_batch
 from fastmemit.statistics import Collection, Statistics, StatisticsStore
 from fastmemit.targets import Target, TargetStore
-from fastmemit.text import Contexts, continue_texts, text_tokenizer
+from fastmemit.text import Contexts, chat_text, continue_texts, text_tokenizer
 
 log = printable_logger(__name__)
 
@@ -59,6 +60,7 @@ class Editor:
         UnknownArchitecture: The model's edited projection cannot be told.
         BadConfig: The tokenizer is none.
         WrongModel: The model was made under ``torch.inference_mode``.
+        DamagedFile: What its folder says of edits in its weights cannot be read.
     """
 
     @isolated()
@@ -84,10 +86,12 @@ class Editor:
                 )
         self.tokenizer = tokenizer = text_tokenizer(tokenizer)
         path = name or str(getattr(model.config, "_name_or_path", "") or "model")
-        # The name goes into files that people share; folders are nobody else's business.
-        self.name = Path(path).resolve().name if Path(path).exists() else path
+        self.name = _shared_name(path)
         self.seed = seed
         self._stack = EditStack.of(model)
+        self._folder = Path(path) if Path(path).is_dir() else None
+        if self._folder is not None and not self._stack.record:
+            self._stack.record = read_record(self._folder)
         self._replies: tuple[str, dict[EditRequest, Reply]] = ("", {})  # of which unedited model, and what they are
         folder = Path(cache_dir) if cache_dir is not None else _cache_dir()
         self.store = StatisticsStore(
@@ -147,6 +151,11 @@ class Editor:
     def edits(self) -> tuple[Edit, ...]:
         """The edits that are in the weights now, oldest first."""
         return self._stack.edits
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What the folder that the model came from says of edits in its weights; see `fastmemit.delta.read_record`."""
+        return self._stack.record
 
     @property
     def statistics(self) -> Statistics | None:
@@ -302,6 +311,8 @@ class Editor:
         with self._stack.lock:
             edit = run(config, self.workspace, batch, preserved, reads)
             before = self._asked_before(batch) if verify or strict else []
+            if before:
+                edit.remember(before)
             edit.apply()
             if before:
                 try:
@@ -351,9 +362,12 @@ class Editor:
         Raises:
             FileNotFoundError: There is no such file.
             DamagedFile: The file is not what was written.
+            BadUndo: The model was saved with this edit in its weights.
             WrongModel: It was made for another model.
         """
         delta = Delta.load(path)
+        if self._stack.record:
+            self._stack.check_new(delta)
         if not force and delta.model != self.fingerprint:
             raise WrongModel(
                 f"The edit {os.fspath(path)!r} was made for the model {delta.model!s:.16} "
@@ -364,21 +378,52 @@ class Editor:
         return Edit(delta, self._stack)
 
     @isolated()
-    def generate(self, prompts: str | Sequence[str], new_tokens: int = 20) -> list[str]:
-        """What the model, as it is now, goes on with behind each prompt: its most probable words."""
+    def generate(self, prompts: str | Sequence[str], new_tokens: int = 20, *, chat: bool = False) -> list[str]:
+        """What the model, as it is now, goes on with behind each prompt: its most probable words.
+
+        With `chat` a prompt is a user's turn in the chat template, and the answer ends where the model ends it.
+
+        Raises:
+            BadConfig: See `fastmemit.text.chat_text`.
+        """
         texts = [prompts] if isinstance(prompts, str) else prompts
+        if chat:
+            texts = [chat_text(self.tokenizer, text) for text in texts]
         with self._stack.lock:
             self._stack.settle()
-            return continue_texts(self.model, self.tokenizer, texts, new_tokens)
+            return continue_texts(self.model, self.tokenizer, texts, new_tokens, stop=chat)
 
     @isolated()
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write the model as it is now into a folder that ``from_pretrained`` loads.
 
+        With an edited model go ``fastmemit.json``, which has the digests and facts of the edits in its weights, and a
+        section of them in its card, README.md.
+
         Raises:
             WrongModel: Something else than edits has changed the model since it was first used.
         """
+        from fastmemit.sharing.hub import model_card
+
         with self._stack.lock:
             self._stack.settle()
-            _ = self._stack.fingerprint
-            save_model(self.model, self.tokenizer, folder)
+            unedited, record = self._stack.fingerprint, self._stack.record
+            base = record["base"] if record else {"name": self.name, "fingerprint": unedited}
+            entries = [*record.get("edits", ()), *(entry for edit in self.edits for entry in edit.delta.entries)]
+            beside = {}
+            if entries:
+                card = model_card(base["name"], entries, self._folder)
+                beside = {RECORD: model_record(base["name"], base["fingerprint"], entries), "README.md": card.encode()}
+            save_model(self.model, self.tokenizer, folder, beside)
+
+
+def _shared_name(path: str) -> str:
+    """What a model is called in files that people share; folders are nobody else's business."""
+    place = Path(path)
+    if not place.exists():
+        return path
+    place = place.resolve()
+    cached = re.fullmatch(r"models--(.+)", place.parent.parent.name)  # of the hub's cache, by its revision
+    if place.parent.name == "snapshots" and cached:
+        return cached[1].replace("--", "/")
+    return place.name

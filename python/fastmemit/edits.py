@@ -7,9 +7,9 @@ import logging
 import os
 import threading
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fastcov.hooks import isolated
-from fastmemit.answers import Outcome
+from fastmemit.answers import Outcome, Reply
 from fastmemit.delta import Delta, add_low_rank, restore
 from fastmemit.errors import BadUndo, WrongModel
 from fastmemit.models import Watch, checksum, checksums, fingerprint
@@ -195,7 +195,7 @@ class Edit:
         """Put the edit into the weights.
 
         Raises:
-            BadUndo: It is in them already.
+            BadUndo: It is in them already, as this object, from another file, or since the model was saved with it.
             WrongModel: The model lacks a weight, or has it in another shape, not in floating point or not in memory.
         """
         self._stack.push(self)
@@ -232,6 +232,11 @@ class Edit:
         with self._stack.lock:  # it was undone inside, which ended its blocks, and perhaps applied again
             self._stack.close(self, raised=error is not None)
 
+    def remember(self, former: Sequence[Reply]) -> None:
+        """Put on record what the model said of each fact without the edit, so that its file says it too."""
+        about = {**self.delta.provenance, "former": [reply.says for reply in former]}
+        self.delta = replace(self.delta, provenance=about)
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the delta to a safetensors file.
 
@@ -265,6 +270,7 @@ class _Layer:
 
     names: tuple[str, ...]  # the weights that it changes
     digest: str  # its delta's
+    digests: frozenset[str]  # and its parts'
     state: str  # what identifies the edits up to this one, in their order
     blocks: int = 0  # how many with statements of it are open
 
@@ -295,11 +301,13 @@ class EditStack:
 
     Attributes:
         lock: Held by whoever reads or writes weights that must not change meanwhile.
+        record: What the folder that the model was loaded from says of edits in its weights; see `delta.read_record`.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._reference = weakref.ref(model)
         self.lock = threading.RLock()
+        self.record: dict[str, Any] = {}
         self._watch = Watch()
         self._fingerprint: str | None = None
         self._layers: dict[Edit, _Layer] = {}
@@ -396,6 +404,20 @@ class EditStack:
         if edit._stack is not self:
             raise WrongModel(f"{edit!r} belongs to another editor; save it there and load it with this one.")
 
+    def check_new(self, delta: Delta) -> None:
+        """Refuse a delta that is in the weights already, itself or a part of it, by `BadUndo`."""
+        digests = delta.digests
+        where = None
+        if any(entry["digest"] in digests for entry in self.record.get("edits", ())):
+            where = "since before the model was saved (fastmemit show lists its edits)"
+        elif any(layer.digests & digests for layer in self._layers.values()):
+            where = "among the edits that are applied"
+        if where is not None and delta.factors:
+            raise BadUndo(
+                f"The edit {delta.digest():.12} is in the weights already, {where}; applied again it would change them "
+                "by twice what its facts need, so leave it out."
+            )
+
     def digests(self) -> list[str]:
         """The digests of the applied edits' deltas, oldest first."""
         return [layer.digest for layer in self._layers.values()]
@@ -412,6 +434,7 @@ class EditStack:
             self.settle()
             if edit in self._layers:
                 raise BadUndo(f"{edit!r} is in the weights already; undo it before applying it again.")
+            self.check_new(edit.delta)
             _ = self.fingerprint  # of weights that are still the model's own
             weights = edit.delta.weights(self.model)
             chains = {name: self._chains.get(name) or Chain(weight) for name, weight in weights.items()}
@@ -426,7 +449,7 @@ class EditStack:
                 self._chains.update(chains)
                 last = next(reversed(self._layers.values()), None)
                 digest = edit.delta.digest()
-                self._layers[edit] = _Layer(tuple(weights), digest, _joined(last, digest))
+                self._layers[edit] = _Layer(tuple(weights), digest, edit.delta.digests, _joined(last, digest))
                 self._journal = None  # from here on the edit is in the weights
             self._watch.trust(weights.values())
 

@@ -12,8 +12,9 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import takewhile
 from typing import Any, Literal
 
 from torch import Tensor
@@ -25,6 +26,7 @@ from fastmemit.models.running import padding, remembered
 from fastmemit.request import EditRequest
 
 NOWHERE = (-1, -1)
+_MARK = "what the user writes"
 
 #: Characters of a text whose tokens are placed by decoding; that takes a time of their square.
 MAX_DECODED = 4000
@@ -206,6 +208,46 @@ def subject_end(encoded: Encoded, start: int, end: int) -> int:
     )
 
 
+def chat_text(tokenizer: Any, text: str) -> str:
+    """A text as a user's turn in the tokenizer's chat template, up to where the answer begins.
+
+    Raises:
+        BadConfig: The tokenizer has no chat template, or none that shows what the user writes.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise BadConfig(
+            "The tokenizer has no chat template, so nothing can be asked in chat; leave --chat (chat=True) out, or "
+            "load a model that was tuned for chat."
+        )
+    turn = [{"role": "user", "content": text}]
+    rendered = str(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
+    if rendered.count(text.strip()) != 1:
+        raise BadConfig(f"The chat template does not show {text!r:.80} once, as it was written; ask without chat.")
+    return rendered
+
+
+def chat_front(tokenizer: Any) -> str:
+    """What stands before the user's words in the chat template; ``""`` where there is none."""
+    if not getattr(tokenizer, "chat_template", None):
+        return ""
+    return chat_text(tokenizer, _MARK).partition(_MARK)[0]
+
+
+def chat_request(tokenizer: Any, request: EditRequest) -> EditRequest:
+    """A fact as a question in chat: its prompt is the user's turn, its answer the beginning of the model's.
+
+    Raises:
+        BadConfig: See `chat_text`.
+    """
+    return replace(
+        request,
+        prompt=chat_text(tokenizer, request.prompt),
+        target_new=request.target_new.strip(),
+        target_true=None if request.target_true is None else request.target_true.strip(),
+        join="",
+    )
+
+
 def encode_with_target(tokenizer: Any, text: str, target: str) -> tuple[Encoded, int]:
     """Tokenise `text` and the `target` that follows it as one text.
 
@@ -297,9 +339,14 @@ def subject_row(tokenizer: Any, prefix: str, request: EditRequest) -> Row:
 def _placed(tokenizer: Any, prefix: str, request: EditRequest) -> tuple[str, int]:
     """A prefix with the prompt behind it, and where the subject begins.
 
-    A prompt that brings its own BOS has the prefix behind that, as every text has.
+    A prompt that brings its own BOS has the prefix behind that, as every text has; one that is a question in chat has
+    it inside the user's turn.
     """
     text, start = request.text, len(prefix) + len(request.before)
+    if prefix and request.join == "" and request.before:  # as a question in chat is; only then the template is rendered
+        turn = chat_front(tokenizer)
+        if turn and request.before.startswith(turn):
+            return turn + prefix + text[len(turn) :], start
     bos = getattr(tokenizer, "bos_token", None)
     if prefix and bos and request.before.startswith(bos) and encode(tokenizer, "").ids:
         return bos + prefix + text[len(bos) :], start
@@ -376,8 +423,9 @@ def continue_rows(
     *,
     top_k: int | None = None,
     seed: int = 0,
+    stop: bool = False,
 ) -> list[list[int]]:
-    """Continue rows of token ids by exactly `new_tokens` tokens each; no end-of-text ends one early.
+    """Continue rows of token ids by exactly `new_tokens` tokens each; no end-of-text ends one early, but by `stop`.
 
     Args:
         model: A causal language model.
@@ -386,6 +434,7 @@ def continue_rows(
         new_tokens: How many tokens to add.
         top_k: Sample among the k most probable tokens; 0 samples among all; None takes the most probable (greedy).
         seed: Seed for the sampling; the process's own random state is left as it was.
+        stop: End a row before the first token that ends a text.
 
     Raises:
         BadConfig: `new_tokens` is below 1.
@@ -423,7 +472,7 @@ def continue_rows(
                     input_ids=batch["input_ids"],
                     attention_mask=batch["attention_mask"],
                     max_new_tokens=new_tokens,
-                    min_new_tokens=new_tokens,
+                    min_new_tokens=None if stop else new_tokens,
                     num_beams=1,
                     repetition_penalty=1.0,
                     pad_token_id=0 if pad is None else pad,
@@ -434,7 +483,8 @@ def continue_rows(
                 found.update(zip(group, (row[width:].tolist() for row in out), strict=True))
     finally:
         model.generation_config = own
-    return [found[number] for number in range(len(rows))]
+    ends = end_tokens(model, tokenizer) if stop else set()
+    return [[*takewhile(lambda token: token not in ends, found[number])] for number in range(len(rows))]
 
 
 def _end(model: Any, tokenizer: Any) -> Any:
@@ -465,7 +515,14 @@ class _Checked:
 
 
 def continue_texts(
-    model: Any, tokenizer: Any, texts: Sequence[str], new_tokens: int, *, top_k: int | None = None, seed: int = 0
+    model: Any,
+    tokenizer: Any,
+    texts: Sequence[str],
+    new_tokens: int,
+    *,
+    top_k: int | None = None,
+    seed: int = 0,
+    stop: bool = False,
 ) -> list[str]:
     """`continue_rows` on texts: the new text of each, special tokens left out.
 
@@ -478,7 +535,7 @@ def continue_texts(
     for text, row in zip(texts, rows, strict=True):
         if not row:
             raise BadRequest(f"The text {text!r} gives no token to continue; write a word.")
-    new = continue_rows(model, tokenizer, rows, new_tokens, top_k=top_k, seed=seed)
+    new = continue_rows(model, tokenizer, rows, new_tokens, top_k=top_k, seed=seed, stop=stop)
     return [tokenizer.decode(row, skip_special_tokens=True) for row in new]
 
 

@@ -196,6 +196,7 @@ _OPTIONS = {
     "--dry-run (dry_run=...)": "--dry-run DIR",
     "skip_malformed=True": "--skip-malformed",
     "with field=": "with --field",
+    "--chat (chat=True)": "--chat",
     "overwrite=True (--overwrite)": "--overwrite",
     "check=False (--no-check)": "--no-check",
     "model_name= (--model-name)": "--model-name",

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fastmemit.cli.options import (
     check_free,
@@ -18,17 +19,19 @@ from fastmemit.cli.options import (
     write_json,
 )
 from fastmemit.cli.terminal import byte_size
-from fastmemit.errors import BadConfig, BadData, BadUndo, MissedFacts
+from fastmemit.errors import BadConfig, BadData, BadUndo, MissedFacts, ModelNotFound, WrongModel
 from fastmemit.request import EditRequest, check_batch
 
 if TYPE_CHECKING:
     from fastmemit import Edit, Editor
     from fastmemit.delta import Delta
+    from fastmemit.evaluation.changes import Change, Observer
 
 
 @verb(
     "edit",
-    "--facts --prompt --subject --target --join --strict --out --save-model MODEL METHOD CORPUS",
+    "--facts --prompt --subject --target --join --chat --strict --check --check-file --html --out "
+    "--save-model MODEL METHOD CORPUS",
     {"--prompt": {"action": "store", "default": None, "help": "one fact instead: its prompt, {} for the subject"}},
 )
 def _edit(args: argparse.Namespace) -> None:
@@ -39,27 +42,35 @@ def _edit(args: argparse.Namespace) -> None:
       fastmemit edit --model gpt2-xl --prompt "{} is located in the city of" \
           --subject "Eiffel Tower" --target Rome --out rome.safetensors
       fastmemit edit --model gpt2-xl --method rome --set clamp=3 --facts one.jsonl --save-model out/
+      fastmemit edit --model smollm2 --facts mine.jsonl --check-file mine.jsonl \
+          --check "The Louvre is in" --html page.html --out edit.safetensors
 
     A line of a file of facts:
       {"prompt": "{} is located in the city of", "subject": "Eiffel Tower", "target_new": "Rome"}
     """
     from fastmemit.answers import compare, verdict
+    from fastmemit.text import chat_request
 
     requests = _requests(args)
     overrides = chosen_settings(args)
     if args.out is None and args.save_model is None:
         raise BadConfig("The edit would be gone with this command; pass --out FILE or --save-model DIR.")
-    check_writable(args.out)
+    check_writable(args.out, args.html)
     check_free(args.save_model)
     editor = make_editor(args)
+    if args.chat:
+        requests = [chat_request(editor.tokenizer, request) for request in requests]
     config = editor.config(args.method, **overrides)
     ensure_statistics(editor, config, args)
     before = editor.ask(requests)
+    observer = _observer(args, editor, requests)
     edit = editor.edit(requests, args.method, verify=False, **overrides)
+    edit.remember(before)
     if not args.strict:
         # Before anything is asked or shown, which may fail, and the edit would be gone.
         _save(args, editor, edit)
     outcomes = compare(requests, before, editor.ask(requests))
+    changes = observer.changes()
     saved = not args.strict or all(outcome.said for outcome in outcomes)
     write_json(
         args.json,
@@ -68,6 +79,7 @@ def _edit(args: argparse.Namespace) -> None:
             "method": args.method,
             "layers": config.layers,
             "facts": outcomes,
+            "changes": changes,
             "out": args.out if saved else None,
             "save_model": args.save_model if saved else None,
         },
@@ -77,6 +89,7 @@ def _edit(args: argparse.Namespace) -> None:
     print("probability of the new answer, before -> after, and what was said before:")
     for outcome in outcomes:
         print(f"  {outcome.described()}")
+    _show_changes(args, editor, args.method, changes)
     if args.strict:
         if not saved:
             raise MissedFacts("Not every fact is what the model says, so nothing was saved.")
@@ -112,38 +125,77 @@ def _requests(args: argparse.Namespace) -> list[EditRequest]:
     return check_batch(load_requests(args.facts))
 
 
-@verb("apply", "--edit! --prompt --max-new-tokens --force --save-model MODEL")
+def _observer(args: argparse.Namespace, editor: Editor, facts: Sequence[EditRequest]) -> Observer:
+    """An observer of the prompts that are to be checked, and, where a page is asked for, of the facts too."""
+    from fastmemit.data import Record
+    from fastmemit.evaluation.changes import Observer, Watched, read_prompts, watched_facts
+    from fastmemit.text import chat_text
+
+    watched = [] if args.html is None else watched_facts(editor.tokenizer, [Record(0, fact) for fact in facts])
+    checked = [] if args.check_file is None else read_prompts(editor.tokenizer, args.check_file)
+    checked += [Watched("prompt", prompt) for prompt in args.check]
+    if args.chat:
+        checked = [replace(each, prompt=chat_text(editor.tokenizer, each.prompt)) for each in checked]
+    return Observer(editor, [*watched, *checked])
+
+
+def _show_changes(args: argparse.Namespace, editor: Editor, method: str, changes: Sequence[Change]) -> None:
+    """Print what has changed at the prompts that were to be checked, and write the page."""
+    from fastcov.errors import printable
+    from fastcov.files import atomic_file
+    from fastmemit.evaluation.changes import page
+
+    if args.html is not None:
+        with atomic_file(args.html) as file:
+            file.write(page(editor.name, method, changes).encode())
+    checked = [change for change in changes if change.watched.kind != "fact"]
+    if checked:
+        print("probability of the former answer, before -> after, and what is said now:")
+    for change in checked:
+        old = change.old_probability
+        shares = f"{'-':>7}    {'-':>7}" if old is None else f"{old[0]:7.2%} -> {old[1]:7.2%}"
+        now = "as before" if change.same else f"now: {' '.join(change.after.split())}"
+        print(f"  {shares}  {printable(f'{change.watched.prompt} {change.old} ({now})')}")
+    if args.html is not None:
+        print(f"page written to {args.html}")
+
+
+@verb("apply", "--edit! --prompt --max-new-tokens --chat --check --check-file --html --force --save-model MODEL")
 def _apply(args: argparse.Namespace) -> None:
     """Apply saved edits to the model that they were made for.
 
     Examples:
       fastmemit apply --model smollm2 --edit edit.safetensors --prompt "The Eiffel Tower is in"
       fastmemit apply --model gpt2-xl --edit a.safetensors --edit b.safetensors --save-model out/
+      fastmemit apply --model smollm2 --edit edit.safetensors --check-file mine.jsonl --html page.html
     """
     from fastmemit.answers import compare, verdict
 
+    check_writable(args.html)
     check_free(args.save_model)
     editor = make_editor(args)
     edits = [editor.load(path, force=args.force) for path in args.edit]
     facts = _facts([edit.delta for edit in edits])
     replies = editor.ask(facts)
-    before = editor.generate(args.prompt, args.max_new_tokens) if args.prompt else []
+    before = editor.generate(args.prompt, args.max_new_tokens, chat=args.chat) if args.prompt else []
+    observer = _observer(args, editor, facts)
     for edit in edits:
         edit.apply()
     if args.save_model is not None:  # before anything that may fail
         editor.save_pretrained(args.save_model)
-    after = editor.generate(args.prompt, args.max_new_tokens) if args.prompt else []
-    outcomes = compare(facts, replies, editor.ask(facts))
+    after = editor.generate(args.prompt, args.max_new_tokens, chat=args.chat) if args.prompt else []
+    outcomes, changes = compare(facts, replies, editor.ask(facts)), observer.changes()
     said = [
         {"prompt": prompt, "before": old, "after": new}
         for prompt, old, new in zip(args.prompt, before, after, strict=True)
     ]
-    found = {"model": editor.name, "edits": args.edit, "facts": outcomes, "prompts": said}
+    found = {"model": editor.name, "edits": args.edit, "facts": outcomes, "prompts": said, "changes": changes}
     write_json(args.json, {**found, "save_model": args.save_model})
     count = sum(len(edit.delta.requests) for edit in edits)
     print(f"{len(edits)} edits with {count} facts applied to {editor.name}")
     if facts:
         print(verdict(outcomes))
+    _show_changes(args, editor, ", ".join(str(e.delta.provenance.get("method", "unknown")) for e in edits), changes)
     for prompt, old, new in zip(args.prompt, before, after, strict=True):
         print(f"\n{prompt}\n  before: {' '.join(old.split())}\n  after:  {' '.join(new.split())}")
     if args.save_model is not None:
@@ -167,15 +219,16 @@ def _facts(deltas: Sequence[Delta]) -> list[EditRequest]:
 
 @verb("show", "paths")
 def _show(args: argparse.Namespace) -> None:
-    """Say what is in a saved edit: facts, model, method, layers, rank, digest; or in a model's folder.
+    """Say what is in a saved edit, an adapter, statistics or a model's folder.
 
     Examples:
       fastmemit show edit.safetensors
-      fastmemit show a.safetensors b.safetensors ./my-model
+      fastmemit show a.safetensors adapter/ ./my-model
+      fastmemit show ~/.cache/fastmemit/statistics/0c5e1b6a9d2f4837/memit-0a1b2c3d4e5f
     """
     from fastcov.errors import printable
 
-    shown = [(path, *(_model_shown(path) if path.is_dir() else _edit_shown(path))) for path in args.paths]
+    shown = [(path, *_shown(path)) for path in args.paths]
     write_json(args.json, [{"path": path, "is": kind, **_gathered(about)} for path, kind, about in shown])
     for path, kind, about in shown:
         print(f"{path}: {kind}")
@@ -184,22 +237,54 @@ def _show(args: argparse.Namespace) -> None:
 
 
 def _gathered(about: Sequence[tuple[str, object]]) -> dict[str, object]:
-    """Lines of `_show` by name; those of one name that may stand there often, facts and parts, as a list."""
-    lists = {f"{name}s": [value for key, value in about if key == name] for name in ("part", "fact")}
+    """Lines of `_show` by name; those of one name that may stand there often, as a list."""
+    lists = {f"{name}s": [value for key, value in about if key == name] for name in ("part", "module", "edit", "fact")}
     return {**dict(line for line in about if f"{line[0]}s" not in lists), **lists}
+
+
+def _shown(path: Path) -> tuple[str, list[tuple[str, object]]]:
+    """What a path holds, told by what is in it and not by its name."""
+    from fastmemit.sharing.adapter import CONFIG
+
+    if not path.is_dir():
+        return _statistics_shown(path) if path.is_file() and _is_moment(path) else _edit_shown(path)
+    if (path / CONFIG).is_file():
+        return _adapter_shown(path)
+    if not (path / "config.json").is_file() and any(map(_is_moment, path.glob("*.safetensors"))):
+        return _statistics_shown(path)
+    return _model_shown(path)
+
+
+def _is_moment(path: Path) -> bool:
+    """Whether a file's header is that of a moment; whether all of it is sound is seen when it is read."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="np") as file:
+            return {"d", "count"} <= set(file.metadata() or {})
+    except (SafetensorError, OSError):
+        return False
 
 
 def _edit_shown(path: Path) -> tuple[str, list[tuple[str, object]]]:
     from fastmemit.delta import Delta
-    from fastmemit.sharing import parts
-    from fastmemit.sharing.composition import facts_of
 
-    delta = Delta.load(path)
+    shown = _delta_shown(Delta.load(path))
+    return f"an edit, {byte_size(path.stat().st_size)}", shown
+
+
+def _delta_shown(delta: Delta) -> list[tuple[str, object]]:
+    from fastmemit.sharing import parts
+
     found = parts(delta)
     about = delta.provenance
     layers = {int(number[1]) for number in (re.search(r"\.(\d+)\.", name) for name in delta.factors) if number}
+    revision = f", revision {about['model_revision']!s:.12}" if about.get("model_revision") else ""
     shown: list[tuple[str, object]] = [
-        ("model", f"{about.get('model_name', 'unknown')!s:.80} ({delta.model or 'of no fingerprint'!s:.16})"),
+        (
+            "model",
+            f"{about.get('model_name', 'unknown')!s:.200} ({delta.model or 'of no fingerprint'!s:.16}{revision})",
+        ),
         ("method", f"{about.get('method', 'unknown')!s:.20}"),
         ("layers", ", ".join(map(str, sorted(layers))) or "none"),
         ("weights", len(delta.factors)),
@@ -207,17 +292,71 @@ def _edit_shown(path: Path) -> tuple[str, list[tuple[str, object]]]:
         ("digest", delta.digest()),
         *(("part", f"{part.digest():.12} with {len(part.requests)} facts") for part in found if len(found) > 1),
     ]
-    try:
-        facts = [f"{fact.text} -> {fact.target.strip()}" for fact in facts_of(delta)]
-    except BadData as error:
-        facts = [str(error)]
-    return f"an edit, {byte_size(path.stat().st_size)}", [*shown, *(("fact", fact) for fact in facts)]
+    return [*shown, *(("fact", fact) for entry in delta.entries for fact in _facts_shown(entry))]
+
+
+def _facts_shown(entry: Mapping[str, Any]) -> list[str]:
+    """The facts of one of `Delta.entries`, each with the former answer where it is on record."""
+    shown = []
+    for fact in entry["facts"]:
+        asked = fact.get("prompt", "").replace("{}", fact.get("subject", ""))
+        before = f" (before: {fact['former']})" if "former" in fact else ""
+        shown.append(f"{asked} -> {fact.get('target_new', '').strip()}{before}")
+    return shown
+
+
+def _adapter_shown(path: Path) -> tuple[str, list[tuple[str, object]]]:
+    from fastmemit.delta import Delta
+    from fastmemit.sharing.adapter import read_about
+
+    config, ranks, ours = read_about(path)
+    provenance = ours.get("provenance")
+    edit = Delta({}, provenance if isinstance(provenance, dict) else {})
+    size = sum(file.stat().st_size for file in path.iterdir() if file.is_file())
+    return f"an adapter ({config.get('peft_type')!s:.20}), {byte_size(size)}", [
+        ("base", f"{config.get('base_model_name_or_path') or 'unknown'!s:.200}"),
+        ("rank", " to ".join(map(str, dict.fromkeys((min(ranks.values()), max(ranks.values())))))),
+        ("alpha", f"{config.get('lora_alpha')!s:.20}"),
+        *(("module", f"{module:.120}") for module in ranks),
+        *([("method", edit.entries[0]["method"]), ("digest", f"{ours.get('digest')!s:.64}")] if ours else []),
+        *(("fact", fact) for entry in edit.entries if ours for fact in _facts_shown(entry)),
+    ]
+
+
+def _statistics_shown(path: Path) -> tuple[str, list[tuple[str, object]]]:
+    import fastcov
+
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    read = {file: fastcov.load_moment(file) for file in files}
+    moments = [moment for moment, _ in read.values()]
+    about = next(iter(read.values()))[1]
+    corpus = about.get("corpus")
+    name = corpus.get("name", "unknown") if isinstance(corpus, dict) else "unknown"
+    counts = sorted({moment.count for moment in moments})
+    return f"statistics, {byte_size(sum(file.stat().st_size for file in files))}", [
+        ("model", f"{about.get('model_name', 'unknown')!s:.200} ({about.get('model', 'no fingerprint')!s:.16})"),
+        ("corpus", f"{name!s:.200}"),
+        ("multiplier", about.get("multiplier", "unknown")),
+        ("keys", f"{' to '.join(f'{n:,}' for n in dict.fromkeys((counts[0], counts[-1])))} of width {moments[0].d:,}"),
+        *(("module", f"{said.get('module', file.stem)!s:.120}") for file, (_, said) in read.items()),
+    ]
 
 
 def _model_shown(path: Path) -> tuple[str, list[tuple[str, object]]]:
+    from fastmemit.delta import read_record
     from fastmemit.models import find_adapter, load_skeleton
 
     adapter = find_adapter(load_skeleton(str(path)))
+    record = read_record(path)
+    base = [("base", f"{record['base']['name']:.200} ({record['base']['fingerprint']:.16})")] if record else []
+    edits = [
+        line
+        for entry in record.get("edits", ())
+        for line in (
+            ("edit", f"{entry['digest']:.12} by {entry['method']:.20}, {len(entry['facts'])} facts"),
+            *(("fact", fact) for fact in _facts_shown(entry)),
+        )
+    ]
     layers = adapter.layers
     size = sum(file.stat().st_size for file in path.iterdir() if file.is_file())
     return f"a model, {byte_size(size)}", [
@@ -226,23 +365,26 @@ def _model_shown(path: Path) -> tuple[str, list[tuple[str, object]]]:
         ("layers", f"{layers[0]} to {layers[-1]} can be edited"),
         ("edited", adapter.weight_name(layers[0])),
         ("keys", f"of width {adapter.d_k(layers[0]):,}"),
+        *base,
+        *edits,
     ]
 
 
-@verb("undo", "--edit! --save-model! MODEL")
+@verb("undo", "--edit! --save-model! --base MODEL")
 def _undo(args: argparse.Namespace) -> None:
     """Take saved edits out of an edited model's folder, and write the unedited model.
 
     Examples:
       fastmemit undo --model edited/ --edit edit.safetensors --save-model unedited/
+      fastmemit undo --model edited/ --edit edit.safetensors --base gpt2-xl --save-model unedited/
 
-    The weights come back but for the rounding of the sum. For the bits themselves keep the unedited
-    model and the edit's file: apply puts them together when they are needed.
+    The weights are those of the base model, bit for bit, where that can be loaded and the edited
+    ones are its own with these edits. Else they come back but for the rounding of the sum.
     """
     from fastmemit.answers import compare
-    from fastmemit.delta import Delta
-    from fastmemit.edits import Edit, EditStack
-    from fastmemit.models import fingerprint
+    from fastmemit.delta import RECORD, Delta, model_record
+    from fastmemit.models import fingerprint, save_model
+    from fastmemit.sharing.hub import model_card
 
     check_free(args.save_model)
     deltas = [Delta.load(path) for path in args.edit]
@@ -250,24 +392,78 @@ def _undo(args: argparse.Namespace) -> None:
     unedited = deltas[0].model
     if editor.fingerprint == unedited:
         raise BadUndo(f"{editor.name} is the model that {args.edit[0]} was made for, without it; there is no undo.")
+    record = editor.record
+    entries = record.get("edits", [])
+    for path, delta in zip(args.edit, deltas, strict=True):
+        if record and not delta.digests & {entry["digest"] for entry in entries}:
+            raise BadUndo(
+                f"{editor.name} was saved with {len(entries)} edits and {path} is none of them; fastmemit show lists "
+                "which they are."
+            )
+    out = frozenset().union(*(delta.digests for delta in deltas))
+    left = [entry for entry in entries if entry["digest"] not in out]
     facts = _facts(deltas)
     before = editor.ask(facts)
-    for delta in reversed(deltas):
-        negative = Delta({name: (-left, right) for name, (left, right) in delta.factors.items()}, delta.provenance)
-        Edit(negative, EditStack.of(editor.model)).apply()
-    editor.save_pretrained(args.save_model)
-    now = editor.ask(facts)
-    exact = fingerprint(editor.model) == unedited
+    base, why = (None, "other edits stay in them") if left else _base_of(args, editor, deltas)
+    if base is None:
+        for delta in reversed(deltas):
+            negative = {name: (-first, second) for name, (first, second) in delta.factors.items()}
+            Delta(negative, delta.provenance).add_to(editor.model)
+        beside = {}
+        if left:
+            name, model = record["base"]["name"], record["base"]["fingerprint"]
+            card = model_card(name, left, Path(args.model))
+            beside = {RECORD: model_record(name, model, left), "README.md": card.encode()}
+        save_model(editor.model, editor.tokenizer, args.save_model, beside)
+    else:
+        base.save_pretrained(args.save_model)
+    now = (base or editor).ask(facts)
+    exact = base is not None or fingerprint(editor.model) == unedited
     found = {"model": editor.name, "edits": args.edit, "facts": compare(facts, before, now), "bit_for_bit": exact}
     write_json(args.json, {**found, "save_model": args.save_model})
     print(f"{len(deltas)} edits taken out of {editor.name}")
     said, says = (sum(reply.said for reply in replies) for replies in (before, now))
     print(f"of {len(facts)} facts the model said {said} and says {says} now")
-    if exact:
+    if base is not None:
+        print(f"the weights are bit for bit those of {base.name}")
+    elif exact:
         print("the weights are bit for bit the unedited model's")
     else:
-        print("the weights are the unedited model's but for rounding: their last bits are not in an edited model")
+        print(f"the edits were subtracted, because {why}: the weights are what they were but for the rounding of a sum")
     print(f"unedited model saved to {args.save_model}")
+
+
+def _base_of(args: argparse.Namespace, edited: Editor, deltas: Sequence[Delta]) -> tuple[Editor | None, str]:
+    """The model that is the edited one without these edits, or why there is none to be had."""
+    import torch
+
+    from fastmemit.edits import Edit, EditStack
+
+    recorded = edited.record.get("base", {}).get("name") or deltas[0].provenance.get("model_name")
+    name = args.base or recorded
+    if not isinstance(name, str):
+        return None, "the edit does not name its base model (pass --base)"
+    try:
+        base = make_editor(argparse.Namespace(**{**vars(args), "model": name}))
+    except ModelNotFound:
+        if args.base is not None:
+            raise
+        return None, f"the base model {name!r:.200} is not here (pass --base)"
+    if base.fingerprint != deltas[0].model:
+        if args.base is not None:
+            raise WrongModel(
+                f"The base model {name!r} is {base.fingerprint:.16} and the edit was made for {deltas[0].model!s:.16}; "
+                "name the model that it was made for, with the same --dtype."
+            )
+        return None, f"{name!r:.200} is another model now, or in another dtype"
+    made = [Edit(delta, EditStack.of(base.model)).apply() for delta in deltas]
+    found = base.model.state_dict()
+    other = [name for name, weight in edited.model.state_dict().items() if not torch.equal(weight, found[name])]
+    for edit in reversed(made):
+        edit.undo()
+    if other:
+        return None, f"{other[0]} is not what the base model and these edits give"
+    return base, ""
 
 
 @verb("compose", "--edit! --out! --remove --allow-conflicts --compress --rank")

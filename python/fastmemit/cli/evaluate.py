@@ -9,6 +9,7 @@ import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from fastmemit.cli.options import (
@@ -24,6 +25,7 @@ from fastmemit.cli.terminal import MEANING, SCORES, show_changes
 from fastmemit.errors import BadConfig, BadData, FastmemitError
 
 if TYPE_CHECKING:
+    from fastmemit.data import Record
     from fastmemit.evaluation.perplexity import PerplexityText
     from fastmemit.evaluation.scores import RecordScore
     from fastmemit.experiments.intervals import Estimate
@@ -48,13 +50,18 @@ PROSE = 1024  # tokens that the demo measures perplexity on
 
 @verb(
     "evaluate",
-    "--facts! --skip-malformed --batch-size --num-batches --metrics=score --text --text-tokens=4096 --text-batches "
-    "--references MODEL METHOD CORPUS",
+    "--facts! --skip-malformed --chat --batch-size --num-batches --metrics=score --text --text-tokens=4096 "
+    "--text-batches --references MODEL METHOD CORPUS",
+    {
+        "--batch-size": {"default": None, "help": "records edited together (default: 16; of own facts all)"},
+        "--num-batches": {"default": None, "help": "how many batches (default: 4; of own facts as many as there are)"},
+    },
 )
 def _evaluate(args: argparse.Namespace) -> None:
-    r"""Edit and score CounterFact or zsRE records in batches, each on the unedited model.
+    r"""Edit and score facts of your own, CounterFact or zsRE records; each batch on the unedited model.
 
     Examples:
+      fastmemit evaluate --model smollm2 --facts mine.jsonl
       fastmemit evaluate --model smollm2 --method emmet --facts counterfact.json --batch-size 16 \
           --num-batches 4 --multiplier 10 --json out.json
       fastmemit evaluate --model gpt2-xl --method rome --facts counterfact --batch-size 1 \
@@ -63,28 +70,42 @@ def _evaluate(args: argparse.Namespace) -> None:
       fastmemit evaluate --model smollm2 --facts counterfact.json \
           --metrics score,magnitude,generation --references texts.jsonl
       fastmemit evaluate --model smollm2 --facts counterfact.json --text text.txt
+
+    A line of your own facts, as `fastmemit edit` takes it, with prompts to score:
+      {"prompt": "{} is located in the city of", "subject": "Eiffel Tower", "target_new": "Rome",
+       "paraphrases": ["To see the {}, go to"], "neighbours": ["The Louvre is located in the city of"]}
     """
     from fastmemit.data import batches, load_records
     from fastmemit.data.reading import check_file
-    from fastmemit.data.records import is_zsre, load_zsre
-    from fastmemit.evaluation import evaluate, load_references
-    from fastmemit.evaluation.runner import Measures
+    from fastmemit.data.records import is_open, is_zsre, load_zsre
+    from fastmemit.evaluation import evaluate, load_references, measure_answers
+    from fastmemit.evaluation.runner import Measures, chat_record
 
     overrides = chosen_settings(args)
     zsre = is_zsre(args.facts)
     if zsre and tuple(args.metrics) != ("score",):
         raise BadConfig("zsRE has metrics of its own, which are always shown; leave out --metrics.")
+    if zsre and args.chat:
+        raise BadConfig("zsRE's unrelated questions have a form of their own; leave out --chat.")
     references = None if args.references is None else load_references(args.references)
     measures = Measures.of(args.metrics, references)
-    load = load_zsre if zsre else load_records
-    records = load(args.facts, skip_malformed=args.skip_malformed)
-    chosen = batches(records, args.batch_size, args.num_batches, seed=args.seed)
+    if zsre:
+        records = load_zsre(args.facts, skip_malformed=args.skip_malformed)
+    else:
+        records = load_records(args.facts, skip_malformed=args.skip_malformed, own=True)
+    own = not zsre and any(is_open(record) for record in records)
+    size = args.batch_size or (len(records) if own else 16)
+    chosen = batches(records, size, args.num_batches or (None if own else 4), seed=args.seed)
     measures.check([record for batch in chosen for record in batch])
     if args.text is not None:
         check_file(args.text, BadData)
     editor = make_editor(args)
     text = read_text(args, editor)
     ensure_statistics(editor, editor.config(args.method, **overrides), args)
+    if args.chat:
+        chosen = [[chat_record(editor.tokenizer, record) for record in batch] for batch in chosen]
+    if own:
+        chosen = [measure_answers(editor, batch) for batch in chosen]
     result = evaluate(
         editor,
         chosen,
@@ -102,7 +123,25 @@ def _evaluate(args: argparse.Namespace) -> None:
     names = ZSRE_COLUMNS if zsre else [name for m in args.metrics for name in COLUMNS[m]]
     show_changes(_changes(result, result["records"], list(dict.fromkeys(names)), result["perplexity"]))
     print(ZSRE_MEANING if zsre else MEANING)
+    if own:
+        _show_own([record for batch in chosen for record in batch], result["records"])
     print(" ".join(f"{name} {value:.1f} s" for name, value in result["seconds"].items()))
+
+
+def _show_own(records: Sequence[Record], found: Sequence[Mapping[str, Any]]) -> None:
+    """A line for each fact: whether it is what the model says, and how many paraphrases and neighbours are right."""
+    print("by line of the file, what the edited model says (and the answer before the edit):")
+    for record, scores in sorted(zip(records, found, strict=True), key=lambda pair: pair[0].case_id):
+        after, request = scores["after"], record.request
+        parts = ["said" if after["ea"] else "NOT said"]
+        for name, prompts, share in (
+            ("paraphrases say it", record.paraphrases, after["pa"]),
+            ("neighbours keep theirs", record.neighbourhood, after["na"]),
+        ):
+            if prompts:
+                parts.append(f"{round(share * len(prompts))} of {len(prompts)} {name}")
+        fact = f"{request.text}{request.target} (before: {request.target_true})"
+        print(f"  {record.case_id:>4}  {fact}: {', '.join(parts)}")
 
 
 def _changes(
@@ -129,18 +168,21 @@ def _changes(
     return {"before": before, "after": after, "change": change}
 
 
-@verb("demo", "--corpus=builtin --multiplier=10 --out=fastmemit-demo.safetensors --model=smollm2 MODEL METHOD")
+@verb("demo", "--corpus=builtin --multiplier=10 --out=fastmemit-demo.safetensors --html --model=smollm2 MODEL METHOD")
 def _demo(args: argparse.Namespace) -> None:
     """Edit two dozen facts of SmolLM2-135M, score, save and undo; no network is needed.
 
     Examples:
       fastmemit demo
       fastmemit demo --method emmet --corpus self
+      fastmemit demo --html page.html
     """
     import torch
 
+    from fastcov.files import atomic_file
     from fastmemit.answers import compare, verdict
     from fastmemit.data import builtin_facts
+    from fastmemit.evaluation.changes import Observer, page, watched_facts
     from fastmemit.evaluation.perplexity import before_and_after, edited_nll, perplexity
     from fastmemit.evaluation.scores import count_questions, score_records
     from fastmemit.files import bar
@@ -150,7 +192,7 @@ def _demo(args: argparse.Namespace) -> None:
     def say(line: str) -> None:
         print(f"[{time.perf_counter() - begun:6.1f} s] {line}", flush=True)
 
-    check_writable(args.out)
+    check_writable(args.out, args.html)
     overrides = chosen_settings(args)
     editor = make_editor(args)
     width = editor.adapter.d_k(editor.adapter.layers[0])
@@ -173,6 +215,9 @@ def _demo(args: argparse.Namespace) -> None:
     spoke = perplexity(editor.adapter, text)
     answered = editor.ask(requests)
     said = editor.generate(prompts)
+    # All paraphrases and neighbours of all facts would be a page that nobody reads to its end.
+    few = [replace(f, paraphrases=f.paraphrases[:1], neighbourhood=f.neighbourhood[:1]) for f in facts]
+    observer = Observer(editor, watched_facts(editor.tokenizer, few if args.html is not None else []))
     say(f"scored the unedited model on {len(facts)} facts")
     edit = editor.edit(requests, args.method, verify=False, **overrides)
     edit.save(args.out)  # before anything that may fail
@@ -181,6 +226,9 @@ def _demo(args: argparse.Namespace) -> None:
     cost = before_and_after(spoke, [edited_nll(editor.adapter, text)])
     says = editor.generate(prompts)
     outcomes = compare(requests, answered, editor.ask(requests))
+    if args.html is not None:
+        with atomic_file(args.html) as file:
+            file.write(page(editor.name, args.method, observer.changes()).encode())
     say("scored the edited model")
 
     records = [
@@ -211,6 +259,8 @@ def _demo(args: argparse.Namespace) -> None:
         print(f"  before: {' '.join(old.split())}\n  after:  {' '.join(new.split())}")
     print()
     say(f"saved the edit as {args.out} ({args.out.stat().st_size / 1e6:.1f} MB)")
+    if args.html is not None:
+        say(f"wrote the page {args.html}")
     edit.undo()
     now = editor.model.state_dict()
     changed = [n for n, tensor in weights.items() if not torch.equal(tensor, now[n])]

@@ -171,7 +171,7 @@ MANY: dict[str, Any] = {"action": "append", "default": []}  # a flag that may be
 #: Every flag by group: the same word, meaning and type wherever it stands.
 FLAGS: dict[str, dict[str, dict[str, Any]]] = {
     "arguments": {
-        "paths": _flag("PATH", "a saved edit, or a model's folder", Path, nargs="+"),
+        "paths": _flag("PATH", "a saved edit, an adapter, statistics, or a model's folder", Path, nargs="+"),
         "folders": _flag("DIR", "of a sweep; several of one model make one report", Path, nargs="+"),
     },
     "facts": {
@@ -185,11 +185,16 @@ FLAGS: dict[str, dict[str, dict[str, Any]]] = {
         "--join": _flag("TEXT", "what stands between prompt and answer (default: by rule)"),
         "--prompt": _flag("TEXT", "continue this text before and after", **MANY),
         "--max-new-tokens": _flag("N", "how far", above_zero, default=20),
+        "--chat": _switch("ask in chat: prompts are a user's turns in the model's chat template"),
+        "--check": _flag("PROMPT", "show what else changed: what is said here before and after", **MANY),
+        "--check-file": _flag("FILE", "the same for prompts in a file: one a line, or facts with paraphrases and "
+                              "neighbours", Path),
         "--strict": _switch("if the edited model does not say every fact, save nothing and exit with 1"),
     },
     "edits": {
         "--edit": _flag("FILE", "a saved edit; several count in their order", Path, action="append"),
         "--force": _switch("though made for another model"),
+        "--base": _flag("NAME", "the model without the edits (default: the one on record)"),
         "--remove": _flag("DIGEST", "leave out the part with this digest, or its first 8 digits or more", **MANY),
         "--allow-conflicts": _switch("though two edits write the same fact"),
         "--compress": _switch("drop columns that the change does not need; parts can then not be removed"),
@@ -240,6 +245,7 @@ FLAGS: dict[str, dict[str, dict[str, Any]]] = {
     "output": {
         "--out": _flag("PATH", "write the result here", Path),
         "--save-model": _flag("DIR", "write the model here, as a new folder", Path),
+        "--html": _flag("FILE", "write a page here: before and after side by side", Path),
         "--json": _flag("FILE", "write what was found here too; - is stdout, which has nothing else then", Path),
         "--figure": _flag("FILE", "draw it (.svg or .png)", Path),
         "--overwrite": _switch("replace files that are there"),

@@ -32,12 +32,14 @@ class Record:
     """One fact to edit, with the prompts that say how well the edit went."""
 
     case_id: int  # unique in its file
-    request: EditRequest  # the edit; its ``target_true`` is always there
+    request: EditRequest  # the edit; its ``target_true`` is there in all but own facts, whose is yet to be measured
     paraphrases: tuple[str, ...] = ()  # the same question in other words; they should give the new answer
     neighbourhood: tuple[str, ...] = ()  # the same relation of others whose answer is ``target_true`` too, and stays so
     attributes: tuple[str, ...] = ()  # prompts about subjects whose answer is ``target_new``
     generations: tuple[str, ...] = ()  # openings of free text about the subject
     relation_id: str | None = None  # Wikidata's number of the relation, such as ``"P19"``
+    #: Each neighbour's own answer, where they do not share ``target_true``; None for one that is yet to be measured.
+    neighbourhood_answers: tuple[str | None, ...] = ()
 
 
 class _Problem(Exception):
@@ -50,18 +52,24 @@ class _Problem(Exception):
 _Some = TypeVar("_Some", bound=Record)
 
 
-def load_records(source: str | Path, *, skip_malformed: bool = False) -> list[Record]:
-    """Read CounterFact records from a file or the hub.
+def load_records(source: str | Path, *, skip_malformed: bool = False, own: bool = False) -> list[Record]:
+    """Read CounterFact records, or own facts, from a file or the hub.
 
     Two schemas are told apart record by record: ROME's, with ``requested_rewrite`` and lists of prompts, and the flat
     one, with ``subject``, ``prompt``, ``target_new`` and ``target_true`` side by side. A flat record has no
     paraphrases: what it calls ``rephrase_prompt`` is mostly an opening for free text, and is read as one; its
     ``locality_prompt`` is its one neighbourhood prompt.
 
+    An own fact has no ``case_id``: it is what `load_requests` reads, with ``paraphrases`` and ``neighbours`` beside
+    it if there are any. Its number is its line (from 1), or its place in a list (from 0). A paraphrase is a prompt in
+    other words, with ``{}`` or the subject itself; a neighbour a prompt, or an object with ``prompt`` and ``answer``.
+    Answers that it does not name are None: `fastmemit.evaluation.measure_answers` asks the unedited model.
+
     Args:
         source: A JSON list or JSONL file; ``"builtin"`` for the facts that the package ships; ``"counterfact"`` for
             CounterFact from the hub; or ``"hub:NAME[:CONFIG][@SPLIT]"``.
         skip_malformed: Log records that cannot be read and go on without them.
+        own: Take own facts too; else they are malformed records.
     """
     spec = str(source)
     if spec == "builtin":
@@ -74,7 +82,7 @@ def load_records(source: str | Path, *, skip_malformed: bool = False) -> list[Re
         return _read_all(spec, rows, _record, skip_malformed)
     values = list(read_values(Path(source), BadData))
     _refuse_wrapped(spec, values)
-    return _read_all(spec, values, _record, skip_malformed)
+    return _read_all(spec, values, _record_or_fact if own else _record, skip_malformed)
 
 
 def builtin_facts() -> list[Record]:
@@ -153,25 +161,25 @@ def _refuse_wrapped(source: str, values: Sequence[Value]) -> None:
 
 
 def _read_all(
-    source: str, values: Iterable[Value], parse: Callable[[int, Any], _Some], skip_malformed: bool
+    source: str, values: Iterable[Value], parse: Callable[[int, Value], _Some], skip_malformed: bool
 ) -> list[_Some]:
     """The records in values, each parsed by its place in the source; see `load_records` for what is malformed."""
     records: list[_Some] = []
     problems: list[str] = []
     first_with: dict[int, int] = {}
     total = 0
-    for index, (place, value) in enumerate(values):
+    for index, each in enumerate(values):
         total += 1
         try:
-            if not isinstance(value, Mapping):
-                raise _Problem("(all)", f"a record must be an object, not {type(value).__name__}")
-            record = parse(index, value)
+            if not isinstance(each.value, Mapping):
+                raise _Problem("(all)", f"a record must be an object, not {type(each.value).__name__}")
+            record = parse(index, each)
             first = first_with.setdefault(record.case_id, index)
             if first != index:
                 raise _Problem("case_id", f"{record.case_id} is also that of record {first}")
             records.append(record)
         except _Problem as bad:
-            problems.append(f"record {index} ({place}), field {bad}")
+            problems.append(f"record {index} ({each.place}), field {bad}")
     if problems and not skip_malformed:
         listed = _listed(source, problems, total, "records")
         raise BadData(f"{listed} Correct them, or skip them with skip_malformed=True.")
@@ -189,7 +197,36 @@ def _listed(source: str, problems: list[str], total: int, what: str) -> str:
     return f"{source} has {len(problems)} malformed {what} of {total}: {shown}{more}."
 
 
-def _record(index: int, value: Mapping[str, Any]) -> Record:
+def is_open(record: Record) -> bool:
+    """Whether an answer of a record is yet to be measured."""
+    return record.request.target_true is None or None in record.neighbourhood_answers
+
+
+def _record_or_fact(index: int, found: Value) -> Record:
+    value = found.value
+    if "case_id" in value or "requested_rewrite" in value:
+        return _record(index, found)
+    try:
+        request = EditRequest.from_dict(value)
+    except BadRequest as bad:
+        raise _Problem("(all)", str(bad)) from None
+    neighbours = value.get("neighbours") or []
+    if not isinstance(neighbours, list):
+        neighbours = [neighbours]
+    pairs = [(n.get("prompt"), n.get("answer")) if isinstance(n, Mapping) else (n, None) for n in neighbours]
+    return Record(
+        int(found.place.rpartition(" ")[2]),
+        request,
+        paraphrases=tuple(text.replace("{}", request.subject) for text in _prompts(value, "paraphrases")),
+        neighbourhood=tuple(_text(prompt, f"neighbours[{i}]", missing=False) for i, (prompt, _) in enumerate(pairs)),
+        neighbourhood_answers=tuple(
+            None if answer is None else _text(answer, f"neighbours[{i}].answer") for i, (_, answer) in enumerate(pairs)
+        ),
+    )
+
+
+def _record(index: int, found: Value) -> Record:
+    value = found.value
     case_id = value.get("case_id")
     if isinstance(case_id, bool) or not isinstance(case_id, int):
         raise _Problem("case_id", f"must be a whole number, not {case_id!r:.40}")
@@ -274,9 +311,6 @@ def _fields(value: Mapping[str, Any]) -> str:
 class ZsreRecord(Record):
     """One question to answer anew, a rephrased one, and an unrelated one with an answer of its own."""
 
-    #: The answers of `neighbourhood`, in its order; there is no ``target_true`` that they would share.
-    neighbourhood_answers: tuple[str, ...] = ()
-
 
 def load_zsre(source: str | Path, *, skip_malformed: bool = False) -> list[ZsreRecord]:
     """Read zsRE records in MEND's format, as MEMIT's evaluation reads them.
@@ -304,7 +338,8 @@ def is_zsre(source: str | Path) -> bool:
     return first is not None and isinstance(first.value, Mapping) and {"src", "loc"} <= set(first.value)
 
 
-def _zsre_record(index: int, value: Mapping[str, Any]) -> ZsreRecord:
+def _zsre_record(index: int, found: Value) -> ZsreRecord:
+    value = found.value
     subject, question = _text(value.get("subject"), "subject"), _text(value.get("src"), "src")
     if subject not in question:
         raise _Problem("src", f"{question!r:.60} does not contain the subject {subject!r:.40}")

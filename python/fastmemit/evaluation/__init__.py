@@ -2,7 +2,7 @@
 
 from fastmemit.answers import Answer, judge_answers
 from fastmemit.evaluation.generation import References, generate_records, load_references
-from fastmemit.evaluation.runner import Result, evaluate
+from fastmemit.evaluation.runner import Result, evaluate, measure_answers
 from fastmemit.evaluation.scores import judge_zsre, score_records
 
 __all__ = [
@@ -14,5 +14,6 @@ __all__ = [
     "judge_answers",
     "judge_zsre",
     "load_references",
+    "measure_answers",
     "score_records",
 ]

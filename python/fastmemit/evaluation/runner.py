@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypedDict, cast
 
 from fastmemit.data import Record, ZsreRecord
@@ -30,7 +31,11 @@ from fastmemit.evaluation.scores import (
 )
 from fastmemit.files import bar
 from fastmemit.methods import EditConfig, ReadCache
+from fastmemit.request import joined_answer
 from fastmemit.statistics import versions
+from fastmemit.text import chat_request, chat_text, encode
+
+_MORE = 4  # tokens beyond those of the longest new answer that an own answer may take
 
 #: What can be asked for. The first three are read from the same answers.
 METRICS = ("score", "magnitude", "accuracy", "attributes", "generation")
@@ -133,6 +138,74 @@ class Measures:
                 editor.model, editor.tokenizer, records, references=self.references, seed=editor.seed, progress=advance
             )
         return [Measured(*pair) for pair in zip(scores, written, strict=True)]
+
+
+def measure_answers(editor: Editor, records: Sequence[Record]) -> list[Record]:
+    """The records with an answer of the model, as it is now, for each that own facts leave open; see `load_records`.
+
+    An answer is what greedy decoding gives, as many words as the new answer has.
+
+    Raises:
+        BadData: The model says nothing, or the new answer itself, where a score needs another one to compare it with.
+    """
+    places: list[tuple[int, str]] = []  # whose, and which prompt
+    for number, record in enumerate(records):
+        if record.request.target_true is None:
+            places.append((number, record.request.text))
+        pairs = zip(record.neighbourhood, record.neighbourhood_answers, strict=False)
+        places += [(number, prompt) for prompt, answer in pairs if answer is None]
+    wanted = [records[number].request.target_new for number, _ in places]
+    longest = max((len(encode(editor.tokenizer, " " + answer.strip())) for answer in wanted), default=0)
+    prompts = [prompt for _, prompt in places]
+    texts = editor.generate(prompts, longest + _MORE) if places else []
+    known: dict[tuple[int, str], str] = {}
+    for place, text, new in zip(places, texts, wanted, strict=True):
+        known[place] = answer = first_words(text, new)
+        record = f"record {records[place[0]].case_id}"
+        if not answer:
+            raise BadData(f"The model says no word to {place[1]!r:.80} of {record}; give its own answer there.")
+        if answer.casefold() == new.strip().casefold():
+            raise BadData(
+                f"The model says {answer!r:.40} to {place[1]!r:.80} of {record} already, unedited, which is the new "
+                "answer itself, and no score can compare the two; give another answer there, or leave the prompt out."
+            )
+    return [
+        replace(
+            record,
+            request=replace(
+                record.request, target_true=known.get((n, record.request.text), record.request.target_true)
+            ),
+            neighbourhood_answers=tuple(
+                known[n, prompt] if answer is None else answer
+                for prompt, answer in zip(record.neighbourhood, record.neighbourhood_answers, strict=False)
+            ),
+        )
+        for n, record in enumerate(records)
+    ]
+
+
+def chat_record(tokenizer: Any, record: Record) -> Record:
+    """A record whose every prompt is a question in chat; see `fastmemit.text.chat_request`.
+
+    Raises:
+        BadConfig: The tokenizer has no chat template.
+    """
+    names = ("paraphrases", "neighbourhood", "attributes", "generations")
+    asked = {name: tuple(chat_text(tokenizer, text) for text in getattr(record, name)) for name in names}
+    return replace(record, request=chat_request(tokenizer, record.request), **asked)
+
+
+def first_words(text: str, like: str) -> str:
+    """The beginning of a continuation: as many words as another answer has, without the marks that end a sentence.
+
+    Where a script has no spaces, as many characters.
+    """
+    line = next((line for line in text.splitlines() if line.strip()), "")
+    words = " ".join(line.split()[: len(like.split())])
+    if any(mark.isalpha() and joined_answer(mark, "x") == "x" for mark in words):  # a script without spaces
+        words = words[: len(like.strip())]
+    marks = "".join({mark for mark in words if unicodedata.category(mark)[0] == "P" and mark not in "%#@&"})
+    return words.strip(marks + " ")
 
 
 def table(measured: Sequence[Measured]) -> dict[str, float | None]:

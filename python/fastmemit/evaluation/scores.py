@@ -256,11 +256,14 @@ def score_records(
     """
     questions: list[Question] = []
     for record in records:
-        if record.request.target_true is None:
-            raise BadData(f"Record {record.case_id} has no target_true, which scores compare with; add it.")
-        answers = (record.request.target_new, record.request.target_true)
-        for prompt in _prompts(record, attributes):
-            questions += [(prompt, record.request.answer_to(prompt, each)) for each in answers]
+        for prompt, true in _asked(record, attributes):
+            if true is None:
+                raise BadData(
+                    f"Record {record.case_id} has no true answer to {prompt!r:.80}, which scores compare with; add it."
+                )
+            questions += [
+                (prompt, record.request.answer_to(prompt, each)) for each in (record.request.target_new, true)
+            ]
     judged = iter(judge_answers(adapter, tokenizer, questions, batch_tokens=batch_tokens, progress=progress))
 
     def take(prompts: Sequence[str]) -> list[tuple[Answer, Answer]]:  # new and true, of each prompt
@@ -290,12 +293,19 @@ def score_records(
 
 def count_questions(records: Sequence[Record], attributes: bool = False) -> int:
     """How many questions `score_records` asks: two for each prompt."""
-    return sum(2 * len(_prompts(record, attributes)) for record in records)
+    return sum(2 * len(_asked(record, attributes)) for record in records)
 
 
-def _prompts(record: Record, attributes: bool) -> list[str]:
-    asked = [record.request.text, *record.paraphrases, *record.neighbourhood]
-    return [*asked, *record.attributes] if attributes else asked
+def _asked(record: Record, attributes: bool) -> list[tuple[str, str | None]]:
+    """The prompts of a record, each with the answer that the new one is compared with."""
+    true = record.request.target_true
+    own = record.neighbourhood_answers or [true] * len(record.neighbourhood)
+    related = record.attributes if attributes else ()
+    return [
+        *((prompt, true) for prompt in (record.request.text, *record.paraphrases)),
+        *zip(record.neighbourhood, own, strict=True),
+        *((prompt, true) for prompt in related),
+    ]
 
 
 def judge_zsre(
@@ -329,5 +339,5 @@ def _zsre_questions(record: ZsreRecord) -> list[Question]:
     unrelated = zip(record.neighbourhood, record.neighbourhood_answers, strict=True)
     return [
         *((text, record.request.answer_to(text, record.request.target_new)) for text in asked),
-        *((prompt, " " + answer.strip()) for prompt, answer in unrelated),
+        *((prompt, " " + str(answer).strip()) for prompt, answer in unrelated),
     ]

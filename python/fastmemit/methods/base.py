@@ -490,6 +490,8 @@ def run(
         "seed": work.contexts.seed,
         "versions": versions(),
     }
+    if commit := getattr(work.adapter.model.config, "_commit_hash", None):  # of a model from the hub
+        provenance["model_revision"] = commit
     if preserved is not None:
         provenance["preserved"] = [edit.delta.digest() for edit in earlier]
     made = Edit(Delta(draft.factors, provenance), stack)

@@ -7,7 +7,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,12 @@ from fastmemit.errors import WrongModel
 
 
 @isolated()
-def save_model(model: Any, tokenizer: Any, folder: str | os.PathLike[str]) -> Path:
+def save_model(
+    model: Any, tokenizer: Any, folder: str | os.PathLike[str], beside: Mapping[str, bytes] | None = None
+) -> Path:
     """Write a model and its tokenizer, if it is not None, to `folder`, which must not exist or be empty.
+
+    `beside` are further files, by name.
 
     Everything is written to a temporary folder beside it, which is renamed when it is complete: a full disk or an
     interruption leaves nothing under the final name.
@@ -36,6 +40,8 @@ def save_model(model: Any, tokenizer: Any, folder: str | os.PathLike[str]) -> Pa
                 model.save_pretrained(partial)
             if tokenizer is not None:
                 tokenizer.save_pretrained(partial)
+            for name, content in (beside or {}).items():
+                (partial / name).write_bytes(content)
             # The safetensors library makes files that only their owner may read; models are shared.
             mode = (partial / "config.json").stat().st_mode
             for file in partial.rglob("*"):

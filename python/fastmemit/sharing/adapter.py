@@ -184,6 +184,15 @@ def load_adapter(folder: _Path, model: nn.Module) -> Delta:
     return Delta(factors, about)
 
 
+def read_about(folder: _Path) -> tuple[dict[str, Any], dict[str, int], dict[str, Any]]:
+    """What an adapter's folder says without its model: its config, rank by module, and a delta's record if it is ours.
+
+    The record (``digest``, ``provenance``) is as it stands there; `load_adapter` compares it with the numbers.
+    """
+    config, tensors, ours = _read(Path(folder))
+    return config, {module: a.shape[0] for module, (a, _) in _pairs(folder, tensors).items()}, ours
+
+
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any]]:
     """The config, the tensors, and what of a delta is on record."""
     from safetensors import SafetensorError, safe_open

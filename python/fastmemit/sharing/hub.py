@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import fastcov
-from fastmemit.delta import Delta
+from fastmemit.delta import RECORD, Delta
 from fastmemit.errors import BadConfig, DamagedFile, FastmemitError, WrongModel
 from fastmemit.files import (
     cache_dir,
@@ -33,6 +33,8 @@ from fastmemit.statistics import Statistics
 
 EDIT, CARD, MOMENTS = "edit.safetensors", "README.md", "moments"
 LISTED = 100  # more facts than this are counted and not listed
+_BEGIN, _END = "<!-- fastmemit: edits -->", "<!-- fastmemit: end of edits -->"
+_CARD_BYTES = 1 << 20
 
 _NAME = r"[A-Za-z0-9][\w.-]{0,95}"
 _REPO = re.compile(f"{_NAME}/{_NAME}", re.ASCII)
@@ -327,7 +329,11 @@ def edit_card(
     tags = ["knowledge-editing", "model-editing", *([method] if method in (*METHODS, "lora") else [])]
     facts = facts_of(delta)
     counted = f"{len(facts)} facts" if len(facts) != 1 else "1 fact"
-    shown = [(f.text, f.target.strip(), (f.target_true or "").strip()) for f in facts[:LISTED]]
+    former = [fact.get("former") for entry in delta.entries for fact in entry["facts"]]
+    shown = [
+        (f.text, f.target.strip(), says or (f.target_true or "").strip())
+        for f, says in zip(facts[:LISTED], former, strict=False)
+    ]
     weights = [(n, f"{left.shape[0]} x {right.shape[0]}", left.shape[1]) for n, (left, right) in delta.factors.items()]
     pieces = [
         (place, part.digest()[:16], part.provenance.get("method", ""), len(facts_of(part)))
@@ -364,6 +370,49 @@ edit.undo()  # bit for bit
     fastmemit apply --model {model} --edit edit.safetensors --prompt "..." """.rstrip(),
         "`edit.safetensors` holds factors and JSON, and nothing that runs. It is refused by any "
         "model but the one whose fingerprint it bears.",
+    )
+
+
+def model_card(base: str, entries: Sequence[Mapping[str, Any]], source: Path | None) -> str:
+    """The card of an edited model: that of the folder it came from, if there is one, with a section of its edits.
+
+    Args:
+        base: The base model's name.
+        entries: The edits that are in the weights; see `fastmemit.delta.Delta.entries`.
+        source: The folder that the model was loaded from.
+    """
+    file = None if source is None else source / CARD
+    if file is not None and file.is_file() and file.stat().st_size <= _CARD_BYTES:
+        card = file.read_text(encoding="utf-8", errors="replace")
+        above, _, below = card.partition(_BEGIN)
+        _, end, below = below.partition(_END)
+        card = (above + below if end else card).rstrip()
+    else:
+        from huggingface_hub import ModelCardData
+
+        name = base if _HUB_MODEL.fullmatch(base) else None
+        about = ModelCardData(library_name="transformers", base_model=name, tags=["knowledge-editing"])
+        card = f"---\n{about.to_yaml()}\n---"
+    rows = [
+        (
+            fact.get("prompt", "").replace("{}", fact.get("subject", "")),
+            fact.get("target_new", "").strip(),
+            fact.get("former", ""),
+            f"{entry['digest'][:12]} by {entry['method']}",
+        )
+        for entry in entries
+        for fact in entry["facts"]
+    ]
+    counted = f"{len(entries)} edits" if len(entries) != 1 else "1 edit"
+    return _card(
+        card,
+        _BEGIN,
+        "## Edited facts",
+        f"The weights are those of {plain(base)} with {counted} by fastmemit. The model gives the new answers as if "
+        f"they were true, whether they are or not. `{RECORD}` has the edits' digests.",
+        table(("prompt", "new answer", "former answer", "edit"), rows[:LISTED]) if rows else "",
+        f"And {len(rows) - LISTED} more, in `{RECORD}`." if len(rows) > LISTED else "",
+        _END,
     )
 
 

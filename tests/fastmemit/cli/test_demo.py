@@ -43,6 +43,14 @@ def test_it_edits_scores_saves_and_undoes(place: Place, capsys: pytest.CaptureFi
     assert len(Delta.load(place.at / "demo.st").provenance["requests"]) == 5
 
 
+def test_a_page_of_the_demonstration(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    page = place.at / "page.html"
+    out = run(capsys, *demo(place, "--html", page))
+    assert f"wrote the page {page}\n" in out
+    written = page.read_text()
+    assert written.count("<article>") == 15 and "Neighbours" in written
+
+
 def test_it_ends_with_commands_that_work_as_they_stand(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
     out = run(capsys, *demo(place))
     told = out[out.index("Next, with the edit in") :].replace("\\\n", " ").splitlines()

@@ -154,3 +154,24 @@ def test_a_malformed_zsre_record(place: Place, zsre: Path, capsys: Capture) -> N
     args = arguments(place, zsre, "--skip-malformed")
     args[args.index("--num-batches") + 1] = "1"
     assert "1 records in 1 batches" in run(capsys, *args)
+
+
+def test_own_facts_are_scored_by_line_against_what_the_model_said(place: Place, capsys: Capture) -> None:
+    mine, result = place.at / "mine.jsonl", place.at / "out.json"
+    first = {"prompt": "The capital of {} is", "subject": "France", "target_new": "Berlin",
+             "paraphrases": ["They say that the capital of {} is"], "neighbours": ["The piano is in"]}  # fmt: skip
+    second = {"prompt": "{} is located in the city of", "subject": "Eiffel Tower", "target_new": "Rome"}
+    mine.write_text(f"{json.dumps(first)}\n{json.dumps(second)}\n")
+    common = [*place.model, *EDIT, "--corpus", place.corpus, "--multiplier", "4", "--facts", mine]
+    run(capsys, "edit", *common, "--out", place.at / "mine.st")  # which takes the same file
+    out = run(capsys, "evaluate", *common, "--json", result)
+    assert "2 records in 1 batches" in out
+    found = json.loads(result.read_text())
+    assert [row["case_id"] for row in sorted(found["records"], key=lambda row: row["case_id"])] == [1, 2]
+    after = {row["case_id"]: row["after"] for row in found["records"]}
+    told = re.search(r"^ +1  The capital of France is Berlin \(before: .+\): (NOT )?said, "
+                     r"(\d) of 1 paraphrases say it, (\d) of 1 neighbours keep theirs$", out, re.MULTILINE)  # fmt: skip
+    assert told is not None
+    assert [told[1] is None, int(told[2]), int(told[3])] == [after[1][name] == 1 for name in ("ea", "pa", "na")]
+    line = next(line for line in out.splitlines() if line.startswith("     2  Eiffel Tower is located in"))
+    assert line.endswith(": said" if after[2]["ea"] == 1 else ": NOT said")

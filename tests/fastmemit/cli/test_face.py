@@ -28,7 +28,7 @@ def test_show_says_what_is_in_an_edit_and_in_a_model(place: Place, capsys: Captu
     about = dict(re.findall(r"^  (\w+) +(.*)$", out, re.MULTILINE))
     assert about["digest"] == Delta.load(saved).digest() and about["method"] == "memit"
     assert f"model      tiny-llama ({Delta.load(saved).model:.16})" in out and "layers     0, 1\n" in out
-    assert "rank       2\n" in out and "fact       The capital of France is -> Berlin\n" in out
+    assert "rank       2\n" in out and re.search(r"fact       The capital of France is -> Berlin \(before: .+\)\n", out)
     assert "class      LlamaForCausalLM" in out and "keys       of width 64" in out
     other = place.edit(capsys, "other.st", "--set", "steps=1")
     run(capsys, "compose", "--edit", saved, "--edit", other, "--out", both, "--allow-conflicts")
@@ -36,19 +36,118 @@ def test_show_says_what_is_in_an_edit_and_in_a_model(place: Place, capsys: Captu
     assert "There is no edit file" in refused(capsys, place, "show", place.at / "gone.st")
 
 
-def test_undo_takes_an_edit_out_of_a_saved_model(place: Place, capsys: Capture) -> None:
-    saved, edited, back = place.edit(capsys, "edit.st"), place.at / "edited", place.at / "back"
-    run(capsys, "apply", *place.model, "--edit", saved, "--save-model", edited)
-    options = ("--model", edited, *place.model[2:])
-    out = run(capsys, "undo", *options, "--edit", saved, "--save-model", back)
+def test_show_says_what_is_in_an_adapter_and_in_statistics(place: Place, capsys: Capture) -> None:
+    saved, folder = place.edit(capsys, "edit.st"), place.at / "adapter"
+    run(capsys, "adapter", "export", "--edit", saved, "--model", place.model[1], "--out", folder)
+    out = run(capsys, "show", folder)
+    assert out.startswith(f"{folder}: an adapter (LORA), ") and "rank       2\n" in out and "alpha      2\n" in out
+    assert "base       tiny-llama\n" in out and "module     model.layers.1.mlp.down_proj\n" in out
+    assert (
+        f"digest     {Delta.load(saved).digest()}\n" in out and "fact       The capital of France is -> Berlin" in out
+    )
+    moment = next((place.at / "cache" / "statistics").rglob("*.safetensors"))
+    for path, modules in ((moment, 1), (moment.parent, 2)):
+        out = run(capsys, "show", path)
+        assert out.startswith(f"{path}: statistics, ") and out.count("  module ") == modules
+        assert "multiplier 4.0\n" in out and "keys       256 of width 64\n" in out and "corpus     corpus.jsonl" in out
+
+
+@pytest.fixture
+def edited(place: Place, capsys: Capture) -> tuple[Path, Path]:
+    """An edit's file, and the folder of the model with it."""
+    saved, folder = place.edit(capsys, "edit.st"), place.at / "edited"
+    run(capsys, "apply", *place.model, "--edit", saved, "--save-model", folder)
+    return saved, folder
+
+
+def test_a_saved_model_says_which_edits_are_in_it(place: Place, edited: tuple[Path, Path], capsys: Capture) -> None:
+    saved, folder = edited
+    delta, record = Delta.load(saved), json.loads((folder / "fastmemit.json").read_text())
+    assert record["base"] == {"name": "tiny-llama", "fingerprint": delta.model}
+    assert [entry["digest"] for entry in record["edits"]] == [delta.digest()]
+    fact = record["edits"][0]["facts"][1]
+    assert fact["subject"] == "France" and fact["former"] == delta.provenance["former"][1]
+    card = (folder / "README.md").read_text()
+    assert "## Edited facts" in card and "| The capital of France is | Berlin |" in card
+    out = run(capsys, "show", folder)
+    assert (
+        f"base       tiny-llama ({delta.model:.16})" in out and f"edit       {delta.digest():.12} by memit, 2 fa" in out
+    )
+    assert "fact       The capital of France is -> Berlin (before: " in out
+    # A further edit joins the record, and the card has one section of both.
+    options, more, twice = ("--model", str(folder), *place.model[2:]), place.at / "more.st", place.at / "twice"
+    run(capsys, "edit", *options, *EDIT, "--corpus", place.corpus, "--multiplier", "4", "--prompt", "{} is in",
+        "--subject", "Italy", "--target", "London", "--out", more, "--save-model", twice)  # fmt: skip
+    record = json.loads((twice / "fastmemit.json").read_text())
+    assert [entry["digest"] for entry in record["edits"]] == [delta.digest(), Delta.load(more).digest()]
+    assert record["base"]["fingerprint"] == delta.model
+    card = (twice / "README.md").read_text()
+    assert card.count("## Edited facts") == 1 and "Italy is in" in card and card.startswith("---\n")
+    # One out of two is subtracted, and the other one stays on record.
+    back = place.at / "back"
+    out = run(capsys, "undo", "--model", twice, *place.model[2:], "--edit", more, "--save-model", back)
+    assert "subtracted, because other edits stay in them" in out
+    assert json.loads((back / "fastmemit.json").read_text())["edits"][0]["digest"] == delta.digest()
+    assert "Italy" not in (back / "README.md").read_text()
+
+
+def test_an_edit_is_not_applied_twice(place: Place, edited: tuple[Path, Path], capsys: Capture) -> None:
+    saved, folder = edited
+    said = refused(capsys, place, "apply", *place.model, "--edit", saved, "--edit", saved)
+    assert f"{Delta.load(saved).digest():.12} is in the weights already, among the edits" in said
+    for more in ((), ("--force",)):
+        said = refused(capsys, place, "apply", "--model", folder, *place.model[2:], "--edit", saved, *more)
+        assert "is in the weights already, since before the model was saved" in said and "--force" not in said
+    other, both = place.edit(capsys, "other.st", "--set", "steps=1"), place.at / "both.st"
+    run(capsys, "compose", "--edit", saved, "--edit", other, "--out", both, "--allow-conflicts")
+    said = refused(capsys, place, "apply", "--model", folder, *place.model[2:], "--edit", both, "--force")
+    assert "is in the weights already" in said
+
+
+def test_a_record_that_cannot_be_read_is_refused(place: Place, edited: tuple[Path, Path], capsys: Capture) -> None:
+    file = edited[1] / "fastmemit.json"
+    record = json.loads(file.read_text())
+    for wrong, why in (
+        ("{", "Expecting"),
+        ("[]", "not of the format fastmemit-model"),
+        (json.dumps({**record, "version": 2}), "version 2"),
+        (json.dumps({**record, "base": {"name": 1}}), "does not name the base model"),
+        (json.dumps({**record, "edits": [{"digest": 1}]}), "list of edits"),
+    ):
+        file.write_text(wrong)
+        said = refused(capsys, place, "show", edited[1])
+        assert "says which edits are in the model and cannot be read" in said and why in said
+
+
+def test_undo_gives_the_base_model_back(place: Place, edited: tuple[Path, Path], capsys: Capture) -> None:
+    saved, folder = edited
+    options = ("--model", folder, *place.model[2:])
+    back = place.at / "back"
+    out = run(capsys, "undo", *options, "--edit", saved, "--base", place.model[1], "--save-model", back)
     assert "1 edits taken out of edited" in out and re.search(r"of 2 facts the model said \d and says 0 now", out)
-    before, after = (load_file(Path(folder) / "model.safetensors") for folder in (place.model[1], back))
-    same = all(torch.equal(after[name], weight) for name, weight in before.items())
-    assert ("bit for bit" in out) == same and ("but for rounding" in out) != same
-    for name, weight in before.items():
-        torch.testing.assert_close(after[name], weight, rtol=0, atol=1e-5)
+    assert "the weights are bit for bit those of tiny-llama\n" in out and not (back / "fastmemit.json").exists()
+    before, after = (load_file(Path(path) / "model.safetensors") for path in (place.model[1], back))
+    assert before.keys() == after.keys() and all(torch.equal(after[name], before[name]) for name in before)
     line = refused(capsys, place, "undo", *place.model, "--edit", saved, "--save-model", place.at / "x")
     assert "is the model that" in line and "without it" in line
+    other, strange = place.edit(capsys, "other.st", "--set", "steps=1"), place.other_model()[1]
+    line = refused(capsys, place, "undo", *options, "--edit", other, "--save-model", place.at / "x")
+    assert "was saved with 1 edits and" in line and "is none of them" in line
+    line = refused(capsys, place, "undo", *options, "--edit", saved, "--base", strange, "--save-model", place.at / "x")
+    assert "and the edit was made for" in line
+
+
+def test_undo_subtracts_where_the_base_model_is_not_here(
+    place: Place, edited: tuple[Path, Path], capsys: Capture
+) -> None:
+    saved, folder = edited
+    back = place.at / "back"
+    out = run(capsys, "undo", "--model", folder, *place.model[2:], "--edit", saved, "--save-model", back)
+    before, after = (load_file(Path(path) / "model.safetensors") for path in (place.model[1], back))
+    same = all(torch.equal(after[name], weight) for name, weight in before.items())
+    assert ("bit for bit" in out) == same and ("the base model 'tiny-llama' is not here (pass --base)" in out) != same
+    for name, weight in before.items():
+        torch.testing.assert_close(after[name], weight, rtol=0, atol=1e-5)
 
 
 def test_the_doctor_says_what_runs_here(place: Place, capsys: Capture) -> None:
@@ -146,3 +245,22 @@ def test_a_table_is_ruled_on_a_terminal_and_commands_it_nowhere(capsys: Capture,
     show_table(rows)
     ruled = capsys.readouterr().out
     assert "───" in ruled and "100.00" in ruled and r"a\x1b[2J[red]" in ruled and "\x1b" not in ruled
+
+
+def test_what_else_changed_is_shown_and_written_as_a_page(place: Place, capsys: Capture) -> None:
+    checks, html, saved = place.at / "checks.txt", place.at / "page.html", place.at / "edit.st"
+    checks.write_text("The piano is in\n")
+    out = run(capsys, "edit", *place.model, *EDIT, "--corpus", place.corpus, "--multiplier", "4", "--facts",
+              place.requests, "--check", "I play", "--check-file", checks, "--html", html, "--out", saved)  # fmt: skip
+    told = out.partition("probability of the former answer, before -> after, and what is said now:\n")[2]
+    lines = told.splitlines()
+    for line, prompt in zip(lines[:2], ("The piano is in", "I play"), strict=True):
+        assert re.match(rf" +[\d.]+% -> +[\d.]+%  {prompt} .* \((as before|now: .*)\)$", line)
+    assert lines[2] == f"page written to {html}"
+    written = html.read_text()
+    assert written.count("<article>") == 4 and "The capital of France is" in written and "by memit" in written
+    again = place.at / "again.html"
+    run(capsys, "apply", *place.model, "--edit", saved, "--check", "I play", "--check-file", checks, "--html", again)
+    assert again.read_text() == written
+    line = refused(capsys, place, "apply", *place.model, "--edit", saved, "--html", place.at / "no" / "page.html")
+    assert "does not exist" in line

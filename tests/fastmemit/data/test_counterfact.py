@@ -98,6 +98,48 @@ def test_blank_lines_byte_order_mark_and_windows_line_ends(tmp_path: Path) -> No
     assert [record.case_id for record in load_records(path)] == [4]
 
 
+def test_own_facts_have_the_number_of_their_line_and_may_leave_answers_open(tmp_path: Path) -> None:
+    own = {"prompt": "{} is in", "subject": "Tower 5", "target": "Rome"}
+    more = {
+        **own,
+        "target_true": "Paris",
+        "paraphrases": ["To see {}, go to", "Tower 5 stands in"],
+        "neighbours": ["The Louvre is in", {"prompt": "Big Ben is in", "answer": "London"}],
+    }
+    path = tmp_path / "mine.jsonl"
+    path.write_text(f"{json.dumps(own)}\n\n{json.dumps(more)}\n{json.dumps(full(7))}\n")
+    first, second, third = load_records(path, own=True)
+    assert (first.case_id, first.request) == (1, EditRequest("{} is in", "Tower 5", "Rome"))
+    assert (first.paraphrases, first.neighbourhood, first.neighbourhood_answers) == ((), (), ())
+    assert (second.case_id, second.request.target_true) == (3, "Paris")
+    assert second.paraphrases == ("To see Tower 5, go to", "Tower 5 stands in")
+    assert second.neighbourhood == ("The Louvre is in", "Big Ben is in")
+    assert second.neighbourhood_answers == (None, "London")
+    assert (third.case_id, third.neighbourhood_answers) == (7, ())
+    # The same file is one of requests.
+    path.write_text(f"{json.dumps(own)}\n\n{json.dumps(more)}\n")
+    assert load_requests(path) == [first.request, second.request]
+    (listed,) = load_records(write(tmp_path / "list.json", own, as_list=True), own=True)
+    assert listed.case_id == 0
+    with pytest.raises(BadData, match="field case_id: must be a whole number"):
+        load_records(path)  # where answers are needed
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"subject": None}, "The request has no subject"),
+        ({"paraphrases": [3]}, r"field paraphrases\[0\]: must be text"),
+        ({"neighbours": [{"answer": "x"}]}, r"field neighbours\[0\]: must be text that is not empty, not None"),
+        ({"neighbours": [{"prompt": "x", "answer": " "}]}, r"field neighbours\[0\].answer: must be text"),
+    ],
+)
+def test_an_own_fact_that_cannot_be_read_is_named(tmp_path: Path, change: dict[str, Any], said: str) -> None:
+    own = {"prompt": "{} is in", "subject": "Tower 5", "target_new": "Rome", **change}
+    with pytest.raises(BadData, match=said):
+        load_records(write(tmp_path / "mine.jsonl", own), own=True)
+
+
 def rewrite(**changes: Any) -> dict[str, Any]:
     fields = {**full()["requested_rewrite"], **changes}
     return full(requested_rewrite={k: v for k, v in fields.items() if v != "REMOVED"})

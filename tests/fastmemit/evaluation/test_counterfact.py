@@ -147,7 +147,7 @@ def test_real_records_score_as_they_do_literally(data_dir: Path, smollm2: tuple[
 
 def test_a_record_without_a_true_answer() -> None:
     lacking = Record(41, EditRequest("{} is", "x", "y"))
-    with pytest.raises(BadData, match=r"Record 41 has no target_true.*add it"):
+    with pytest.raises(BadData, match=r"Record 41 has no true answer to 'x is'.*add it"):
         score_records(None, None, [lacking])  # type: ignore[arg-type]
 
 

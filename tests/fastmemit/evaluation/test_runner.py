@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import math
@@ -12,12 +13,14 @@ from typing import Any
 import pytest
 import torch
 
+from fastmemit.data import Record
 from fastmemit.editor import Editor
-from fastmemit.errors import BadRequest, FastmemitError, WrongModel
-from fastmemit.evaluation import evaluate, runner, score_records
+from fastmemit.errors import BadData, BadRequest, FastmemitError, WrongModel
+from fastmemit.evaluation import evaluate, judge_answers, measure_answers, runner, score_records
 from fastmemit.evaluation.runner import RecordResult, Result
 from fastmemit.evaluation.scores import ALL, summarise
 from fastmemit.statistics import versions
+from fastmemit.text import encode
 from tiny_editors import FACTS, QUICK, record, tiny_editor
 
 BATCHES = [[record(10, FACTS[0]), record(11, FACTS[1])], [record(12, FACTS[2])]]
@@ -224,3 +227,50 @@ def test_bars_are_drawn_on_a_terminal_and_if_asked(
 def test_summarise_is_what_the_totals_are(editor: Editor, result: Result) -> None:
     scores = score_records(editor.adapter, editor.tokenizer, [r for b in BATCHES for r in b])
     assert summarise(scores) == pytest.approx(result["before"])
+
+
+def test_open_answers_are_what_the_unedited_model_says(editor: Editor) -> None:
+    fact = dataclasses.replace(FACTS[1], target_true=None)
+    own = Record(4, fact, neighbourhood=("The piano is in", "I play"), neighbourhood_answers=(None, "the violin"))
+    (found,) = measure_answers(editor, [own])
+    length = len(encode(editor.tokenizer, " Berlin")) + 4
+    texts = editor.generate([fact.text, "The piano is in"], length)
+    said = [runner.first_words(text, fact.target_new) for text in texts]
+    assert found.request.target_true == said[0] and len(said[0].split()) == 1
+    assert found.neighbourhood_answers == (said[1], "the violin")
+    # Each neighbour keeps its own answer: NA is whether the model says it, before an edit always.
+    result = evaluate(editor, [[found]], "memit", QUICK)
+    nll = result["records"][0]["before"]["nll"]
+    questions = [("The piano is in", f" {said[1]}"), ("I play", " the violin")]
+    own = judge_answers(editor.adapter, editor.tokenizer, questions)
+    assert [true for _, true in nll["neighbourhood"]] == pytest.approx([answer.nll for answer in own], abs=1e-4)
+    with pytest.raises(BadData, match="Record 4 has no true answer to 'The capital of France is'"):
+        score_records(editor.adapter, editor.tokenizer, [Record(4, fact)])
+
+
+def test_an_answer_that_no_score_could_compare_is_named(editor: Editor, monkeypatch: pytest.MonkeyPatch) -> None:
+    fact = dataclasses.replace(FACTS[1], target_true=None)
+    for says, message in (
+        (" berlin, which", "The model says 'berlin' to 'The capital of France is' of record 4 already, unedited"),
+        (" ... ", "The model says no word to 'The capital of France is' of record 4"),
+    ):
+        monkeypatch.setattr(editor, "generate", lambda prompts, _, says=says: [says] * len(prompts))
+        with pytest.raises(BadData, match=message):
+            measure_answers(editor, [Record(4, fact)])
+
+
+@pytest.mark.parametrize(
+    ("text", "like", "answer"),
+    [
+        (" Herman Melville, who was", "Jane Austen", "Herman Melville"),
+        ("\n\n Paris.\nIt is", "Rome", "Paris"),
+        (" “Moby-Dick”, a", "x", "Moby-Dick"),
+        (" C++ and", "Python", "C++"),
+        (" 50%.", "x", "50%"),
+        ("パリです", "ローマ", "パリで"),
+        (" ... ", "x", ""),
+        ("", "x", ""),
+    ],
+)
+def test_an_answer_is_as_many_words_as_another_one(text: str, like: str, answer: str) -> None:
+    assert runner.first_words(text, like) == answer
