@@ -13,11 +13,13 @@ SOURCES := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cu
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test gemma bench gpu-check docs lint types format check clean
+.PHONY: help install demo test gemma bench gpu-check docs lint types format check clean
 
 help: ## list the targets
 	@echo "make TARGET, with PYTHON=python3.12 to choose the interpreter of a new .venv:"
 	@sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' Makefile
+
+install: .venv/.package ## make .venv with the package and SmolLM2-135M in it
 
 demo: .venv/.package ## precompute, edit, score and undo on SmolLM2-135M; ARGS="--seed 1" passes options
 	$(BIN)/python -m fastmemit demo $(ARGS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import runpy
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any
 import pytest
 
 from fastmemit import Editor, EditRequest
+from fastmemit.cli import parser
+from fastmemit.data import load_records
 from fastmemit.errors import BadConfig
 from tiny_commands import make_place, save_model
 
@@ -97,3 +100,15 @@ def test_the_page_names_every_script() -> None:
     page = (ROOT / "examples" / "README.md").read_text(encoding="utf-8")
     scripts = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
     assert scripts and all(f"[{name}]({name})" in page for name in scripts)
+
+
+def test_the_facts_of_the_first_edit_are_those_of_the_pages() -> None:
+    line = (ROOT / "examples" / "mine.jsonl").read_text().strip()
+    assert line in (ROOT / "README.md").read_text()
+    (own,) = load_records(ROOT / "examples" / "mine.jsonl", own=True)
+    assert len(own.paraphrases) == len(own.neighbourhood) == 1 and own.case_id == 1
+    told = (ROOT / "docs" / "guide" / "first-edit.md").read_text()
+    assert all(text in told for text in (own.request.text, own.neighbourhood[0]))
+    screen = (ROOT / "README.md").read_text().partition("Nothing is downloaded")[0]
+    commands = re.findall(r"^    (fastmemit .*)$", screen, re.MULTILINE)
+    assert [parser().parse_args(shlex.split(command)[1:]).verb for command in commands] == ["edit", "evaluate", "undo"]

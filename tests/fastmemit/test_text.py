@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +14,19 @@ from hypothesis import strategies as st
 from fastmemit.errors import BadConfig, BadRequest
 from fastmemit.models import length_batches, pad_batch
 from fastmemit.request import EditRequest
-from fastmemit.text import NOWHERE, Encoded, encode, encode_with_target, subject_end, text_tokenizer
+from fastmemit.text import (
+    NOWHERE,
+    Encoded,
+    chat_request,
+    chat_text,
+    continue_rows,
+    encode,
+    encode_with_target,
+    subject_end,
+    subject_row,
+    text_tokenizer,
+)
+from tiny_models import tiny_model
 from tiny_tokenizers import BOS, EOS, FAST, PAD, UNK, tiny_tokenizer
 
 KINDS = (*FAST, "slow_bytes", "slow_words")
@@ -289,3 +302,46 @@ def test_a_processor_stands_for_its_tokenizer_and_nothing_else_does() -> None:
     for other in (None, "gpt2", SimpleNamespace(tokenizer=None)):
         with pytest.raises(BadConfig, match="is no tokenizer of transformers"):
             text_tokenizer(other)
+
+
+TEMPLATE = "{% for turn in messages %}<s>{{ turn.role }}: {{ turn.content }}</s>{% endfor %}<s>assistant: "
+
+
+def chat_tokenizer(kind: str) -> Any:
+    tokenizer = copy.deepcopy(tiny_tokenizer(kind))
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+@pytest.mark.parametrize("kind", ["byte_bpe", "bpe_bos"])
+def test_a_fact_in_chat_is_a_users_turn_with_contexts_inside(kind: str) -> None:
+    tokenizer, fact = chat_tokenizer(kind), EditRequest("{} is in the city of", "The Tower", " Rome", "Paris")
+    asked = chat_request(tokenizer, fact)
+    assert asked.text == "<s>user: The Tower is in the city of</s><s>assistant: " and asked.target == "Rome"
+    bare, behind = (subject_row(tokenizer, prefix, asked) for prefix in ("", "I play. "))
+    begun = encode(tokenizer, "<s>user: I play. The Tower").ids
+    assert behind.ids == begun and behind.subject == len(begun) - 1
+    assert bare.ids == encode(tokenizer, "<s>user: The Tower").ids
+    # A prompt that only ends in "" and is no turn has contexts in front, as ever.
+    plain = EditRequest("See {} in", "The Tower", "Rome", join="")
+    assert subject_row(tokenizer, "I play. ", plain).ids == encode(tokenizer, "I play. See The Tower").ids
+
+
+def test_what_cannot_be_asked_in_chat_is_told() -> None:
+    with pytest.raises(BadConfig, match="no chat template"):
+        chat_text(tiny_tokenizer(), "x")
+    tokenizer = chat_tokenizer("byte_bpe")
+    tokenizer.chat_template = "{{ messages[0].content | upper }}"
+    with pytest.raises(BadConfig, match="does not show 'abc' once"):
+        chat_text(tokenizer, "abc")
+
+
+def test_an_answer_in_chat_ends_with_the_end_token() -> None:
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    ids = encode(tokenizer, "I play").ids
+    (plain,) = continue_rows(model, tokenizer, [ids], 8)
+    model.generation_config.eos_token_id = plain[3]
+    (stopped,) = continue_rows(model, tokenizer, [ids], 8, stop=True)
+    assert stopped == plain[: plain.index(plain[3])]
+    (whole,) = continue_rows(model, tokenizer, [ids], 8)
+    assert len(whole) == 8 and plain[3] not in whole

@@ -238,7 +238,8 @@ def _show(args: argparse.Namespace) -> None:
 
 def _gathered(about: Sequence[tuple[str, object]]) -> dict[str, object]:
     """Lines of `_show` by name; those of one name that may stand there often, as a list."""
-    lists = {f"{name}s": [value for key, value in about if key == name] for name in ("part", "module", "edit", "fact")}
+    names = {"part", "fact"} | {"module", "edit"} & {name for name, _ in about}
+    lists = {f"{name}s": [value for key, value in about if key == name] for name in sorted(names)}
     return {**dict(line for line in about if f"{line[0]}s" not in lists), **lists}
 
 
