@@ -205,6 +205,11 @@ class NullSpace:
         return self.basis.shape[1]
 
     @property
+    def device(self) -> torch.device:
+        """Where it lies."""
+        return self.basis.device
+
+    @property
     def nbytes(self) -> int:
         """What it takes."""
         return sum(t.numel() * t.element_size() for t in (self.basis, self.eigenvalues))

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastcov.errors import BadInput, NonFinite, NotPositiveDefinite
 from fastcov.hooks import isolated
-from fastcov.matrices import matrix, mirror, non_finite, shares_entries, square
+from fastcov.matrices import free_memory, matrix, mirror, non_finite, shares_entries, square
 from fastcov.moments import SecondMoment, check_intensity, shrunk
 from fastcov.ops import rank_k_update
 
@@ -469,6 +471,41 @@ def updated(factor: CholeskyFactor, P: Tensor) -> UpdatedFactor:
     small = C.new_zeros(old + new, old + new)
     small[:old, :old], small[old:, :old], small[old:, old:] = C, beside.mT, last
     return UpdatedFactor(factor.lower, factor.jitter, factor.rank, whitened=torch.cat([H, G], 1), small=small)
+
+
+class FactorCache(OrderedDict[tuple[int, Hashable], Any]):
+    """Factors (or null spaces) by layer and what they are made with, as many as their devices have room for.
+
+    Edits walk through the same layers again and again, where dropping what was used longest ago would drop what is
+    needed next. So what other settings need goes first, the least recently used before others; then, of the same
+    settings, the most recently used, whose turn comes last. Whoever uses one moves it to the end.
+
+    Attributes:
+        capacity: Bytes held at most, of which one factor is always held; None takes what a device has free, less a
+            quarter of it and what making another factor needs.
+    """
+
+    capacity: int | None = None
+
+    def make_room(self, layers: Sequence[int], kind: Hashable, place: torch.device, d: int, matrices: int) -> None:
+        """Drop what there is no room for beside one more.
+
+        Args:
+            layers: What an edit with these settings walks through.
+            kind: The settings.
+            place: Where the new one will lie.
+            d: Its width; it takes d * d numbers of float64.
+            matrices: How many such matrices there are while it is made.
+        """
+        size, there = 8 * d * d, [key for key in self if self[key].device == place]
+        needed = [key for key in there if key[1] == kind and key[0] in layers]
+        for key in [*(key for key in there if key not in needed), *reversed(needed)]:
+            held = sum(self[key].nbytes for key in there if key in self)
+            if self.capacity is not None and held + size <= self.capacity:
+                return
+            if self.capacity is None and held + matrices * size <= 0.75 * (free_memory(place) + held):
+                return
+            del self[key]
 
 
 def _root_of_one_plus_gram(G: Tensor) -> Tensor:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import sys
 import warnings
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -89,6 +91,27 @@ def mirror(A: Tensor) -> Tensor:
 def place_of_float64(device: torch.device) -> torch.device:
     """Where float64 numbers for a matrix on this device live: Apple's GPUs have none."""
     return torch.device("cpu") if device.type == "mps" else device
+
+
+def free_memory(device: torch.device) -> float:
+    """The bytes that may still be taken on a device; infinity where nothing says how many.
+
+    On a CUDA device what torch has reserved and does not use counts as free. On a CPU it is what Linux calls
+    available, or what is left of the limit of the process' group (a container's) where that is less.
+    """
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return float(torch.cuda.mem_get_info(device)[0] + unused)
+    if device.type != "cpu":
+        return math.inf
+    found = math.inf
+    with suppress(OSError, StopIteration, ValueError):
+        line = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable"))
+        found = float(line.split()[1]) * 1024
+    with suppress(OSError, ValueError):  # "max" where there is no limit
+        limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
+        found = min(found, float(limit - used))
+    return found
 
 
 def _from_array(x: Any, name: str) -> Tensor:

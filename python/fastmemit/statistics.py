@@ -7,7 +7,6 @@ import hashlib
 import logging
 import os
 import platform
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -23,6 +22,8 @@ import fastcov
 from fastcov import CholeskyFactor, NullSpace
 from fastcov.checkpoint import read_checkpoint
 from fastcov.hooks import isolated
+from fastcov.linalg import FactorCache
+from fastcov.matrices import place_of_float64
 from fastcov.moments import SHRINKAGES
 from fastcov.sizing import LIMIT, StoppingRule, checkpoints
 from fastcov.throughput import Throughput
@@ -56,7 +57,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 AUTO = "auto"
-CAPACITY = 8 << 30  # bytes; GPT-J's six layers in float64 are 13 GB, so big models factor again
 _TEMPORARY = ".*.tmp"
 _CHECKPOINTS = ".collecting-*.checkpoint"  # no .safetensors: nobody takes one for a moment
 
@@ -199,8 +199,8 @@ class StatisticsStore:
         name: What to call the model in files; it identifies nothing.
         seed: Seed for the order of documents where a collection has none.
         progress: Show a bar for each long step.
-        capacity: Bytes of factors and null spaces held at most; the least recently used go first, and one is always
-            held.
+        capacity: Bytes of factors and null spaces held at most, of which one is always held; None takes what the
+            device has free, less a quarter of it and what making another one needs.
 
     Attributes:
         current: The statistics in use, if any are.
@@ -217,13 +217,13 @@ class StatisticsStore:
         name: str = "model",
         seed: int = 0,
         progress: bool = False,
-        capacity: int = CAPACITY,
+        capacity: int | None = None,
     ) -> None:
         self._adapter, self._tokenizer, self._stack = adapter, tokenizer, stack
         self._folder, self._name, self._seed, self._progress = folder, name, seed, progress
         self._tokenizer_is = tokenizer_fingerprint(tokenizer)
-        self._capacity = capacity
-        self._held: OrderedDict[tuple[Any, ...], CholeskyFactor | NullSpace] = OrderedDict()
+        self._held = FactorCache()
+        self._held.capacity = capacity
         self.current: Statistics | None = None
         self.checkpoint_seconds: float | None = None
 
@@ -565,22 +565,22 @@ class StatisticsStore:
             fastcov.StoreDamaged: The second moment's file is not what was written.
         """
         used = self.needed(config)
-        weight = float(self._adapter.d_k(layer)) if config.weight is None else config.weight
+        d_k = self._adapter.d_k(layer)
+        weight = float(d_k) if config.weight is None else config.weight
         relative = used.resolved(self._adapter, config).relative_ridge or 0.0
-        key = (layer, weight, config.ridge, relative, config.shrinkage, config.covariance)
-        found = self._held.get(key)
+        kind = (config.weight, config.ridge, relative, config.shrinkage, config.covariance)
+        found = self._held.get((layer, kind))
+        if found is None:
+            self._held.make_room(config.layers, kind, self._place(layer), d_k, 2)  # beside A a triangle in float32
         if not isinstance(found, CholeskyFactor) and not config.needs_statistics:
-            identity = torch.eye(self._adapter.d_k(layer), dtype=torch.float64, device=self._place(layer))
+            identity = torch.eye(d_k, dtype=torch.float64, device=self._place(layer))
             scaled = fastcov.regularised(identity, weight, config.ridge, relative_ridge=relative)
             found = CholeskyFactor(scaled.sqrt_(), 0.0)
         elif not isinstance(found, CholeskyFactor):
             moment = used.moment(self._adapter.projection_name(layer))
+            shrinkage = SHRINKAGES[config.shrinkage](moment)
             matrix = fastcov.regularised(
-                moment.second_moment.to(self._place(layer)),
-                weight,
-                config.ridge,
-                relative_ridge=relative,
-                shrinkage=SHRINKAGES[config.shrinkage](moment),
+                moment.to(self._place(layer)), weight, config.ridge, relative_ridge=relative, shrinkage=shrinkage
             )
             del moment  # its sum is not held beside the factorisation
             if relative and config.relative_ridge is None:
@@ -590,7 +590,8 @@ class StatisticsStore:
                     layer, used.describe(), relative,
                 )  # fmt: skip
             found = fastcov.factorize(matrix, in_place=True)
-        self._hold(key, found)
+        self._held[layer, kind] = found
+        self._held.move_to_end((layer, kind))
         return found
 
     def null_space(self, config: AlphaEditConfig, layer: int) -> NullSpace:
@@ -603,9 +604,10 @@ class StatisticsStore:
             fastcov.StoreDamaged: The second moment's file is not what was written.
         """
         used, relative = self.covering(config.layers), config.null_relative
-        key = (layer, config.null_threshold if relative is None else 0.0, relative)
-        found = self._held.get(key)
+        kind = (config.null_threshold if relative is None else 0.0, relative)
+        found = self._held.get((layer, kind))
         if not isinstance(found, NullSpace):
+            self._held.make_room(config.layers, kind, self._place(layer), self._adapter.d_k(layer), 5)
             C = used.second_moment(self._adapter.projection_name(layer))
             found = fastcov.null_space(C.to(self._place(layer)), threshold=config.null_threshold, relative=relative)
             d_k = found.basis.shape[0]
@@ -614,7 +616,8 @@ class StatisticsStore:
                 "%d of %d directions of C of layer %d are below %g and count as its null space%s",
                 found.rank, d_k, layer, found.threshold, ": edits preserve nothing" if found.rank == d_k else "",
             )  # fmt: skip
-        self._hold(key, found)
+        self._held[layer, kind] = found
+        self._held.move_to_end((layer, kind))
         return found
 
     def prepare(self, config: EditConfig) -> dict[int, float]:
@@ -625,16 +628,9 @@ class StatisticsStore:
             return {}
         return {layer: self.factor(cast("CovarianceConfig", config), layer).jitter for layer in config.layers}
 
-    def _hold(self, key: tuple[Any, ...], found: CholeskyFactor | NullSpace) -> None:
-        self._held[key] = found
-        self._held.move_to_end(key)
-        while len(self._held) > 1 and sum(held.nbytes for held in self._held.values()) > self._capacity:
-            self._held.popitem(last=False)
-
     def _place(self, layer: int) -> torch.device:
         """Where a layer's statistics are worked on: with its weight, but Apple's GPUs lack float64."""
-        device = self._adapter.weight(layer).device
-        return torch.device("cpu") if device.type == "mps" else device
+        return place_of_float64(self._adapter.weight(layer).device)
 
 
 def _snapshots(after: Statistics, multiplier: float) -> list[float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import torch
 import fastcov
 from fastcov import FastcovError, NonFinite, SecondMoment, closed_form, moments, npz
 from fastcov.linalg import updated
-from fastcov.matrices import matrix, place_of_float64, shares_entries, square
+from fastcov.matrices import free_memory, matrix, place_of_float64, shares_entries, square
 
 # Halves of small whole numbers: exact in every floating dtype that is taken.
 DRAW = torch.Generator().manual_seed(0)
@@ -294,3 +295,25 @@ def test_updates_and_solves_ask_for_a_factor_and_a_null_space():
         closed_form.memit(SQUARE, EDITS, RESIDUALS)
     with pytest.raises(fastcov.BadInput, match="a NullSpace, not to a Tensor"):
         fastcov.alphaedit(SQUARE, EDITS, RESIDUALS, 10.0)
+
+
+def test_what_is_free_is_what_the_system_or_the_group_says(monkeypatch):
+    """The lesser one of what Linux calls available and of what a container may still take."""
+    files = {
+        "/proc/meminfo": "MemTotal: 9 kB\nMemAvailable:  3 kB\n",
+        "/sys/fs/cgroup/memory.max": "4000\n",
+        "/sys/fs/cgroup/memory.current": "1500\n",
+    }
+
+    def read(path):
+        if str(path) not in files:
+            raise FileNotFoundError(path)
+        return files[str(path)]
+
+    monkeypatch.setattr(Path, "read_text", read)
+    cpu = torch.device("cpu")
+    assert free_memory(cpu) == 2500
+    files["/sys/fs/cgroup/memory.max"] = "max\n"
+    assert free_memory(cpu) == 3072
+    files.clear()
+    assert free_memory(cpu) == float("inf") == free_memory(torch.device("mps"))

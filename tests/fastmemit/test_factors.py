@@ -62,18 +62,56 @@ def test_a_factor_is_that_of_the_literal_matrix(editor, shrinkage, relative_ridg
     torch.testing.assert_close(got.L, torch.from_numpy(wanted), rtol=1e-7, atol=1e-9)
 
 
-def test_the_default_is_what_it_was_bit_for_bit(editor):
-    C = stored(editor).second_moment
-    A = C.double().mul_(20.0)
+def test_the_default_is_of_the_sum_in_float64_bit_for_bit(editor):
+    moment = stored(editor)
+    A = moment.lower.double() * (20.0 / moment.count)
     A.diagonal().add_(0.01)
     wanted = fastcov.factorize(A)
     assert torch.equal(factor(editor, weight=20.0, ridge=0.01).L, wanted.L)
 
 
-def test_each_kind_is_made_once_and_held_until_there_is_no_room(editor, monkeypatch):
-    made = []
+def test_the_stored_triangle_is_enough(editor, monkeypatch):
+    """No mean and no mirrored copy of it is made on the way to A."""
+    for name in ("second_moment", "sum"):
+        monkeypatch.delattr(fastcov.SecondMoment, name)
+    factor(editor)
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """A list that each factorisation of A lengthens."""
+    found = []
     real = fastcov.factorize
-    monkeypatch.setattr(fastcov, "factorize", lambda A, **kw: made.append(1) or real(A, **kw))
+    monkeypatch.setattr(fastcov, "factorize", lambda A, **kw: found.append(1) or real(A, **kw))
+    return found
+
+
+@pytest.mark.parametrize(("room", "batches"), [(None, [3, 0, 0]), (3, [3, 0, 0]), (2, [3, 1, 2]), (1, [3, 3, 3])])
+def test_layers_are_factorised_once_whatever_the_number_of_batches(tmp_path, made, room, batches):
+    """Three layers are walked through again and again; with room for two half of what is asked for is held."""
+    editor = tiny_editor(tmp_path, layers=(0, 1, 2))
+    editor.store._held.capacity = None if room is None else room * 64 * 64 * 8
+    for fact, wanted in zip(FACTS, batches, strict=True):
+        made.clear()
+        editor.edit([fact], "memit", layers=(0, 1, 2), steps=1, verify=False)
+        assert len(made) == wanted
+
+
+def test_room_is_what_the_device_has_free(editor, made, monkeypatch):
+    size, kinds = 64 * 64 * 8, [{"weight": float(n)} for n in range(1, 6)]
+    # A factor takes two of its size while it is made; a quarter of what is free or held stays free.
+    free = 4 * size
+    monkeypatch.setattr("fastcov.linalg.free_memory", lambda place: free - size * len(store._held))
+    store = fresh(editor)
+    for kind in kinds:
+        factor(editor, store, **kind)
+    assert [key[1][0] for key in store._held] == [4.0, 5.0]  # what other settings need goes first, the oldest before
+    free = 0
+    factor(editor, store)
+    assert len(store._held) == 1
+
+
+def test_each_kind_is_made_once_and_held_until_there_is_no_room(editor, made):
     kinds = [{}, {"weight": 3.0}, {"ridge": 0.1}, {"relative_ridge": 0.1}, {"shrinkage": "oas"}]
     store = fresh(editor)
     first = [factor(editor, store, **kind) for kind in kinds]

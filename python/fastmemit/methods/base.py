@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import operator
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fastcov import CholeskyFactor, LowRank
-from fastcov.linalg import updated
+from fastcov.linalg import UpdatedFactor, updated
 from fastmemit.delta import Delta, add_low_rank, restore
 from fastmemit.edits import Edit, EditStack, Writing
 from fastmemit.files import bar
@@ -177,11 +178,17 @@ class Subjects:
 
 
 class _Held(NamedTuple):
-    """The last factor that was made for a layer, and what it was made of."""
+    """What a layer's keys added to the factor of its A: not that factor, which the statistics may have dropped."""
 
-    base: CholeskyFactor
+    diagonal: Tensor  # (d_k,), of the factor of A, by which another one is told
     blocks: Blocks
-    factor: CholeskyFactor
+    whitened: Tensor  # see `fastcov.linalg.UpdatedFactor`, also for small
+    small: Tensor
+
+    def of(self, diagonal: Tensor, blocks: Blocks) -> bool:
+        """Whether it is of the factor with this diagonal, and of no keys but the first of these."""
+        same = diagonal.device == self.diagonal.device and torch.equal(diagonal, self.diagonal)
+        return same and len(blocks) >= len(self.blocks) and all(map(operator.is_, self.blocks, blocks))
 
 
 class PreservedKeys:
@@ -230,16 +237,15 @@ class PreservedKeys:
         if not blocks:
             self._held.pop(layer, None)
             return base
-        held = self._held.get(layer)
-        known = len(held.blocks) if held is not None else 0
-        same = held is not None and held.base is base and len(blocks) >= known
-        if held is None or not (same and all(one is other for one, other in zip(held.blocks, blocks, strict=False))):
-            held, known = _Held(base, (), base), 0
+        held, diagonal = self._held.get(layer), base.lower.diagonal()
+        factor, known = base, 0
+        if held is not None and held.of(diagonal, blocks):
+            known = len(held.blocks)
+            factor = UpdatedFactor(base.lower, base.jitter, base.rank, whitened=held.whitened, small=held.small)
         if len(blocks) > known:
-            new = torch.cat([block.to(base.device) for block in blocks[known:]], 1)
-            held = _Held(base, blocks, updated(held.factor, new))
-        self._held[layer] = held
-        return held.factor
+            factor = updated(factor, torch.cat([block.to(base.device) for block in blocks[known:]], 1))
+            self._held[layer] = _Held(diagonal.clone(), blocks, factor.whitened, factor.small)
+        return factor
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -176,7 +177,15 @@ def test_a_factor_is_updated_by_what_is_new_and_made_again_for_another_A(monkeyp
     preserved.factor(4, base)
     preserved.add(other, {4: blocks[1:2]})  # type: ignore[arg-type]
     factor = preserved.factor(4, base)
-    assert preserved.factor(4, base) is factor and widths == [2, 1]
+    assert preserved.factor(4, base).whitened is factor.whitened and widths == [2, 1]
+    # A factor that was dropped and made again is the same one, and the old one is not held for its keys.
+    again, old = factorize(torch.eye(6).double()), weakref.ref(base)
+    del base, factor
+    gc.collect()
+    assert old() is None
+    base = again
+    preserved.factor(4, base)
+    assert widths == [2, 1]
     preserved.factor(4, base, [blocks[2]])
     assert widths == [2, 1, 3]
     again = factorize(2 * torch.eye(6).double())
