@@ -1,4 +1,4 @@
-"""What statistics and their factors take: memory, time and bytes moved, before any of it is spent.
+"""What statistics and edits take: memory, time and bytes moved, before any of it is spent.
 
 Nothing is run here. Operations and bytes are counted from a model's shape, as the code does them; seconds are those
 counts over a machine's rates, of which each machine says where it has them from. A multiply-add is two operations, as
@@ -220,6 +220,84 @@ def plan(
             "writing": n * triangle * _F32 / machine.disk,
         },
         factor_seconds=shape.d_k**3 / 3 / machine.float64,
+    )
+
+
+@dataclass(frozen=True)
+class EditPlan:
+    """What one edit of a batch of facts takes on one device, beside the model; bytes and seconds."""
+
+    factors: int  # bytes of the factors of all layers, float64, held for the next edit
+    making: int  # bytes beside them while one is made: half of it for the triangle, a third to work in
+    keys: int  # bytes of the keys of all layers: one in float64, and in float32 what a later edit may ask for
+    targets: int  # bytes of the target vectors and of what is read beside them
+    solve: int  # bytes of what one layer's closed form makes
+    copies: int  # bytes of weights as they were: for trial writes, and for the undo
+    delta: int  # bytes of the change of all layers
+    seconds: dict[str, float]  # by step
+
+    @property
+    def memory(self) -> int:
+        """Bytes at the most expensive moment: while the last factor is made, or while a layer is solved."""
+        held = self.factors + self.keys + self.targets + self.copies + self.delta
+        return held + max(self.making, self.solve)
+
+
+@isolated()
+def plan_edit(
+    shape: Shape,
+    machine: Machine,
+    layers: Sequence[int],
+    facts: int,
+    *,
+    rows: int = 6,
+    steps: int = 25,
+    tokens: int = 20,
+    moving: int = 5,
+) -> EditPlan:
+    """Count what a MEMIT edit of a batch takes whose target vectors and factors are new.
+
+    A target is optimised in `rows` texts (the bare prompt in six contexts) of so many `tokens`, all of which run once
+    up to the last edited block. Then `moving` of them, from the subject's last one on, run forward and backward in each
+    of the `steps` through the blocks above, three times a forward's operations, and two of them through the head. A
+    factor costs ``d_k^3 / 3`` operations, and solving with it two times ``d_k^2`` a fact. Of more facts than d_k, the
+    matrix of width d_k is the smaller one (`fastcov.memit`).
+
+    Raises:
+        BadConfig: A layer that the model does not have, or a number below 1.
+    """
+    if not layers or min(layers) < 0 or max(layers) >= shape.layers:
+        raise BadConfig(
+            f"The layers {list(layers)} are not among the {shape.layers} of this model; name some from 0 to "
+            f"{shape.layers - 1}."
+        )
+    least = min(facts, rows, steps, tokens, moving)
+    if least < 1:
+        raise BadConfig(f"Facts, rows, steps and tokens must be at least 1, but one is {least}.")
+    last, n, d, d_k = max(layers), len(layers), shape.d, shape.d_k
+    below, above = shape.run(last), (shape.layers - 1 - last) * shape.block
+    target = rows * 2.0 * (tokens * below + 3 * steps * (moving * above + 2 * shape.vocabulary * d))
+    small, wide = min(facts, d_k), facts > d_k
+    # One layer: A^-1 K and K^T A^-1 K by halves, then the small system; or K K^T, its factor and a solve.
+    solve = (
+        facts * d_k**2 + d_k**3 / 3 + 2 * facts * d_k**2
+        if wide
+        else 2 * facts * d_k**2 + facts**2 * d_k + facts**3 / 3 + d * facts**2
+    )
+    return EditPlan(
+        factors=n * d_k**2 * _F64,
+        making=d_k**2 * _F64 * 5 // 6,
+        keys=facts * d_k * (_F64 + n * _F32),
+        targets=facts * d * (2 * _F64 + 2 * _F32),
+        solve=(2 * facts * d_k + small**2 * (3 if wide else 1) + facts * d) * _F64,
+        copies=2 * n * d * d_k * machine.dtype_bytes,
+        delta=n * min(facts, d, d_k) * (d + d_k) * _F32,
+        seconds={
+            "targets": facts * target / (machine.flops * machine.share),
+            "factors": n * d_k**3 / 3 / machine.float64,
+            "reading keys": facts * rows * tokens * 2.0 * below / (machine.flops * machine.share),
+            "solving": n * 2 * solve / machine.float64,
+        },
     )
 
 

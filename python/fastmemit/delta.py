@@ -35,8 +35,8 @@ class Delta:
     It knows nothing of how it was found. It can be added to the weights it names, saved, and loaded on another machine.
 
     Attributes:
-        factors: Weight name -> (left (rows, B), right (columns, B)), float32 on the CPU, in the weight's own
-            orientation: ``W' - W = left @ right^T``.
+        factors: Weight name -> (left (rows, r), right (columns, r)), float32 on the CPU, in the weight's own
+            orientation: ``W' - W = left @ right^T``, r at most the number of facts and the smaller side.
         provenance: JSON values: the model's fingerprint (``model``), method, settings, requests, versions.
     """
 
@@ -296,6 +296,22 @@ def add_low_rank(weight: Tensor, left: Tensor, right: Tensor) -> None:
     """
     weight.copy_(_sum(weight, left, right))
     torch.clear_autocast_cache()  # which would go on with a copy of the former weight
+
+
+@isolated()
+def compact(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """Factors (rows, B) and (columns, B) of a change as they are, or others of the same change that take less.
+
+    There are less where B is above rows or columns: the change itself beside an identity, which multiplies to the same
+    numbers bit for bit.
+    """
+    rows, columns = left.shape[0], right.shape[0]
+    if left.shape[1] <= min(rows, columns):
+        return left, right
+    change = left @ right.mT
+    if rows <= columns:
+        return torch.eye(rows, dtype=change.dtype, device=change.device), change.mT
+    return change, torch.eye(columns, dtype=change.dtype, device=change.device)
 
 
 @isolated()

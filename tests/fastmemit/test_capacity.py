@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fastmemit.capacity import FULL_KEYS, MACHINES, SHAPES, Machine, Shape, plan
+from fastmemit.capacity import FULL_KEYS, MACHINES, SHAPES, Machine, Shape, plan, plan_edit
 from fastmemit.errors import BadConfig
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
@@ -138,3 +138,33 @@ def test_the_page_says_what_is_counted() -> None:
     }.items():
         (cells,) = [cells for name, cells in rows.items() if name.startswith(start)]
         assert float(cells[0].split(" GB")[0]) == pytest.approx(counted / 1e9, rel=0.01)
+
+
+def test_an_edit_by_hand() -> None:
+    made = plan_edit(SMALL, ROUND, [0], 3, rows=2, steps=4, tokens=5, moving=2)
+    # attention 2 x 4 x 2 x 2 + 2 x 4 x 2; gate and way up, 2 x 32; then all of the block above
+    below, above = SMALL.run(0), SMALL.block
+    assert (below, above) == (48 + 64, 48 + 96)
+    target = 2 * 2 * (5 * below + 3 * 4 * (2 * above + 2 * 10 * 4))
+    assert made.seconds["targets"] == 3 * target / 500
+    assert made.seconds["reading keys"] == 3 * 2 * 5 * 2 * below / 500
+    assert made.seconds["factors"] == 512 / 3 / 100
+    # two triangles and a gram by half of one; a factor of 3 and what it is multiplied with
+    assert made.seconds["solving"] == 2 * (2 * 3 * 64 + 9 * 8 + 9 + 4 * 9) / 100
+    assert (made.factors, made.making) == (512, 426)
+    assert made.keys == 3 * 8 * (8 + 4) and made.targets == 3 * 4 * 24
+    assert made.solve == (2 * 3 * 8 + 9 + 3 * 4) * 8
+    assert made.copies == 2 * 4 * 8 * 2 and made.delta == 3 * 12 * 4
+    assert made.memory == 512 + 288 + 288 + 128 + 144 + max(426, 552)
+
+
+def test_an_edit_of_more_facts_than_a_side() -> None:
+    made = plan_edit(SMALL, ROUND, [0, 1], 100)
+    assert made.delta == 2 * 4 * 12 * 4  # four columns, not a hundred
+    assert made.solve == (2 * 100 * 8 + 3 * 64 + 400) * 8
+    assert made.keys == 100 * 8 * (8 + 2 * 4)
+    for wrong in ({"facts": 0}, {"facts": 1, "steps": 0}):
+        with pytest.raises(BadConfig, match="at least 1, but one is 0"):
+            plan_edit(SMALL, ROUND, [0], **wrong)
+    with pytest.raises(BadConfig, match="are not among the 2 of this model; name some from 0 to 1"):
+        plan_edit(SMALL, ROUND, [2], 1)

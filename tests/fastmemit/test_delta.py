@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
@@ -13,9 +14,11 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from fastcov import LowRank, closed_form
 from fastmemit import delta as delta_module
-from fastmemit.delta import Delta, add_low_rank
+from fastmemit.delta import Delta, add_low_rank, compact
 from fastmemit.errors import DamagedFile, NonFiniteEdit, WrongModel
+from tiny_editors import FACTS, tiny_editor
 
 PROVENANCE = {"model": "f" * 64, "method": "memit", "requests": [{"subject": "Łódź 🙂"}], "n": 0.1}
 
@@ -409,3 +412,33 @@ def test_an_edit_of_rank_zero_is_written_and_read(tmp_path: Path) -> None:
     before = weights(model)
     nothing.add_to(model)
     assert same(model, before)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(4, 6), (6, 4), (5, 5)])
+def test_more_facts_than_a_side_take_no_more_than_it(rows: int, columns: int) -> None:
+    draw = torch.Generator().manual_seed(0)
+    for facts in (1, min(rows, columns), min(rows, columns) + 1, 40):
+        left = torch.randn(rows, facts, generator=draw, dtype=torch.float64)
+        right = torch.randn(columns, facts, generator=draw, dtype=torch.float64)
+        found = compact(left, right)
+        assert found[0].shape[1] == found[1].shape[1] == min(facts, rows, columns)
+        assert torch.equal(found[0] @ found[1].T, left @ right.T)
+
+
+def test_a_batch_of_more_facts_than_the_hidden_size_is_saved_compact(tmp_path: Path) -> None:
+    """As the closed form gives it, for 40 facts in a model of hidden size 32 and keys of 64."""
+    editor = tiny_editor(tmp_path / "editor", layers=(0, 1))
+    facts = [dataclasses.replace(FACTS[0], subject=f"Tower {n}") for n in range(40)]
+    given: list[LowRank] = []
+    with pytest.MonkeyPatch.context() as patch:
+        real = closed_form.memit
+        patch.setattr(closed_form, "memit", lambda *args: given.append(real(*args)) or given[-1])
+        edit = editor.edit(facts, "memit", layers=(0, 1), steps=1, verify=False)
+    for change, layer in zip(given, (0, 1), strict=True):
+        left, right = edit.delta.factors[editor.adapter.weight_name(layer)]
+        assert change.left.shape[1] == 40 and left.shape[1] == right.shape[1] == 32
+        wanted = change.dense().T if editor.adapter.weight_is_transposed(layer) else change.dense()
+        torch.testing.assert_close(left @ right.T, wanted.float())
+    edit.save(tmp_path / "edit.safetensors")
+    again = Delta.load(tmp_path / "edit.safetensors")
+    assert again.digest() == edit.delta.digest()

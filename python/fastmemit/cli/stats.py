@@ -64,15 +64,16 @@ def _precompute(args: argparse.Namespace) -> None:
 
 @verb(
     "stats plan",
-    "--shape! --layers=4-8 --multipliers --machine --flops --share --processes --batch-tokens --length",
+    "--shape! --layers=4-8 --multipliers --machine --flops --share --processes --batch-tokens --length --batch-size",
     {"--multipliers": {"help": "keys as multiples of their width, beside 44 million"}},
 )
 def _plan(args: argparse.Namespace) -> None:
-    """Count the memory, time and bytes that a model's statistics take, and load nothing.
+    """Count the memory, time and bytes that a model's statistics and an edit take, and load nothing.
 
     Examples:
       fastmemit stats plan --shape llama-3-70b --layers 4-8 --processes 8
       fastmemit stats plan --shape ./my-model --layers 4-8 --multipliers 2,10 --machine h100 --share 0.4
+      fastmemit stats plan --shape gpt-j-6b --layers 3-8 --batch-size 10000
 
     Operations and bytes are counted as the code does them. Seconds divide them by a machine's rates;
     the last line says which of these were measured and which are assumed.
@@ -80,7 +81,7 @@ def _plan(args: argparse.Namespace) -> None:
     import dataclasses
 
     import fastcov
-    from fastmemit.capacity import FULL_KEYS, MACHINES, plan, shape_of
+    from fastmemit.capacity import FULL_KEYS, MACHINES, plan, plan_edit, shape_of
     from fastmemit.methods.config import parse_layers
 
     shape = shape_of(args.shape)
@@ -144,6 +145,22 @@ def _plan(args: argparse.Namespace) -> None:
             f"what runs does not fit into the {byte_size(machine.memory)} of one device: spread the "
             "model (--device auto), or take fewer layers or a smaller batch"
         )
+    edit = plan_edit(shape, machine, layers, args.batch_size)
+    print(f"\nthen a MEMIT edit of {args.batch_size} facts, beside the model")
+    rows = [
+        ("memory", []),
+        ("  factors of all layers", [byte_size(edit.factors)]),
+        ("  making the last one", [byte_size(edit.making)]),
+        ("  keys", [byte_size(edit.keys)]),
+        ("  target vectors", [byte_size(edit.targets)]),
+        ("  what solving makes", [byte_size(edit.solve)]),
+        ("  copies of weights", [byte_size(edit.copies)]),
+        ("  the delta", [byte_size(edit.delta)]),
+        ("  at most at once", [byte_size(edit.memory)]),
+        ("seconds", []),
+        *((f"  {step}", [_seconds(seconds)]) for step, seconds in edit.seconds.items()),
+    ]
+    show_table([[name, *cells] for name, cells in rows])
     print(f"rates: {machine.source}")
     if args.flops is not None or args.share is not None:
         print("rates given on the command line replace those")

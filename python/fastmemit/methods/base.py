@@ -22,12 +22,12 @@ from torch import Tensor
 
 from fastcov import CholeskyFactor, LowRank
 from fastcov.linalg import UpdatedFactor, updated
-from fastmemit.delta import Delta, add_low_rank, restore
+from fastmemit.delta import Delta, add_low_rank, compact, restore
 from fastmemit.edits import Edit, EditStack, Writing
 from fastmemit.files import bar
 from fastmemit.methods.config import PRESERVING, Config, EditConfig
 from fastmemit.models import ModelAdapter
-from fastmemit.partial_forward import SubjectPass, read_at_subject, runs_in_stages
+from fastmemit.partial_forward import KEPT, SubjectPass, read_at_subject, runs_in_stages
 from fastmemit.request import EditRequest, check_batch
 from fastmemit.statistics import StatisticsStore, versions
 from fastmemit.targets import Target, TargetStore, stored_or_optimised
@@ -36,6 +36,8 @@ from fastmemit.text import Contexts, Row, subject_row
 log = logging.getLogger(__name__)
 
 Blocks = tuple[Tensor, ...]
+#: Facts whose keys are read in all contexts before they are averaged.
+TOGETHER = 256
 Keys = dict[int, list[Tensor]]  # layer -> keys (d_k, B), float64, block by block
 
 
@@ -44,10 +46,10 @@ class Reading:
     """What was read for one layer; nobody writes into it.
 
     Attributes:
-        keys: (B, contexts, d_k) float64, the keys at the subject in every context, the bare prompt's first.
+        keys: (B, d_k) float64, the keys at the subject over all contexts, see `averaged_keys`.
         outputs: (B, d) float64, what the projection puts out at the bare prompt's subject.
         block: (B, d) float64, what the last edited block puts out there.
-        passes: Where to go on: over the bare prompts, and over the other contexts if there are any.
+        passes: Where to go on: over the bare prompts, then over the other contexts, `TOGETHER` facts each.
     """
 
     keys: Tensor
@@ -154,27 +156,36 @@ class Subjects:
 
     def read(self, layer: int, last: int) -> Reading:
         """What a batch shows at the layer to edit next, below which nothing changed since it was read."""
-        adapter, projection = self._adapter, self._adapter.projection(layer)
+        adapter, projection, requests = self._adapter, self._adapter.projection(layer), self._requests
         if not self._passes:
-            bare: list[Row] = []
-            others: list[Row] = []
-            for request in self._requests:
-                for number, context in enumerate(self._contexts):
-                    (others if number else bare).append(subject_row(self._tokenizer, context, request))
-            self._passes = tuple(SubjectPass.of(adapter, rows) for rows in (bare, others) if rows)
-        read: list[Tensor] = []
+            groups: list[list[Row]] = [[]]  # of the bare prompts, then of the other contexts
+            for place, request in enumerate(requests):
+                groups[0].append(subject_row(self._tokenizer, "", request))
+                if len(self._contexts) > 1 and place % TOGETHER == 0:
+                    groups.append([])
+                for context in self._contexts[1:]:
+                    groups[-1].append(subject_row(self._tokenizer, context, request))
+            self._passes = tuple(SubjectPass.of(adapter, group) for group in groups)
+        keys = torch.empty(0)
         given: list[Tensor] = []
         passes: list[SubjectPass] = []
-        for rows in self._passes:
+        for number, rows_of in enumerate(self._passes):
             # Of one module the input comes before its output, and the block's output last of all.
-            outputs = [] if read else [projection, adapter.block(last)]  # of the bare prompts alone
-            keep = layer if layer < last and runs_in_stages(adapter, layer, [projection], outputs) else 0
-            (keys,), put_out, after = rows.read(adapter, inputs=[projection], outputs=outputs, keep=keep, tried=True)
-            read.append(keys.double().reshape(len(self._requests), -1, keys.shape[-1]))  # (B, contexts, d_k)
-            given += put_out
+            outputs = [] if number else [projection, adapter.block(last)]  # of the bare prompts alone
+            room = layer < last and sum(each.nbytes for each in passes) < KEPT
+            keep = layer if room and runs_in_stages(adapter, layer, [projection], outputs) else 0
+            (read,), put_out, after = rows_of.read(adapter, inputs=[projection], outputs=outputs, keep=keep, tried=True)
             passes.append(after)
+            if not number:
+                keys, given = read.double(), put_out
+                continue
+            # Averaged part by part: the keys of all contexts would be as many times larger.
+            part = keys[(number - 1) * TOGETHER : number * TOGETHER]  # (facts, d_k), the bare prompts'
+            part.copy_(
+                averaged_keys(torch.cat([part[:, None], read.double().reshape(len(part), -1, keys.shape[1])], 1)).T
+            )
         out, block = given
-        return Reading(torch.cat(read, 1), out.double(), block.double(), tuple(passes))
+        return Reading(keys, out.double(), block.double(), tuple(passes))
 
 
 class _Held(NamedTuple):
@@ -319,7 +330,7 @@ class Draft(Generic[Config]):
         reads: Where readings of the unedited model are cached.
         contexts: Texts before the prompts, the first one ``""``.
         factors: What has been written so far, by weight name, in the weights' own orientation.
-        keys: The keys of what has been written so far, by layer.
+        keys: The keys of what has been written so far, by layer; where nobody preserves keys, in half the memory.
     """
 
     work: Workspace
@@ -362,16 +373,18 @@ class Draft(Generic[Config]):
 
     def write(self, layer: int, change: LowRank, keys: Tensor) -> None:
         """Add a change (d, d_k) to a layer's weight, and put it on record with its keys (d_k, B)."""
-        self.keys.setdefault(layer, []).append(keys)
-        left, right = (t.to("cpu", torch.float32) for t in (change.left, change.right))
+        # Nobody asks for these keys before a later edit does, and perhaps no edit ever.
+        self.keys.setdefault(layer, []).append(keys.to("cpu", torch.float32) if self.preserved is None else keys)
+        left, right = change.left, change.right
         transposed = self.adapter.weight_is_transposed(layer)
         if transposed:
             left, right = right, left
         name = self.adapter.weight_name(layer)
         if name in self.factors:
-            old_left, old_right = self.factors[name]
+            old_left, old_right = (old.to(left) for old in self.factors[name])
             left, right = torch.cat([old_left, left], 1), torch.cat([old_right, right], 1)
-        self.factors[name] = (left.contiguous(), right.contiguous())
+        left, right = (side.to("cpu", torch.float32).contiguous() for side in compact(left, right))
+        self.factors[name] = (left, right)
         # From the unedited weight in one step, as the delta will be applied.
         assert self._trial is not None
         weight = self.adapter.weight(layer).T if transposed else self.adapter.weight(layer)
@@ -552,4 +565,4 @@ def residuals(
         # The last edited block may be on another device than this layer, its norm and its factor.
         missing = missing.to(read.outputs.device)
         residual = adapter.projection_residual(layer, read.outputs, missing, subjects.bare_ids)
-        yield layer, averaged_keys(read.keys), residual.T
+        yield layer, read.keys.T, residual.T

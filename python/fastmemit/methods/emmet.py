@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from fastcov import closed_form
-from fastmemit.methods.base import Draft, averaged_keys, register
+from fastmemit.methods.base import Draft, register
 from fastmemit.methods.config import EmmetConfig
 from fastmemit.request import EditRequest
 
@@ -20,7 +20,7 @@ def write(draft: Draft[EmmetConfig], requests: list[EditRequest], goal: Tensor) 
     (layer,) = draft.config.layers
     subjects = draft.subjects(requests)
     read = draft.read(subjects, layer)
-    keys = averaged_keys(read.keys)  # (d_k, B)
+    keys = read.keys.T  # (d_k, B)
     if draft.config.site == "projection":
         residual = goal.to(read.outputs.device) - read.outputs
     else:

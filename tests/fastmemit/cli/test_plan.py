@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 
@@ -25,6 +26,23 @@ def test_seventy_billion_over_eight(capsys: pytest.CaptureFixture[str]) -> None:
     assert cells["to disk, each layer"] == ["1.64 GB"] * 2
     assert cells["a factor in float64"] == ["6.58 GB"] * 2
     assert "rates: published: " in out and "assumed: " in out and "does not fit" not in out
+
+
+def test_an_edit_of_ten_thousand_facts(capsys: pytest.CaptureFixture[str]) -> None:
+    """docs/guide/scale.md has the same numbers."""
+    page = (Path(__file__).parents[3] / "docs" / "guide" / "scale.md").read_text(encoding="utf-8")
+    for place, facts in enumerate(("16", "10000")):
+        cells = columns(run(capsys, "stats", "plan", "--shape", "gpt-j-6b", "--layers", "3-8", "--batch-size", facts))
+        for name in (
+            "factors of all layers",
+            "keys",
+            "target vectors",
+            "what solving makes",
+            "the delta",
+            "at most at once",
+        ):
+            line = next(line for line in page.splitlines() if line.startswith(f"| {name} | "))
+            assert cells[name] == [line.split(" | ")[1 + place].removesuffix(" |")]
 
 
 def test_several_multipliers_and_given_rates(capsys: pytest.CaptureFixture[str]) -> None:

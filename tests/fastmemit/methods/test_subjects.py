@@ -10,7 +10,7 @@ import torch
 
 from fastmemit.delta import Delta
 from fastmemit.editor import Editor
-from fastmemit.methods import Draft, ReadCache
+from fastmemit.methods import Draft, ReadCache, base
 from fastmemit.methods.base import Reading, averaged_keys
 from fastmemit.partial_forward import read_at_subject
 from fastmemit.text import subject_row
@@ -49,11 +49,11 @@ def test_a_reading_is_what_stateless_reads_give(editor: Editor) -> None:
     before = {layer: adapter.weight(layer).clone() for layer in LAYERS}
     for layer in LAYERS:
         read = work.read(subjects, layer)
-        keys = work.context_outputs(layer, FACTS).keys
+        keys = averaged_keys(work.context_outputs(layer, FACTS).keys).T
         _, (out, block) = read_at_subject(adapter, bare, outputs=[adapter.projection(layer), adapter.block(2)])
         for found, wanted in ((read.keys, keys), (read.outputs, out), (read.block, block)):
             assert (found - wanted).norm() <= 1e-6 * wanted.norm()
-        assert read.keys.shape == (3, len(work.contexts), 64)
+        assert read.keys.shape == (3, 64)
         with torch.no_grad():
             adapter.weight(layer).mul_(1.5)  # as if it were written: the next layer must see it
     with torch.no_grad():
@@ -65,8 +65,21 @@ def test_without_contexts_the_bare_key_is_the_key(editor: Editor) -> None:
     work = Draft(editor.workspace, editor.config("memit", **SETTINGS))
     work.contexts = ("",)
     read = work.read(work.subjects(FACTS), 1)
-    assert read.keys.shape == (3, 1, 64) and len(read.passes) == 1
-    assert torch.equal(averaged_keys(read.keys), read.keys[:, 0].T)
+    assert read.keys.shape == (3, 64) and len(read.passes) == 1
+    wanted = averaged_keys(work.context_outputs(1, FACTS).keys).T
+    assert (read.keys - wanted).norm() <= 1e-6 * wanted.norm()
+
+
+@pytest.mark.parametrize("together", [1, 2, 3])
+def test_keys_are_averaged_part_by_part(editor: Editor, together: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base, "TOGETHER", together)
+    work = Draft(editor.workspace, editor.config("memit", **SETTINGS))
+    subjects = work.subjects(FACTS)
+    for layer in LAYERS:
+        read = work.read(subjects, layer)
+        wanted = averaged_keys(work.context_outputs(layer, FACTS).keys).T
+        assert (read.keys - wanted).norm() <= 1e-6 * wanted.norm()
+    assert len(read.passes) == 1 + -(-3 // together)
 
 
 @pytest.mark.parametrize("method", ["memit", "emmet", "rome"])
