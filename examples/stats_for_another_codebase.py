@@ -11,6 +11,7 @@ Then run that codebase as ever: it finds the files, and computes no statistics o
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 import numpy as np
 
@@ -34,7 +35,8 @@ def main() -> None:
     found = editor.precompute(args.corpus, multiplier=args.multiplier)
     print(found.describe())
 
-    place = StatsPlace(args.stats_dir, args.layout, args.model_name or editor.name)
+    name = args.model if Path(args.model).is_dir() else editor.name  # theirs go by the path of a local folder
+    place = StatsPlace(args.stats_dir, args.layout, args.model_name or name)
     paths = export_statistics(found, place, overwrite=args.overwrite)
     for path in paths.values():
         with np.load(path) as data:

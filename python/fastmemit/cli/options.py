@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 # Those of fastmemit.methods, which to import takes a second.
 METHOD_NAMES = ("rome", "emmet", "memit", "pmet", "encore", "alphaedit")
-LAYOUT_NAMES = ("rome", "memit", "easyedit", "alphaedit")
+LAYOUT_NAMES = ("rome", "memit", "easyedit", "alphaedit", "efficient")
 METRICS = ("score", "magnitude", "accuracy", "attributes", "generation")
 DEFAULT_MULTIPLIER = 10.0
 #: Models that others have tuned, as the hub calls them, for "did you mean".
@@ -286,7 +286,7 @@ FLAGS: dict[str, dict[str, dict[str, Any]]] = {
         "--stats-dir": _flag("DIR", "its folder of statistics", Path, default="data/stats"),
         "--file": _flag("FILE", "a file as they name it, MODULE_float32_mom2_100000.npz, instead of --layout", Path,
                         **MANY),
-        "--model-name": _flag("NAME", "what it calls the model (default: the name that --model gives)"),
+        "--model-name": _flag("NAME", "what it calls the model: a name, or the path that it loads (default: --model)"),
         "--dataset": _flag("NAME", "its mom2_dataset", default="wikipedia"),
         "--precision": _choice(("float32", "float64"), "its mom2_dtype"),
         "--sample-size": _flag("N", "its mom2_n_samples, by which it knows its file; not a number of keys", above_zero,
@@ -294,8 +294,8 @@ FLAGS: dict[str, dict[str, dict[str, Any]]] = {
         "--no-check": _switch("do not compare what is imported with the model's own keys"),
     },
     "AlphaEdit's projectors": {
-        "--null-space": _flag("FILE", "write them here (with --layout alphaedit by default: null_space_project.pt in "
-                              "the folder that holds data/stats)", Path),
+        "--null-space": _flag("FILE", "write them here (with --layout easyedit by default: null_space_project.pt in "
+                              "the folder that holds data/stats, its P_loc)", Path),
         "--no-null-space": _switch("do not write them"),
         "--threshold": _flag("X", "eigenvalues of C below it count as zero (default: 0.02)", float),
         "--relative-threshold": _flag("X", "instead, a multiple of the mean of C's diagonal", float),

@@ -176,7 +176,8 @@ def _place(args: argparse.Namespace, editor: Editor) -> StatsPlace:
     return StatsPlace(
         args.stats_dir,
         args.layout,
-        args.model_name or editor.name,
+        # Theirs go by the path of a local folder as it is written.
+        args.model_name or (args.model if Path(args.model).is_dir() else editor.name),
         dataset=args.dataset,
         precision=args.precision,
         sample_size=args.sample_size,
@@ -188,17 +189,19 @@ def _place(args: argparse.Namespace, editor: Editor) -> StatsPlace:
     "--layout! --layers --overwrite --null-space --no-null-space --threshold --relative-threshold PLACE MODEL CORPUS",
 )
 def _export(args: argparse.Namespace) -> None:
-    r"""Write second moments where ROME, MEMIT, EasyEdit or AlphaEdit look for theirs.
+    r"""Write second moments where ROME, MEMIT, EasyEdit, AlphaEdit or the paper's code look for theirs.
 
     Examples:
       fastmemit stats export --model gpt2-xl --layout memit --stats-dir memit/data/stats
       fastmemit stats export --model gpt2-xl --layout rome --layers 17 --corpus wikipedia \
           --multiplier 10
       fastmemit stats export --model meta-llama/Meta-Llama-3-8B --model-name Llama3-8B \
-          --layout alphaedit --stats-dir AlphaEdit/data/stats --relative-threshold 0.01
+          --layout easyedit --stats-dir EasyEdit/data/stats --relative-threshold 0.01
 
     Without --corpus the newest stored statistics are written. The other codebase takes the files as its
-    own where its settings say the same mom2_dataset, mom2_n_samples and mom2_dtype.
+    own where its settings say the same mom2_dataset, mom2_n_samples and mom2_dtype. EasyEdit's AlphaEdit
+    reads projectors too, which are written for the layers of our AlphaEdit's settings or of --layers;
+    AlphaEdit's own code makes them from C at each start, so with --layout alphaedit none are.
     """
     from fastmemit.compat.npz_files import check_new, export_null_space, export_statistics, layers_by_name
     from fastmemit.files import bar
@@ -211,11 +214,14 @@ def _export(args: argparse.Namespace) -> None:
     editor = make_editor(args)
     place = _place(args, editor)
     found = _statistics(editor, args, layers)
-    modules = list(found.paths)
+    layer_of = layers_by_name(editor.adapter)
+    modules = sorted(found.paths, key=lambda name: layer_of[name])
     with bar("layers written", len(modules), not args.quiet) as written:
         paths = export_statistics(found, place, modules, overwrite=args.overwrite, progress=written)
     ranks: dict[str, int] = {}
     if null_space is not None:
+        ours = [editor.adapter.projection_name(layer) for layer in editor.config("alphaedit").layers]
+        modules = ours if layers is None and set(ours) <= set(modules) else modules
         with bar("layers decomposed", len(modules), not args.quiet) as decomposed:
             ranks = export_null_space(
                 found,
@@ -238,20 +244,20 @@ def _export(args: argparse.Namespace) -> None:
     if null_space is None:
         return
     print(f"projectors onto the null spaces in {null_space}")
-    layer_of = layers_by_name(editor.adapter)
+    print(f"taken where P_loc is that file and layers are {[layer_of[name] for name in modules]}")
     for name, rank in ranks.items():
         print(f"  {name}: {rank} of {editor.adapter.d_k(layer_of[name])} directions")
 
 
 def _null_space(args: argparse.Namespace) -> Path | None:
-    """Where AlphaEdit's projectors go, if they are to be written."""
+    """Where the projectors of EasyEdit's AlphaEdit go, if they are to be written."""
     given = [args.threshold, args.relative_threshold]
     if None not in given:
         raise BadConfig("Give either --threshold or --relative-threshold.")
     for value in given:
         if value is not None and not 0 < value < float("inf"):
             raise BadConfig(f"A threshold must be a finite number above 0 but is {value:g}.")
-    wanted = args.null_space is not None or args.layout == "alphaedit"
+    wanted = args.null_space is not None or args.layout == "easyedit"
     if args.no_null_space or not wanted:
         if args.null_space is not None or given != [None, None]:
             raise BadConfig(
@@ -289,7 +295,7 @@ def _statistics(editor: Editor, args: argparse.Namespace, layers: tuple[int, ...
 
 @verb("stats import", "--layout --file --layers --no-check PLACE MODEL")
 def _import(args: argparse.Namespace) -> None:
-    r"""Take over second moments that ROME, MEMIT, EasyEdit or AlphaEdit collected.
+    r"""Take over second moments that ROME, MEMIT, EasyEdit, AlphaEdit or the paper's code collected.
 
     Examples:
       fastmemit stats import --model gpt2-xl --layout memit --stats-dir memit/data/stats

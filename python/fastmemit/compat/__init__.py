@@ -4,11 +4,14 @@ The functions have their signatures and work on statistics made here, ``memit_ma
 See docs/guide/other-codebases.md.
 """
 
+from fastmemit.compat import efficient
 from fastmemit.compat.drop_in import (
     LayerMoment,
     Settings,
+    apply_alphaedit_to_model,
     apply_emmet_to_model,
     apply_memit_to_model,
+    apply_r_rome_to_model,
     apply_rome_to_model,
     configure,
     forget,
@@ -16,6 +19,7 @@ from fastmemit.compat.drop_in import (
     get_inv_cov,
     layer_stats,
 )
+from fastmemit.compat.easyeditor import compute_z, install_easyeditor
 from fastmemit.compat.hparams import Hparams, load_hparams, open_hparams, read_hparams
 from fastmemit.compat.npz_files import (
     LAYOUTS,
@@ -29,8 +33,9 @@ from fastmemit.compat.npz_files import (
 )
 
 __all__ = [
-    "LAYOUTS", "SAMPLE_SIZE", "Hparams", "LayerMoment", "Settings", "StatsPlace", "apply_emmet_to_model",
-    "apply_memit_to_model", "apply_rome_to_model", "configure", "export_null_space", "export_statistics",
-    "files_of", "forget", "get_cov", "get_inv_cov", "import_statistics", "layer_stats", "load_hparams", "module_of",
+    "LAYOUTS", "SAMPLE_SIZE", "Hparams", "LayerMoment", "Settings", "StatsPlace", "apply_alphaedit_to_model",
+    "apply_emmet_to_model", "apply_memit_to_model", "apply_r_rome_to_model", "apply_rome_to_model", "compute_z",
+    "configure", "efficient", "export_null_space", "export_statistics", "files_of", "forget", "get_cov",
+    "get_inv_cov", "import_statistics", "install_easyeditor", "layer_stats", "load_hparams", "module_of",
     "open_hparams", "read_hparams",
 ]  # fmt: skip

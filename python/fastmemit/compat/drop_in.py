@@ -11,18 +11,18 @@ import copy as copying
 import dataclasses
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 import fastcov
 from fastcov.hooks import isolated
-from fastmemit.compat.hparams import Hparams, fields_of, multiplier_of, read_hparams, whole_numbers
+from fastmemit.compat.hparams import Hparams, device_of, fields_of, multiplier_of, read_hparams, whole_numbers
 from fastmemit.compat.npz_files import layers_by_name
 from fastmemit.data import Corpus
 from fastmemit.data.corpora import open_corpus
@@ -30,8 +30,8 @@ from fastmemit.delta import Delta
 from fastmemit.edits import Edit, EditStack
 from fastmemit.errors import BadConfig, BadCorpus, BadLayer, WrongModel
 from fastmemit.files import cache_dir, stored_modules
-from fastmemit.methods import Workspace, find_config, run
-from fastmemit.models import ModelAdapter, find_adapter, fingerprint
+from fastmemit.methods import PRESERVING, PreservedKeys, Workspace, find_config, run
+from fastmemit.models import ModelAdapter, find_adapter
 from fastmemit.models.structure import unwrapped
 from fastmemit.request import Fact, check_batch
 from fastmemit.statistics import AUTO, Collection, Statistics, StatisticsStore
@@ -106,24 +106,40 @@ class LiveStack(EditStack):
 
     def __init__(self, model: nn.Module, baseline: str | None) -> None:
         super().__init__(model)
-        self._now = fingerprint(model)
-        self._looked = True  # so that what was just looked at is not looked at again
+        self._now = self._watch.identify(model)
         self._fingerprint = baseline or self._now
+        self._written: list[tuple[str, Edit]] = []  # what the weights were with an edit of ours as the last, and it
 
     def changed(self) -> list[str]:
         """Nothing: whatever changes the weights is an edit here."""
         return []
 
-    def look(self) -> None:
-        """See what is in the weights now."""
-        if not self._looked:
-            self._now = fingerprint(self.model)
-        self._looked = False
+    def look(self, weights: Iterable[str] | None = None) -> None:
+        """See what is in the weights now: in all, or in these, by their bytes, and in others by what torch counts.
+
+        Torch does not count a write into ``weight.data``. Edits of ours that somebody took back are forgotten, with all
+        that came upon them.
+        """
+        self._now = self._watch.identify(self.model) if weights is None else self._watch.now(self.model, set(weights))
+        states = [self.fingerprint, *(state for state, _ in self._written)]
+        if self._now in states:
+            del self._written[states.index(self._now) :]
+
+    def wrote(self, edit: Edit) -> None:
+        """Count an edit of ours as being in the weights, as long as they are what they are now."""
+        self.look(edit.delta.factors)
+        self._written.append((self._now, edit))
 
     @property
     def edits(self) -> tuple[Edit, ...]:
-        """Nothing if the weights are the unedited ones, else one that stands for whatever it is that is in them."""
+        """Ours if they are all that is in the weights, else one that stands for whatever it is, if anything is."""
+        if self._written and self._now == self._written[-1][0]:
+            return tuple(edit for _, edit in self._written)
         return () if self._now == self.fingerprint else (Edit(Delta({}, {}), self),)
+
+    def holds(self, edit: Edit) -> bool:
+        """Whether an edit is one of ours that are in the weights."""
+        return any(edit is each for each in self.edits)
 
     def digests(self) -> list[str]:
         """What the weights are with what is in them, if anything is."""
@@ -145,6 +161,7 @@ class Live:
         self._written: dict[Kind, tuple[str, ...]] = {}  # contexts
         self._statistics: Statistics | None = None
         self._matrices: dict[tuple[str, bool], Tensor] = {}
+        self._preserved = PreservedKeys()
         # Which model object, its tokenizer and the settings, at the last call.
         self._opened_with: tuple[int | None, Any, Settings] = (None, None, Settings())
 
@@ -175,8 +192,9 @@ class Live:
         self.settings: Settings = settings
         self.tokenizer = tokenizer
         self.adapter: ModelAdapter = find_adapter(model, module)
-        self.stack = LiveStack(model, self.baseline)
-        self.baseline = self.stack.fingerprint
+        if at != id(model):
+            self.stack = LiveStack(model, self.baseline)
+            self.baseline = self.stack.fingerprint
         name = str(getattr(model.config, "_name_or_path", "") or "model")
         self.name = Path(name).resolve().name if Path(name).is_dir() else name
         folder = cache_dir() if settings.cache is None else Path(settings.cache)
@@ -192,6 +210,7 @@ class Live:
             # As in the other codebases: of the model at the first call that needs them.
             Contexts(model, tokenizer, settings.seed, self._written, any_time=True),
             progress=settings.progress,
+            preserved=self._preserved,
         )
         self._opened_with = (id(model), tokenizer, settings)
 
@@ -276,11 +295,12 @@ class Live:
         return self._statistics.moment(self.adapter.projection_name(layer))
 
     @isolated()
-    def matrix(self, layer: int, *, inverse: bool = False) -> Tensor:
+    def matrix(self, layer: int, *, inverse: bool = False, device: torch.device | None = None) -> Tensor:
         """C of a layer that is covered, or its inverse: float32 (d_k, d_k), the caller's own, where the weight is."""
         assert self._statistics is not None
-        device = next((p.device for p in self.adapter.projection(layer).parameters()), None)
-        device = self.adapter.device if device is None or device.type == "meta" else device
+        if device is None:
+            device = next((p.device for p in self.adapter.projection(layer).parameters()), self.adapter.device)
+            device = self.adapter.device if device.type == "meta" else device
         key = (self.adapter.projection_name(layer), inverse)
         if key not in self._matrices:
             C = self._statistics.second_moment(key[0])
@@ -329,15 +349,18 @@ def get_cov(
     collected at the first call, in one pass: those of `hparams`, else those of ``configure(layers=...)``, else those
     that our settings of MEMIT have for this model if the layer is one of them, else the layer and the next five.
 
-    `force_recompute` takes the model as it is now for unedited, and forgets what it was. Of `hparams` the ``layers``
-    and ``dynamic_multiplier`` are read; `mom2_n_samples` and `mom2_dtype` are not used, for the number of keys is the
-    multiplier's and sums are float32, of products in float32 or wider.
+    `force_recompute` takes the model as it is now for unedited, and forgets what it was. Of `hparams` the ``layers``,
+    ``dynamic_multiplier`` and ``device`` are read; `mom2_n_samples` and `mom2_dtype` are not used, for the number of
+    keys is the multiplier's and sums are float32, of products in float32 or wider.
 
     Returns:
-        C, or with `inv` its inverse, float32 (d_k, d_k), on the device of the layer's weight; the caller's own.
+        C, or with `inv` its inverse, float32 (d_k, d_k), on the device that `hparams` name or else the weight's; the
+        caller's own. An inverse is made in float64, with a jitter only where there is none without, which is logged.
     """
-    found, layer = _covered(model, tok, layer_name, mom2_dataset, hparams, force_recompute)
-    return found.matrix(layer, inverse=inv)
+    if force_recompute:
+        forget(model)
+    found, layer = covered(model, tok, layer_name, mom2_dataset, hparams)
+    return found.matrix(layer, inverse=inv, device=device_of(hparams))
 
 
 @isolated()
@@ -350,13 +373,12 @@ def get_inv_cov(
     mom2_dtype: str,
     hparams: Any = None,
 ) -> Tensor:
-    """The inverse of C, as ROME's function of this name returns it; see `get_cov`.
+    """The inverse of C, as ROME's function of this name returns it: that of `get_cov`.
 
-    Only this layer is collected, where neither `hparams` nor ``configure`` name more. The inverse is made in float64
-    and with a jitter only where there is none without, which is logged.
+    Only this layer is collected, where neither `hparams` nor ``configure`` name more.
     """
-    found, layer = _covered(model, tok, layer_name, mom2_dataset, hparams, alone=True)
-    return found.matrix(layer, inverse=True)
+    found, layer = covered(model, tok, layer_name, mom2_dataset, hparams, alone=True)
+    return found.matrix(layer, inverse=True, device=device_of(hparams))
 
 
 class LayerMoment:
@@ -406,18 +428,14 @@ def layer_stats(
             f"Only 'mom2' is collected here but to_collect is {list(to_collect)!r}; use the "
             "original layer_stats for other statistics."
         )
-    found, layer = _covered(model, tokenizer, layer_name, ds_name, hparams, force_recompute)
+    if force_recompute:
+        forget(model)
+    found, layer = covered(model, tokenizer, layer_name, ds_name, hparams)
     return SimpleNamespace(mom2=LayerMoment(found.moment(layer)))
 
 
-def _covered(
-    model: nn.Module,
-    tokenizer: Any,
-    layer_name: str,
-    dataset: str,
-    hparams: Any,
-    force_recompute: bool = False,
-    alone: bool = False,
+def covered(
+    model: nn.Module, tokenizer: Any, layer_name: str, dataset: str, hparams: Any, alone: bool = False
 ) -> tuple[Live, int]:
     """The model's memory with statistics of a layer in it, and the layer's number."""
     names = layer_name.split(".")
@@ -428,8 +446,6 @@ def _covered(
             '"transformer.h.13.mlp.c_proj".'
         )
     layer = int(names[place])
-    if force_recompute:
-        forget(model)
     found = live(model, tokenizer, ".".join([*names[:place], "{}", *names[place + 1 :]]))
     found.adapter.check_layer(layer)
     fields = {} if hparams is None else fields_of(hparams)
@@ -460,6 +476,46 @@ def _together(found: Live, layer: int, fields: dict[str, Any], alone: bool) -> l
     return row
 
 
+class Applied(NamedTuple):
+    """What was written into a model."""
+
+    model: nn.Module
+    before: dict[str, Tensor]  # weight name -> the weight before; empty unless asked for
+    delta: Delta
+
+
+def write_facts(
+    method: str,
+    model: nn.Module,
+    tok: Any,
+    requests: Fact | Sequence[Fact],
+    hparams: Any,
+    *,
+    copy: bool = False,
+    keep: bool = False,
+) -> Applied:
+    """Write facts into a model, or a copy of it, by a method's name; see `apply_memit_to_model`."""
+    theirs = read_hparams(hparams, method)
+    batch = check_batch(requests)
+    found = _ready(model, tok, theirs)
+    if copy:  # with all that is remembered, so that both have the same contexts
+        found.workspace.contexts_of(theirs.config.method)
+        model = copying.deepcopy(model)
+        found = _ready(model, tok, theirs)
+    config = find_config(found.adapter, theirs.config)
+    found.stack.look(map(found.adapter.weight_name, config.layers))
+    made = isolated()(run)(config, found.workspace, batch)
+    before = {}
+    if keep:
+        weights = dict(model.named_parameters(remove_duplicate=False))
+        before = {name: weights[name].detach().clone() for name in made.delta.factors}
+    made.delta.add_to(model)
+    if config.method in PRESERVING:  # so that the next edit knows its keys
+        found.stack.wrote(made)
+    log.info("%d facts written by %s into %s", len(batch), method, ", ".join(made.delta.factors))
+    return Applied(model, before, made.delta)
+
+
 def _applying(method: str, about: str) -> Callable[..., tuple[nn.Module, dict[str, Tensor]]]:
     """The function of one method; see `apply_memit_to_model`."""
 
@@ -474,27 +530,13 @@ def _applying(method: str, about: str) -> Callable[..., tuple[nn.Module, dict[st
         keep_original_weight: bool = False,
         **kwargs: Any,
     ) -> tuple[nn.Module, dict[str, Tensor]]:
-        theirs = read_hparams(hparams, method)
-        batch = check_batch(requests)
         if kwargs:
             log.info("not used here: %s", ", ".join(sorted(kwargs)))
-        found = _ready(model, tok, theirs)
-        if copy:  # with all that is remembered, so that both have the same contexts
-            found.workspace.contexts_of(method)
-            model = copying.deepcopy(model)
-            found = _ready(model, tok, theirs)
-        found.stack.look()
-        config = find_config(found.adapter, theirs.config)
-        delta = isolated()(run)(config, found.workspace, batch).delta
-        before = {}
-        if return_orig_weights or keep_original_weight:
-            weights = dict(model.named_parameters(remove_duplicate=False))
-            before = {name: weights[name].detach().clone() for name in delta.factors}
-        delta.add_to(model)
-        log.info("%d facts written by %s into %s", len(batch), method, ", ".join(delta.factors))
-        return model, before
+        keep = return_orig_weights or keep_original_weight
+        done = write_facts(method, model, tok, requests, hparams, copy=copy, keep=keep)
+        return done.model, done.before
 
-    apply.__name__ = apply.__qualname__ = f"apply_{method}_to_model"
+    apply.__name__ = apply.__qualname__ = f"apply_{method.replace('-', '_')}_to_model"
     apply.__doc__ = about
     return apply
 
@@ -542,5 +584,16 @@ apply_rome_to_model = _applying(
     """Write facts into a model by ROME, one after the other; see `apply_memit_to_model`.
 
     One key is used everywhere, as in r-ROME; a `RomeConfig` with ``keys="original"`` does as ROME was first released.
+    """,
+)
+apply_r_rome_to_model = _applying(
+    "r-rome", "Write facts into a model by ROME with r-ROME's keys, one after the other; see `apply_memit_to_model`."
+)
+apply_alphaedit_to_model = _applying(
+    "alphaedit",
+    """Write facts into a model by AlphaEdit; see `apply_memit_to_model`.
+
+    The keys of its own earlier edits are preserved for as long as the weights hold them: to copy the former weights
+    back takes the keys out as well.
     """,
 )

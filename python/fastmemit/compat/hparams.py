@@ -10,12 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fastcov.errors import printable_logger
 from fastmemit.data.reading import check_file, decode, parse_json
 from fastmemit.errors import BadConfig
 from fastmemit.methods import CONFIGS, EditConfig
 from fastmemit.methods.config import Method
 from fastmemit.models import ModelAdapter
+from fastmemit.targets import TargetSettings
 
 log = printable_logger(__name__)
 
@@ -83,6 +86,11 @@ _PASSED = {
     "tokenizer_name", "v_loss_layer",
 }  # fmt: skip
 
+_LOSS_ELSEWHERE = (
+    "v_loss_layer is {} but the last block of this model is {}, and the loss is read from the model's own output; set "
+    "it to that if the settings are for this model."
+)
+
 
 @dataclass(frozen=True)
 class Hparams:
@@ -100,10 +108,7 @@ class Hparams:
             adapter.check_layer(layer)
         last = adapter.n_layers - 1
         if self.loss_layer not in (None, last):
-            raise BadConfig(
-                f"v_loss_layer is {self.loss_layer} but the last block of this model is {last}, and the loss is read "
-                "from the model's own output; set it to that if the settings are for this model."
-            )
+            raise BadConfig(_LOSS_ELSEWHERE.format(self.loss_layer, last))
         if self.module not in (None, adapter.template):
             raise BadConfig(
                 f"rewrite_module_tmp is {self.module!r} but {adapter.template!r} is edited here; name one of them."
@@ -129,15 +134,13 @@ def read_hparams(hparams: Any, method: str | None = None, name: str = "hparams")
     if isinstance(hparams, EditConfig):
         hparams = Hparams(hparams)
     if isinstance(hparams, Hparams):
-        if method not in (None, hparams.config.method):
+        if method is not None and METHODS.get(method, method) != hparams.config.method:
             raise BadConfig(f"The settings are for {hparams.config.method} but not for {method}.")
         return hparams
     fields = fields_of(hparams)
     kind = _kind(fields, method, name)
     cls = CONFIGS[METHODS[kind]]
-    for field, (value, why) in _FIXED.items():
-        if field in fields and fields[field] is not None and _plain(fields[field]) != value:
-            raise _not_honoured(fields, field, name, why, json.dumps(value))
+    check_honoured(fields, name)
     if fields.get("layers") in (None, [], ()):
         raise BadConfig(f"{name} has no layers; add them, such as [4, 5, 6, 7, 8].")
     # As theirs: nothing is added to few keys, or relaxed, that the file does not name.
@@ -161,6 +164,33 @@ def read_hparams(hparams: Any, method: str | None = None, name: str = "hparams")
         loss_layer=None if loss is None else int(_number(loss, "v_loss_layer", name)),
         dataset=_text(fields, "mom2_dataset", name) or "wikipedia",
         multiplier=multiplier_of(fields),
+    )
+
+
+def check_honoured(fields: Mapping[str, Any], name: str) -> None:
+    """Refuse values of what is done here in one way only, by a `BadConfig`."""
+    for field, (value, why) in _FIXED.items():
+        if fields.get(field) is not None and _plain(fields[field]) != value:
+            raise _not_honoured(fields, field, name, why, json.dumps(value))
+
+
+def target_settings(fields: Mapping[str, Any], layer: int, adapter: ModelAdapter) -> TargetSettings:
+    """How MEMIT's hyper-parameters have target vectors optimised at a layer, whatever the method that asks for them.
+
+    Raises:
+        BadConfig: A value that is no number or cannot be honoured, or the loss is not read at the last block.
+    """
+    check_honoured(fields, "hparams")
+    last, loss = adapter.n_layers - 1, int(_number(fields["v_loss_layer"], "v_loss_layer", "hparams"))
+    if loss != last:
+        raise BadConfig(_LOSS_ELSEWHERE.format(loss, last))
+    return TargetSettings(
+        layer=layer,
+        steps=int(_number(fields["v_num_grad_steps"], "v_num_grad_steps", "hparams")),
+        learning_rate=_number(fields["v_lr"], "v_lr", "hparams"),
+        weight_decay=_number(fields["v_weight_decay"], "v_weight_decay", "hparams"),
+        clamp=_number(fields["clamp_norm_factor"], "clamp_norm_factor", "hparams"),
+        kl_factor=_number(fields["kl_factor"], "kl_factor", "hparams"),
     )
 
 
@@ -189,6 +219,18 @@ def multiplier_of(fields: Mapping[str, Any]) -> float | None:
     if not fields.get("dynamic") or fields.get("dynamic_multiplier") is None:
         return None
     return _number(fields["dynamic_multiplier"], "dynamic_multiplier", "hparams")
+
+
+def device_of(hparams: Any) -> torch.device | None:
+    """Where EasyEdit's ``device`` is, a number of a GPU or a name; None where there is none."""
+    value = None if hparams is None else fields_of(hparams).get("device")
+    if value is None or isinstance(value, bool):
+        return None
+    number = str(value).strip()
+    try:
+        return torch.device(f"cuda:{number}" if number.isdecimal() else number) if number else None
+    except RuntimeError as error:
+        raise BadConfig(f"device of hparams is {_shown(value)}, which is no device; write 0 or 'cpu'.") from error
 
 
 def _kind(fields: Mapping[str, Any], method: str | None, name: str) -> str:

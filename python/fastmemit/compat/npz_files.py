@@ -34,11 +34,13 @@ from fastmemit.statistics import Statistics, versions
 
 log = logging.getLogger(__name__)
 
-Layout = Literal["rome", "memit", "easyedit", "alphaedit"]
+Layout = Literal["rome", "memit", "easyedit", "alphaedit", "efficient"]
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 PRECISIONS = ("float32", "float64")
 SAMPLE_SIZE = 100_000  # documents of Wikipedia that these codebases ask for, in all of their settings
 IMPORTED = "imported:"
+#: What the paper's own code looks for in a model's name, the first that is in it, and the folder that it goes to then.
+_EFFICIENT = {"Llama-2": "Llama-2-7b-hf", "Llama-3": "Llama-3-8b-hf", "gpt-j": "EleutherAI_gpt-j-6B"}
 
 # The check of imported files: tokens of prose that are read, and how long a text is.
 TOKENS, LENGTH = 2048, 128
@@ -57,7 +59,7 @@ class StatsPlace:
 
     stats_dir: Path  # the codebase's own folder, data/stats in all of them as released
     layout: Layout  # whose
-    model_name: str  # as the codebase loads it; ROME and MEMIT make its "/" a "_", the others take the last part
+    model_name: str  # as the codebase loads it, a path too: EasyEdit and AlphaEdit take what is behind the last "/"
     dataset: str = "wikipedia"  # mom2_dataset there
     precision: str = "float32"  # mom2_dtype there, or float64
     sample_size: int = SAMPLE_SIZE  # mom2_n_samples there: in the name and in the file, and not the number of keys
@@ -85,7 +87,10 @@ class StatsPlace:
     def model_dir(self) -> str:
         """The model's folder, by its name alone."""
         name = self.model_name.replace("\\", "/")
-        return name.replace("/", "_") if self.layout in ("rome", "memit") else name.rstrip("/").rpartition("/")[2]
+        if self.layout in ("easyedit", "alphaedit"):
+            return name.rstrip("/").rpartition("/")[2]
+        found = [folder for part, folder in _EFFICIENT.items() if self.layout == "efficient" and part in name]
+        return found[0] if found else name.replace("/", "_")
 
     @property
     def folder(self) -> Path:
@@ -164,15 +169,16 @@ def export_null_space(
     overwrite: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, int]:
-    """Write AlphaEdit's projectors onto the null space of C (arXiv 2410.02355), layer by layer.
+    """Write AlphaEdit's projectors onto the null space of C (arXiv 2410.02355), layer by layer, as EasyEdit reads them.
 
     The file is one float32 tensor (layers, d_k, d_k) of ``P = U U^T``, U the eigenvectors of C with an eigenvalue below
     a threshold, in the order of the modules; ``torch.load`` reads it with ``weights_only=True``.
 
     Args:
         found: The second moments.
-        path: The file, ``null_space_project.pt`` in AlphaEdit as released.
-        modules: Which of them and in which order; None takes all as they are.
+        path: The file, ``P_loc`` of EasyEdit's settings. AlphaEdit's own code writes one and never reads it.
+        modules: Which of them and in which order, which must be that of the settings' ``layers``; None takes all as
+            they are.
         threshold: See `fastcov.null_space`.
         relative: Instead of `threshold`, a multiple of the mean of C's diagonal.
         overwrite: Replace a file that is there.

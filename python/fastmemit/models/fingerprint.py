@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -326,6 +326,7 @@ class Watch:
 
     def __init__(self) -> None:
         self._checksums: dict[str, str] = {}
+        self._named: dict[str, int] = {}  # stored name -> id of the tensor
         self._marks: dict[int, Any] = {}  # id of a tensor -> its mark when its content was known
         # Kept, so that no other storage gets the number of one that is gone.
         self._storages: dict[int, StorageWeakRef] = {}
@@ -336,8 +337,28 @@ class Watch:
         Raises:
             WrongModel: A weight is neither in memory nor where accelerate offloads to.
         """
-        tensors = _tensors(model)
-        self._checksums = checksums(stored_tensors(model))
+        self._checksums, self._named, self._marks = {}, {}, {}
+        return self.now(model)
+
+    def now(self, model: nn.Module, doubted: Collection[str] = ()) -> str:
+        """The fingerprint of the model as it is, which is the one to be watched from now on.
+
+        Read are the tensors that were written or replaced since the last time, and the `doubted`, by name.
+
+        Raises:
+            WrongModel: A weight is neither in memory nor where accelerate offloads to.
+        """
+        tensors, named = _tensors(model), {}
+
+        def stale() -> Iterator[tuple[str, Tensor]]:
+            for name, tensor in stored_tensors(model):  # one at a time, where they are offloaded
+                named[name] = id(tensor)
+                if name in doubted or self._named.get(name) != id(tensor) or not self._known(tensor):
+                    yield name, tensor
+
+        read = checksums(stale())
+        self._checksums = {name: read[name] if name in read else self._checksums[name] for name in named}
+        self._named = named
         self._note(tensors)
         return fingerprint_of(model, self._checksums)
 

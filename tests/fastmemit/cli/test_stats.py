@@ -36,7 +36,8 @@ def test_out_and_in_again(kept: Place, capsys: Capture) -> None:
     stats = kept.at / "data" / "stats"
     out = run(capsys, "stats", "export", *kept.model, "--layout", "memit", "--stats-dir", stats)
     name = Path(kept.model[1]).name
-    paths = [their_loader.their_path(stats, name, f"model.layers.{i}.mlp.down_proj") for i in (0, 1)]
+    folder = kept.model[1].replace("/", "_")  # theirs make one of the whole path that a model is loaded from
+    paths = [their_loader.their_path(stats, folder, f"model.layers.{i}.mlp.down_proj") for i in (0, 1)]
     assert [line.strip() for line in out.splitlines() if line.startswith("  ")] == list(map(str, paths))
     assert f"{name}: second moments of 2 layers, corpus corpus.jsonl, multiplier 4, 256" in out
     assert "mom2_dataset is wikipedia, mom2_n_samples 100000 and mom2_dtype float32" in out
@@ -66,12 +67,13 @@ def test_single_files_are_named(kept: Place, capsys: Capture) -> None:
     assert "1 layers taken over, corpus imported:pile_stats, multiplier 4, 256 keys" in out
 
 
-def test_alphaedit_gets_its_projectors(kept: Place, capsys: Capture) -> None:
+def test_easyedits_alphaedit_gets_its_projectors(kept: Place, capsys: Capture) -> None:
     stats = kept.at / "repo" / "data" / "stats"
-    common = ("stats", "export", *kept.model, "--layout", "alphaedit", "--stats-dir", stats)
+    common = ("stats", "export", *kept.model, "--layout", "easyedit", "--stats-dir", stats)
     out = run(capsys, *common, "--relative-threshold", "0.05")
     path = kept.at / "repo" / "null_space_project.pt"
     assert f"projectors onto the null spaces in {path}\n" in out
+    assert "taken where P_loc is that file and layers are [0, 1]\n" in out
     ranks = [int(n) for n in re.findall(r"down_proj: (\d+) of 64 directions", out)]
     P = torch.load(path, weights_only=True)
     assert P.shape == (2, 64, 64)
@@ -85,8 +87,23 @@ def test_alphaedit_gets_its_projectors(kept: Place, capsys: Capture) -> None:
     assert "projectors" not in out and not path.exists()
     elsewhere = kept.at / "p.pt"
     run(capsys, "stats", "export", *kept.model, "--layout", "easyedit", "--stats-dir", kept.at,
-        "--null-space", elsewhere, "--threshold", "1000")  # fmt: skip
-    assert torch.load(elsewhere, weights_only=True).shape == (2, 64, 64)
+        "--null-space", elsewhere, "--threshold", "1000", "--layers", "1")  # fmt: skip
+    assert torch.load(elsewhere, weights_only=True).shape == (1, 64, 64)
+
+
+def test_alphaedits_own_code_never_reads_projectors(kept: Place, capsys: Capture) -> None:
+    stats = kept.at / "repo" / "data" / "stats"
+    out = run(capsys, "stats", "export", *kept.model, "--layout", "alphaedit", "--stats-dir", stats)
+    assert "projectors" not in out and not list(kept.at.rglob("*.pt"))
+    assert len(list((stats / "tiny-llama").rglob("*.npz"))) == 2
+
+
+def test_projectors_are_of_the_layers_that_alphaedit_edits(place: Place, capsys: Capture) -> None:
+    run(capsys, "precompute", *place.model, "--corpus", place.corpus, "--multiplier", "4", "--layers", "0-2")
+    out = run(capsys, "stats", "export", *place.model, "--layout", "easyedit", "--stats-dir", place.at)
+    assert "layers are [0, 1, 2]\n" in out
+    P = torch.load(place.at / "null_space_project.pt", weights_only=True)
+    assert P.shape == (3, 64, 64)
 
 
 def test_they_are_collected_where_a_corpus_is_named(place: Place, capsys: Capture) -> None:
@@ -104,10 +121,11 @@ def test_they_are_collected_where_a_corpus_is_named(place: Place, capsys: Captur
     ("options", "part"),
     [
         (["--layout", "rome", "--threshold", "0.1"], "--null-space and thresholds make no sense"),
-        (["--layout", "alphaedit", "--threshold", "-1"], "above 0 but is -1"),
-        (["--layout", "alphaedit", "--threshold", "nan"], "above 0 but is nan"),
-        (["--layout", "alphaedit", "--threshold", "1", "--relative-threshold", "1"], "either"),
-        (["--layout", "alphaedit", "--null-space", "x", "--no-null-space"], "make no sense"),
+        (["--layout", "easyedit", "--threshold", "-1"], "above 0 but is -1"),
+        (["--layout", "easyedit", "--threshold", "nan"], "above 0 but is nan"),
+        (["--layout", "easyedit", "--threshold", "1", "--relative-threshold", "1"], "either"),
+        (["--layout", "easyedit", "--null-space", "x", "--no-null-space"], "make no sense"),
+        (["--layout", "alphaedit", "--threshold", "0.1"], "--null-space and thresholds make no sense"),
         (["--layout", "rome", "--null-space", "."], "'.' is a folder; name a file (--null-space)"),
         (["--layout", "pmet"], "invalid choice: 'pmet'"),
         (["--layout", "rome", "--dataset", "a/x"], "no plain name"),
@@ -125,7 +143,7 @@ def test_what_cannot_be_exported(place: Place, capsys: Capture, options: list[st
         ([], "either by --layout and --stats-dir or by --file"),
         (["--layout", "rome", "--file", "x.npz"], "either by --layout"),
         (["--file", "x.npz", "--layers", "1"], "leave --layers out"),
-        (["--layout", "rome", "--stats-dir", "nowhere"], "There is no file 'nowhere/tiny-llama/"),
+        (["--layout", "rome", "--stats-dir", "nowhere"], "There is no file 'nowhere/"),
         (["--file", "x.npz"], "'x.npz' does not say which module"),
     ],
 )

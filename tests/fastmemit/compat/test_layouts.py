@@ -23,6 +23,15 @@ MODULE = "transformer.h.17.mlp.c_proj"
         ("alphaedit", "meta-llama/Meta-Llama-3-8B", "Meta-Llama-3-8B"),
         ("easyedit", "./hugging_cache/llama-2-7b/", "llama-2-7b"),
         ("alphaedit", "C:\\models\\gpt2-xl", "gpt2-xl"),
+        ("memit", "/data/models/gpt2-xl", "_data_models_gpt2-xl"),
+        ("rome", "./my/gpt2", "._my_gpt2"),
+        ("efficient", "gpt2-xl", "gpt2-xl"),
+        ("efficient", "EleutherAI/gpt-j-6B", "EleutherAI_gpt-j-6B"),
+        ("efficient", "/a/my-gpt-j-copy", "EleutherAI_gpt-j-6B"),
+        ("efficient", "meta-llama/Llama-2-13b-chat-hf", "Llama-2-7b-hf"),
+        ("efficient", "meta-llama/Meta-Llama-3-8B", "Llama-3-8b-hf"),
+        ("efficient", "meta-llama/Llama-3.1-8B", "Llama-3-8b-hf"),
+        ("efficient", "models/llama-2-7b", "models_llama-2-7b"),
     ],
 )
 def test_the_path_of_a_file(layout: Any, name: str, folder: str) -> None:
@@ -46,7 +55,7 @@ def test_other_names_say_no_module(name: str) -> None:
 @pytest.mark.parametrize(
     ("changed", "match"),
     [
-        ({"layout": "pmet2"}, "no layout 'pmet2'; choose from rome, memit, easyedit, alphaedit"),
+        ({"layout": "pmet2"}, "no layout 'pmet2'; choose from rome, memit, easyedit, alphaedit, eff"),
         ({"model_name": ""}, r"The model name '' gives no folder's name; .* \(--model-name\)"),
         ({"model_name": ".."}, r"'\.\.' gives no folder"),
         ({"layout": "easyedit", "model_name": "a/.."}, r"'a/\.\.' gives no folder"),

@@ -239,6 +239,7 @@ def test_parse_layers_refuses(text):
         ({"relative_ridge": 0.01}, 10.0, 0.01),
         ({"ridge": 1.0}, 1.0, 0.0),
         ({"shrinkage": "oas"}, 1.0, 0.0),
+        ({"covariance": "identity"}, 1.0, 0.0),
         ({"method": "rome"}, 1.0, 0.1),
     ],
 )
@@ -258,7 +259,7 @@ def test_alphaedit_has_no_a_and_gets_no_ridge():
 TARGETS = {
     "layers", "clamp", "steps", "v_lr", "weight_decay", "kl_factor", "early_stop", "stop", "scale",
 }  # fmt: skip
-OF_A = {"weight", "ridge", "relative_ridge", "shrinkage"}
+OF_A = {"weight", "ridge", "relative_ridge", "shrinkage", "covariance"}
 OWN = {
     RomeConfig: OF_A | {"keys"},
     EmmetConfig: OF_A | {"lambda_e", "site"},
@@ -270,7 +271,7 @@ OWN = {
 VALUES = {
     "lambda_e": 0.7, "spread": "sqrt", "l2": 3, "null_threshold": 0.5, "null_relative": 0.9,
     "weight": 5, "ridge": 0.7, "relative_ridge": 0.3, "shrinkage": "oas", "keys": "original",
-    "site": "projection",
+    "site": "projection", "covariance": "identity",
 }  # fmt: skip
 
 
