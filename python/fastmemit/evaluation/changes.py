@@ -52,7 +52,7 @@ class Change:
         watched: The prompt.
         before: The unedited model's continuation, of `SHOWN` tokens.
         after: The edited model's.
-        old: The former answer: the first words of `before`, or all of it where there is no fact.
+        old: The former answer: the first words of `before`, or its first line where there is no fact.
         old_probability: Of the former answer, before and after; None where it is no text.
         new_probability: Of the new answer, before and after; None where there is none.
     """
@@ -86,7 +86,7 @@ class Observer:
         self._watched = list(dict.fromkeys(watched))
         self._said = self._continued()
         self._old = [
-            first_words(text, each.new) if each.new is not None else ""
+            (first_words(text, each.new) if each.new is not None else "") or _line(text)
             for each, text in zip(self._watched, self._said, strict=True)
         ]
         self._before = self._probabilities()
@@ -99,7 +99,7 @@ class Observer:
                 watched,
                 before=said,
                 after=says,
-                old=old or said.strip(),
+                old=old.strip(),
                 old_probability=_pair(was[0], is_[0]),
                 new_probability=_pair(was[1], is_[1]),
             )
@@ -115,9 +115,9 @@ class Observer:
     def _probabilities(self) -> list[tuple[float | None, float | None]]:
         """Of the former and of the new answer at each prompt; None of what is no answer."""
         questions: dict[tuple[int, bool], tuple[str, str]] = {}
-        for number, (watched, said, old) in enumerate(zip(self._watched, self._said, self._old, strict=True)):
+        for number, (watched, old) in enumerate(zip(self._watched, self._old, strict=True)):
             asked = watched.front + watched.prompt
-            answer = joined_answer(watched.prompt, old) if old else said
+            answer = old if watched.new is None else joined_answer(watched.prompt, old)
             if answer.strip():
                 questions[number, False] = (asked, answer)
             if watched.new is not None:
@@ -126,6 +126,12 @@ class Observer:
         judged = judge_answers(*model, list(questions.values())) if questions else []
         found = {place: math.exp(-a.nll * len(a.matches)) for place, a in zip(questions, judged, strict=True)}
         return [(found.get((n, False)), found.get((n, True))) for n in range(len(self._watched))]
+
+
+def _line(text: str) -> str:
+    """A text up to the end of its first line that has anything."""
+    start = len(text) - len(text.lstrip())
+    return text[:start] + text[start:].partition("\n")[0]
 
 
 def _pair(before: float | None, after: float | None) -> tuple[float, float] | None:

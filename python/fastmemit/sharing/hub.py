@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import json
 import os
 import re
 import shutil
@@ -28,6 +29,7 @@ from fastmemit.files import (
 )
 from fastmemit.methods import METHODS
 from fastmemit.models import new_folder
+from fastmemit.sharing.adapter import CONFIG, WEIGHTS, read_about
 from fastmemit.sharing.composition import facts_of, parts
 from fastmemit.statistics import Statistics
 
@@ -80,6 +82,58 @@ def push_edit(
         file = Path(folder) / EDIT
         delta.save(file)
         return _push({EDIT: file}, card, repo, private, dry_run, token)
+
+
+def push_adapter(
+    folder: _Path,
+    repo: str,
+    *,
+    license: str | None = None,
+    base_model: str | None = None,
+    private: bool = False,
+    dry_run: _Path | None = None,
+    token: str | None = None,
+) -> str:
+    """Put a LoRA adapter in PEFT's format on the hub, its two files and a card; see `push_edit`.
+
+    The base model is the one that `base_model` or its config names, which whoever loads it needs.
+
+    Raises:
+        BadConfig: Neither names a model on the hub.
+        DamagedFile: The folder holds no adapter that can be read.
+    """
+    config, ranks, ours = read_about(folder)
+    base = _base(base_model, config.get("base_model_name_or_path"))
+    if base is None:
+        raise BadConfig(
+            f"The adapter {os.fspath(folder)!r} does not name a base model on the hub; name it with --base-model."
+        )
+    provenance = ours.get("provenance")
+    entries = Delta({}, provenance).entries if isinstance(provenance, dict) else []
+    rows = [
+        (fact.get("prompt", "").replace("{}", fact.get("subject", "")), fact.get("target_new", "").strip())
+        for entry in entries
+        for fact in entry["facts"]
+    ]
+    card = _card(
+        _header(license, base, ["knowledge-editing", "lora"], check_repo(repo), library="peft"),
+        f"# {repo.rpartition('/')[2]}",
+        f"A LoRA adapter of {plain(base)}, of rank {max(ranks.values())}.",
+        "With it the model gives these answers as if they were true, whether they are or not." if rows else "",
+        table(("prompt", "new answer"), rows[:LISTED]) if rows else "",
+        f"And {len(rows) - LISTED} more." if len(rows) > LISTED else "",
+        table(("module", "rank"), list(ranks.items())),
+        f"""```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "{repo}")
+```""",
+    )
+    with tempfile.TemporaryDirectory() as scratch:
+        named = Path(scratch) / CONFIG  # the config as it is, but for the name of the model
+        named.write_text(json.dumps({**config, "base_model_name_or_path": base}, indent=2) + "\n", encoding="utf-8")
+        return _push({CONFIG: named, WEIGHTS: Path(folder) / WEIGHTS}, card, repo, private, dry_run, token)
 
 
 def push_statistics(
@@ -139,7 +193,7 @@ def _push(
             huggingface_hub.CommitOperationAdd(path_in_repo=name, path_or_fileobj=source)
             for name, source in {**files, CARD: card.encode()}.items()
         ]
-        what = "Edit" if EDIT in files else "Second moments"
+        what = "Edit" if EDIT in files else "Adapter" if CONFIG in files else "Second moments"
         api.create_commit(repo, operations, commit_message=f"{what} from fastmemit")
     return f"https://huggingface.co/{repo}"
 
@@ -465,7 +519,12 @@ def _card(*sections: str) -> str:
 
 
 def _header(
-    license: str | None, base: str | None, tags: list[str], repo: str, scores: Mapping[str, float] | None = None
+    license: str | None,
+    base: str | None,
+    tags: list[str],
+    repo: str,
+    scores: Mapping[str, float] | None = None,
+    library: str = "fastmemit",
 ) -> str:
     from huggingface_hub import EvalResult, ModelCardData
 
@@ -474,7 +533,7 @@ def _header(
     about = {"task_type": "text-generation", "dataset_type": "facts", "dataset_name": "the facts of this edit"}
     measured = [EvalResult(**about, metric_type=name, metric_value=value) for name, value in (scores or {}).items()]
     data = ModelCardData(
-        library_name="fastmemit",
+        library_name=library,
         base_model=base,
         license=license,
         tags=tags,

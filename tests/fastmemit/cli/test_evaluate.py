@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from fastmemit.delta import Delta
 from tiny_commands import EDIT, Place, refused, run
 
 Capture = pytest.CaptureFixture[str]
@@ -175,3 +178,23 @@ def test_own_facts_are_scored_by_line_against_what_the_model_said(place: Place, 
     assert [told[1] is None, int(told[2]), int(told[3])] == [after[1][name] == 1 for name in ("ea", "pa", "na")]
     line = next(line for line in out.splitlines() if line.startswith("     2  Eiffel Tower is located in"))
     assert line.endswith(": said" if after[2]["ea"] == 1 else ": NOT said")
+
+
+def test_facts_are_edited_and_asked_in_chat(place: Place, zsre: Path, capsys: Capture) -> None:
+    line = refused(capsys, place, *arguments(place, place.records, "--chat"))
+    assert "The tokenizer has no chat template" in line and "leave --chat out" in line
+    assert "leave out --chat" in refused(capsys, place, *arguments(place, zsre, "--chat"))
+    folder, saved = place.at / "chatty", place.at / "chat.st"
+    shutil.copytree(place.model[1], folder)
+    turns = "{% for turn in messages %}<s>{{ turn.role }}: {{ turn.content }}</s>{% endfor %}<s>assistant: "
+    (folder / "chat_template.jinja").write_text(turns)
+    chatty = dataclasses.replace(place, model=("--model", str(folder), *place.model[2:]))
+    run(capsys, "edit", *chatty.model, *EDIT, "--corpus", place.corpus, "--multiplier", "4", "--facts", place.requests,
+        "--chat", "--out", saved)  # fmt: skip
+    asked = Delta.load(saved).requests[1]
+    assert asked["prompt"] == "<s>user: The capital of {} is</s><s>assistant: " and asked["join"] == ""
+    out = run(capsys, "apply", *chatty.model, "--edit", saved, "--chat", "--prompt", "Paris is", "--check", "I play")
+    assert "1 edits with 2 facts applied" in out and "\nParis is\n  before: " in out
+    assert "  <s>user: I play</s><s>assistant: " in out
+    out = run(capsys, *arguments(chatty, place.records, "--chat"))
+    assert "2 records in 2 batches" in out and list(rows(out))[:3] == ["ES", "PS", "NS"]

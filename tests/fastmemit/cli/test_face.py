@@ -209,8 +209,8 @@ def test_json_of_what_has_no_number_and_in_a_place_that_cannot_be(place: Place, 
         (["stats", "improt"], "Did you mean 'import'? See fastmemit stats --help."),
         (["edit", "--model", "m", "--method", "emet"], "Did you mean 'emmet'? See fastmemit edit --help."),
         (["edit", "--model", "m", "--fcts", "f"], "unrecognized arguments: --fcts f. Did you mean '--facts'?"),
-        (["hub", "push", "--repo", "a/b"], "either by --edit FILE or by --statistics DIR"),
-        (["hub", "push", "--repo", "a/b", "--edit", "e", "--statistics", "s"], "either by --edit FILE"),
+        (["hub", "push", "--repo", "a/b"], "by one of --edit FILE, --adapter DIR and --statistics DIR"),
+        (["hub", "push", "--repo", "a/b", "--edit", "e", "--statistics", "s"], "by one of --edit FILE"),
     ],
 )
 def test_a_mistyped_word_is_answered(place: Place, capsys: Capture, words: list[str], said: str) -> None:

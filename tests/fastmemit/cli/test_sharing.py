@@ -76,6 +76,51 @@ def test_an_adapter_there_and_back(place: Place, edits: tuple[Path, Path], capsy
     assert "has no adapter_config.json" in said
 
 
+def test_an_adapter_of_a_rank_that_servers_take(
+    place: Place, edits: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    weight = "model.layers.1.mlp.down_proj.weight"
+    # Singular values 20, 19, ..., 1 on one weight: what a cut to 16 loses is known.
+    values = torch.arange(20.0, 0, -1)
+    factors = {weight: (torch.eye(32)[:, :20] * values, torch.eye(64)[:, :20])}
+    wide = place.at / "wide.st"
+    Delta(factors, Delta.load(edits[0]).provenance).save(wide)
+    arguments = ["adapter", "export", "--edit", wide, "--model", place.model[1]]
+    out = run(capsys, *arguments, "--out", place.at / "whole")
+    assert "adapter of rank 20" in out
+    assert "vLLM refuses ranks above 16 as it is: start it with --max-lora-rank 32, or export with --rank 16" in out
+    out = run(capsys, *arguments, "--rank", "16", "--out", place.at / "cut")
+    lost = ((1 + 4 + 9 + 16) / sum(n * n for n in range(1, 21))) ** 0.5
+    assert f"  {weight}: rank 20 -> 16, {lost:.1%} of the change lost\n" in out and "vLLM" not in out
+    assert json.loads((place.at / "cut" / "adapter_config.json").read_text())["r"] == 16
+    run(capsys, "adapter", "import", *place.model, "--adapter", place.at / "cut", "--out", place.at / "cut.st")
+    left, right = Delta.load(place.at / "cut.st").factors[weight]
+    expected = torch.zeros(32, 64)
+    expected[range(16), range(16)] = values[:16]
+    torch.testing.assert_close(left @ right.T, expected)
+
+
+def test_an_adapter_goes_to_the_hub_with_its_base_model(
+    place: Place, edits: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, look = place.at / "adapter", place.at / "look"
+    run(capsys, "adapter", "export", "--edit", edits[1], "--model", place.model[1], "--out", folder)
+    push = ["hub", "push", "--repo", "me/an-adapter", "--adapter", folder, "--dry-run", look]
+    out = run(capsys, *push, "--base-model", "me/tiny", "--license", "mit")
+    assert "would be pushed; it is in" in out
+    assert {path.name for path in look.iterdir()} == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+    card = (look / "README.md").read_text()
+    assert "library_name: peft" in card and "base_model: me/tiny" in card and "| b is in | Rome |" in card
+    assert json.loads((look / "adapter_config.json").read_text())["base_model_name_or_path"] == "me/tiny"
+    assert (look / "adapter_model.safetensors").read_bytes() == (folder / "adapter_model.safetensors").read_bytes()
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "/home/me/tiny"}))
+    push[-1] = place.at / "other"
+    assert "does not name a base model on the hub; name it with --base-model" in refused(capsys, place, *push)
+    push[5] = place.at
+    assert "has no adapter_config.json" in refused(capsys, place, *push)
+
+
 def test_an_edit_whose_facts_are_no_list_counts_none(
     place: Place, edits: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:

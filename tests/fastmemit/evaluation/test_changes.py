@@ -38,7 +38,9 @@ def test_probabilities_before_and_after_are_those_of_whole_answers(editor: Edito
 
     observer = Observer(editor, watched)
     (continued,) = editor.generate(prompt, 6)
-    asked = [("The capital of France is", " Berlin"), (prompt, continued)]
+    line = next(line for line in continued.splitlines() if line.strip())  # the former answer ends with its line
+    former = continued[: continued.index(line) + len(line)]
+    asked = [("The capital of France is", " Berlin"), (prompt, former)]
     before = [probability(*each) for each in asked]
     with editor.edit(FACTS[1], "memit", **QUICK):
         changes = observer.changes()
@@ -46,7 +48,7 @@ def test_probabilities_before_and_after_are_those_of_whole_answers(editor: Edito
     assert [change.watched for change in changes] == watched
     assert changes[0].new_probability == pytest.approx((before[0], after[0]), rel=1e-3)
     assert changes[-1].old_probability == pytest.approx((before[1], after[1]), rel=1e-3)
-    assert changes[-1].before == continued and changes[-1].new_probability is None
+    assert changes[-1].old == former.strip() and changes[-1].before == continued and changes[-1].new_probability is None
     assert all(change.same and change.before == change.after for change in observer.changes())
     assert Observer(editor, []).changes() == []
 
