@@ -11,6 +11,7 @@ Not every model allows this; what does not agree with the whole model is found o
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -154,49 +155,82 @@ class SuffixForward:
         self._module = module_at(adapter, layer, site)
         self._passed = layer + 1 if site == "block" else layer  # blocks that do not run
         self._lengths = torch.tensor([len(row.ids) - row.subject for row in rows])
-        self._prefix = max(row.subject for row in rows)
+        # One column at least: from an empty past nobody could tell its shape.
+        self._prefix = max(1, *(row.subject for row in rows))
         batch = align(rows, self._prefix, int(self._lengths.max()))
         self._batch = {name: part.to(adapter.device) for name, part in batch.items()}
-        self._run_once()
+        self._run_once(rows)
 
     @torch.no_grad()
-    def _run_once(self) -> None:
+    def _run_once(self, rows: Sequence[Row]) -> None:
+        """All blocks see the prefixes, whose keys and values are kept; those up to the site see the suffixes too."""
+        past = self._prefill(rows)
         seen: dict[str, Any] = {}
-        adapter, column, cache = self._adapter, self._prefix, DynamicCache()
+
+        def put_out(_module: nn.Module, _args: Any, out: Any) -> None:
+            seen["site"] = out
+            raise Reached
+
         with ExitStack() as hooks:
-            hooks.enter_context(self._module.register_forward_hook(lambda _m, _a, out: seen.update(site=out)))
             if self._passed:
-                below = adapter.block(self._passed - 1)
+                below = self._adapter.block(self._passed - 1)
                 hooks.enter_context(below.register_forward_hook(lambda _m, _a, out: seen.update(block=out)))
-            # No logits are needed here: one position through the output head instead of all.
-            hooks.enter_context(head_reads(adapter, [0], [0]))
-            adapter.run(**self._batch, past_key_values=cache, use_cache=True)
-        columns = self._batch["input_ids"].shape[1]
-        # Copies, so that the prefix's columns are freed.
-        self.start = self._states(seen["site"], columns)[:, column].float().clone()
+            hooks.enter_context(self._module.register_forward_hook(put_out))
+            with suppress(Reached):
+                self._run(as_cache(past, 0, past[0][0], (len(rows), self._prefix)))
+        # Copies, so that the other columns are freed.
+        self.start = self._states(seen["site"])[:, 0].float().clone()
         self._hidden: Tensor | None = None
         self._in_tuple = isinstance(seen.get("block"), tuple)
         if self._passed:
-            self._hidden = self._states(seen["block"], columns)[:, column:].clone()
-        self._past = past_of(cache, column, self._passed)
+            self._hidden = self._states(seen["block"]).clone()
+        self._past = past[self._passed :]
 
-    def _states(self, out: Any, columns: int) -> Tensor:  # (N, columns, d)
-        return token_states(out, (len(self._lengths), columns), self._adapter.d, type(self._module).__name__)
+    def _prefill(self, rows: Sequence[Row]) -> Past:
+        """The keys and values of all blocks at every row's prefix.
 
-    @contextmanager
-    def installed(self) -> Iterator[None]:
-        """Replace the blocks that do not run by pass-throughs until the block ends."""
-        with ExitStack() as stack:
-            stack.enter_context(begun_at(self._adapter, self._passed, lambda: self._entering, self._in_tuple))
-            if self._site == "projection":
-                stack.enter_context(self._module.register_forward_hook(self._put))
-            yield
+        What a row has in common with others, its `Row.stem`, runs once; the rest of its prefix runs behind it.
+        """
+        adapter, cache = self._adapter, DynamicCache()
+        stems = list(dict.fromkeys(row.ids[: row.stem] for row in rows if row.stem))
+        rests = [row.ids[row.stem : row.subject] for row in rows]
+        lengths = torch.tensor([row.stem for row in rows])[:, None]
+        mask = torch.zeros(len(rows), 0, dtype=torch.int64)
+        # No logits are needed here: one position through the output head instead of all.
+        with head_reads(adapter, [0], [0]):
+            if stems:
+                adapter.run(**pad_batch(stems, device=adapter.device), past_key_values=cache, use_cache=True)
+                own = [stems.index(row.ids[: row.stem]) if row.stem else 0 for row in rows]
+                cache.batch_select_indices(torch.tensor(own, device=adapter.device))
+                mask = (torch.arange(cache.get_seq_length()) < lengths).long()
+            if any(rests) or not stems:
+                batch = place_rows(rests, [0] * len(rows), max(1, *map(len, rests)))
+                batch["position_ids"] += lengths
+                batch["attention_mask"] = torch.cat([mask, batch["attention_mask"]], 1)
+                run = {name: part.to(adapter.device) for name, part in batch.items()}
+                adapter.run(**run, past_key_values=cache, use_cache=True)
+        # Each row's tokens into the columns just before its subject, where `align` has them.
+        tokens = torch.arange(self._prefix) - self._prefix + torch.tensor([row.subject for row in rows])[:, None]
+        source = torch.where(tokens < lengths, tokens, tokens - lengths + mask.shape[1]).clamp(min=0)[:, None, :, None]
 
-    def _put(self, _module: nn.Module, _args: Any, out: Any) -> Any:
-        """The projection's output with that of the subjects replaced."""
-        states = self._states(out, self._batch["input_ids"].shape[1] - self._prefix)
-        changed = torch.cat([self._value.to(states)[:, None], states[:, 1:]], dim=1)
-        return with_hidden(out, changed.reshape(hidden_of(out).shape))
+        def aligned(states: Tensor) -> Tensor:
+            return states.gather(2, source.to(states.device).expand(-1, states.shape[1], -1, states.shape[3]))
+
+        return [(aligned(entry.keys), aligned(entry.values)) for entry in cache.layers]
+
+    def _run(self, cache: Cache) -> Any:
+        """Run the suffixes behind a cache of their prefixes."""
+        return self._adapter.run(
+            input_ids=self._batch["input_ids"][:, self._prefix :],
+            attention_mask=self._batch["attention_mask"],
+            position_ids=self._batch["position_ids"][:, self._prefix :],
+            past_key_values=cache,
+            use_cache=True,
+        )
+
+    def _states(self, out: Any) -> Tensor:  # (N, S, d)
+        shape = (len(self._lengths), self._batch["input_ids"].shape[1] - self._prefix)
+        return token_states(out, shape, self._adapter.d, type(self._module).__name__)
 
     def logits(self, value: Tensor, rows: Sequence[int], columns: Sequence[int]) -> Tensor:
         """Logits (M, vocabulary), as the model's own code gives them, with what is put out at the subjects replaced.
@@ -206,35 +240,40 @@ class SuffixForward:
             rows: M row numbers to read.
             columns: M columns to read, counted from the row's subject.
         """
-        self._value, self._entering = value, self._hidden
+        entering = self._hidden
         if self._site == "block":
-            assert self._hidden is not None
-            changed = value.to(self._hidden)[:, None]  # (N, 1, d)
-            self._entering = torch.cat([changed, self._hidden[:, 1:]], dim=1)
+            assert entering is not None
+            entering = torch.cat([value.to(entering)[:, None], entering[:, 1:]], dim=1)  # (N, S, d)
+
+        def put(_module: nn.Module, _args: Any, out: Any) -> Any:
+            states = self._states(out)
+            changed = torch.cat([value.to(states)[:, None], states[:, 1:]], dim=1)
+            return with_hidden(out, changed.reshape(hidden_of(out).shape))
+
         like = self.start if self._hidden is None else self._hidden
-        with head_reads(self._adapter, rows, columns):
-            out = self._adapter.run(
-                input_ids=self._batch["input_ids"][:, self._prefix :],
-                attention_mask=self._batch["attention_mask"],
-                position_ids=self._batch["position_ids"][:, self._prefix :],
-                past_key_values=as_cache(self._past, self._passed, like, (len(self._lengths), self._prefix)),
-                use_cache=True,
-            )
-        del self._value, self._entering
+        with ExitStack() as changes:
+            changes.enter_context(begun_at(self._adapter, self._passed, lambda: entering, self._in_tuple))
+            if self._site == "projection":
+                changes.enter_context(self._module.register_forward_hook(put))
+            changes.enter_context(head_reads(self._adapter, rows, columns))
+            out = self._run(as_cache(self._past, self._passed, like, (len(self._lengths), self._prefix)))
         logits: Tensor = out.logits[0]
         return logits
 
-    def keep(self, rows: list[int]) -> None:
-        """Drop all rows but these (numbers in the present order), and columns nobody needs then."""
+    def select(self, rows: Sequence[int]) -> SuffixForward:
+        """The same forward of these rows alone (numbers of this one's), without the columns that nobody needs then."""
         index = torch.tensor(rows)
-        self._lengths = self._lengths[index]
-        suffix = int(self._lengths.max())
-        for name, part in self._batch.items():
-            self._batch[name] = part[index.to(part.device), : self._prefix + suffix]
+        found = copy.copy(self)
+        found._lengths = self._lengths[index]
+        suffix = int(found._lengths.max())
+        found._batch = {
+            name: part[index.to(part.device), : self._prefix + suffix] for name, part in self._batch.items()
+        }
         if self._hidden is not None:
-            self._hidden = self._hidden[index.to(self._hidden.device), :suffix]
-        self.start = self.start[index.to(self.start.device)]
-        self._past = [(k[index.to(k.device)], v[index.to(v.device)]) for k, v in self._past]
+            found._hidden = self._hidden[index.to(self._hidden.device), :suffix]
+        found.start = self.start[index.to(self.start.device)]
+        found._past = [(k[index.to(k.device)], v[index.to(v.device)]) for k, v in self._past]
+        return found
 
 
 def module_at(adapter: ModelAdapter, layer: int, site: Site) -> nn.Module:
@@ -286,11 +325,6 @@ class FullForward:
         with torch.no_grad():
             self.start = torch.cat([_run_whole(adapter, self._module, group, ([0], [0]))[0] for group in groups])
 
-    @contextmanager
-    def installed(self) -> Iterator[None]:
-        """Nothing is replaced for longer than one `logits`; see `SuffixForward.installed`."""
-        yield
-
     def logits(self, value: Tensor, rows: Sequence[int], columns: Sequence[int]) -> Tensor:
         """Logits with what is put out at the subjects replaced; see `SuffixForward.logits`."""
         if not self._alone:
@@ -304,37 +338,46 @@ class FullForward:
             found.update(zip(reads, logits, strict=True))
         return torch.stack([found[place] for place in range(len(rows))])
 
-    def keep(self, rows: list[int]) -> None:
-        """Drop all rows but these (numbers in the present order)."""
-        self._rows = [self._rows[number] for number in rows]
-        self.start = self.start[torch.tensor(rows, device=self.start.device)]
+    def select(self, rows: Sequence[int]) -> FullForward:
+        """The same forward of these rows alone; see `SuffixForward.select`."""
+        found = copy.copy(self)
+        found._rows = [self._rows[number] for number in rows]
+        found.start = self.start[torch.tensor(rows, device=self.start.device)]
+        return found
 
 
 def forward_for(adapter: ModelAdapter, layer: int, rows: Sequence[Row], site: Site) -> SuffixForward | FullForward:
     """The fastest forward of these rows that agrees with the whole model on one row alone.
 
-    The row that would be padded most is compared, with another vector than its own put in. What does not agree for one
-    group is not tried again for this layer. The model is in evaluation mode.
+    Two rows are compared, each with another vector than its own put in: the one that would be padded most, and the one
+    that has most in common with others. What does not agree for one group is not tried again for this layer. The model
+    is in evaluation mode.
 
     Raises:
         UnknownArchitecture: What is put out at the site is not one vector a token.
     """
-    number = min(range(len(rows)), key=lambda i: (rows[i].subject, len(rows[i].ids)))
-    columns = range(len(rows[number].ids) - rows[number].subject)
-    with torch.no_grad():
-        reads = ([0] * len(columns), columns)
-        start, want = _run_whole(adapter, module_at(adapter, layer, site), [rows[number]], reads, _another)
+    numbers = range(len(rows))
+    padded = min(numbers, key=lambda i: (rows[i].subject, len(rows[i].ids)))
+    tried = sorted({padded, max(numbers, key=lambda i: rows[i].stem)})
+    reads = ([], [])  # type: tuple[list[int], list[int]]
+    whole = []
+    for place, number in enumerate(tried):
+        columns = range(len(rows[number].ids) - rows[number].subject)
+        with torch.no_grad():
+            one = ([0] * len(columns), columns)
+            whole.append(_run_whole(adapter, module_at(adapter, layer, site), [rows[number]], one, _another))
+        reads[0].extend([place] * len(columns))
+        reads[1].extend(columns)
+    start, want = (torch.cat(parts) for parts in zip(*whole, strict=True))
     excluded = adapter.measured.setdefault(("targets", layer, site), set())
     for form in (SuffixForward, FullForward):
         if form in excluded:
             continue
         try:
             forward: SuffixForward | FullForward = form(adapter, layer, rows, site)
-            others = forward.start.clone()
-            others[number] = _another(start)[0]
-            with forward.installed(), torch.no_grad():
-                got = forward.logits(others, [number] * len(columns), columns)
-            off = max(difference(got, want), difference(forward.start[number : number + 1], start))
+            with torch.no_grad():
+                got = forward.select(tried).logits(_another(start), *reads)
+            off = max(difference(got, want), difference(forward.start[tried], start))
             if off <= tolerance(adapter.model):
                 return forward
             why = f"is off by {off:.1%}"
@@ -403,7 +446,7 @@ def _refusal(adapter: ModelAdapter, layer: int, site: Site) -> UnknownArchitectu
     try:
         forward = forward_for(adapter, layer, rows, site)
         value = forward.start.clone().requires_grad_(True)
-        with forward.installed(), torch.enable_grad():
+        with torch.enable_grad():
             logits = forward.logits(value, [0, 1], [0, 0])
             (gradient,) = torch.autograd.grad(logits.float().square().sum(), value)
         if bool((gradient == 0).all()):

@@ -218,36 +218,35 @@ class _Group:
         log_p0: Tensor | None = None
         history: list[list[float]] = [[] for _ in self._members]
         done: dict[int, Tensor] = {}
-        with self._forward.installed():
-            for step in range(1, settings.steps + 1):
-                delta.requires_grad_(True)
-                losses, log_q = self._losses(delta, start, log_p0)
-                log_p0 = log_q if log_p0 is None else log_p0
-                values = losses.tolist()
-                self._record(values, history, step)
-                last = step == settings.steps
-                finished = self._finished(values)
-                going = [i for i, end in enumerate(finished) if not (last or end)]
-                for owner, number in enumerate(self._active):
-                    if owner not in going:
-                        done[number] = (start[owner] + delta[owner]).detach().cpu()
-                if progress is not None:
-                    stopped = len(self._active) - len(going)
-                    progress(len(self._active) + stopped * (settings.steps - step))
-                if not going:
-                    break
-                (gradient,) = torch.autograd.grad(losses[going].sum(), delta)
-                delta = delta.detach()
-                if len(going) < len(self._active):
-                    self._drop(going)
-                    delta, gradient, start, limit, unit = (t[going] for t in (delta, gradient, start, limit, unit))
-                    first, second, log_p0 = (t[going] for t in (first, second, log_p0))
-                first = BETA1 * first + (1 - BETA1) * gradient
-                second = BETA2 * second + (1 - BETA2) * gradient.square()
-                scale = (second / (1 - BETA2**step)).sqrt() + EPSILON
-                delta = delta - settings.learning_rate * unit / (1 - BETA1**step) * first / scale
-                norm = torch.linalg.vector_norm(delta, dim=1, keepdim=True)
-                delta = torch.where(norm > limit, delta * (limit / norm), delta)
+        for step in range(1, settings.steps + 1):
+            delta.requires_grad_(True)
+            losses, log_q = self._losses(delta, start, log_p0)
+            log_p0 = log_q if log_p0 is None else log_p0
+            values = losses.tolist()
+            self._record(values, history, step)
+            last = step == settings.steps
+            finished = self._finished(values)
+            going = [i for i, end in enumerate(finished) if not (last or end)]
+            for owner, number in enumerate(self._active):
+                if owner not in going:
+                    done[number] = (start[owner] + delta[owner]).detach().cpu()
+            if progress is not None:
+                stopped = len(self._active) - len(going)
+                progress(len(self._active) + stopped * (settings.steps - step))
+            if not going:
+                break
+            (gradient,) = torch.autograd.grad(losses[going].sum(), delta)
+            delta = delta.detach()
+            if len(going) < len(self._active):
+                self._drop(going)
+                delta, gradient, start, limit, unit = (t[going] for t in (delta, gradient, start, limit, unit))
+                first, second, log_p0 = (t[going] for t in (first, second, log_p0))
+            first = BETA1 * first + (1 - BETA1) * gradient
+            second = BETA2 * second + (1 - BETA2) * gradient.square()
+            scale = (second / (1 - BETA2**step)).sqrt() + EPSILON
+            delta = delta - settings.learning_rate * unit / (1 - BETA1**step) * first / scale
+            norm = torch.linalg.vector_norm(delta, dim=1, keepdim=True)
+            delta = torch.where(norm > limit, delta * (limit / norm), delta)
         starts = self._start.cpu()
         return [Target(done[number], starts[number], tuple(history[number])) for number in range(len(self._members))]
 
@@ -272,7 +271,7 @@ class _Group:
     def _drop(self, going: list[int]) -> None:
         """Finished requests leave the batch with their rows."""
         stay = set(going)
-        self._forward.keep([i for i, owner in enumerate(self._row_owner) if owner in stay])
+        self._forward = self._forward.select([i for i, owner in enumerate(self._row_owner) if owner in stay])
         self._active = [self._active[owner] for owner in going]
         self._index()
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import takewhile
 from typing import Any, Literal
@@ -284,11 +284,13 @@ class Row:
         ids: Token ids up to the last position that the loss reads.
         subject: Index of the subject's last token, where the change enters.
         reads: ``(index in ids, token id)`` pairs: the token that this position should predict.
+        stem: How many tokens at its beginning, before the subject's last one, other rows may have too: its context.
     """
 
     ids: tuple[int, ...]
     subject: int
     reads: tuple[tuple[int, int], ...] = ()
+    stem: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True)
@@ -411,7 +413,8 @@ def _target_row(tokenizer: Any, request: EditRequest, prefix: str) -> Row:
         )
     # The last target token is predicted, never read: it needs no column.
     reads = tuple((index - 1, encoded.ids[index]) for index in range(first, len(encoded.ids)))
-    return Row(encoded.ids[:-1], subject, reads)
+    stem = sum(end <= len(prefix) for _, end in encoded.spans[:subject])
+    return Row(encoded.ids[:-1], subject, reads, stem)
 
 
 @isolated()

@@ -22,7 +22,10 @@ from fastmemit.text import Row
 from reference.literal_targets import literal_target
 from tiny_models import ARCHITECTURES, LAYERS, VOCAB_SIZE, D, tiny_model, tiny_tokenizer
 
-ROWS = [Row((5, 6, 7, 8, 9, 10, 11), 4), Row((12, 13, 14), 1), Row((15, 16, 17, 18, 19), 0), Row((20, 21, 22, 23), 3)]
+ROWS = [
+    Row((5, 6, 7, 8, 9, 10, 11), 4, stem=3), Row((12, 13, 14), 1, stem=1), Row((15, 16, 17, 18, 19), 0),
+    Row((5, 6, 7, 23), 3, stem=3),
+]  # fmt: skip
 READS = [(row, column) for row in range(4) for column in range(len(ROWS[row].ids) - ROWS[row].subject)]
 SITES = ["block", "projection"]
 
@@ -58,7 +61,7 @@ def assert_literal(made: Any, adapter: Any, layer: int, site: str) -> None:
     torch.testing.assert_close(made.start, torch.stack(values), rtol=1e-4, atol=1e-5)
     torch.manual_seed(0)
     value = made.start + torch.randn(len(ROWS), D)
-    with made.installed(), torch.no_grad():
+    with torch.no_grad():
         got = made.logits(value, *map(list, zip(*READS, strict=True)))
     with torch.no_grad():
         want = [literal(adapter, layer, r, site, v)[0] for r, v in zip(ROWS, value, strict=True)]
@@ -82,11 +85,11 @@ def test_every_form_equals_the_whole_model_on_each_row(architecture: str, site: 
 def test_rows_that_are_dropped_leave_the_others_as_they_were(site: Any, alone: bool) -> None:
     adapter = find_adapter(tiny_model("gpt2"))
     for made in (SuffixForward(adapter, 1, ROWS, site), FullForward(adapter, 1, ROWS, site, alone=alone)):
-        with made.installed(), torch.no_grad():
+        with torch.no_grad():
             before = made.logits(made.start, [2, 0], [1, 2])
-            made.keep([0, 2])
-            after = made.logits(made.start, [1, 0], [1, 2])
-        assert made.start.shape == (2, D)
+            fewer = made.select([0, 2])
+            after = fewer.logits(fewer.start, [1, 0], [1, 2])
+        assert fewer.start.shape == (2, D) and made.start.shape == (len(ROWS), D)
         torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5)
 
 
@@ -165,7 +168,7 @@ def test_rows_run_one_by_one_where_a_batch_changes_them(caplog: pytest.LogCaptur
         made = forward_for(adapter, 1, rows, "block")
     said = [record.getMessage() for record in caplog.records]
     assert len(said) == 2 and "one row at a time" in said[1] and "off by" in said[1]
-    with made.installed(), torch.no_grad():
+    with torch.no_grad():
         got = made.logits(made.start, [1, 0], [0, 2])
         want = [literal(adapter, 1, rows[1], "block", None)[0][0],
                 literal(adapter, 1, rows[0], "block", None)[0][2]]  # fmt: skip
@@ -221,7 +224,7 @@ def wide_model() -> Any:
 
 def test_a_block_without_one_state_a_token_is_left_to_rome(caplog: pytest.LogCaptureFixture) -> None:
     adapter = find_adapter(wide_model(), "model.layers.{}.mlp.down_proj")
-    with pytest.raises(UnknownArchitecture, match=r"shape \(2, 1, 5, 32\) for 1 rows of 5 tokens"):
+    with pytest.raises(UnknownArchitecture, match=r"shape \(2, 1, 7, 32\) for 1 rows of 7 tokens"):
         forward_for(adapter, 1, ROWS, "block")
     with caplog.at_level(logging.WARNING):
         check_targets(adapter, [1])
