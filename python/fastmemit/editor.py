@@ -46,8 +46,8 @@ class Editor:
         module: The edited projection with ``{}`` for the layer, where the model's structure leaves doubt.
         seed: Seed for the contexts that the model writes, and for the order of the corpus.
         cache_dir: The folder for statistics and targets; None takes `fastmemit.files.cache_dir`.
-        target_batch_tokens: Bound on the padded tokens of target vectors optimised together, and so on the memory; None
-            takes 1024 on a CPU, where little padding is worth more than large products, else 16384.
+        target_batch_tokens: Bound on the padded tokens of target vectors optimised together, and so on the memory; for
+            None see `fastmemit.methods.Workspace`.
         progress: Show a progress bar for each long step.
         name: What to call the model in files; it identifies nothing.
 

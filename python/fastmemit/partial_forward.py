@@ -92,9 +92,9 @@ class PrefixLayer(DynamicLayer):  # type: ignore[misc]
 Past = list[tuple[Tensor, Tensor]]  # per block its keys and values (n, heads, P, width)
 
 
-def past_of(cache: Cache, columns: int, first: int = 0) -> Past:
-    """Copies of the cached keys and values of the first columns, of the blocks from `first` on."""
-    return [(e.keys[:, :, :columns].clone(), e.values[:, :, :columns].clone()) for e in cache.layers[first:]]
+def past_of(cache: Cache, columns: int) -> Past:
+    """Copies of the cached keys and values of the first columns."""
+    return [(e.keys[:, :, :columns].clone(), e.values[:, :, :columns].clone()) for e in cache.layers]
 
 
 def as_cache(past: Past, passed: int, like: Tensor, shape: tuple[int, int]) -> Cache:
@@ -159,12 +159,11 @@ class SuffixForward:
         self._prefix = max(1, *(row.subject for row in rows))
         batch = align(rows, self._prefix, int(self._lengths.max()))
         self._batch = {name: part.to(adapter.device) for name, part in batch.items()}
-        self._run_once(rows)
+        self._run_once(self._prefill(rows))
 
     @torch.no_grad()
-    def _run_once(self, rows: Sequence[Row]) -> None:
-        """All blocks see the prefixes, whose keys and values are kept; those up to the site see the suffixes too."""
-        past = self._prefill(rows)
+    def _run_once(self, past: Past) -> None:
+        """Run the suffixes behind their prefixes up to the site, and keep what the steps begin with."""
         seen: dict[str, Any] = {}
 
         def put_out(_module: nn.Module, _args: Any, out: Any) -> None:
@@ -177,7 +176,7 @@ class SuffixForward:
                 hooks.enter_context(below.register_forward_hook(lambda _m, _a, out: seen.update(block=out)))
             hooks.enter_context(self._module.register_forward_hook(put_out))
             with suppress(Reached):
-                self._run(as_cache(past, 0, past[0][0], (len(rows), self._prefix)))
+                self._adapter.run(**self._behind(as_cache(past, 0, past[0][0], self._shape)))
         # Copies, so that the other columns are freed.
         self.start = self._states(seen["site"])[:, 0].float().clone()
         self._hidden: Tensor | None = None
@@ -186,6 +185,7 @@ class SuffixForward:
             self._hidden = self._states(seen["block"]).clone()
         self._past = past[self._passed :]
 
+    @torch.no_grad()
     def _prefill(self, rows: Sequence[Row]) -> Past:
         """The keys and values of all blocks at every row's prefix.
 
@@ -218,15 +218,20 @@ class SuffixForward:
 
         return [(aligned(entry.keys), aligned(entry.values)) for entry in cache.layers]
 
-    def _run(self, cache: Cache) -> Any:
-        """Run the suffixes behind a cache of their prefixes."""
-        return self._adapter.run(
-            input_ids=self._batch["input_ids"][:, self._prefix :],
-            attention_mask=self._batch["attention_mask"],
-            position_ids=self._batch["position_ids"][:, self._prefix :],
-            past_key_values=cache,
-            use_cache=True,
-        )
+    @property
+    def _shape(self) -> tuple[int, int]:
+        """N rows, and P columns before the subject."""
+        return len(self._lengths), self._prefix
+
+    def _behind(self, cache: Cache) -> dict[str, Any]:
+        """The model's inputs for the suffixes, behind a cache of their prefixes."""
+        return {
+            "input_ids": self._batch["input_ids"][:, self._prefix :],
+            "attention_mask": self._batch["attention_mask"],
+            "position_ids": self._batch["position_ids"][:, self._prefix :],
+            "past_key_values": cache,
+            "use_cache": True,
+        }
 
     def _states(self, out: Any) -> Tensor:  # (N, S, d)
         shape = (len(self._lengths), self._batch["input_ids"].shape[1] - self._prefix)
@@ -256,7 +261,7 @@ class SuffixForward:
             if self._site == "projection":
                 changes.enter_context(self._module.register_forward_hook(put))
             changes.enter_context(head_reads(self._adapter, rows, columns))
-            out = self._run(as_cache(self._past, self._passed, like, (len(self._lengths), self._prefix)))
+            out = self._adapter.run(**self._behind(as_cache(self._past, self._passed, like, self._shape)))
         logits: Tensor = out.logits[0]
         return logits
 

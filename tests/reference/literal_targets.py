@@ -1,7 +1,8 @@
 """Target vectors computed literally: one request at a time, every token through every block.
 
 The reference for `fastmemit.targets`: full forwards of the unmodified model, the change added by a
-hook, logits everywhere, `torch.optim.Adam`.  Nothing is shared, cached or batched over requests.
+hook, logits everywhere, `torch.optim.Adam`, or the rule of "rotate" written out.  Nothing is shared,
+cached or batched over requests.
 """
 
 from __future__ import annotations
@@ -66,6 +67,8 @@ def literal_target(model, tokenizer, block, request, contexts, settings, module=
 
     optimiser = torch.optim.Adam([delta], lr=settings.learning_rate)
     losses, kl_start = [], None
+    velocity, in_a_row = torch.zeros(d), 0
+    turn = max(1, len(rows) - 1) if settings.optimiser == "rotate" else 1
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for step in range(settings.steps):
@@ -77,10 +80,14 @@ def literal_target(model, tokenizer, block, request, contexts, settings, module=
             handle.remove()
         log_p = torch.log_softmax(logits, dim=-1)
         nll, told = 0.0, True
-        for i, (row, n) in enumerate(zip(rows, n_target, strict=True)):
+        read = list(range(len(rows)))
+        if settings.optimiser == "rotate" and len(rows) > 1:
+            read = [0, 1 + step % (len(rows) - 1)]
+        for i in read:
+            row, n = rows[i], n_target[i]
             positions = range(len(row) - n, len(row))
             told = told and all(log_p[i, p - 1].argmax().item() == row[p] for p in positions)
-            nll = nll - sum(log_p[i, p - 1, row[p]] for p in positions) / n / len(rows)
+            nll = nll - sum(log_p[i, p - 1, row[p]] for p in positions) / n / len(read)
         log_q = log_p[-1, kl_lookup]
         if kl_start is None:
             kl_start = log_q.detach().clone()
@@ -88,11 +95,19 @@ def literal_target(model, tokenizer, block, request, contexts, settings, module=
         decay = settings.weight_decay * (delta.norm() / start.norm() ** 2)
         loss = nll + settings.kl_factor * kl + decay
         losses.append(loss.item())
-        enough = told if settings.stop == "most-probable" else loss.item() < settings.early_stop
-        if enough or step == settings.steps - 1:
+        judged = nll if settings.stop == "nll" else loss
+        enough = told if settings.stop == "most-probable" else judged.item() < settings.early_stop
+        in_a_row = in_a_row + 1 if enough else 0
+        if in_a_row == turn or step == settings.steps - 1:
             break
         loss.backward()
-        optimiser.step()
+        if settings.optimiser == "adam":
+            optimiser.step()
+        else:
+            velocity = 0.7 * velocity - delta.grad / delta.grad.norm()
+            size = settings.rho * settings.clamp * start.norm() * max(1 - torch.exp(-2 * nll.detach()), 0.1)
+            with torch.no_grad():
+                delta += size * velocity / velocity.norm()
         limit = settings.clamp * start.norm()
         if delta.norm() > limit:
             with torch.no_grad():

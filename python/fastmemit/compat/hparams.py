@@ -145,6 +145,7 @@ def read_hparams(hparams: Any, method: str | None = None, name: str = "hparams")
         raise BadConfig(f"{name} has no layers; add them, such as [4, 5, 6, 7, 8].")
     # As theirs: nothing is added to few keys, or relaxed, that the file does not name.
     values: dict[str, Any] = {"relative_ridge": 0.0, "lambda_e": 0.0, "scale": "published", "v_lr": 0.5}
+    values |= {"optimiser": "adam", "steps": 25}
     values |= {"layers": whole_numbers(fields["layers"], name), **_keys(fields, kind, name)}
     if _identity(fields, kind, name):
         values["covariance"] = "identity"

@@ -158,7 +158,7 @@ def with_defaults(method: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(settings, Mapping):
         raise TypeError(f"the settings of {method:.40} are {settings!r:.40}")
     own = {**CONFIGS[method].settings(), **as_published(method)}
-    own |= {"scale": "published", "v_lr": 0.5}  # there was no other before they were written down
+    own |= {"scale": "published", "optimiser": "adam", "v_lr": 0.5}  # there was no other before they were written down
     known = {name: settings.get(name, value) for name, value in own.items()}
     return {"method": method, **known, "preset": settings.get("preset", "default")}
 

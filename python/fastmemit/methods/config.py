@@ -42,7 +42,8 @@ Method = Literal["rome", "emmet", "memit", "pmet", "encore", "alphaedit"]
 Keys = Literal["consistent", "mean", "original"]
 Shrinkage = Literal["none", "ledoit-wolf", "oas"]
 Spread = Literal["linear", "sqrt"]
-Stop = Literal["loss", "most-probable"]
+Stop = Literal["loss", "nll", "most-probable"]
+Optimiser = Literal["adam", "rotate"]
 Scale = Literal["published", "median"]
 Site = Literal["block", "projection"]
 Covariance = Literal["collected", "identity"]
@@ -63,10 +64,11 @@ _WORDS: dict[str, tuple[str, ...]] = {
     "spread": get_args(Spread),
     "stop": get_args(Stop),
     "scale": get_args(Scale),
+    "optimiser": get_args(Optimiser),
     "site": get_args(Site),
     "covariance": get_args(Covariance),
 }
-_ABOVE_ZERO = {"clamp", "v_lr", "null_threshold", "weight", "null_relative"}
+_ABOVE_ZERO = {"clamp", "v_lr", "rho", "null_threshold", "weight", "null_relative"}
 
 Config = TypeVar("Config", bound="EditConfig")
 
@@ -86,14 +88,18 @@ class EditConfig:
             typical coordinate of v0, ``m = median |v0| / 0.6745``: Adam's steps are ``v_lr * m``, and ``m * sqrt(d)``
             stands for ``||v0||``, so that a few coordinates that are hundreds of times larger than the rest (Gemma) do
             not count. None takes ``"published"`` where the model has a preset for the method, else ``"median"``.
-        steps: Loss evaluations for a target vector at most.
+        optimiser: How target vectors are optimised. ``"adam"``: as published, on all contexts at every step.
+            ``"rotate"``: on two prompts a step, with steps of a length of their own, `fastmemit.targets.Rotate`.
+        steps: Loss evaluations for a target vector at most. None takes 25, or 18 of ``"rotate"``.
         v_lr: Adam's learning rate for target vectors. None takes the published 0.5, or 0.2 where the scale is
             ``"median"``: on SmolLM2 the two are the same.
+        rho: The longest step of ``"rotate"``, as a share of what `clamp` allows.
         weight_decay: Factor of ``||delta|| / ||v0||^2``.
         kl_factor: Factor of the KL term.
-        early_stop: A target is finished once its loss is below this; of ``stop="loss"`` alone.
-        stop: ``"loss"``, or ``"most-probable"``: a target is finished once its every token is the most probable one in
-            every context.
+        early_stop: A target is finished once its loss is below this.
+        stop: What is compared with `early_stop`: ``"loss"``, the published sum, whose KL term alone is often above it;
+            or ``"nll"``, the costs of the target's tokens. ``"most-probable"`` compares nothing: a target is finished
+            once its every token is the most probable one in every context.
         preset: The name of the preset that the values come from; not a setting.
 
     Raises:
@@ -105,8 +111,10 @@ class EditConfig:
 
     layers: tuple[int, ...]
     clamp: float = 1.0
-    steps: int = 25
+    optimiser: Optimiser = "adam"
+    steps: int | None = None
     v_lr: float | None = None
+    rho: float = 0.2
     weight_decay: float = 0.5
     kl_factor: float = 0.0625
     early_stop: float = 0.05
@@ -159,6 +167,8 @@ class EditConfig:
             self.check_name(name)
         values = {**vars(self), **changes}
         values["layers"] = _layers(values["layers"])
+        if values["optimiser"] != self.optimiser and "steps" not in changes:
+            values["steps"] = None  # the other's count
         # What a preset has for a setting that the changes put out of use is nobody's wish.
         idle = [name for name in self._unread(values) if name not in changes]
         return type(self)(**{**values, **{name: self.settings()[name] for name in idle}})
@@ -169,11 +179,13 @@ class EditConfig:
 
     def targets(self) -> TargetSettings:
         """The part of the settings that target vectors depend on, once `find_config` has put in the model's part."""
-        assert self.v_lr is not None and self.scale is not None
+        assert self.steps is not None and self.scale is not None
         return TargetSettings(
             layer=self.layers[-1],
+            optimiser=self.optimiser,
             steps=self.steps,
-            learning_rate=self.v_lr,
+            learning_rate=self.v_lr or PUBLISHED_STEP,
+            rho=self.rho,
             weight_decay=self.weight_decay,
             clamp=self.clamp,
             kl_factor=self.kl_factor,
@@ -199,14 +211,17 @@ class EditConfig:
     @classmethod
     def _unread(cls, values: Mapping[str, Any]) -> dict[str, str]:
         """The settings that can never matter beside the others, each with the reason."""
-        if values["stop"] != "loss":
-            return {"early_stop": f"a target is finished as stop={values['stop']!r} says"}
-        return {}
+        idle = {"rho": "optimiser='adam' has v_lr"}
+        if values["optimiser"] == "rotate":
+            idle = {"v_lr": "optimiser='rotate' has rho"}
+        if values["stop"] == "most-probable":
+            idle["early_stop"] = f"a target is finished as stop={values['stop']!r} says"
+        return idle
 
     def _check(self) -> None:
         if self.single_layer and len(self.layers) != 1:
             raise BadConfig(f"{self.method} edits one layer but layers are {list(self.layers)}; set layers=N.")
-        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
+        if self.steps is not None and (type(self.steps) is not int or self.steps < 1):
             raise BadConfig(f"steps must be a whole number above 0 but is {self.steps!r}.")
         for name, kind in _kinds(type(self)).items():
             value = getattr(self, name)
@@ -458,9 +473,10 @@ def _parse(name: str, kind: str, text: str) -> Any:
     if name in _WORDS:
         return text
     try:
-        return int(text) if kind == "int" else float(text)
+        return int(text) if kind.startswith("int") else float(text)
     except ValueError as error:
-        wanted = {"int": "a whole number", "float": "a number"}.get(kind, "a number or 'none'")
+        wanted = "a whole number" if kind.startswith("int") else "a number"
+        wanted += " or 'none'" if kind.endswith("| None") else ""
         raise BadConfig(f"The value {text!r} of {name} is not {wanted}; correct it.") from error
 
 
@@ -527,6 +543,8 @@ def _meanings(cls: type[EditConfig]) -> dict[str, str]:
 #: Adam's step in typical coordinates of v0, where nobody has tuned it: the published 0.5 is 0.2 of
 #: them on SmolLM2, whose typical coordinate is 2.3 to 2.8 in the blocks that are edited.
 PUBLISHED_STEP, RELATIVE_STEP = 0.5, 0.2
+#: Loss evaluations: those of the papers, and as many of `fastmemit.targets.Rotate` as give the same scores.
+STEPS = {"adam": 25, "rotate": 18}
 #: A layer that can move its block by less than this share of what is usual is no default.
 FAR_LESS = 0.1
 
@@ -604,7 +622,7 @@ def _able(adapter: ModelAdapter, found: list[int]) -> list[int]:
 
 
 def units(adapter: ModelAdapter, config: EditConfig) -> dict[str, Any]:
-    """The scale and the learning rate that settings leave to the model, by name.
+    """The scale, the steps and the learning rate that settings leave to the model and the optimiser, by name.
 
     Where nobody has tuned the method for the model, they ask nothing of the size of its activations.
     """
@@ -613,9 +631,9 @@ def units(adapter: ModelAdapter, config: EditConfig) -> dict[str, Any]:
         preset = _preset(adapter)
         known = {config.method} if config.single_layer else {config.method, "memit"}
         scale = "published" if preset is not None and known & preset["methods"].keys() else "median"
-    if v_lr is None:
+    if v_lr is None and config.optimiser == "adam":
         v_lr = PUBLISHED_STEP if scale == "published" else RELATIVE_STEP
-    return {"scale": scale, "v_lr": v_lr}
+    return {"scale": scale, "v_lr": v_lr, "steps": config.steps or STEPS[config.optimiser]}
 
 
 def _untuned(adapter: ModelAdapter, cls: type[EditConfig], layer: int) -> dict[str, Any]:

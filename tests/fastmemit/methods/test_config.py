@@ -95,7 +95,7 @@ def test_defaults_follow_the_depth(n_layers, memit, single):
 
 def test_relatives_take_what_is_known_of_memit_and_keep_what_makes_them_others():
     shared = {"layers": (4, 5, 6, 7, 8), "clamp": 4, "weight_decay": 0.001, "preset": "llama-2-7b"}
-    shared |= {"scale": "published", "v_lr": 0.5}
+    shared |= {"scale": "published", "v_lr": 0.5, "steps": 25}
     of_a = {"weight": 15000.0, "ridge": 0.01}
     expected = {
         "memit": MemitConfig(**shared, **of_a),
@@ -155,7 +155,7 @@ def test_overrides_replace_and_are_checked():
         ("emmet", {"lambda_e": -0.1}, "lambda_e"),
         ("memit", {"v_lr": "fast"}, "v_lr"),
         ("pmet", {"spread": "root"}, "linear, sqrt but is 'root'"),
-        ("encore", {"stop": "never"}, "loss, most-probable but is 'never'"),
+        ("encore", {"stop": "never"}, "loss, nll, most-probable but is 'never'"),
         ("alphaedit", {"l2": -1.0}, "l2 must be a finite number 0 or above"),
         ("alphaedit", {"null_threshold": 0.0}, "null_threshold must be a finite number above 0"),
         ("alphaedit", {"null_relative": 0}, "null_relative must be a finite number above 0"),
@@ -204,7 +204,7 @@ def test_targets_do_not_depend_on_how_the_second_moment_is_regularised():
         ("clmap=1", "no setting 'clmap'; did you mean 'clamp'"),
         ("clamp=wide", "'wide' of clamp is not a number;"),
         ("weight=much", "'much' of weight is not a number or 'none'"),
-        ("steps=2.5", "'2.5' of steps is not a whole number"),
+        ("steps=2.5", "'2.5' of steps is not a whole number or 'none'"),
         ("layers=4-", "'4-'"),
         ("method=rome", "no setting 'method'"),
         ("preset=mine", "no setting 'preset'"),
@@ -258,6 +258,7 @@ def test_alphaedit_has_no_a_and_gets_no_ridge():
 
 TARGETS = {
     "layers", "clamp", "steps", "v_lr", "weight_decay", "kl_factor", "early_stop", "stop", "scale",
+    "optimiser", "rho",
 }  # fmt: skip
 OF_A = {"weight", "ridge", "relative_ridge", "shrinkage", "covariance"}
 OWN = {
@@ -282,7 +283,7 @@ def test_each_class_has_the_settings_of_its_method():
         made = cls(layers=(3,))
         assert set(made.as_dict()) == TARGETS | own | {"method", "preset"}
         assert made.as_dict()["method"] == cls.method
-        measured = dataclasses.replace(made, scale="median", v_lr=0.2)
+        measured = dataclasses.replace(made, scale="median", v_lr=0.2, steps=25)
         assert find_config(shaped("new", 32, 64, 256), made) == measured
     with pytest.raises(TypeError, match="use MemitConfig"):
         EditConfig(layers=(3,))
@@ -332,6 +333,12 @@ def test_a_mistyped_setting_is_told_which_was_meant(method, name, meant):
         ("encore", {"early_stop": 0.1}, "early_stop=0.1 would change nothing"),
         ("memit", {"layers": (3,), "spread": "sqrt"}, r"spread='sqrt' would .* one layer takes all .* at 'linear'"),
         ("alphaedit", {"layers": 3, "spread": "sqrt"}, "spread='sqrt' would change nothing"),
+        ("memit", {"rho": 0.1}, r"rho=0.1 would .* optimiser='adam' has v_lr; leave rho at 0.2"),
+        (
+            "memit",
+            {"optimiser": "rotate", "v_lr": 0.1},
+            r"v_lr=0.1 would .* optimiser='rotate' has rho; leave v_lr at No",
+        ),
         (
             "alphaedit",
             {"null_relative": 0.5, "null_threshold": 1.0},
@@ -369,7 +376,7 @@ def test_one_layer_may_be_a_number_and_a_range_is_layers():
 
 def test_settings_of_ones_own_are_not_mixed_with_the_presets():
     own = MemitConfig(layers=(3, 4, 5), clamp=0.75)
-    tuned = dataclasses.replace(own, scale="published", v_lr=0.5)
+    tuned = dataclasses.replace(own, scale="published", v_lr=0.5, steps=25)
     assert find_config(LLAMA_2, own) == find_config(LLAMA_2, tuned) == tuned
     assert find_config(LLAMA_2, own).weight is None
     assert find_config(LLAMA_2, own, {"weight": 3}) == dataclasses.replace(tuned, weight=3)
@@ -458,6 +465,22 @@ def test_settings_of_ones_own_are_measured_as_the_model_wants_it():
     assert find_config(LLAMA_2, PmetConfig(layers=(4, 5))).scale == "published"
     assert find_config(LLAMA_2, RomeConfig(layers=5)).scale == find_config(LLAMA_2, "rome").scale
     assert parse_overrides(["scale=none", "v_lr=none"], "memit") == {"scale": None, "v_lr": None}
+
+
+def test_each_optimiser_has_its_own_steps():
+    for method in METHODS:
+        for adapter in (LLAMA_3, GPT2_XL, shaped("new", 32, 64, 256)):
+            turned = find_config(adapter, method, {"optimiser": "rotate"})
+            assert (turned.optimiser, turned.steps, turned.v_lr, turned.rho) == ("rotate", 18, None, 0.2)
+            assert find_config(adapter, turned) == turned
+            assert find_config(adapter, find_config(adapter, method), {"optimiser": "rotate"}) == turned
+            back = find_config(adapter, turned, {"optimiser": "adam"})
+            assert (back.steps, back.v_lr) == (25, 0.2 if back.scale == "median" else 0.5)
+    settings = find_config(GPT2_XL, "memit", {"optimiser": "rotate", "rho": 0.3, "steps": 7}).targets()
+    assert (settings.optimiser, settings.rho, settings.steps) == ("rotate", 0.3, 7)
+    assert parse_overrides(["optimiser=rotate", "rho=0.15", "steps=12"], "memit") == (
+        {"optimiser": "rotate", "rho": 0.15, "steps": 12}
+    )
 
 
 def test_where_a_norm_lies_behind_the_projection_emmets_target_lies_before_it():

@@ -93,6 +93,19 @@ def test_rows_that_are_dropped_leave_the_others_as_they_were(site: Any, alone: b
         torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5)
 
 
+def test_what_rows_share_runs_once_and_suffixes_up_to_the_edited_block() -> None:
+    adapter = find_adapter(tiny_model("llama"))
+    ran = [0] * LAYERS
+    for layer in range(LAYERS):
+        adapter.block(layer).register_forward_pre_hook(
+            lambda _m, args, layer=layer: ran.__setitem__(layer, ran[layer] + args[0].shape[0] * args[0].shape[1])
+        )
+    rows = [Row((5, 6, 7, 8, 9, 10), 4, stem=3), Row((5, 6, 7, 11, 9, 10), 4, stem=3), Row((12, 13, 9, 10), 2, stem=1)]
+    SuffixForward(adapter, 0, rows)
+    # Two stems of up to 3 tokens, three rests of one; then three suffixes of two in the edited block alone.
+    assert ran == [6 + 3 + 6, *[6 + 3] * (LAYERS - 1)]
+
+
 def hybrid(**fields: Any) -> Any:
     """Linear attention between full attention."""
     config = transformers.Qwen3NextConfig(

@@ -80,6 +80,52 @@ def test_each_request_stops_on_its_own():
         assert_same(target, literal(model, tokenizer, request, settings))
 
 
+ROTATE = dataclasses.replace(SETTINGS, optimiser="rotate", steps=7, rho=0.15)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma3"])
+@pytest.mark.parametrize("site", ["block", "projection"])
+@pytest.mark.parametrize("contexts", [CONTEXTS, CONTEXTS[:2], ("",)])
+def test_rotate_equals_its_rule_written_out(architecture, site, contexts):
+    model, tokenizer = tiny_model(architecture), tiny_tokenizer("byte_bpe")
+    settings = dataclasses.replace(ROTATE, site=site)
+    adapter = find_adapter(model)
+    module = adapter.projection(1) if site == "projection" else None
+    targets = optimise(adapter, tokenizer, REQUESTS, contexts, settings)
+    for request, target in zip(REQUESTS, targets, strict=True):
+        reference = literal_target(model, tokenizer, adapter.block(1), request, contexts, settings, module)
+        assert_same(target, reference)
+        assert len(set(target.losses)) == settings.steps  # gradients come through
+
+
+def test_rotate_stops_where_every_context_has_agreed_in_turn():
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer("byte_bpe")
+    adapter = find_adapter(model)
+    free = optimise(adapter, tokenizer, REQUESTS, CONTEXTS, dataclasses.replace(ROTATE, steps=10))
+    # Two steps below the limit in a row, since there are two contexts beside the bare prompt.
+    highest = sorted(min(map(max, zip(t.losses, t.losses[1:], strict=False))) for t in free)
+    settings = dataclasses.replace(ROTATE, steps=10, early_stop=(highest[1] + highest[2]) / 2)
+    targets = optimise(adapter, tokenizer, REQUESTS, CONTEXTS, settings)
+    assert len({len(target.losses) for target in targets}) > 1
+    for request, target in zip(REQUESTS, targets, strict=True):
+        assert_same(target, literal(model, tokenizer, request, settings))
+
+
+@pytest.mark.parametrize("optimiser", ["adam", "rotate"])
+def test_the_limit_may_be_that_of_the_answer_s_costs_alone(optimiser):
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer("byte_bpe")
+    adapter = find_adapter(model)
+    # A KL term that no limit is below: the sum never stops, its first term does.
+    settings = dataclasses.replace(SETTINGS, optimiser=optimiser, steps=8, kl_factor=1e4, clamp=2.0)
+    (free,) = optimise(adapter, tokenizer, REQUESTS[2:3], ("",), settings)
+    limit = free.losses[0] - 0.01  # at the first step KL is 0
+    by_sum, by_nll = (dataclasses.replace(settings, stop=stop, early_stop=limit) for stop in ("loss", "nll"))
+    (never,) = optimise(adapter, tokenizer, REQUESTS[2:3], ("",), by_sum)
+    (soon,) = optimise(adapter, tokenizer, REQUESTS[2:3], ("",), by_nll)
+    assert len(soon.losses) < len(never.losses) == 8 and min(never.losses[1:]) > limit
+    assert_same(soon, literal_target(model, tokenizer, adapter.block(1), REQUESTS[2], ("",), by_nll))
+
+
 PROBABLE = dataclasses.replace(
     SETTINGS, steps=12, clamp=20.0, learning_rate=0.5, weight_decay=0.0, kl_factor=0.0,
     stop="most-probable", early_stop=1e9,

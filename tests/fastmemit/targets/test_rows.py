@@ -43,6 +43,15 @@ def test_another_prompt_gets_a_row_for_the_kl_term():
     assert rows.rows[2].reads == ()
 
 
+def test_a_context_is_a_stem_that_requests_share():
+    one = request_rows(TOKENIZER, EditRequest("{} is located in", "Paris", "Rome"), ("", "Yes. ", "So it goes. "))
+    other = request_rows(TOKENIZER, EditRequest("The town of {} is", "Ann", "Rome"), ("", "Yes. ", "So it goes. "))
+    for row, same, context in zip(one.rows, other.rows, ("", "Yes.", "So it goes."), strict=False):
+        # The space behind a context may be a token of its own or belong to the next word.
+        assert text(row.ids[: row.stem]).strip() == text(same.ids[: same.stem]).strip() == context
+        assert row.stem <= row.subject
+
+
 def test_subject_row_ends_with_the_subject():
     request = EditRequest("The town of {} is in", "New York", "Rome")
     row = subject_row(TOKENIZER, "So {it} goes. ", request)

@@ -41,8 +41,8 @@ def test_every_field_is_part_of_the_key(tmp_path):
     ]
     others = {"layer": 2, "site": "projection", "steps": 9, "learning_rate": 1.0, "clamp": 9.0}
     others |= {"weight_decay": 9.0, "kl_factor": 9.0, "early_stop": 9.0, "stop": "most-probable"}
-    others |= {"scale": "median"}
-    assert set(others) == {f.name for f in dataclasses.fields(TargetSettings)}
+    others |= {"scale": "median", "optimiser": "rotate"}
+    assert {*others, "rho"} == {f.name for f in dataclasses.fields(TargetSettings)}
     changes += [{"settings": dataclasses.replace(SETTINGS, **{n: v})} for n, v in others.items()]
     keys = {key(store), *(key(store, **change) for change in changes)}
     assert len(keys) == 1 + len(changes)
@@ -60,6 +60,15 @@ def test_the_limit_of_the_loss_is_no_part_of_the_key_where_nobody_reads_it(tmp_p
     store = TargetStore(tmp_path)
     probable = [dataclasses.replace(SETTINGS, stop="most-probable", early_stop=limit) for limit in (0.1, 9.0)]
     assert len({key(store, settings=settings) for settings in probable}) == 1
+
+
+def test_each_optimiser_s_step_is_part_of_its_own_keys_alone(tmp_path):
+    store = TargetStore(tmp_path)
+    rotate = dataclasses.replace(SETTINGS, optimiser="rotate")
+    for name, of, idle in (("rho", rotate, SETTINGS), ("learning_rate", SETTINGS, rotate)):
+        assert key(store, settings=of) != key(store, settings=dataclasses.replace(of, **{name: 0.7}))
+        assert key(store, settings=idle) == key(store, settings=dataclasses.replace(idle, **{name: 0.7}))
+    assert "optimiser" not in key(store).content  # as before there was another one
 
 
 def test_the_true_answer_and_a_leading_space_do_not_matter(tmp_path):
