@@ -85,6 +85,9 @@ def soak_kills(
 
     Returns:
         JSON values.
+
+    Raises:
+        SystemExit: The unbroken precompute left no file, or another one failed.
     """
     draw, kills = random.Random(seed), Kills()
     # A clean server forks the processes, so that each costs no import; it has started no thread.

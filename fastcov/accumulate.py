@@ -198,6 +198,9 @@ class Accumulator:
         """Read all answers, which waits once for each device; the oldest bad one names the batch.
 
         Of a module whose keys of this batch are at hand, the message says more.
+
+        Raises:
+            NonFinite: Keys, or what they add, hold NaN or infinity.
         """
         answers, self._answers = self._answers, []
         good: dict[int, bool] = {}

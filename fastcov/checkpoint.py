@@ -62,7 +62,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[
     from safetensors import SafetensorError, safe_open
 
     if not os.path.isfile(path):  # to open a pipe is to wait for somebody to write into it
-        raise _damaged(path, "is not a file")
+        raise StoreDamaged(_damaged(path, "is not a file"))
     left = max(os.path.getsize(path) - 32, 0)  # before the digest
     with open(path, "rb") as file:
         digest = hashlib.sha256()
@@ -70,19 +70,19 @@ def read_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[
             digest.update(piece)
             left -= len(piece)
         if digest.digest() != file.read(32):
-            raise _damaged(path, "is not what was written")
+            raise StoreDamaged(_damaged(path, "is not what was written"))
     try:
         with safe_open(os.fspath(path), framework="pt") as file:
             metadata = file.metadata() or {}
             if (metadata.get("format"), metadata.get("version")) != (FORMAT, str(VERSION)):
-                raise _damaged(path, f"has version {metadata.get('version')!r:.40}")
+                raise StoreDamaged(_damaged(path, f"has version {metadata.get('version')!r:.40}"))
             state = parse_json(metadata["state"])
             if not isinstance(state, dict) or any(not isinstance(state.get(part), kind) for part, kind in _STATE):
-                raise _damaged(path, "lacks a part of its state")
+                raise StoreDamaged(_damaged(path, "lacks a part of its state"))
             modules = state.pop("modules").items()
             taken = {name: _read(file, number, module) for number, (name, module) in enumerate(modules)}
     except (SafetensorError, KeyError, ValueError, TypeError) as error:
-        raise _damaged(path, f"is no checkpoint ({error!s:.120})") from error
+        raise StoreDamaged(_damaged(path, f"is no checkpoint ({error!s:.120})")) from error
     return state, taken
 
 
@@ -133,8 +133,8 @@ def write_checkpoint(file: BinaryIO, state: Mapping[str, Any], taken: Mapping[st
     write_safetensors(file, tensors, {"format": FORMAT, "version": str(VERSION), "state": text}, digest=True)
 
 
-def _damaged(path: str | os.PathLike[str], what: str) -> StoreDamaged:
-    return StoreDamaged(f"The checkpoint {os.fspath(path)!r} {what}; it may be deleted.")
+def _damaged(path: str | os.PathLike[str], what: str) -> str:
+    return f"The checkpoint {os.fspath(path)!r} {what}; it may be deleted."
 
 
 #: Seconds between two writes, and the share of the time that they may take beyond it.

@@ -118,8 +118,10 @@ class Processes:
     def guarded(self) -> Iterator[None]:
         """Tell the others of any error inside the block.
 
-        The first of several that fail raises its own error, the rest `FailedElsewhere`: one sentence is printed, not
-        many.
+        The first of several that fail raises its own error: one sentence is printed, not many.
+
+        Raises:
+            FailedElsewhere: Another process failed, and before this one.
         """
         try:
             yield

@@ -146,7 +146,8 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     lost.
 
     Raises:
-        OSError: The file cannot be written, or it is a folder or a socket.
+        IsADirectoryError: It is a folder.
+        OSError: The file cannot be written, or it is a socket.
     """
     given = Path(path)
     try:

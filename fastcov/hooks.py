@@ -394,6 +394,7 @@ class KeyHooks:
         Raises:
             BadInput: The forward pass ended and a hooked module was never called.
             FastcovError: The hooks are not on the model, or a module was called twice before the last one was reached.
+            _Reached: By other hooks around these, for whom it is.
         """
         if not self._handles:
             raise FastcovError("The hooks are not on the model; use KeyHooks in a with statement.")

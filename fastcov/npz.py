@@ -146,29 +146,29 @@ def load_npz(path: str | os.PathLike[str], *, width: int | None = None) -> NpzMo
         raise FastcovError(f"There is no file {os.fspath(path)!r}; check its path.")
     widest = MAX_WIDTH if width is None else width
     if os.path.getsize(path) > 8 * widest**2 + _OTHER:  # before its list of contents is read
-        raise _damaged(path, f"is larger than any moment of width {widest}")
+        raise StoreDamaged(_damaged(path, f"is larger than any moment of width {widest}"))
     try:
         with zipfile.ZipFile(path) as archive:
             members = _members(path, archive)
             for name in (COUNT, SUM):
                 if name not in members:
                     listed = ", ".join(f"{each:.40}" for each in sorted(members)[:8]) or "nothing"
-                    raise _damaged(path, f"has no {name} (it holds {listed})")
+                    raise StoreDamaged(_damaged(path, f"has no {name} (it holds {listed})"))
             _check_sum(path, archive, members, width)
             count = _scalar(path, archive, members[COUNT], COUNT)
             asked = members.get(SAMPLE_SIZE)
             sample_size = None if asked is None else _scalar(path, archive, asked, SAMPLE_SIZE)
             if count < 1:
-                raise _damaged(path, f"counts {count} keys")
+                raise StoreDamaged(_damaged(path, f"counts {count} keys"))
             total = _read(archive, members[SUM])
     except _UNREADABLE as error:
         if isinstance(error, BadInput):
             raise
-        raise _damaged(path, f"is not a readable .npz file ({error})") from error
+        raise StoreDamaged(_damaged(path, f"is not a readable .npz file ({error})")) from error
     matrix = torch.from_numpy(total.astype(total.dtype.newbyteorder("="), order="C", copy=False))
     check_finite(matrix, f"The sum in {os.fspath(path)!r}")
     if (wrong := not_a_sum(matrix)) is not None:
-        raise _damaged(path, f"holds no sum of k k^T, for {wrong}")
+        raise StoreDamaged(_damaged(path, f"holds no sum of k k^T, for {wrong}"))
     return NpzMoment(SecondMoment.from_lower(matrix, count), sample_size)
 
 
@@ -178,9 +178,9 @@ def _members(path: str | os.PathLike[str], archive: zipfile.ZipFile) -> dict[str
     for info in archive.infolist():
         name = info.filename.removesuffix(".npy")
         if name in found:
-            raise _damaged(path, f"holds {name!r:.40} twice")
+            raise StoreDamaged(_damaged(path, f"holds {name!r:.40} twice"))
         if info.compress_type not in _PACKED:
-            raise _damaged(path, f"packs {name!r:.40} in a way that NumPy does not")
+            raise StoreDamaged(_damaged(path, f"packs {name!r:.40} in a way that NumPy does not"))
         found[name] = info
     return found
 
@@ -192,9 +192,9 @@ def _check_sum(
     info = members[SUM]
     shape, dtype, header = _header(path, archive, info)
     if dtype.kind != "f" or dtype.itemsize not in (4, 8):
-        raise _damaged(path, f"holds a sum of {dtype}, not of float32 or float64")
+        raise StoreDamaged(_damaged(path, f"holds a sum of {dtype}, not of float32 or float64"))
     if len(shape) != 2 or shape[0] != shape[1] or shape[0] < 1:
-        raise _damaged(path, f"holds a sum of shape {shape}, not a square")
+        raise StoreDamaged(_damaged(path, f"holds a sum of shape {shape}, not a square"))
     if width is not None and shape[0] != width:
         raise BadInput(
             f"The file {os.fspath(path)!r} is of keys of width {shape[0]} but those of this module "
@@ -207,21 +207,23 @@ def _check_sum(
         )
     needed = header + shape[0] * shape[1] * dtype.itemsize
     if info.file_size != needed:
-        raise _damaged(path, f"has {info.file_size} bytes for a sum of shape {shape}, which takes {needed}")
+        raise StoreDamaged(
+            _damaged(path, f"has {info.file_size} bytes for a sum of shape {shape}, which takes {needed}")
+        )
     if info.file_size > _EXPANSION * info.compress_size + (1 << 24):
-        raise _damaged(path, f"expands {info.compress_size} bytes to {info.file_size}")
+        raise StoreDamaged(_damaged(path, f"expands {info.compress_size} bytes to {info.file_size}"))
 
 
 def _scalar(path: str | os.PathLike[str], archive: zipfile.ZipFile, info: zipfile.ZipInfo, name: str) -> int:
     """A whole number that is an array of one entry."""
     shape, dtype, header = _header(path, archive, info)
     if shape not in ((), (1,)) or dtype.kind not in "iuf":
-        raise _damaged(path, f"has a {name} that is {dtype} of shape {shape}, not a whole number")
+        raise StoreDamaged(_damaged(path, f"has a {name} that is {dtype} of shape {shape}, not a whole number"))
     if info.file_size != header + dtype.itemsize:
-        raise _damaged(path, f"has a {name} of {info.file_size} bytes")
+        raise StoreDamaged(_damaged(path, f"has a {name} of {info.file_size} bytes"))
     value = float(_read(archive, info).reshape(()))
     if not value.is_integer():
-        raise _damaged(path, f"has a {name} of {value:g}, which is not a whole number")
+        raise StoreDamaged(_damaged(path, f"has a {name} of {value:g}, which is not a whole number"))
     return int(value)
 
 
@@ -234,11 +236,11 @@ def _header(
     with archive.open(info) as stream:
         version = npy.read_magic(stream)
         if version not in ((1, 0), (2, 0)):
-            raise _damaged(path, f"holds an array of version {version}")
+            raise StoreDamaged(_damaged(path, f"holds an array of version {version}"))
         read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
         shape, _, dtype = read(stream, max_header_size=_HEADER)
         if dtype.hasobject:
-            raise _damaged(path, f"holds Python objects as {info.filename.removesuffix('.npy')}")
+            raise StoreDamaged(_damaged(path, f"holds Python objects as {info.filename.removesuffix('.npy')}"))
         return shape, dtype, stream.tell()
 
 
@@ -250,5 +252,5 @@ def _read(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Any:
         return npy.read_array(stream, allow_pickle=False, max_header_size=_HEADER)
 
 
-def _damaged(path: str | os.PathLike[str], what: str) -> StoreDamaged:
-    return StoreDamaged(f"The file {os.fspath(path)!r} {what}; get it again, or precompute the moment here.")
+def _damaged(path: str | os.PathLike[str], what: str) -> str:
+    return f"The file {os.fspath(path)!r} {what}; get it again, or precompute the moment here."

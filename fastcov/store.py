@@ -79,17 +79,17 @@ def load_moment(
         triangle: Tensor = file.get_tensor("sum")
     d, count = _number(path, metadata, "d"), _number(path, metadata, "count")
     if triangle.dim() != 1 or d < 1 or triangle.numel() != d * (d + 1) // 2:
-        raise _damaged(path, f"holds a sum of shape {tuple(triangle.shape)} for a width of {d}")
+        raise StoreDamaged(_damaged(path, f"holds a sum of shape {tuple(triangle.shape)} for a width of {d}"))
     if triangle.dtype != _DTYPES.get(metadata.get("dtype", "")):
-        raise _damaged(path, f"holds a sum of {triangle.dtype} and says {metadata.get('dtype')!r:.40}")
+        raise StoreDamaged(_damaged(path, f"holds a sum of {triangle.dtype} and says {metadata.get('dtype')!r:.40}"))
     if hashlib.sha256(raw_bytes(triangle)).hexdigest() != metadata.get("sha256"):
-        raise _damaged(path, "holds a sum whose bytes have changed")
+        raise StoreDamaged(_damaged(path, "holds a sum whose bytes have changed"))
     try:
         quartic = float(metadata["quartic"]) if "quartic" in metadata else None
     except ValueError:
         quartic = math.nan
     if quartic is not None and not 0 <= quartic < math.inf:
-        raise _damaged(path, f"says {metadata['quartic']!r:.40} for a sum of fourth powers")
+        raise StoreDamaged(_damaged(path, f"says {metadata['quartic']!r:.40} for a sum of fourth powers"))
     return SecondMoment.from_lower(unpacked(triangle, d), count, quartic), provenance
 
 
@@ -127,12 +127,12 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[tuple[Any, dict[str, str]]
     if not Path(path).exists():
         raise FastcovError(f"There is no stored moment at {os.fspath(path)!r}; precompute it first.")
     if not Path(path).is_file():  # to open a pipe is to wait for somebody to write into it
-        raise _damaged(path, "is not a file")
+        raise StoreDamaged(_damaged(path, "is not a file"))
     try:
         with safe_open(os.fspath(path), framework="pt") as file:
             metadata: dict[str, str] = file.metadata() or {}
             if metadata.get("check") != _digest(metadata):
-                raise _damaged(path, "has a header that is not what was written")
+                raise StoreDamaged(_damaged(path, "has a header that is not what was written"))
             version = _whole(metadata.get("format", ""))
             if version is not None and version > FORMAT:
                 raise StoreMismatch(
@@ -143,26 +143,26 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[tuple[Any, dict[str, str]]
                     expected=FORMAT,
                 )
             if set(file.keys()) != {"sum"}:
-                raise _damaged(path, f"holds {sorted(file.keys())!s:.80} and not a sum")
+                raise StoreDamaged(_damaged(path, f"holds {sorted(file.keys())!s:.80} and not a sum"))
             yield file, metadata
     except SafetensorError as error:
-        raise _damaged(path, f"is not a readable safetensors file ({error!s:.120})") from error
+        raise StoreDamaged(_damaged(path, f"is not a readable safetensors file ({error!s:.120})")) from error
 
 
 def _provenance(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> dict[str, Any]:
     try:
         value = parse_json(metadata["provenance"])
     except (KeyError, ValueError) as error:
-        raise _damaged(path, "has no readable provenance") from error
+        raise StoreDamaged(_damaged(path, "has no readable provenance")) from error
     if not isinstance(value, dict):
-        raise _damaged(path, "has a provenance that is not an object")
+        raise StoreDamaged(_damaged(path, "has a provenance that is not an object"))
     return value
 
 
 def _number(path: str | os.PathLike[str], metadata: Mapping[str, str], name: str) -> int:
     value = _whole(metadata.get(name, ""))
     if value is None:
-        raise _damaged(path, f"says {metadata.get(name)!r:.40} for its {name}")
+        raise StoreDamaged(_damaged(path, f"says {metadata.get(name)!r:.40} for its {name}"))
     return value
 
 
@@ -201,5 +201,5 @@ def _digest(metadata: Mapping[str, str]) -> str:
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
-def _damaged(path: str | os.PathLike[str], what: str) -> StoreDamaged:
-    return StoreDamaged(f"The file {os.fspath(path)!r} {what}; delete it and precompute the moment again.")
+def _damaged(path: str | os.PathLike[str], what: str) -> str:
+    return f"The file {os.fspath(path)!r} {what}; delete it and precompute the moment again."

@@ -83,8 +83,10 @@ def why_not(C: Tensor | None = None, X: Tensor | None = None) -> str | None:
 def update(C: Tensor, X: Tensor, mask: Tensor | None, alpha: float, route: str = "auto") -> None:
     """Lower triangle of C (d, d) += alpha * X^T X over the kept rows of X (n, d), in place.
 
-    Rows that a mask leaves out may hold anything, NaN included. The route is "mma" or "wgmma". A launch that fails is a
-    RuntimeError with CUDA's own name of the error.
+    Rows that a mask leaves out may hold anything, NaN included. The route is "mma" or "wgmma".
+
+    Raises:
+        RuntimeError: The launch failed; it has CUDA's own name of the error.
     """
     if X.shape[0] == 0:
         return

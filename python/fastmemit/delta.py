@@ -124,7 +124,7 @@ class Delta:
             with safe_open(os.fspath(path), framework="pt") as file:
                 metadata = file.metadata() or {}
                 if metadata.get("format") != FORMAT:
-                    raise _damaged(path, "is not an edit file of fastmemit")
+                    raise DamagedFile(_damaged(path, "is not an edit file of fastmemit"))
                 if metadata.get("version", "") != str(VERSION):
                     raise DamagedFile(
                         f"The edit file {os.fspath(path)!r} has version {metadata.get('version', '')!r:.40} but this "
@@ -132,18 +132,18 @@ class Delta:
                     )
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except SafetensorError as error:
-            raise _damaged(path, f"is not a readable safetensors file ({error!s:.120})") from error
+            raise DamagedFile(_damaged(path, f"is not a readable safetensors file ({error!s:.120})")) from error
         factors = _pairs(path, tensors)
         try:
             provenance = parse_json(metadata["provenance"])
         except (KeyError, ValueError) as error:
-            raise _damaged(path, "has no readable provenance") from error
+            raise DamagedFile(_damaged(path, "has no readable provenance")) from error
         delta = cls(factors, provenance if isinstance(provenance, dict) else {})
         if metadata.get("sha256") != _seal(delta.digest(), metadata["provenance"]):
-            raise _damaged(path, "holds other bytes than were written")
+            raise DamagedFile(_damaged(path, "holds other bytes than were written"))
         for name, pair in factors.items():
             if not all(bool(torch.isfinite(factor).all()) for factor in pair):
-                raise _damaged(path, f"holds NaN or infinity in its factors of {name:.80}")
+                raise DamagedFile(_damaged(path, f"holds NaN or infinity in its factors of {name:.80}"))
         return delta
 
     def check(self, model: nn.Module) -> None:
@@ -375,13 +375,13 @@ def _pairs(path: str | os.PathLike[str], tensors: Mapping[str, Tensor]) -> dict[
     for name in names:
         left, right = tensors.get(f"{name}:left"), tensors.get(f"{name}:right")
         if left is None or right is None or not name or len(tensors) != 2 * len(names):
-            raise _damaged(path, "does not hold a left and a right factor for each weight")
+            raise DamagedFile(_damaged(path, "does not hold a left and a right factor for each weight"))
         sound = all(t.dim() == 2 and t.dtype == torch.float32 for t in (left, right))
         if not sound or left.shape[1] != right.shape[1]:
-            raise _damaged(path, f"holds factors of {name:.80} that do not fit each other")
+            raise DamagedFile(_damaged(path, f"holds factors of {name:.80} that do not fit each other"))
         factors[name] = (left, right)
     return factors
 
 
-def _damaged(path: str | os.PathLike[str], what: str) -> DamagedFile:
-    return DamagedFile(f"The file {os.fspath(path)!r} {what}; get or make the edit again.")
+def _damaged(path: str | os.PathLike[str], what: str) -> str:
+    return f"The file {os.fspath(path)!r} {what}; get or make the edit again."

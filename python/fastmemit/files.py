@@ -145,6 +145,10 @@ def _taken(path: Path) -> Callable[[], None] | None:
 
     Unlike filelock, which keeps its file for ever and retries whatever flock says, this removes the file and tells a
     lock that is held from a file system without locks.
+
+    Raises:
+        PermissionError: The folder cannot be written.
+        _NoLocks: There are no locks, or none for this user.
     """
     if sys.platform == "win32":
         return _taken_on_windows(path)
@@ -279,7 +283,7 @@ def compare_provenance(path: Path, stored: Mapping[str, Any], expected: Mapping[
 
     Raises:
         StoreMismatch: A field differs, or only one of them has it.
-    """
+    """  # noqa: DOC501 (by _mismatch)
     found = {**essence(stored), **{name: stored.get(name) for name in OWN if name in expected}}
     wanted = {**essence(expected), **{name: expected[name] for name in OWN if name in expected}}
     for field in (*wanted, *found):
@@ -306,7 +310,7 @@ def provenances_in(home: Path, modules: Sequence[str], model: str) -> list[dict[
         FastcovError: There is no file of a module.
         StoreDamaged: A file's header is not what was written, or lacks a field.
         StoreMismatch: A file is of another model, module or collection.
-    """
+    """  # noqa: DOC501 (by _mismatch)
     stored = {name: provenance_of(home / f"{name}.safetensors") for name in modules}
     key = re.search(r"-([0-9a-f]{12})$", home.name)
     right = [p for p in stored.values() if key is not None and _digest(p) == key[1]]

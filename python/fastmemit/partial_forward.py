@@ -360,6 +360,7 @@ def forward_for(adapter: ModelAdapter, layer: int, rows: Sequence[Row], site: Si
 
     Raises:
         UnknownArchitecture: What is put out at the site is not one vector a token.
+        torch.OutOfMemoryError: There is no memory for a batch of these rows.
     """
     numbers = range(len(rows))
     padded = min(numbers, key=lambda i: (rows[i].subject, len(rows[i].ids)))
@@ -552,6 +553,7 @@ class SubjectPass:
             this one, or one that begins at the block `keep`.
 
         Raises:
+            ValueError: `keep` lies below this pass.
             UnknownArchitecture: A module does not run, or has not one state for every token.
         """
         if 0 < keep < self.layer:

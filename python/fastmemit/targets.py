@@ -539,6 +539,9 @@ def stored_or_optimised(
     Args and errors are those of `TargetStore.key` and `fastmemit.targets.optimise`, but one: `together` makes all of
     them again unless all are there. The last bits of a vector depend on what it was optimised beside, so an interrupted
     run and an unbroken one then agree in them.
+
+    Raises:
+        OSError: A vector cannot be written, where the cache is not one that nobody may write.
     """
     keys = [store.key(model, request, contexts, settings, lead(tokenizer, request)) for request in requests]
     found = {key: target for key in keys if (target := store.get(key)) is not None}

@@ -150,6 +150,9 @@ def _spans_by_decoding(tokenizer: Any, ids: list[int], text: str) -> list[tuple[
     A token that ends inside a character (one byte of an emoji) decodes to U+FFFD and covers that whole character. Where
     the decoded text is not the text itself (collapsed white space, lower case, unknown words) the two are aligned, and
     a token covers all that it may stand for.
+
+    Raises:
+        BadRequest: The text is longer than `MAX_DECODED`.
     """
     if len(text) > MAX_DECODED:
         raise BadRequest(
@@ -360,6 +363,7 @@ def request_rows(tokenizer: Any, request: EditRequest, contexts: Sequence[str]) 
 
     Raises:
         BadRequest: The subject's last token and the target share a token.
+        ValueError: The first context is not ``""``.
     """
     if not contexts or contexts[0] != "":
         raise ValueError(f"contexts must begin with '' (the bare prompt), not {contexts[:1]!r}.")

@@ -397,6 +397,11 @@ def check_tracing(adapter: ModelAdapter) -> None:
 
     Some tokens run with noise at the first two and one clean state put back at a later one: in part and beside a
     shorter row, and whole and alone. The model is in evaluation mode.
+
+    Raises:
+        UnknownArchitecture: It is such a model.
+        FastmemitError: Its input cannot be read or its blocks not be run.
+        torch.OutOfMemoryError: There is no memory for that.
     """
     if adapter.measured.get("traced in part"):
         return

@@ -225,6 +225,9 @@ class Live:
         """Have statistics of the unedited model with these layers, or at least those `needed`.
 
         `dataset` is what the caller would collect them on, `multiplier` its d_m where the settings do not say it.
+
+        Raises:
+            WrongModel: There are none of these layers, and the model is edited.
         """
         if self._statistics is not None and self.covers(layers):
             self.store.use(self._statistics)

@@ -172,7 +172,7 @@ def check_honoured(fields: Mapping[str, Any], name: str) -> None:
     """Refuse values of what is done here in one way only, by a `BadConfig`."""
     for field, (value, why) in _FIXED.items():
         if fields.get(field) is not None and _plain(fields[field]) != value:
-            raise _not_honoured(fields, field, name, why, json.dumps(value))
+            raise BadConfig(_not_honoured(fields, field, name, why, json.dumps(value)))
 
 
 def target_settings(fields: Mapping[str, Any], layer: int, adapter: ModelAdapter) -> TargetSettings:
@@ -272,7 +272,9 @@ def _keys(fields: Mapping[str, Any], kind: str, name: str) -> dict[str, Any]:
         return {"keys": "original"}
     if fields.get("enable_prompt_keys") or fields.get("enable_random_prefix_keys") is False:
         why = "r-ROME's key is the mean over contexts here"
-        raise _not_honoured(fields, "enable_prompt_keys", name, why, "false and enable_random_prefix_keys to true")
+        raise BadConfig(
+            _not_honoured(fields, "enable_prompt_keys", name, why, "false and enable_random_prefix_keys to true")
+        )
     return {"keys": "mean"}
 
 
@@ -284,10 +286,8 @@ def _identity(fields: Mapping[str, Any], kind: str, name: str) -> bool:
     return bool(fields.get("identity_cov")) or (without and METHODS[kind] == "rome")
 
 
-def _not_honoured(fields: Mapping[str, Any], field: str, name: str, why: str, value: str) -> BadConfig:
-    return BadConfig(
-        f"{field} of {name} is {_shown(fields.get(field))}, which cannot be honoured, for {why}; set it to {value}."
-    )
+def _not_honoured(fields: Mapping[str, Any], field: str, name: str, why: str, value: str) -> str:
+    return f"{field} of {name} is {_shown(fields.get(field))}, which cannot be honoured, for {why}; set it to {value}."
 
 
 def _number(value: Any, field: str, name: str) -> float:

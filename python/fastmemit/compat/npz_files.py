@@ -385,9 +385,11 @@ def likeness(diagonal: Tensor, mean_squares: Tensor) -> Likeness:
 
 
 def check_likeness(editor: Editor, moments: Mapping[str, SecondMoment]) -> None:
-    """Refuse moments, by module, that are unlike those of the unedited model's own keys, by a `WrongModel`.
+    """Refuse moments, by module, that are unlike those of the unedited model's own keys.
 
-    One may be of another layer, another model, or not a sum of as many keys as it says.
+    Raises:
+        WrongModel: One is of another layer, another model, or not a sum of as many keys as it says; or the model is
+            edited.
     """
     if editor.edits:
         raise WrongModel(

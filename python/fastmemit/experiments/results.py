@@ -154,6 +154,9 @@ def with_defaults(method: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings that were written down, with those that there were none of at that time.
 
     And without those of other methods, which were written down too once, and changed nothing.
+
+    Raises:
+        TypeError: They are no object.
     """
     if not isinstance(settings, Mapping):
         raise TypeError(f"the settings of {method:.40} are {settings!r:.40}")
@@ -188,7 +191,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
     Raises:
         BadData: Another line is not a JSON object with a key, or this is no file.
-    """
+    """  # noqa: DOC501 (a ValueError is caught here)
     if not path.is_file():
         raise BadData(f"{str(path)!r} is not a file; put the results there that a sweep wrote.")
     lines = _content(path).split(b"\n")
@@ -253,7 +256,7 @@ def read_unedited(path: Path, fingerprint: str, cases: Sequence[int]) -> dict[in
 
     Raises:
         BadData: The file is not what was written.
-    """
+    """  # noqa: DOC501 (a ValueError is caught here)
     if not path.is_file():
         return None
     try:

@@ -218,6 +218,8 @@ def run_sequential(
         BadData: There is no batch, or an empty one.
         BadRequest: A record cannot be edited, or two of a batch contradict each other.
         fastcov.FastcovError: No statistics of the edited layers were precomputed.
+        NonFinite: The first batch cannot be written, as for another `FastmemitError`; later ones are skipped.
+        FastmemitError: See above.
     """
     if editor.edits:
         raise WrongModel(_EDITED)

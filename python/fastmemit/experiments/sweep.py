@@ -165,6 +165,9 @@ def parse_batches(sizes: str | None, numbers: str | None) -> dict[int, int]:
     """``"1,16,64"`` and ``"1000,10,5"``, one for each size or one for all, as batch sizes and how many of each.
 
     Without sizes they are those of Table 1, and without numbers as many as there.
+
+    Raises:
+        BadConfig: A part is no whole number above 0, sizes and numbers do not go together, or Table 1 lacks the size.
     """
     wrong = "{} is not a whole number above 0; write batch sizes, and how many, as 1,16,64."
     wanted = tuple(TABLE_1) if sizes is None else _each("batch size", sizes, lambda part: _whole(part, 1), wrong)

@@ -206,7 +206,8 @@ def load_model(
         DamagedFile: The model's files cannot be read.
         BadConfig: `device`, `dtype`, `device_map` or `load_in` makes no sense here, or needs a package that is not
             there.
-    """
+        OSError: The disk refused, in its own words.
+    """  # noqa: DOC501 (of what is caught, only that of the disk passes)
     settings: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if device_map is None:
         place = _device(device)

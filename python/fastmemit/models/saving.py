@@ -32,7 +32,7 @@ def save_model(
         FileExistsError: `folder` holds something already, or is a file.
         WrongModel: The weights are in a quantised form that has no file format.
         OSError: The disk refused.
-    """
+    """  # noqa: DOC501 (by _disk_error)
     target = Path(folder)
     try:
         with new_folder(target) as partial:

@@ -161,6 +161,9 @@ def find_projection(block: nn.Module, width: int, inner: set[int], path: str) ->
         width: The hidden size d: the projection's output.
         inner: The MLP's widths as the config states them, to choose between candidates.
         path: The name of the list that holds the block, for what an error advises.
+
+    Raises:
+        UnknownArchitecture: There is none, several could be it, or it is one of experts side by side.
     """
     shapes = {name: shape for name, module in block.named_modules() if (shape := linear_shape(module)) is not None}
     # A map inside another one is a part of it: the weights of an adapter, what it was put around.

@@ -210,33 +210,33 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, An
         if not isinstance(config, dict):
             raise ValueError("it is no object")
     except ValueError as error:
-        raise _damaged(folder, f"has an {CONFIG} that cannot be read ({error})") from error
+        raise DamagedFile(_damaged(folder, f"has an {CONFIG} that cannot be read ({error})")) from error
     try:
         with safe_open(str(folder / WEIGHTS), framework="pt") as file:
             text = (file.metadata() or {}).get(OURS)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
-        raise _damaged(folder, f"has an {WEIGHTS} that cannot be read ({error!s:.120})") from error
+        raise DamagedFile(_damaged(folder, f"has an {WEIGHTS} that cannot be read ({error!s:.120})")) from error
     try:
         ours = {} if text is None else parse_json(text)
     except ValueError as error:
-        raise _damaged(folder, "has metadata that cannot be read") from error
+        raise DamagedFile(_damaged(folder, "has metadata that cannot be read")) from error
     return config, tensors, ours if isinstance(ours, dict) else {}
 
 
 def _check_config(folder: _Path, config: Mapping[str, Any]) -> None:
     """Refuse what changes more, or otherwise, than ``scaling B A`` on linear maps."""
     if config.get("peft_type") != "LORA":
-        raise _bad(folder, f"is of the type {config.get('peft_type')!r:.40} and not LoRA")
+        raise BadData(_bad(folder, f"is of the type {config.get('peft_type')!r:.40} and not LoRA"))
     if config.get("bias", "none") != "none":
-        raise _bad(folder, f"trains biases too (bias={config['bias']!r:.40})")
+        raise BadData(_bad(folder, f"trains biases too (bias={config['bias']!r:.40})"))
     start = config.get("init_lora_weights", True)
     if start not in _PLAIN_STARTS:
         moved = "moves a part of the base model into it; convert it to plain LoRA with PEFT first"
-        raise _bad(folder, f"was started by {start!r:.40}, which {moved}")
+        raise BadData(_bad(folder, f"was started by {start!r:.40}, which {moved}"))
     strange = [name for name, value in config.items() if name not in _KNOWN and value]
     if strange:
-        raise _bad(folder, f"uses {strange[0]}, which is more than plain LoRA")
+        raise BadData(_bad(folder, f"uses {strange[0]}, which is more than plain LoRA"))
 
 
 def _pairs(folder: _Path, tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
@@ -246,15 +246,15 @@ def _pairs(folder: _Path, tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tens
         match = _NAME.fullmatch(name)
         if match is None:
             kind = next((what for part, what in _KINDS.items() if part in name), "no LoRA factor")
-            raise _bad(folder, f"holds {name!r:.120}, which is {kind}")
+            raise BadData(_bad(folder, f"holds {name!r:.120}, which is {kind}"))
         if not tensor.is_floating_point() or tensor.dim() != 2:
-            raise _bad(folder, f"holds {name!r:.120} as {tensor.dtype} of {tensor.dim()} sides")
+            raise BadData(_bad(folder, f"holds {name!r:.120} as {tensor.dtype} of {tensor.dim()} sides"))
         found.setdefault(match[1], {})[match[2]] = tensor.float()
     if not found:
-        raise _bad(folder, "holds no tensor")
+        raise BadData(_bad(folder, "holds no tensor"))
     for module, pair in found.items():
         if len(pair) != 2 or pair["A"].shape[0] != pair["B"].shape[1]:
-            raise _damaged(folder, f"holds factors of {module!r:.120} that do not fit each other")
+            raise DamagedFile(_damaged(folder, f"holds factors of {module!r:.120} that do not fit each other"))
     return {module: (pair["A"], pair["B"]) for module, pair in sorted(found.items())}
 
 
@@ -262,18 +262,18 @@ def _scalings(folder: _Path, config: Mapping[str, Any], ranks: Mapping[str, int]
     """The factors before B A: alpha / r, or alpha / sqrt(r) in rank-stabilised LoRA."""
     own = config.get("alpha_pattern") or {}
     if not isinstance(own, dict):
-        raise _damaged(folder, f"has an alpha_pattern of {own!r:.40}")
+        raise DamagedFile(_damaged(folder, f"has an alpha_pattern of {own!r:.40}"))
     try:
         patterns = Patterns(list(own))
     except ValueError as error:
-        raise _bad(folder, f"has {error}, which is more than names and simple patterns of them") from error
+        raise BadData(_bad(folder, f"has {error}, which is more than names and simple patterns of them")) from error
     found = {}
     for module, rank in ranks.items():
         number = patterns.first(module)
         alpha = config.get("lora_alpha", 8) if number is None else list(own.values())[number]
         # A whole number in JSON has no largest; compared, it need not become a float.
         if type(alpha) not in (int, float) or not abs(alpha) <= sys.float_info.max or rank < 1:
-            raise _damaged(folder, f"has an alpha of {alpha!r:.40} for a rank of {rank}")
+            raise DamagedFile(_damaged(folder, f"has an alpha of {alpha!r:.40} for a rank of {rank}"))
         found[module] = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
     return found
 
@@ -284,9 +284,9 @@ def _linear(folder: _Path, model: nn.Module, module: str) -> nn.Module:
     except AttributeError:
         return nn.Identity()  # the delta's own check says that the model has no such weight
     if linear_shape(part) is None:
-        raise _bad(folder, f"changes {module}, which is a {type(part).__name__} and no linear map")
+        raise BadData(_bad(folder, f"changes {module}, which is a {type(part).__name__} and no linear map"))
     if other := _sharing(model, f"{module}.weight"):
-        raise _bad(folder, f"changes {module}, whose weight {other} shares")
+        raise BadData(_bad(folder, f"changes {module}, whose weight {other} shares"))
     return part
 
 
@@ -294,7 +294,7 @@ def _as_written(folder: _Path, factors: Mapping[str, tuple[Tensor, Tensor]], our
     """The delta that was exported: without the padding, and checked by its digest."""
     ranks, provenance = ours.get("ranks"), ours.get("provenance")
     if not (isinstance(ranks, dict) and isinstance(provenance, dict) and ranks.keys() == factors.keys()):
-        raise _damaged(folder, "is not what was exported")
+        raise DamagedFile(_damaged(folder, "is not what was exported"))
     cut = {
         name: (left[:, : ranks[name]].contiguous(), right[:, : ranks[name]].contiguous())
         for name, (left, right) in factors.items()
@@ -303,16 +303,16 @@ def _as_written(folder: _Path, factors: Mapping[str, tuple[Tensor, Tensor]], our
     delta = Delta(cut, provenance)
     rest = [t[:, ranks[n] :] for n in cut for t in factors[n]]
     if delta.digest() != ours.get("digest") or any(bool(torch.any(t != 0)) for t in rest):
-        raise _damaged(folder, "holds other numbers than were exported")
+        raise DamagedFile(_damaged(folder, "holds other numbers than were exported"))
     return delta
 
 
-def _bad(folder: _Path, what: str) -> BadData:
-    return BadData(f"The adapter {os.fspath(folder)!r} {what}, so it cannot be read as an edit.")
+def _bad(folder: _Path, what: str) -> str:
+    return f"The adapter {os.fspath(folder)!r} {what}, so it cannot be read as an edit."
 
 
-def _damaged(folder: _Path, what: str) -> DamagedFile:
-    return DamagedFile(f"The adapter {os.fspath(folder)!r} {what}; get or export it again.")
+def _damaged(folder: _Path, what: str) -> str:
+    return f"The adapter {os.fspath(folder)!r} {what}; get or export it again."
 
 
 # Patterns of a configuration, matched without backtracking. PEFT takes a key of ``alpha_pattern`` for a module where

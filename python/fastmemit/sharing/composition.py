@@ -78,7 +78,7 @@ def parts(delta: Delta) -> tuple[Delta, ...]:
         return (delta,)
     listed = delta.provenance.get("parts")
     if not isinstance(listed, list) or not listed:
-        raise _not_as_said("its parts are not listed")
+        raise DamagedFile(_not_as_said("its parts are not listed"))
     found: list[Delta] = []
     start = dict.fromkeys(delta.factors, 0)
     for about in listed:
@@ -90,21 +90,21 @@ def parts(delta: Delta) -> tuple[Delta, ...]:
             and all(type(rank) is int and rank >= 0 for rank in about["ranks"].values())
         )
         if not sound:
-            raise _not_as_said("what it says of a part cannot be read")
+            raise DamagedFile(_not_as_said("what it says of a part cannot be read"))
         factors = {}
         for name, rank in about["ranks"].items():
             if name not in start:
-                raise _not_as_said(f"its part {len(found) + 1} changes {name!r:.80} and it does not")
+                raise DamagedFile(_not_as_said(f"its part {len(found) + 1} changes {name!r:.80} and it does not"))
             columns = slice(start[name], start[name] + rank)
             left, right = delta.factors[name]
             factors[name] = left[:, columns].contiguous(), right[:, columns].contiguous()
             start[name] += rank
         part = Delta(factors, about["provenance"])
         if part.digest() != about["digest"]:
-            raise _not_as_said(f"part {len(found) + 1} has other numbers than its digest says")
+            raise DamagedFile(_not_as_said(f"part {len(found) + 1} has other numbers than its digest says"))
         found.append(part)
     if any(start[name] != left.shape[1] for name, (left, _) in delta.factors.items()):
-        raise _not_as_said("its parts do not add up to it")
+        raise DamagedFile(_not_as_said("its parts do not add up to it"))
     return tuple(found)
 
 
@@ -185,8 +185,8 @@ def _check_models(flat: Sequence[Delta]) -> None:
                 )
 
 
-def _not_as_said(what: str) -> DamagedFile:
-    return DamagedFile(f"The edit is no composition as it says, for {what}; compose it again.")
+def _not_as_said(what: str) -> str:
+    return f"The edit is no composition as it says, for {what}; compose it again."
 
 
 def facts_of(delta: Delta) -> list[EditRequest]:

@@ -286,9 +286,9 @@ def open_statistics(folder: _Path) -> Statistics:
         wrong = lacking_fields(provenance)  # what could not have been written by `precompute`
         wrong += [n for n, form in forms.items() if not form.fullmatch(str(provenance.get(n)))]
         if wrong:
-            raise _damaged(file, f"does not say its {wrong[0]} ({provenance.get(wrong[0])!r:.80})")
+            raise DamagedFile(_damaged(file, f"does not say its {wrong[0]} ({provenance.get(wrong[0])!r:.80})"))
         if provenance["module"] != file.stem:
-            raise _damaged(file, f"is of the module {provenance['module']!r:.80}")
+            raise DamagedFile(_damaged(file, f"is of the module {provenance['module']!r:.80}"))
         check_moment(file, provenance, moment)
         stored.append(provenance)
     for file, provenance in zip(files, stored, strict=True):
@@ -296,7 +296,9 @@ def open_statistics(folder: _Path) -> Statistics:
             compare_provenance(file, provenance, shared_of(stored[0]))
         except fastcov.StoreMismatch as differs:
             others = f"than {files[0].name} ({differs.expected!r:.80})"
-            raise _damaged(file, f"is of another {differs.field} ({differs.stored!r:.80}) {others}") from differs
+            raise DamagedFile(
+                _damaged(file, f"is of another {differs.field} ({differs.stored!r:.80}) {others}")
+            ) from differs
     return Statistics({p["module"]: file for p, file in zip(stored, files, strict=True)}, common_provenance(stored))
 
 
@@ -307,8 +309,8 @@ def cache_statistics(found: Statistics, folder: Path) -> Statistics:
     return Statistics(copy_moments(found.paths, found.provenance, home.parent, home.name), found.provenance)
 
 
-def _damaged(file: Path, what: str) -> DamagedFile:
-    return DamagedFile(f"The moment {str(file)!r} {what}, so it belongs to no statistics; get it again.")
+def _damaged(file: Path, what: str) -> str:
+    return f"The moment {str(file)!r} {what}, so it belongs to no statistics; get it again."
 
 
 def check_repo(repo: str) -> str:
@@ -320,9 +322,12 @@ def check_repo(repo: str) -> str:
 
 @contextmanager
 def told_plainly(repo: str, doing: str) -> Iterator[None]:
-    """Turn what the hub's library raises into a `FastmemitError` of one sentence; the disk's own errors pass.
+    """Turn what the hub's library raises into one sentence; the disk's own errors pass.
 
     `doing` is "fetched" or "written".
+
+    Raises:
+        FastmemitError: The hub refused, or cannot be reached.
     """
     try:
         yield
