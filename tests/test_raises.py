@@ -1,0 +1,148 @@
+"""What a docstring's Raises promises, somebody below raises: the function, or one that it calls, and so on down."""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import re
+from collections.abc import Iterator, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import fastcov.errors
+import fastmemit.errors
+
+ROOT = Path(__file__).resolve().parents[1]
+Function = ast.FunctionDef | ast.ClassDef
+SOURCES = {path: ast.parse(path.read_text(encoding="utf-8")) for top in ("fastcov", "python/fastmemit")
+           for path in sorted((ROOT / top).rglob("*.py"))}  # fmt: skip
+OURS = {name: kind for module in (fastcov.errors, fastmemit.errors) for name, kind in vars(module).items()
+        if isinstance(kind, type) and issubclass(kind, Exception)}  # fmt: skip
+#: (file, name) of what stands at the top of a file; methods by name, which `x.name` may mean.
+TOP = {(path, node.name): node for path, tree in SOURCES.items() for node in tree.body if isinstance(node, Function)}
+METHODS: dict[str, list[tuple[Path, Function]]] = {}
+#: The methods of a method's own class.
+SIBLINGS: dict[int, dict[str, Function]] = {}
+#: (file, name) of what a file imports -> the name and the file that it comes from.
+IMPORTED: dict[tuple[Path, str], tuple[Path, str]] = {}
+for _path, _tree in SOURCES.items():
+    for _node in ast.walk(_tree):
+        if isinstance(_node, ast.ClassDef):
+            for _part in _node.body:
+                if isinstance(_part, Function):
+                    METHODS.setdefault(_part.name, []).append((_path, _part))
+                    SIBLINGS[id(_part)] = {each.name: each for each in _node.body if isinstance(each, Function)}
+        elif isinstance(_node, ast.ImportFrom) and _node.module:
+            _home = ROOT.joinpath("python" if _node.module.startswith("fastmemit") else "", *_node.module.split("."))
+            for _name in _node.names:
+                _file = _home / "__init__.py" if _home.is_dir() else _home.with_suffix(".py")
+                IMPORTED[_path, _name.asname or _name.name] = (_file, _name.name)
+#: Methods of a name that so many classes have say nothing of which is called, and are not followed.
+SHARED = 3
+
+
+def meant(path: Path, name: str) -> list[tuple[Path, Function]]:
+    """The function or class that a file means by a name."""
+    for _ in range(4):  # through packages that hand a name on
+        if (path, name) in TOP:
+            return [(path, TOP[path, name])]
+        if (path, name) not in IMPORTED:
+            return []
+        path, name = IMPORTED[path, name]
+    return []
+
+
+@cache
+def used(path: Path, node: Function) -> tuple[frozenset[str], tuple[tuple[Path, Function], ...]]:
+    """The names in a body (what is raised, or handed on to be raised, among them), and what it may call."""
+    words: set[str] = set()
+    calls: list[tuple[Path, Function]] = []
+    body = node.body
+    if isinstance(node, ast.ClassDef):  # to call it, which makes one
+        body = [part for part in body if isinstance(part, Function) and part.name in _MAKING]
+    for each in _walk(body):
+        if isinstance(each, ast.Name):
+            words.add(each.id)
+            calls += meant(path, each.id)
+        elif isinstance(each, ast.Attribute):
+            words.add(each.attr)
+            of = each.value.id if isinstance(each.value, ast.Name) else ""
+            own = SIBLINGS.get(id(node), {}) if of == "self" else {}
+            there = [(path, own[each.attr])] if each.attr in own else METHODS.get(each.attr, [])
+            home = _home_of(path, of)
+            calls += (home and meant(home, each.attr)) or (there if len(there) <= SHARED else [])
+    return frozenset(words), tuple(calls)
+
+
+def _home_of(path: Path, name: str) -> Path | None:
+    """The file of a module that a file imports by this name."""
+    where, of = IMPORTED.get((path, name), (None, ""))
+    if name == "fastcov":
+        return ROOT / "fastcov" / "__init__.py"
+    return None if where is None or not (home := where.parent / f"{of}.py").is_file() else home
+
+
+_MAKING = ("__init__", "__post_init__", "__enter__", "__exit__", "__call__", "__iter__", "__next__")
+
+
+def _walk(nodes: Sequence[ast.AST]) -> Iterator[ast.AST]:
+    """What `ast.walk` gives but annotations, which call nobody."""
+    for node in nodes:
+        yield node
+        for name, value in ast.iter_fields(node):
+            if name not in ("annotation", "returns"):
+                parts = value if isinstance(value, list) else [value]
+                yield from _walk([part for part in parts if isinstance(part, ast.AST)])
+
+
+def below(path: Path, start: Function) -> set[str]:
+    """The names in a function and in all that it may call."""
+    seen, found, left = {id(start)}, set(), [(path, start)]
+    while left:
+        words, calls = used(*left.pop())
+        found |= words
+        left += [each for each in calls if id(each[1]) not in seen]
+        seen |= {id(node) for _, node in calls}
+    return found
+
+
+def promises() -> list[Any]:
+    """(file, function, exception) of every entry of a Raises."""
+    found = []
+    for path, tree in SOURCES.items():
+        for node in ast.walk(tree):
+            said = ast.get_docstring(node) if isinstance(node, Function) else None
+            section = re.search(r"^Raises:\n((?: {4}.*\n?|\n)+)", said or "", re.MULTILINE)
+            for entry in re.findall(r"^ {4}(\S[^:\n]*):", section[1] if section else "", re.MULTILINE):
+                for name in entry.split(", "):
+                    found.append((path, node, name.rpartition(".")[2]))
+    return found
+
+
+#: torch's, and two that no caller meets.
+ELSEWHERE = ("OutOfMemoryError", "_Reached", "_NoLocks")
+#: By a method whose name too many share: `Processes.check`.
+UNSEEN = {("read", "FailedElsewhere")}
+
+
+def test_each_error_that_is_promised_exists_and_can_come() -> None:
+    wrong = []
+    for path, function, name in promises():
+        place = f"{path.relative_to(ROOT)}:{function.lineno} {function.name}"
+        kind = OURS.get(name)
+        if kind is None:
+            known = isinstance(getattr(builtins, name, None), type) or name in ELSEWHERE
+            wrong += [] if known else [f"{place}: there is no {name}"]
+        elif (function.name, name) not in UNSEEN and not any(
+            name in OURS and issubclass(OURS[name], kind) for name in below(path, function)
+        ):
+            wrong.append(f"{place}: nobody below raises {name}")
+    assert not wrong, "\n".join(wrong)
+    assert len(promises()) > 250
+
+
+def test_an_error_that_cannot_come_is_seen() -> None:
+    path = ROOT / "fastcov" / "moments.py"
+    found = below(path, TOP[path, "budget"])
+    assert "BadInput" in found and "StoreDamaged" not in found
