@@ -247,7 +247,7 @@ def read_record(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
     Raises:
         DamagedFile: The record cannot be read, or is of a newer version.
-    """
+    """  # noqa: DOC501 (a ValueError is caught here)
     path = Path(folder) / RECORD
     if not path.is_file():
         return {}
