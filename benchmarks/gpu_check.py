@@ -46,7 +46,7 @@ _NOT = "not measured"
 # Kernels that are cuBLAS and plain torch: what the written ones are measured against.
 _PLAIN = ("panels", "reference")
 # Not the reference: plain torch at these sizes takes most of the time and is no candidate.
-_KERNELS = "triton,cuda,panels"
+_KERNELS = ("triton", "cuda", "panels")
 # Those that torch and pytest are enough for, less those that a processor runs: Triton's interpreter
 # and its compiling for absent devices would spend the time of what needs the device.
 _TESTS = (
@@ -118,13 +118,19 @@ def tasks(folder: Path) -> list[Task]:
         return Task(name, (*command, "--json", str(path)), limit, path)
 
     build = ("setup.py", "build_ext", "--inplace")
-    rows = ("--rows", str(ROWS), "--kernels", _KERNELS)
+    wide = ("--sizes", ",".join(map(str, WIDTHS)), "--rows", str(ROWS))
     return [
         Task("build the native extension", build, 150, environment=(("FASTCOV_CUDA", "ON"),)),
         Task(TESTS, ("-m", "pytest", "-q", "-p", "no:cacheprovider", *_TESTS), 180),
-        bench("rank_k bfloat16", 120, "rank_k", "--dtype", "bfloat16", "--sizes", ",".join(map(str, WIDTHS)), *rows),
+        # A process for each: a kernel that hangs costs its own rows alone.
+        *(bench(f"rank_k bfloat16 {k}", 60, "rank_k", "--dtype", "bfloat16", *wide, "--kernels", k) for k in _KERNELS),
         bench("collect gpt-j", 120, "collect", "--load", "benchmarks.shapes:gpt_j"),
-        bench("rank_k float32", 60, "rank_k", "--dtype", "float32", "--sizes", "11008", *rows),
+        *(
+            bench(
+                f"rank_k float32 {k}", 30, "rank_k", "--dtype", "float32", "--sizes", "11008", *wide[2:], "--kernels", k
+            )
+            for k in _KERNELS
+        ),
         bench("factor", 90, "factor", "--sizes", "16384"),
     ]
 
@@ -268,7 +274,7 @@ def _factor(run: Run) -> Iterator[Goal]:
 
 
 def adopt(run: Run, table: dict[str, Any]) -> dict[str, Any]:
-    """The table with the times of one GPU put in place of its former ones.
+    """The table with the times of one GPU put in place of the former ones of its compute capability.
 
     Args:
         run: What a check wrote.
@@ -277,7 +283,7 @@ def adopt(run: Run, table: dict[str, Any]) -> dict[str, Any]:
     Raises:
         BadInput: The run is of no GPU or holds no time of a kernel.
     """
-    if run.machine.gpu is None:
+    if run.machine.gpu is None or run.machine.capability is None:
         raise BadInput("The run is of no GPU; pass a file of make gpu-check.")
     seconds: dict[tuple[str, int], dict[str, float]] = {}
     for row in run.rows:
@@ -286,7 +292,7 @@ def adopt(run: Run, table: dict[str, Any]) -> dict[str, Any]:
     if not seconds:
         raise BadInput(f"The run on {run.machine.gpu} holds no measured time; run make gpu-check again.")
     rows = [{"dtype": dtype, "d": d, "seconds": found} for (dtype, d), found in seconds.items()]
-    return {**table, "devices": {**table["devices"], run.machine.gpu: rows}}
+    return {**table, "capabilities": {**table["capabilities"], run.machine.capability: rows}}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -301,7 +307,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             table = adopt(load(given.adopt), parse_json(TABLE.read_bytes()))
             with atomic_file(TABLE) as file:
                 file.write((json.dumps(table, indent=1) + "\n").encode())
-            print(f"{TABLE.name} now holds {', '.join(table['devices'])}.")
+            print(f"{TABLE.name} now holds the capabilities {', '.join(table['capabilities'])}.")
             return 0
         if not torch.cuda.is_available():
             raise BadInput(

@@ -1,7 +1,9 @@
 """Which kernel a GPU gets: the order of their measured times there, and a right result before one is chosen.
 
-*Measured.* ``measured.json`` has for each measured device the seconds of each kernel by dtype and width, taken over
-from ``make gpu-check`` by ``python benchmarks/gpu_check.py --adopt FILE``. Elsewhere the order in `fastcov.ops` holds.
+*Measured.* ``measured.json`` has for each measured compute capability ("9.0") the seconds of each kernel by dtype and
+width, taken over from ``make gpu-check`` by ``python benchmarks/gpu_check.py --adopt FILE``. Elsewhere the order in
+`fastcov.ops` holds, but that on 9.0 keys of 16 bits go to the CUDA kernel first, which has instructions of that
+capability there and is expected to be the fastest. That is not measured yet.
 
 *Checked.* Devices, drivers and compilers are many. Two small updates of a kernel that is compiled for a device, one of
 them with a mask, compared with float64, turn a wrong second moment into a warning and another kernel. A kernel asked
@@ -121,18 +123,20 @@ _NAME = "measured.json"
 
 
 def order(device: torch.device, dtype: torch.dtype, d: int) -> list[str]:
-    """Kernels in the order of their measured times on a CUDA device, the fastest first; empty if none was measured.
+    """Kernels in the order of their measured times on devices of this one's compute capability, the fastest first.
 
-    Of the widths that were measured for this dtype of keys the nearest one to d, by ratio, decides.
+    Of the widths that were measured for this dtype of keys the nearest one to d, by ratio, decides. Where none was,
+    what is expected to be the fastest, or nothing.
     """
-    return list(_order(torch.cuda.get_device_name(device), str(dtype).removeprefix("torch."), d))
+    major, minor = torch.cuda.get_device_capability(device)
+    return list(_order(f"{major}.{minor}", str(dtype).removeprefix("torch."), d))
 
 
 @functools.cache
-def _order(name: str, dtype: str, d: int) -> tuple[str, ...]:
-    rows = [row for row in _table().get(name, []) if row["dtype"] == dtype]
+def _order(capability: str, dtype: str, d: int) -> tuple[str, ...]:
+    rows = [row for row in _table().get(capability, []) if row["dtype"] == dtype]
     if not rows:
-        return ()
+        return ("cuda",) if capability == "9.0" and dtype in ("float16", "bfloat16") else ()
     nearest = min(rows, key=lambda row: abs(math.log(row["d"] / d)))
     seconds: dict[str, float] = nearest["seconds"]
     return tuple(sorted(seconds, key=lambda kernel: seconds[kernel]))
@@ -141,5 +145,5 @@ def _order(name: str, dtype: str, d: int) -> tuple[str, ...]:
 @functools.cache
 def _table() -> dict[str, list[dict[str, Any]]]:
     text = (files("fastcov.kernels") / _NAME).read_text(encoding="utf-8")
-    devices: dict[str, list[dict[str, Any]]] = parse_json(text)["devices"]
-    return devices
+    capabilities: dict[str, list[dict[str, Any]]] = parse_json(text)["capabilities"]
+    return capabilities

@@ -12,7 +12,7 @@ from benchmarks.recorded import load
 from fastcov.bench.report import Row, Run, save
 from fastcov.machine import Machine
 
-MACHINE = Machine("CPU", 16, (), "Linux", "GPU")
+MACHINE = Machine("CPU", 16, (), "Linux", "GPU", capability="9.0")
 
 
 def new():
@@ -73,21 +73,21 @@ def test_rows_of_all_steps_are_in_one_file_with_goals(tmp_path, capsys):
 
 def test_the_file_is_what_the_choice_of_kernels_takes_over(tmp_path):
     checked(tmp_path, Stub({"a": 1}, rows={"a": [row("fastcov cuda", 1.5)]}), "a")
-    before = {"devices": {"Other": [1], "GPU": [2]}}
+    before = {"capabilities": {"8.0": [1], "9.0": [2]}}
     assert adopt(load(tmp_path / "gpu.json"), before) == {
-        "devices": {"Other": [1], "GPU": [{"dtype": "bfloat16", "d": 6400, "seconds": {"cuda": 1.5}}]}
+        "capabilities": {"8.0": [1], "9.0": [{"dtype": "bfloat16", "d": 6400, "seconds": {"cuda": 1.5}}]}
     }
-    assert before["devices"]["GPU"] == [2]
+    assert before["capabilities"]["9.0"] == [2]
 
 
 def test_the_command_writes_the_table(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu_check, "TABLE", tmp_path / "measured.json")
-    (tmp_path / "measured.json").write_text('{"devices": {}}')
+    (tmp_path / "measured.json").write_text('{"capabilities": {}}')
     checked(tmp_path, Stub({"a": 1}, rows={"a": [row("fastcov cuda", 1.5)]}), "a")
     assert main(["--adopt", str(tmp_path / "gpu.json")]) == 0
     rows = [{"dtype": "bfloat16", "d": 6400, "seconds": {"cuda": 1.5}}]
-    assert json.loads((tmp_path / "measured.json").read_text())["devices"] == {"GPU": rows}
-    assert "now holds GPU" in capsys.readouterr().out
+    assert json.loads((tmp_path / "measured.json").read_text())["capabilities"] == {"9.0": rows}
+    assert "now holds the capabilities 9.0" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -102,13 +102,13 @@ def test_the_command_writes_the_table(tmp_path, monkeypatch, capsys):
 )
 def test_what_is_no_result_is_not_adopted(tmp_path, monkeypatch, capsys, change, words):
     monkeypatch.setattr(gpu_check, "TABLE", tmp_path / "measured.json")
-    (tmp_path / "measured.json").write_text('{"devices": {}}')
+    (tmp_path / "measured.json").write_text('{"capabilities": {}}')
     checked(tmp_path, Stub({"a": 1}, rows={"a": [row("fastcov cuda", 1.5)]}), "a")
     content = json.loads((tmp_path / "gpu.json").read_text())
     (tmp_path / "bad.json").write_text(change(content))
     assert main(["--adopt", str(tmp_path / "bad.json")]) == 2
     assert words in capsys.readouterr().err
-    assert (tmp_path / "measured.json").read_text() == '{"devices": {}}'
+    assert (tmp_path / "measured.json").read_text() == '{"capabilities": {}}'
     assert main(["--adopt", str(tmp_path / "none.json")]) == 2
 
 
@@ -154,11 +154,13 @@ def test_the_real_steps_build_test_and_measure_within_nine_minutes(tmp_path):
     for path in found[TESTS].command:
         if path.startswith("tests/"):
             assert (gpu_check.ROOT / path).exists()
-    rank_k = " ".join(found["rank_k bfloat16"].command)
-    assert "--sizes 6400,11008,14336,16384 --rows 65536" in rank_k and "--device cuda" in rank_k
+    for kernel in ("triton", "cuda", "panels"):  # a process each
+        rank_k = " ".join(found[f"rank_k bfloat16 {kernel}"].command)
+        assert "--sizes 6400,11008,14336,16384 --rows 65536" in rank_k and "--device cuda" in rank_k
+        assert rank_k.partition("--kernels ")[2].startswith(f"{kernel} ")
     assert gpu_check.BUDGET <= 530
     files = [task.json for task in found.values() if task.json is not None]
-    assert len(set(files)) == len(files) == 4
+    assert len(set(files)) == len(files) == 8
 
 
 def test_a_step_is_a_process_and_its_output_is_kept(tmp_path):

@@ -17,8 +17,8 @@ ROWS = [
 @pytest.fixture
 def measured(monkeypatch):
     gpu._order.cache_clear()
-    monkeypatch.setattr(gpu, "_table", lambda: {"Card": ROWS})
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Card")
+    monkeypatch.setattr(gpu, "_table", lambda: {"8.0": ROWS})
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     yield
     gpu._order.cache_clear()
 
@@ -40,9 +40,19 @@ def test_the_nearest_measured_width_decides(measured):
     assert gpu.order(device, torch.float16, 6400) == []
 
 
-def test_an_unknown_device_has_no_order(measured, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Another")
-    assert gpu.order(torch.device("cuda", 0), torch.bfloat16, 6400) == []
+@pytest.mark.parametrize(
+    ("capability", "dtype", "wanted"),
+    [
+        ((8, 9), torch.bfloat16, []),
+        ((9, 0), torch.bfloat16, ["cuda"]),
+        ((9, 0), torch.float16, ["cuda"]),
+        ((9, 0), torch.float32, []),
+        ((10, 0), torch.bfloat16, []),
+    ],
+)
+def test_where_none_was_measured_hopper_has_a_kernel_of_its_own(measured, monkeypatch, capability, dtype, wanted):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert gpu.order(torch.device("cuda", 0), dtype, 6400) == wanted
 
 
 @pytest.mark.parametrize(
