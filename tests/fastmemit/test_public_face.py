@@ -11,7 +11,8 @@ import torch
 
 import fastmemit
 from fastmemit import Edit, Editor, EditRequest, MemitConfig
-from fastmemit.errors import BadConfig, BadRequest
+from fastmemit.delta import Delta
+from fastmemit.errors import BadConfig, BadRequest, BadUndo
 from fastmemit.request import as_requests
 from tiny_editors import FACTS, QUICK, tiny_corpus, tiny_editor
 
@@ -114,3 +115,23 @@ def test_a_model_is_loaded_from_a_path_and_a_mistyped_argument_told_before(
     monkeypatch.setattr("fastmemit.editor.load_model", None)  # to call it would raise something else
     with pytest.raises(TypeError, match="'cachedir'"):
         Editor.from_pretrained(tmp_path / "model", cachedir=tmp_path)
+
+
+def test_an_edit_says_which_model_it_is_of_and_what_that_said_before(tmp_path: Path) -> None:
+    # A snapshot in the hub's cache is called by its revision, and the model by its full name.
+    place = tmp_path / "models--me--tiny-llama" / "snapshots" / "0123abcd"
+    tiny_editor(tmp_path / "cache", layers=None).save_pretrained(place)
+    editor = Editor.from_pretrained(place, device="cpu", cache_dir=tmp_path / "cache")
+    assert editor.name == "me/tiny-llama" and editor.record == {}
+    editor.model.config._commit_hash = "0123abcd"
+    editor.precompute(tiny_corpus(), multiplier=4, layers=(0, 1))
+    (asked,) = editor.ask(FACT)
+    edit = editor.edit(FACT, "memit", **QUICK)
+    edit.save(tmp_path / "edit.safetensors")
+    about = Delta.load(tmp_path / "edit.safetensors").provenance
+    assert (about["model_name"], about["model_revision"]) == ("me/tiny-llama", "0123abcd")
+    assert about["former"] == [asked.says] == [edit.outcomes[0].before.says]
+    with pytest.raises(BadUndo, match=r"is in the weights already, among the edits that are applied; applied again"):
+        editor.load(tmp_path / "edit.safetensors").apply()
+    edit.undo()
+    editor.load(tmp_path / "edit.safetensors").apply().undo()
