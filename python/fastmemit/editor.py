@@ -85,11 +85,12 @@ class Editor:
                     "a gradient outside of it; load the model before that block begins."
                 )
         self.tokenizer = tokenizer = text_tokenizer(tokenizer)
-        path = name or str(getattr(model.config, "_name_or_path", "") or "model")
+        origin = str(getattr(model.config, "_name_or_path", "") or "model")
+        path = name or origin
         self.name = _shared_name(path)
         self.seed = seed
         self._stack = EditStack.of(model)
-        self._folder = Path(path) if Path(path).is_dir() else None
+        self._folder = next((Path(each) for each in (path, origin) if Path(each).is_dir()), None)
         if self._folder is not None and not self._stack.record:
             self._stack.record = read_record(self._folder)
         self._replies: tuple[str, dict[EditRequest, Reply]] = ("", {})  # of which unedited model, and what they are

@@ -390,8 +390,7 @@ def _undo(args: argparse.Namespace) -> None:
     check_free(args.save_model)
     deltas = [Delta.load(path) for path in args.edit]
     editor = make_editor(args)
-    unedited = deltas[0].model
-    if editor.fingerprint == unedited:
+    if editor.fingerprint == deltas[0].model:
         raise BadUndo(f"{editor.name} is the model that {args.edit[0]} was made for, without it; there is no undo.")
     record = editor.record
     entries = record.get("edits", [])
@@ -401,6 +400,10 @@ def _undo(args: argparse.Namespace) -> None:
                 f"{editor.name} was saved with {len(entries)} edits and {path} is none of them; fastmemit show lists "
                 "which they are."
             )
+    if record:  # in the order in which they were applied, whichever they are named in
+        place = {entry["digest"]: number for number, entry in enumerate(entries)}
+        deltas.sort(key=lambda delta: min(place[digest] for digest in delta.digests if digest in place))
+    unedited = deltas[0].model
     out = frozenset().union(*(delta.digests for delta in deltas))
     left = [entry for entry in entries if entry["digest"] not in out]
     facts = _facts(deltas)

@@ -89,6 +89,12 @@ def test_a_saved_model_says_which_edits_are_in_it(place: Place, edited: tuple[Pa
     assert "subtracted, because other edits stay in them" in out
     assert json.loads((back / "fastmemit.json").read_text())["edits"][0]["digest"] == delta.digest()
     assert "Italy" not in (back / "README.md").read_text()
+    # Both, in whichever order they are named, are the base model's bits again.
+    whole = place.at / "whole"
+    out = run(capsys, "undo", "--model", twice, *place.model[2:], "--edit", more, "--edit", saved, "--base",
+              place.model[1], "--save-model", whole)  # fmt: skip
+    assert "the weights are bit for bit those of tiny-llama\n" in out
+    assert (whole / "model.safetensors").read_bytes() == (Path(place.model[1]) / "model.safetensors").read_bytes()
 
 
 def test_an_edit_is_not_applied_twice(place: Place, edited: tuple[Path, Path], capsys: Capture) -> None:
