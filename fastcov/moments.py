@@ -302,7 +302,7 @@ def ledoit_wolf(moment: SecondMoment) -> float:
         raise BadInput(
             f"This moment of width {moment.d} does not know the sum of ||k||^4 that Ledoit-Wolf needs, because it was "
             "collected without quartic=True, imported, or stored by an older version; collect it with quartic=True "
-            '(of stored statistics, delete the file and precompute again), or give shrinkage="oas".'
+            '(precompute --quartic), or give shrinkage="oas".'
         )
     if not float(moment.quartic) < float("inf"):
         raise NonFinite(

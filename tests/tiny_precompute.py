@@ -20,8 +20,8 @@ def commands(at: Path) -> dict[str, list[str]]:
     other = corpus if RANK == "0" else ["--corpus", str(at / "other.jsonl")]
     absent = corpus if RANK == "0" else ["--corpus", str(at / "absent.jsonl")]
     return {
-        "plain": [*begin, *corpus, *cache, *four],
-        "again": [*begin, *corpus, *cache, *four],
+        "plain": [*begin, *corpus, *cache, *four, "--quartic"],
+        "again": [*begin, *corpus, *cache, *four, "--quartic"],
         "own disks": [*begin, *corpus, "--cache", str(at / f"own{RANK}"), *four],
         "auto": [*begin, *corpus, *cache, "--multiplier", "auto", "--allow-fewer"],
         "too short": [*begin, *corpus, *cache, "--multiplier", "1000"],

@@ -195,7 +195,8 @@ class Editor:
             multiplier: See there.
             layers: Which layers, or which one; None takes those of the method.
             method: Whose layers, where `layers` is None: see `config`. None: all methods'.
-            more: Further fields of `Collection`: ``allow_fewer``, ``max_length``, ``field``, ``bos``, ``seed``.
+            more: Further fields of `Collection`: ``allow_fewer``, ``max_length``, ``field``, ``bos``, ``seed``,
+                ``quartic`` (which settings in `method` that need it switch on).
 
         Returns:
             The statistics, which edits of this editor use from now on.
@@ -217,8 +218,9 @@ class Editor:
             meant = f"did you mean {near[0]!r}? A collection" if near else "a collection"
             raise BadConfig(f"There is no field {name!r}; {meant} has {', '.join(fields)}.")
         if layers is None:
-            methods = METHODS if method is None else (method,)
-            layers = sorted({i for m in methods for i in self.config(m).layers})
+            configs = [self.config(m) for m in (METHODS if method is None else (method,))]
+            layers = sorted({layer for config in configs for layer in config.layers})
+            more.setdefault("quartic", any(config.quartic for config in configs))
         spec = Collection(corpus, layers, multiplier, **more)
         self.store.budgets(spec)  # refuses before anything runs
         check_targets(self.adapter, layers)

@@ -240,6 +240,7 @@ def lacking_fields(stored: Mapping[str, Any]) -> list[str]:
         "context": type(stored.get("context")) in (int, type(None)),
         "allow_fewer": type(stored.get("allow_fewer", False)) is bool,
         "bos": type(stored.get("bos", True)) is bool,
+        "quartic": type(stored.get("quartic", False)) is bool,
         "snapshots": isinstance(smaller, list) and all(map(_is_number, smaller)),
     }
     return [field for field, fine in sound.items() if not fine]

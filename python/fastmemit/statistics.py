@@ -90,6 +90,7 @@ class Collection:
         bos: Whether the first position of a document is a key. In most models it draws attention that has nowhere else
             to go, and its key is unlike all others.
         seed: Seed for the order of the documents; None takes that of the store.
+        quartic: Whether to sum ``||k||^4`` too, which ``shrinkage="ledoit-wolf"`` needs; 0.4 to 1.6 % of summing.
 
     Raises:
         BadConfig: The multiplier is a text but ``"auto"``; or `max_length` or the seed is no whole number.
@@ -103,12 +104,13 @@ class Collection:
     field: str = "text"
     bos: bool = True
     seed: int | None = None
+    quartic: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(self.layers))
         if isinstance(self.multiplier, str) and self.multiplier != AUTO:
             raise BadConfig(f"The multiplier {self.multiplier!r} is no number; give one, or 'auto'.")
-        for name in ("allow_fewer", "bos"):
+        for name in ("allow_fewer", "bos", "quartic"):
             object.__setattr__(self, name, bool(getattr(self, name)))  # as files have it
         for name in ("max_length", "seed"):
             value = getattr(self, name)
@@ -280,6 +282,7 @@ class StatisticsStore:
             "context": self._context(spec.max_length),
             "allow_fewer": spec.allow_fewer,
             **({} if spec.bos else {"bos": False}),
+            **({"quartic": True} if spec.quartic else {}),
             **({} if after is None else {"snapshots": _snapshots(after, float(spec.multiplier))}),
         }
         home = home_of(self._folder / ("snapshots" if aside else "statistics") / fingerprint[:16], shared)
@@ -421,7 +424,7 @@ class StatisticsStore:
                         batches,
                         budgets,
                         allow_fewer=allow_fewer,
-                        quartic=True,  # any file may be asked for Ledoit-Wolf
+                        quartic=shared.get("quartic", False),
                         progress=progress,
                         throughput=throughput,
                         causal=causal,
@@ -561,7 +564,7 @@ class StatisticsStore:
 
         Raises:
             fastcov.NotPositiveDefinite: No jitter was enough.
-            fastcov.BadInput: The file is older than what Ledoit-Wolf needs.
+            fastcov.BadInput: Ledoit-Wolf needs more than was collected.
             fastcov.StoreDamaged: The second moment's file is not what was written.
         """
         used = self.needed(config)

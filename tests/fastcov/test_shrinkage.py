@@ -142,7 +142,7 @@ def test_bad_input_is_named():
     unknown = SecondMoment.from_lower(known.lower, 5)
     assert 0 < oas(unknown) <= 1
     for moment in (unknown, SecondMoment(2).update(torch.randn(5, 2))):
-        with pytest.raises(BadInput, match=r"without quartic=True.*precompute again"):
+        with pytest.raises(BadInput, match=r"without quartic=True.*precompute --quartic"):
             ledoit_wolf(moment)
     for bad in (-0.1, 1.1, math.nan):
         with pytest.raises(ValueError, match="from 0 to 1"):

@@ -23,7 +23,9 @@ from tiny_editors import FACTS, tiny_corpus, tiny_editor
 
 @pytest.fixture(scope="module")
 def editor(tmp_path_factory):
-    return tiny_editor(tmp_path_factory.mktemp("factors"))
+    editor = tiny_editor(tmp_path_factory.mktemp("factors"), layers=None)
+    editor.precompute(tiny_corpus(), multiplier=4, layers=(0, 1), quartic=True)
+    return editor
 
 
 def fresh(editor, **more):
@@ -127,12 +129,20 @@ def test_each_kind_is_made_once_and_held_until_there_is_no_room(editor, made):
     assert len(made) == len(kinds) + 4
 
 
-def test_statistics_of_an_older_version_are_refused_by_ledoit_wolf_alone(editor, monkeypatch):
-    old = fastcov.SecondMoment.from_lower(stored(editor).lower, stored(editor).count)
-    monkeypatch.setattr(Statistics, "moment", lambda self, module: old)
+def test_fourth_powers_are_summed_only_where_they_are_asked_for(tmp_path):
+    editor = tiny_editor(tmp_path)
+    assert stored(editor).quartic is None and "quartic" not in editor.statistics.provenance
     assert factor(editor, shrinkage="oas").jitter == 0
-    with pytest.raises(BadInput, match="precompute again"):
+    with pytest.raises(BadInput, match=r"quartic=True \(precompute --quartic\)"):
         factor(editor, shrinkage="ledoit-wolf")
+    settings = MemitConfig(layers=(0, 1), shrinkage="ledoit-wolf")
+    editor.precompute(tiny_corpus(), multiplier=4, method=settings)  # settings that need it switch it on
+    assert stored(editor).quartic is not None
+    assert factor(editor, shrinkage="ledoit-wolf").jitter == 0
+    used = editor.statistics
+    editor.precompute(tiny_corpus(), multiplier=4, layers=(0, 1))
+    assert stored(editor).quartic is None  # each stored under what it is
+    assert editor.precompute(tiny_corpus(), multiplier=4, layers=(0, 1), quartic=True).paths == used.paths
 
 
 def space(editor, store, layer=1, **values):

@@ -266,6 +266,7 @@ FLAGS: dict[str, dict[str, dict[str, Any]]] = {
         "--layers": _flag("N-M", "such as 4-8 or 4,6 (default: all that are there, or those of all methods' settings)"),
         "--max-length": _flag("N", "cut documents at N tokens (default: the model's context, up to 2048)", above_zero),
         "--allow-fewer": _switch("take a corpus that ends before the budget"),
+        "--quartic": _switch("sum fourth powers of the keys' lengths too, for shrinkage=ledoit-wolf"),
         "--checkpoint-seconds": _flag("S", "store an unfinished precompute every S seconds; 0: after every batch, inf: "
                                       "never (default: 300, or less often where it would take over 0.5%% of the time)",
                                       _seconds),
@@ -385,7 +386,9 @@ def quiet_libraries() -> None:
         disable_progress_bars()
 
 
-def precompute(editor: Editor, corpus: Any, layers: Sequence[int] | None, args: argparse.Namespace) -> Statistics:
+def precompute(
+    editor: Editor, corpus: Any, layers: Sequence[int] | None, args: argparse.Namespace, *, quartic: bool
+) -> Statistics:
     """Collect statistics as the flags of `CORPUS` say."""
     return editor.precompute(
         corpus,
@@ -394,6 +397,7 @@ def precompute(editor: Editor, corpus: Any, layers: Sequence[int] | None, args: 
         allow_fewer=args.allow_fewer,
         max_length=args.max_length,
         field=args.field,
+        quartic=quartic,
     )
 
 
@@ -402,10 +406,12 @@ def ensure_statistics(editor: Editor, config: EditConfig, args: argparse.Namespa
     for layer in config.layers:
         editor.adapter.weight(layer)  # what cannot be edited is refused before, not after
     if config.needs_statistics:
-        stored_or_collected(editor, config.layers, args)
+        stored_or_collected(editor, config.layers, args, quartic=config.quartic)
 
 
-def stored_or_collected(editor: Editor, layers: Sequence[int], args: argparse.Namespace) -> Statistics:
+def stored_or_collected(
+    editor: Editor, layers: Sequence[int], args: argparse.Namespace, *, quartic: bool = False
+) -> Statistics:
     """The statistics of some layers that the flags ask for, used from now on."""
     if args.corpus is None and args.multiplier != "auto":
         found = editor.store.find(layers, args.multiplier)
@@ -413,7 +419,7 @@ def stored_or_collected(editor: Editor, layers: Sequence[int], args: argparse.Na
             editor.store.use(found)
             print(f"statistics: {found.describe()} (stored)")
             return found
-    made = precompute(editor, args.corpus or "wikipedia", layers, args)
+    made = precompute(editor, args.corpus or "wikipedia", layers, args, quartic=quartic)
     print(f"statistics: {made.describe()}")
     return made
 

@@ -118,7 +118,7 @@ def run_sequences(editor: Editor, plan: Plan, inputs: Inputs, *, progress: bool 
         results.write_in_order(lines.path, list(runs), finished)  # without the steps of a run that was killed
         todo = {key: run for key, run in runs.items() if key not in finished}
         if todo:
-            statistics = precompute_multipliers(editor, inputs, plan.multipliers, config.layers)
+            statistics = precompute_multipliers(editor, inputs, plan.multipliers, config.layers, quartic=config.quartic)
             unedited = unedited_scores(editor, folder, [r for batch in plan.batches for r in batch], progress)
             reads = ReadCache()  # the first batch is written into the unedited model, every time
             with bar("records", plan.scored() * len(todo), progress) as advance:

@@ -226,6 +226,7 @@ def precompute_multipliers(
     *,
     bos: bool = True,
     seed: int | None = None,
+    quartic: bool = False,
 ) -> dict[float | None, Statistics]:
     """Statistics of several multipliers, each with the keys of the smaller ones and some more.
 
@@ -250,6 +251,7 @@ def precompute_multipliers(
                 max_length=inputs.max_length,
                 bos=bos,
                 seed=seed,
+                quartic=quartic,
             ),
             after=before,
             aside=True,
@@ -347,7 +349,9 @@ def run_sweep(
                 for (seed, bos, multiplier), cells in groupby(todo, lambda p: (p.seed, p.bos, p.multiplier)):
                     # Collected no further than the next cells need.
                     way = grid.way(multiplier)
-                    used = precompute_multipliers(editor, inputs, way, run.layers, bos=bos, seed=seed)[multiplier]
+                    used = precompute_multipliers(
+                        editor, inputs, way, run.layers, bos=bos, seed=seed, quartic=run.quartic
+                    )[multiplier]
                     editor.store.use(used)
                     for place in cells:
                         advance.note(place.key)
@@ -379,6 +383,10 @@ class _Run:
     @property
     def layers(self) -> list[int]:
         return sorted({layer for place in self.places for layer in self.config(place).layers})
+
+    @property
+    def quartic(self) -> bool:
+        return any(self.config(place).quartic for place in self.places)
 
     def prepare(self, todo: Sequence[Place]) -> None:
         """Unedited scores and target vectors, for the records of the whole grid.

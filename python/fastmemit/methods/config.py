@@ -194,6 +194,11 @@ class EditConfig:
             scale=self.scale,
         )
 
+    @property
+    def quartic(self) -> bool:
+        """Whether statistics must have the sum of ``||k||^4``."""
+        return getattr(self, "shrinkage", "none") == "ledoit-wolf"
+
     def resolved(self: Config, multiplier: float) -> Config:
         """The settings with what depends on the statistics put in.
 

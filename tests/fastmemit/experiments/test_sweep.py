@@ -216,6 +216,14 @@ def test_it_says_how_long_each_cell_took_and_where(tmp_path: Path) -> None:
         assert set(cell["jitter"]) == {"1"}
 
 
+def test_a_cell_with_ledoit_wolf_gets_the_fourth_powers_that_it_needs(tmp_path: Path) -> None:
+    editor = tiny_editor(tmp_path / "cache", layers=None)
+    wanted = ({**SETTINGS, "shrinkage": "ledoit-wolf"},)
+    grid = Grid(methods=("emmet",), batches={1: 1}, multipliers=(0.5, 2.0), variants=wanted)
+    assert len(run_sweep(editor, grid, records(), inputs(tmp_path / "out"))) == 2
+    assert editor.statistics is not None and editor.statistics.provenance["quartic"] is True
+
+
 def test_another_sweep_in_the_folder_is_refused(tmp_path: Path) -> None:
     editor = tiny_editor(tmp_path / "cache", layers=None)
     grid = dataclasses.replace(GRID, multipliers=(2.0,), methods=("emmet",), batches={2: 1})
