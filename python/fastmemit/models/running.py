@@ -269,12 +269,14 @@ def _settings(module: Any) -> list[tuple[str, object]]:
     """What decides on how a module runs, beside its parts: plain attributes, hooks, a forward of its own."""
     found: list[tuple[str, object]] = []
     for name, value in vars(module).items():
-        if name.endswith("_hooks") and isinstance(value, dict):
-            found.append((name, tuple(value)))
+        if isinstance(value, dict):  # told apart first, and most are empty: a model has thousands of these
+            if value and name.endswith("_hooks"):
+                found.append((name, tuple(value)))
+        elif isinstance(value, (bool, int, float, str, type(None))):
+            if name != "training":
+                found.append((name, value))
         elif name == "forward":
             found.append((name, id(value)))
-        elif name != "training" and isinstance(value, (bool, int, float, str, type(None))):
-            found.append((name, value))
     return found
 
 
