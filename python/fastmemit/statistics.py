@@ -466,7 +466,7 @@ class StatisticsStore:
             if not rule.converged:
                 log.warning(
                     "with %d keys an edit of %s still disturbs about %.2f times more than it must; a "
-                    "multiplier above %g, or more and shorter documents, would settle it",
+                    "multiplier above %g, or more and shorter documents, would lower that",
                     before.keys, name, rule.looks[-1].excess, LIMIT,
                 )  # fmt: skip
         return self.keep(before)

@@ -11,6 +11,7 @@ import torch
 from fastmemit import Edit, Editor, MemitConfig, RomeConfig
 from fastmemit.errors import BadConfig, BadLayer, BadRequest, DamagedFile, WrongModel
 from fastmemit.evaluation import evaluate
+from fastmemit.methods import ReadCache
 from fastmemit.request import EditRequest
 from fastmemit.statistics import versions
 from fastmemit.text import continue_texts
@@ -283,3 +284,20 @@ def test_the_path_of_a_model_file_is_not_its_name(tmp_path):
         name=str(tmp_path / "model.gguf"),
     )  # fmt: skip
     assert editor.name == "model.gguf"
+
+
+def test_editors_of_two_projections_of_a_model_share_no_vector_and_no_reading(tmp_path: Path) -> None:
+    model, tokenizer, reads = tiny_model("llama"), tiny_tokenizer("byte_bpe"), ReadCache()
+    mlp, attention = (
+        Editor(model, tokenizer, module=f"model.layers.{{}}.{name}", cache_dir=tmp_path)
+        for name in ("mlp.down_proj", "self_attn.o_proj")
+    )
+    for editor in (mlp, attention):
+        editor.precompute(tiny_corpus(), multiplier=4, layers=[1])
+        for method in ("rome", "memit"):
+            facts = FACTS[:1] if method == "rome" else FACTS[:2]
+            alone = Editor(model, tokenizer, module=editor.adapter.template, cache_dir=tmp_path / method)
+            alone.store.use(editor.statistics)
+            wanted = alone.plan(facts, method, **ONE).delta.factors
+            for name, pair in editor.plan(facts, method, reads=reads, **ONE).delta.factors.items():
+                assert all(torch.equal(got, want) for got, want in zip(pair, wanted[name], strict=True))

@@ -304,12 +304,15 @@ class Workspace:
                 when the weights are in a state that no key can name.
             together: See `fastmemit.targets.stored_or_optimised`.
         """
-        identity, settings = self.statistics.identity["tokenizer"], config.targets()
+        settings = config.targets()
         usual = 8192 if settings.optimiser == "rotate" else 1024
+        # At a projection's output a vector is of that projection, which another editor of the model may not edit.
+        place = f"/{self.adapter.template}" if settings.site == "projection" else ""
+        identity = f"{self.stack.state()}/{self.statistics.identity['tokenizer']}{place}" if stored else ""
         with bar("target steps", len(requests) * settings.steps, self.progress) as progress:
             return stored_or_optimised(
                 self.stored_targets if stored else TargetStore(None),
-                f"{self.stack.state()}/{identity}" if stored else "",
+                identity,
                 self.adapter,
                 self.tokenizer,
                 requests,
@@ -349,7 +352,7 @@ class Draft(Generic[Config]):
         self.contexts = self.contexts or work.contexts_of(self.config.method)
         if work.stack.edits:
             self.reads = None
-        self._state = f"{work.stack.fingerprint}/{work.statistics.identity['tokenizer']}"
+        self._state = (work.stack.fingerprint, work.statistics.identity["tokenizer"], self.adapter.template)
         self._trial: Writing | None = None
 
     def trial(self) -> Writing:
