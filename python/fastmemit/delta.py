@@ -58,12 +58,16 @@ class Delta:
     def entries(self) -> list[dict[str, Any]]:
         """What a saved model says of this edit: its digest, method and facts; of a composition those of each part."""
         listed = self.provenance.get("parts")
-        parts = [(each.get("digest"), each.get("provenance")) for each in listed or () if isinstance(each, Mapping)]
-        if not parts or not all(isinstance(digest, str) and isinstance(about, Mapping) for digest, about in parts):
-            parts = [(self.digest(), self.provenance)]
+        parts: list[tuple[str, Mapping[str, Any]]] = []
+        for each in listed if isinstance(listed, list) else ():
+            digest, about = (each.get("digest"), each.get("provenance")) if isinstance(each, Mapping) else (None, None)
+            if not isinstance(digest, str) or not isinstance(about, Mapping):
+                parts = []  # a list of something else; `sharing.parts` says what is wrong with it
+                break
+            parts.append((digest, about))
         return [
             {"digest": digest, "method": str(about.get("method", "unknown")), "facts": _facts(about)}
-            for digest, about in parts
+            for digest, about in parts or [(self.digest(), self.provenance)]
         ]
 
     @property

@@ -442,3 +442,16 @@ def test_a_batch_of_more_facts_than_the_hidden_size_is_saved_compact(tmp_path: P
     edit.save(tmp_path / "edit.safetensors")
     again = Delta.load(tmp_path / "edit.safetensors")
     assert again.digest() == edit.delta.digest()
+
+
+def test_what_a_saved_model_would_say_of_an_edit_whatever_is_on_record() -> None:
+    fact = {"prompt": "{} is in", "subject": "x", "target_new": "y"}
+    part = {"digest": "a" * 64, "provenance": {"method": "rome", "requests": [fact], "former": ["z"]}}
+    whole = Delta({}, {"method": "composition", "parts": [part, {**part, "digest": "b" * 64}], "requests": [fact] * 2})
+    assert [entry["digest"] for entry in whole.entries] == ["a" * 64, "b" * 64]
+    assert whole.entries[0] == {"digest": "a" * 64, "method": "rome", "facts": [{**fact, "former": "z"}]}
+    assert whole.digests == {whole.digest(), "a" * 64, "b" * 64}
+    for parts in (3, "text", [3], [part, {"digest": 3}], [{**part, "provenance": []}]):
+        (entry,) = Delta({}, {"parts": parts, "requests": [fact, 3], "former": ["z"]}).entries
+        assert entry == {"digest": Delta({}).digest(), "method": "unknown", "facts": [fact]}
+    assert Delta({}, {"requests": [{"prompt": 3}], "former": [3]}).entries[0]["facts"] == [{}]

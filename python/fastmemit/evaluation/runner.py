@@ -161,13 +161,13 @@ def measure_answers(editor: Editor, records: Sequence[Record]) -> list[Record]:
     known: dict[tuple[int, str], str] = {}
     for place, text, new in zip(places, texts, wanted, strict=True):
         known[place] = answer = first_words(text, new)
-        record = f"record {records[place[0]].case_id}"
+        where = f"{place[1]!r:.80} of record {records[place[0]].case_id}"
         if not answer:
-            raise BadData(f"The model says no word to {place[1]!r:.80} of {record}; give its own answer there.")
+            raise BadData(f"The model says no word to {where}; give its own answer there.")
         if answer.casefold() == new.strip().casefold():
             raise BadData(
-                f"The model says {answer!r:.40} to {place[1]!r:.80} of {record} already, unedited, which is the new "
-                "answer itself, and no score can compare the two; give another answer there, or leave the prompt out."
+                f"The model says {answer!r:.40} to {where} already, unedited, which is the new answer itself, "
+                "and no score can compare the two; give another answer there, or leave the prompt out."
             )
     return [
         replace(
@@ -190,9 +190,18 @@ def chat_record(tokenizer: Any, record: Record) -> Record:
     Raises:
         BadConfig: The tokenizer has no chat template.
     """
-    names = ("paraphrases", "neighbourhood", "attributes", "generations")
-    asked = {name: tuple(chat_text(tokenizer, text) for text in getattr(record, name)) for name in names}
-    return replace(record, request=chat_request(tokenizer, record.request), **asked)
+
+    def turns(prompts: Sequence[str]) -> tuple[str, ...]:
+        return tuple(chat_text(tokenizer, prompt) for prompt in prompts)
+
+    return replace(
+        record,
+        request=chat_request(tokenizer, record.request),
+        paraphrases=turns(record.paraphrases),
+        neighbourhood=turns(record.neighbourhood),
+        attributes=turns(record.attributes),
+        generations=turns(record.generations),
+    )
 
 
 def first_words(text: str, like: str) -> str:

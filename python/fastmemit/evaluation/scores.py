@@ -256,13 +256,13 @@ def score_records(
     """
     questions: list[Question] = []
     for record in records:
-        for prompt, true in _asked(record, attributes):
-            if true is None:
+        for prompt, other in _asked(record, attributes):
+            if other is None:
                 raise BadData(
                     f"Record {record.case_id} has no true answer to {prompt!r:.80}, which scores compare with; add it."
                 )
             questions += [
-                (prompt, record.request.answer_to(prompt, each)) for each in (record.request.target_new, true)
+                (prompt, record.request.answer_to(prompt, each)) for each in (record.request.target_new, other)
             ]
     judged = iter(judge_answers(adapter, tokenizer, questions, batch_tokens=batch_tokens, progress=progress))
 
