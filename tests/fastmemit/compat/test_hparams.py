@@ -7,8 +7,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from fastmemit.compat import Hparams, read_hparams
+from fastmemit.compat.hparams import device_of
 from fastmemit.errors import BadConfig
 from fastmemit.methods import MemitConfig, RomeConfig
 from fastmemit.models import find_adapter
@@ -160,3 +162,17 @@ def test_a_model_that_they_are_not_for() -> None:
         dataclasses.replace(good, loss_layer=27).check(adapter)
     with pytest.raises(BadConfig, match=r"rewrite_module_tmp is 'transformer\.h\.\{\}\.x' but 'mo"):
         dataclasses.replace(good, module="transformer.h.{}.x").check(adapter)
+
+
+@pytest.mark.parametrize(
+    ("device", "wanted"),
+    [(0, "cuda:0"), ("1", "cuda:1"), ("cuda:2", "cuda:2"), ("cpu", "cpu"), (None, None), ("", None)],
+)
+def test_the_device_as_easyedit_reads_it(device: Any, wanted: str | None) -> None:
+    assert device_of({**MEMIT, "device": device}) == (None if wanted is None else torch.device(wanted))
+
+
+def test_what_is_no_device() -> None:
+    assert device_of(None) is None and device_of(MEMIT) is None
+    with pytest.raises(BadConfig, match="device of hparams is 'gpu', which is no device; write 0 or 'cpu'"):
+        device_of({**MEMIT, "device": "gpu"})
