@@ -108,7 +108,8 @@ def _save(args: argparse.Namespace, editor: Editor, edit: Edit) -> None:
 
 
 def _requests(args: argparse.Namespace) -> list[EditRequest]:
-    from fastmemit.data import load_records, load_requests
+    from fastmemit.data import load_records, load_requests, load_zsre
+    from fastmemit.data.records import is_zsre
 
     single = (args.prompt, args.subject, args.target)
     complete = None not in single
@@ -120,6 +121,8 @@ def _requests(args: argparse.Namespace) -> list[EditRequest]:
     if args.facts is None:
         fact = {"prompt": args.prompt, "subject": args.subject, "target_new": args.target}
         return [EditRequest.from_dict({**fact, "join": args.join})]
+    if is_zsre(args.facts):
+        return check_batch([record.request for record in load_zsre(args.facts)])
     if args.facts in ("builtin", "counterfact") or args.facts.startswith("hub:"):
         return check_batch([record.request for record in load_records(args.facts)])
     return check_batch(load_requests(args.facts))

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from fastmemit.errors import BadConfig, ModelNotFound
 
@@ -111,9 +111,10 @@ _seed = _number(f"a whole number from 0 to {2**32 - 1}", int, lambda value: 0 <=
 _seconds = _number("a number of seconds, 0 or more,", float, lambda value: value >= 0)
 
 
-def multiplier(text: str) -> float | Literal["auto"]:
-    """A number or ``auto``, as argparse's type; what the number may be is said elsewhere."""
-    return "auto" if text == "auto" else float(text)
+#: Any number; what it may be is said where it is used.
+_real = _number("a number", float, lambda _value: True)
+_whole = _number("a whole number", int, lambda _value: True)
+_multiplier = _number("a number or auto", lambda text: text if text == "auto" else float(text), lambda _value: True)
 
 
 def _above_zero_or_auto(text: str) -> int | str:
@@ -203,8 +204,8 @@ FLAGS: dict[str, dict[str, dict[str, Any]]] = {
         "--own-ranks": _switch("give each module its own rank by PEFT's patterns, and pad none"),
     },
     "batches": {
-        "--batch-size": _flag("N", "records edited together", int, default=16),
-        "--num-batches": _flag("N", "how many batches", int, default=4),
+        "--batch-size": _flag("N", "records edited together", _whole, default=16),
+        "--num-batches": _flag("N", "how many batches", _whole, default=4),
         "--score-every": _flag("K", "score after each K-th batch", above_zero, default=1),
         "--metrics": _flag("NAME,...", f"rows of the table, of {', '.join(METRICS)}; the last two take time of their "
                            "own (default: score, with the accuracies beside it; zsRE shows its own)", _metrics),
@@ -225,7 +226,7 @@ FLAGS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "tracing": {
         "--samples": _flag("N", "noise samples per fact", above_zero, default=10),
-        "--noise": _flag("X", "its standard deviation, in those of the subjects' embeddings", float, default=3.0),
+        "--noise": _flag("X", "its standard deviation, in those of the subjects' embeddings", _real, default=3.0),
         "--window": _flag("N", "layers of MLP or attention restored at once (default: 10 of 48, up to 10)", above_zero),
         "--positions": _choice(("last-subject", "all"), "restore the subject's last token, or all from the subject on"),
         "--kinds": _flag("KIND,...", "what to restore", default="mlp,attention,hidden"),
@@ -262,7 +263,7 @@ FLAGS: dict[str, dict[str, dict[str, Any]]] = {
                           ".jsonl file, or hub:NAME[:CONFIG][@SPLIT]; without it edits use the newest stored"),
         "--field": _flag("NAME", "the text's field in a JSON corpus", default="text"),
         "--multiplier": _flag("M", f"keys per layer as a multiple of their width (default: {DEFAULT_MULTIPLIER:g}), or "
-                              "auto: until the solution is near its limit, at most 10", multiplier),
+                              "auto: until the solution is near its limit, at most 10", _multiplier),
         "--layers": _flag("N-M", "such as 4-8 or 4,6 (default: all that are there, or those of all methods' settings)"),
         "--max-length": _flag("N", "cut documents at N tokens (default: the model's context, up to 2048)", above_zero),
         "--allow-fewer": _switch("take a corpus that ends before the budget"),
@@ -276,8 +277,8 @@ FLAGS: dict[str, dict[str, dict[str, Any]]] = {
     "what it takes": {
         "--shape": _flag("NAME", "gpt2-xl, gpt-j-6b, llama-2-7b, llama-3-8b, llama-3-70b, smollm2 or a model's folder"),
         "--machine": _choice(("h100", "2-core"), "whose rates count"),
-        "--flops": _flag("X", "operations a second of its products instead", float),
-        "--share": _flag("X", "the part of them that a collect reaches", float),
+        "--flops": _flag("X", "operations a second of its products instead", _real),
+        "--share": _flag("X", "the part of them that a collect reaches", _real),
         "--processes": _flag("N", "processes that divide the text", above_zero, default=1),
         "--batch-tokens": _flag("N", "tokens of a batch", above_zero, default=16384),
         "--length": _flag("N", "tokens of a document", above_zero, default=1024),
@@ -298,8 +299,8 @@ FLAGS: dict[str, dict[str, dict[str, Any]]] = {
         "--null-space": _flag("FILE", "write them here (with --layout easyedit by default: null_space_project.pt in "
                               "the folder that holds data/stats, its P_loc)", Path),
         "--no-null-space": _switch("do not write them"),
-        "--threshold": _flag("X", "eigenvalues of C below it count as zero (default: 0.02)", float),
-        "--relative-threshold": _flag("X", "instead, a multiple of the mean of C's diagonal", float),
+        "--threshold": _flag("X", "eigenvalues of C below it count as zero (default: 0.02)", _real),
+        "--relative-threshold": _flag("X", "instead, a multiple of the mean of C's diagonal", _real),
     },
     "hub": {
         "--repo": _flag("USER/NAME", "the repository, made by push if there is none"),

@@ -29,6 +29,7 @@ from fastmemit.data.reading import (
     check_file,
     decode,
     is_json_list,
+    name_meant,
     open_stream,
     parse_json,
     read_lines,
@@ -173,7 +174,7 @@ def _from_file(name: str, path: Path, field: str) -> Corpus:
     suffix = path.suffix.lower()
     if not path.exists():
         what = "file" if suffix or len(path.parts) > 1 else "corpus or file"
-        raise BadCorpus(f"There is no {what} {name!r}; {_CHOICES}")
+        raise BadCorpus(f"There is no {what} {name!r}; {_CHOICES}{name_meant(name)}")
     check_file(path, BadCorpus)
     if suffix not in (".txt", *_JSON):
         ending = f"ends in {suffix!r}" if suffix else "has no ending"

@@ -5,6 +5,7 @@ What is wrong is raised as the `error` that a caller names.
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
 from collections.abc import Iterator
@@ -17,6 +18,8 @@ MAX_WHOLE_FILE = 1 << 30  # bytes of a file that must be parsed whole (a JSON li
 MAX_LINE = 1 << 28  # bytes of one line or one document
 #: How a hub data set is named where a file could stand too.
 PREFIX = "hub:"
+#: What may stand in the place of a file.
+NAMES = ("builtin", "counterfact", "self", "wikipedia")
 
 _BOM = b"\xef\xbb\xbf"
 _SPLIT = re.compile(r"[A-Za-z0-9_.]+")
@@ -38,12 +41,18 @@ class Value(NamedTuple):
     value: Any
 
 
+def name_meant(word: str) -> str:
+    """``" Did you mean 'x'?"`` where a word that is no file is nearly a name, else nothing."""
+    near = difflib.get_close_matches(word.lower(), NAMES, 1, 0.7)
+    return f" Did you mean {near[0]!r}?" if near else ""
+
+
 def check_file(path: Path, error: type[Exception]) -> None:
     """Make sure that `path` is a file with something in it."""
     if path.is_dir():
         raise error(f"{path} is a folder; give one file.")
     if not path.exists():
-        raise error(f"The file {path} does not exist; check its path.")
+        raise error(f"The file {path} does not exist; check its path.{name_meant(str(path))}")
     if path.stat().st_size == 0:
         raise error(f"The file {path} is empty; give one that holds data.")
 
