@@ -200,7 +200,9 @@ class evaluation_mode:
         self._first = RemovableHandle.next_id  # hooks are numbered in the order in which they come
         self._gradients = torch.is_grad_enabled()
         self._modules = [(m, m.training, m.__dict__.get("forward")) for m in model.modules()]
-        self._parameters = [(p, p.requires_grad) for p in model.parameters()]
+        # Read off the modules, a shared one twice: model.parameters() takes several times as long.
+        found = [module._parameters for module, _, _ in self._modules]
+        self._parameters = [(p, p.requires_grad) for own in found for p in own.values() if p is not None]
 
     def __enter__(self) -> None:
         try:

@@ -16,24 +16,28 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import Cache, DynamicCache
 
 from fastcov.errors import printable
 from fastcov.hooks import evaluation_mode, isolated
 from fastmemit.errors import BadRequest
 from fastmemit.models import ModelAdapter, check_lengths, length_batches, pad_batch
 from fastmemit.models.running import context_limit
-from fastmemit.partial_forward import head_reads
+from fastmemit.partial_forward import goes_on, head_reads, left_padded
 from fastmemit.request import EditRequest
 from fastmemit.text import continue_rows, encode_with_target, end_tokens, lead
 
 Question = tuple[str, str]  # (prompt, answer with its leading space)
+Kept = dict[tuple[int, ...], tuple[Cache, int]]  # tokens that have run -> the cache and the row of it that begin so
 
 # Padded tokens of one forward. A few hundred already keep a CPU's matrix products busy, and larger
 # batches only pad more and leave the caches; a GPU wants more at once.
 _BATCH_TOKENS = {"cpu": 512}
 _BATCH_TOKENS_ELSEWHERE = 8192
 
-MORE = 4  # tokens beyond the new answer's that a continuation has, so that it can be read
+SHOWN = 3  # tokens that a continuation has at least, so that it can be read
+MORE = 4  # tokens beyond the new answer's that it has where it may still become that answer
+KEPT = 1024  # padded tokens whose keys and values are kept to go on from
 ROWS = 64  # continued at once
 NAMED = 10  # facts that a verdict names at most
 
@@ -67,6 +71,7 @@ def judge_answers(
     *,
     batch_tokens: int | None = None,
     progress: Callable[[int], None] | None = None,
+    kept: Kept | None = None,
 ) -> list[Answer]:
     """Cost and accuracy of each answer after its prompt, under teacher forcing; in the order of the questions.
 
@@ -81,6 +86,8 @@ def judge_answers(
         batch_tokens: Padded tokens a forward takes at most (one sequence always runs); None takes 512 on a CPU and 8192
             elsewhere.
         progress: Called with the number of questions done since the last call.
+        kept: Where to keep the model's keys and values of each prompt and answer, but for its last token, of the first
+            `KEPT` padded tokens.
 
     Raises:
         UnknownArchitecture: The model is not causal.
@@ -103,14 +110,18 @@ def judge_answers(
     for ids, found in wanted.items():
         reads.setdefault(host[ids], []).extend(found)
     answers: dict[int, Answer] = {}
+    room = KEPT
     with evaluation_mode(adapter.model):
         # A row that padding changes runs alone.
         together = batch_tokens if adapter.right_padding != "none" else 1
         for chunk in length_batches(reads, together):
             here = [(row, read) for row, ids in enumerate(chunk) for read in reads[ids]]
-            answers.update(_run(adapter, chunk, here))
+            room -= len(chunk) * len(chunk[-1])  # the longest comes last
+            answers.update(_run(adapter, chunk, here, kept if room >= 0 else None))
             if progress is not None:
                 progress(len(here))
+    if kept is not None:
+        kept.update({ids: kept[longer] for ids, longer in host.items() if longer in kept})
     return [answers[number] for number in range(len(questions))]
 
 
@@ -126,7 +137,7 @@ def _hosts(sequences: Iterable[tuple[int, ...]]) -> dict[tuple[int, ...], tuple[
 
 
 def _run(
-    adapter: ModelAdapter, chunk: list[tuple[int, ...]], here: list[tuple[int, _Read]]
+    adapter: ModelAdapter, chunk: list[tuple[int, ...]], here: list[tuple[int, _Read]], kept: Kept | None
 ) -> list[tuple[int, Answer]]:
     check_lengths(adapter.model, chunk)
     batch = pad_batch(chunk, device=adapter.device)
@@ -141,8 +152,12 @@ def _run(
         for i in range(len(read.tokens))
     ]
     rows, columns = zip(*positions, strict=True)
+    more: dict[str, Any] = {"use_cache": False}
+    if kept is not None:
+        more = {"use_cache": True, "past_key_values": DynamicCache()}
+        kept.update({ids: (more["past_key_values"], row) for row, ids in enumerate(chunk)})
     with head_reads(adapter, rows, columns):
-        logits: Tensor = adapter.run(**batch, use_cache=False).logits[0]  # (M, vocabulary)
+        logits: Tensor = adapter.run(**batch, **more).logits[0]  # (M, vocabulary)
     logits = logits.float()
     place = torch.tensor(places, device=logits.device)
     wanted = torch.tensor([t for _, read in here for t in read.tokens], device=logits.device)
@@ -165,7 +180,8 @@ class Reply:
         asked: The prompt as it was put to the model, behind its lead if it has one (`fastmemit.text.lead`).
         probability: Of the whole new answer.
         said: Whether the new answer is what the model says: each token the most probable one.
-        says: The new answer, or what the model says instead: its most probable tokens.
+        says: The new answer, or what the model says instead: its most probable tokens, as many as the answer has and
+            three at least.
         at_start: Of a prompt with a lead: whether the new answer is said without it; else None.
     """
 
@@ -226,11 +242,12 @@ def ask(adapter: ModelAdapter, tokenizer: Any, requests: Sequence[EditRequest]) 
         *((text, request.target) for text, request in zip(asked, requests, strict=True)),
         *((requests[index].text, requests[index].target) for index in bare),
     ]
-    judged = judge_answers(adapter, tokenizer, questions)
+    kept: Kept = {}
+    judged = judge_answers(adapter, tokenizer, questions, kept=kept if goes_on(adapter) else None)
     started = {index: each.exact for index, each in zip(bare, judged[len(asked) :], strict=True)}
     answers = judged[: len(asked)]
     missed = [index for index, answer in enumerate(answers) if not answer.exact]
-    said = _continued(adapter, tokenizer, [(*questions[i], answers[i]) for i in missed])
+    said = _continued(adapter, tokenizer, [(*questions[i], answers[i]) for i in missed], kept)
     instead = dict(zip(missed, said, strict=True))
     replies = []
     for index, (text, request, answer) in enumerate(zip(asked, requests, answers, strict=True)):
@@ -277,27 +294,48 @@ def verdict(outcomes: Sequence[Outcome]) -> str:
     return "\n".join(lines)
 
 
-def _continued(adapter: ModelAdapter, tokenizer: Any, missed: Sequence[tuple[str, str, Answer]]) -> list[str]:
-    """How the model goes on from each prompt, a little further than the answer would reach."""
+def _continued(
+    adapter: ModelAdapter, tokenizer: Any, missed: Sequence[tuple[str, str, Answer]], kept: Kept
+) -> list[str]:
+    """How the model goes on from each prompt: about as far as the answer, and further if it may become that."""
     limit = context_limit(adapter.model) or sys.maxsize
     ends = end_tokens(adapter.model, tokenizer)
-    rows: list[tuple[int, int, tuple[int, ...]]] = []  # how many tokens are to come, whose they are, after which
-    texts: list[list[int]] = []
-    for index, (prompt, wanted, answer) in enumerate(missed):
+    asked: list[tuple[int, ...]] = []  # the tokens of each prompt
+    pasts: list[tuple[Cache, int] | None] = []
+    tokens: list[list[int]] = []  # that are said after it
+    reach: list[tuple[int, int]] = []  # how many of them there shall be; and if what is said is still open
+    for prompt, wanted, answer in missed:
         encoded, count = encode_with_target(tokenizer, prompt, wanted)
-        ids = encoded.ids[:-count]
-        room = min(count + MORE, limit - len(ids))
+        asked.append(encoded.ids[:-count])
+        pasts.append(kept.get(encoded.ids[:-1]))
+        room = limit - len(asked[-1])
+        reach.append((min(max(count, SHOWN), room), min(count + MORE, room)))
         # The answer's own forward has shown what is said up to the first token that differs.
-        known = answer.best[: answer.matches.index(False) + 1][:room]
-        texts.append([*takewhile(lambda token: token not in ends, known)])
-        rows.append((room - len(texts[index]), index, (*ids, *texts[index])))
-    for group in _alike([row for row in rows if row[0] > 0], limit):
-        new = max(more for more, _, _ in group)
-        for (more, index, _), tokens in zip(
-            group, continue_rows(adapter.model, tokenizer, [ids for _, _, ids in group], new), strict=True
-        ):
-            texts[index] += tokens[:more]
-    return [tokenizer.decode(tokens, skip_special_tokens=True).strip() for tokens in texts]
+        known = answer.best[: answer.matches.index(False) + 1][: reach[-1][0]]
+        tokens.append([*takewhile(lambda token: token not in ends, known)])
+
+    def said(index: int) -> str:
+        return str(tokenizer.decode(tokens[index], skip_special_tokens=True)).strip()
+
+    for turn in range(2):
+        rows = [
+            (reach[index][turn] - len(tokens[index]), index, (*asked[index], *tokens[index]))
+            for index in range(len(missed))
+            if turn == 0 or missed[index][1].strip().startswith(said(index).rstrip("\ufffd"))
+        ]
+        for group in _alike([row for row in rows if row[0] > 0], limit):
+            found = [pasts[index] for _, index, _ in group if turn == 0]
+
+            def past(numbers: Sequence[int], group: Any = group, found: Any = found) -> Cache:
+                return left_padded([found[n] for n in numbers], [len(group[n][2]) - 1 for n in numbers])
+
+            new = continue_rows(
+                adapter.model, tokenizer, [ids for _, _, ids in group], max(more for more, _, _ in group),
+                past=past if found and None not in found else None,
+            )  # fmt: skip
+            for (more, index, _), each in zip(group, new, strict=True):
+                tokens[index] += each[:more]
+    return [said(index) for index in range(len(missed))]
 
 
 def _alike(rows: list[tuple[int, int, tuple[int, ...]]], limit: int) -> list[list[tuple[int, int, tuple[int, ...]]]]:

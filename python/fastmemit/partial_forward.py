@@ -32,13 +32,23 @@ from fastmemit.models import (
     agrees,
     check_lengths,
     hidden_of,
+    input_device,
     length_batches,
     pad_batch,
     probe_ids,
     token_states,
     with_hidden,
 )
-from fastmemit.models.running import Reached, difference, place_rows, remembered, tolerance
+from fastmemit.models.running import (
+    Reached,
+    difference,
+    forward_as,
+    one_of_each_kind,
+    output_of,
+    place_rows,
+    remembered,
+    tolerance,
+)
 from fastmemit.text import Row
 
 log = logging.getLogger(__name__)
@@ -97,6 +107,42 @@ def past_of(cache: Cache, columns: int) -> Past:
     return [(e.keys[:, :, :columns].clone(), e.values[:, :, :columns].clone()) for e in cache.layers]
 
 
+def left_padded(kept: Sequence[tuple[Cache, int]], lengths: Sequence[int]) -> Cache:  # (cache, row of it)
+    """The cached keys and values of the first tokens, so many of each row, as a batch that is padded on the left."""
+    width, found = max(lengths), DynamicCache()
+    for number, layer in enumerate(kept[0][0].layers):
+        if layer.keys is None:  # its block has not run
+            continue
+        keys, values = (t.new_zeros(len(kept), t.shape[1], width, t.shape[3]) for t in (layer.keys, layer.values))
+        for place, ((cache, row), length) in enumerate(zip(kept, lengths, strict=True)):
+            keys[place, :, width - length :] = cache.layers[number].keys[row, :, :length]
+            values[place, :, width - length :] = cache.layers[number].values[row, :, :length]
+        found.update(keys, values, number)
+    return found
+
+
+@isolated()
+def goes_on(adapter: ModelAdapter) -> bool:
+    """Whether rows can go on from the cache of a batch padded on the right, by `left_padded`; few tokens are tried."""
+    return remembered(adapter.model, "goes on", partial(_goes_on, adapter.model))
+
+
+def _goes_on(model: Any) -> bool:
+    ids, cache, place = probe_ids(model), DynamicCache(), input_device(model)
+    rows = [ids[: len(ids) * 3 // 4], ids[2 : 2 + len(ids) // 3]]
+    with suppress(Exception), one_of_each_kind(model):  # what a model makes of a cache
+        batch = pad_batch([ids, ids[2:]], device=place)
+        del batch["attention_mask"]
+        output_of(model, True, **batch, past_key_values=cache, use_cache=True)
+        past = left_padded([(cache, 0), (cache, 1)], [len(row) - 1 for row in rows])
+        last = pad_batch(rows, side="left", device=place)
+        last.update({name: last[name][:, -1:] for name in ("input_ids", "position_ids")})
+        together = output_of(model, True, **last, past_key_values=past, use_cache=True)[:, -1]
+        alone = [output_of(model, True, **pad_batch([row], device=place))[:, -1] for row in rows]
+        return agrees(model, together, torch.cat(alone))
+    return False
+
+
 def as_cache(past: Past, passed: int, like: Tensor, shape: tuple[int, int]) -> Cache:
     """A cache that hands out the past (n, P columns) of the blocks above the `passed` ones and never grows."""
     # The model asks the first layer how long the past is; the passed-through layers answer with a tensor of that length
@@ -108,20 +154,6 @@ def as_cache(past: Past, passed: int, like: Tensor, shape: tuple[int, int]) -> C
 def align(rows: Sequence[Row], prefix: int, suffix: int) -> dict[str, Tensor]:
     """Ids, mask and positions, (N, prefix + suffix) each, every subject in column `prefix`."""
     return place_rows([row.ids for row in rows], [prefix - row.subject for row in rows], prefix + suffix)
-
-
-@contextmanager
-def forward_as(module: nn.Module, forward: Any) -> Iterator[None]:
-    """Give a module another `forward`; one that a library set on the instance comes back after."""
-    before = module.__dict__.get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        if before is None:
-            del module.forward
-        else:
-            module.forward = before
 
 
 @contextmanager
@@ -426,7 +458,7 @@ def check_targets(adapter: ModelAdapter, layers: Sequence[int]) -> None:
     adapter.check_constant()
     adapter.check_causal()
     kinds = {_layout(adapter.block(layer)): layer for layer in sorted(layers)}
-    with evaluation_mode(adapter.model):
+    with evaluation_mode(adapter.model, frozen=True):
         for layer in kinds.values():
             what = ("can be changed", adapter.template, layer)
             remembered(adapter.model, what, partial(_try_out, adapter, layer), weights=True)
@@ -445,16 +477,27 @@ def _layout(block: nn.Module) -> tuple[tuple[str, type], ...]:
 
 
 def _refusal(adapter: ModelAdapter, layer: int, site: Site) -> UnknownArchitecture | None:
-    """Why no change can enter at a layer, or None."""
-    ids = probe_ids(adapter.model)
-    rows = [Row(ids, len(ids) // 2), Row(ids[: len(ids) // 2], 1)]
+    """Why no change can enter at a layer, or None; where one block of each kind refuses, the whole model decides."""
+    with one_of_each_kind(adapter.model, also=[layer]):
+        why = _no_gradient(adapter, layer, site)
+    return why and _no_gradient(adapter, layer, site)
+
+
+def _no_gradient(adapter: ModelAdapter, layer: int, site: Site) -> UnknownArchitecture | None:
+    """Why the logits of a few tokens have no gradient for what a site puts out, or None where they have one."""
+    ids = probe_ids(adapter.model)[:6]
     what = f"A change of what the {site} of layer {layer} of {type(adapter.model).__name__} puts out"
+    entered: list[Tensor] = []
+
+    def enter(start: Tensor) -> Tensor:
+        entered.append(start.clone().requires_grad_(True))
+        return entered[0]
+
     try:
-        forward = forward_for(adapter, layer, rows, site)
-        value = forward.start.clone().requires_grad_(True)
         with torch.enable_grad():
-            logits = forward.logits(value, [0, 1], [0, 0])
-            (gradient,) = torch.autograd.grad(logits.float().square().sum(), value)
+            module, rows = module_at(adapter, layer, site), [Row(ids, len(ids) // 2)]
+            _, logits = _run_whole(adapter, module, rows, ([0], [0]), enter)
+            (gradient,) = torch.autograd.grad(logits.float().square().sum(), entered)
         if bool((gradient == 0).all()):
             return UnknownArchitecture(f"{what} does not reach the logits; edit another model.")
     except UnknownArchitecture as error:

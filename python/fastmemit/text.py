@@ -431,6 +431,7 @@ def continue_rows(
     top_k: int | None = None,
     seed: int = 0,
     stop: bool = False,
+    past: Callable[[Sequence[int]], Any] | None = None,
 ) -> list[list[int]]:
     """Continue rows of token ids by exactly `new_tokens` tokens each; no end-of-text ends one early, but by `stop`.
 
@@ -442,6 +443,8 @@ def continue_rows(
         top_k: Sample among the k most probable tokens; 0 samples among all; None takes the most probable (greedy).
         seed: Seed for the sampling; the process's own random state is left as it was.
         stop: End a row before the first token that ends a text.
+        past: What the model need not run again: given numbers of rows, a cache of all but the last token of each,
+            padded on the left.
 
     Raises:
         BadConfig: `new_tokens` is below 1.
@@ -484,6 +487,7 @@ def continue_rows(
                     repetition_penalty=1.0,
                     pad_token_id=0 if pad is None else pad,
                     logits_processor=LogitsProcessorList([_Checked(model)]),
+                    **({} if past is None else {"past_key_values": past(group)}),
                     **chosen,
                 )
                 width = batch["input_ids"].shape[1]

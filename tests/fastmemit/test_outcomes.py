@@ -13,10 +13,11 @@ from fastmemit import answers as outcomes
 from fastmemit.answers import Outcome, Reply, ask, compare, verdict
 from fastmemit.errors import FastmemitError, MissedFacts
 from fastmemit.models import find_adapter
+from fastmemit.partial_forward import goes_on
 from fastmemit.request import EditRequest
 from fastmemit.text import encode, encode_with_target
 from tiny_editors import FACTS, QUICK, tiny_editor
-from tiny_models import tiny_model, tiny_tokenizer
+from tiny_models import ARCHITECTURES, tiny_model, tiny_tokenizer
 
 START = EditRequest("{} is located in the city of", "I", "Rome")  # one token at the start
 
@@ -58,7 +59,11 @@ def test_replies_are_those_of_greedy_decoding(kind: str) -> None:
         ids, answer = list(encoded.ids[:-count]), list(encoded.ids[-count:])
         assert reply.asked == request.text and reply.at_start is None
         assert reply.probability == pytest.approx(literal_probability(model, ids, answer), rel=1e-4)
-        said = literal(model, ids, count + outcomes.MORE)
+        shown, said = (literal(model, ids, n) for n in (max(count, outcomes.SHOWN), count + outcomes.MORE))
+        if not request.target_new.startswith(
+            tokenizer.decode(shown, skip_special_tokens=True).strip().rstrip("\ufffd")
+        ):
+            said = shown  # which could not become the answer any more
         assert not reply.said and said[:count] != answer
         assert reply.says == tokenizer.decode(said, skip_special_tokens=True).strip()
 
@@ -90,6 +95,37 @@ def test_what_the_model_says_anyway_is_said() -> None:
 )  # fmt: skip
 def test_an_answer_in_other_tokens_is_the_answer(says: str, answer: str, said: bool) -> None:
     assert outcomes._begins_with(says, answer) is said
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_what_is_kept_gives_the_continuations_of_whole_rows(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer, model = tiny_tokenizer("byte_bpe"), tiny_model(architecture)
+    adapter = find_adapter(model)
+    answers = ("x", "Rome in Italy", "a much longer answer that has very many tokens indeed")
+    asked = [EditRequest(prompt, "Paris", a) for a in answers for prompt in ("{} is", "It is known that {} was in")]
+    widths: list[int] = []
+    monkeypatch.setattr(outcomes, "MORE", 0)  # no row is followed further, which would run it again
+    assert goes_on(adapter)
+    model.register_forward_pre_hook(lambda _m, _a, named: widths.append(named["input_ids"].shape[1]), with_kwargs=True)
+    ask(adapter, tokenizer, asked)  # what was found out about the model is of one without the hook
+    widths.clear()
+    kept = ask(adapter, tokenizer, asked)
+    assert len(widths) > 2 and set(widths[1:]) == {1}  # each prompt ran once
+    monkeypatch.setattr(outcomes, "goes_on", lambda _: False)
+    whole = ask(adapter, tokenizer, asked)
+    assert [each.says for each in kept] == [each.says for each in whole]
+    assert [each.probability for each in kept] == [each.probability for each in whole]
+
+
+def test_a_row_that_may_still_become_the_answer_is_followed(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer, model = tiny_tokenizer("byte_bpe"), tiny_model("llama")
+    request = EditRequest("{} is", "Paris", "Rome")
+    spelled = list("Romeo says so")
+    monkeypatch.setattr(outcomes, "end_tokens", lambda *_: set())
+    said = {len(spelled[:n]): "".join(spelled[:n]) for n in range(1, 12)}
+    monkeypatch.setattr(tokenizer, "decode", lambda ids, **_: said[len(ids)], raising=False)
+    (reply,) = ask(find_adapter(model), tokenizer, [request])
+    assert not reply.said and reply.says == said[encode_with_target(tokenizer, "Paris is", " Rome")[1] + outcomes.MORE]
 
 
 def test_a_prompt_that_fills_the_context_is_asked_as_far_as_it_goes() -> None:

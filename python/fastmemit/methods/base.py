@@ -139,12 +139,14 @@ class Subjects:
         self._adapter, self._tokenizer = adapter, tokenizer
         self._requests, self._contexts = tuple(requests), tuple(contexts)
         self._passes: tuple[SubjectPass, ...] = ()
+        self._bare: list[Row] = []  # once they are made
 
     @property
     def bare_ids(self) -> list[tuple[int, ...]]:
         """The token ids of each bare prompt up to its subject's last token."""
-        rows = [subject_row(self._tokenizer, "", request) for request in self._requests]
-        return [row.ids for row in rows]
+        if not self._bare:
+            self._bare = [subject_row(self._tokenizer, "", request) for request in self._requests]
+        return [row.ids for row in self._bare]
 
     def key(self, layer: int, last: int) -> Hashable:
         """What a reading depends on beside the weights."""
@@ -165,7 +167,7 @@ class Subjects:
                     groups.append([])
                 for context in self._contexts[1:]:
                     groups[-1].append(subject_row(self._tokenizer, context, request))
-            self._passes = tuple(SubjectPass.of(adapter, group) for group in groups)
+            self._passes, self._bare = tuple(SubjectPass.of(adapter, group) for group in groups), groups[0]
         keys = torch.empty(0)
         given: list[Tensor] = []
         passes: list[SubjectPass] = []

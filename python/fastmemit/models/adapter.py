@@ -8,21 +8,11 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastcov.hooks import evaluation_mode, isolated
 from fastmemit.errors import BadLayer, UnknownArchitecture, WrongModel
-from fastmemit.models.running import (
-    PROBE,
-    BlockMap,
-    Padding,
-    accepted,
-    context_limit,
-    input_device,
-    inverse,
-    text_config,
-    traits,
-)
+from fastmemit.models.running import BlockMap, Padding, accepted, context_limit, input_device, text_config, traits
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +21,18 @@ CONTEXT_LIMIT = 2048
 REFUSED, WARNED = 0.1, 0.5
 #: Share of a move by which it may be another one among other tokens.
 ROWS_MATTER = 0.1
+#: How far from a straight line a response may be before the map counts as bent, beside rounding.
+STRAIGHT = 1e-3
+#: Corrections of a bent map, each by one run of the block.
+CORRECTIONS = 6
+#: By what share of a wanted move a prediction may be off before a norm does not explain a block.
+UNEXPLAINED = 0.05
+#: Steps of descent where no norm explains it.
+DESCENT = 30
+#: A probe is this long in every coordinate: any epsilon of a norm is negligible against it.
+PROBE = 16.0
+#: How much staying near the present u counts beside the wanted output, in median squared gains.
+NEAR = 0.1
 
 
 def is_transposed(module: nn.Module) -> bool:
@@ -250,7 +252,7 @@ class ModelAdapter:
         """What to add to the projection's output (B, d) so that the block's output moves by `residual` (B, d).
 
         For most architectures the residual itself, which is measured once a layer; see
-        `fastmemit.models.running.inverse`.
+        `inverse`.
 
         Args:
             layer: The edited layer.
@@ -371,3 +373,125 @@ class ModelAdapter:
             f"{type(self.model).__name__} is not causal: a later token changes what it says at an "
             f"earlier one, so it can be neither edited nor scored token by token; {fix}."
         )
+
+
+@isolated()
+def inverse(f: BlockMap, outputs: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    """The change of the projection's output that moves the block's output by `residual`.
+
+    Three kinds of map are told apart by what comes out. A block that adds the output as it is: the change is the
+    residual. One that scales it by s: the residual over s. One that normalises it: with u = y / rms(y) and gains g,
+    read off by a probe, all that can come out is ``g u`` with ``mean(u^2) = 1``; the u' of that ellipsoid is taken that
+    is nearest to what is wanted, ``c = g u + r``, and a little to what is there (`_Norm.solve`). What is still missing
+    is added to c and solved for again. Where a norm alone does not explain what comes out (Gemma 4 goes on with the
+    sum), descent along the block's own gradients follows. Of each row the best y' is taken.
+
+    Args:
+        f: The block, at the rows that the outputs are of.
+        outputs: y (B, d), what leaves the projection now.
+        residual: r (B, d), by how much the block's output shall move.
+
+    Returns:
+        ``y' - y`` (B, d) in the dtype of `residual`, and the share of r that it reaches (B,): the projection of the
+        block's measured move on r, as a multiple of r. Both are zero for a row of which nothing better than no change
+        was found, and the share is 1 where nothing is wanted.
+    """
+    h = f(outputs.float())
+    y, r = outputs.to(h), residual.to(h)
+    size = torch.linalg.vector_norm(r, dim=1, keepdim=True)  # (B, 1)
+    square = size.square().clamp_min(torch.finfo(h.dtype).tiny)
+    rounding = 64 * torch.finfo(h.dtype).eps * torch.linalg.vector_norm(h, dim=1, keepdim=True)
+    moved = f(y + r) - h
+    if _within(moved - r, STRAIGHT * size + rounding):
+        return residual, torch.ones_like(size[:, 0])
+    s = (moved * r).sum(1, keepdim=True) / square  # (B, 1)
+    change, share = torch.zeros_like(r), torch.zeros_like(size[:, 0])
+    if _within(moved - s * r, STRAIGHT * s.abs() * size + rounding):
+        open_ = s.abs() > STRAIGHT
+        change = torch.where(open_, r / torch.where(open_, s, 1.0), change)
+        share = torch.where(open_[:, 0], 1.0, share)
+    else:
+        norm, aim, error, explained = _Norm(f, y, h), r, size[:, 0], True
+        for turn in range(CORRECTIONS + 1):
+            if turn < CORRECTIONS:
+                trial = norm.solve(aim) - y
+            elif explained:
+                break
+            else:
+                trial = _descend(f, y, h, r, change, norm.scale)
+            got = f(y + trial) - h
+            if turn == 0:
+                explained = _within(norm.move(y + trial) - got, UNEXPLAINED * size + rounding)
+            distance = torch.linalg.vector_norm(r - got, dim=1)
+            better = distance < error
+            error = torch.where(better, distance, error)
+            change = torch.where(better[:, None], trial, change)
+            share = torch.where(better, ((got * r).sum(1, keepdim=True) / square)[:, 0], share)
+            aim = aim + (r - got)
+    return change.to(residual), torch.where(size[:, 0] > 0, share, 1.0)
+
+
+class _Norm:
+    """What a norm behind the projection can put out: an ellipsoid, and where on it the block is."""
+
+    def __init__(self, f: BlockMap, y: Tensor, h: Tensor) -> None:
+        signs = torch.ones(y.shape[1], device=h.device)
+        signs[1::2] = -1  # no mean, for norms that take it off
+        probe = (PROBE * signs).expand_as(y)
+        plus, minus = f(probe), f(-probe)
+        self._gain = (plus - minus) / 2 * signs  # (B, d)
+        self._out = h - (plus + minus) / 2  # (B, d), what the norm puts out now
+        self._y = y
+        self._length = y.square().mean(1, keepdim=True).sqrt().clamp_min(1e-30)  # (B, 1)
+        self._near = NEAR * self._gain.square().median(1, keepdim=True).values
+
+    @property
+    def scale(self) -> Tensor:
+        """(B, d) by how much a coordinate of y must change, about, for a change of 1 behind it."""
+        return self._length / (self._gain.square() + self._near).sqrt().clamp_min(1e-30)
+
+    def move(self, outputs: Tensor) -> Tensor:
+        """By how much the block's output would move with these outputs, if this norm were all."""
+        length = outputs.square().mean(1, keepdim=True).sqrt().clamp_min(1e-30)
+        return self._gain * outputs / length - self._out
+
+    def solve(self, residual: Tensor) -> Tensor:
+        """The y' (B, d) that gives what is nearest to the present output plus `residual`.
+
+        ``min ||g u' - c||^2 + nu ||u' - u||^2`` is ``u' = (g c + nu u) / (g^2 + nu + mu)``, mu by bisection; then ``y'
+        = a u'`` with the a that makes y' nearest to y. (Dividing r by g asks nearly closed coordinates for everything,
+        and the norm then shrinks all others away.)
+        """
+        g, u = self._gain, self._y / self._length
+        wanted = g * (self._out + residual) + self._near * u
+        stiff = g.square() + self._near
+        # mean(u'^2) falls from infinity to 0 as mu grows from -min(stiff).
+        low = -stiff.amin(1, keepdim=True)
+        high = torch.linalg.vector_norm(wanted, dim=1, keepdim=True)
+        for _ in range(60):
+            mu = (low + high) / 2
+            long = (wanted / (stiff + mu)).square().mean(1, keepdim=True) > 1
+            low, high = torch.where(long, mu, low), torch.where(long, high, mu)
+        u = wanted / (stiff + high)
+        along = (u * self._y).mean(1, keepdim=True)  # the nearest length, since mean(u'^2) = 1
+        return torch.maximum(along, 0.1 * self._length) * u
+
+
+def _descend(f: BlockMap, y: Tensor, h: Tensor, r: Tensor, begin: Tensor, scale: Tensor) -> Tensor:
+    """The change (B, d) with the smallest error that descent from `begin` finds."""
+    size = r.square().sum(1).clamp_min(torch.finfo(r.dtype).tiny)
+    z = (begin / scale).requires_grad_(True)
+    optimiser = torch.optim.LBFGS([z], max_iter=DESCENT, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        with torch.enable_grad():
+            loss = ((f(y + z * scale) - h - r).square().sum(1) / size).sum()
+            (z.grad,) = torch.autograd.grad(loss, z)
+        return loss.detach()
+
+    optimiser.step(closure)
+    return (z * scale).detach()
+
+
+def _within(difference: Tensor, allowed: Tensor) -> bool:
+    return bool((torch.linalg.vector_norm(difference, dim=1, keepdim=True) <= allowed).all())

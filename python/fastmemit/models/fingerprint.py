@@ -403,7 +403,14 @@ class Watch:
 
 def _tensors(model: nn.Module) -> list[Tensor]:
     """Parameters and persistent buffers, each once."""
-    return list({id(tensor): tensor for module in model.modules() for _, tensor in _persistent(module)}.values())
+    found: dict[int, Tensor] = {}
+    for module in model.modules():  # as `_persistent` has them; most modules have no buffer, and this runs often
+        for tensor in module._parameters.values():
+            if tensor is not None:
+                found[id(tensor)] = tensor
+        if module._buffers:
+            found.update({id(tensor): tensor for _, tensor in _persistent(module)})
+    return list(found.values())
 
 
 def _mark(tensor: Tensor) -> Any:

@@ -10,8 +10,8 @@ from __future__ import annotations
 import copy
 import inspect
 import weakref
-from collections.abc import Callable, Hashable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
@@ -266,17 +266,19 @@ class _State:
 
 
 def _settings(module: Any) -> list[tuple[str, object]]:
-    """What decides on how a module runs, beside its parts: plain attributes, hooks, a forward of its own."""
+    """What decides on how a module runs, beside its parts: plain attributes, hooks, a config, a forward of its own."""
     found: list[tuple[str, object]] = []
     for name, value in vars(module).items():
         if isinstance(value, dict):  # told apart first, and most are empty: a model has thousands of these
             if value and name.endswith("_hooks"):
                 found.append((name, tuple(value)))
-        elif isinstance(value, (bool, int, float, str, type(None))):
+        elif isinstance(value, _PLAIN):
             if name != "training":
                 found.append((name, value))
-        elif name == "forward":
+        elif name == "forward" or name.endswith("config"):
             found.append((name, id(value)))
+        elif type(value) is tuple and {*_PLAIN}.issuperset(map(type, value)):
+            found.append((name, value))
     return found
 
 
@@ -294,6 +296,8 @@ def _version(tensor: Tensor) -> int:
 def _place(tensor: Tensor) -> Any:
     return tensor.dtype, tensor.device, tensor.shape, 0 if tensor.is_meta else tensor.data_ptr()
 
+
+_PLAIN = (bool, int, float, str, type(None))
 
 _found: weakref.WeakKeyDictionary[Any, dict[Hashable, tuple[_State, Any]]] = weakref.WeakKeyDictionary()
 
@@ -323,6 +327,71 @@ class Traits:
     right_padding: Padding
 
 
+@contextmanager
+def one_of_each_kind(model: Any, also: Container[int] = ()) -> Iterator[None]:
+    """Of blocks that are alike let the first one run, beside those numbered in `also`; the others hand on their input.
+
+    Blocks are alike if their modules have the same classes, settings and shapes of weights, whatever the weights. What
+    a block lets one token see of another is the same for all of a kind, so a trial need not run each of them.
+    """
+    config = text_config(model) if getattr(model, "config", None) is not None else None
+    depth = getattr(config, "num_hidden_layers", 0)
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    inner = {id(part) for each in lists for block in each for part in block.modules()}
+    fields = [v for v in config.to_dict().values() if isinstance(v, list | tuple) and len(v) == depth] if config else []
+    with evaluation_mode(model), ExitStack() as stack:  # which also takes off what an interrupt leaves
+        for blocks in lists:
+            if id(blocks) in inner or len(blocks) != depth:  # experts, a vision tower
+                continue
+            seen: dict[str, dict[str, Any]] = {}
+            for number, block in enumerate(blocks):
+                kind = f"{_kind(block, number)} {[field[number] for field in fields]}"
+                if kind in seen and number not in also:
+                    stack.enter_context(forward_as(block, partial(_handed_on, seen[kind])))
+                elif kind not in seen:
+                    seen[kind] = last = {}
+                    stack.enter_context(block.register_forward_hook(partial(_noted, last)))
+        yield
+
+
+def _kind(block: nn.Module, number: int) -> list[object]:
+    """What two blocks have in common that are alike; their own numbers tell none apart."""
+    kind: list[object] = []
+    for name, part in block.named_modules():
+        kind += [name, type(part)]
+        for key, value in _settings(part):
+            own = value == number and ("layer" in key or key.endswith(("idx", "index")))
+            kind.append((key, "own number" if own else value))
+        for key, weight in part._parameters.items():
+            if weight is not None:
+                kind.append((key, weight.shape, weight.dtype, weight.device))
+    return kind
+
+
+def _noted(last: dict[str, Any], _module: nn.Module, _args: Any, output: Any) -> None:
+    last["output"] = output
+
+
+def _handed_on(last: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    """What a block of this kind returns, with the states that it was given in place of its own."""
+    given, output = args[0] if args else kwargs["hidden_states"], last["output"]
+    return given if isinstance(output, Tensor) else with_hidden(output, given)
+
+
+@contextmanager
+def forward_as(module: nn.Module, forward: Any) -> Iterator[None]:
+    """Give a module another `forward`; one that a library set on the instance comes back after."""
+    before = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before
+
+
 @isolated()
 def traits(model: Any) -> Traits:
     """The traits of a model, by two tiny forwards where it is like most; see `is_causal` and `padding`."""
@@ -332,19 +401,22 @@ def traits(model: Any) -> Traits:
 def _measure(model: Any) -> Traits:
     weights = dict(model.named_parameters())
     before = {name: w._version for name, w in weights.items() if not w.is_inference()}
-    usual = _is_usual(model)
+    usual = False
+    with suppress(Exception), one_of_each_kind(model):  # where a model cannot be run so, the whole decides
+        usual = _is_usual(model, headless=True)
+    usual = usual or _is_usual(model)
     changed = next((name for name, version in before.items() if weights[name]._version != version), None)
     if usual:
         return Traits(changed, True, "unmasked")
     return Traits(changed, is_causal(model), padding(model, "right"))
 
 
-def _is_usual(model: Any) -> bool:
+def _is_usual(model: Any, *, headless: bool = False) -> bool:
     """Whether one batch without a mask shows a model to be causal and indifferent to padding on the right."""
     long, short, other = probe_ids(model), probe_ids(model, _SHORT), _changed_ending(model)
     with evaluation_mode(model):
-        alone = _output(model, [short])[0]
-        together = _output(model, [long, other, short], masked=False)
+        alone = output_of(model, headless, **_batch(model, [short]))[0]
+        together = output_of(model, headless, **_batch(model, [long, other, short], masked=False))
     kept = max(len(long) - _CHANGED, 0)
     return agrees(model, together[1, :kept], together[0, :kept]) and agrees(model, together[2, : len(short)], alone)
 
@@ -365,7 +437,7 @@ def is_causal(model: Any) -> bool:
     if kept < 1:
         return True
     with evaluation_mode(model):
-        first, second = (_output(model, [row])[0, :kept] for row in (ids, _changed_ending(model)))
+        first, second = (output_of(model, **_batch(model, [row]))[0, :kept] for row in (ids, _changed_ending(model)))
     return agrees(model, second, first)
 
 
@@ -380,20 +452,43 @@ def padding(model: Any, side: Literal["left", "right"]) -> Padding:
     long, short = probe_ids(model), probe_ids(model, _SHORT)
     own = slice(len(short)) if side == "right" else slice(len(long) - len(short), None)
     forms: tuple[Padding, Padding] = ("unmasked", "masked")
-    with evaluation_mode(model):
-        alone = _output(model, [short])[0]
-        for form in forms:
-            if agrees(model, _output(model, [long, short], side, masked=form == "masked")[1, own], alone):
-                return form
+    for part in (True, False):  # one block of each kind; where it cannot be run so, or disagrees, the whole decides
+        with ExitStack() as stack:
+            if part:
+                stack.enter_context(suppress(Exception))
+                stack.enter_context(one_of_each_kind(model))
+            stack.enter_context(evaluation_mode(model))
+            alone = output_of(model, part, **_batch(model, [short]))[0]
+            for form in forms:
+                batch = _batch(model, [long, short], side, masked=form == "masked")
+                if agrees(model, output_of(model, part, **batch)[1, own], alone):
+                    return form
     return "none"
 
 
-def _output(model: Any, rows: Sequence[Sequence[int]], side: str = "right", *, masked: bool = True) -> Tensor:
-    """Logits (rows, L, vocabulary); the hidden states of a model without a head."""
+def _batch(model: Any, rows: Sequence[Sequence[int]], side: str = "right", *, masked: bool = True) -> dict[str, Tensor]:
     batch = pad_batch(rows, side=side, device=input_device(model))
     if not masked:
         del batch["attention_mask"]
-    return hidden_of(model(**accepted(model, {**batch, "use_cache": False})))
+    return batch
+
+
+def output_of(model: Any, headless: bool = False, **inputs: Any) -> Tensor:
+    """Logits (rows, L, vocabulary); what enters the output head (rows, L, d), for a model without one or if asked for.
+
+    Asked for, the head does not run.
+    """
+    inputs.setdefault("use_cache", False)
+    seen: list[Tensor] = []
+
+    def reached(_module: nn.Module, args: tuple[Any, ...]) -> None:
+        seen.append(args[0])
+        raise Reached
+
+    head = model.get_output_embeddings() if headless else None
+    with nullcontext() if head is None else head.register_forward_pre_hook(reached), suppress(Reached):
+        return hidden_of(model(**accepted(model, inputs)))
+    return seen[0]
 
 
 # -- one block as a function of what its projection puts out ------------------------------------------
@@ -404,18 +499,6 @@ def _output(model: Any, rows: Sequence[Sequence[int]], side: str = "right", *, m
 # the block: what enters the block is kept, its projection's output is replaced, and what comes out is looked at.
 
 _BATCH_TOKENS = 8192
-#: How far from a straight line a response may be before the map counts as bent, beside rounding.
-STRAIGHT = 1e-3
-#: Corrections of a bent map, each by one run of the block.
-CORRECTIONS = 6
-#: By what share of a wanted move a prediction may be off before a norm does not explain a block.
-UNEXPLAINED = 0.05
-#: Steps of descent where no norm explains it.
-DESCENT = 30
-#: A probe is this long in every coordinate: any epsilon of a norm is negligible against it.
-PROBE = 16.0
-#: How much staying near the present u counts beside the wanted output, in median squared gains.
-NEAR = 0.1
 
 
 class Reached(Exception):
@@ -512,125 +595,3 @@ def _in_float32(value: Any) -> Any:
     if isinstance(value, tuple | list):
         return type(value)(_in_float32(part) for part in value)
     return value
-
-
-@isolated()
-def inverse(f: BlockMap, outputs: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-    """The change of the projection's output that moves the block's output by `residual`.
-
-    Three kinds of map are told apart by what comes out. A block that adds the output as it is: the change is the
-    residual. One that scales it by s: the residual over s. One that normalises it: with u = y / rms(y) and gains g,
-    read off by a probe, all that can come out is ``g u`` with ``mean(u^2) = 1``; the u' of that ellipsoid is taken that
-    is nearest to what is wanted, ``c = g u + r``, and a little to what is there (`_Norm.solve`). What is still missing
-    is added to c and solved for again. Where a norm alone does not explain what comes out (Gemma 4 goes on with the
-    sum), descent along the block's own gradients follows. Of each row the best y' is taken.
-
-    Args:
-        f: The block, at the rows that the outputs are of.
-        outputs: y (B, d), what leaves the projection now.
-        residual: r (B, d), by how much the block's output shall move.
-
-    Returns:
-        ``y' - y`` (B, d) in the dtype of `residual`, and the share of r that it reaches (B,): the projection of the
-        block's measured move on r, as a multiple of r. Both are zero for a row of which nothing better than no change
-        was found, and the share is 1 where nothing is wanted.
-    """
-    h = f(outputs.float())
-    y, r = outputs.to(h), residual.to(h)
-    size = torch.linalg.vector_norm(r, dim=1, keepdim=True)  # (B, 1)
-    square = size.square().clamp_min(torch.finfo(h.dtype).tiny)
-    rounding = 64 * torch.finfo(h.dtype).eps * torch.linalg.vector_norm(h, dim=1, keepdim=True)
-    moved = f(y + r) - h
-    if _within(moved - r, STRAIGHT * size + rounding):
-        return residual, torch.ones_like(size[:, 0])
-    s = (moved * r).sum(1, keepdim=True) / square  # (B, 1)
-    change, share = torch.zeros_like(r), torch.zeros_like(size[:, 0])
-    if _within(moved - s * r, STRAIGHT * s.abs() * size + rounding):
-        open_ = s.abs() > STRAIGHT
-        change = torch.where(open_, r / torch.where(open_, s, 1.0), change)
-        share = torch.where(open_[:, 0], 1.0, share)
-    else:
-        norm, aim, error, explained = _Norm(f, y, h), r, size[:, 0], True
-        for turn in range(CORRECTIONS + 1):
-            if turn < CORRECTIONS:
-                trial = norm.solve(aim) - y
-            elif explained:
-                break
-            else:
-                trial = _descend(f, y, h, r, change, norm.scale)
-            got = f(y + trial) - h
-            if turn == 0:
-                explained = _within(norm.move(y + trial) - got, UNEXPLAINED * size + rounding)
-            distance = torch.linalg.vector_norm(r - got, dim=1)
-            better = distance < error
-            error = torch.where(better, distance, error)
-            change = torch.where(better[:, None], trial, change)
-            share = torch.where(better, ((got * r).sum(1, keepdim=True) / square)[:, 0], share)
-            aim = aim + (r - got)
-    return change.to(residual), torch.where(size[:, 0] > 0, share, 1.0)
-
-
-class _Norm:
-    """What a norm behind the projection can put out: an ellipsoid, and where on it the block is."""
-
-    def __init__(self, f: BlockMap, y: Tensor, h: Tensor) -> None:
-        signs = torch.ones(y.shape[1], device=h.device)
-        signs[1::2] = -1  # no mean, for norms that take it off
-        probe = (PROBE * signs).expand_as(y)
-        plus, minus = f(probe), f(-probe)
-        self._gain = (plus - minus) / 2 * signs  # (B, d)
-        self._out = h - (plus + minus) / 2  # (B, d), what the norm puts out now
-        self._y = y
-        self._length = y.square().mean(1, keepdim=True).sqrt().clamp_min(1e-30)  # (B, 1)
-        self._near = NEAR * self._gain.square().median(1, keepdim=True).values
-
-    @property
-    def scale(self) -> Tensor:
-        """(B, d) by how much a coordinate of y must change, about, for a change of 1 behind it."""
-        return self._length / (self._gain.square() + self._near).sqrt().clamp_min(1e-30)
-
-    def move(self, outputs: Tensor) -> Tensor:
-        """By how much the block's output would move with these outputs, if this norm were all."""
-        length = outputs.square().mean(1, keepdim=True).sqrt().clamp_min(1e-30)
-        return self._gain * outputs / length - self._out
-
-    def solve(self, residual: Tensor) -> Tensor:
-        """The y' (B, d) that gives what is nearest to the present output plus `residual`.
-
-        ``min ||g u' - c||^2 + nu ||u' - u||^2`` is ``u' = (g c + nu u) / (g^2 + nu + mu)``, mu by bisection; then ``y'
-        = a u'`` with the a that makes y' nearest to y. (Dividing r by g asks nearly closed coordinates for everything,
-        and the norm then shrinks all others away.)
-        """
-        g, u = self._gain, self._y / self._length
-        wanted = g * (self._out + residual) + self._near * u
-        stiff = g.square() + self._near
-        # mean(u'^2) falls from infinity to 0 as mu grows from -min(stiff).
-        low = -stiff.amin(1, keepdim=True)
-        high = torch.linalg.vector_norm(wanted, dim=1, keepdim=True)
-        for _ in range(60):
-            mu = (low + high) / 2
-            long = (wanted / (stiff + mu)).square().mean(1, keepdim=True) > 1
-            low, high = torch.where(long, mu, low), torch.where(long, high, mu)
-        u = wanted / (stiff + high)
-        along = (u * self._y).mean(1, keepdim=True)  # the nearest length, since mean(u'^2) = 1
-        return torch.maximum(along, 0.1 * self._length) * u
-
-
-def _descend(f: BlockMap, y: Tensor, h: Tensor, r: Tensor, begin: Tensor, scale: Tensor) -> Tensor:
-    """The change (B, d) with the smallest error that descent from `begin` finds."""
-    size = r.square().sum(1).clamp_min(torch.finfo(r.dtype).tiny)
-    z = (begin / scale).requires_grad_(True)
-    optimiser = torch.optim.LBFGS([z], max_iter=DESCENT, line_search_fn="strong_wolfe")
-
-    def closure() -> Tensor:
-        with torch.enable_grad():
-            loss = ((f(y + z * scale) - h - r).square().sum(1) / size).sum()
-            (z.grad,) = torch.autograd.grad(loss, z)
-        return loss.detach()
-
-    optimiser.step(closure)
-    return (z * scale).detach()
-
-
-def _within(difference: Tensor, allowed: Tensor) -> bool:
-    return bool((torch.linalg.vector_norm(difference, dim=1, keepdim=True) <= allowed).all())

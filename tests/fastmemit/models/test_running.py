@@ -11,8 +11,8 @@ import transformers
 from torch import nn
 
 from fastmemit.errors import UnknownArchitecture
-from fastmemit.models import find_adapter
-from fastmemit.models.running import accepted, agrees, difference, is_causal, padding, remembered, tolerance
+from fastmemit.models import find_adapter, running
+from fastmemit.models.running import accepted, agrees, difference, is_causal, padding, remembered, tolerance, traits
 from tiny_models import ARCHITECTURES, D_K, LAYERS, VOCAB_SIZE, D, tiny_model
 
 IDS = torch.arange(4, 11)[None]
@@ -88,6 +88,75 @@ def test_padding_that_no_mask_helps_against() -> None:
     assert is_causal(Summing())
     assert padding(Summing(), "left") == "none"
     assert padding(Summing(), "right") == "unmasked"
+
+
+class Sighted(nn.Module):
+    """A block whose tokens see so many later ones."""
+
+    def __init__(self, block: nn.Module, ahead: int) -> None:
+        super().__init__()
+        self.block, self.ahead = block, ahead
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        out = self.block(hidden_states, *args, **kwargs)
+        return sum((out.roll(-n, 1) for n in range(1, self.ahead + 1)), out)
+
+
+def blocks_that_run(model: Any) -> list[int]:
+    """The numbers of the blocks whose attention runs from now on, in their order."""
+    ran: list[int] = []
+    for number, block in enumerate(model.model.layers):
+        attention = block.get_submodule("block.self_attn" if isinstance(block, Sighted) else "self_attn")
+        attention.register_forward_hook(Noting(ran, number), with_kwargs=True)
+    return ran
+
+
+class Noting:
+    def __init__(self, ran: list[int], number: int) -> None:
+        self.ran, self.number = ran, number
+
+    def __call__(self, *_: Any) -> None:
+        self.ran.append(self.number)
+
+
+def alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the hooks that count tell no block from another."""
+    plain = running._settings
+    monkeypatch.setattr(running, "_settings", lambda m: [(k, v) for k, v in plain(m) if not k.startswith("_forward")])
+
+
+def test_the_trial_runs_one_block_of_each_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    alike(monkeypatch)
+    model = tiny_model("llama")
+    ran = blocks_that_run(model)
+    assert traits(model) == running.Traits(None, True, "unmasked") and ran == [0, 0]
+    ran.clear()
+    assert padding(model, "left") != "none" and set(ran) == {0}
+    model = tiny_model("gemma3", layer_types=["full_attention", "sliding_attention", "full_attention"])
+    ran = blocks_that_run(model)
+    assert traits(model).causal and ran == [0, 1, 0, 1]
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_one_block_of_another_kind_is_seen(number: int) -> None:
+    model = tiny_model("llama")
+    for place, block in enumerate(model.model.layers):
+        model.model.layers[place] = Sighted(block, int(place == number))
+    assert not traits(model).causal
+    model.model.layers[number].ahead = 0
+    assert traits(model).causal
+
+
+def test_where_blocks_cannot_hand_on_the_whole_model_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*_args: Any, **_named: Any) -> Any:
+        raise TypeError("no states")
+
+    monkeypatch.setattr(running, "_handed_on", failing)
+    alike(monkeypatch)
+    model = tiny_model("llama")
+    ran = blocks_that_run(model)
+    assert traits(model) == running.Traits(None, True, "unmasked") and ran == [0, 0, 1, 2, 0, 1, 2]
+    assert not any("forward" in vars(block) for block in model.model.layers)
 
 
 def test_the_measures_leave_the_mode_and_no_gradient() -> None:

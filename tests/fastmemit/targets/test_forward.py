@@ -261,13 +261,13 @@ def test_the_check_refuses_what_no_change_can_enter(monkeypatch: pytest.MonkeyPa
 
 def test_the_check_runs_once_for_each_kind_of_block(monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[int] = []
-    original = forward.forward_for
+    original = forward._refusal
 
     def counted(adapter: Any, layer: int, *args: Any) -> Any:
         tried.append(layer)
         return original(adapter, layer, *args)
 
-    monkeypatch.setattr(forward, "forward_for", counted)
+    monkeypatch.setattr(forward, "_refusal", counted)
     adapter = find_adapter(tiny_model("llama"))
     check_targets(adapter, [0, 1, 2])
     check_targets(adapter, [0, 1, 2])
