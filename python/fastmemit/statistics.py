@@ -510,12 +510,15 @@ class StatisticsStore:
         self._held.clear()
 
     @isolated()
-    def find(self, layers: Sequence[int] | None, multiplier: float | None = None) -> Statistics | None:
+    def find(
+        self, layers: Sequence[int] | None, multiplier: float | None = None, *, quartic: bool = False
+    ) -> Statistics | None:
         """The newest stored statistics of this model that have all these layers (None: whichever), or None.
 
         Args:
             layers: The layers that are needed; None takes whatever is stored together.
             multiplier: Only those of this multiplier, if given.
+            quartic: Rather older ones that were collected with fourth powers.
 
         Raises:
             StoreDamaged: A file's header is not what was written, or lacks a field.
@@ -524,6 +527,7 @@ class StatisticsStore:
         modules = None if layers is None else [*map(self._adapter.projection_name, layers)]
         wanted = {"multiplier": multiplier, "tokenizer": self._tokenizer_is}
         homes = [home for home in self._home.glob("*") if home.is_dir()]
+        newest: Statistics | None = None
         for home in sorted(homes, key=lambda home: home.stat().st_mtime_ns, reverse=True):
             names = stored_modules(home) if modules is None else modules
             paths = {name: home / f"{name}.safetensors" for name in names}
@@ -531,11 +535,14 @@ class StatisticsStore:
                 continue
             said = provenances_in(home, names, self._stack.fingerprint)
             if all(v is None or said[0].get(k) == v for k, v in wanted.items()):
-                return Statistics(paths, common_provenance(said))
-        return None
+                found = Statistics(paths, common_provenance(said))
+                if not quartic or said[0].get("quartic"):
+                    return found
+                newest = newest or found
+        return newest
 
     @isolated()
-    def covering(self, layers: Sequence[int]) -> Statistics:
+    def covering(self, layers: Sequence[int], *, quartic: bool = False) -> Statistics:
         """The statistics in use if they cover these layers, else the newest stored ones that do, used from now on.
 
         Raises:
@@ -543,7 +550,7 @@ class StatisticsStore:
         """
         names = {self._adapter.projection_name(layer) for layer in layers}
         if self.current is None or not names <= self.current.paths.keys():
-            found = self.find(layers)
+            found = self.find(layers, quartic=quartic)
             if found is None:
                 raise fastcov.FastcovError(
                     f"There are no second moments of the layers {list(layers)} of {self._name}; "
@@ -555,7 +562,7 @@ class StatisticsStore:
 
     def needed(self, config: EditConfig) -> Statistics:
         """Those that settings solve with: see `covering`; empty ones where nothing is collected."""
-        return self.covering(config.layers) if config.needs_statistics else Statistics({}, {})
+        return self.covering(config.layers, quartic=config.quartic) if config.needs_statistics else Statistics({}, {})
 
     def factor(self, config: CovarianceConfig, layer: int) -> CholeskyFactor:
         """The factor of a layer's ``A = w C + ridge I`` in float64, on the weight's device, made where it is not held.

@@ -143,6 +143,10 @@ def test_fourth_powers_are_summed_only_where_they_are_asked_for(tmp_path):
     editor.precompute(tiny_corpus(), multiplier=4, layers=(0, 1))
     assert stored(editor).quartic is None  # each stored under what it is
     assert editor.precompute(tiny_corpus(), multiplier=4, layers=(0, 1), quartic=True).paths == used.paths
+    editor.precompute(tiny_corpus(), multiplier=3, layers=(0, 1))  # the newest, which the next process finds
+    later = tiny_editor(tmp_path, layers=None).store
+    assert later.find((0, 1)).provenance["multiplier"] == 3
+    assert later.needed(settings).paths == used.paths
 
 
 def space(editor, store, layer=1, **values):

@@ -77,7 +77,7 @@ def stand_in(K, X):
 def test_equals_the_released_code(editor, golden, monkeypatch):
     factors = {n: factorize(stand_in(golden[f"A/{n}/k"], golden[f"A/{n}/x"])) for n in (3, 4, 5)}
     monkeypatch.setattr(editor.store, "factor", lambda _, layer: factors[layer])
-    monkeypatch.setattr(editor.store, "covering", lambda _: Statistics({}, {}))
+    monkeypatch.setattr(editor.store, "covering", lambda *_, **__: Statistics({}, {}))
     monkeypatch.setattr(Statistics, "resolved", lambda _self, _adapter, config: config)
     # With the recorded C these agreed to 6e-7 on vectors, 4e-6 on losses, 2.5e-6 on the changes of
     # MEMIT and EMMET and 6.4e-6 on ROME's; processors round differently, hence the room.
