@@ -89,6 +89,7 @@ def _evaluate(args: argparse.Namespace) -> None:
         raise BadConfig("zsRE's unrelated questions have a form of their own; leave out --chat.")
     references = None if args.references is None else load_references(args.references)
     measures = Measures.of(args.metrics, references)
+    records: list[Any]  # of one kind
     if zsre:
         records = load_zsre(args.facts, skip_malformed=args.skip_malformed)
     else:
