@@ -35,8 +35,7 @@ def test_the_last_block_is_on_another_device_than_the_layer(monkeypatch: pytest.
     layers = (0, 1) if method == "memit" else (0,)
     norms = [nn.RMSNorm(D, device=place) for place in PLACES]
     reading = [
-        SimpleNamespace(keys=on(place, B, 2, D_K), outputs=on(place, B, D), block=on(PLACES[-1], B, D))
-        for place in PLACES
+        SimpleNamespace(keys=on(place, B, D_K), outputs=on(place, B, D), block=on(PLACES[-1], B, D)) for place in PLACES
     ]
     work: Any = SimpleNamespace(
         config=SimpleNamespace(layers=layers, lambda_e=0.1, spread="linear", site="block"),
