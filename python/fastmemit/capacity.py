@@ -229,6 +229,7 @@ class EditPlan:
 
     factors: int  # bytes of the factors of all layers, float64, held for the next edit
     making: int  # bytes beside them while one is made: half of it for the triangle, a third to work in
+    reading: int  # bytes that a batch of texts needs while keys are read
     keys: int  # bytes of the keys of all layers: one in float64, and in float32 what a later edit may ask for
     targets: int  # bytes of the target vectors and of what is read beside them
     solve: int  # bytes of what one layer's closed form makes
@@ -238,9 +239,9 @@ class EditPlan:
 
     @property
     def memory(self) -> int:
-        """Bytes at the most expensive moment: while the last factor is made, or while a layer is solved."""
+        """Bytes at the most expensive moment: while keys are read, the last factor is made or a layer is solved."""
         held = self.factors + self.keys + self.targets + self.copies + self.delta
-        return held + max(self.making, self.solve)
+        return held + max(self.reading, self.making, self.solve)
 
 
 @isolated()
@@ -287,6 +288,8 @@ def plan_edit(
     return EditPlan(
         factors=n * d_k**2 * _F64,
         making=d_k**2 * _F64 * 5 // 6,
+        # A batch of `fastmemit.partial_forward.READ_TOKENS`, with the widths that `plan` counts.
+        reading=min(facts * rows * tokens, 8192) * ((3 if shape.gated else 2) * d_k + 3 * d) * machine.dtype_bytes,
         keys=facts * d_k * (_F64 + n * _F32),
         targets=facts * d * (2 * _F64 + 2 * _F32),
         solve=(2 * facts * d_k + small**2 * (3 if wide else 1) + facts * d) * _F64,

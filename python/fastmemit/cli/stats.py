@@ -151,6 +151,7 @@ def _plan(args: argparse.Namespace) -> None:
         ("memory", []),
         ("  factors of all layers", [byte_size(edit.factors)]),
         ("  making the last one", [byte_size(edit.making)]),
+        ("  a batch of texts", [byte_size(edit.reading)]),
         ("  keys", [byte_size(edit.keys)]),
         ("  target vectors", [byte_size(edit.targets)]),
         ("  what solving makes", [byte_size(edit.solve)]),
