@@ -201,8 +201,8 @@ def _export(args: argparse.Namespace) -> None:
 
     Without --corpus the newest stored statistics are written. The other codebase takes the files as its
     own where its settings say the same mom2_dataset, mom2_n_samples and mom2_dtype. EasyEdit's
-    AlphaEdit reads projectors too, which are written for the layers of our AlphaEdit's settings or of --layers;
-    AlphaEdit's own code makes them from C at each start, so with --layout alphaedit none are.
+    AlphaEdit reads projectors too, which are written for the layers of our AlphaEdit's settings or of
+    --layers; AlphaEdit's own code makes them from C at each start, so with --layout alphaedit none are.
     """
     from fastmemit.compat.npz_files import check_new, export_null_space, export_statistics, layers_by_name
     from fastmemit.files import bar
