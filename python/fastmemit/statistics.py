@@ -201,8 +201,7 @@ class StatisticsStore:
         name: What to call the model in files; it identifies nothing.
         seed: Seed for the order of documents where a collection has none.
         progress: Show a bar for each long step.
-        capacity: Bytes of factors and null spaces held at most, of which one is always held; None takes what the
-            device has free, less a quarter of it and what making another one needs.
+        capacity: Bytes of factors and null spaces held at most, see `fastcov.linalg.FactorCache`.
 
     Attributes:
         current: The statistics in use, if any are.
@@ -583,15 +582,13 @@ class StatisticsStore:
         if found is None:
             self._held.make_room(config.layers, kind, self._place(layer), d_k, 2)  # beside A a triangle in float32
         if not isinstance(found, CholeskyFactor) and not config.needs_statistics:
-            identity = torch.eye(d_k, dtype=torch.float64, device=self._place(layer))
-            scaled = fastcov.regularised(identity, weight, config.ridge, relative_ridge=relative)
+            eye = torch.eye(d_k, dtype=torch.float64, device=self._place(layer))
+            scaled = fastcov.regularised(eye, weight, config.ridge, relative_ridge=relative)
             found = CholeskyFactor(scaled.sqrt_(), 0.0)
         elif not isinstance(found, CholeskyFactor):
             moment = used.moment(self._adapter.projection_name(layer))
-            shrinkage = SHRINKAGES[config.shrinkage](moment)
-            matrix = fastcov.regularised(
-                moment.to(self._place(layer)), weight, config.ridge, relative_ridge=relative, shrinkage=shrinkage
-            )
+            more = {"relative_ridge": relative, "shrinkage": SHRINKAGES[config.shrinkage](moment)}
+            matrix = fastcov.regularised(moment.to(self._place(layer)), weight, config.ridge, **more)
             del moment  # its sum is not held beside the factorisation
             if relative and config.relative_ridge is None:
                 log.info(
@@ -639,7 +636,7 @@ class StatisticsStore:
         return {layer: self.factor(cast("CovarianceConfig", config), layer).jitter for layer in config.layers}
 
     def _place(self, layer: int) -> torch.device:
-        """Where a layer's statistics are worked on: with its weight, but Apple's GPUs lack float64."""
+        """Where a layer's statistics are worked on: with its weight, where there is float64."""
         return place_of_float64(self._adapter.weight(layer).device)
 
 
