@@ -97,6 +97,17 @@ def test_equals_the_released_code(editor, golden, monkeypatch):
             assert (change - expected).norm() <= 2e-5 * expected.norm(), (method, layer)
 
 
+def literal_start(editor, request, settings, site):
+    """v0 of the literal computation in float64; the model's float32 weights come back bit for bit."""
+    model, module = editor.model, editor.adapter.projection(5) if site == "projection" else None
+    once = dataclasses.replace(settings, steps=1)
+    model.double()
+    try:
+        return literal_target(model, editor.tokenizer, editor.adapter.block(5), request, CONTEXTS, once, module)[1]
+    finally:
+        model.float()
+
+
 @pytest.mark.parametrize("site", ["block", "projection"])
 def test_early_stop_and_clamp_equal_the_literal_computation(editor, site):
     # What the recorded runs do not reach: one fact whose loss falls below the limit on its way, and
@@ -106,15 +117,19 @@ def test_early_stop_and_clamp_equal_the_literal_computation(editor, site):
         settings = dataclasses.replace(settings, clamp=4.0)
     stopping = dataclasses.replace(settings, early_stop=16.5)
     held = dataclasses.replace(settings, clamp=settings.clamp / 8, steps=6)
+    exact = [literal_start(editor, request, settings, site) for request in REQUESTS]
     for run in (stopping, held):
         targets = optimise(editor.adapter, editor.tokenizer, REQUESTS, CONTEXTS, run)
-        for request, target in zip(REQUESTS, targets, strict=True):
+        for request, target, true_start in zip(REQUESTS, targets, exact, strict=True):
             module = editor.adapter.projection(5) if site == "projection" else None
             vector, start, losses = literal_target(
                 editor.model, editor.tokenizer, editor.adapter.block(5), request, CONTEXTS, run, module
             )
             assert target.losses == pytest.approx(losses, rel=2e-5)
-            assert (target.start - start).norm() <= 2e-6 * start.norm()
+            # Both are float32, and how each is rounded is the processor's business (ours 2.8e-6 and the literal one
+            # 1.5e-6 off with AVX-512), so both are held against float64.
+            for found in (target.start, start):
+                assert (found.double() - true_start).norm() <= 5e-6 * true_start.norm()
             assert (target.vector - vector).norm() <= 2e-5 * vector.norm()
         if run is stopping:
             assert [len(target.losses) < run.steps for target in targets].count(True) == 1
