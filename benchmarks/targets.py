@@ -65,9 +65,9 @@ def main() -> None:
     literal = requests[:: max(1, len(requests) // args.literal)][: args.literal]
     for turn in range(args.rounds):
         for name, settings in (("adam", adam), ("rotate", rotate)):
+            tokens = args.batch_tokens if name == "adam" else args.rotate_batch_tokens
             made[name] = timed(
-                name,
-                partial(optimise, adapter, tokenizer, requests, contexts, settings, batch_tokens=args.batch_tokens),
+                name, partial(optimise, adapter, tokenizer, requests, contexts, settings, batch_tokens=tokens)
             )
         for request in literal[turn :: args.rounds]:
             block = adapter.block(args.layer)
@@ -100,7 +100,7 @@ def main() -> None:
         "worst_relative_difference": worst,
         "a_fact": each,
         "runs": spent,
-        "batch_tokens": args.batch_tokens,
+        "batch_tokens": {"adam": args.batch_tokens, "rotate": args.rotate_batch_tokens},
         "threads": torch.get_num_threads(),
         "processor": this_machine(torch.device("cpu")).cpu,
         "torch": torch.__version__,
@@ -127,6 +127,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rotate-steps", type=int, default=18)
     parser.add_argument("--layer", type=int, default=5)
     parser.add_argument("--batch-tokens", type=int, default=1024)
+    parser.add_argument("--rotate-batch-tokens", type=int, default=8192)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     return parser.parse_args()

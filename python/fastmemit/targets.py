@@ -195,8 +195,7 @@ class Rotate:
     a vector has to go and goes on there at the same pace. Here the length of a step is what is still missing: ``rho
     limit max(1 - exp(-2 nll), 0.1)``, with nll the first term of the loss and limit the norm that delta may have, along
     the normalised gradients of this step and, with momentum, of those before. What one context asks for, the next ones
-    mostly ask for too. Steps of a tenth, once nothing is missing, widen the margin: without them vectors are a sixth
-    shorter, and fewer paraphrases follow. (Measured: docs/results/README.md.) Arguments are those of `Adam`.
+    mostly ask for too. (Measured: docs/results/README.md.) Arguments are those of `Adam`.
     """
 
     MOMENTUM, LEAST = 0.7, 0.1

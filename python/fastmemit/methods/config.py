@@ -548,7 +548,7 @@ def _meanings(cls: type[EditConfig]) -> dict[str, str]:
 #: Adam's step in typical coordinates of v0, where nobody has tuned it: the published 0.5 is 0.2 of
 #: them on SmolLM2, whose typical coordinate is 2.3 to 2.8 in the blocks that are edited.
 PUBLISHED_STEP, RELATIVE_STEP = 0.5, 0.2
-#: Loss evaluations: those of the papers, and as many of `fastmemit.targets.Rotate` as give the same scores.
+#: Loss evaluations: those of the papers, and those that `fastmemit.targets.Rotate` was measured with.
 STEPS = {"adam": 25, "rotate": 18}
 #: A layer that can move its block by less than this share of what is usual is no default.
 FAR_LESS = 0.1
