@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastmemit.methods import alphaedit, emmet, memit, rome  # noqa: F401 (each registers itself)
+from fastmemit.methods import solve  # noqa: F401 (registers each method)
 from fastmemit.methods.base import REGISTRY, Draft, PreservedKeys, ReadCache, Workspace, run
 from fastmemit.methods.config import (
     CONFIGS,

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from fastcov import LowRank
-from fastmemit.methods import emmet, memit
+from fastmemit.methods import REGISTRY, solve
 
 B, D, D_K = 3, 8, 16
 PLACES = ("meta", "cpu")  # of two layers, the second of which is the last edited
@@ -25,13 +25,12 @@ def on(device: str, *shape: int, dtype: torch.dtype = torch.float64) -> torch.Te
 
 @pytest.mark.parametrize("method", ["memit", "emmet"])
 def test_the_last_block_is_on_another_device_than_the_layer(monkeypatch: pytest.MonkeyPatch, method: str) -> None:
-    module = {"memit": memit, "emmet": emmet}[method]
     written: list[tuple[int, LowRank, torch.Tensor]] = []
 
     def solved(factor: Any, keys: torch.Tensor, residual: torch.Tensor, *_: Any) -> LowRank:
         return LowRank(residual, factor @ keys)  # what is on two devices cannot be multiplied
 
-    monkeypatch.setattr(module.closed_form, method, solved)
+    monkeypatch.setattr(solve.closed_form, method, solved)
     layers = (0, 1) if method == "memit" else (0,)
     norms = [nn.RMSNorm(D, device=place) for place in PLACES]
     reading = [
@@ -46,7 +45,7 @@ def test_the_last_block_is_on_another_device_than_the_layer(monkeypatch: pytest.
         preserving=lambda _, factor: factor,
         write=lambda layer, change, keys: written.append((layer, change, keys)),
     )
-    module.write(work, [None] * B, torch.stack([on("cpu", D)] * B).double())  # type: ignore[list-item]
+    REGISTRY[method].write(work, [None] * B, torch.stack([on("cpu", D)] * B).double())  # type: ignore[list-item]
     assert [layer for layer, _, _ in written] == list(layers)
     for layer, change, keys in written:
         assert {t.device.type for t in (change.left, change.right, keys)} == {PLACES[layer]}

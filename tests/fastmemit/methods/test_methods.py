@@ -6,7 +6,7 @@ import torch
 from fastmemit import Editor, EditRequest
 from fastmemit.data.corpora import corpus_from_texts
 from fastmemit.errors import BadRequest, FastmemitError
-from fastmemit.methods import Draft, memit
+from fastmemit.methods import Draft, solve
 from fastmemit.methods.base import averaged_keys
 from fastmemit.partial_forward import read_at_subject
 from fastmemit.text import subject_row
@@ -177,7 +177,7 @@ def test_rome_writes_later_facts_on_top_of_earlier_ones(tmp_path):
 def test_an_error_half_way_leaves_the_weights(tmp_path, monkeypatch):
     editor = make_editor("llama", tmp_path)
     before = snapshot(editor.model)
-    original, calls = memit.closed_form.memit, []
+    original, calls = solve.closed_form.memit, []
 
     def failing(*args):
         calls.append(1)
@@ -187,7 +187,7 @@ def test_an_error_half_way_leaves_the_weights(tmp_path, monkeypatch):
             raise FastmemitError("half way")
         return original(*args)
 
-    monkeypatch.setattr(memit.closed_form, "memit", failing)
+    monkeypatch.setattr(solve.closed_form, "memit", failing)
     with pytest.raises(FastmemitError, match="half way"):
         editor.edit(REQUESTS, "memit", layers=(0, 1, 2), steps=2)
     assert_unchanged(editor.model, before)
@@ -247,6 +247,6 @@ def test_rome_is_emmet_with_one_fact(tmp_path):
     read = work.context_outputs(1, REQUESTS[:1])
     keys, outputs = read.keys, read.outputs
     key, now = averaged_keys(keys), averaged_keys(outputs)
-    change = memit.closed_form.emmet(editor.store.factor(work.config, 1), key, target.vector.double()[:, None] - now)
+    change = solve.closed_form.emmet(editor.store.factor(work.config, 1), key, target.vector.double()[:, None] - now)
     ((left, right),) = rome.factors.values()
     assert (left @ right.T - change.dense()).norm() <= 1e-5 * change.dense().norm()
