@@ -133,12 +133,12 @@ def _goes_on(model: Any) -> bool:
     with suppress(Exception), one_of_each_kind(model):  # what a model makes of a cache
         batch = pad_batch([ids, ids[2:]], device=place)
         del batch["attention_mask"]
-        output_of(model, True, **batch, past_key_values=cache, use_cache=True)
+        output_of(model, headless=True, **batch, past_key_values=cache, use_cache=True)
         past = left_padded([(cache, 0), (cache, 1)], [len(row) - 1 for row in rows])
         last = pad_batch(rows, side="left", device=place)
         last.update({name: last[name][:, -1:] for name in ("input_ids", "position_ids")})
-        together = output_of(model, True, **last, past_key_values=past, use_cache=True)[:, -1]
-        alone = [output_of(model, True, **pad_batch([row], device=place))[:, -1] for row in rows]
+        together = output_of(model, headless=True, **last, past_key_values=past, use_cache=True)[:, -1]
+        alone = [output_of(model, headless=True, **pad_batch([row], device=place))[:, -1] for row in rows]
         return agrees(model, together, torch.cat(alone))
     return False
 

@@ -587,9 +587,9 @@ class StatisticsStore:
             found = CholeskyFactor(scaled.sqrt_(), 0.0)
         elif not isinstance(found, CholeskyFactor):
             moment = used.moment(self._adapter.projection_name(layer))
-            more = {"relative_ridge": relative, "shrinkage": SHRINKAGES[config.shrinkage](moment)}
-            matrix = fastcov.regularised(moment.to(self._place(layer)), weight, config.ridge, **more)
-            del moment  # its sum is not held beside the factorisation
+            shrinkage, moved = SHRINKAGES[config.shrinkage](moment), moment.to(self._place(layer))
+            matrix = fastcov.regularised(moved, weight, config.ridge, relative_ridge=relative, shrinkage=shrinkage)
+            del moment, moved  # its sum is not held beside the factorisation
             if relative and config.relative_ridge is None:
                 log.info(
                     "C of layer %d has few keys (%s) and gets a ridge of %g of its mean diagonal; "

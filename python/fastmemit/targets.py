@@ -257,7 +257,8 @@ class _Group:
         self._device = forward.start.device
         self._index()
         self._start = forward.start[self._firsts].clone()  # (R, d), of the bare prompts
-        self._rule = {"adam": Adam, "rotate": Rotate}[settings.optimiser](settings, self._start, contexts)
+        rule = Rotate if settings.optimiser == "rotate" else Adam
+        self._rule: Adam | Rotate = rule(settings, self._start, contexts)
 
     def _index(self) -> None:
         """Where each request's rows begin in the forward."""
@@ -598,7 +599,7 @@ def _what_matters(settings: TargetSettings) -> dict[str, Any]:
     Adam's are named as they were when there was no other optimiser, so that what was stored then is found.
     """
     values = dataclasses.asdict(settings)
-    idle = ("optimiser", "rho") if settings.optimiser == "adam" else ("learning_rate",)
+    idle: tuple[str, ...] = ("optimiser", "rho") if settings.optimiser == "adam" else ("learning_rate",)
     if settings.stop == "most-probable":
         idle += ("early_stop",)
     return {name: value for name, value in values.items() if name not in idle}

@@ -349,8 +349,8 @@ def one_of_each_kind(model: Any, also: Container[int] = ()) -> Iterator[None]:
                 if kind in seen and number not in also:
                     stack.enter_context(forward_as(block, partial(_handed_on, seen[kind])))
                 elif kind not in seen:
-                    seen[kind] = last = {}
-                    stack.enter_context(block.register_forward_hook(partial(_noted, last)))
+                    seen[kind] = {}
+                    stack.enter_context(block.register_forward_hook(partial(_noted, seen[kind])))
         yield
 
 
@@ -415,8 +415,8 @@ def _is_usual(model: Any, *, headless: bool = False) -> bool:
     """Whether one batch without a mask shows a model to be causal and indifferent to padding on the right."""
     long, short, other = probe_ids(model), probe_ids(model, _SHORT), _changed_ending(model)
     with evaluation_mode(model):
-        alone = output_of(model, headless, **_batch(model, [short]))[0]
-        together = output_of(model, headless, **_batch(model, [long, other, short], masked=False))
+        alone = output_of(model, headless=headless, **_batch(model, [short]))[0]
+        together = output_of(model, headless=headless, **_batch(model, [long, other, short], masked=False))
     kept = max(len(long) - _CHANGED, 0)
     return agrees(model, together[1, :kept], together[0, :kept]) and agrees(model, together[2, : len(short)], alone)
 
@@ -458,22 +458,22 @@ def padding(model: Any, side: Literal["left", "right"]) -> Padding:
                 stack.enter_context(suppress(Exception))
                 stack.enter_context(one_of_each_kind(model))
             stack.enter_context(evaluation_mode(model))
-            alone = output_of(model, part, **_batch(model, [short]))[0]
+            alone = output_of(model, headless=part, **_batch(model, [short]))[0]
             for form in forms:
                 batch = _batch(model, [long, short], side, masked=form == "masked")
-                if agrees(model, output_of(model, part, **batch)[1, own], alone):
+                if agrees(model, output_of(model, headless=part, **batch)[1, own], alone):
                     return form
     return "none"
 
 
-def _batch(model: Any, rows: Sequence[Sequence[int]], side: str = "right", *, masked: bool = True) -> dict[str, Tensor]:
+def _batch(model: Any, rows: Sequence[Sequence[int]], side: str = "right", *, masked: bool = True) -> dict[str, Any]:
     batch = pad_batch(rows, side=side, device=input_device(model))
     if not masked:
         del batch["attention_mask"]
     return batch
 
 
-def output_of(model: Any, headless: bool = False, **inputs: Any) -> Tensor:
+def output_of(model: Any, *, headless: bool = False, **inputs: Any) -> Tensor:
     """Logits (rows, L, vocabulary); what enters the output head (rows, L, d), for a model without one or if asked for.
 
     Asked for, the head does not run.
