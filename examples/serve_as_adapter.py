@@ -56,7 +56,7 @@ def _answer(model: Any, tokenizer: Any, fact: EditRequest) -> str:
     with torch.no_grad():
         probability = model(**inputs).logits[0, -1].softmax(-1)[new].item()
     said = " ".join(tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :]).split())
-    return f"{said!r}, P({fact.target.strip()}) = {probability:.6f}"
+    return f"{said!r}, P({fact.target.strip()}) = {probability:.6g}"
 
 
 if __name__ == "__main__":

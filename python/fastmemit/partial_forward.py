@@ -231,10 +231,12 @@ class SuffixForward:
         # No logits are needed here: one position through the output head instead of all.
         with head_reads(adapter, [0], [0]):
             if stems:
-                adapter.run(**pad_batch(stems, device=adapter.device), past_key_values=cache, use_cache=True)
+                # Padded on the left, so that nothing stands between a stem and what follows: some models count columns.
+                batch = pad_batch(stems, side="left", device=adapter.device)
+                adapter.run(**batch, past_key_values=cache, use_cache=True)
                 own = [stems.index(row.ids[: row.stem]) if row.stem else 0 for row in rows]
                 cache.batch_select_indices(torch.tensor(own, device=adapter.device))
-                mask = (torch.arange(cache.get_seq_length()) < lengths).long()
+                mask = (torch.arange(-cache.get_seq_length(), 0) >= -lengths).long()
             if any(rests) or not stems:
                 batch = place_rows(rests, [0] * len(rows), max(1, *map(len, rests)))
                 batch["position_ids"] += lengths
@@ -243,7 +245,7 @@ class SuffixForward:
                 adapter.run(**run, past_key_values=cache, use_cache=True)
         # Each row's tokens into the columns just before its subject, where `align` has them.
         tokens = torch.arange(self._prefix) - self._prefix + torch.tensor([row.subject for row in rows])[:, None]
-        source = torch.where(tokens < lengths, tokens, tokens - lengths + mask.shape[1]).clamp(min=0)[:, None, :, None]
+        source = (tokens + mask.shape[1] - lengths).clamp(min=0)[:, None, :, None]
 
         def aligned(states: Tensor) -> Tensor:
             return states.gather(2, source.to(states.device).expand(-1, states.shape[1], -1, states.shape[3]))
@@ -386,9 +388,8 @@ class FullForward:
 def forward_for(adapter: ModelAdapter, layer: int, rows: Sequence[Row], site: Site) -> SuffixForward | FullForward:
     """The fastest forward of these rows that agrees with the whole model on one row alone.
 
-    Two rows are compared, each with another vector than its own put in: the one that would be padded most, and the one
-    that has most in common with others. What does not agree for one group is not tried again for this layer. The model
-    is in evaluation mode.
+    Up to three are compared, each with another vector than its own put in: the one that would be padded most, and those
+    that have least and most in common with others. What does not agree for one group is not tried again for this layer.
 
     Raises:
         UnknownArchitecture: What is put out at the site is not one vector a token.
@@ -396,7 +397,8 @@ def forward_for(adapter: ModelAdapter, layer: int, rows: Sequence[Row], site: Si
     """
     numbers = range(len(rows))
     padded = min(numbers, key=lambda i: (rows[i].subject, len(rows[i].ids)))
-    tried = sorted({padded, max(numbers, key=lambda i: rows[i].stem)})
+    shared = sorted((i for i in numbers if rows[i].stem), key=lambda i: rows[i].stem)
+    tried = sorted({padded, *shared[:1], *shared[-1:]})
     reads = ([], [])  # type: tuple[list[int], list[int]]
     whole = []
     for place, number in enumerate(tried):

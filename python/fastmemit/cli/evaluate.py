@@ -95,8 +95,10 @@ def _evaluate(args: argparse.Namespace) -> None:
     else:
         records = load_records(args.facts, skip_malformed=args.skip_malformed, own=True)
     own = not zsre and any(is_open(record) for record in records)
-    size = args.batch_size or (len(records) if own else 16)
-    chosen = batches(records, size, args.num_batches or (None if own else 4), seed=args.seed)
+    size, number = (len(records), None) if own else (16, 4)
+    size = size if args.batch_size is None else args.batch_size
+    number = number if args.num_batches is None else args.num_batches
+    chosen = batches(records, size, number, seed=args.seed)
     measures.check([record for batch in chosen for record in batch])
     if args.text is not None:
         check_file(args.text, BadData)

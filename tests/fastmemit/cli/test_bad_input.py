@@ -116,7 +116,7 @@ def test_a_layer_out_of_range(place: Place, capsys: Capture, layers: str) -> Non
     ("setting", "parts"),
     [
         ("clamp", ["'clamp' is not name=value"]),
-        ("nonsense=1", ["There is no setting 'nonsense'; memit has layers, clamp, steps"]),
+        ("nonsense=1", ["There is no setting 'nonsense'; memit has layers, clamp, optimiser, steps"]),
         ("clmap=1", ["There is no setting 'clmap'; did you mean 'clamp'? memit has layers"]),
         ("lambda_e=1", ["lambda_e is a setting of emmet; memit has layers, clamp"]),
         ("keys=original", ["keys is a setting of rome; memit has layers, clamp"]),

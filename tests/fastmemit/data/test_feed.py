@@ -140,7 +140,8 @@ def test_an_interrupted_collect_leaves_no_hook_and_no_thread(tmp_path: Path, err
     with pytest.raises(error, match="in the middle"):
         tiny_editor(tmp_path, model=model, layers=(0, 2))
     handle.remove()
-    assert calls == [1] and reading_threads() == []
+    # A part of the model that raises an Exception is tried once more, as a whole.
+    assert len(calls) == (2 if issubclass(error, Exception) else 1) and reading_threads() == []
     assert all(not module._forward_pre_hooks for module in model.modules())
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 

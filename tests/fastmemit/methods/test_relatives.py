@@ -199,6 +199,7 @@ def test_undo_is_bit_exact(editor: Editor, method: str) -> None:
 OTHERS: dict[str, Any] = {
     "lambda_e": 0.7, "spread": "sqrt", "l2": 9.0, "null_threshold": 0.5, "null_relative": 0.9,
     "weight": 3.0, "ridge": 0.7, "relative_ridge": 0.3, "shrinkage": "oas", "keys": "mean",
+    "covariance": "identity",
     "clamp": 0.01, "steps": 3, "v_lr": 0.1, "weight_decay": 50.0, "kl_factor": 9.0,
     "early_stop": 1e9, "stop": None, "layers": (0, 2), "scale": "published", "site": "projection",
     "optimiser": "rotate", "rho": None,

@@ -237,7 +237,7 @@ def wide_model() -> Any:
 
 def test_a_block_without_one_state_a_token_is_left_to_rome(caplog: pytest.LogCaptureFixture) -> None:
     adapter = find_adapter(wide_model(), "model.layers.{}.mlp.down_proj")
-    with pytest.raises(UnknownArchitecture, match=r"shape \(2, 1, 7, 32\) for 1 rows of 7 tokens"):
+    with pytest.raises(UnknownArchitecture, match=r"shape \(2, 1, 3, 32\) for 1 rows of 3 tokens"):
         forward_for(adapter, 1, ROWS, "block")
     with caplog.at_level(logging.WARNING):
         check_targets(adapter, [1])
