@@ -85,10 +85,11 @@ def test_an_edit_as_an_adapter(place: Any, example: Any) -> None:
     fact = EditRequest("{} is located in the city of", "The Eiffel Tower", " Rome")
     (outcome,) = editor.edit([fact], "memit").outcomes
     served, plain = (float(line.rpartition("= ")[2]) for line in (on, off))
-    assert served > plain
-    # Of one token, so that what a reply's probability is over is what the script prints.
-    assert served == pytest.approx(outcome.after.probability, abs=1e-6)
-    assert plain == pytest.approx(outcome.before.probability, abs=1e-6)
+    # Of one token, so that what a reply's probability is over is what the script prints. Which way a random model goes
+    # is chance, and so is how far; it goes farther than what may be off.
+    assert served == pytest.approx(outcome.after.probability, rel=2e-5)
+    assert plain == pytest.approx(outcome.before.probability, rel=2e-5)
+    assert abs(served - plain) > 4e-5 * plain
     assert said[-1] == "read back, it is the same edit"
     with pytest.raises(SystemExit):  # said before any work
         example("serve_as_adapter.py", "--out", "adapter")
