@@ -30,14 +30,16 @@ from typing import Any
 
 import torch
 
-sys.path.append(str(Path(__file__).parents[1] / "tests"))
+ROOT = Path(__file__).resolve().parents[1]
+for folder in (ROOT, ROOT / "python", ROOT / "tests"):
+    sys.path.insert(0, str(folder))
 
-from fastcov.machine import versions
-from fastmemit.edits import Edit
-from fastmemit.evaluation import evaluate
-from fastmemit.experiments.results import Inputs
-from fastmemit.experiments.sweep import Grid, run_sweep
-from tiny_editors import FACTS, QUICK, record, tiny_corpus, tiny_editor
+from fastcov.machine import versions  # noqa: E402
+from fastmemit.edits import Edit  # noqa: E402
+from fastmemit.evaluation import evaluate  # noqa: E402
+from fastmemit.experiments.results import Inputs  # noqa: E402
+from fastmemit.experiments.sweep import Grid, run_sweep  # noqa: E402
+from tiny_editors import FACTS, QUICK, record, tiny_corpus, tiny_editor  # noqa: E402
 
 KINDS = ("SIGINT", "SIGTERM", "KeyboardInterrupt at a line", "MemoryError at a line")
 
