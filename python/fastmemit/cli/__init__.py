@@ -110,13 +110,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _wait_briefly() -> None:
-    """Let threads that wait for one another give their core away soon, where the environment says nothing of it."""
+    """Let threads that wait for one another give their core away soon, if others want the cores and nobody said how."""
     # GCC's OpenMP, which torch brings, spins for milliseconds at every barrier. Where other processes want the cores,
     # the thread that is waited for does not run meanwhile: an edit beside them took three times its processor time
     # (docs/results/performance.md). Of its own process' threads it knows when they are more than the cores, and spins
-    # 1,000 turns then; of others it does not. It is read once, as torch is loaded, which is later than this.
-    if not os.environ.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}:
+    # 1,000 turns then; of others it does not. It is read once, as torch is loaded, which is later than this. On a quiet
+    # machine a thread that sleeps wakes late, and an edit took a quarter longer.
+    if not os.environ.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} and _busy():
         os.environ["GOMP_SPINCOUNT"] = "1000"
+
+
+def _busy() -> bool:
+    """Whether others run on half the cores at this moment; not known but on Linux."""
+    try:
+        with open("/proc/loadavg", encoding="ascii") as file:
+            others = int(file.read().split()[3].partition("/")[0]) - 1  # without this process
+    except (OSError, ValueError, IndexError):
+        return False
+    return others >= max(1, (os.cpu_count() or 1) // 2)
 
 
 def _run(argv: Sequence[str] | None) -> int:

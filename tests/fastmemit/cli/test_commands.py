@@ -62,13 +62,20 @@ def test_help_needs_no_torch() -> None:
 
 
 @pytest.mark.parametrize(
-    ("said", "spins"), [({}, "'1000'"), ({"GOMP_SPINCOUNT": "7"}, "'7'"), ({"OMP_WAIT_POLICY": "passive"}, "'0'")]
+    ("busy", "said", "spins"),
+    [
+        (True, {}, "'1000'"),
+        (False, {"GOMP_SPINCOUNT": "5"}, "'5'"),
+        (True, {"GOMP_SPINCOUNT": "7"}, "'7'"),
+        (True, {"OMP_WAIT_POLICY": "passive"}, "'0'"),
+    ],
 )
-def test_threads_wait_briefly_where_the_environment_says_nothing(said: dict[str, str], spins: str) -> None:
+def test_threads_wait_briefly_on_a_busy_machine(busy: bool, said: dict[str, str], spins: str) -> None:
     """What GCC's OpenMP has read by the time that torch is loaded, which it says itself."""
     code = (
         "import sys, fastmemit.cli as cli\n"
         "def run(args): import torch\n"
+        f"cli._busy = lambda: {busy}\n"
         "cli.VERBS['doctor'] = __import__('dataclasses').replace(cli.VERBS['doctor'], run=run)\n"
         "sys.argv = ['fastmemit', 'doctor']\n"
         "sys.exit(cli.main())"
@@ -84,6 +91,18 @@ def test_threads_wait_briefly_where_the_environment_says_nothing(said: dict[str,
     if not found:
         pytest.skip("torch brings another OpenMP than GCC's")
     assert set(found) == {spins}
+
+
+def test_a_quiet_machine_waits_as_libgomp_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    import fastmemit.cli as cli
+
+    for busy in (True, False):
+        for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+            monkeypatch.setenv(name, "")  # so that what is set below is taken back
+            monkeypatch.delenv(name)
+        monkeypatch.setattr(cli, "_busy", lambda busy=busy: busy)
+        cli._wait_briefly()
+        assert ("GOMP_SPINCOUNT" in os.environ) == busy
 
 
 def test_the_callers_process_waits_as_it_did(monkeypatch: pytest.MonkeyPatch) -> None:
