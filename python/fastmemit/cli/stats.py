@@ -103,6 +103,7 @@ def _plan(args: argparse.Namespace) -> None:
         plan(shape, machine, layers, keys, processes=args.processes, batch_tokens=args.batch_tokens, length=args.length)
         for keys in dict.fromkeys([*wanted, FULL_KEYS])
     ]
+    edit = plan_edit(shape, machine, layers, args.batch_size)
     write_json(
         args.json,
         {
@@ -111,6 +112,7 @@ def _plan(args: argparse.Namespace) -> None:
             "layers": layers,
             "processes": args.processes,
             "plans": [{**dataclasses.asdict(p), "memory": p.memory, "total_seconds": p.total} for p in plans],
+            "edit": {"facts": args.batch_size, **dataclasses.asdict(edit), "memory": edit.memory},
         },
     )
     print(
@@ -145,7 +147,6 @@ def _plan(args: argparse.Namespace) -> None:
             f"what runs does not fit into the {byte_size(machine.memory)} of one device: spread the "
             "model (--device auto), or take fewer layers or a smaller batch"
         )
-    edit = plan_edit(shape, machine, layers, args.batch_size)
     print(f"\nthen a MEMIT edit of {args.batch_size} facts, beside the model")
     rows = [
         ("memory", []),

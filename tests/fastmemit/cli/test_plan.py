@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -43,6 +44,15 @@ def test_an_edit_of_ten_thousand_facts(capsys: pytest.CaptureFixture[str]) -> No
         ):
             line = next(line for line in page.splitlines() if line.startswith(f"| {name} | "))
             assert cells[name] == [line.split(" | ")[1 + place].removesuffix(" |")]
+
+
+def test_the_plan_of_an_edit_is_written_too(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    place = tmp_path / "plan.json"
+    run(capsys, "stats", "plan", "--shape", "gpt-j-6b", "--layers", "3-8", "--batch-size", "16", "--json", place)
+    edit = json.loads(place.read_text())["edit"]
+    assert edit["facts"] == 16 and edit["factors"] == 6 * 8 * 16384**2  # six layers, float64
+    held = sum(edit[name] for name in ("factors", "keys", "targets", "copies", "delta"))
+    assert edit["memory"] == held + max(edit[name] for name in ("reading", "making", "solve"))
 
 
 def test_several_multipliers_and_given_rates(capsys: pytest.CaptureFixture[str]) -> None:
