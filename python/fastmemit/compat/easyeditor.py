@@ -5,8 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from fastcov.hooks import isolated
 from fastmemit.compat import drop_in
-from fastmemit.compat.drop_in import Live, live
+from fastmemit.compat.drop_in import live
 from fastmemit.compat.hparams import fields_of, target_settings, whole_numbers
 from fastmemit.errors import BadConfig
 from fastmemit.request import EditRequest, Fact, check_batch
@@ -46,7 +45,7 @@ _EDITORS: dict[str, Callable[..., Any]] = {
 }
 
 #: The target vectors of the batch that is being written; see `_name`.
-_ahead: dict[tuple[int, str, str, str], Tensor] = {}
+_ahead: dict[tuple[int, int, str, str, str], Tensor] = {}
 
 
 def install_easyeditor(*, statistics: bool = True, targets: bool = True, editors: bool = True) -> list[str]:
@@ -127,28 +126,22 @@ def _together(execute: Callable[..., Any], module: ModuleType) -> Callable[..., 
         if cache_template is not None:  # of which some may lie in files already
             return execute(model, tok, requests, hparams, cache_template=cache_template)
         contexts = module.get_context_templates(model, tok)
-        facts = check_batch(requests)
-        vectors = _vectors(model, tok, facts, hparams, whole_numbers(hparams.layers, "hparams")[-1], contexts)
-        with _held(model, facts, vectors):
+        facts, layer = check_batch(requests), whole_numbers(hparams.layers, "hparams")[-1]
+        vectors = _vectors(model, tok, facts, hparams, layer, contexts)
+        names = [_name(model, layer, fact) for fact in facts]
+        _ahead.update(zip(names, vectors, strict=True))
+        try:
             return execute(model, tok, requests, hparams)
+        finally:
+            for name in names:
+                _ahead.pop(name, None)
 
     return executed
 
 
-@contextmanager
-def _held(model: nn.Module, facts: Sequence[EditRequest], vectors: Sequence[Tensor]) -> Iterator[None]:
-    names = [_name(model, fact) for fact in facts]
-    _ahead.update(zip(names, vectors, strict=True))
-    try:
-        yield
-    finally:
-        for name in names:
-            _ahead.pop(name, None)
-
-
-def _name(model: nn.Module, fact: EditRequest) -> tuple[int, str, str, str]:
+def _name(model: nn.Module, layer: int, fact: EditRequest) -> tuple[int, int, str, str, str]:
     """What a vector depends on within one batch: between two of its functions EasyEdit spells a fact in other ways."""
-    return (id(model), fact.prompt, fact.subject, fact.target)
+    return (id(model), layer, fact.prompt, fact.subject, fact.target)
 
 
 @isolated()
@@ -169,7 +162,7 @@ def compute_z(
         BadConfig: A setting or a context that cannot be honoured.
     """
     (fact,) = check_batch([request])
-    held = _ahead.get(_name(model, fact))
+    held = _ahead.get(_name(model, layer, fact))
     vector = _vectors(model, tok, [fact], hparams, layer, context_templates)[0] if held is None else held
     return vector.clone()
 
@@ -185,9 +178,9 @@ def _vectors(
 ) -> list[Tensor]:
     """The target vectors of facts, in the model's dtype on the block's device."""
     fields = fields_of(hparams)
-    found: Live = live(model, tok, fields.get("rewrite_module_tmp"))
+    found = live(model, tok, fields.get("rewrite_module_tmp"))
     settings = target_settings(fields, layer, found.adapter)
-    found.stack.look(found.adapter.weight_name(each) for each in whole_numbers(fields["layers"], "hparams"))
+    found.stack.look(map(found.adapter.weight_name, {*whole_numbers(fields.get("layers") or layer, "hparams"), layer}))
     made = stored_or_optimised(
         found.workspace.stored_targets,
         f"{found.stack.state()}/{found.store.identity['tokenizer']}",

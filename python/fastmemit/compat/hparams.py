@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 from fastcov.errors import printable_logger
 from fastmemit.data.reading import check_file, decode, parse_json
 from fastmemit.errors import BadConfig
-from fastmemit.methods import CONFIGS, EditConfig
+from fastmemit.methods import CONFIGS, EditConfig, MemitConfig
 from fastmemit.methods.config import Method
 from fastmemit.models import ModelAdapter
 from fastmemit.targets import TargetSettings
@@ -38,6 +38,7 @@ _OTHERS = {
     "nse": "it chooses neurons, and edits a layer until they fit",
     "unke": "it trains a whole layer on longer texts, from their last token",
 }
+_NAMES = ("alg_name", "algo_name")  # fields that name the method: EasyEdit's, and those of a run of the paper's code
 # Fields that tell what a file is for where nothing names it; the first that fits.
 _MARKS = {
     "sphere": {"cumulative_ratio", "suppression_strength"},
@@ -86,10 +87,12 @@ _PASSED = {
     "tokenizer_name", "v_loss_layer",
 }  # fmt: skip
 
-_LOSS_ELSEWHERE = (
-    "v_loss_layer is {} but the last block of this model is {}, and the loss is read from the model's own output; set "
-    "it to that if the settings are for this model."
-)
+# As theirs: nothing is added to few keys, or relaxed, that the file does not name.
+_THEIRS: dict[str, Any] = {
+    "relative_ridge": 0.0, "lambda_e": 0.0, "scale": "published", "optimiser": "adam", "v_lr": 0.5, "steps": 25,
+}  # fmt: skip
+# The settings that a target vector depends on.
+_OF_TARGETS = {"optimiser", "steps", "v_lr", "weight_decay", "clamp", "kl_factor", "scale"}
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,10 @@ class Hparams:
             adapter.check_layer(layer)
         last = adapter.n_layers - 1
         if self.loss_layer not in (None, last):
-            raise BadConfig(_LOSS_ELSEWHERE.format(self.loss_layer, last))
+            raise BadConfig(
+                f"v_loss_layer is {self.loss_layer} but the last block of this model is {last}, and the loss is read "
+                "from the model's own output; set it to that if the settings are for this model."
+            )
         if self.module not in (None, adapter.template):
             raise BadConfig(
                 f"rewrite_module_tmp is {self.module!r} but {adapter.template!r} is edited here; name one of them."
@@ -135,7 +141,9 @@ def read_hparams(hparams: Any, method: str | None = None, name: str = "hparams")
         hparams = Hparams(hparams)
     if isinstance(hparams, Hparams):
         if method is not None and METHODS.get(method, method) != hparams.config.method:
-            raise BadConfig(f"The settings are for {hparams.config.method} but not for {method}.")
+            raise BadConfig(
+                f"The settings are for {hparams.config.method} but not for {method}; pass those of {method}."
+            )
         return hparams
     fields = fields_of(hparams)
     kind = _kind(fields, method, name)
@@ -143,26 +151,19 @@ def read_hparams(hparams: Any, method: str | None = None, name: str = "hparams")
     check_honoured(fields, name)
     if fields.get("layers") in (None, [], ()):
         raise BadConfig(f"{name} has no layers; add them, such as [4, 5, 6, 7, 8].")
-    # As theirs: nothing is added to few keys, or relaxed, that the file does not name.
-    values: dict[str, Any] = {"relative_ridge": 0.0, "lambda_e": 0.0, "scale": "published", "v_lr": 0.5}
-    values |= {"optimiser": "adam", "steps": 25}
-    values |= {"layers": whole_numbers(fields["layers"], name), **_keys(fields, kind, name)}
+    values = {**_THEIRS, "layers": whole_numbers(fields["layers"], name), **_keys(fields, kind, name)}
     if _identity(fields, kind, name):
         values["covariance"] = "identity"
-    for theirs, ours in _OURS.items():
-        if fields.get(theirs) is not None and ours in cls.settings():
-            number = _number(fields[theirs], theirs, name)
-            values[ours] = int(number) if ours == "steps" and number.is_integer() else number
-    values = {setting: value for setting, value in values.items() if setting in cls.settings()}
+    values = {setting: v for setting, v in values.items() if setting in cls.settings()}
+    values |= _settings(fields, name, cls.settings())
     known = {theirs for theirs in _OURS if theirs not in _MARKS["alphaedit"]} | _MARKS.get(kind, set())
     unknown = sorted(fields.keys() - known - _FIXED.keys() - _PASSED)
     if unknown:
         log.warning("%s: not used here: %s", name, ", ".join(f"{field:.40}" for field in unknown))
-    loss = fields.get("v_loss_layer")
     return Hparams(
         cls(**values, preset=name),
         module=_text(fields, "rewrite_module_tmp", name),
-        loss_layer=None if loss is None else int(_number(loss, "v_loss_layer", name)),
+        loss_layer=_loss_layer(fields, name),
         dataset=_text(fields, "mom2_dataset", name) or "wikipedia",
         multiplier=multiplier_of(fields),
     )
@@ -179,20 +180,31 @@ def target_settings(fields: Mapping[str, Any], layer: int, adapter: ModelAdapter
     """How MEMIT's hyper-parameters have target vectors optimised at a layer, whatever the method that asks for them.
 
     Raises:
-        BadConfig: A value that is no number or cannot be honoured, or the loss is not read at the last block.
+        BadConfig: A value that is out of range or cannot be honoured, or the loss is not read at the last block.
     """
     check_honoured(fields, "hparams")
-    last, loss = adapter.n_layers - 1, int(_number(fields["v_loss_layer"], "v_loss_layer", "hparams"))
-    if loss != last:
-        raise BadConfig(_LOSS_ELSEWHERE.format(loss, last))
-    return TargetSettings(
-        layer=layer,
-        steps=int(_number(fields["v_num_grad_steps"], "v_num_grad_steps", "hparams")),
-        learning_rate=_number(fields["v_lr"], "v_lr", "hparams"),
-        weight_decay=_number(fields["v_weight_decay"], "v_weight_decay", "hparams"),
-        clamp=_number(fields["clamp_norm_factor"], "clamp_norm_factor", "hparams"),
-        kl_factor=_number(fields["kl_factor"], "kl_factor", "hparams"),
-    )
+    values = {setting: v for setting, v in _THEIRS.items() if setting in _OF_TARGETS}
+    config = MemitConfig(layers=(layer,), **{**values, **_settings(fields, "hparams", _OF_TARGETS)})
+    Hparams(config, loss_layer=_loss_layer(fields, "hparams")).check(adapter)
+    return config.targets()
+
+
+def _settings(fields: Mapping[str, Any], name: str, wanted: Collection[str]) -> dict[str, Any]:
+    """The numbers that are there of the settings wanted, by our names."""
+    values: dict[str, Any] = {}
+    for theirs, ours in _OURS.items():
+        if fields.get(theirs) is not None and ours in wanted:
+            number = finite(fields[theirs], theirs, name)
+            values[ours] = int(number) if ours == "steps" and number.is_integer() else number
+    return values
+
+
+def _loss_layer(fields: Mapping[str, Any], name: str) -> int | None:
+    value = fields.get("v_loss_layer")
+    number = None if value is None else finite(value, "v_loss_layer", name)
+    if number is not None and not number.is_integer():
+        raise BadConfig(f"v_loss_layer of {name} must be a whole number but is {_shown(value)}; name the last block.")
+    return None if number is None else int(number)
 
 
 def fields_of(hparams: Any) -> dict[str, Any]:
@@ -219,7 +231,7 @@ def multiplier_of(fields: Mapping[str, Any]) -> float | None:
     """d_m where hyper-parameters have it, as those of the paper's own code."""
     if not fields.get("dynamic") or fields.get("dynamic_multiplier") is None:
         return None
-    return _number(fields["dynamic_multiplier"], "dynamic_multiplier", "hparams")
+    return finite(fields["dynamic_multiplier"], "dynamic_multiplier", "hparams")
 
 
 def device_of(hparams: Any) -> torch.device | None:
@@ -236,7 +248,7 @@ def device_of(hparams: Any) -> torch.device | None:
 
 def _kind(fields: Mapping[str, Any], method: str | None, name: str) -> str:
     """What hyper-parameters are for, one of `METHODS`."""
-    named = fields.get("alg_name") or fields.get("algo_name")
+    named = next((fields[field] for field in _NAMES if fields.get(field)), None)
     marked = next((kind for kind, marks in _MARKS.items() if any(fields.get(mark) is not None for mark in marks)), None)
     asked = None if method is None else _small(method)
     kind = marked or asked if named is None else _small(named)
@@ -290,8 +302,8 @@ def _not_honoured(fields: Mapping[str, Any], field: str, name: str, why: str, va
     return f"{field} of {name} is {_shown(fields.get(field))}, which cannot be honoured, for {why}; set it to {value}."
 
 
-def _number(value: Any, field: str, name: str) -> float:
-    """A number; YAML reads ``5e-1`` as text."""
+def finite(value: Any, field: str, name: str) -> float:
+    """A finite number, also one in text, as which YAML reads ``5e-1``; a `BadConfig` for anything else."""
     try:
         if isinstance(value, bool) or not isinstance(value, int | float | str) or not math.isfinite(float(value)):
             raise ValueError
@@ -346,7 +358,7 @@ def open_hparams(path: str | os.PathLike[str], method: str | None = None) -> Hpa
     check_file(path, BadConfig)
     size = path.stat().st_size
     if size > MAX_BYTES:
-        raise BadConfig(f"{path} has {size} bytes, which is no file of hyper-parameters.")
+        raise BadConfig(f"{path} has {size} bytes, which is no file of hyper-parameters ({MAX_BYTES} at most).")
     text = decode(path.read_bytes(), path, 0, BadConfig)
     yaml = path.suffix.lower() in (".yaml", ".yml")
     values = _parse_yaml(text, path) if yaml else parse_json(text, str(path), BadConfig)
@@ -354,11 +366,11 @@ def open_hparams(path: str | os.PathLike[str], method: str | None = None) -> Hpa
         raise BadConfig(f"{path} holds no names with values; give a file of hyper-parameters.")
     folder = path.resolve().parent.name
     if method is None and folder.lower() in (*METHODS, *_OTHERS):
-        named = values.get("alg_name")
-        if named is not None and str(named).lower().replace("_", "-") != folder.lower():
+        field = next((field for field in _NAMES if values.get(field)), None)
+        if field is not None and _small(values[field]) != folder.lower():
             raise BadConfig(
-                f"{str(path)!r} lies among the files of {folder} but says alg_name {_shown(named)}; say which of the "
-                "two it is for with method= (--method)."
+                f"{str(path)!r} lies among the files of {folder} but says {field} {_shown(values[field])}; say which "
+                "of the two it is for with method= (--method)."
             )
         method = folder
     return read_hparams(values, method, path.name)
@@ -380,7 +392,7 @@ def _parse_yaml(text: str, path: Path) -> Any:
             if self.check_event(yaml.AliasEvent):
                 raise BadConfig(f"{path} uses YAML aliases, which are not read; write values out.")
             if self.depth >= _DEEPEST and not self.check_event(yaml.ScalarEvent):
-                raise BadConfig(f"{path} is nested too deep for hyper-parameters.")
+                raise BadConfig(f"{path} is nested too deep, beyond {_DEEPEST} levels; write plain lists.")
             self.depth += 1
             node = super().compose_node(parent, index)
             self.depth -= 1

@@ -55,7 +55,7 @@ def theirs(*_: Any, **__: Any) -> Any:
     raise AssertionError("one of EasyEdit's own functions ran")
 
 
-def execute_memit(module: ModuleType) -> Any:
+def execute_memit(module: Any) -> Any:
     """A function that asks for contexts, targets and C as EasyEdit's does, and writes MEMIT's formula."""
 
     def execute(model: Any, tok: Any, requests: Any, hparams: Any, cache_template: Any = None) -> Any:
@@ -63,13 +63,13 @@ def execute_memit(module: ModuleType) -> Any:
         for request in made:
             request["target_new"] = " " + request["target_new"]
             request["prompt"] = request["prompt"].replace(request["subject"], "{}")
-        templates = module.get_context_templates(model, tok)  # type: ignore[attr-defined]
+        templates = module.get_context_templates(model, tok)
         z_layer, zs = hparams.layers[-1], []
         for request in made:
-            zs.append(module.compute_z(model, tok, request, hparams, z_layer, templates))  # type: ignore[attr-defined]
+            zs.append(module.compute_z(model, tok, request, hparams, z_layer, templates))
         deltas = {}
         for layer in hparams.layers:
-            cov = module.get_cov(  # type: ignore[attr-defined]
+            cov = module.get_cov(
                 model, tok, hparams.rewrite_module_tmp.format(layer), hparams.mom2_dataset, hparams.mom2_n_samples,
                 hparams.mom2_dtype, force_recompute=False, hparams=hparams,
             )  # fmt: skip
@@ -98,7 +98,8 @@ def editor(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     memit = found["memit.memit_main"]
     memit.execute_memit, memit.get_context_templates = execute_memit(memit), lambda model, tok: TEMPLATES
     table = dict.fromkeys(["ROME", "R-ROME", "MEMIT", "MEMIT-FE", "EMMET", "AlphaEdit", "GRACE"], theirs)
-    sys.modules["easyeditor.util.alg_dict"].ALG_DICT = table  # type: ignore[attr-defined]
+    alg_dict: Any = sys.modules["easyeditor.util.alg_dict"]
+    alg_dict.ALG_DICT = table
     return {**found, "ALG_DICT": table}
 
 
@@ -160,9 +161,18 @@ def test_one_target_alone(model: Any, tok: Any) -> None:
     for changed, match in [
         ({"v_loss_layer": 31}, "v_loss_layer is 31 but the last block of this model is 2"),
         ({"fact_token": "last"}, "fact_token of hparams is 'last'"),
+        ({"v_num_grad_steps": 2.5}, "steps must be a whole number"),
+        ({"v_loss_layer": 1.5}, "v_loss_layer of hparams must be a whole number but is 1.5; name the last block"),
+        ({"clamp_norm_factor": -1}, "clamp must be a finite number above 0"),
+        ({"v_lr": "fast"}, "v_lr of hparams must be a finite number but is 'fast'"),
     ]:
         with pytest.raises(BadConfig, match=match):
             compat.compute_z(model, tok, request, hparams("MEMIT", **changed), 1, TEMPLATES)
+    few = {"fact_token": "subject_last", "v_num_grad_steps": 4, "v_lr": "4e-1", "v_weight_decay": 0.3,
+           "clamp_norm_factor": 2, "kl_factor": 0.05}  # fmt: skip
+    assert torch.equal(
+        compat.compute_z(model, tok, request, few, 1, TEMPLATES), z
+    )  # what is not named is not asked for
     with pytest.raises(BadConfig, match=r"context 'They say \{\}, he said' is no text with the prompt"):
         compat.compute_z(model, tok, request, hparams("MEMIT"), 1, [["They say {}, he said"]])
 

@@ -136,6 +136,9 @@ def test_a_folder_and_a_name_that_disagree(tmp_path: Path) -> None:
     ):
         load_hparams(path)
     assert load_hparams(path, "memit") == MEMIT
+    path = written(tmp_path / "ROME" / "x.json", {**MANY, "algo_name": "MEMIT"})
+    with pytest.raises(BadConfig, match="among the files of ROME but says algo_name 'MEMIT'"):
+        load_hparams(path)
 
 
 @pytest.mark.parametrize(
