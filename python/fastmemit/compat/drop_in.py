@@ -22,6 +22,8 @@ from torch import Tensor, nn
 
 import fastcov
 from fastcov.hooks import isolated
+from fastcov.linalg import FactorCache
+from fastcov.matrices import place_of_float64
 from fastmemit.compat.hparams import Hparams, device_of, fields_of, multiplier_of, read_hparams, whole_numbers
 from fastmemit.compat.npz_files import layers_by_name
 from fastmemit.data import Corpus
@@ -41,7 +43,6 @@ from fastmemit.text import Contexts, Kind
 log = logging.getLogger(__name__)
 
 MULTIPLIER = 10.0
-CAPACITY = 8 << 30  # bytes of matrices held
 IN_A_ROW = 6  # layers collected together where only the first is known: MEMIT edits five or six in a row
 #: The data sets that these codebases name, as the hub has them today.
 DATASETS = {"wikipedia": "wikipedia", "wikitext": "hub:Salesforce/wikitext:wikitext-103-raw-v1"}
@@ -160,7 +161,7 @@ class Live:
         self.baseline: str | None = None
         self._written: dict[Kind, tuple[str, ...]] = {}  # contexts
         self._statistics: Statistics | None = None
-        self._matrices: dict[tuple[str, bool], Tensor] = {}
+        self._matrices = FactorCache()  # in the computer's memory, whatever the device
         self._preserved = PreservedKeys()
         # Which model object, its tokenizer and the settings, at the last call.
         self._opened_with: tuple[int | None, Any, Settings] = (None, None, Settings())
@@ -168,7 +169,7 @@ class Live:
     def __deepcopy__(self, memo: dict[int, Any]) -> Live:
         copy = Live()
         copy.baseline, copy._statistics = self.baseline, self._statistics
-        copy._written, copy._matrices = dict(self._written), dict(self._matrices)
+        copy._written, copy._matrices = dict(self._written), FactorCache(self._matrices)
         # Of no object yet: the original's number may be the copy's when the original is gone.
         copy._opened_with = (None, *self._opened_with[1:])
         return copy
@@ -297,24 +298,35 @@ class Live:
         assert self._statistics is not None
         return self._statistics.moment(self.adapter.projection_name(layer))
 
+    def place(self, layer: int) -> torch.device:
+        """Where a layer's weight is, or what it is offloaded from."""
+        device = next((p.device for p in self.adapter.projection(layer).parameters()), self.adapter.device)
+        return self.adapter.device if device.type == "meta" else device
+
     @isolated()
-    def matrix(self, layer: int, *, inverse: bool = False, device: torch.device | None = None) -> Tensor:
-        """C of a layer that is covered, or its inverse: float32 (d_k, d_k), the caller's own, where the weight is."""
+    def matrix(
+        self, layer: int, *, inverse: bool = False, ridge: float = 0.0, device: torch.device | None = None
+    ) -> Tensor:
+        """C of a layer that is covered, or the inverse of ``C + ridge I``: float32 (d_k, d_k), the caller's own.
+
+        It is where the weight is, unless a device is named.
+        """
         assert self._statistics is not None
-        if device is None:
-            device = next((p.device for p in self.adapter.projection(layer).parameters()), self.adapter.device)
-            device = self.adapter.device if device.type == "meta" else device
-        key = (self.adapter.projection_name(layer), inverse)
-        if key not in self._matrices:
-            C = self._statistics.second_moment(key[0])
+        name, device = self.adapter.projection_name(layer), device or self.place(layer)
+        kind = (self.adapter.template, inverse, ridge)
+        found = self._matrices.get((layer, kind))
+        if found is None:
+            layers = [i for n, i in layers_by_name(self.adapter).items() if n in self._statistics.paths]
+            self._matrices.make_room(layers, kind, torch.device("cpu"), self.adapter.d_k(layer), 3)
             if inverse:
-                place = "cpu" if device.type == "mps" else device  # Apple's GPUs have no float64
-                C = torch.cholesky_inverse(fastcov.factorize(C.to(place).double(), in_place=True).L)
-            self._matrices[key] = C.float().cpu()
-        self._matrices[key] = self._matrices.pop(key)  # the last one used
-        while len(self._matrices) > 1 and sum(m.numel() * m.element_size() for m in self._matrices.values()) > CAPACITY:
-            del self._matrices[next(iter(self._matrices))]
-        return self._matrices[key].to(device, copy=True)
+                moment = self._statistics.moment(name).to(place_of_float64(device))
+                A = fastcov.regularised(moment, 1.0, ridge)
+                found = torch.cholesky_inverse(fastcov.factorize(A, in_place=True).L).float().cpu()
+            else:
+                found = self._statistics.second_moment(name).float()
+        self._matrices[layer, kind] = found
+        self._matrices.move_to_end((layer, kind))
+        return found.to(device, copy=True)
 
 
 def live(model: nn.Module, tokenizer: Any, module: str | None) -> Live:
@@ -420,8 +432,8 @@ def layer_stats(
 ) -> SimpleNamespace:
     """The statistics of a layer's keys, as ROME's function of this name returns them, ``mom2`` alone; see `get_cov`.
 
-    Files in `stats_dir` are neither read nor written: what is there can be imported once, and what is here exported.
-    Nor is all else used that has a default, but for `force_recompute` and `hparams`.
+    Files in `stats_dir` are neither read nor written: what is there can be imported once, and what is here exported. Of
+    the arguments with a default only `force_recompute` and `hparams` are used.
 
     Raises:
         BadConfig: Anything else than ``["mom2"]`` shall be collected.
@@ -437,10 +449,14 @@ def layer_stats(
     return SimpleNamespace(mom2=LayerMoment(found.moment(layer)))
 
 
-def covered(
-    model: nn.Module, tokenizer: Any, layer_name: str, dataset: str, hparams: Any, alone: bool = False
-) -> tuple[Live, int]:
-    """The model's memory with statistics of a layer in it, and the layer's number."""
+def located(model: nn.Module, tokenizer: Any, layer_name: str) -> tuple[Live, int]:
+    """The model's memory, and the number of the layer that a projection is of.
+
+    Raises:
+        BadConfig: There is no number in the name.
+        BadLayer: There is no such layer.
+        UnknownArchitecture: The name leads to no linear map.
+    """
     names = layer_name.split(".")
     place = next((place for place, part in enumerate(names) if part.isdecimal()), None)
     if place is None:
@@ -451,6 +467,14 @@ def covered(
     layer = int(names[place])
     found = live(model, tokenizer, ".".join([*names[:place], "{}", *names[place + 1 :]]))
     found.adapter.check_layer(layer)
+    return found, layer
+
+
+def covered(
+    model: nn.Module, tokenizer: Any, layer_name: str, dataset: str, hparams: Any, alone: bool = False
+) -> tuple[Live, int]:
+    """As `located`, with statistics of the layer, which are collected where there are none."""
+    found, layer = located(model, tokenizer, layer_name)
     fields = {} if hparams is None else fields_of(hparams)
     if not found.covers([layer]):
         layers = _together(found, layer, fields, alone)

@@ -17,6 +17,7 @@ import fastcov
 from fastmemit import compat
 from fastmemit.compat import drop_in
 from fastmemit.errors import BadConfig, BadCorpus, BadLayer, UnknownArchitecture, WrongModel
+from fastmemit.statistics import Statistics
 from tiny_editors import tiny_corpus, tiny_editor
 from tiny_models import tiny_model, tiny_tokenizer
 
@@ -267,9 +268,22 @@ def test_names_that_lead_nowhere(model: Any, tok: Any, name: str, error: type[Ex
         compat.get_cov(model, tok, name, *ARGS)
 
 
-def test_few_matrices_are_held(model: Any, tok: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(drop_in, "CAPACITY", 2 * 64 * 64 * 4)
-    expected = [get_cov(model, tok, layer) for layer in (0, 1, 2)]
+def test_with_room_for_two_of_three_half_of_the_walks_hits(
+    model: Any, tok: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = [get_cov(tiny_model("llama"), tok, layer) for layer in (0, 1, 2)]
     held = drop_in.live(model, tok, None)._matrices
-    assert [name for name, _ in held] == [NAME.format(1), NAME.format(2)]
-    assert all(torch.equal(get_cov(model, tok, i), expected[i]) for i in (0, 1, 2))
+    held.capacity = 12 * 64 * 64  # bytes: one in float32, and 8 a number for the next
+    read: list[str] = []
+    second_moment = Statistics.second_moment
+
+    def noted(self: Statistics, name: str) -> torch.Tensor:
+        read.append(name)
+        return second_moment(self, name)
+
+    monkeypatch.setattr(Statistics, "second_moment", noted)
+    for missed in [0, 1, 2], [1], [0, 2], [1]:
+        read.clear()
+        assert all(torch.equal(get_cov(model, tok, i), expected[i]) for i in (0, 1, 2))
+        assert read == [NAME.format(i) for i in missed]
+        assert len(held) == 2
