@@ -19,11 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import fastcov
 from fastcov.hooks import isolated
-from fastmemit.compat.drop_in import Applied, covered, live, write_facts
+from fastmemit.compat.drop_in import Applied, covered, located, write_facts
 from fastmemit.compat.drop_in import layer_stats as layer_stats_alone
-from fastmemit.compat.hparams import check_honoured, fields_of
+from fastmemit.compat.hparams import check_honoured, fields_of, finite
 from fastmemit.errors import BadConfig
 from fastmemit.request import Fact
 
@@ -51,17 +50,15 @@ def get_cov(
         BadConfig: ``calculate_objective_value``, for which keys would have to be kept; or a setting that cannot be
             honoured.
     """
-    fields = {} if hparams is None else fields_of(hparams)
-    check_honoured(fields, "hparams")
+    fields = _honoured(hparams)
     if fields.get("calculate_objective_value"):
         raise BadConfig(
             "calculate_objective_value of hparams is true, but no keys are kept to measure it on; set it to false."
         )
-    weight = float(fields.get("mom2_update_weight", 1.0))
+    weight = finite(fields.get("mom2_update_weight", 1.0), "mom2_update_weight", "hparams")
     if fields.get("identity_cov"):
-        projection = live(model, tok, fields.get("rewrite_module_tmp")).adapter.model.get_submodule(layer_name)
-        place = next(projection.parameters())
-        return weight * torch.eye(int(fields["proj_dim"]), device=place.device), []
+        found, layer = located(model, tok, layer_name)
+        return weight * torch.eye(found.adapter.d_k(layer), device=found.place(layer)), []
     found, layer = covered(model, tok, layer_name, mom2_dataset, hparams)
     return found.matrix(layer).mul_(weight), []
 
@@ -78,14 +75,22 @@ def get_inv_cov(
     constraint_rome: bool = False,
     constraint_lambda: float = 100,
 ) -> Tensor:
-    """The inverse of C, or with `constraint_rome` of ``C + constraint_lambda I``, as its ROME asks for it."""
+    """The inverse of C, or with `constraint_rome` of ``C + constraint_lambda I``, as its ROME asks for it.
+
+    Raises:
+        BadConfig: A setting that cannot be honoured, or `constraint_lambda` is no finite number.
+    """
+    _honoured(hparams)
+    ridge = finite(constraint_lambda, "constraint_lambda", "get_inv_cov") if constraint_rome else 0.0
     found, layer = covered(model, tok, layer_name, mom2_dataset, hparams, alone=True)
-    if not constraint_rome:
-        return found.matrix(layer, inverse=True)
-    C = found.matrix(layer)
-    place = "cpu" if C.device.type == "mps" else C.device  # Apple's GPUs have no float64
-    A = fastcov.regularised(C.to(place).double(), 1.0, float(constraint_lambda))
-    return torch.cholesky_inverse(fastcov.factorize(A, in_place=True).L).float().to(C.device)
+    return found.matrix(layer, inverse=True, ridge=ridge)
+
+
+def _honoured(hparams: Any) -> dict[str, Any]:
+    """The fields of hyper-parameters, if C is made here as they say; else a `BadConfig`."""
+    fields = {} if hparams is None else fields_of(hparams)
+    check_honoured(fields, "hparams")
+    return fields
 
 
 def layer_stats(
@@ -100,6 +105,7 @@ def layer_stats(
     **__: Any,
 ) -> tuple[SimpleNamespace, list[Tensor]]:
     """The statistics of `fastmemit.compat.layer_stats`, and an empty list of keys; other arguments are not used."""
+    _honoured(hparams)
     return layer_stats_alone(model, tokenizer, layer_name, stats_dir, ds_name, to_collect, hparams=hparams), []
 
 
@@ -140,7 +146,7 @@ def _distances(done: Applied) -> dict[str, Any]:
     for name, (left, right) in done.delta.factors.items():
         now = weights[name].detach().double()
         change = left.to(now) @ right.to(now).T
-        found[name.split(".")[2]] = {
+        found[next(part for part in name.split(".") if part.isdecimal())] = {
             "preservation_distance": None,
             "new_edit_distance": None,
             "old_edit_distance": None,

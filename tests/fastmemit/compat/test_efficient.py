@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -52,7 +53,8 @@ def test_c_is_times_its_weight_and_of_the_unedited_model(model: Any, tok: Any) -
         assert torch.equal(asked(model, tok, settings, layer), 50 * C)
         with torch.no_grad():
             model.get_parameter(f"{NAME.format(layer)}.weight")[...] += 0.1
-    assert torch.equal(asked(model, tok, hparams(identity_cov=True), 1), 50 * torch.eye(64))
+    for width in (64, 99):  # the projection's own, whatever they say
+        assert torch.equal(asked(model, tok, hparams(identity_cov=True, proj_dim=width), 1), 50 * torch.eye(64))
 
 
 @pytest.mark.parametrize(
@@ -61,11 +63,22 @@ def test_c_is_times_its_weight_and_of_the_unedited_model(model: Any, tok: Any) -
         ({"calculate_objective_value": True}, "calculate_objective_value of hparams is true, but no keys are kept"),
         ({"skill_preservation": True}, "skill_preservation of hparams is True, which cannot be honoured"),
         ({"random_vector_preservation": True}, "random_vector_preservation of hparams is True"),
+        ({"mom2_update_weight": "much"}, "mom2_update_weight of hparams must be a finite number but is 'much'"),
+        ({"mom2_update_weight": None}, "mom2_update_weight of hparams must be a finite number but is None"),
     ],
 )
 def test_what_cannot_be_honoured(model: Any, tok: Any, changed: dict[str, Any], match: str) -> None:
     with pytest.raises(BadConfig, match=match):
         asked(model, tok, hparams(**changed), 1)
+
+
+@pytest.mark.parametrize("field", ["skill_preservation", "random_vector_preservation", "shuffle_text"])
+def test_nor_by_its_rome_and_its_statistics(model: Any, tok: Any, field: str) -> None:
+    settings, name = hparams(**{field: True}), NAME.format(1)
+    with pytest.raises(BadConfig, match=f"{field} of hparams is True, which cannot be honoured"):
+        efficient.get_inv_cov(model, tok, settings, name, "wikipedia", 100000, "float32")
+    with pytest.raises(BadConfig, match=f"{field} of hparams is True, which cannot be honoured"):
+        efficient.layer_stats(model, tok, name, "data/stats", "wikipedia", ["mom2"], hparams=settings)
 
 
 def test_the_inverse_in_its_own_order_of_arguments(model: Any, tok: Any) -> None:
@@ -79,6 +92,10 @@ def test_the_inverse_in_its_own_order_of_arguments(model: Any, tok: Any) -> None
         model, tok, settings, NAME.format(1), "wikipedia", 100000, "float32", constraint_rome=True, constraint_lambda=3
     )
     assert torch.allclose(more.double(), torch.linalg.inv(C + 3 * torch.eye(64)), rtol=1e-5, atol=1e-7)
+    with pytest.raises(BadConfig, match="constraint_lambda of get_inv_cov must be a finite number but is nan"):
+        efficient.get_inv_cov(
+            model, tok, settings, NAME.format(1), "wikipedia", 1, "float32", True, constraint_lambda=math.nan
+        )
 
 
 @pytest.mark.parametrize("name", ["layer_stats", "layer_stats_dynamic"])
@@ -114,3 +131,13 @@ def test_an_edit_is_three_values(method: str, model: Any, tok: Any) -> None:
         assert found["delta_norm"] == pytest.approx(float((now - weight).norm()), rel=1e-4)
         assert found["new_weights_norm"] == pytest.approx(float(now.norm()), rel=1e-6)
         assert found["original_weights_norm"] == pytest.approx(float(weight.norm()), rel=1e-6)
+
+
+def test_the_norms_of_weights_that_are_stored_transposed(tok: Any) -> None:
+    model = tiny_model("gpt2")
+    settings = hparams(rewrite_module_tmp="transformer.h.{}.mlp.c_proj")
+    _, before, distances = efficient.apply_memit_to_model(model, tok, REQUESTS, settings, return_orig_weights=True)
+    assert distances is not None and distances.keys() == {"0", "1"}
+    for name, weight in before.items():
+        now = model.get_parameter(name).detach()
+        assert distances[name.split(".")[2]]["delta_norm"] == pytest.approx(float((now - weight).norm()), rel=1e-4)
