@@ -11,7 +11,7 @@ import copy as copying
 import dataclasses
 import logging
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -102,14 +102,19 @@ def _multiplier(value: Any, name: str) -> Any:
 class LiveStack(EditStack):
     """The edits in a model that others edit too, read off the weights.
 
-    `baseline` is the unedited model's fingerprint; without, the model as it is counts as unedited.
+    Attributes:
+        written: What the weights were with an edit of ours as the last, and the edit.
+
+    Args:
+        model: The model.
+        baseline: The unedited model's fingerprint; None counts the model as it is as unedited.
     """
 
     def __init__(self, model: nn.Module, baseline: str | None) -> None:
         super().__init__(model)
         self._now = self._watch.identify(model)
         self._fingerprint = baseline or self._now
-        self._written: list[tuple[str, Edit]] = []  # what the weights were with an edit of ours as the last, and it
+        self.written: list[tuple[str, Edit]] = []
 
     def changed(self) -> list[str]:
         """Nothing: whatever changes the weights is an edit here."""
@@ -122,21 +127,24 @@ class LiveStack(EditStack):
         that came upon them.
         """
         self._now = self._watch.identify(self.model) if weights is None else self._watch.now(self.model, set(weights))
-        states = [self.fingerprint, *(state for state, _ in self._written)]
+        states = [self.fingerprint, *(state for state, _ in self.written)]
         if self._now in states:
-            del self._written[states.index(self._now) :]
+            del self.written[states.index(self._now) :]
 
     def wrote(self, edit: Edit) -> None:
         """Count an edit of ours as being in the weights, as long as they are what they are now."""
         self.look(edit.delta.factors)
-        self._written.append((self._now, edit))
+        self.written.append((self._now, edit))
 
     @property
     def edits(self) -> tuple[Edit, ...]:
-        """Ours if they are all that is in the weights, else one that stands for whatever it is, if anything is."""
-        if self._written and self._now == self._written[-1][0]:
-            return tuple(edit for _, edit in self._written)
-        return () if self._now == self.fingerprint else (Edit(Delta({}, {}), self),)
+        """Ours, and one that stands for whatever else was written since the last of them, if anything was.
+
+        A write upon ours does not take them out; to give the weights the bytes back that they had before does.
+        """
+        ours = tuple(edit for _, edit in self.written)
+        known = self.written[-1][0] if ours else self.fingerprint
+        return ours if self._now == known else (*ours, Edit(Delta({}, {}), self))
 
     def holds(self, edit: Edit) -> bool:
         """Whether an edit is one of ours that are in the weights."""
@@ -163,6 +171,7 @@ class Live:
         self._statistics: Statistics | None = None
         self._matrices = FactorCache()  # in the computer's memory, whatever the device
         self._preserved = PreservedKeys()
+        self._inherited: list[tuple[str, Delta, Mapping[int, Sequence[Tensor]]]] = []  # see `_ours`
         # Which model object, its tokenizer and the settings, at the last call.
         self._opened_with: tuple[int | None, Any, Settings] = (None, None, Settings())
 
@@ -170,12 +179,19 @@ class Live:
         copy = Live()
         copy.baseline, copy._statistics = self.baseline, self._statistics
         copy._written, copy._matrices = dict(self._written), FactorCache(self._matrices)
+        copy._inherited = self._ours()
         # Of no object yet: the original's number may be the copy's when the original is gone.
         copy._opened_with = (None, *self._opened_with[1:])
         return copy
 
     def __reduce__(self) -> Any:
         return (type(None), ())  # None is what is left of it in a file
+
+    def _ours(self) -> list[tuple[str, Delta, Mapping[int, Sequence[Tensor]]]]:
+        """Of each edit of ours: what the weights were with it, what it added, and its keys by layer."""
+        if self._opened_with[0] is None:
+            return self._inherited
+        return [(state, edit.delta, self._preserved.of(edit)) for state, edit in self.stack.written]
 
     def open(self, model: nn.Module, tokenizer: Any, module: str | None) -> None:
         """Get ready for a call; what was remembered stays where it still holds."""
@@ -194,8 +210,12 @@ class Live:
         self.tokenizer = tokenizer
         self.adapter: ModelAdapter = find_adapter(model, module)
         if at != id(model):
-            self.stack = LiveStack(model, self.baseline)
+            ours, self.stack = self._ours(), LiveStack(model, self.baseline)
             self.baseline = self.stack.fingerprint
+            for state, delta, keys in ours:
+                edit = Edit(delta, self.stack)
+                self.stack.written.append((state, edit))
+                self._preserved.add(edit, keys)
         name = str(getattr(model.config, "_name_or_path", "") or "model")
         self.name = Path(name).resolve().name if Path(name).is_dir() else name
         folder = cache_dir() if settings.cache is None else Path(settings.cache)

@@ -221,6 +221,10 @@ class PreservedKeys:
         """Preserve the keys of an edit: layer -> blocks K (d_k, B), float64, in the order of their writing."""
         self._keys[edit] = {layer: tuple(blocks) for layer, blocks in keys.items()}
 
+    def of(self, edit: Edit) -> Mapping[int, Blocks]:
+        """The keys of an edit by layer, whether they count now or not; none where it is not in it."""
+        return self._keys.get(edit, {})
+
     @property
     def edits(self) -> tuple[Edit, ...]:
         """The edits whose keys count now, in the order in which they were added."""
@@ -488,7 +492,8 @@ def run(
         unknown = len(stack.edits) - len(preserved.edits)
         if unknown:
             log.warning(
-                "%d of the %d edits in the weights come from files, which hold no keys: %s does not preserve theirs",
+                "%d of the %d edits in the weights come from files or from others, without keys: %s does not preserve "
+                "theirs",
                 unknown, len(stack.edits), config.method,
             )  # fmt: skip
     earlier = () if preserved is None else preserved.edits

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import sys
 from types import ModuleType, SimpleNamespace
@@ -226,6 +227,33 @@ def test_alphaedits_earlier_keys_count_as_long_as_they_are_in_the_weights(model:
     alphaedit(other, tok, FACTS[2])
     name = NAME.format(1) + ".weight"
     assert not torch.allclose(other.get_parameter(name), model.get_parameter(name), atol=1e-9)
+
+
+@pytest.mark.parametrize("copied", ["by the call", "before", "twice before"])
+def test_a_copy_preserves_the_keys_that_came_with_it(model: Any, tok: Any, copied: str) -> None:
+    alphaedit(model, tok, FACTS[0])
+    settings = hparams("AlphaEdit", L2=1, nullspace_threshold=1e4)
+    twin = model if copied == "by the call" else copy.deepcopy(model)
+    twin = copy.deepcopy(twin) if copied == "twice before" else twin
+    edited, _ = compat.apply_alphaedit_to_model(twin, tok, [FACTS[1]], settings, copy=copied == "by the call")
+    alphaedit(model, tok, FACTS[1])
+    assert edited is not model
+    assert all(torch.equal(tensor, edited.state_dict()[name]) for name, tensor in model.state_dict().items())
+    first, second = drop_in.live(edited, tok, None).stack.edits
+    assert second.delta.provenance["preserved"] == [first.delta.digest()]
+
+
+def test_what_others_write_upon_an_edit_does_not_take_its_keys_out(
+    model: Any, tok: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    alphaedit(model, tok, FACTS[0])
+    compat.apply_memit_to_model(model, tok, REQUESTS[1:], hparams("MEMIT"))
+    with torch.no_grad():
+        model.get_parameter("model.norm.weight")[...] *= 1.5
+    alphaedit(model, tok, FACTS[2])
+    assert "1 of the 2 edits in the weights come from files or from others" in caplog.text
+    first, second = drop_in.live(model, tok, None).stack.edits
+    assert second.delta.provenance["preserved"] == [first.delta.digest()]
 
 
 def test_a_fact_reads_the_weights_that_are_edited_and_no_others(
