@@ -358,7 +358,7 @@ def open_hparams(path: str | os.PathLike[str], method: str | None = None) -> Hpa
     check_file(path, BadConfig)
     size = path.stat().st_size
     if size > MAX_BYTES:
-        raise BadConfig(f"{path} has {size} bytes, which is no file of hyper-parameters ({MAX_BYTES} at most).")
+        raise BadConfig(f"{path} has {size} bytes, which is no file of hyper-parameters; name another.")
     text = decode(path.read_bytes(), path, 0, BadConfig)
     yaml = path.suffix.lower() in (".yaml", ".yml")
     values = _parse_yaml(text, path) if yaml else parse_json(text, str(path), BadConfig)
