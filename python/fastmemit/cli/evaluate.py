@@ -50,7 +50,7 @@ PROSE = 1024  # tokens that the demo measures perplexity on
 
 @verb(
     "evaluate",
-    "--facts! --skip-malformed --chat --batch-size --num-batches --metrics=score --text --text-tokens=4096 "
+    "--facts! --skip-malformed --cases --chat --batch-size --num-batches --metrics=score --text --text-tokens=4096 "
     "--text-batches --references MODEL METHOD CORPUS",
     {
         "--batch-size": {"default": None, "help": "records edited together (default: 16; of own facts all)"},
@@ -77,7 +77,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     """
     from fastmemit.data import batches, load_records
     from fastmemit.data.reading import check_file
-    from fastmemit.data.records import is_open, is_zsre, load_zsre
+    from fastmemit.data.records import is_open, is_zsre, listed_records, load_zsre
     from fastmemit.evaluation import evaluate, load_references, measure_answers
     from fastmemit.evaluation.runner import Measures, chat_record
 
@@ -94,11 +94,13 @@ def _evaluate(args: argparse.Namespace) -> None:
         records = load_zsre(args.facts, skip_malformed=args.skip_malformed)
     else:
         records = load_records(args.facts, skip_malformed=args.skip_malformed, own=True)
+    if args.cases is not None:
+        records = listed_records(records, args.cases)
     own = not zsre and any(is_open(record) for record in records)
     size, number = (len(records), None) if own else (16, 4)
     size = size if args.batch_size is None else args.batch_size
     number = number if args.num_batches is None else args.num_batches
-    chosen = batches(records, size, number, seed=args.seed)
+    chosen = batches(records, size, number, seed=None if args.cases else args.seed)
     measures.check([record for batch in chosen for record in batch])
     if args.text is not None:
         check_file(args.text, BadData)

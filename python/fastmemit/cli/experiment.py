@@ -28,12 +28,15 @@ BOS = {"with": (True,), "without": (False,), "both": (True, False)}
 def _data(args: argparse.Namespace) -> tuple[list[Record], Corpus]:
     """The records and the corpus of an experiment, whose folder for results is one."""
     from fastmemit.data import load_corpus, load_records
+    from fastmemit.data.records import listed_records
 
     if args.out.exists() and not args.out.is_dir():
         raise BadConfig(f"{str(args.out)!r} is a file; name a folder for the results.")
     if args.corpus == "self":
         raise BadConfig("The corpus is read many times; give a file, builtin or wikipedia.")
     records = load_records(args.facts, skip_malformed=args.skip_malformed)
+    if args.cases is not None:
+        records = listed_records(records, args.cases)
     return records, load_corpus(args.corpus, field=args.field)
 
 
@@ -44,6 +47,7 @@ def _inputs(args: argparse.Namespace, editor: Editor, corpus: Corpus) -> Inputs:
         corpus,
         args.out,
         file_identity(args.facts),
+        cases=None if args.cases is None else file_identity(args.cases),
         full_keys=args.full_keys or FULL_KEYS,
         max_length=args.max_length,
         text=read_text(args, editor),
@@ -150,7 +154,7 @@ def _sequential(args: argparse.Namespace) -> None:
     multipliers = parse_multipliers(args.multipliers)
     overrides = chosen_settings(args)
     records, corpus = _data(args)
-    chosen = batches(records, args.batch_size, args.num_batches, seed=args.seed)
+    chosen = batches(records, args.batch_size, args.num_batches, seed=None if args.cases else args.seed)
     editor = make_editor(args)
     editor.config(args.method, **overrides)  # refused before the text is read
     plan = Plan(chosen, args.method, overrides, multipliers, PRESERVE[args.preserve], args.score_every)

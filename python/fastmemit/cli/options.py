@@ -163,8 +163,8 @@ SETS = {
     "--target-batch-tokens",
     "METHOD": "--method --config --set",
     "CORPUS": "--corpus --field --multiplier --max-length --allow-fewer --checkpoint-seconds",
-    "INPUTS": "--facts! --skip-malformed --corpus=wikipedia --field --max-length --full-keys --text --text-tokens=4096 "
-    "--out!",
+    "INPUTS": "--facts! --skip-malformed --cases --corpus=wikipedia --field --max-length --full-keys --text "
+    "--text-tokens=4096 --out!",
     "PLACE": "--stats-dir --model-name --dataset --precision --sample-size",
 }
 MANY: dict[str, Any] = {"action": "append", "default": []}  # a flag that may be repeated
@@ -179,6 +179,7 @@ FLAGS: dict[str, dict[str, dict[str, Any]]] = {
         "--facts": _flag("FACTS", "requests or records: a file (JSON or JSONL; of zsRE also as zsre:FILE), counterfact "
                          "(from the hub), hub:NAME[@SPLIT] or builtin"),
         "--skip-malformed": _switch("go on without bad records"),
+        "--cases": _flag("FILE", "only these records, in this order: a JSON list of case_ids, or one a line", Path),
         "--limit": _flag("N", "take N of the facts at most, or questions of each task", above_zero),
         "--unknown-too": _switch("also facts of which the model does not predict the answer"),
         "--subject": _flag("TEXT", "one fact instead: its subject"),

@@ -113,8 +113,28 @@ def load_requests(path: str | Path) -> list[EditRequest]:
     return requests
 
 
+def listed_records(records: Sequence[_Some], path: str | Path) -> list[_Some]:
+    """The records that a file lists by ``case_id``, in its order: a JSON list of numbers, or a number a line.
+
+    Raises:
+        BadData: The file cannot be read or holds something else; a number is there twice, or is no record's.
+    """
+    by_case = {record.case_id: record for record in records}
+    found: dict[int, _Some] = {}
+    for value in read_values(Path(path), BadData):
+        case = value.value
+        if type(case) is not int or case not in by_case:
+            raise BadData(f"{str(path)!r}, {value.place}: {case!r} is not the case_id of a record of the facts.")
+        if case in found:
+            raise BadData(f"{str(path)!r}, {value.place}: the case {case} is there twice; list each once.")
+        found[case] = by_case[case]
+    if not found:
+        raise BadData(f"{str(path)!r} lists no case; write a case_id a line.")
+    return list(found.values())
+
+
 def batches(
-    records: Sequence[Record], batch_size: int, n_batches: int | None = None, seed: int = 0
+    records: Sequence[Record], batch_size: int, n_batches: int | None = None, seed: int | None = 0
 ) -> list[list[Record]]:
     """Deal records into batches: shuffled, and one record per subject over the whole selection.
 
@@ -122,7 +142,8 @@ def batches(
         records: Where to choose from.
         batch_size: Records in a batch.
         n_batches: How many batches; by default all that there are, the last one maybe shorter.
-        seed: Seed for the shuffle; the same seed and records give the same batches everywhere.
+        seed: Seed for the shuffle; the same seed and records give the same batches everywhere. None deals them as they
+            stand, such as those of a fixed list (`listed_records`).
 
     Raises:
         BadData: There are too few records with different subjects, or a number is below 1.
@@ -131,7 +152,8 @@ def batches(
         if number is not None and number < 1:
             raise BadData(f"{name} is {number}; it must be 1 or more.")
     order = list(records)
-    random.Random(seed).shuffle(order)
+    if seed is not None:
+        random.Random(seed).shuffle(order)
     by_subject: dict[str, Record] = {}
     for record in order:
         by_subject.setdefault(record.request.subject.strip().lower(), record)

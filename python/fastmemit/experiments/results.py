@@ -77,6 +77,7 @@ class Inputs:
     corpus: Corpus  # where the statistics come from
     folder: Path  # where the results go
     data: Mapping[str, Any]  # name and sha256 of the records, see `file_identity`
+    cases: Mapping[str, Any] | None = None  # the same of a fixed list of them, whose order is kept; None shuffles
     full_keys: int = FULL_KEYS  # keys of the full precompute, if the corpus has so many
     max_length: int | None = None  # cut documents at so many tokens
     text: PerplexityText | None = None  # what perplexity is measured on; None measures none
@@ -102,7 +103,7 @@ def make_header(editor: Editor, inputs: Inputs, configs: Sequence[EditConfig]) -
         "fingerprint": editor.fingerprint,
         "tokenizer": str(editor.store.identity["tokenizer"]),
         "dtype": str(editor.model.dtype).removeprefix("torch."),
-        "data": dict(inputs.data),
+        "data": dict(inputs.data) if inputs.cases is None else {**inputs.data, "cases": dict(inputs.cases)},
         "corpus": {"name": inputs.corpus.name, "fingerprint": inputs.corpus.fingerprint},
         "seed": editor.seed,  # for the choice and order of records, and for the contexts
         "max_length": inputs.max_length,

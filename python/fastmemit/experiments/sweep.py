@@ -326,7 +326,8 @@ def run_sweep(
         raise WrongModel("The model is edited already; undo its edits before a sweep.")
     grid = grid.of_model(editor.config)
     places = grid.places()
-    dealt = {size: batches(records, size, count, seed=editor.seed) for size, count in grid.batches.items()}
+    order = editor.seed if inputs.cases is None else None
+    dealt = {size: batches(records, size, count, seed=order) for size, count in grid.batches.items()}
     folder = inputs.folder
     folder.mkdir(parents=True, exist_ok=True)
     configs = [editor.config(method, **as_published(method)) for method in map(_name, grid.methods)]

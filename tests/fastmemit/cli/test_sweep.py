@@ -55,6 +55,27 @@ def test_it_divides_its_cells_and_puts_them_together(
     assert str(place.at) not in (out / "sweep.json").read_text()
 
 
+def test_a_fixed_list_of_records_is_edited_in_its_order(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    out, cases = place.at / "fixed", place.at / "cases.txt"
+    numbers = [record["case_id"] for record in json.loads(place.records.read_text())][3:0:-1]
+    cases.write_text("\n".join(map(str, numbers)))
+    one = (
+        "--methods",
+        "emmet",
+        "--multipliers",
+        "0.5",
+        "--batch-sizes",
+        "1",
+        "--num-batches",
+        "3",
+        "--vary",
+        "steps=1",
+    )
+    run(capsys, *argv(place, out, *one, "--cases", cases))
+    assert {tuple(record["case_id"] for record in cell["records"]) for cell in lines(out)} == {tuple(numbers)}
+    assert json.loads((out / "sweep.json").read_text())["data"]["cases"]["name"] == "cases.txt"
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL is not there")
 def test_killed_by_the_system_it_goes_on_to_the_same_lines(place: Place, unbroken: Path) -> None:

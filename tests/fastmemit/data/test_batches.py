@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from fastmemit.data import Record, batches
+from fastmemit.data.records import listed_records
 from fastmemit.errors import BadData
 from fastmemit.request import EditRequest
 
@@ -46,3 +49,29 @@ def test_batches_that_cannot_be_dealt(arguments: tuple, message: str) -> None:
 def test_no_records_no_batches() -> None:
     with pytest.raises(BadData, match="There are 0 records"):
         batches([], 4)
+
+
+def test_a_fixed_list_is_dealt_as_it_stands(tmp_path: Path) -> None:
+    records = [record(case, f"subject {case}") for case in range(9)]
+    for name, text in (("list.json", "[7, 2, 5, 0]"), ("lines.txt", "7\n2\n\n5\n0\n")):
+        (tmp_path / name).write_text(text)
+        listed = listed_records(records, tmp_path / name)
+        assert [one.case_id for one in listed] == [7, 2, 5, 0]
+        dealt = batches(listed, 2, seed=None)
+        assert [[one.case_id for one in batch] for batch in dealt] == [[7, 2], [5, 0]]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("1\n99\n", "line 2: 99 is not the case_id of a record of the facts"),
+        ("[1, true]", "item 1: True is not the case_id"),
+        ('[1, "2"]', "item 1: '2' is not the case_id"),
+        ("[3, 1, 3]", "item 2: the case 3 is there twice"),
+        ("[]", "lists no case"),
+    ],
+)
+def test_a_list_that_names_no_records(tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / "cases").write_text(text)
+    with pytest.raises(BadData, match=words):
+        listed_records([record(case, f"subject {case}") for case in range(9)], tmp_path / "cases")
