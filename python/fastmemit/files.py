@@ -19,7 +19,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 import fastcov
-from fastcov.errors import printable, printable_logger
+from fastcov.errors import printable_logger
 from fastcov.files import atomic_file
 
 log = printable_logger(__name__)
@@ -456,13 +456,12 @@ class Bar:
 
     def note(self, text: str) -> None:
         """Show some words behind the numbers, from the next time the bar is drawn."""
-        self._shape.set_postfix_str(printable(text), refresh=False)
+        self._shape.set_postfix_str(text, refresh=False)
 
 
 @contextmanager
 def bar(what: str, total: int, shown: bool) -> Iterator[Bar]:
     """A progress bar to count on; nothing is drawn where stderr is not a terminal, or it is not to be shown."""
     disable = None if shown else True  # None: tqdm looks for a terminal itself
-    what = printable(what)
     with tqdm(total=total, desc=what, leave=False, dynamic_ncols=True, disable=disable) as shape:
         yield Bar(shape)

@@ -26,12 +26,8 @@ from fastcov.distributed import TIMEOUT
 from fastmemit.errors import BadConfig
 
 _ENTERED = count()
-_CURRENT: ContextVar[Processes | None] = ContextVar("fastmemit_processes", default=None)
-
-
-def current() -> Processes | None:
-    """The processes of the `together` that this code runs in; None where there is one process."""
-    return _CURRENT.get()
+#: The processes of the `together` that code runs in; None where there is one process.
+CURRENT: ContextVar[Processes | None] = ContextVar("fastmemit_processes", default=None)
 
 
 @contextmanager
@@ -71,7 +67,7 @@ def together(*, timeout: float = TIMEOUT) -> Iterator[Processes | None]:
                 timeout=wait,
             )
             stack.callback(dist.destroy_process_group)
-        stack.callback(_CURRENT.reset, _CURRENT.set(processes))
+        stack.callback(CURRENT.reset, CURRENT.set(processes))
         yield processes
         processes.leave()
 
@@ -135,19 +131,17 @@ def own_gpus() -> list[int] | None:
     return list(range(rank * share, (rank + 1) * share))
 
 
-def agreed(processes: Processes | None, identity: Mapping[str, Any], missing: Sequence[str]) -> list[str]:
+def agreed(processes: Processes, identity: Mapping[str, Any], missing: Sequence[str]) -> list[str]:
     """The modules that have to be collected, because some process does not find their files.
 
     Args:
-        processes: Those that collect; None for this one alone.
+        processes: Those that collect.
         identity: What is collected, which must be the same for all.
         missing: The modules whose files this process does not find, in the order of `identity`.
 
     Raises:
         BadConfig: The processes are about to collect different things.
     """
-    if processes is None:
-        return list(missing)
     said = processes.gather("what is missing", [dict(identity), list(missing)])
     ours = said[processes.rank][0]  # as JSON gives it back
     for rank, (theirs, _) in enumerate(said):
@@ -161,9 +155,7 @@ def agreed(processes: Processes | None, identity: Mapping[str, Any], missing: Se
     return [name for name in ours["modules"] if name in anywhere]
 
 
-def save_once(
-    processes: Processes | None, path: Path, moment: fastcov.SecondMoment, provenance: Mapping[str, Any]
-) -> None:
+def save_once(processes: Processes, path: Path, moment: fastcov.SecondMoment, provenance: Mapping[str, Any]) -> None:
     """Let the first process write a moment; where the others do not see it, they write their own.
 
     So each machine has it, whether they share a disk or not.
@@ -172,14 +164,8 @@ def save_once(
         FailedElsewhere: Another process failed.
         OSError: The file cannot be written.
     """
-    if processes is None or processes.first:
+    if processes.first:
         fastcov.save_moment(path, moment, provenance)
-    if processes is not None:
-        processes.gather(path.name)
-        if not path.is_file():
-            fastcov.save_moment(path, moment, provenance)
-
-
-def recorded(processes: Processes | None) -> dict[str, str]:
-    """What a file says about them, beside versions: it decides on last bits and on nothing else."""
-    return {} if processes is None else {"processes": str(processes.size)}
+    processes.gather(path.name)
+    if not path.is_file():
+        fastcov.save_moment(path, moment, provenance)

@@ -10,6 +10,7 @@ import platform
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -201,7 +202,6 @@ class StatisticsStore:
         name: What to call the model in files; it identifies nothing.
         seed: Seed for the order of documents where a collection has none.
         progress: Show a bar for each long step.
-        capacity: Bytes of factors and null spaces held at most, see `fastcov.linalg.FactorCache`.
 
     Attributes:
         current: The statistics in use, if any are.
@@ -218,13 +218,11 @@ class StatisticsStore:
         name: str = "model",
         seed: int = 0,
         progress: bool = False,
-        capacity: int | None = None,
     ) -> None:
         self._adapter, self._tokenizer, self._stack = adapter, tokenizer, stack
         self._folder, self._name, self._seed, self._progress = folder, name, seed, progress
         self._tokenizer_is = tokenizer_fingerprint(tokenizer)
         self._held = FactorCache()
-        self._held.capacity = capacity
         self.current: Statistics | None = None
         self.checkpoint_seconds: float | None = None
 
@@ -287,7 +285,7 @@ class StatisticsStore:
         home = home_of(self._folder / ("snapshots" if aside else "statistics") / fingerprint[:16], shared)
         paths = {name: home / f"{name}.safetensors" for name in budgets}
         throughput: Throughput | None = None
-        if parallel.current() is None and all(is_stored(path, shared, n, budgets[n]) for n, path in paths.items()):
+        if parallel.CURRENT.get() is None and all(is_stored(path, shared, n, budgets[n]) for n, path in paths.items()):
             _remove_leftovers(home)
         else:
             throughput = self._fill(home, shared, budgets, corpus, after)
@@ -327,7 +325,7 @@ class StatisticsStore:
         self, home: Path, shared: dict[str, Any], budgets: dict[str, int], corpus: Corpus, after: Statistics | None
     ) -> Throughput | None:
         """Collect what a folder of statistics lacks; how fast it went, if that was measured."""
-        processes = parallel.current()
+        processes = parallel.CURRENT.get()
         first = processes is None or processes.first
         paths = {name: home / f"{name}.safetensors" for name in budgets}
         with alone(lock_of(home), "collecting the same statistics") if first else nullcontext(False) as ours:
@@ -336,15 +334,17 @@ class StatisticsStore:
                 _remove_stale(home)
             # Whoever was waited for may have made some of them.
             missing = [name for name, path in paths.items() if not is_stored(path, shared, name, budgets[name])]
-            missing = parallel.agreed(processes, {**essence(shared), "modules": list(paths)}, missing)
+            made, part, save = versions(), {}, fastcov.save_moment
+            if processes is not None:
+                missing = parallel.agreed(processes, {**essence(shared), "modules": list(paths)}, missing)
+                made["processes"] = str(processes.size)  # which decides on last bits
+                # Each keeps its own part; it does not matter how far the others were.
+                part["process"], save = f"{processes.rank} of {processes.size}", partial(parallel.save_once, processes)
             held = {} if after is None else {name: after.moment(name) for name in missing}
-            made = {**versions(), **parallel.recorded(processes)}
             text = {  # of all modules: the batches do not depend on which are there already
                 "tokens": max(budgets.values()),
                 "start": max((moment.count for moment in held.values()), default=0),
             }
-            # Of several processes each keeps its own part; it does not matter how far the others were.
-            part = {} if processes is None else {"process": f"{processes.rank} of {processes.size}"}
             digest = hashlib.sha256("\n".join([*sorted(budgets), *part.values()]).encode()).hexdigest()[:12]
             checkpoint = fastcov.Checkpoint(
                 home / _CHECKPOINTS.replace("*", digest),
@@ -368,7 +368,7 @@ class StatisticsStore:
                     log.info("%s", throughput)
             for name, moment in held.items():
                 own = {**shared, "module": name, "budget": budgets[name], "keys": moment.count, "versions": made}
-                parallel.save_once(processes, paths[name], moment, own)
+                save(paths[name], moment, own)
             checkpoint.remove()
             if ours:
                 _remove_stale(home, useless_too=True)
@@ -428,7 +428,7 @@ class StatisticsStore:
                         throughput=throughput,
                         causal=causal,
                         checkpoint=checkpoint,
-                        processes=parallel.current(),
+                        processes=parallel.CURRENT.get(),
                     )
                 return {}  # the corpus ended, which `_counted_from` took
             except (fastcov.FailedElsewhere, fastcov.ProcessLost):  # this process's part is sound

@@ -28,9 +28,10 @@ def editor(tmp_path_factory):
     return editor
 
 
-def fresh(editor, **more):
+def fresh(editor, capacity=None):
     """A store that holds no factor, with the statistics of the editor's."""
-    store = StatisticsStore(editor.adapter, editor.tokenizer, editor._stack, Path("nowhere"), **more)
+    store = StatisticsStore(editor.adapter, editor.tokenizer, editor._stack, Path("nowhere"))
+    store._held.capacity = capacity
     store.use(editor.store.covering((0, 1)))
     return store
 

@@ -140,12 +140,12 @@ def _run(argv: Sequence[str] | None) -> int:
     # Heavy imports happen here, so that --help answers at once.
     from fastcov import FailedElsewhere, FastcovError
     from fastmemit.errors import FastmemitError, MissedFacts
-    from fastmemit.parallel import current, for_verb
+    from fastmemit.parallel import CURRENT, for_verb
 
     try:
         with _terminated_like_interrupted(), for_verb(args.verb, divided=("precompute",)), json_place(args):
             VERBS[args.verb].run(args)
-            processes = current()
+            processes = CURRENT.get()
             if isinstance(args.json, Path) and (processes is None or processes.first):
                 print(f"written to {args.json}")
     except FailedElsewhere:  # the process that failed says it

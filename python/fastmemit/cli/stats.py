@@ -36,7 +36,7 @@ def _precompute(args: argparse.Namespace) -> None:
     from fastmemit.data.corpora import is_at_hand, load_corpus
     from fastmemit.methods.config import parse_layers
 
-    processes = parallel.current()
+    processes = parallel.CURRENT.get()
     if processes is not None:
         args.quiet = args.quiet or not processes.first
         if args.device_map is None:

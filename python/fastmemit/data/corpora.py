@@ -324,7 +324,7 @@ def open_corpus(
         return corpus
     if corpus != "self":
         return load_corpus(str(corpus), field=field)
-    if parallel.current() is not None:
+    if parallel.CURRENT.get() is not None:
         raise BadCorpus(
             "The corpus 'self' is written by one model as it goes and cannot be divided "
             "between processes; give a file, or run in one process."
