@@ -88,36 +88,45 @@ struct Piece {
 };
 
 // Who computes what. Workers take whole tiles in turn as long as there is one for each of them.
-// What is left over would leave some of them idle, so it is put together with the last full round,
-// if there is one, and divided evenly: consecutive workers get consecutive shares of steps.
+// The tiles of the round that would leave some of them idle are cut into equal parts of steps, and
+// as many workers as there are for each part take that part of one tile after another: those that
+// run at the same time read the same rows of keys of neighbouring tiles. Shares of the same size
+// for all would balance better, but put every worker at other rows, for which device memory is too
+// slow.
 //
 // Made on the host, once, and handed to the kernel: there it costs no registers.
 template <class Triangle>
 class Schedule {
  public:
   static constexpr int kLeastShare = 8;  // steps; below that, adding up the parts costs more
+  static constexpr int kAdding = 9;      // what to begin a piece and to add it to C costs, in steps
+  static constexpr int kParts = 16;      // of a tile, at most, unless there are workers for more
 
   constexpr Schedule() = default;
   constexpr Schedule(Triangle triangle, int steps, int workers, bool divide)
       : triangle_(triangle), steps_(steps), workers_(workers), whole_(triangle.count()) {
-    const int tiles = whole_;
-    const int rest = tiles % workers;
+    const int rest = whole_ % workers;
     if (!divide || rest == 0) return;
-    const int slots = rest + (tiles > workers ? workers : 0);
-    const int64_t divided = static_cast<int64_t>(slots) * steps;
-    // Counted in int from here on: of so many rows that it overflows, nothing is divided.
-    if (divided < int64_t{kLeastShare} * workers || divided > INT32_MAX) return;
-    whole_ = tiles - slots;
-    share_ = static_cast<int>(divided / workers);
-    larger_ = static_cast<int>(divided % workers);
+    const int most = workers / rest > kParts ? workers / rest : kParts;
+    int64_t least = int64_t{steps} + kAdding;
+    for (int parts = 2; parts <= most && parts <= workers && steps / parts >= kLeastShare;
+         ++parts) {
+      const int each = workers / parts;  // workers for a part
+      const int rounds = (rest + each - 1) / each;
+      const int64_t cost = int64_t{rounds} * ((steps + parts - 1) / parts + kAdding);
+      // The more parts, the fewer workers read the same rows: they have to be worth it.
+      if (33 * cost > 32 * least) continue;
+      least = cost;
+      parts_ = parts;
+    }
+    if (parts_ > 1) whole_ -= rest;
   }
 
   FASTCOV_HD constexpr int workers() const { return workers_; }
 
   // Where a worker is in its list of pieces; begin with a default one.
   struct Next {
-    int round = 0;  // of whole tiles
-    int done = 0;   // steps of the worker's share
+    int round = 0;  // of whole tiles, then of parts
   };
 
   // The next piece of a worker. False if there is none.
@@ -128,39 +137,31 @@ class Schedule {
       *piece = {triangle_.at(tile), 0, steps_, 0, 1, 0};
       return true;
     }
-    const int step = start(worker) + next->done;
-    const int stop = start(worker + 1);
-    if (step >= stop) return false;
-    const int slot = step / steps_;
-    const int first = slot * steps_;
-    const int last = first + (steps_ - 1);
-    const int end = stop <= last ? stop : last + 1;
-    next->done += end - step;
-    // The worker of a tile's last part computes it first of all, and the worker of its first part
-    // last. In that order nobody waits for long.
-    const int final = worker_of(last);
-    *piece = {triangle_.at(whole_ + slot),  step - first, end - first, final - worker,
-              final - worker_of(first) + 1, slot};
+    const int each = workers_ / parts_;
+    const int part = worker / each;
+    if (parts_ == 1 || part >= parts_) return false;
+    const int slot = (next->round - whole_ / workers_) * each + worker % each;
+    if (whole_ + slot >= triangle_.count()) return false;
+    ++next->round;
+    // The last part is added first: a worker waits for higher ones only, which have begun before
+    // it, so that nobody waits for one that finds no place on the device.
+    *piece = {triangle_.at(whole_ + slot), start(part), start(part + 1),
+              parts_ - 1 - part,           parts_,      slot};
     return true;
   }
 
  private:
-  // The first step of a worker's share, all divided steps being counted in one row. The first
-  // `larger_` workers have one more than the others.
-  FASTCOV_HD constexpr int start(int worker) const {
-    return worker * share_ + (worker < larger_ ? worker : larger_);
-  }
-  FASTCOV_HD constexpr int worker_of(int step) const {
-    const int boundary = larger_ * (share_ + 1);
-    return step < boundary ? step / (share_ + 1) : larger_ + (step - boundary) / share_;
+  // The first step of a part. The first ones have a step more than the others.
+  FASTCOV_HD constexpr int start(int part) const {
+    const int larger = steps_ % parts_;
+    return part * (steps_ / parts_) + (part < larger ? part : larger);
   }
 
   Triangle triangle_;
   int steps_ = 0;
   int workers_ = 1;
   int whole_ = 0;  // tiles that are not divided; they come first in the order
-  int share_ = 0;
-  int larger_ = 0;
+  int parts_ = 1;  // of each of the others
 };
 
 }  // namespace fastcov::cuda
