@@ -11,8 +11,8 @@ The second moments that are compared:
     31          31 keys, with the ridge that edits add below the minimum
     shuffled    multiplier 10 of the same articles, the words of each in random order
     self        multiplier 10 of text that the model writes
-    1, 10       these multipliers, the defaults
-    100         ten times the default
+    5, 10, ...  these multipliers, the defaults
+    5@128       this multiplier, documents cut at so many tokens
 
 A line is one record after one edit: model, method, batch size, C, its scores. A killed run goes on where it was.
 Records are those of `fastmemit.data.batches(records, 1, seed=0)` from --start on.
@@ -47,7 +47,7 @@ from fastmemit.evaluation.scores import SCORES, score_records  # noqa: E402
 from fastmemit.experiments.intervals import difference_intervals, score_intervals  # noqa: E402
 from fastmemit.statistics import Statistics, versions  # noqa: E402
 
-CS = ("10", "identity", "diagonal", "31", "1", "shuffled", "self", "100")
+CS = ("10", "identity", "diagonal", "31", "1", "5@128", "shuffled", "self", "100")
 
 
 class Moments:
@@ -74,7 +74,10 @@ class Moments:
             return collect(self._corpus, multiplier=31 / width, layers=self._layers)
         if name in ("identity", "diagonal"):
             return self._replaced(name)
-        return collect(self._corpus, multiplier=float(name), layers=self._layers)
+        multiplier, _, length = name.partition("@")
+        return collect(
+            self._corpus, multiplier=float(multiplier), layers=self._layers, max_length=int(length) if length else None
+        )
 
     def _replaced(self, name: str) -> Statistics:
         """The collected moments with another matrix in the place of C, of the same trace and number of keys."""
@@ -161,8 +164,7 @@ def report(lines: Iterable[dict[str, Any]]) -> None:
         print(f"\n{place[0]}, {place[1]}, batches of {place[2]}, {len(next(iter(found.values())))} records\n")
         print("| C |", " | ".join(SCORES).upper(), "| perplexity | S, to 10 | PA, to 10 | NS, to 10 |")
         print("| --- |" + " ---: |" * (len(SCORES) + 4))
-        for name in (each for each in ("identity", "diagonal", "31", "1", "shuffled", "self", "10", "100")
-                     if each in found):  # fmt: skip
+        for name in sorted(found, key=lambda each: CS.index(each) if each in CS else len(CS)):
             scores = score_intervals(found[name], names=SCORES)
             row = [f"{scores[each].value:.1f}" if scores[each] else "-" for each in SCORES]
             cost = costs.get((*place, name)) or []
@@ -195,7 +197,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--text", help="running text for perplexity, 2,048 tokens of it")
     parser.add_argument("--text-batches", type=int, default=2)
     parser.add_argument("--cells", type=_cell, nargs="+", default=["emmet:16:4"], metavar="METHOD:SIZE:NUMBER")
-    parser.add_argument("--c", nargs="+", choices=CS, default=list(CS))
+    parser.add_argument("--c", nargs="+", default=list(CS), help="names of the list above")
     parser.add_argument("--start", type=int, default=128, help="the first record's place in the order")
     parser.add_argument("--cache", type=Path)
     parser.add_argument("--out", type=Path)
