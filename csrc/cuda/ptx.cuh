@@ -248,6 +248,14 @@ FASTCOV_DEVICE void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kLeft) : "memory");
 }
 
+// What reads the sums comes after this, and this after the wait: the products that are in flight
+// write registers behind the compiler's back.
+template <int kCount>
+FASTCOV_DEVICE void wgmma_settle(float (&sums)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(sums[i])::"memory");
+}
+
 }  // namespace fastcov::cuda::device
 
 #include "wgmma.cuh"

@@ -160,6 +160,7 @@ class WgmmaKernel {
           previous = ring.stage;
         }
         device::wgmma_wait<0>();
+        device::wgmma_settle(sums);
         release(previous);
 #pragma unroll
         for (int i = 0; i < L::kAccumulators; ++i) total[i] += sums[i];

@@ -135,5 +135,7 @@ void wgmma_wait() {
   Machine::now().finish_all_but(kLeft);
   sync_warp();  // the warp waits as one
 }
+template <int kCount>
+void wgmma_settle(float (&)[kCount]) {}
 
 }  // namespace fastcov::cuda::device
