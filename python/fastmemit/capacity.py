@@ -178,14 +178,7 @@ def plan(
     Raises:
         BadConfig: A layer that the model does not have, or a number below 1.
     """
-    if not layers or min(layers) < 0 or max(layers) >= shape.layers:
-        raise BadConfig(
-            f"The layers {list(layers)} are not among the {shape.layers} of this model; name some from 0 to "
-            f"{shape.layers - 1}."
-        )
-    least = min(keys, processes, batch_tokens, length)
-    if least < 1:
-        raise BadConfig(f"Keys, processes, tokens of a batch and of a document must be at least 1, but one is {least}.")
+    _check(shape, layers, "Keys, processes, tokens of a batch and of a document", keys, processes, batch_tokens, length)
     last, n, size = max(layers), len(layers), machine.dtype_bytes
     pairs = (length + 1) / 2  # earlier tokens and itself, on average
     attention = 4 * shape.heads * shape.head * pairs * (last + 1)
@@ -267,14 +260,7 @@ def plan_edit(
     Raises:
         BadConfig: A layer that the model does not have, or a number below 1.
     """
-    if not layers or min(layers) < 0 or max(layers) >= shape.layers:
-        raise BadConfig(
-            f"The layers {list(layers)} are not among the {shape.layers} of this model; name some from 0 to "
-            f"{shape.layers - 1}."
-        )
-    least = min(facts, rows, steps, tokens, moving)
-    if least < 1:
-        raise BadConfig(f"Facts, rows, steps and tokens must be at least 1, but one is {least}.")
+    _check(shape, layers, "Facts, rows, steps and tokens", facts, rows, steps, tokens, moving)
     last, n, d, d_k = max(layers), len(layers), shape.d, shape.d_k
     below, above = shape.run(last), (shape.layers - 1 - last) * shape.block
     target = rows * 2.0 * (tokens * below + 3 * steps * (moving * above + 2 * shape.vocabulary * d))
@@ -302,6 +288,16 @@ def plan_edit(
             "solving": n * 2 * solve / machine.float64,
         },
     )
+
+
+def _check(shape: Shape, layers: Sequence[int], what: str, *numbers: int) -> None:
+    if not layers or min(layers) < 0 or max(layers) >= shape.layers:
+        raise BadConfig(
+            f"The layers {list(layers)} are not among the {shape.layers} of this model; name some from 0 to "
+            f"{shape.layers - 1}."
+        )
+    if min(numbers) < 1:
+        raise BadConfig(f"{what} must be at least 1, but one is {min(numbers)}.")
 
 
 #: Machines by name. Only the second was measured by this project.

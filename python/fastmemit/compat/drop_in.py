@@ -563,8 +563,10 @@ def write_facts(
     return Applied(model, before, made.delta)
 
 
-def _applying(method: str, about: str) -> Callable[..., tuple[nn.Module, dict[str, Tensor]]]:
-    """The function of one method; see `apply_memit_to_model`."""
+def applying(
+    method: str, about: str, returned: Callable[[Applied], tuple[Any, ...]] = lambda done: (done.model, done.before)
+) -> Callable[..., tuple[Any, ...]]:
+    """The function of one method, with a docstring, which returns what `returned` makes of what was written."""
 
     def apply(
         model: nn.Module,
@@ -576,12 +578,11 @@ def _applying(method: str, about: str) -> Callable[..., tuple[nn.Module, dict[st
         cache_template: str | os.PathLike[str] | None = None,
         keep_original_weight: bool = False,
         **kwargs: Any,
-    ) -> tuple[nn.Module, dict[str, Tensor]]:
+    ) -> tuple[Any, ...]:
         if kwargs:
             log.info("not used here: %s", ", ".join(sorted(kwargs)))
         keep = return_orig_weights or keep_original_weight
-        done = write_facts(method, model, tok, requests, hparams, copy=copy, keep=keep)
-        return done.model, done.before
+        return returned(write_facts(method, model, tok, requests, hparams, copy=copy, keep=keep))
 
     apply.__name__ = apply.__qualname__ = f"apply_{method.replace('-', '_')}_to_model"
     apply.__doc__ = about
@@ -597,7 +598,7 @@ def _ready(model: nn.Module, tokenizer: Any, theirs: Hparams) -> Live:
     return found
 
 
-apply_memit_to_model = _applying(
+apply_memit_to_model = applying(
     "memit",
     """Write facts into a model by MEMIT, as the other codebases' function of this name does.
 
@@ -625,18 +626,18 @@ apply_memit_to_model = _applying(
         BadCorpus: There is no text to collect C on.
     """,
 )
-apply_emmet_to_model = _applying("emmet", "Write facts into a model by EMMET; see `apply_memit_to_model`.")
-apply_rome_to_model = _applying(
+apply_emmet_to_model = applying("emmet", "Write facts into a model by EMMET; see `apply_memit_to_model`.")
+apply_rome_to_model = applying(
     "rome",
     """Write facts into a model by ROME, one after the other; see `apply_memit_to_model`.
 
     One key is used everywhere, as in r-ROME; a `RomeConfig` with ``keys="original"`` does as ROME was first released.
     """,
 )
-apply_r_rome_to_model = _applying(
+apply_r_rome_to_model = applying(
     "r-rome", "Write facts into a model by ROME with r-ROME's keys, one after the other; see `apply_memit_to_model`."
 )
-apply_alphaedit_to_model = _applying(
+apply_alphaedit_to_model = applying(
     "alphaedit",
     """Write facts into a model by AlphaEdit; see `apply_memit_to_model`.
 

@@ -20,11 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from fastcov.hooks import isolated
-from fastmemit.compat.drop_in import Applied, covered, located, write_facts
+from fastmemit.compat.drop_in import Applied, applying, covered, located
 from fastmemit.compat.drop_in import layer_stats as layer_stats_alone
 from fastmemit.compat.hparams import check_honoured, fields_of, finite
 from fastmemit.errors import BadConfig
-from fastmemit.request import Fact
 
 
 @isolated()
@@ -113,25 +112,13 @@ def layer_stats(
 layer_stats_dynamic = layer_stats
 
 
-def _applying(method: str) -> Callable[..., tuple[nn.Module, dict[str, Tensor], dict[str, Any] | None]]:
-    def apply(
-        model: nn.Module,
-        tok: Any,
-        requests: Fact | Sequence[Fact],
-        hparams: Any,
-        copy: bool = False,
-        return_orig_weights: bool = False,
-        cache_template: str | os.PathLike[str] | None = None,
-    ) -> tuple[nn.Module, dict[str, Tensor], dict[str, Any] | None]:
-        done = write_facts(method, model, tok, requests, hparams, copy=copy, keep=return_orig_weights)
-        return done.model, done.before, None if method == "rome" else _distances(done)
-
-    apply.__name__ = apply.__qualname__ = f"apply_{method}_to_model"
-    apply.__doc__ = (
+def _applying(method: str) -> Callable[..., tuple[Any, ...]]:
+    return applying(
+        method,
         f"Write facts by {method.upper()}, see `fastmemit.compat.apply_{method}_to_model`; the third value is None for "
-        "ROME, else layer -> norms of the change and of the weight, with None for distances that need preserved keys."
+        "ROME, else layer -> norms of the change and of the weight, with None for distances that need preserved keys.",
+        lambda done: (done.model, done.before, None if method == "rome" else _distances(done)),
     )
-    return apply
 
 
 apply_rome_to_model = _applying("rome")
