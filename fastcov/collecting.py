@@ -79,7 +79,7 @@ class Division:
         for name in self._sums.wanted:
             moment = held.get(name) or SecondMoment(widths[name], dtype=dtype, device=device, quartic=quartic)
             try:
-                moments[name] = moment.all_reduce(processes.group)
+                moments[name] = moment.all_reduce()
             except RuntimeError as error:
                 raise ProcessLost(
                     f"The sums of {name!r} could not be added up over {processes.size} processes "

@@ -38,19 +38,16 @@ class Processes:
         store: What `torch.distributed` keeps its keys in, under a prefix of its own.
         rank: Which one this is, from 0, of `size`.
         size: How many there are.
-        group: Where sums are added up; None takes the default one.
         timeout: See `TIMEOUT`.
 
     Raises:
         ValueError: A rank outside of ``[0, size)``.
     """
 
-    def __init__(
-        self, store: Store, rank: int, size: int, *, group: ProcessGroup | None = None, timeout: float = TIMEOUT
-    ) -> None:
+    def __init__(self, store: Store, rank: int, size: int, *, timeout: float = TIMEOUT) -> None:
         if not 0 <= rank < size:
             raise ValueError(f"The rank {rank} is not among {size} processes; give one from 0 to {size - 1}.")
-        self.rank, self.size, self.group = rank, size, group
+        self.rank, self.size = rank, size
         self._store, self._timeout = store, timeout
         self._round = 0
 

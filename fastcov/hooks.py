@@ -368,11 +368,6 @@ class KeyHooks:
         self._fired: set[str] = set()
         self._running = False
 
-    @property
-    def attached(self) -> int:
-        """How many hooks are on the model now."""
-        return len(self._handles)
-
     def __enter__(self) -> KeyHooks:
         if self._handles:
             raise FastcovError("These hooks are on the model already; enter the context once.")

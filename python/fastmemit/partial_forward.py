@@ -658,15 +658,10 @@ class SubjectPass:
 
 
 def read_at_subject(
-    adapter: ModelAdapter,
-    rows: Sequence[Row],
-    *,
-    inputs: Sequence[nn.Module] = (),
-    outputs: Sequence[nn.Module] = (),
-    batch_tokens: int = READ_TOKENS,
+    adapter: ModelAdapter, rows: Sequence[Row], *, inputs: Sequence[nn.Module] = (), outputs: Sequence[nn.Module] = ()
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Read activations at each row's subject, from the first block on; see `SubjectPass.read`."""
-    taken, given, _ = SubjectPass.of(adapter, rows, batch_tokens).read(adapter, inputs=inputs, outputs=outputs)
+    taken, given, _ = SubjectPass.of(adapter, rows).read(adapter, inputs=inputs, outputs=outputs)
     return taken, given
 
 

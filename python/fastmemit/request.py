@@ -12,9 +12,9 @@ from typing import Any, cast
 from fastmemit.errors import BadRequest
 
 
-def _shown(text: str, limit: int = 80) -> str:
+def _shown(text: str) -> str:
     """`text` quoted for an error message, cut so that one sentence stays one line."""
-    return repr(text if len(text) <= limit else text[: limit - 1] + "…")
+    return repr(text if len(text) <= 80 else text[:79] + "…")
 
 
 @dataclass(frozen=True)

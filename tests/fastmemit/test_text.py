@@ -264,8 +264,8 @@ def test_a_decoder_that_takes_back_what_it_showed_still_moves_on() -> None:
 
 
 def test_padding_on_either_side_by_hand() -> None:
-    right = pad_batch([[5, 6, 7], [8]], pad_id=9)
-    assert right["input_ids"].tolist() == [[5, 6, 7], [8, 9, 9]]
+    right = pad_batch([[5, 6, 7], [8]])
+    assert right["input_ids"].tolist() == [[5, 6, 7], [8, 0, 0]]
     assert right["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
     assert right["position_ids"].tolist() == [[0, 1, 2], [0, 0, 0]]
     left = pad_batch([[5, 6, 7], (8,)], side="left")

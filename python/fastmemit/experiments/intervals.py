@@ -54,10 +54,10 @@ class Kept:
 
 
 def score_intervals(
-    records: Records, *, when: str = "after", names: Sequence[str] = SCORES, seed: int = 0, resamples: int = RESAMPLES
+    records: Records, *, when: str = "after", names: Sequence[str] = SCORES, resamples: int = RESAMPLES
 ) -> dict[str, Estimate | None]:
     """The scores of records "after" the edit or "before" it, in percent; None where there are no such prompts."""
-    return {name: _estimate(drawn) for name, drawn in _drawn(_shares(records, when), names, seed, resamples).items()}
+    return {name: _estimate(drawn) for name, drawn in _drawn(_shares(records, when), names, resamples).items()}
 
 
 def difference_intervals(
@@ -66,7 +66,6 @@ def difference_intervals(
     *,
     whens: tuple[str, str] = ("after", "after"),
     names: Sequence[str] = SCORES,
-    seed: int = 0,
     resamples: int = RESAMPLES,
 ) -> dict[str, Estimate | None]:
     """The scores of some records minus those of others, paired by case, in points.
@@ -77,17 +76,12 @@ def difference_intervals(
     pair = _paired(these, others, whens)
     if pair is None:
         return dict.fromkeys(names)
-    one, other = (_drawn(shares, names, seed, resamples) for shares in pair)
+    one, other = (_drawn(shares, names, resamples) for shares in pair)
     return {name: _estimate(one[name] - other[name]) for name in names}
 
 
 def kept_share(
-    fast: Records,
-    full: Records,
-    perplexities: tuple[float, float] | None = None,
-    *,
-    seed: int = 0,
-    resamples: int = RESAMPLES,
+    fast: Records, full: Records, perplexities: tuple[float, float] | None = None, *, resamples: int = RESAMPLES
 ) -> Kept | None:
     """The smallest share of another cell's scores and perplexity, paired by case.
 
@@ -99,7 +93,7 @@ def kept_share(
     pair = _paired(fast, full, ("after", "after"))
     if pair is None:
         return None
-    one, other = (_drawn(shares, SHARES, seed, resamples) for shares in pair)
+    one, other = (_drawn(shares, SHARES, resamples) for shares in pair)
     # A share is NaN where the other's score is zero or does not exist.
     shares = {
         name: np.divide(one[name], other[name], out=np.full(resamples + 1, np.nan), where=other[name] > 0)
@@ -133,10 +127,10 @@ def _shares(records: Records, when: str) -> Array:
     return np.array([[np.nan if share is None else share for share in row] for row in rows])
 
 
-def _drawn(shares: Array, names: Sequence[str], seed: int, resamples: int) -> dict[str, Array]:
+def _drawn(shares: Array, names: Sequence[str], resamples: int) -> dict[str, Array]:
     """(1 + draws,) of each score in percent: of the records as they are, then of every draw."""
     present = ~np.isnan(shares)
-    counts = _draws(len(shares), seed, resamples)
+    counts = _draws(len(shares), resamples)
     blocks = [np.ones((1, len(shares)), np.uint16), *np.split(counts, range(_BLOCK, resamples, _BLOCK))]
     means = []
     for weights in (block.astype(np.float64) for block in blocks):
@@ -154,9 +148,9 @@ def _drawn(shares: Array, names: Sequence[str], seed: int, resamples: int) -> di
 
 # The cells of a sweep have few different numbers of records, and equal draws make pairs.
 @functools.lru_cache(maxsize=4)
-def _draws(n: int, seed: int, resamples: int) -> NDArray[np.uint16]:
+def _draws(n: int, resamples: int) -> NDArray[np.uint16]:
     """(resamples, n): how often each record was drawn."""
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(0)
     counts = np.empty((resamples, n), np.uint16)
     for start in range(0, resamples, _BLOCK):
         size = min(_BLOCK, resamples - start)

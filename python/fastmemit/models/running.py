@@ -83,7 +83,7 @@ def check_lengths(model: nn.Module, rows: Sequence[Sequence[int]], more: int = 0
 
 
 def pad_batch(
-    rows: Sequence[Sequence[int]], pad_id: int = 0, side: str = "right", device: torch.device | str | None = None
+    rows: Sequence[Sequence[int]], side: str = "right", device: torch.device | str | None = None
 ) -> dict[str, Tensor]:
     """Rows of token ids, of any lengths, as one batch (n, L) for a model, padded on the "right" or the "left".
 
@@ -96,13 +96,13 @@ def pad_batch(
         raise ValueError(f"The padding side must be 'right' or 'left', not {side!r}.")
     width = max((len(row) for row in rows), default=0)
     starts = [0 if side == "right" else width - len(row) for row in rows]
-    batch = place_rows(rows, starts, width, pad_id)
+    batch = place_rows(rows, starts, width)
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
-def place_rows(rows: Sequence[Sequence[int]], starts: Sequence[int], width: int, pad_id: int = 0) -> dict[str, Tensor]:
+def place_rows(rows: Sequence[Sequence[int]], starts: Sequence[int], width: int) -> dict[str, Tensor]:
     """Rows of token ids in a batch (n, width), each from a column of its own on; see `pad_batch`."""
-    ids = torch.full((len(rows), width), pad_id, dtype=torch.int64)
+    ids = torch.zeros((len(rows), width), dtype=torch.int64)
     mask = torch.zeros_like(ids)
     for index, (row, start) in enumerate(zip(rows, starts, strict=True)):
         ids[index, start : start + len(row)] = torch.tensor(list(row), dtype=torch.int64)

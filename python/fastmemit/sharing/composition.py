@@ -29,9 +29,7 @@ _DIGITS = 8  # fewer digits of a digest than this name nothing for sure
 
 
 @isolated()
-def compose(
-    deltas: Sequence[Delta], *, allow_conflicts: bool = False, compress: bool = False, rank: int | None = None
-) -> Delta:
+def compose(deltas: Sequence[Delta], *, allow_conflicts: bool = False) -> Delta:
     """One delta that makes the changes of several.
 
     A part that is a composition itself is taken apart, so that each edit can be removed alone. What a delta changes was
@@ -42,16 +40,13 @@ def compose(
     Args:
         deltas: At least one, of one model, in the order in which they count as applied.
         allow_conflicts: Add edits of which two write the same fact.
-        compress: Bring ranks above a weight's smaller side down to it (`compressed`); parts can then no longer be
-            removed.
-        rank: Compress to at most this rank, with loss; implies `compress`.
 
     Returns:
         The composition, with method ``"composition"``, the facts of all parts, and under ``parts`` each part's digest,
         ranks and provenance.
 
     Raises:
-        BadConfig: There is no delta, or a rank below 1.
+        BadConfig: There is no delta.
         BadRequest: Two write the same fact, or two are the same edit.
     """
     flat = [part for delta in deltas for part in parts(delta)]
@@ -67,8 +62,7 @@ def compose(
             )
     if not allow_conflicts:
         check_facts(flat)
-    whole = _joined(flat, digests)
-    return compressed(whole, rank=rank) if compress or rank is not None else whole
+    return _joined(flat, digests)
 
 
 @isolated()

@@ -113,7 +113,7 @@ def test_a_digest_that_names_no_part_is_refused() -> None:
         remove(whole, deltas[0].digest()[:7])
     with pytest.raises(BadConfig, match="all that there is"):
         remove(deltas[0], deltas[0].digest())
-    small = compose(deltas, rank=1)
+    small = compressed(compose(deltas), rank=1)
     with pytest.raises(BadConfig, match="was compressed"):
         remove(small, deltas[0].digest())
     assert parts(small) == (small,)

@@ -79,6 +79,6 @@ def test_bad_settings() -> None:
 
 def test_composing_can_compress() -> None:
     deltas = [random(6, 9, 5) for _ in range(3)]
-    whole, small = compose(deltas), compose(deltas, compress=True)
+    whole, small = compose(deltas), compressed(compose(deltas))
     assert whole.factors["w"][0].shape[1] == 15 and small.factors["w"][0].shape[1] == 6
     np.testing.assert_allclose(change(small), sum(map(change, deltas)), atol=1e-4)
