@@ -43,6 +43,11 @@ def takes(name, C, X):
     return cpu.CpuKernel(name).why_not(C, X) is None
 
 
+def plain():
+    """The first of those that take keys of float32: the fastest may be for pairs of bfloat16 alone."""
+    return next(name for name in HERE if takes(name, torch.zeros(2, 2), torch.zeros(1, 2)))
+
+
 @pytest.mark.parametrize("name", HERE)
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("d", [1, 2, 23, 24, 25, 47, 48, 49, 96, 385, 400])
@@ -144,7 +149,7 @@ def test_callers_at_the_same_time_do_not_share_memory():
     wanted = [lower(C, X) for C, X in zip(sums, keys, strict=True)]
 
     def work(i):
-        rank_k_update(sums[i], keys[i], kernel=HERE[0])
+        rank_k_update(sums[i], keys[i], kernel=plain())
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(len(keys))]
     for thread in threads:
@@ -245,11 +250,11 @@ def test_a_few_rows_take_a_small_workspace_and_it_can_be_given_back():
     assert cpu.workspace_bytes() == 0
     few, more = drawn(16, 2048), drawn(256, 2048)
     C = torch.zeros(2048, 2048)
-    rank_k_update(C, few, kernel=HERE[0])
+    rank_k_update(C, few, kernel=plain())
     small = cpu.workspace_bytes()
-    rank_k_update(C, more, kernel=HERE[0])
+    rank_k_update(C, more, kernel=plain())
     large = cpu.workspace_bytes()
-    rank_k_update(C, few, kernel=HERE[0])
+    rank_k_update(C, few, kernel=plain())
     # Two copies of the keys, in whole panels; tiles have 6 bytes for a key of 4, and 32 rows.
     assert 0 < small <= 3 * 32 * 2048 * 4 and 2 * 256 * 2048 * 4 <= large <= 3 * 256 * 2048 * 4
     assert cpu.workspace_bytes() == large, "the larger one is kept"
