@@ -7,12 +7,12 @@ template escapes all text, and its Content-Security-Policy forbids the browser t
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from fastcov.errors import printable
 from fastmemit.answers import judge_answers
 from fastmemit.data import Record, load_records
 from fastmemit.data.reading import check_file, read_lines
@@ -169,16 +169,26 @@ def read_prompts(tokenizer: Any, path: Path) -> list[Watched]:
 
 def page(model: str, method: str, changes: Sequence[Change]) -> str:
     """The changes as an HTML page: for each prompt both answers side by side, and their probabilities as bars."""
-    # torch needs jinja2, so it is there wherever fastmemit is.
-    from jinja2 import Environment, StrictUndefined
-
-    from fastcov.errors import printable
-
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["text"] = lambda text: printable(" ".join(text.split())) or "(nothing)"
-    environment.filters["percent"] = lambda share: f"{share:.1%}" if share >= 0.001 else "< 0.1%"
     groups = {kind: [change for change in changes if change.watched.kind == kind] for kind in KINDS}
-    template = (files("fastmemit.evaluation") / "changes.html").read_text(encoding="utf-8")
-    return environment.from_string(template).render(
-        model=model, method=method, groups={kind: found for kind, found in groups.items() if found}
+    filters = {
+        "text": lambda text: printable(" ".join(text.split())) or "(nothing)",
+        "percent": lambda share: f"{share:.1%}" if share >= 0.001 else "< 0.1%",
+    }
+    shown = {kind: found for kind, found in groups.items() if found}
+    return render("evaluation/changes.html", filters, model=model, method=method, groups=shown)
+
+
+def render(template: str, filters: Mapping[str, Callable[[Any], str]], **values: Any) -> str:
+    """A page of its own, from a template of the package that extends ``evaluation/page.html``."""
+    # torch needs jinja2, so it is there wherever fastmemit is.
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("fastmemit", ""),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
+    environment.filters.update(filters)
+    return environment.get_template(template).render(**values)

@@ -12,12 +12,12 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from fastcov.files import atomic_file
 from fastmemit.errors import BadConfig
+from fastmemit.evaluation.changes import render
 from fastmemit.experiments import tables
 from fastmemit.experiments.intervals import RESAMPLES
 from fastmemit.experiments.plots import Picture, check_matplotlib, pictures
@@ -80,14 +80,14 @@ def write_report(folders: Sequence[Path], out: Path | None = None, *, resamples:
 
 def page(found: Collected, drawn: Sequence[Picture], parts: Mapping[str, Sequence[Table]]) -> str:
     """The page of some sweeps with their figures, and their tables as ``report.html`` names them."""
-    # torch needs jinja2, so it is there wherever fastmemit is.
-    from jinja2 import Environment, StrictUndefined
-
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["base64"] = lambda content: base64.b64encode(content).decode()
-    template = (files("fastmemit.experiments") / "report.html").read_text(encoding="utf-8")
-    return environment.from_string(template).render(
-        model=found.sweeps[0]["model"], cells=len(found.cells), pictures=drawn, runs=runs(found), **parts
+    return render(
+        "experiments/report.html",
+        {"base64": lambda content: base64.b64encode(content).decode()},
+        model=found.sweeps[0]["model"],
+        cells=len(found.cells),
+        pictures=drawn,
+        runs=runs(found),
+        **parts,
     )
 
 
