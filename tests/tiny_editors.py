@@ -6,6 +6,9 @@ import random
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from fastmemit import targets
 from fastmemit.data import Corpus, Record, corpus_from_texts
 from fastmemit.editor import Editor
 from fastmemit.request import EditRequest
@@ -19,6 +22,19 @@ FACTS = (
 )
 #: Few steps: whether an edit is good does not matter to those who undo it.
 QUICK: dict[str, Any] = {"layers": (0, 1), "steps": 3}
+
+
+def optimised(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Of how many facts target vectors are optimised from now on, call by call."""
+    made: list[int] = []
+    real = targets.optimise
+
+    def spy(adapter: Any, tokenizer: Any, requests: Any, *args: Any, **kwargs: Any) -> Any:
+        made.append(len(requests))
+        return real(adapter, tokenizer, requests, *args, **kwargs)
+
+    monkeypatch.setattr(targets, "optimise", spy)
+    return made
 
 
 def texts(n: int, seed: int = 0) -> list[str]:

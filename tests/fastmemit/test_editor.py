@@ -15,7 +15,7 @@ from fastmemit.methods import ReadCache
 from fastmemit.request import EditRequest
 from fastmemit.statistics import versions
 from fastmemit.text import continue_texts
-from tiny_editors import FACTS, QUICK, record, tiny_corpus, tiny_editor
+from tiny_editors import FACTS, QUICK, optimised, record, tiny_corpus, tiny_editor
 from tiny_models import tiny_model, tiny_tokenizer
 
 ONE = {**QUICK, "layers": (1,)}
@@ -158,16 +158,7 @@ def test_an_error_in_the_middle_changes_nothing(
 
 
 def test_targets_are_made_once(editor: Editor, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastmemit import targets as store
-
-    made: list[int] = []
-    real = store.optimise
-
-    def spy(adapter: Any, tokenizer: Any, requests: Any, *args: Any, **kwargs: Any) -> Any:
-        made.append(len(requests))
-        return real(adapter, tokenizer, requests, *args, **kwargs)
-
-    monkeypatch.setattr(store, "optimise", spy)
+    made = optimised(monkeypatch)
     settings = {"layers": (1,), "steps": 4}
     editor.plan(FACTS[:2], "emmet", **settings)
     editor.plan(FACTS, "emmet", lambda_e=0.5, **settings)  # another solve, the same targets

@@ -43,6 +43,12 @@ def test_every_verb_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
         assert all(len(line) <= 100 for line in out.splitlines())
 
 
+def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """What another interpreter says to some code, with nothing in its environment but this."""
+    env = {"PYTHONPATH": ":".join(sys.path), "PATH": "", **environment}
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=env)
+
+
 def test_help_needs_no_torch() -> None:
     code = (
         "import sys; from fastmemit.cli import main\n"
@@ -51,13 +57,7 @@ def test_help_needs_no_torch() -> None:
         "slow = {'torch', 'transformers', 'datasets', 'numpy'} & set(sys.modules)\n"
         "sys.exit(f'loaded {slow}' if slow else 0)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={"PYTHONPATH": ":".join(sys.path), "PATH": ""},
-    )
+    done = python(code)
     assert (done.returncode, done.stderr) == (0, "")
 
 
@@ -80,13 +80,8 @@ def test_threads_wait_briefly_on_a_busy_machine(busy: bool, said: dict[str, str]
         "sys.argv = ['fastmemit', 'doctor']\n"
         "sys.exit(cli.main())"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        check=True,
-        env={"PYTHONPATH": ":".join(sys.path), "PATH": "", "OMP_DISPLAY_ENV": "verbose", **said},
-    )
+    done = python(code, OMP_DISPLAY_ENV="verbose", **said)
+    assert done.returncode == 0, done.stderr
     found = [line.split(" = ")[1] for line in done.stderr.splitlines() if "GOMP_SPINCOUNT" in line]
     if not found:
         pytest.skip("torch brings another OpenMP than GCC's")

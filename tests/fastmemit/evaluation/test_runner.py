@@ -21,7 +21,7 @@ from fastmemit.evaluation.runner import RecordResult, Result
 from fastmemit.evaluation.scores import ALL, summarise
 from fastmemit.statistics import versions
 from fastmemit.text import encode
-from tiny_editors import FACTS, QUICK, record, tiny_editor
+from tiny_editors import FACTS, QUICK, optimised, record, tiny_editor
 
 BATCHES = [[record(10, FACTS[0]), record(11, FACTS[1])], [record(12, FACTS[2])]]
 
@@ -151,16 +151,7 @@ def test_perplexity_is_measured_before_and_after_the_first_batches(
 
 
 def test_targets_are_optimised_once_for_all_batches(editor: Editor, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastmemit import targets as store
-
-    sizes: list[int] = []
-    real = store.optimise
-
-    def spy(adapter: Any, tokenizer: Any, requests: Any, *args: Any, **kwargs: Any) -> Any:
-        sizes.append(len(requests))
-        return real(adapter, tokenizer, requests, *args, **kwargs)
-
-    monkeypatch.setattr(store, "optimise", spy)
+    sizes = optimised(monkeypatch)
     evaluate(editor, BATCHES, "emmet", {"layers": (1,), "steps": 2})
     assert sizes == [3]
     evaluate(editor, [[r] for batch in BATCHES for r in batch], "emmet", {"layers": (1,), "steps": 2})

@@ -21,7 +21,7 @@ from fastmemit.experiments import sweep as sweep_module
 from fastmemit.experiments.results import Cell, Inputs, ResultsFile
 from fastmemit.experiments.sweep import Grid, run_sweep
 from fastmemit.request import EditRequest
-from tiny_editors import FACTS, record, texts, tiny_corpus, tiny_editor
+from tiny_editors import FACTS, optimised, record, texts, tiny_corpus, tiny_editor
 
 SUBJECTS = ("Eiffel Tower", "Italy", "the poet", "the piano", "France")
 SETTINGS = {"steps": 3, "layers": (1,)}
@@ -146,15 +146,7 @@ def test_two_shards_put_together_are_the_whole(unbroken: tuple[list[Cell], bytes
 
 def test_nothing_is_paid_for_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     editor = tiny_editor(tmp_path / "cache", layers=None)
-    optimised: list[int] = []
-    from fastmemit import targets as store
-
-    real = store.optimise
-    monkeypatch.setattr(
-        store,
-        "optimise",
-        lambda a, t, requests, *rest, **more: (optimised.append(len(requests)), real(a, t, requests, *rest, **more))[1],
-    )
+    made = optimised(monkeypatch)
     unedited: list[int] = []
     scored = sweep_module.score_records
 
@@ -167,9 +159,9 @@ def test_nothing_is_paid_for_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     grid = dataclasses.replace(GRID, multipliers=(0.5, 2.0))
     run_sweep(editor, grid, records(), inputs(tmp_path / "out"))
     # Batches of 1 and of 2 share records, and both methods the layer.
-    assert optimised == unedited == [4]
+    assert made == unedited == [4]
     run_sweep(editor, GRID, records(), inputs(tmp_path / "out"))  # a larger grid goes on
-    assert optimised == unedited == [4]
+    assert made == unedited == [4]
 
 
 def test_vectors_are_made_for_the_records_that_a_method_edits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

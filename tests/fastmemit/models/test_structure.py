@@ -161,14 +161,13 @@ def test_a_model_compiled_in_parts_is_refused() -> None:
         find_adapter(model)
 
 
+MIXTURE = {
+    "moe_intermediate_size": 16, "shared_expert_intermediate_size": 48, "num_experts": 2, "num_experts_per_tok": 1,
+}  # fmt: skip
+
+
 def test_the_shared_expert_of_a_mixture_can_be_named() -> None:
-    model = build(
-        "Qwen2MoeConfig",
-        moe_intermediate_size=16,
-        shared_expert_intermediate_size=48,
-        num_experts=2,
-        num_experts_per_tok=1,
-    )
+    model = build("Qwen2MoeConfig", **MIXTURE)
     with pytest.raises(UnknownArchitecture, match=r"mlp\.shared_expert\.down_proj"):
         find_adapter(model)
     adapter = find_adapter(model, "model.layers.{}.mlp.shared_expert.down_proj")
@@ -176,14 +175,7 @@ def test_the_shared_expert_of_a_mixture_can_be_named() -> None:
 
 
 def test_blocks_that_differ_are_refused_and_named_one_by_one() -> None:
-    model = build(
-        "Qwen2MoeConfig",
-        moe_intermediate_size=16,
-        shared_expert_intermediate_size=48,
-        num_experts=2,
-        num_experts_per_tok=1,
-        mlp_only_layers=[1],
-    )
+    model = build("Qwen2MoeConfig", **MIXTURE, mlp_only_layers=[1])
     adapter = find_adapter(model, "model.layers.{}.mlp.down_proj")
     assert adapter.d_k(1) == D_K
     with pytest.raises(BadLayer, match=r"Layer 0 has no linear map 'mlp.down_proj'.*are 1\."):
