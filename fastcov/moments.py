@@ -106,23 +106,22 @@ class SecondMoment:
             norms = [self._norms(rows.double(), part) for rows, part in pieces]
         for (rows, part), lengths in zip(pieces, norms, strict=True):
             kept = rows.shape[0] if part is None else int(part.sum())
-            self._add(rows, None if part is None else part.to(rows.device), kept, lengths)
+            self.add_rows(rows, None if part is None else part.to(rows.device), kept, lengths)
         return self
 
-    def add_rows(self, rows: Tensor, mask: Tensor | None, kept: int) -> None:
+    def add_rows(self, rows: Tensor, mask: Tensor | None, kept: int, norms: Tensor | None = None) -> None:
         """Add rows (n, d) of which the caller has counted those that the mask keeps; nothing is waited for.
 
-        Whether the sum is finite afterwards shows in the diagonal of `lower`. To be called inside `isolated`.
+        Their norms (n,) are taken where they are needed and not given. Whether the sum is finite shows in the diagonal
+        of `lower`. To be called inside `isolated`.
 
         Raises:
             BadInput: They are not d wide, of a dtype that is not taken, or on another device.
         """
         check_keys(self.lower, rows)
-        self._add(rows, mask, kept, None if self.quartic is None else self._norms(rows, mask))
-
-    def _add(self, rows: Tensor, mask: Tensor | None, kept: int, norms: Tensor | None) -> None:
         torch.ops.fastcov.rank_k_update(self.lower, rows, mask)
-        if self.quartic is not None and norms is not None:
+        if self.quartic is not None:
+            norms = self._norms(rows, mask) if norms is None else norms
             self.quartic += norms.to(self.quartic.dtype).pow(4).sum()
         self.count += kept
 

@@ -12,7 +12,7 @@ import pytest
 
 from road import Road, roads
 
-FILES, DEPTH, BOTH = {"precompute": 19, "edit": 24}, {"precompute": 18, "edit": 11}, 31
+FILES, DEPTH, BOTH = {"precompute": 19, "edit": 24}, {"precompute": 16, "edit": 11}, 31
 
 
 @pytest.fixture(scope="module")

@@ -172,10 +172,7 @@ def _wait(device: torch.device) -> None:
 
 def quantile(values: Sequence[float], q: float) -> float:
     """The q-quantile of at least one value, between neighbours where it falls between them."""
-    ordered = sorted(values)
-    place = q * (len(ordered) - 1)
-    low, high = int(place), min(int(place) + 1, len(ordered) - 1)
-    return ordered[low] + (place - low) * (ordered[high] - ordered[low])
+    return float(torch.tensor(values, dtype=torch.float64).quantile(q))
 
 
 # -- what is expected of an update: all matrices (d, d) --------------------------------------------

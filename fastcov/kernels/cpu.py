@@ -136,9 +136,10 @@ def _rate_of_pairs() -> float:
 
 @functools.cache
 def _missing(name: str) -> str | None:
+    if (reason := native_missing()) is not None:
+        return reason
     module = native()
-    if module is None:
-        return native_missing()
+    assert module is not None
     supported = dict(module.cpu_variants())
     if name not in supported:
         return "this build of the native module does not have it"

@@ -18,7 +18,7 @@ from fastmemit.models import find_adapter
 from fastmemit.models.loading import load_skeleton
 from fastmemit.models.running import text_config
 
-#: What MEMIT's authors ran for each layer; see arXiv 2506.04226.
+#: What MEMIT's authors ran for each layer (100,000 Wikipedia articles), the full precompute of arXiv 2506.04226.
 FULL_KEYS = 44_000_000
 _F32, _F64 = 4, 8  # bytes
 

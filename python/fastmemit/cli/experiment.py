@@ -41,7 +41,8 @@ def _data(args: argparse.Namespace) -> tuple[list[Record], Corpus]:
 
 
 def _inputs(args: argparse.Namespace, editor: Editor, corpus: Corpus) -> Inputs:
-    from fastmemit.experiments.results import FULL_KEYS, Inputs, file_identity
+    from fastmemit.capacity import FULL_KEYS
+    from fastmemit.experiments.results import Inputs, file_identity
 
     return Inputs(
         corpus,

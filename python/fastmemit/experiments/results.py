@@ -26,6 +26,7 @@ import torch
 from fastcov.errors import printable, printable_logger
 from fastcov.files import atomic_file, parse_json
 from fastcov.machine import this_machine
+from fastmemit.capacity import FULL_KEYS
 from fastmemit.data import Corpus
 from fastmemit.editor import Editor
 from fastmemit.errors import BadData, DamagedFile, WrongModel
@@ -39,9 +40,7 @@ from fastmemit.statistics import versions
 log = printable_logger(__name__)
 
 SWEEP, RESULTS, TIMINGS = "sweep.json", "results.jsonl", "timings.jsonl"
-#: Tokens that MEMIT's authors ran (100,000 Wikipedia articles), the full precompute of the paper.
-FULL_KEYS = 44_000_000
-_UNBOUNDED = "inf"
+_UNBOUNDED = "inf"  # in files for a perplexity without bound, for which JSON has no number
 _MAX_BYTES = 1 << 28  # of lines in a compressed file; 80 times the largest recorded
 _LARGEST = 2**53  # of whole numbers: all up to it are floats as well
 _PRINTED = 0.005  # stored scores and those of the records may differ by rounding, not in what is printed (0.01)
@@ -307,13 +306,10 @@ class ResultsFile:
 
 def line_of(value: Mapping[str, Any]) -> bytes:
     """One line of a results file; ValueError if a number is not finite, other than a perplexity without bound."""
-    text = json.dumps(unbounded_as_text(value), ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    text = json.dumps(
+        _with_perplexity(value, math.inf, _UNBOUNDED), ensure_ascii=False, separators=(",", ":"), allow_nan=False
+    )
     return (text + "\n").encode()
-
-
-def unbounded_as_text(value: Mapping[str, Any]) -> dict[str, Any]:
-    """A result with the text "inf" for a perplexity without bound, for which JSON has no number."""
-    return _with_perplexity(value, math.inf, _UNBOUNDED)
 
 
 def _with_perplexity(value: Mapping[str, Any], one: Any, other: Any) -> dict[str, Any]:
