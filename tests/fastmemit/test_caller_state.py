@@ -16,7 +16,7 @@ from fastmemit.errors import WrongModel
 from fastmemit.evaluation.downstream import evaluate_tasks
 from fastmemit.evaluation.perplexity import PerplexityText, perplexity
 from fastmemit.models import find_adapter
-from fastmemit.sharing import compose, parts, remove
+from fastmemit.sharing import compose, compressed, parts, remove
 from fastmemit.text import continue_texts
 from fastmemit.tracing import TraceSettings, choose_facts, trace
 from tiny_editors import FACTS, QUICK, texts, tiny_editor
@@ -150,7 +150,7 @@ def composed(model, folder):
         pair = [torch.randn(size, 3, generator=random, dtype=torch.float32, device="cpu") for size in (4, 6)]
         deltas.append(Delta({"weight": tuple(pair)}, {"model": "m", "number": number}))
     one = compose(deltas)
-    made = [one, compose(deltas, compress=True), *parts(one), remove(one, deltas[0].digest())]
+    made = [one, compressed(compose(deltas)), *parts(one), remove(one, deltas[0].digest())]
     return [delta.digest() for delta in made]
 
 
