@@ -30,7 +30,7 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from fastcov import ops  # noqa: E402
-from fastcov.bench.measure import expected_lower, gate, lower_error  # noqa: E402
+from fastcov.bench.measure import expected_lower, failure, lower_error  # noqa: E402
 from fastcov.kernels import cuda  # noqa: E402
 
 Case = tuple[str, int, int, bool]  # dtype of the keys, n, d, whether a mask leaves out a tenth of them
@@ -110,7 +110,7 @@ def tried(group: str, case: Case, device: torch.device) -> dict[str, Any]:
     found["same_bits"] = all(torch.equal(first[below], run()[below]) for _ in range(2))
     if device.type == "cuda":
         found |= timed(group, C, X, mask)
-    good = gate(device, C.dtype).failure(error, bias) is None
+    good = failure(device, C.dtype, error, bias) is None
     found["ok"] = good and found["upper_unchanged"] and found["same_bits"]
     return found
 

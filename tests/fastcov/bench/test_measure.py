@@ -10,11 +10,10 @@ from fastcov.bench.measure import (
     Case,
     Contender,
     Effort,
-    Gate,
     Probe,
     Verdict,
     expected_lower,
-    gate,
+    failure,
     lower_error,
     measure,
     peak_beyond,
@@ -50,19 +49,18 @@ def test_errors_by_hand_and_the_upper_triangle_does_not_count():
 
 def test_the_gates_are_those_of_the_documents():
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert gate(cpu, torch.float32) == Gate(error=1e-6)
-    assert gate(cuda, torch.float32) == Gate(error=1e-5, bias=3e-6)
-    assert gate(cuda, torch.float64) == Gate(error=1e-13)
-
-
-def test_what_fails_a_gate():
-    both = Gate(error=1e-5, bias=3e-6)
-    assert both.failure(1e-5, -3e-6) is None
-    assert both.failure(2e-5, 0.0) == "relative error 2e-05 is above 1e-05"
-    assert both.failure(1e-6, -4e-6) == "diagonal bias -4e-06 is beyond 3e-06"
-    assert both.failure(math.nan, 0.0) is not None
-    assert both.failure(0.0, math.nan) is not None
-    assert Gate(error=1e-6).failure(1e-7, 1.0) is None
+    for device, sums, allowed in (
+        (cpu, torch.float32, 1e-6),
+        (cuda, torch.float32, 1e-5),
+        (cuda, torch.float64, 1e-13),
+    ):
+        assert failure(device, sums, allowed, 0.0) is None
+        assert failure(device, sums, 2 * allowed, 0.0) == f"relative error {2 * allowed:.2g} is above {allowed:.0e}"
+        assert failure(device, sums, math.nan, 0.0) is not None
+    assert failure(cuda, torch.float32, 1e-5, -3e-6) is None
+    assert failure(cuda, torch.float32, 1e-6, -4e-6) == "diagonal bias -4e-06 is beyond 3e-06"
+    assert failure(cuda, torch.float32, 0.0, math.nan) is not None
+    assert failure(cpu, torch.float32, 1e-7, 1.0) is None and failure(cuda, torch.float64, 1e-14, 1.0) is None
 
 
 def test_a_change_above_the_diagonal_is_seen():

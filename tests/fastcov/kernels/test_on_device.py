@@ -10,13 +10,12 @@ import pytest
 import torch
 
 from fastcov import KernelUnavailable, ops, rank_k_update
-from fastcov.bench.measure import Gate, expected_lower, lower_error
+from fastcov.bench.measure import expected_lower, failure, lower_error
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")]
 
 KERNELS = ["triton", "cuda", "panels"]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-GATE = Gate(error=1e-5, bias=3e-6)
 WIDTHS = [1, 7, 64, 127, 128, 129, 384, 1000, 2056]
 
 
@@ -41,7 +40,7 @@ def start(d, n=1, seed=1):
     return C.masked_fill_(torch.ones_like(C, dtype=torch.bool).triu_(1), float("nan"))
 
 
-def checked(kernel, C, X, kept=None, gate=GATE, **arguments):
+def checked(kernel, C, X, kept=None, **arguments):
     """Update C, and compare it with `kept`, the rows that count, in float64."""
     wanted = expected_lower(C, X if kept is None else kept)
     try:
@@ -49,7 +48,7 @@ def checked(kernel, C, X, kept=None, gate=GATE, **arguments):
     except KernelUnavailable as error:
         pytest.skip(str(error))
     error, bias = lower_error(C, wanted)
-    assert gate.failure(error, bias) is None
+    assert failure(C.device, C.dtype, error, bias) is None
     d = C.shape[0]
     assert int(C.triu(1).isnan().sum()) == d * (d - 1) // 2, "something above was written"
 
@@ -148,4 +147,4 @@ def test_updates_follow_the_current_stream(kernel):
             pytest.skip(str(error))
     stream.synchronize()
     error, bias = lower_error(C, wanted)
-    assert GATE.failure(error, bias) is None
+    assert failure(C.device, C.dtype, error, bias) is None
