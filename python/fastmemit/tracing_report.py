@@ -137,12 +137,16 @@ def located(
     }
 
 
+# What each format would say of the day.
+_UNDATED: dict[str, tuple[str, ...]] = {".svg": ("Date",), ".pdf": ("CreationDate",), ".png": ()}
+
+
 def check_figure(path: Path | None) -> None:
     """Refuse a picture that cannot be drawn, by its name or without matplotlib, before anything is traced."""
     if path is None:
         return
-    if path.suffix.lower() not in (".svg", ".png"):
-        raise BadConfig(f"The figure {path.name!r} must end in .svg or .png; rename it.")
+    if path.suffix.lower() not in _UNDATED:
+        raise BadConfig(f"The figure {path.name!r} must end in .svg, .pdf or .png; rename it.")
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
@@ -156,7 +160,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     """Draw a line per kind at the subject's last token, with 95 % bands.
 
     Where all positions were traced, a map of positions and layers for each kind stands below. The path's ending chooses
-    SVG or PNG.
+    SVG, PDF or PNG.
     """
     check_figure(path)
     import matplotlib
@@ -166,7 +170,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     rows = [group for group in GROUPS if any(group in result["effects"][k] for k in kinds)]
     maps = len(rows) > 1
     # Text stays text, and the same result gives the same bytes.
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "fastmemit"}):
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "fastmemit", "pdf.fonttype": 42}):
         picture = Figure(figsize=(8, 6.5 if maps else 3.8), layout="constrained")
         grid = picture.add_gridspec(2 if maps else 1, len(kinds))
         _draw_lines(picture.add_subplot(grid[0, :]), result)
@@ -178,9 +182,9 @@ def draw(result: dict[str, Any], path: Path) -> None:
             axes.set_xlabel("layer")
             axes.set_yticks(range(len(rows)), [""] * len(rows) if column else rows)
             picture.colorbar(image, ax=axes, location="bottom", shrink=0.9)
-        metadata: dict[str, Any] = {"Date": None} if path.suffix.lower() == ".svg" else {}
+        ending = path.suffix.lower()
         with atomic_file(path) as file:
-            picture.savefig(file, format=path.suffix[1:].lower(), metadata=metadata, dpi=150)
+            picture.savefig(file, format=ending[1:], metadata=dict.fromkeys(_UNDATED[ending]), dpi=150)
 
 
 def _draw_lines(axes: Any, result: dict[str, Any]) -> None:

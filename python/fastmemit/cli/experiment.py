@@ -141,7 +141,7 @@ def _sequential(args: argparse.Namespace) -> None:
           --batch-size 16 --num-batches 10 --score-every 2 --multipliers 1,2,10,full --preserve both \
           --corpus text.jsonl --text text.txt --out DIR
 
-    DIR gets sequential.jsonl, a line a step, and of all that is in it sequential.md, .svg and .png. A
+    DIR gets sequential.jsonl, a line a step, and of all that is in it sequential.md, .svg, .pdf and .png. A
     sequence that was killed begins again at its first batch; those that were finished stay.
     """
     from fastcov.files import atomic_file
@@ -161,10 +161,8 @@ def _sequential(args: argparse.Namespace) -> None:
     plan = Plan(chosen, args.method, overrides, multipliers, PRESERVE[args.preserve], args.score_every)
     lines = run_sequences(editor, plan, _inputs(args, editor, corpus), progress=not args.quiet)
     title = f"{editor.name}: {method_title(args.method)}, batches of {args.batch_size} in sequence"
-    svg, png = sequence_figure(lines, title)
-    written = {".md": sequence_table(lines).encode(), ".svg": svg, ".png": png}
-    for ending, content in written.items():
-        with atomic_file(args.out / f"sequential{ending}") as file:
+    for ending, content in {"md": sequence_table(lines).encode(), **sequence_figure(lines, title)}.items():
+        with atomic_file(args.out / f"sequential.{ending}") as file:
             file.write(content)
     last = [line for line in lines if line["edits"] == len(chosen)]
     facts = sum(map(len, chosen))
@@ -173,7 +171,7 @@ def _sequential(args: argparse.Namespace) -> None:
     rows = {"unedited": last[0]["before"], **rows}
     write_json(args.json, rows)
     show_scores(rows, (*SCORES, "perplexity"))
-    print(f"{len(rows) - 1} sequences in {args.out}: sequential.jsonl, .md (with intervals), .svg, .png")
+    print(f"{len(rows) - 1} sequences in {args.out}: sequential.jsonl, .md (with intervals), .svg, .pdf, .png")
 
 
 @verb("experiment report", "folders --out")

@@ -249,7 +249,7 @@ FLAGS: dict[str, dict[str, dict[str, Any]]] = {
         "--save-model": _flag("DIR", "write the model here, as a new folder", Path),
         "--html": _flag("FILE", "write a page here: before and after side by side", Path),
         "--json": _flag("FILE", "write what was found here too; - is stdout, which has nothing else then", Path),
-        "--figure": _flag("FILE", "draw it (.svg or .png)", Path),
+        "--figure": _flag("FILE", "draw it (.svg, .pdf or .png)", Path),
         "--overwrite": _switch("replace files that are there"),
         "--throughput": _switch("say too which share of this machine's arithmetic was reached"),
     },

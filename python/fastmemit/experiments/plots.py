@@ -30,12 +30,16 @@ MARKERS = "os^DvPX"
 PANELS = ("es", "ea", "ps", "pa", "ns", "na", "s", PERPLEXITY)  # two columns
 _SIZE = (4.6, 3.1)  # of a panel, in inches
 _PNG_DPI = 150
+# What each format would say of the day and of versions: the same results give the same bytes.
+_UNDATED = {"svg": ("Date", "Creator"), "pdf": ("CreationDate", "Creator", "Producer"), "png": ("Software",)}
+_KEPT_AS_IT_IS = ("ns", "na")  # what an edit should leave where it was: the unedited level is always in sight
 _EVENLY = 6  # above this many multipliers, or with one below 1, the axis is logarithmic, else evenly spaced
 _DECADES = 1e3  # up to this ratio of the ends of a logarithmic axis there is room between decades
 _LABEL = 0.085  # the least distance of two labels, as a share of the axis
 _STYLE: dict[str, Any] = {
     "svg.hashsalt": "fastmemit",
     "svg.fonttype": "path",
+    "pdf.fonttype": 42,  # text that can be searched and edited
     "text.parse_math": False,  # a name may hold a dollar sign
     "font.family": "DejaVu Sans",
     "font.size": 9,
@@ -56,8 +60,7 @@ class Picture:
     name: str  # lower-case letters, digits and hyphens, unique in a report
     title: str  # what it shows, for its caption
     alt: str  # the same in words and numbers, for those who do not see it
-    svg: bytes
-    png: bytes
+    files: Mapping[str, bytes]  # its ending -> content: svg, pdf and png
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ class Line:
 
     label: str
     points: Mapping[float | None, Mapping[str, Estimate | None]]  # multiplier (None: full) or facts -> panel -> value;
-    # "unedited" is the perplexity before the edits
+    # "unedited PANEL" is the value before the edits
     colour: int  # which colour and marker it has, counted from 0
     dashed: bool = False
     kept: bool = True  # whether a dashed line stands at 95 % of its full precompute
@@ -138,13 +141,16 @@ def pictures(groups: Sequence[Group], model: str) -> list[Picture]:
     drawings = [Drawing(f"{model}: {title}", tuple(lines)) for _, title, lines in found]
     names = unique(name for name, _, _ in found)
     return [
-        Picture(name, title, _alt(drawing), *render(drawing))
+        Picture(name, title, _alt(drawing), render(drawing))
         for name, (_, title, _), drawing in zip(names, found, drawings, strict=True)
     ]
 
 
 def _points(cells: Mapping[float | None, Measured]) -> dict[float | None, Mapping[str, Estimate | None]]:
-    return {m: {**cell.after, "unedited": cell.before[PERPLEXITY]} for m, cell in cells.items()}
+    return {
+        m: {**cell.after, **{f"unedited {panel}": value for panel, value in cell.before.items()}}
+        for m, cell in cells.items()
+    }
 
 
 def _alt(drawing: Drawing) -> str:
@@ -163,8 +169,8 @@ def _alt(drawing: Drawing) -> str:
     return " ".join(sentences)
 
 
-def sequence_figure(lines: Sequence[Mapping[str, Any]], title: str) -> tuple[bytes, bytes]:
-    """Scores and perplexity of sequences against the number of facts written; as SVG and as PNG.
+def sequence_figure(lines: Sequence[Mapping[str, Any]], title: str) -> dict[str, bytes]:
+    """Scores and perplexity of sequences against the number of facts written; as svg, pdf and png.
 
     A colour and marker for each multiplier; solid where the keys of earlier edits are preserved, dashed where they are
     not. A score that no line has gets no panel. The lines are those of `run_sequences`, at least one.
@@ -187,16 +193,18 @@ def sequence_figure(lines: Sequence[Mapping[str, Any]], title: str) -> tuple[byt
     return render(Drawing(title, tuple(drawn), facts=True))
 
 
-def render(drawing: Drawing) -> tuple[bytes, bytes]:
-    """Draw a figure, as SVG and as PNG."""
+def render(drawing: Drawing) -> dict[str, bytes]:
+    """Draw a figure, as svg, pdf and png."""
     with paper_style():
         figure = _draw(drawing)
         figure.draw_without_rendering()  # lays everything out, once for both files
         figure.set_layout_engine("none")
-        svg, png = io.BytesIO(), io.BytesIO()
-        figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
-        figure.savefig(png, format="png", dpi=_PNG_DPI, metadata={"Software": None})
-    return svg.getvalue(), png.getvalue()
+        found = {}
+        for ending, without in _UNDATED.items():
+            file = io.BytesIO()
+            figure.savefig(file, format=ending, dpi=_PNG_DPI, metadata=dict.fromkeys(without))
+            found[ending] = file.getvalue()
+    return found
 
 
 @contextmanager
@@ -304,11 +312,13 @@ def _draw_panel(axes: Axes, panel: str, lines: Sequence[Line], axis: _Axis) -> N
             heights.append(kept)
     axes.set_title(_panel_name(panel))
     axis.label(axes)
+    points = [point for line in lines for point in line.points.values()]
+    unedited = {found.value for point in points if (found := point.get(f"unedited {panel}")) is not None}
+    for value in sorted(filter(math.isfinite, unedited)):
+        axes.axhline(value, color="#555555", ls=":", lw=1)
+        if panel in _KEPT_AS_IT_IS:
+            heights.append(value)
     if panel == PERPLEXITY:
-        points = [point for line in lines for point in line.points.values()]
-        unedited = {found.value for point in points if (found := point.get("unedited")) is not None}
-        for value in sorted(filter(math.isfinite, unedited)):
-            axes.axhline(value, color="#555555", ls=":", lw=1)
         if heights and max(heights) > 5 * min(heights):
             log_heights(axes)
         axes.set_ylabel(f"{PERPLEXITY} (dotted: unedited)" if unedited else PERPLEXITY)
@@ -316,7 +326,7 @@ def _draw_panel(axes: Axes, panel: str, lines: Sequence[Line], axis: _Axis) -> N
         low, high = min(heights), max(heights)
         room = max(0.06 * (high - low), 1.0)
         axes.set_ylim(max(-1.5, low - room), min(101.5, high + room))
-        axes.set_ylabel("%")
+        axes.set_ylabel("% (dotted: unedited)" if unedited and low - room <= max(unedited) else "%")
 
 
 def _panel_name(panel: str) -> str:

@@ -38,8 +38,8 @@ def write_report(folders: Sequence[Path], out: Path | None = None, *, resamples:
     """Read sweeps and write their report; the same results give the same bytes.
 
     Writes ``report.html``, ``tables.md``, ``tables.tex``, ``tables.csv`` (full against fast, the paper's numbers among
-    them), ``cells.csv`` (every cell, unrounded, with intervals) and ``figures/NAME.svg`` and ``.png`` into `out`, or
-    into ``report`` in the first folder. Behind every interval are `resamples` draws.
+    them), ``cells.csv`` (every cell, unrounded, with intervals) and ``figures/NAME.svg``, ``.pdf`` and ``.png`` into
+    `out`, or into ``report`` in the first folder. Behind every interval are `resamples` draws.
 
     Raises:
         BadData: A folder holds no results, or results that contradict one another.
@@ -64,27 +64,30 @@ def write_report(folders: Sequence[Path], out: Path | None = None, *, resamples:
     }
     shown = [table for part in parts.values() for table in part]
     contents = {
-        "report.html": page(found, drawn, parts).encode(),
+        "report.html": page(found, drawn, parts, tables.answers(groups)).encode(),
         "tables.md": f"# {markdown_text(model)}\n\n{tables.markdown(shown)}".encode(),
         "tables.tex": tables.latex(shown).encode(),
         "tables.csv": tables.comparison_csv(groups, model).encode(),
         "cells.csv": tables.cells_csv(groups).encode(),
     }
     for picture in drawn:
-        contents |= {f"figures/{picture.name}.svg": picture.svg, f"figures/{picture.name}.png": picture.png}
+        contents |= {f"figures/{picture.name}.{ending}": content for ending, content in picture.files.items()}
     for name, content in contents.items():
         with atomic_file(target / name) as file:
             file.write(content)
     return Report(model, tuple(groups), tuple(target / name for name in contents))
 
 
-def page(found: Collected, drawn: Sequence[Picture], parts: Mapping[str, Sequence[Table]]) -> str:
+def page(
+    found: Collected, drawn: Sequence[Picture], parts: Mapping[str, Sequence[Table]], answers: Sequence[str] = ()
+) -> str:
     """The page of some sweeps with their figures, and their tables as ``report.html`` names them."""
     return render(
         "experiments/report.html",
         {"base64": lambda content: base64.b64encode(content).decode()},
         model=found.sweeps[0]["model"],
         cells=len(found.cells),
+        answers=answers,
         pictures=drawn,
         runs=runs(found),
         **parts,

@@ -465,6 +465,47 @@ def sequence_table(lines: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join([*rows, "", note, ""])
 
 
+def answers(groups: Sequence[Group]) -> list[str]:
+    """What a sweep says, in sentences: the unedited level, and from which multiplier on the full precompute is kept.
+
+    One for each group and size. Where full was not run, the scores at the largest multiplier.
+    """
+    found: list[str] = []
+    for group in groups:
+        for size, row in sorted(group.cells.items()):
+            most = row[None] if None in row else row[max(m for m in row if m is not None)]
+            if not found:
+                found.append(f"Unedited: {_scores(most.before)}.")
+            shares: dict[float, Kept] = {}
+            for m in sorted(m for m in row if m is not None):
+                full = row[m].full
+                if full is not None and full.kept is not None:
+                    shares[m] = full.kept
+            tried = ", ".join(map(multiplier_text, shares))
+            enough = [m for m in shares if all(shares[n].share.value >= KEPT for n in shares if n >= m)]
+            if not shares:
+                at = multiplier_text(most.cell["multiplier"])
+                text = f"at {at} {_scores(most.after)}"
+            elif enough:
+                first = multiplier_text(enough[0])
+                text = f"from {first} on (of {tried}) at least {100 * KEPT:g} % of every score of full"
+            else:
+                last = shares[max(shares)]
+                name = last.by if last.by == PERPLEXITY else last.by.upper()
+                text = (
+                    f"no multiplier of {tried} keeps {100 * KEPT:g} % of every score of full; "
+                    f"{multiplier_text(max(shares))} keeps {100 * last.share.value:.1f} % of {name}"
+                )
+            found.append(f"{group.title}, {size}: {text}.")
+    return found
+
+
+def _scores(values: Estimates) -> str:
+    shown = [f"{name if name == PERPLEXITY else name.upper()} {found.value:.1f}"
+             for name in (*("s", "ea", "pa", "na"), PERPLEXITY) if (found := values.get(name)) is not None]  # fmt: skip
+    return ", ".join(shown) or "no score"
+
+
 def summary(groups: Sequence[Group]) -> str:
     """Cells for a terminal: S, EA and the least share of full, a line for each group and size."""
     multipliers: list[float | None] = [*sorted({m for group in groups for m in group.multipliers})]

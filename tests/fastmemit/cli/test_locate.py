@@ -89,7 +89,7 @@ def test_nothing_is_proposed_without_an_effect(place: Place, capsys: Capture) ->
         (["--kinds", "neuron"], ["kinds must be", "'neuron'"]),
         (["--samples", "0"], ["must be a whole number above 0"]),
         (["--positions", "middle"], ["middle"]),
-        (["--figure", "a.pdf"], ["must end in .svg or .png"]),
+        (["--figure", "a.gif"], ["must end in .svg, .pdf or .png"]),
         (["--json", "gone/a.json"], ["The folder '", "/gone' does not exist; make it"]),
     ],
 )

@@ -31,7 +31,7 @@ def drawn(*lines: Line, panels: tuple[str, ...] = ("s",)) -> Any:
 
 def drawing(*lines: Line, panels: tuple[str, ...] = ("s",)) -> Drawing:
     """A drawing of lines that have no other panels."""
-    names = (*panels, "unedited")
+    names = (*panels, *(f"unedited {panel}" for panel in panels))
     shown = [
         dataclasses.replace(one, points={m: {n: point[n] for n in names} for m, point in one.points.items()})
         for one in lines
@@ -76,8 +76,18 @@ def test_the_points_are_the_scores_and_dashes_are_at_95_percent() -> None:
 
 def test_the_line_at_95_percent_can_be_left_out_and_needs_a_full_precompute() -> None:
     for found in (line(1.0, 2.0, None, kept=False), line(1.0, 2.0)):
-        # The line itself and, where there is a full precompute, the divider before infinity.
-        assert len(drawn(found).axes[0].lines) == 1 + (None in found.points)
+        # The line itself, the unedited level and, where there is a full precompute, the divider before infinity.
+        assert len(drawn(found).axes[0].lines) == 2 + (None in found.points)
+
+
+def test_what_an_edit_should_leave_as_it_was_has_the_unedited_level_in_sight() -> None:
+    edited, level = Estimate(90.0, 88.0, 92.0), 12.0
+    for panel, in_sight in (("na", True), ("ea", False)):
+        point = {panel: edited, f"unedited {panel}": Estimate(level, level, level)}
+        axes = drawn(Line("a", {1.0: point, 2.0: point}, 0), panels=(panel,)).axes[0]
+        assert any(list(each.get_ydata()) == [level, level] for each in axes.lines)
+        assert bool(axes.get_ylim()[0] <= level <= axes.get_ylim()[1]) is in_sight
+        assert axes.get_ylabel() == ("% (dotted: unedited)" if in_sight else "%")
 
 
 def test_many_multipliers_are_on_a_logarithmic_axis_with_room_between_labels() -> None:
@@ -115,7 +125,7 @@ def test_perplexity_has_the_unedited_model_and_a_logarithmic_axis_where_it_explo
 
 
 def test_a_score_that_does_not_exist_has_no_point() -> None:
-    lacking = Line("b", {m: {"s": None, "unedited": None} for m in (1.0, 2.0)}, 1)
+    lacking = Line("b", {m: {"s": None, "unedited s": None} for m in (1.0, 2.0)}, 1)
     axes = drawn(line(1.0, 2.0, None), lacking).axes[0]
     assert [len(each.get_xdata()) for each in axes.lines if each.get_color() == COLOURS[1]] == [0]
 

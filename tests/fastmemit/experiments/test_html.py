@@ -175,7 +175,7 @@ def test_every_table_and_picture_is_on_the_page(tmp_path: Path) -> None:
     groups = group_cells(found.cells, resamples=50)
     comparisons, paper = comparison_tables(groups), paper_tables(groups)
     differences = difference_tables(groups)
-    pictures = [Picture("a", "A picture", "seen", b"<svg/>", b"")]
+    pictures = [Picture("a", "A picture", "seen", {"svg": b"<svg/>", "png": b""})]
     tables = {"comparisons": comparisons, "differences": differences, "paper": paper, "all": [cells_table(groups)]}
     elements = Elements(page(found, pictures, tables))
     for table in (*comparisons, *differences, *paper, cells_table(groups)):

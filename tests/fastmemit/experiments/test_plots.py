@@ -117,18 +117,18 @@ def test_the_numbers_are_in_the_words(drawings: list[Drawing]) -> None:
 def test_equal_cells_give_equal_files_that_are_what_they_say() -> None:
     cells = [cell(multiplier=m, size=s) for s in ((1, 4), (4, 4)) for m in (1.0, 2.0, None)]
     (first,), (second,) = (plots.pictures(groups(cells), "$\\alpha <&> $") for _ in range(2))
-    assert (first.svg, first.png) == (second.svg, second.png)
-    root = ElementTree.fromstring(first.svg)
+    assert first.files == second.files and set(first.files) == {"svg", "pdf", "png"}
+    root = ElementTree.fromstring(first.files["svg"])
     assert root.tag == "{http://www.w3.org/2000/svg}svg"
-    assert first.png.startswith(b"\x89PNG\r\n")
-    text = first.svg.decode()
+    assert first.files["png"].startswith(b"\x89PNG\r\n")
+    text = first.files["svg"].decode()
     assert "<dc:date>" not in text and "<text" not in text, "no date, and no font of the reader's"
     for colour in COLOURS[:2]:
         assert colour.lower() in text
     # Seven panels with a dashed line each for two sizes.
     assert len(re.findall(r"stroke-dasharray: 3\.\d+,2\.1", text)) == 7 * 2
     other = plots.pictures(groups([cell(multiplier=m) for m in (1.0, 2.0)]), "tiny")[0]
-    assert other.svg != first.svg and other.png != first.png
+    assert all(other.files[ending] != content for ending, content in first.files.items())
 
 
 def test_without_matplotlib_the_mend_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

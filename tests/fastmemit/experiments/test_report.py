@@ -27,6 +27,7 @@ def test_a_report_is_written_and_again_the_same(tmp_path: Path) -> None:
         "tables.csv",
         "cells.csv",
         "figures/memit.svg",
+        "figures/memit.pdf",
         "figures/memit.png",
     }
     assert report.model == "tiny-model" and [group.title for group in report.groups] == ["MEMIT"]
@@ -35,6 +36,9 @@ def test_a_report_is_written_and_again_the_same(tmp_path: Path) -> None:
     write_report([folder], tmp_path / "elsewhere", resamples=50)
     assert _files(tmp_path / "elsewhere") == first
     assert first["figures/memit.svg"].startswith(b"<?xml")
+    assert first["figures/memit.pdf"].startswith(b"%PDF")
+    page = first["report.html"].decode()
+    assert page.index("<li>Unedited: S ") < page.index("ES, PS, NS: efficacy") < page.index("<figure")
     assert b"| 2 | " in first["tables.md"] and b"\\toprule" in first["tables.tex"]
 
 
@@ -79,7 +83,7 @@ def test_names_of_strangers_are_text_in_every_file(tmp_path: Path) -> None:
     report = write_report([folder], resamples=20)
     assert report.model.startswith('"><script>alert(1)</script>\\x1b[2J\\x07\\u202egnp\\ud800\\x00')
     for path in report.files:
-        if path.suffix == ".png":
+        if path.suffix in (".png", ".pdf"):
             continue
         text = path.read_bytes().decode("utf-8")
         assert not set(text) & {chr(n) for n in (*range(9), *range(11, 32), *range(127, 160))}, path

@@ -68,8 +68,9 @@ def test_the_figure_draws_every_line_and_is_the_same_twice(measured: bool) -> No
         for preserve in (True, False)
         for edits in (1, 2)
     ]
-    svg, png = sequence_figure(lines, "tiny: MEMIT")
-    assert sequence_figure(lines, "tiny: MEMIT") == (svg, png)
+    files = sequence_figure(lines, "tiny: MEMIT")
+    assert sequence_figure(lines, "tiny: MEMIT") == files
+    svg, png = files["svg"], files["png"]
     assert svg.startswith(b"<?xml") and png.startswith(b"\x89PNG")
     text = svg.decode()
     assert ("<!-- perplexity -->" in text) is measured

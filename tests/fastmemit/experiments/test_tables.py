@@ -8,6 +8,7 @@ import pytest
 from fastmemit.experiments.tables import (
     NAMES,
     _csv_cell,
+    answers,
     cells_csv,
     cells_table,
     comparison_csv,
@@ -180,6 +181,19 @@ def test_the_csv_of_cells_has_the_paired_differences() -> None:
     assert (row["ea_minus_full"], row["ea_minus_full_low"]) == ("-50.0", "-50.0")
     assert (row["ps_minus_full"], row["na_minus_full"]) == ("-25.0", "")
     assert (row["kept"], row["kept_by"]) == ("0.5", "ea")
+
+
+def test_the_answer_is_where_all_larger_multipliers_keep_every_score() -> None:
+    full = made("memit", None, (1, 1), [record(0, 1.0, ea=1.0)])
+    half, whole = [record(0, 1.0, ea=0.5)], [record(0, 1.0, ea=1.0)]
+    cells = [made("memit", m, (1, 1), scores) for m, scores in ((1.0, whole), (2.0, half), (3.0, whole), (10.0, whole))]
+    first, second = answers(group_cells([full, *cells], resamples=20))
+    assert first.startswith("Unedited: S ")
+    assert second == "MEMIT, 1 batch of 1: from 3 on (of 1, 2, 3, 10) at least 95 % of every score of full."
+    (_, none) = answers(group_cells([full, *cells[:2]], resamples=20))
+    assert none.endswith("no multiplier of 1, 2 keeps 95 % of every score of full; 2 keeps 50.0 % of EA.")
+    (_, alone) = answers(group_cells(cells[:2], resamples=20))
+    assert alone.startswith("MEMIT, 1 batch of 1: at 2 S ") and "EA 50.0" in alone
 
 
 def test_the_summary_has_s_exact_matches_and_what_is_kept() -> None:

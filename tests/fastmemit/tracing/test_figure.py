@@ -91,10 +91,20 @@ def test_a_png(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["a.PNG"]
 
 
+def test_a_pdf_whose_text_is_text(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    for name in ("a.pdf", "b.pdf"):
+        draw(result(("last subject",), facts=1), tmp_path / name)
+    content = (tmp_path / "a.pdf").read_bytes()
+    assert content.startswith(b"%PDF")
+    assert b"/Subtype /Type3" not in content and (b"/TrueType" in content or b"/CIDFontType2" in content)
+    assert (tmp_path / "b.pdf").read_bytes() == content
+
+
 def test_pictures_that_cannot_be_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     check_figure(None)
-    with pytest.raises(BadConfig, match=r"'a\.pdf' must end in \.svg or \.png"):
-        check_figure(Path("folder/a.pdf"))
+    with pytest.raises(BadConfig, match=r"'a\.gif' must end in \.svg, \.pdf or \.png"):
+        check_figure(Path("folder/a.gif"))
     real = builtins.__import__
 
     def without(name: str, *args: Any, **kwargs: Any) -> Any:
