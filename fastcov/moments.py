@@ -253,6 +253,10 @@ class SecondMoment:
     def __repr__(self) -> str:
         return f"SecondMoment(d={self.d}, count={self.count}, dtype={self.dtype}, device={str(self.device)!r})"
 
+    def _repr_html_(self) -> str:
+        about = f"{self.count:,} keys of width {self.d}, {str(self.dtype).removeprefix('torch.')} on {self.device}"
+        return f"<p><b>SecondMoment</b>: {about}</p>"
+
 
 def check_moment(moment: object, name: str) -> None:
     """Refuse what is no `SecondMoment` as BadInput, in a sentence that begins with a name of what takes one."""

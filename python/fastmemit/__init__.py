@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
         RomeConfig,
     )
     from fastmemit.statistics import Collection, Statistics
+
+# tqdm.auto, which transformers and the hub import, tells a notebook without ipywidgets to install them; text does too.
+warnings.filterwarnings("ignore", message="IProgress not found")
 
 __version__ = "0.1.0"
 

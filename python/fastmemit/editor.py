@@ -18,6 +18,7 @@ from fastcov.hooks import isolated
 from fastmemit.answers import Reply, ask, compare, verdict
 from fastmemit.data.corpora import Corpus
 from fastmemit.delta import RECORD, Delta, model_record, read_record
+from fastmemit.display import Described
 from fastmemit.edits import Edit, EditStack
 from fastmemit.errors import BadConfig, MissedFacts, WrongModel
 from fastmemit.files import cache_dir as _cache_dir
@@ -34,7 +35,7 @@ log = printable_logger(__name__)
 REMEMBERED = 10_000  # replies of the unedited model
 
 
-class Editor:
+class Editor(Described):
     """Edits the facts of one causal language model.
 
     A fact is an `EditRequest`, a dictionary (see `EditRequest.from_dict`), or a triple (prompt, subject, target); where
@@ -162,6 +163,18 @@ class Editor:
     def statistics(self) -> Statistics | None:
         """The statistics that edits use now; None before any were collected, found or taken."""
         return self.store.current
+
+    def describe(self) -> str:
+        """One line for people: the model, where it is, its statistics and edits."""
+        dtype = str(self.model.dtype).removeprefix("torch.")
+        found = self.statistics
+        statistics = "no statistics yet" if found is None else found.describe()
+        edits = f"{len(self.edits)} edits in the weights" if self.edits else "unedited"
+        return f"{self.name}, {self.adapter.n_layers} blocks in {dtype} on {self.adapter.device}; {statistics}; {edits}"
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The edits in the weights, oldest first."""
+        return [{"edit": number, "what": edit.describe()} for number, edit in enumerate(self.edits, 1)]
 
     def config(self, method: str | EditConfig = "memit", **overrides: Any) -> EditConfig:
         """The settings that `edit` would use: the model's preset with your overrides.

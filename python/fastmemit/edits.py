@@ -21,8 +21,10 @@ from torch import Tensor, nn
 from fastcov.hooks import isolated
 from fastmemit.answers import Outcome, Reply
 from fastmemit.delta import Delta, add_low_rank, restore
-from fastmemit.errors import BadUndo, WrongModel
+from fastmemit.display import Described
+from fastmemit.errors import BadRequest, BadUndo, WrongModel
 from fastmemit.models import Watch, checksum, checksums, fingerprint
+from fastmemit.request import EditRequest
 
 log = logging.getLogger(__name__)
 
@@ -165,7 +167,7 @@ class Chain:
                 del self._copies[min(free[:-1], key=missed)]
 
 
-class Edit:
+class Edit(Described):
     """One edit of one model: a delta, and whether it is in the weights now.
 
     Made by `fastmemit.Editor`; a file of it holds the delta alone. In a with statement the model has the edit inside,
@@ -257,11 +259,36 @@ class Edit:
 
         return push_edit(self.delta, repo, **settings)
 
-    def __repr__(self) -> str:
+    def describe(self) -> str:
+        """One line for people: how many facts, by which method, whether they took and whether they are applied."""
         method = self.delta.provenance.get("method", "unknown method")
         state = "applied" if self.applied else "not applied"
         said = f", {sum(o.said for o in self.outcomes)} of them said" if self.outcomes else ""
-        return f"<Edit: {len(self.delta.requests)} facts by {method!s:.20}{said}, {state}>"
+        return f"{len(self.delta.requests)} facts by {method!s:.20}{said}, {state}"
+
+    def rows(self) -> list[dict[str, Any]]:
+        """What became of each fact, or the facts alone where the model was not asked."""
+        if not self.outcomes:
+            return [{"fact": _fact(each)} for each in self.delta.requests]
+        return [
+            {
+                "fact": o.request.text + o.request.target,
+                "before": o.before.says,
+                "after": o.after.says,
+                "probability before": o.before.probability,
+                "probability after": o.after.probability,
+            }
+            for o in self.outcomes
+        ]
+
+
+def _fact(request: Any) -> str:
+    """A fact on record as a line, whatever the record holds."""
+    try:
+        fact = EditRequest.from_dict(request)
+    except BadRequest:
+        return f"{request!s:.80}"
+    return fact.text + fact.target
 
 
 @dataclass

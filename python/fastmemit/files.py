@@ -1,4 +1,4 @@
-"""The files of a cache: who may write, what stored statistics say that they are of; and bars for what takes long."""
+"""The files of a cache: who may write, what stored statistics say that they are of."""
 
 from __future__ import annotations
 
@@ -15,8 +15,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
-
-from tqdm.auto import tqdm
 
 import fastcov
 from fastcov.errors import printable_logger
@@ -439,29 +437,3 @@ def copy_moments(
     for name, path in found.items():
         check(path, name)
     return found
-
-
-# One look for every progress bar
-
-
-class Bar:
-    """A bar to count on: called with how many were done since the last call."""
-
-    def __init__(self, shape: tqdm) -> None:
-        self._shape = shape
-
-    def __call__(self, done: int) -> None:
-        """Move on."""
-        self._shape.update(done)
-
-    def note(self, text: str) -> None:
-        """Show some words behind the numbers, from the next time the bar is drawn."""
-        self._shape.set_postfix_str(text, refresh=False)
-
-
-@contextmanager
-def bar(what: str, total: int, shown: bool) -> Iterator[Bar]:
-    """A progress bar to count on; nothing is drawn where stderr is not a terminal, or it is not to be shown."""
-    disable = None if shown else True  # None: tqdm looks for a terminal itself
-    with tqdm(total=total, desc=what, leave=False, dynamic_ncols=True, disable=disable) as shape:
-        yield Bar(shape)

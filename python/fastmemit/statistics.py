@@ -30,11 +30,11 @@ from fastcov.sizing import LIMIT, StoppingRule, checkpoints
 from fastcov.throughput import Throughput
 from fastmemit import parallel
 from fastmemit.data.corpora import Corpus, corpus_batches, open_corpus, tokens_per_batch
+from fastmemit.display import Described, bar
 from fastmemit.edits import EditStack
 from fastmemit.errors import BadConfig, UnknownArchitecture, WrongModel
 from fastmemit.files import (
     alone,
-    bar,
     check_moment,
     common_provenance,
     compare_provenance,
@@ -120,8 +120,8 @@ class Collection:
             object.__setattr__(self, name, None if value is None else int(value))
 
 
-@dataclass(frozen=True)
-class Statistics:
+@dataclass(frozen=True, repr=False)
+class Statistics(Described):
     """Stored second moments of one model on one corpus.
 
     Attributes:
@@ -397,8 +397,8 @@ class StatisticsStore:
         for attempt in (1, 2):
             try:
                 with (
-                    bar("tokens read", total, self._progress) as reading,
                     bar("keys", total, self._progress) as keys,
+                    bar("tokens read", total, self._progress) as reading,
                     _counted_from(text["start"], corpus, allow_fewer),
                     corpus_batches(
                         corpus,

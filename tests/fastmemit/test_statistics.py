@@ -163,7 +163,7 @@ def test_reading_is_counted_as_it_goes(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_how_fast_it_went_is_with_what_was_just_collected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     notes: list[str] = []
-    monkeypatch.setattr("fastmemit.files.Bar.note", lambda self, text: notes.append(text))
+    monkeypatch.setattr("fastmemit.display._Lines.note", lambda self, text: notes.append(text))
     editor = tiny_editor(tmp_path, layers=None, progress=True)
     first = editor.precompute(tiny_corpus(), multiplier=4, layers=LAYERS)
     assert first.throughput is not None and first.throughput.share is not None

@@ -133,9 +133,10 @@ def _busy() -> bool:
 def _run(argv: Sequence[str] | None) -> int:
     args = parser().parse_args(argv)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    if getattr(args, "quiet", False):
+    log = argv is None and not (sys.stderr is not None and sys.stderr.isatty())
+    if log or getattr(args, "quiet", False):
         # The reader of GGUF files in transformers draws with tqdm itself, which looks here when it
-        # is imported.
+        # is imported. Our own bars are lines in a log (`fastmemit.display`).
         os.environ.setdefault("TQDM_DISABLE", "1")
     # Heavy imports happen here, so that --help answers at once.
     from fastcov import FailedElsewhere, FastcovError

@@ -187,10 +187,10 @@ def _demo(args: argparse.Namespace) -> None:
     from fastcov.files import atomic_file
     from fastmemit.answers import compare, verdict
     from fastmemit.data import builtin_facts
+    from fastmemit.display import bar
     from fastmemit.evaluation.changes import Observer, page, watched_facts
     from fastmemit.evaluation.perplexity import before_and_after, edited_nll, perplexity
     from fastmemit.evaluation.scores import count_questions, score_records
-    from fastmemit.files import bar
 
     begun = time.perf_counter()
 

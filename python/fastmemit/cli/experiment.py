@@ -210,8 +210,8 @@ def _locate(args: argparse.Namespace) -> None:
 
     from fastcov.machine import this_machine
     from fastmemit.data import load_records
+    from fastmemit.display import bar
     from fastmemit.experiments.results import file_identity
-    from fastmemit.files import bar
     from fastmemit.statistics import versions
     from fastmemit.tracing import TraceSettings, choose_facts, count_states, trace
     from fastmemit.tracing_report import check_figure, draw, located, propose

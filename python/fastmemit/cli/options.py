@@ -325,7 +325,7 @@ FLAGS: dict[str, dict[str, dict[str, Any]]] = {
     "run": {
         "--seed": _flag("N", "seed for contexts, corpus and batches", _seed, default=0),
         "--cache": _flag("DIR", "folder for statistics and target vectors", Path),
-        "--quiet": _switch("no progress bars"),
+        "--quiet": _switch("no progress: neither bars nor the lines that stand for them in a log, one every 30 s"),
         "--target-batch-tokens": _flag("N", "tokens of target vectors optimised together: bounds the memory (default: "
                                        "1024 on a CPU, else 16384)", above_zero),
     },
@@ -361,7 +361,7 @@ def make_editor(args: argparse.Namespace) -> Editor:
     from fastmemit.editor import Editor
 
     transformers_logging.set_verbosity_error()
-    quiet_libraries()
+    quiet_libraries(args.quiet)
     if args.quiet or not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
     names = [flag.strip("-!").replace("-", "_") for flag in SETS["MODEL"].split()]
@@ -378,13 +378,13 @@ def make_editor(args: argparse.Namespace) -> Editor:
     return editor
 
 
-def quiet_libraries() -> None:
-    """No pages from the libraries that ask the hub; our own sentence says it at the end."""
+def quiet_libraries(quiet: bool = False) -> None:
+    """No pages from the libraries that ask the hub, nor their bars in logs; our own sentence says it at the end."""
     from huggingface_hub.utils import disable_progress_bars
 
     for library in ("huggingface_hub", "datasets"):
         logging.getLogger(library).setLevel(logging.CRITICAL)
-    if not sys.stderr.isatty():
+    if quiet or not sys.stderr.isatty():
         disable_progress_bars()
 
 

@@ -206,7 +206,7 @@ def _export(args: argparse.Namespace) -> None:
     --layers; AlphaEdit's own code makes them from C at each start, so with --layout alphaedit none are.
     """
     from fastmemit.compat.npz_files import check_new, export_null_space, export_statistics, layers_by_name
-    from fastmemit.files import bar
+    from fastmemit.display import bar
     from fastmemit.methods.config import parse_layers
 
     layers = None if args.layers is None else parse_layers(args.layers)

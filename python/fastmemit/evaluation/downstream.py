@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from fastcov.hooks import evaluation_mode, isolated, random_state_kept
+from fastmemit.display import bar
 from fastmemit.editor import Editor
 from fastmemit.edits import Edit
 from fastmemit.errors import BadConfig, BadData, WrongModel
 from fastmemit.evaluation.perplexity import PerplexityText, count_tokens, perplexity
 from fastmemit.evaluation.runner import stage
-from fastmemit.files import bar
 from fastmemit.models.running import context_limit
 from fastmemit.statistics import versions
 

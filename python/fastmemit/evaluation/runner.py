@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypedDict, cast
 
 from fastmemit.data import Record, ZsreRecord
+from fastmemit.display import bar, data_frame, html_table
 from fastmemit.editor import Editor
 from fastmemit.errors import BadConfig, BadData, WrongModel
 from fastmemit.evaluation.generation import (
@@ -19,8 +20,10 @@ from fastmemit.evaluation.generation import (
     generate_records,
     summarise_generation,
 )
-from fastmemit.evaluation.perplexity import Perplexity, PerplexityText, before_and_after, edited_nll, perplexity
+from fastmemit.evaluation.perplexity import PerplexityText, before_and_after, edited_nll, perplexity
 from fastmemit.evaluation.scores import (
+    ACCURACIES,
+    ALL,
     RecordAccuracy,
     RecordScore,
     count_questions,
@@ -29,7 +32,6 @@ from fastmemit.evaluation.scores import (
     score_records,
     summarise,
 )
-from fastmemit.files import bar
 from fastmemit.methods import EditConfig, ReadCache
 from fastmemit.request import joined_answer
 from fastmemit.statistics import versions
@@ -54,16 +56,53 @@ class RecordResult(TypedDict):
     after: dict[str, Any]
 
 
-class Result(TypedDict):
-    """Everything that an evaluation found (``fastmemit evaluate --json``)."""
+class Result(dict[str, Any]):
+    """Everything that an evaluation found, as a dictionary (``fastmemit evaluate --json``).
 
-    before: dict[str, float | None]  # `table` of the unedited model, same records
-    after: dict[str, float | None]
-    records: list[RecordResult]
-    perplexity: Perplexity | None  # None where it was not asked for
-    settings: dict[str, Any]  # of the method, the batches, the model and the statistics
-    seconds: dict[str, float]  # wall time per stage
-    versions: dict[str, str]
+    * ``before``, ``after``: `table` of the unedited and the edited model, on the same records.
+    * ``records``: a `RecordResult` for each.
+    * ``perplexity``: `Perplexity`, or None where it was not asked for.
+    * ``settings``: those of the method, the batches, the model and the statistics.
+    * ``seconds``: wall time by stage.
+    * ``versions``: of the libraries.
+    """
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A line for each score: before, after and the change, in percent; perplexity last."""
+        table = {name: (self["before"][name], value) for name, value in self["after"].items() if value is not None}
+        if self["perplexity"] is not None:
+            table["perplexity"] = (self["perplexity"]["before"], self["perplexity"]["after"])
+        return [
+            {"score": name, "before": old, "after": new, "change": None if old is None else new - old}
+            for name, (old, new) in table.items()
+        ]
+
+    def to_pandas(self) -> Any:
+        """A pandas data frame with a row for each record: its shares before and after, such as ``ps_after``.
+
+        Raises:
+            BadConfig: pandas is not installed.
+        """
+        return data_frame(
+            {
+                "case_id": record["case_id"],
+                "batch": record["batch"],
+                **{
+                    f"{name}_{when}": share
+                    for when in ("before", "after")
+                    for name, share in record[when].items()
+                    if name in (*ALL, *ACCURACIES)
+                },
+            }
+            for record in self["records"]
+        )
+
+    def __repr__(self) -> str:
+        scores = (f"{row['score'].upper()} {row['after']:.1f}" for row in self.rows())
+        return f"<Result: {len(self['records'])} records edited, {', '.join(scores)}; to_pandas() has them one by one>"
+
+    def _repr_html_(self) -> str:
+        return html_table(self.rows())
 
 
 class Measured(NamedTuple):

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, TypedDict
 
 from fastmemit.answers import Answer, Question, judge_answers
 from fastmemit.data import Record, ZsreRecord
+from fastmemit.display import Described, Rows
 from fastmemit.errors import BadData
 from fastmemit.models import ModelAdapter
 
@@ -61,8 +62,8 @@ class Exact(NamedTuple):
     neighbourhood: tuple[bool, ...] = ()  # of target_true
 
 
-@dataclass(frozen=True)
-class RecordScore:
+@dataclass(frozen=True, repr=False)
+class RecordScore(Described):
     """The outcome of one record of CounterFact; each share is in [0, 1], None where there are no such prompts."""
 
     case_id: int
@@ -74,6 +75,10 @@ class RecordScore:
     neighbourhood: tuple[NllPair, ...] = ()
     attributes: tuple[NllPair, ...] = ()  # of the attribute prompts, where they were asked
     exact: Exact | None = None  # which answers are exact, where that is known
+
+    def describe(self) -> str:
+        """One line for people: the record and its shares."""
+        return _described(self.case_id, {name: self.shares()[name] for name in SHARES})
 
     def shares(self) -> dict[str, float | None]:
         """Every score by name: successes, magnitudes (in [-1, 1]), exact matches and the attribute score."""
@@ -102,14 +107,18 @@ class RecordScore:
         return {"case_id": self.case_id, **self.shares(), "nll": nll}
 
 
-@dataclass(frozen=True)
-class RecordAccuracy:
+@dataclass(frozen=True, repr=False)
+class RecordAccuracy(Described):
     """The outcome of one zsRE record; each share is in [0, 1], None where there are no such questions."""
 
     case_id: int
     ea: float  # share of the new answer's tokens that are the most probable ones, each after those before it
     pa: float | None  # the same at the rephrased questions, averaged over them
     na: float | None  # the same of the unrelated questions' own answers
+
+    def describe(self) -> str:
+        """One line for people: the record and its accuracies."""
+        return _described(self.case_id, self.shares())
 
     def shares(self) -> dict[str, float | None]:
         """The accuracies by name."""
@@ -118,6 +127,11 @@ class RecordAccuracy:
     def as_dict(self) -> dict[str, Any]:
         """The accuracies for a JSON file."""
         return {"case_id": self.case_id, **self.shares()}
+
+
+def _described(case: int, shares: Mapping[str, float | None]) -> str:
+    known = (f"{name.upper()} {share:.2f}" for name, share in shares.items() if share is not None)
+    return f"record {case}, {', '.join(known)}"
 
 
 def mean(values: Sequence[float]) -> float | None:
@@ -288,7 +302,7 @@ def score_records(
                 exact=exact,
             )
         )
-    return scores
+    return Rows(scores, _columns)
 
 
 def count_questions(records: Sequence[Record], attributes: bool = False) -> int:
@@ -323,10 +337,15 @@ def judge_zsre(
     def take(prompts: Sequence[str]) -> list[tuple[bool, ...]]:
         return [next(judged).matches for _ in prompts]
 
-    return [
+    found = [
         accuracy_record(record.case_id, next(judged).matches, take(record.paraphrases), take(record.neighbourhood))
         for record in records
     ]
+    return Rows(found, _columns)
+
+
+def _columns(score: RecordScore | RecordAccuracy) -> dict[str, Any]:
+    return {"case_id": score.case_id, **score.shares()}
 
 
 def count_zsre_questions(records: Sequence[ZsreRecord]) -> int:

@@ -28,6 +28,7 @@ from fastcov.files import atomic_file, parse_json
 from fastcov.machine import this_machine
 from fastmemit.capacity import FULL_KEYS
 from fastmemit.data import Corpus
+from fastmemit.display import data_frame
 from fastmemit.editor import Editor
 from fastmemit.errors import BadData, DamagedFile, WrongModel
 from fastmemit.evaluation.perplexity import Perplexity, PerplexityText
@@ -46,6 +47,21 @@ _LARGEST = 2**53  # of whole numbers: all up to it are floats as well
 _PRINTED = 0.005  # stored scores and those of the records may differ by rounding, not in what is printed (0.01)
 # What must be equal for cells of two folders to stand in one table.
 _SHARED = ("format", "tokenizer", "dtype", "data", "corpus", "seed", "max_length")
+# What tells lines from one another.
+_PLACE = (
+    "key",
+    "method",
+    "batch_size",
+    "batches",
+    "edits",
+    "facts",
+    "multiplier",
+    "settings",
+    "bos",
+    "seed",
+    "preserve",
+    "keys",
+)
 
 
 class Cell(TypedDict):
@@ -67,6 +83,17 @@ class Cell(TypedDict):
     records: list[dict[str, Any]]
     perplexity: Perplexity | None  # None where it was not asked for
     jitter: dict[str, float]  # layer -> what its factor had to add, relative to the diagonal
+
+
+def cell_columns(line: Mapping[str, Any]) -> dict[str, Any]:
+    """What a table shows of a cell, or of a step of a sequence: its place and its scores in percent."""
+    place = {name: line[name] for name in line if name in _PLACE}
+    if isinstance(place.get("settings"), Mapping):
+        place["settings"] = settings_name(place["settings"])
+    cost = line["perplexity"]
+    after = cost["after"] if isinstance(cost, Mapping) else cost
+    before = {f"{name}_before": value for name, value in line["before"].items()}
+    return {**place, **line["scores"], "perplexity": after, **before}
 
 
 @dataclass(frozen=True)
@@ -91,6 +118,10 @@ class Collected:
     sweeps: tuple[dict[str, Any], ...]  # sweep.json of each folder
     cells: tuple[Cell, ...]  # every finished cell once, ordered by where it stands in the grid
     timings: tuple[dict[str, Any], ...]  # what is known of their cost and of the machines
+
+    def to_pandas(self) -> Any:
+        """The cells as a pandas data frame, a row each; BadConfig where pandas is not installed."""
+        return data_frame(map(cell_columns, self.cells))
 
 
 def make_header(editor: Editor, inputs: Inputs, configs: Sequence[EditConfig]) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from typing import Any, TypedDict
 
 from fastcov.errors import NonFinite
 from fastmemit.data import Record
+from fastmemit.display import Rows, bar
 from fastmemit.editor import Editor
 from fastmemit.errors import BadConfig, BadData, DamagedFile, FastmemitError, WrongModel
 from fastmemit.evaluation.perplexity import perplexity
@@ -35,7 +36,6 @@ from fastmemit.experiments.sweep import (
     table_of,
     unedited_scores,
 )
-from fastmemit.files import bar
 from fastmemit.methods import PRESERVING, EditConfig, PreservedKeys, ReadCache
 from fastmemit.request import check_batch
 from fastmemit.text import request_rows
@@ -146,7 +146,7 @@ def run_sequences(editor: Editor, plan: Plan, inputs: Inputs, *, progress: bool 
                     timings.append(results.timing(editor, key, round(time.perf_counter() - begun, 3)))
             finished = read_sequences(lines.path, len(cases))
             results.write_in_order(lines.path, list(runs), finished)
-    return [line for key in runs for line in finished.get(key, ())]
+    return Rows((line for key in runs for line in finished.get(key, ())), results.cell_columns)
 
 
 def read_sequences(path: Path, batches: int) -> dict[str, list[dict[str, Any]]]:

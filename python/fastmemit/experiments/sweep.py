@@ -20,6 +20,7 @@ from typing import Any, cast
 
 from fastcov.files import atomic_file
 from fastmemit.data import Record, batches
+from fastmemit.display import Rows, bar
 from fastmemit.editor import Editor
 from fastmemit.errors import BadConfig, BadData, WrongModel
 from fastmemit.evaluation.perplexity import PerplexityResult, before_and_after, edited_nll, perplexity
@@ -35,7 +36,6 @@ from fastmemit.evaluation.scores import (
 )
 from fastmemit.experiments import results
 from fastmemit.experiments.results import Cell, Inputs, as_published
-from fastmemit.files import bar
 from fastmemit.methods import METHODS, EditConfig, ReadCache
 from fastmemit.statistics import Collection, Statistics
 
@@ -362,7 +362,7 @@ def run_sweep(
         if of == 1:
             results.gather(folder, [place.key for place in places])
         finished = results.read_results(folder)
-    return [cast(Cell, finished[place.key]) for place in places if place.key in finished]
+    return Rows((finished[place.key] for place in places if place.key in finished), results.cell_columns)
 
 
 @dataclass

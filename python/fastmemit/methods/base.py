@@ -23,8 +23,8 @@ from torch import Tensor
 from fastcov import CholeskyFactor, LowRank
 from fastcov.linalg import UpdatedFactor, updated
 from fastmemit.delta import Delta, add_low_rank, compact, restore
+from fastmemit.display import bar
 from fastmemit.edits import Edit, EditStack, Writing
-from fastmemit.files import bar
 from fastmemit.methods.config import PRESERVING, Config, EditConfig
 from fastmemit.models import ModelAdapter
 from fastmemit.partial_forward import KEPT, SubjectPass, read_at_subject, runs_in_stages
