@@ -2,7 +2,8 @@
 
 Run it on the small model, or on another with text from the hub:
 
-    python examples/first_edit.py python examples/first_edit.py --model gpt2-xl --corpus wikipedia
+    python examples/first_edit.py
+    python examples/first_edit.py --model gpt2-xl --corpus wikipedia
 
 The edit goes into tower.safetensors; --out names another file.
 """

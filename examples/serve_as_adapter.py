@@ -2,8 +2,8 @@
 
 Needs peft (pip install '.[lora]'):
 
-    python examples/serve_as_adapter.py python examples/serve_as_adapter.py --model gpt2-xl --corpus wikipedia --out
-    tower-adapter
+    python examples/serve_as_adapter.py
+    python examples/serve_as_adapter.py --model EleutherAI/gpt-j-6b --corpus wikipedia --out tower-adapter
 
 The adapter goes into tower-adapter/, which must not exist; --out names another folder.
 """

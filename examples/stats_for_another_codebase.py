@@ -2,8 +2,8 @@
 
 Run it in the folder of the other codebase, or name its folder of statistics:
 
-    python examples/stats_for_another_codebase.py python examples/stats_for_another_codebase.py --model gpt2-xl
-    --stats-dir ../memit/data/stats
+    python examples/stats_for_another_codebase.py
+    python examples/stats_for_another_codebase.py --model gpt2-xl --stats-dir ../memit/data/stats
 
 Then run that codebase as ever: it finds the files, and computes no statistics of its own.
 """

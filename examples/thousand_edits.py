@@ -3,8 +3,8 @@
 A batch preserves the keys of the batches before it. A run that was killed finds its files, applies them and goes on;
 facts are scored at the end, all of them, with paraphrases and neighbours.
 
-    python examples/thousand_edits.py --facts counterfact.json --count 1000 --batch-size 100 python
-    examples/thousand_edits.py --model gpt-j --facts counterfact --corpus wikipedia
+    python examples/thousand_edits.py --facts counterfact.json --count 1000 --batch-size 100
+    python examples/thousand_edits.py --model EleutherAI/gpt-j-6b --facts counterfact --corpus wikipedia
 
 Applied files bring no keys: after a restart the batches that were read from files are in the weights, but the later
 ones do not preserve their keys.

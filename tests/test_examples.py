@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import runpy
 import shlex
@@ -97,9 +99,53 @@ def test_an_edit_as_an_adapter(place: Any, example: Any) -> None:
     assert files == ["adapter_config.json", "adapter_model.safetensors"]
 
 
+NOTEBOOK = ROOT / "examples" / "first_edit.ipynb"
+
+
+def run_notebook(at: Path, monkeypatch: pytest.MonkeyPatch, **settings: str) -> dict[str, list[Any]]:
+    """Run the notebook in a folder, with other settings; what each cell put out, by its id."""
+    pytest.importorskip("ipykernel", reason="ipykernel is not installed (the extra test has it)")
+    nbclient = pytest.importorskip("nbclient", reason="nbclient is not installed (the extra test has it)")
+    import nbformat
+
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'python'}")
+    book = nbformat.read(NOTEBOOK, 4)
+    for cell in book.cells:
+        if cell.id == "settings":
+            cell.source += "".join(f"\n{name} = {value!r}" for name, value in settings.items())
+    nbclient.NotebookClient(book, timeout=1800, resources={"metadata": {"path": str(at)}}).execute()
+    return {cell.id: cell.outputs for cell in book.cells if cell.cell_type == "code"}
+
+
+def check_notebook(at: Path, found: dict[str, list[Any]]) -> None:
+    shown = {
+        name: "".join(out.data.get("text/html", "") for out in outs if "data" in out) for name, outs in found.items()
+    }
+    said = "".join(out.text for outs in found.values() for out in outs if out.output_type == "stream")
+    assert "<b>Editor</b>" in shown["statistics"] and "multiplier 10" in shown["statistics"]
+    assert "<b>Edit</b>: 1 facts by memit" in shown["edit"] and "unedited" in shown["undo"]
+    assert "<td>es</td>" in shown["own"] and "ps_after" in shown["frame"] and shown["sweep"].count("memit/b8x1/x") == 3
+    assert any("image/png" in out.get("data", {}) for out in found["figure"])
+    # Bars are drawn, and nobody is told to install something for them.
+    assert "target steps" in said and "IProgress" not in said and "Warning" not in said
+    assert (at / "tower.safetensors").is_file() and (at / "sweep" / "results.jsonl").is_file()
+
+
+def test_the_notebook_on_a_tiny_model(place: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTMEMIT_CACHE", str(tmp_path / "cache"))
+    check_notebook(tmp_path, run_notebook(tmp_path, monkeypatch, MODEL=place.model[1]))
+
+
+def test_the_notebook_is_stored_without_its_output() -> None:
+    book = json.loads(NOTEBOOK.read_text(encoding="utf-8"))
+    cells = [cell for cell in book["cells"] if cell["cell_type"] == "code"]
+    assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in cells)
+    assert NOTEBOOK.stat().st_size < 20_000
+
+
 def test_the_page_names_every_script() -> None:
     page = (ROOT / "examples" / "README.md").read_text(encoding="utf-8")
-    scripts = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
+    scripts = sorted(path.name for path in (ROOT / "examples").glob("*.[pi][yp]*"))
     assert scripts and all(f"[{name}]({name})" in page for name in scripts)
 
 
