@@ -71,7 +71,8 @@ def _sweep(args: argparse.Namespace) -> None:
           --out DIR
       fastmemit experiment sweep --model gpt2-xl --facts counterfact --out DIR --shard 1/2
 
-    A sweep that was killed is resumed by the same command. When all shards are done, the command
+    Before it starts it says what it will take here, and if that is more than an hour, which flags
+    bring it below. A sweep that was killed is resumed by the same command. When all shards are done, the command
     without --shard puts their results into one file. The grid may change between two runs into the
     same folder.
     """
@@ -94,6 +95,11 @@ def _sweep(args: argparse.Namespace) -> None:
         for variant in grid.variants:
             editor.config(method, **variant)
     inputs = _inputs(args, editor, corpus)
+    expected = None if args.quiet else sweep.forecast(editor, grid, records, inputs, shard=shard)
+    if expected is not None:
+        print(expected.describe(), file=sys.stderr)
+        if flags := expected.flags_for():
+            print(f"for less than an hour: {flags}", file=sys.stderr, flush=True)
     cells = sweep.run_sweep(editor, grid, records, inputs, shard=shard, progress=not args.quiet)
     costs = {cell["key"]: cell["perplexity"] and cell["perplexity"]["after"] for cell in cells}
     rows = {cell["key"]: {**sweep.table_of(cell["records"]), "perplexity": costs[cell["key"]]} for cell in cells}

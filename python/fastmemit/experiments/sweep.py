@@ -12,15 +12,19 @@ import dataclasses
 import json
 import logging
 import math
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, cast
 
+import torch
+
+from fastcov import collect_moments
 from fastcov.files import atomic_file
 from fastmemit.data import Record, batches
-from fastmemit.display import Rows, bar
+from fastmemit.display import Rows, bar, duration
 from fastmemit.editor import Editor
 from fastmemit.errors import BadConfig, BadData, WrongModel
 from fastmemit.evaluation.perplexity import PerplexityResult, before_and_after, edited_nll, perplexity
@@ -38,6 +42,8 @@ from fastmemit.experiments import results
 from fastmemit.experiments.results import Cell, Inputs, as_published
 from fastmemit.methods import METHODS, EditConfig, ReadCache
 from fastmemit.statistics import Collection, Statistics
+from fastmemit.targets import TargetSettings, optimise
+from fastmemit.text import encode
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +52,8 @@ TABLE_1 = {1: 1000, 16: 10, 64: 5, 256: 5, 1024: 3}
 MULTIPLIERS: tuple[float | None, ...] = (1.0, 2.0, 3.0, 4.0, 10.0, None)
 FULL = "full"
 _TARGETS_TOGETHER = 64  # requests between two times that target vectors are stored
+_TRIED = 4  # records of a forecast
+_EDITING = 0.2  # what writing a record takes beside scoring it; 0.1 to 0.2 in docs/results/smollm2
 
 
 @dataclass(frozen=True)
@@ -295,6 +303,146 @@ def scored_or_failed(editor: Editor, batch: Sequence[Record]) -> list[RecordScor
         ]
 
 
+@dataclass(frozen=True)
+class Rates:
+    """What a sweep is made of, in seconds on this machine."""
+
+    key: float  # one token of the corpus, for all edited layers
+    target: float  # one target vector with all its steps
+    alone: float  # one record scored alone, as in batches of one
+    together: float  # one of several scored together
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What the unfinished cells of a sweep will take, at most: early stopping and what is stored take off.
+
+    Attributes:
+        grid: The sweep, with names for methods.
+        places: The cells that are not finished.
+        targets: The settings of the target vectors of each, by its key.
+        rates: As measured.
+        full: Keys of the full precompute, as far as the corpus is known to go.
+        width: Of the widest edited layer.
+    """
+
+    grid: Grid
+    places: Sequence[Place]
+    targets: Mapping[str, TargetSettings]
+    rates: Rates
+    full: float
+    width: int
+
+    def seconds(self, batches: Mapping[int, int] | None = None, full: float = math.inf) -> dict[str, float]:
+        """Stage -> seconds; those of other numbers of batches, by size, or of a smaller full precompute."""
+        counts = self.grid.batches if batches is None else batches
+        cells = [place for place in self.places if place.batch_size in counts]
+        passes = {(place.seed, place.bos): 0.0 for place in cells}
+        for place in cells:
+            keys = min(self.full, full) if place.multiplier is None else place.multiplier * self.width
+            passes[place.seed, place.bos] = max(passes[place.seed, place.bos], keys)
+        rates, sizes = self.rates, {place.batch_size for place in cells}
+        records = max((size * counts[size] for size in sizes), default=0)  # each size begins with the same
+        vectors: dict[Any, int] = {}  # by their settings
+        for place in cells:
+            settings = self.targets[place.key]
+            vectors[settings] = max(vectors.get(settings, 0), place.batch_size * counts[place.batch_size])
+        scored = sum(
+            place.batch_size * counts[place.batch_size] * (rates.alone if place.batch_size == 1 else rates.together)
+            for place in cells
+        )
+        return {
+            "statistics": sum(passes.values()) * rates.key,
+            "target vectors": sum(vectors.values()) * rates.target,
+            "editing and scoring": records * rates.together + scored * (1 + _EDITING),
+        }
+
+    def describe(self) -> str:
+        """One line for people: cells, records, and how long each stage will take."""
+        seconds = self.seconds()
+        count = sum(place.batch_size * place.batches for place in self.places)
+        parts = ", ".join(f"{name} {duration(value)}" for name, value in seconds.items())
+        return (
+            f"{len(self.places):,} cells, {count:,} records to edit and score: about {duration(sum(seconds.values()))} "
+            f"here ({parts}; measured with a few records just now)"
+        )
+
+    def flags_for(self, limit: float = 3600.0) -> str:
+        """Flags that bring the sweep below a number of seconds; empty where it is, or where these cannot."""
+        if sum(self.seconds().values()) <= limit:
+            return ""
+        share = float(f"{limit / 4 / self.rates.key:.0e}")  # a quarter for the corpus
+        full = share if share < self.full and any(place.multiplier is None for place in self.places) else math.inf
+        for shrink in (2**power for power in range(16)):
+            batches = {size: count // shrink for size, count in self.grid.batches.items() if count >= shrink}
+            if batches and sum(self.seconds(batches, full).values()) <= limit:
+                sizes, counts = (",".join(map(str, values)) for values in (batches.keys(), batches.values()))
+                keys = f" --full-keys {full:.0f}" if full < math.inf else ""
+                return f"--batch-sizes {sizes} --num-batches {counts}{keys}"
+        return ""
+
+
+def forecast(
+    editor: Editor, grid: Grid, records: Sequence[Record], inputs: Inputs, *, shard: tuple[int, int] = (1, 1)
+) -> Forecast | None:
+    """What `run_sweep` will take here, measured with a few records, steps of target vectors and tokens.
+
+    None where every cell is finished. Nothing is stored.
+
+    Raises:
+        BadData: There are too few records, or the folder holds a damaged line.
+        FastmemitError, FastcovError: What can go wrong with targets and statistics.
+    """
+    grid = grid.of_model(editor.config)
+    finished = results.read_results(inputs.folder) if inputs.folder.is_dir() else {}
+    places = [place for place in grid.places()[shard[0] - 1 :: shard[1]] if place.key not in finished]
+    if not places:
+        return None
+    size = max(grid.batches)
+    order = editor.seed if inputs.cases is None else None
+    few = batches(records, size, grid.batches[size], seed=order)[0][:_TRIED]
+    few += [record for record in records if record not in few][: _TRIED - len(few)]
+    configs = [editor.config(place.method, **as_published(place.method, dict(place.settings))) for place in places]
+    names = [editor.adapter.projection_name(layer) for layer in sorted({x for each in configs for x in each.layers})]
+    settings = configs[0].targets()
+    steps = min(settings.steps, 3)
+
+    def timed(work: Callable[[], Any]) -> float:
+        begun = time.perf_counter()
+        work()
+        return time.perf_counter() - begun
+
+    def score(some: Sequence[Record]) -> float:
+        return timed(lambda: score_records(editor.adapter, editor.tokenizer, some)) / len(some)
+
+    score(few[:1])  # the first run of a model pays for more than itself
+    made = timed(
+        lambda: optimise(
+            editor.adapter,
+            editor.tokenizer,
+            [record.request for record in few[:2]],
+            editor.contexts(configs[0].method),
+            dataclasses.replace(settings, steps=steps),
+        )
+    )
+    documents = list(islice(inputs.corpus.documents(editor.seed), 64))
+    lengths = [len(encode(editor.tokenizer, text)) for text in documents]
+    context = min(inputs.max_length or editor.adapter.max_context, 512)
+    ids = max((encode(editor.tokenizer, text).ids[:context] for text in documents[:16]), key=len)
+    read = {"input_ids": torch.tensor([ids])}
+    rates = Rates(
+        key=timed(lambda: collect_moments(editor.adapter.model, names, [read], None)) / len(ids),
+        target=made / steps * settings.steps / len(few[:2]),
+        alone=score(few[:1]),
+        together=score(few),
+    )
+    number = inputs.corpus.n_documents
+    there = math.inf if number is None else number * sum(lengths) / len(lengths)
+    width = max(editor.adapter.d_k(layer) for each in configs for layer in each.layers)
+    targets = {place.key: config.targets() for place, config in zip(places, configs, strict=True)}
+    return Forecast(grid, places, targets, rates, min(inputs.full_keys, there), width)
+
+
 def table_of(records: Sequence[Mapping[str, Any]], when: str = "after") -> ScoreTable:
     """The means over records, in percent."""
     return cast(ScoreTable, score_means([record[when] for record in records]))
@@ -407,9 +555,11 @@ class _Run:
             # The batch sizes of the whole grid: ROME, for one, edits no batches but those of one.
             using = [place for place in self.places if self.config(place).targets() == settings]
             wanted = distinct({place.batch_size for place in using})
-            for start in range(0, len(wanted), _TARGETS_TOGETHER):
-                requests = [record.request for record in wanted[start : start + _TARGETS_TOGETHER]]
-                self.editor.targets(requests, self.config(using[0]), together=True)
+            with bar("target vectors", len(wanted), self.progress) as advance:
+                for start in range(0, len(wanted), _TARGETS_TOGETHER):
+                    requests = [record.request for record in wanted[start : start + _TARGETS_TOGETHER]]
+                    self.editor.targets(requests, self.config(using[0]), together=True)
+                    advance(len(requests))
 
     def cell(self, place: Place, keys: int, advance: Callable[[int], None]) -> tuple[dict[str, Any], dict[str, float]]:
         """Edit and score the batches of a cell, each on the unedited weights; also the seconds of each stage."""

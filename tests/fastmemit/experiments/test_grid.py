@@ -7,8 +7,10 @@ import pytest
 from fastmemit.errors import BadConfig
 from fastmemit.experiments.sweep import (
     TABLE_1,
+    Forecast,
     Grid,
     Place,
+    Rates,
     parse_batches,
     parse_methods,
     parse_multipliers,
@@ -133,3 +135,25 @@ def test_settings_of_ones_own_stand_for_a_method() -> None:
     ]
     first = grid.places()[0]
     assert usual("memit").replaced(dict(first.settings)) == own
+
+
+def test_a_forecast_adds_up_what_cells_share() -> None:
+    grid = Grid(methods=("memit", "rome"), batches={1: 10, 4: 5}, multipliers=(2.0, None), seeds=(0, 1))
+    places = grid.places()
+    targets = {place.key: place.method for place in places}  # ROME's settings are not MEMIT's
+    rates = Rates(key=0.5, target=10.0, alone=3.0, together=1.0)
+    found = Forecast(grid, places, targets, rates, full=100.0, width=8)
+    assert found.seconds() == {
+        "statistics": 2 * 100 * 0.5,  # one pass for each seed, no further than the corpus
+        "target vectors": (20 + 10) * 10.0,
+        "editing and scoring": 20 * 1.0 + 4 * (2 * 10 * 3.0 + 20 * 1.0) * 1.2,
+    }
+    assert found.describe() == (
+        "12 cells, 160 records to edit and score: about 13 min here (statistics 2 min, target vectors 5 min, editing "
+        "and scoring 7 min; measured with a few records just now)"
+    )
+    assert found.flags_for(3600) == ""
+    # A quarter of the time for the corpus, half as many batches.
+    assert found.flags_for(430) == "--batch-sizes 1,4 --num-batches 5,2"
+    assert found.flags_for(120) == "--batch-sizes 1 --num-batches 1 --full-keys 60"
+    assert found.flags_for(1e-3) == ""

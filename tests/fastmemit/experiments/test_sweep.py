@@ -19,8 +19,9 @@ from fastmemit.evaluation import evaluate
 from fastmemit.evaluation.perplexity import read_text
 from fastmemit.experiments import sweep as sweep_module
 from fastmemit.experiments.results import Cell, Inputs, ResultsFile
-from fastmemit.experiments.sweep import Grid, run_sweep
+from fastmemit.experiments.sweep import Grid, forecast, run_sweep
 from fastmemit.request import EditRequest
+from fastmemit.text import encode
 from tiny_editors import FACTS, optimised, record, texts, tiny_corpus, tiny_editor
 
 SUBJECTS = ("Eiffel Tower", "Italy", "the poet", "the piano", "France")
@@ -70,6 +71,30 @@ def test_every_cell_is_there_in_the_order_of_the_grid(unbroken: tuple[list[Cell]
     # Records of one batch size are the same for every method and multiplier.
     sets = {(c["batch_size"], tuple(r["case_id"] for r in c["records"])) for c in cells}
     assert len(sets) == 2
+
+
+def test_a_forecast_measures_stores_nothing_and_knows_what_is_finished(
+    unbroken: tuple[list[Cell], bytes], tmp_path: Path
+) -> None:
+    editor = tiny_editor(tmp_path / "cache", layers=None)
+    before = torch.random.get_rng_state()
+    found = forecast(editor, GRID, records(), inputs(tmp_path / "out"))
+    assert found is not None and torch.equal(torch.random.get_rng_state(), before)
+    assert found.describe().startswith("24 cells, 72 records to edit and score: about ")
+    assert min(vars(found.rates).values()) > 0 and found.width == 64
+    there = sum(len(encode(editor.tokenizer, text)) for text in tiny_corpus(40).documents())
+    assert found.full == pytest.approx(there)  # fewer than the full precompute asks for
+    assert not list((tmp_path / "cache").rglob("*.safetensors")) and not (tmp_path / "out").exists()
+    place = inputs(tmp_path / "done")
+    place.folder.mkdir()
+    kept = unbroken[1].splitlines(keepends=True)
+    (place.folder / "results.jsonl").write_bytes(b"".join(kept[:20]))
+    rest = forecast(editor, GRID, records(), place)
+    assert rest is not None and [p.key for p in rest.places] == [p.key for p in GRID.places()[20:]]
+    half = forecast(editor, GRID, records(), place, shard=(2, 2))
+    assert half is not None and [p.key for p in half.places] == [p.key for p in GRID.places()[21::2]]
+    (place.folder / "results.jsonl").write_bytes(unbroken[1])
+    assert forecast(editor, GRID, records(), place) is None
 
 
 @pytest.mark.parametrize("place", [3, 8, 21])
