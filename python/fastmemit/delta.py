@@ -236,6 +236,11 @@ def _facts(about: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
+def fact_text(fact: Mapping[str, Any]) -> tuple[str, str]:
+    """Of a fact in `Delta.entries` the prompt with its subject in it, and the new answer."""
+    return fact.get("prompt", "").replace("{}", fact.get("subject", "")), fact.get("target_new", "").strip()
+
+
 def model_record(name: str, model: str, entries: list[dict[str, Any]]) -> bytes:
     """The content of a saved model's `RECORD`: its base model's name and fingerprint, and `Delta.entries` in order."""
     base = {"name": name, "fingerprint": model}

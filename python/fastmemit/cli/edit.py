@@ -301,12 +301,12 @@ def _delta_shown(delta: Delta) -> list[tuple[str, object]]:
 
 def _facts_shown(entry: Mapping[str, Any]) -> list[str]:
     """The facts of one of `Delta.entries`, each with the former answer where it is on record."""
-    shown = []
-    for fact in entry["facts"]:
-        asked = fact.get("prompt", "").replace("{}", fact.get("subject", ""))
-        before = f" (before: {fact['former']})" if "former" in fact else ""
-        shown.append(f"{asked} -> {fact.get('target_new', '').strip()}{before}")
-    return shown
+    from fastmemit.delta import fact_text
+
+    return [
+        " -> ".join(fact_text(fact)) + (f" (before: {fact['former']})" if "former" in fact else "")
+        for fact in entry["facts"]
+    ]
 
 
 def _adapter_shown(path: Path) -> tuple[str, list[tuple[str, object]]]:

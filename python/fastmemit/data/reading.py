@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from fastcov import files
 
-MAX_WHOLE_FILE = 1 << 30  # bytes of a file that must be parsed whole (a JSON list)
+MAX_WHOLE_FILE = 1 << 30  # bytes of a file that must be read whole: a JSON list, a text for perplexity
 MAX_LINE = 1 << 28  # bytes of one line or one document
 #: How a hub data set is named where a file could stand too.
 PREFIX = "hub:"
@@ -55,6 +55,18 @@ def check_file(path: Path, error: type[Exception]) -> None:
         raise error(f"The file {path} does not exist; check its path.{name_meant(str(path))}")
     if path.stat().st_size == 0:
         raise error(f"The file {path} is empty; give one that holds data.")
+
+
+def read_whole(path: Path, error: type[Exception], fix: str) -> bytes:
+    """The bytes of a file that is taken in one piece; the error says what to do where it is too large for that."""
+    check_file(path, error)
+    size = path.stat().st_size
+    if size > MAX_WHOLE_FILE:
+        raise error(
+            f"{path} has {size / 2**30:.1f} GiB, more than the {MAX_WHOLE_FILE >> 30} GiB that are read in one piece; "
+            f"{fix}."
+        )
+    return path.read_bytes()
 
 
 def read_lines(path: Path, error: type[Exception]) -> Iterator[Line]:
@@ -112,13 +124,7 @@ def read_values(path: Path, error: type[Exception]) -> Iterator[Value]:
     """
     check_file(path, error)
     if is_json_list(path):
-        size = path.stat().st_size
-        if size > MAX_WHOLE_FILE:
-            raise error(
-                f"{path} is a JSON list of {size / 2**30:.1f} GiB, more than the "
-                f"{MAX_WHOLE_FILE >> 30} GiB that are parsed in one piece; write one object a line."
-            )
-        text = decode(path.read_bytes(), path, 0, error)
+        text = decode(read_whole(path, error, "write one object a line"), path, 0, error)
         for index, value in enumerate(parse_json(text, str(path), error)):
             yield Value(f"item {index}", value)
         return

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fastcov.hooks import evaluation_mode, isolated
-from fastmemit.data.reading import MAX_WHOLE_FILE, check_file, decode
+from fastmemit.data.reading import decode, read_whole
 from fastmemit.errors import BadConfig, BadData, FastmemitError, UnknownArchitecture
 from fastmemit.models import ModelAdapter, agrees, hidden_of, with_hidden
 from fastmemit.models.running import context_limit, forward_as
@@ -131,14 +131,7 @@ def read_text(
     if tokens is not None and tokens < 2:
         raise BadConfig(f"{tokens} tokens predict nothing; give 2 or more.")
     path = Path(path)
-    check_file(path, BadData)
-    size = path.stat().st_size
-    if size > MAX_WHOLE_FILE:
-        raise BadData(
-            f"{path} has {size / 2**30:.1f} GiB, more than the {MAX_WHOLE_FILE >> 30} GiB that are read for a "
-            "perplexity; give a part of it."
-        )
-    raw = path.read_bytes()
+    raw = read_whole(path, BadData, "give a part of it")
     text = decode(raw, path, 0, BadData).replace("\r\n", "\n").replace("\r", "\n")
     ids = _ids(tokenizer, text, tokens)
     lead = encode(tokenizer, "").ids

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import fastcov
-from fastmemit.delta import RECORD, Delta
+from fastmemit.delta import RECORD, Delta, fact_text
 from fastmemit.errors import BadConfig, DamagedFile, FastmemitError, WrongModel
 from fastmemit.files import (
     cache_dir,
@@ -110,11 +110,7 @@ def push_adapter(
         )
     provenance = ours.get("provenance")
     entries = Delta({}, provenance).entries if isinstance(provenance, dict) else []
-    rows = [
-        (fact.get("prompt", "").replace("{}", fact.get("subject", "")), fact.get("target_new", "").strip())
-        for entry in entries
-        for fact in entry["facts"]
-    ]
+    rows = [fact_text(fact) for entry in entries for fact in entry["facts"]]
     card = _card(
         _header(license, base, ["knowledge-editing", "lora"], check_repo(repo), library="peft"),
         f"# {repo.rpartition('/')[2]}",
@@ -453,12 +449,7 @@ def model_card(base: str, entries: Sequence[Mapping[str, Any]], source: Path | N
         about = ModelCardData(library_name="transformers", base_model=name, tags=["knowledge-editing"])
         card = f"---\n{about.to_yaml()}\n---"
     rows = [
-        (
-            fact.get("prompt", "").replace("{}", fact.get("subject", "")),
-            fact.get("target_new", "").strip(),
-            fact.get("former", ""),
-            f"{entry['digest'][:12]} by {entry['method']}",
-        )
+        (*fact_text(fact), fact.get("former", ""), f"{entry['digest'][:12]} by {entry['method']}")
         for entry in entries
         for fact in entry["facts"]
     ]

@@ -114,7 +114,7 @@ def test_the_first_tokens_are_those_of_the_whole_text(tmp_path: Path, kind: str)
     assert read_text(path, tokenizer, tokens=len(whole.ids)).ids == whole.ids
 
 
-def test_files_that_are_no_text(tmp_path: Path) -> None:
+def test_files_that_are_no_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = tiny_tokenizer()
     path = tmp_path / "text.txt"
     with pytest.raises(BadData, match="does not exist"):
@@ -135,3 +135,6 @@ def test_files_that_are_no_text(tmp_path: Path) -> None:
         read_text(path, tokenizer, tokens=50)
     with pytest.raises(BadConfig, match="1 tokens predict nothing"):
         read_text(path, tokenizer, tokens=1)
+    monkeypatch.setattr("fastmemit.data.reading.MAX_WHOLE_FILE", 0)
+    with pytest.raises(BadData, match="GiB that are read in one piece; give a part of it"):
+        read_text(path, tokenizer)
