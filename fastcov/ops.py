@@ -9,6 +9,8 @@ shows a right result before it is chosen.
 
 from __future__ import annotations
 
+import functools
+import logging
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -22,6 +24,8 @@ from fastcov.errors import BadInput, KernelUnavailable
 from fastcov.hooks import isolated, key_rows
 from fastcov.kernels import cpu, cuda, gpu, plain, triton
 from fastcov.matrices import matrix, shares_entries
+
+log = logging.getLogger(__name__)
 
 _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -190,6 +194,8 @@ def _best(C: Tensor, X: Tensor) -> tuple[Kernel, bool]:
 
 def _run(C: Tensor, X: Tensor, mask: Tensor | None = None, alpha: float = 1.0, kernel: str | None = None) -> None:
     found = _choice(C, X, kernel)
+    if kernel is None and C.is_cpu and not found.native and cpu.native_missing():
+        _say_once()
     if X.untyped_storage().data_ptr() == C.untyped_storage().data_ptr():
         X = X.clone()
     if alpha not in (0.0, 1.0, -1.0):  # which make no sum larger or smaller
@@ -200,6 +206,15 @@ def _run(C: Tensor, X: Tensor, mask: Tensor | None = None, alpha: float = 1.0, k
         # A sum that was made under inference mode can be added to there alone.
         with isolated(), torch.inference_mode() if C.is_inference() else nullcontext():
             found.update(C, X, mask, alpha)
+
+
+@functools.cache
+def _say_once() -> None:
+    """Say that the native kernels are missing: pip shows nothing of what setup.py said."""
+    log.warning(
+        "fastcov sums keys through torch here, more slowly: %s. `python -m fastcov` says which kernels run.",
+        cpu.native_missing(),
+    )
 
 
 def _balanced(C: Tensor, X: Tensor, alpha: float) -> tuple[Tensor, float]:

@@ -58,6 +58,36 @@ def test_without_a_compiler_the_wheel_is_pure_and_says_so(sources, tmp_path):
     assert "no C++ compiler was found" in said
 
 
+def test_the_source_distribution_has_all_that_an_installation_needs(sources, tmp_path):
+    shutil.copy(ROOT / "MANIFEST.in", sources)
+    shutil.copy(ROOT / "constraints.txt", sources)
+    assert run([sys.executable, "setup.py", "sdist"], sources).returncode == 0
+    (archive,) = (sources / "dist").glob("*.tar.gz")
+    unpacked, empty = tmp_path / "unpacked", tmp_path / "nothing"
+    empty.mkdir()
+    shutil.unpack_archive(archive, unpacked)
+    (folder,) = unpacked.iterdir()
+    native = {path.relative_to(ROOT) for path in (ROOT / "csrc").rglob("*") if path.is_file()}
+    assert native == {path.relative_to(folder) for path in (folder / "csrc").rglob("*") if path.is_file()}
+    assert (folder / "CMakeLists.txt").is_file()
+    wheel, said = pure_wheel(folder, PATH=str(empty))  # on a machine without a compiler
+    assert "no C++ compiler was found" in said
+    assert "fastmemit/data/facts.jsonl" in zipfile.ZipFile(wheel).namelist()
+
+
+def test_a_pure_installation_says_once_at_its_first_use_that_it_is_one():
+    code = (
+        "import sys, logging; sys.modules['fastcov._native'] = None; logging.basicConfig(format='%(message)s')\n"
+        "import torch, fastcov\n"
+        "for _ in range(3): fastcov.rank_k_update(torch.zeros(2, 2), torch.ones(3, 2))\n"
+        "fastcov.rank_k_update(torch.zeros(2, 2, dtype=torch.float64), torch.ones(3, 2, dtype=torch.float64))\n"
+    )
+    done = run([sys.executable, "-c", code], ROOT)
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("fastcov sums keys through torch here, more slowly: ") and "python -m fastcov" in line
+
+
 def test_a_compiler_that_fails_is_an_error_with_its_mend(sources):
     pytest.importorskip("pybind11", reason="pybind11 is not installed (make lint installs it)")
     if not (shutil.which("cmake") and shutil.which("c++")):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 
 if sys.version_info >= (3, 11):
@@ -127,6 +128,38 @@ def test_the_version_is_the_same_everywhere() -> None:
         assert said is None or said.group(1) == version, f"{top}.__version__"
 
 
+YAML = sorted([*(ROOT / ".github").rglob("*.yml"), ROOT / ".pre-commit-config.yaml"])
+
+
+@pytest.mark.parametrize("path", YAML, ids=lambda path: path.name)
+def test_a_file_of_the_host_is_what_it_reads(path: Path) -> None:
+    found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if path.parent.name == "workflows":
+        assert found["permissions"]["contents"] == "read" and True in found  # yaml's name for "on"
+        for job in found["jobs"].values():
+            assert job["timeout-minutes"] <= 120 and all(("run" in step) != ("uses" in step) for step in job["steps"])
+            for step in job["steps"]:
+                assert re.fullmatch(r"[\w-]+/[\w-]+@v\d+", step.get("uses", "a/b@v1"))
+                for target in re.findall(r"\bmake ([a-z]+)", step.get("run", "")):
+                    assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    elif path.name in ("bug.yml", "wish.yml"):
+        assert found["name"] and found["description"]
+        fields = [field for field in found["body"] if field["type"] != "markdown"]
+        assert len({field["id"] for field in fields}) == len(fields)
+        assert any(field.get("validations", {}).get("required") for field in fields)
+        assert all(field["attributes"]["label"] for field in fields)
+
+
+def test_the_same_pythons_are_promised_tested_and_built() -> None:
+    line = "Programming Language :: Python :: 3."
+    promised = [f"3.{name.removeprefix(line)}" for name in PROJECT["project"]["classifiers"] if name.startswith(line)]
+    assert promised == ["3.10", "3.11", "3.12", "3.13", "3.14"]
+    tests = yaml.safe_load((ROOT / ".github" / "workflows" / "tests.yml").read_text(encoding="utf-8"))
+    assert tests["jobs"]["quick"]["strategy"]["matrix"]["python"] == promised
+    built = PROJECT["tool"]["cibuildwheel"]["build"].split()
+    assert built == [f"cp{version.replace('.', '')}-*" for version in promised]
+
+
 def test_make_help_names_every_target() -> None:
     text = (ROOT / "Makefile").read_text(encoding="utf-8")
     (phony,) = re.findall(r"^\.PHONY: (.*)$", text, re.MULTILINE)
@@ -142,7 +175,17 @@ def test_source_files_keep_the_house_rules() -> None:
         assert not any(fnmatch(path.stem, f"*{word}*") for word in ("utils", "helpers")), path
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", *(ROOT / "docs").rglob("*.md")])
+@pytest.mark.parametrize(
+    "page",
+    [
+        "README.md",
+        "CONTRIBUTING.md",
+        "CHANGELOG.md",
+        "SECURITY.md",
+        "CODE_OF_CONDUCT.md",
+        *(ROOT / "docs").rglob("*.md"),
+    ],
+)
 def test_links_between_documents_lead_somewhere(page: str | Path) -> None:
     path = ROOT / page
     for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", path.read_text(encoding="utf-8")):

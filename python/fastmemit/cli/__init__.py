@@ -29,7 +29,7 @@ EPILOG = """examples:
   fastmemit experiment sweep --model gpt2-xl --facts counterfact --out DIR
 """
 #: Verbs in the order of --help, and the groups behind them.
-ORDER = ("demo", "precompute", "edit", "apply", "show", "undo", "compose", "evaluate", "doctor")
+ORDER = ("demo", "precompute", "edit", "apply", "show", "undo", "compose", "evaluate", "doctor", "completion")
 GROUPS = {
     "stats": "What statistics take, and those of other codebases: plan, export, import.",
     "adapter": "Edits as LoRA adapters: export, import.",

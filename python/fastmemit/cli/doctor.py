@@ -1,4 +1,4 @@
-"""``doctor``: what runs here and what does not, for bug reports."""
+"""``doctor`` and ``completion``: what runs here and what does not, for bug reports; and flags for a shell."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-from fastmemit.cli.options import verb, write_json
+from fastmemit.cli.options import VERBS, verb, write_json
 from fastmemit.cli.terminal import byte_size
 
 #: Package -> what needs it.
@@ -56,6 +56,59 @@ def _doctor(args: argparse.Namespace) -> None:
     reach = "offline (HF_HUB_OFFLINE)" if hub["offline"] else "asked when it is needed"
     token = "a token is stored" if hub["token"] else "no token"
     print(f"\nhub\n  {hub['endpoint']}, {reach}, {token}")
+
+
+@verb("completion", "shell")
+def _completion(args: argparse.Namespace) -> None:
+    """Print a script that completes verbs, flags and their values in a shell.
+
+    Examples:
+      eval "$(fastmemit completion bash)"
+      fastmemit completion bash > ~/.local/share/bash-completion/completions/fastmemit
+
+    zsh reads it too, after: autoload -U bashcompinit && bashcompinit
+    """
+    script = bash_script()
+    write_json(args.json, {"script": script})
+    print(script, end="")
+
+
+def bash_script() -> str:
+    """A completion for bash, of `VERBS` and `FLAGS`; where a flag takes anything, of file names."""
+    groups: dict[str, list[str]] = {"": []}
+    for name in VERBS:
+        group, _, word = name.rpartition(" ")
+        groups.setdefault(group, []).append(word)
+    groups[""] += [group for group in groups if group]
+    cases = [f'    "{group}") words="{" ".join(sorted(words))}" ;;' for group, words in groups.items()]
+    values: dict[str, str] = {}
+    for name, each in VERBS.items():
+        parser = argparse.ArgumentParser(add_help=False)
+        each.declare(parser)
+        flags = [action for action in parser._actions if action.option_strings]
+        words = [*(word for action in flags for word in action.option_strings), "--help"]
+        words += [str(choice) for action in parser._actions if action not in flags for choice in action.choices or ()]
+        cases.append(f'    "{name}"*) words="{" ".join(words)}" ;;')
+        for action in flags:
+            if action.nargs != 0:  # it takes a value, or is a switch
+                values[action.option_strings[0]] = " ".join(map(str, action.choices or ()))
+    lines = [f'    {flag}) words="{words}" ;;' for flag, words in sorted(values.items()) if words]
+    files = "|".join(sorted(flag for flag, words in values.items() if not words))
+    return f"""\
+_fastmemit() {{
+  local words="" typed="${{COMP_WORDS[*]:1:COMP_CWORD-1}}"
+  COMPREPLY=()
+  case "${{COMP_WORDS[COMP_CWORD-1]}}" in
+{chr(10).join(lines)}
+    {files}) return ;;
+    *) case "$typed" in
+{chr(10).join(cases)}
+    esac ;;
+  esac
+  COMPREPLY=($(compgen -W "$words" -- "${{COMP_WORDS[COMP_CWORD]}}"))
+}}
+complete -o default -F _fastmemit fastmemit
+"""
 
 
 def _folder(path: Path) -> str:

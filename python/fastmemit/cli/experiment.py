@@ -72,9 +72,9 @@ def _sweep(args: argparse.Namespace) -> None:
       fastmemit experiment sweep --model gpt2-xl --facts counterfact --out DIR --shard 1/2
 
     Before it starts it says what it will take here, and if that is more than an hour, which flags
-    bring it below. A sweep that was killed is resumed by the same command. When all shards are done, the command
-    without --shard puts their results into one file. The grid may change between two runs into the
-    same folder.
+    bring it below. A sweep that was killed is resumed by the same command. When all shards are
+    done, the command without --shard puts their results into one file. The grid may change between
+    two runs into the same folder.
     """
     from fastmemit.experiments import sweep
 
@@ -147,8 +147,8 @@ def _sequential(args: argparse.Namespace) -> None:
           --batch-size 16 --num-batches 10 --score-every 2 --multipliers 1,2,10,full --preserve both \
           --corpus text.jsonl --text text.txt --out DIR
 
-    DIR gets sequential.jsonl, a line a step, and of all that is in it sequential.md, .svg, .pdf and .png. A
-    sequence that was killed begins again at its first batch; those that were finished stay.
+    DIR gets sequential.jsonl, a line a step, and of all that is in it sequential.md, .svg, .pdf and
+    .png. A sequence that was killed begins again at its first batch; those that were finished stay.
     """
     from fastcov.files import atomic_file
     from fastmemit.data import batches

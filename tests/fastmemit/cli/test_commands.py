@@ -26,11 +26,12 @@ from tiny_commands import EDIT, Place, run
 def test_every_verb_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
     assert VERBS.keys() == {
         "demo", "precompute", "edit", "apply", "show", "undo", "compose", "evaluate", "doctor",
-        "stats plan", "stats export", "stats import", "adapter export", "adapter import", "hub push",
+        "completion", "stats plan", "stats export", "stats import", "adapter export", "adapter import", "hub push",
         "hub pull", "experiment sweep", "experiment sequential", "experiment locate",
         "experiment report", "experiment downstream",
     }  # fmt: skip
-    modelless = {"experiment report", "stats plan", "compose", "hub push", "adapter export", "show", "doctor"}
+    modelless = {"experiment report", "stats plan", "compose", "hub push", "adapter export", "show", "doctor",
+                 "completion"}  # fmt: skip
     for verb in VERBS:
         with pytest.raises(SystemExit) as left:
             main([*verb.split(), "--help"])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -244,6 +246,31 @@ def test_every_flag_is_used_and_help_shows_defaults(capsys: Capture) -> None:
     out = " ".join(capsys.readouterr().out.split())
     assert "how many batches (default: 10)" in out and "records edited together (default: 16)" in out
     assert "(default: None)" not in out and "(default: False)" not in out and "(default: [])" not in out
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash")
+@pytest.mark.parametrize(
+    ("typed", "words"),
+    [
+        ("ex", ["experiment"]),
+        ("experiment se", ["sequential"]),
+        ("experiment sweep --mul", ["--multipliers"]),
+        ("edit --method ro", ["rome"]),
+        ("edit --method rome --prec", []),  # a flag of another verb
+        ("edit --facts ro", []),  # bash goes on with file names
+        ("edit --quiet --strict --sav", ["--save-model"]),
+        ("completion ", ["bash", "--json", "--help"]),
+    ],
+)
+def test_bash_completes_verbs_flags_and_values(capsys: Capture, typed: str, words: list[str]) -> None:
+    last = " ''" if typed.endswith(" ") else ""
+    ask = (
+        f"COMP_WORDS=(fastmemit {typed}{last})\n"
+        'COMP_CWORD=$((${#COMP_WORDS[@]} - 1)); _fastmemit; echo "${COMPREPLY[@]}"'
+    )
+    script = run(capsys, "completion", "bash")
+    done = subprocess.run(["bash", "-c", f"{script}\n{ask}"], capture_output=True, text=True, check=True)
+    assert (sorted(done.stdout.split()), done.stderr) == (sorted(words), "")
 
 
 def test_a_table_is_ruled_on_a_terminal_and_commands_it_nowhere(capsys: Capture, monkeypatch: Any) -> None:
