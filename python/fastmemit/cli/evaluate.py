@@ -21,7 +21,7 @@ from fastmemit.cli.options import (
     verb,
     write_json,
 )
-from fastmemit.cli.terminal import MEANING, SCORES, show_changes
+from fastmemit.cli.terminal import MEANING, SCORES, show_changes, show_table
 from fastmemit.errors import BadConfig, BadData, FastmemitError
 
 if TYPE_CHECKING:
@@ -44,6 +44,9 @@ ZSRE_MEANING = """\
 EA, PA, NA: the share of the answer's tokens that the model says, for the question, in other words,
 and for an unrelated one. A: their harmonic mean. In percent; in brackets the 95 % interval over
 records, paired in "change"."""
+FOLLOWS = """\
+In percent of the questions that count, those whose conditions the unedited model answers: greedy
+decoding gives one of the answers, or one of their other names."""
 SHOWN = 4  # continuations that the demo prints
 PROSE = 1024  # tokens that the demo measures perplexity on
 
@@ -67,6 +70,7 @@ def _evaluate(args: argparse.Namespace) -> None:
       fastmemit evaluate --model gpt2-xl --method rome --facts counterfact --batch-size 1 \
           --num-batches 100
       fastmemit evaluate --model gpt2-xl --facts zsre:zsre_mend_eval.json
+      fastmemit evaluate --model gpt2-xl --facts mquake --batch-size 1 --num-batches 50
       fastmemit evaluate --model smollm2 --facts counterfact.json \
           --metrics score,magnitude,generation --references texts.jsonl
       fastmemit evaluate --model smollm2 --facts counterfact.json --text text.txt
@@ -96,7 +100,8 @@ def _evaluate(args: argparse.Namespace) -> None:
         records = load_records(args.facts, skip_malformed=args.skip_malformed, own=True)
     if args.cases is not None:
         records = listed_records(records, args.cases)
-    own = not zsre and any(is_open(record) for record in records)
+    unknown = not zsre and any(is_open(record) for record in records)
+    own = unknown and not any(record.probes for record in records)
     size, number = (len(records), None) if own else (16, 4)
     size = size if args.batch_size is None else args.batch_size
     number = number if args.num_batches is None else args.num_batches
@@ -109,7 +114,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     ensure_statistics(editor, editor.config(args.method, **overrides), args)
     if args.chat:
         chosen = [[chat_record(editor.tokenizer, record) for record in batch] for batch in chosen]
-    if own:
+    if unknown:
         chosen = [measure_answers(editor, batch) for batch in chosen]
     result = evaluate(
         editor,
@@ -128,6 +133,13 @@ def _evaluate(args: argparse.Namespace) -> None:
     names = ZSRE_COLUMNS if zsre else [name for m in args.metrics for name in COLUMNS[m]]
     show_changes(_changes(result, result["records"], list(dict.fromkeys(names)), result["perplexity"]))
     print(ZSRE_MEANING if zsre else MEANING)
+    if result["portability"]:
+        rows = [["what follows", "questions", "counted", "before", "after"]]
+        for kind, found in result["portability"].items():
+            shares = ["-" if found[when] is None else f"{found[when]:.1f}" for when in ("before", "after")]
+            rows.append([kind, f"{found['questions']:,}", f"{found['counted']:,}", *shares])
+        show_table(rows)
+        print(FOLLOWS)
     if own:
         _show_own([record for batch in chosen for record in batch], result["records"])
     print(" ".join(f"{name} {value:.1f} s" for name, value in result["seconds"].items()))

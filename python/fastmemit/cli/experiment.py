@@ -37,6 +37,8 @@ def _data(args: argparse.Namespace) -> tuple[list[Record], Corpus]:
     records = load_records(args.facts, skip_malformed=args.skip_malformed)
     if args.cases is not None:
         records = listed_records(records, args.cases)
+    if any(record.probes for record in records):
+        raise BadConfig(f"{args.facts} asks what follows from its edits, which experiments do not; take evaluate.")
     return records, load_corpus(args.corpus, field=args.field)
 
 

@@ -178,7 +178,7 @@ FLAGS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "facts": {
         "--facts": _flag("FACTS", "requests or records: a file (JSON or JSONL; of zsRE also as zsre:FILE), counterfact "
-                         "(from the hub), hub:NAME[@SPLIT] or builtin"),
+                         "(from the hub), zsre, mquake or rippleedits (fetched once), hub:NAME[@SPLIT] or builtin"),
         "--skip-malformed": _switch("go on without bad records"),
         "--cases": _flag("FILE", "only these records, in this order: a JSON list of case_ids, or one a line", Path),
         "--limit": _flag("N", "take N of the facts at most, or questions of each task", above_zero),

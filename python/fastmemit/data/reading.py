@@ -7,20 +7,25 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.request import urlopen
 
 from fastcov import files
+from fastcov.files import atomic_file
+from fastmemit.files import cache_dir, shared_folder
 
 MAX_WHOLE_FILE = 1 << 30  # bytes of a file that must be read whole: a JSON list, a text for perplexity
 MAX_LINE = 1 << 28  # bytes of one line or one document
 #: How a hub data set is named where a file could stand too.
 PREFIX = "hub:"
 #: What may stand in the place of a file.
-NAMES = ("builtin", "counterfact", "self", "wikipedia")
+NAMES = ("builtin", "counterfact", "mquake", "rippleedits", "self", "wikipedia", "zsre")
 
+_SECONDS = 60  # that an address may be silent
 _BOM = b"\xef\xbb\xbf"
 _SPLIT = re.compile(r"[A-Za-z0-9_.]+")
 
@@ -225,3 +230,24 @@ def _cannot_load(wanted: HubName, bad: Exception, fix: str) -> str:
     lines = str(bad).strip().splitlines()
     reason = f"{type(bad).__name__}: {lines[0][:160]}" if lines else type(bad).__name__
     return f"The hub data set {wanted} could not be loaded ({reason.rstrip('.')}); {fix}"
+
+
+def downloaded(name: str, address: str, error: type[Exception]) -> Path:
+    """The file at an address, kept in the cache under a name; without a network `error`, in one sentence."""
+    path = cache_dir() / "data" / f"{name}.json"
+    if path.is_file():
+        return path
+    missing = f"The data {name!r} cannot be fetched from {address} ({{}}); give its file instead of the name."
+    if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"):
+        raise error(missing.format("HF_HUB_OFFLINE is set"))
+    try:
+        with urlopen(address, timeout=_SECONDS) as found:
+            data = found.read(MAX_WHOLE_FILE + 1)
+    except OSError as failed:  # a URLError is one
+        raise error(missing.format(str(getattr(failed, "reason", failed)).rstrip("."))) from None
+    if len(data) > MAX_WHOLE_FILE:
+        raise error(missing.format(f"it is larger than {MAX_WHOLE_FILE:,} bytes"))
+    shared_folder(path.parent)
+    with atomic_file(path) as file:
+        file.write(data)
+    return path

@@ -1,8 +1,9 @@
-"""Records to edit and evaluate: CounterFact's, and zsRE's in MEND's format; read, checked field by field, dealt out."""
+"""Records to edit and evaluate: those of CounterFact, zsRE (MEND's), MQuAKE and RippleEdits; read, checked, dealt."""
 
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import as_file, files
@@ -11,7 +12,7 @@ from typing import Any, TypeVar
 
 from fastcov.errors import printable_logger
 from fastmemit.data.corpora import is_clean_text
-from fastmemit.data.reading import PREFIX, Value, load_splits, read_values
+from fastmemit.data.reading import PREFIX, Value, downloaded, load_splits, read_values
 from fastmemit.errors import BadData, BadRequest
 from fastmemit.request import EditRequest
 
@@ -21,10 +22,50 @@ logger = printable_logger(__name__)
 COUNTERFACT_HUB = "hub:azhx/counterfact"
 #: How a zsRE file is named where another file could stand too.
 ZSRE_PREFIX = "zsre:"
+#: Where data that are on no hub lie, by name: MEMIT's zsRE, MQuAKE-CF-3k, and the popular part of RippleEdits.
+ADDRESSES = {
+    "zsre": "https://rome.baulab.info/data/dsets/zsre_mend_eval.json",
+    "mquake": "https://raw.githubusercontent.com/princeton-nlp/MQuAKE/main/datasets/MQuAKE-CF-3k.json",
+    "rippleedits": "https://media.githubusercontent.com/media/edenbiran/RippleEdits/main/data/benchmark/popular.json",
+}
+#: RippleEdits' lists of tests, and what their questions are called here.
+RIPPLES = {
+    "Logical_Generalization": "logical",
+    "Subject_Aliasing": "alias",
+    "Compositionality_I": "composition I",
+    "Compositionality_II": "composition II",
+    "Relation_Specificity": "specificity",
+    "Forgetfulness": "forgetfulness",
+}
+# A fact of RippleEdits as a sentence: "The name of the mother of Ada Lovelace is Anne Isabella." Its relation is in
+# small letters, and so is what may stand behind the subject.
+_TAIL = "has|won|plays in|is (?:associated with|a member of|part of|the capital of|followed by)"
+_SENTENCE = rf"(The (?:[a-z]+ )+)(.+?)((?: (?:{_TAIL}))? (?:is|are))"
+_FOLLOWS = r"()(.+?)( (?:is followed by|follows))"
 
 _OFFLINE = "check the name and the network, or give a file in CounterFact's JSON format."
 _ZSRE_UNRELATED = "nq question: "
 _SHOWN = 10  # problems listed in one error
+
+
+Asked = tuple[str, tuple[str, ...]]  # a prompt, and the answers that are right, the usual one first
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A question about what follows from an edit, or must not.
+
+    Attributes:
+        kind: What it asks, such as ``"alias"``.
+        asked: Its forms, each with all answers that count.
+        every: Whether all forms must be answered, or one.
+        conditions: What the unedited model must answer for the question to count.
+    """
+
+    kind: str
+    asked: tuple[Asked, ...]
+    every: bool = False
+    conditions: tuple[Asked, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -40,6 +81,13 @@ class Record:
     relation_id: str | None = None  # Wikidata's number of the relation, such as ``"P19"``
     #: Each neighbour's own answer, where they do not share ``target_true``; None for one that is yet to be measured.
     neighbourhood_answers: tuple[str | None, ...] = ()
+    more: tuple[EditRequest, ...] = ()  # facts that are edited with it
+    probes: tuple[Probe, ...] = ()  # questions about what follows from them
+
+    @property
+    def requests(self) -> tuple[EditRequest, ...]:
+        """All facts that are edited: `request`, and `more`."""
+        return (self.request, *self.more)
 
 
 class _Problem(Exception):
@@ -65,9 +113,14 @@ def load_records(source: str | Path, *, skip_malformed: bool = False, own: bool 
     other words, with ``{}`` or the subject itself; a neighbour a prompt, or an object with ``prompt`` and ``answer``.
     Answers that it does not name are None: `fastmemit.evaluation.measure_answers` asks the unedited model.
 
+    Records of MQuAKE, with a list of rewrites that are edited together, and of RippleEdits are told by their fields;
+    their questions are `Record.probes`. RippleEdits names subject and answer by their numbers in Wikidata alone, so
+    both are read off the sentence of the edit.
+
     Args:
         source: A JSON list or JSONL file; ``"builtin"`` for the facts that the package ships; ``"counterfact"`` for
-            CounterFact from the hub; or ``"hub:NAME[:CONFIG][@SPLIT]"``.
+            CounterFact from the hub; ``"mquake"`` or ``"rippleedits"``, see `ADDRESSES`; or
+            ``"hub:NAME[:CONFIG][@SPLIT]"``.
         skip_malformed: Log records that cannot be read and go on without them.
         own: Take own facts too; else they are malformed records.
     """
@@ -80,7 +133,8 @@ def load_records(source: str | Path, *, skip_malformed: bool = False, own: bool 
         splits = load_splits(spec, BadData, _OFFLINE).items()
         rows = (Value(f"{split} row {i}", row) for split, rows in splits for i, row in enumerate(rows))
         return _read_all(spec, rows, _record, skip_malformed)
-    values = list(read_values(Path(source), BadData))
+    path = downloaded(spec, ADDRESSES[spec], BadData) if spec in ADDRESSES else Path(source)
+    values = list(read_values(path, BadData))
     _refuse_wrapped(spec, values)
     return _read_all(spec, values, _record_or_fact if own else _record, skip_malformed)
 
@@ -226,7 +280,7 @@ def is_open(record: Record) -> bool:
 
 def _record_or_fact(index: int, found: Value) -> Record:
     value = found.value
-    if "case_id" in value or "requested_rewrite" in value:
+    if "case_id" in value or "requested_rewrite" in value or "edit" in value:
         return _record(index, found)
     try:
         request = EditRequest.from_dict(value)
@@ -249,11 +303,15 @@ def _record_or_fact(index: int, found: Value) -> Record:
 
 def _record(index: int, found: Value) -> Record:
     value = found.value
+    if "edit" in value and "requested_rewrite" not in value:
+        return _ripple_record(index, value)
     case_id = value.get("case_id")
     if isinstance(case_id, bool) or not isinstance(case_id, int):
         raise _Problem("case_id", f"must be a whole number, not {case_id!r:.40}")
     if "requested_rewrite" in value:
         rewrite = value["requested_rewrite"]
+        if isinstance(rewrite, list):
+            return _mquake_record(case_id, value, rewrite)
         if not isinstance(rewrite, Mapping):
             raise _Problem("requested_rewrite", f"must be an object, not {rewrite!r:.40}")
         return Record(
@@ -281,6 +339,104 @@ def _record(index: int, found: Value) -> Record:
         generations=_prompts(value, "rephrase_prompt"),
         relation_id=_relation(value, ""),
     )
+
+
+def _mquake_record(case_id: int, value: Mapping[str, Any], rewrites: list[Any]) -> Record:
+    """A chain of facts of which some are edited; its questions ask for the end, its hops one fact each."""
+    if not rewrites or not all(isinstance(each, Mapping) for each in rewrites):
+        raise _Problem("requested_rewrite", "must be a list of objects, one or more")
+    requests = [_request(each, f"requested_rewrite[{i}].") for i, each in enumerate(rewrites)]
+    answers = _answers(value.get("new_answer"), value.get("new_answer_alias"), "new_answer")
+    probes = [Probe("multi-hop", tuple((question, answers) for question in _prompts(value, "questions")))]
+    hops = value.get("new_single_hops") or []
+    for i, hop in enumerate(hops if isinstance(hops, list) else [hops]):
+        place = f"new_single_hops[{i}]"
+        if not isinstance(hop, Mapping):
+            raise _Problem(place, f"must be an object, not {hop!r:.40}")
+        right = _answers(hop.get("answer"), hop.get("answer_alias"), f"{place}.answer")
+        probes.append(Probe("one hop", ((_text(hop.get("cloze"), f"{place}.cloze"), right),)))
+    return Record(
+        case_id,
+        requests[0],
+        relation_id=_relation(rewrites[0], "requested_rewrite[0]."),
+        more=tuple(requests[1:]),
+        probes=tuple(probe for probe in probes if probe.asked),
+    )
+
+
+def _ripple_record(index: int, value: Mapping[str, Any]) -> Record:
+    """An edit as a sentence, and tests of what follows from it; its number is its place."""
+    edit = value["edit"]
+    if not isinstance(edit, Mapping):
+        raise _Problem("edit", f"must be an object, not {edit!r:.40}")
+    said = _text(edit.get("prompt"), "edit.prompt")
+    probes = [
+        _ripple_probe(kind, test, f"{name}[{i}]")
+        for name, kind in RIPPLES.items()
+        for i, test in enumerate(_list(value.get(name), name))
+    ]
+    # An alias of the subject has the new answer, which tells where the sentence is to be cut.
+    known = {answer for probe in probes if probe.kind == "alias" for _, right in probe.asked for answer in right}
+    before, subject, after, answer = _cut(said, known, "edit.prompt")
+    former = edit.get("original_fact", edit.get("previous_fact"))
+    true = None
+    if isinstance(former, Mapping):
+        beginning = f"{before}{subject}{after} "
+        old = _text(former.get("prompt"), "edit.original_fact.prompt")
+        if not old.startswith(beginning):
+            raise _Problem("edit.original_fact.prompt", f"{old!r:.80} does not begin with {beginning!r:.80}")
+        true = old[len(beginning) :].removesuffix(".")
+    try:
+        request = EditRequest(f"{before}{{}}{after}", subject, answer, true)
+    except BadRequest as bad:
+        raise _Problem("edit.prompt", str(bad)) from None
+    return Record(index, request, probes=tuple(probe for probe in probes if probe.asked))
+
+
+def _cut(said: str, known: set[str], field: str) -> tuple[str, str, str, str]:
+    """A sentence as what stands before its subject, the subject, what stands behind it, and the answer."""
+    shape, whole = _SENTENCE if said.startswith("The ") else _FOLLOWS, said.removesuffix(".")
+    for answer in sorted(known, key=len, reverse=True):
+        if whole.endswith(f" {answer}") and (found := re.fullmatch(shape, whole.removesuffix(f" {answer}"))):
+            return found[1], found[2], found[3], answer
+    found = re.fullmatch(f"{shape} (.+)", whole)
+    if found is None or re.search(r" (?:is|are|follows) ", found[4]):
+        raise _Problem(field, f"{said!r:.80} does not show where its subject ends and its answer begins")
+    return found[1], found[2], found[3], found[4]
+
+
+def _ripple_probe(kind: str, test: Any, place: str) -> Probe:
+    if not isinstance(test, Mapping):
+        raise _Problem(place, f"must be an object, not {test!r:.40}")
+
+    def asked(name: str) -> tuple[Asked, ...]:
+        found = []
+        for i, query in enumerate(_list(test.get(name), f"{place}.{name}")):
+            here = f"{place}.{name}[{i}]"
+            if not isinstance(query, Mapping):
+                raise _Problem(here, f"must be an object, not {query!r:.40}")
+            right: list[str] = []
+            for j, answer in enumerate(_list(query.get("answers"), f"{here}.answers")):
+                if not isinstance(answer, Mapping):
+                    raise _Problem(f"{here}.answers[{j}]", f"must be an object, not {answer!r:.40}")
+                right += _answers(answer.get("value"), answer.get("aliases"), f"{here}.answers[{j}].value")
+            if right:  # some queries have no answer in Wikidata
+                found.append((_text(query.get("prompt"), f"{here}.prompt"), tuple(dict.fromkeys(right))))
+        return tuple(found)
+
+    return Probe(kind, asked("test_queries"), test.get("test_condition") == "AND", asked("condition_queries"))
+
+
+def _answers(answer: Any, aliases: Any, field: str) -> tuple[str, ...]:
+    """An answer and its other names, each once; a name that is empty is none."""
+    others = [name for name in _list(aliases, f"{field}'s aliases") if is_clean_text(name) and name.strip()]
+    return tuple(dict.fromkeys([_text(answer, field), *others]))
+
+
+def _list(found: Any, field: str) -> list[Any]:
+    if found is not None and not isinstance(found, list):
+        raise _Problem(field, f"must be a list, not {found!r:.40}")
+    return found or []
 
 
 def _request(fields: Mapping[str, Any], prefix: str) -> EditRequest:
@@ -342,16 +498,19 @@ def load_zsre(source: str | Path, *, skip_malformed: bool = False) -> list[ZsreR
     gets a "?", and `loc_ans` is its answer. A record's number is its place in the file, from 0.
 
     Args:
-        source: A JSON list or JSONL file, with or without ``zsre:`` before its path.
+        source: A JSON list or JSONL file, with or without ``zsre:`` before its path; or ``"zsre"``, see `ADDRESSES`.
         skip_malformed: Log records that cannot be read and go on without them.
     """
-    path = Path(str(source).removeprefix(ZSRE_PREFIX))
+    if str(source) == "zsre":
+        path = downloaded("zsre", ADDRESSES["zsre"], BadData)
+    else:
+        path = Path(str(source).removeprefix(ZSRE_PREFIX))
     return _read_all(str(path), list(read_values(path, BadData)), _zsre_record, skip_malformed)
 
 
 def is_zsre(source: str | Path) -> bool:
     """Whether records are asked for as zsRE, or their file's first one has zsRE's fields."""
-    if str(source).startswith(ZSRE_PREFIX):
+    if str(source) == "zsre" or str(source).startswith(ZSRE_PREFIX):
         return True
     path = Path(source)
     if not path.is_file() or path.stat().st_size == 0:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypedDict, cast
 
 from fastmemit.data import Record, ZsreRecord
+from fastmemit.data.records import Asked
 from fastmemit.display import bar, data_frame, html_table
 from fastmemit.editor import Editor
 from fastmemit.errors import BadConfig, BadData, WrongModel
@@ -28,7 +29,9 @@ from fastmemit.evaluation.scores import (
     RecordScore,
     count_questions,
     count_zsre_questions,
+    judge_probes,
     judge_zsre,
+    portability,
     score_records,
     summarise,
 )
@@ -61,6 +64,8 @@ class Result(dict[str, Any]):
 
     * ``before``, ``after``: `table` of the unedited and the edited model, on the same records.
     * ``records``: a `RecordResult` for each.
+    * ``portability``: what follows from the edits, see `fastmemit.evaluation.scores.portability`; None where no record
+      has such questions.
     * ``perplexity``: `Perplexity`, or None where it was not asked for.
     * ``settings``: those of the method, the batches, the model and the statistics.
     * ``seconds``: wall time by stage.
@@ -233,9 +238,16 @@ def chat_record(tokenizer: Any, record: Record) -> Record:
     def turns(prompts: Sequence[str]) -> tuple[str, ...]:
         return tuple(chat_text(tokenizer, prompt) for prompt in prompts)
 
+    def asked(forms: Sequence[Asked]) -> tuple[Asked, ...]:
+        return tuple((chat_text(tokenizer, prompt), answers) for prompt, answers in forms)
+
     return replace(
         record,
         request=chat_request(tokenizer, record.request),
+        more=tuple(chat_request(tokenizer, fact) for fact in record.more),
+        probes=tuple(
+            replace(probe, asked=asked(probe.asked), conditions=asked(probe.conditions)) for probe in record.probes
+        ),
         paraphrases=turns(record.paraphrases),
         neighbourhood=turns(record.neighbourhood),
         attributes=turns(record.attributes),
@@ -282,7 +294,7 @@ def edited(
 ) -> Iterator[None]:
     """Write a batch into the model inside, and take it out again; both are stages."""
     with stage(seconds, "edit"):
-        edit = editor.edit([record.request for record in batch], config, reads=reads, verify=False)
+        edit = editor.edit([fact for record in batch for fact in record.requests], config, reads=reads, verify=False)
     try:
         yield
     finally:
@@ -328,18 +340,23 @@ def evaluate(
     seconds: dict[str, float] = {}
     with stage(seconds, "before"):
         before = measures.take(editor, records, "unedited scores", progress)
+        model = (editor.adapter, editor.tokenizer)
+        counted = judge_probes(*model, records, conditions=True)
+        answered = judge_probes(*model, records)
     unedited, costs = None, []
     if text is not None:
         with stage(seconds, "perplexity"):
             unedited = perplexity(editor.adapter, text)
     with stage(seconds, "targets"):
-        editor.targets([record.request for record in records], config)
+        editor.targets([fact for record in records for fact in record.requests], config)
     after: list[Measured] = []
+    follows: list[tuple[bool, ...]] = []
     with bar("edited batches", len(batches), progress) as advance:
         for number, batch in enumerate(batches):
             with edited(editor, batch, config, seconds):
                 with stage(seconds, "after"):
                     after += measures.take(editor, batch, "edited scores", False)
+                    follows += judge_probes(*model, batch)
                 if text is not None and number < perplexity_batches:
                     with stage(seconds, "perplexity"):
                         costs.append(edited_nll(editor.adapter, text))
@@ -352,6 +369,7 @@ def evaluate(
             RecordResult(case_id=record.case_id, batch=number, before=b.shown(), after=a.shown())
             for record, number, b, a in zip(records, numbers, before, after, strict=True)
         ],
+        portability=portability(records, counted, answered, follows) or None,
         perplexity=before_and_after(unedited, costs) if unedited is not None and costs else None,
         settings={
             **statistics.resolved(editor.adapter, config).as_dict(),

@@ -13,9 +13,11 @@ from typing import Any, NamedTuple, TypedDict
 
 from fastmemit.answers import Answer, Question, judge_answers
 from fastmemit.data import Record, ZsreRecord
+from fastmemit.data.records import Asked, Probe
 from fastmemit.display import Described, Rows
 from fastmemit.errors import BadData
 from fastmemit.models import ModelAdapter
+from fastmemit.request import joined_answer
 
 #: What a record of CounterFact is scored by, each a share of its prompts.
 SHARES = ("es", "ps", "ns", "ea", "pa", "na")
@@ -320,6 +322,59 @@ def _asked(record: Record, attributes: bool) -> list[tuple[str, str | None]]:
         *zip(record.neighbourhood, own, strict=True),
         *((prompt, true) for prompt in related),
     ]
+
+
+def judge_probes(
+    adapter: ModelAdapter, tokenizer: Any, records: Sequence[Record], *, conditions: bool = False
+) -> list[tuple[bool, ...]]:
+    """Which questions about what follows from an edit the model, as it is now, answers; of each record, in its order.
+
+    A form is answered if greedy decoding gives one of its answers after a space. With `conditions` instead: whether all
+    conditions of a question are, which is to be asked of the unedited model.
+    """
+    forms = [[probe.conditions if conditions else probe.asked for probe in record.probes] for record in records]
+    questions = [
+        (prompt, joined_answer(prompt, answer))
+        for record in forms
+        for probe in record
+        for prompt, answers in probe
+        for answer in answers
+    ]
+    judged = iter(judge_answers(adapter, tokenizer, questions))
+
+    def answered(probe: Probe, asked: Sequence[Asked]) -> bool:
+        found = [any([next(judged).exact for _ in answers]) for _, answers in asked]
+        return all(found) if conditions or probe.every else any(found)
+
+    return [
+        tuple(answered(probe, asked) for probe, asked in zip(record.probes, each, strict=True))
+        for record, each in zip(records, forms, strict=True)
+    ]
+
+
+def portability(
+    records: Sequence[Record],
+    counted: Sequence[Sequence[bool]],
+    before: Sequence[Sequence[bool]],
+    after: Sequence[Sequence[bool]],
+) -> dict[str, dict[str, float | None]]:
+    """By kind of question: how many there are, how many count, and the share in percent of these that is answered.
+
+    `counted`, `before` and `after` are what `judge_probes` says of each record.
+    """
+    found: dict[str, list[tuple[bool, bool, bool]]] = {}
+    for record, *answers in zip(records, counted, before, after, strict=True):
+        for probe, *one in zip(record.probes, *answers, strict=True):
+            found.setdefault(probe.kind, []).append((one[0], one[1], one[2]))
+    table: dict[str, dict[str, float | None]] = {}
+    for kind, all_of_it in found.items():
+        count = [one for one in all_of_it if one[0]]
+        shares = {
+            when: None if not count else 100 * sum(one[place] for one in count) / len(count)
+            for when, place in (("before", 1), ("after", 2))
+        }
+        table[kind] = {"questions": len(all_of_it), "counted": len(count), **shares}
+    return table
 
 
 def judge_zsre(

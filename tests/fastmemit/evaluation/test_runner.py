@@ -50,7 +50,8 @@ def result(editor: Editor, weights: dict[str, torch.Tensor]) -> Result:
 
 
 def test_it_has_the_fields_of_the_schema(result: Result) -> None:
-    assert list(result) == ["before", "after", "records", "perplexity", "settings", "seconds", "versions"]
+    names = "before after records portability perplexity settings seconds versions"
+    assert list(result) == names.split()
     assert all(f"``{name}``" in str(Result.__doc__) for name in result)
     for table in (result["before"], result["after"]):
         assert table.keys() == set(ALL)
