@@ -255,6 +255,23 @@ def null_space(
     return NullSpace(vectors[:, :kept].contiguous(), eigenvalues, limit)
 
 
+@isolated()
+def ridge(K: Tensor, R: Tensor, l2: float) -> LowRank:
+    """Ridge regression of steps R (d, B) on keys K (d_k, B): ``Delta = R K^T (K K^T + l2 I)^-1``, l2 above 0.
+
+    MEMIT's equation with a multiple of the identity in the place of A, which is not made: of B keys and d_k directions
+    the fewer are solved for.
+
+    Raises:
+        BadInput: K is no dense matrix (d_k, B) of numbers, or R none with B columns.
+        NonFinite: K or R holds NaN or infinity, or the update overflows.
+        NotPositiveDefinite: l2 is too small for the keys.
+    """
+    K = matrix(K, "Edit keys")
+    K, R = checked_edits(K, R, K.shape[0], K)
+    return finite_change(R.contiguous(), _solved(K, K, l2))
+
+
 #: What of a key's length lies in the null space and is no more than the rounding of float32.
 NOTHING = 1e-7
 

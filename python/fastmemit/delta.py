@@ -26,6 +26,7 @@ VERSION = 1
 RECORD = "fastmemit.json"
 _RECORD_FORMAT = "fastmemit-model"
 _RECORD_BYTES = 1 << 26
+_MOMENTS = ":moments"
 
 
 @dataclass(frozen=True)
@@ -38,10 +39,14 @@ class Delta:
         factors: Weight name -> (left (rows, r), right (columns, r)), float32 on the CPU, in the weight's own
             orientation: ``W' - W = left @ right^T``, r at most the number of facts and the smaller side.
         provenance: JSON values: the model's fingerprint (``model``), method, settings, requests, versions.
+        moments: Of an edit by UltraEdit: weight name -> (2, columns + rows) float32 on the CPU, mean and root mean
+            square deviation of what the edit read of its tokens, which later edits are normalised by; how many there
+            were is ``provenance["tokens"]``.
     """
 
     factors: Mapping[str, tuple[Tensor, Tensor]]
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    moments: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def model(self) -> str | None:
@@ -76,20 +81,21 @@ class Delta:
         return frozenset((self.digest(), *(entry["digest"] for entry in self.entries)))
 
     def digest(self) -> str:
-        """SHA-256 (hex) over names, shapes and bytes of all factors."""
+        """SHA-256 (hex) over names, shapes and bytes of all factors, and of moments where there are any."""
         # Read again only where a factor was written or replaced since; the tensors are held, so that no other one gets
         # their numbers.
-        sides = [side for name in sorted(self.factors) for side in self.factors[name]]
+        named = [(name, side) for name in sorted(self.factors) for side in self.factors[name]]
+        named += [(f"{name}{_MOMENTS}", self.moments[name]) for name in sorted(self.moments)]
+        names, sides = [name for name, _ in named], [side for _, side in named]
         marks = _marks(sides)
         known, text, _ = self.__dict__.get("_digest", (None, "", ()))
-        if marks is not None and known == (sorted(self.factors), marks):
+        if marks is not None and known == (names, marks):
             return str(text)
         digest = hashlib.sha256()
-        for name in sorted(self.factors):
-            for side in self.factors[name]:
-                digest.update(f"{name}{tuple(side.shape)}".encode())
-                digest.update(side.contiguous().numpy().tobytes())
-        self.__dict__["_digest"] = ((sorted(self.factors), marks), digest.hexdigest(), sides)
+        for name, side in named:
+            digest.update(f"{name}{tuple(side.shape)}".encode())
+            digest.update(side.contiguous().numpy().tobytes())
+        self.__dict__["_digest"] = ((names, marks), digest.hexdigest(), sides)
         return digest.hexdigest()
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -106,6 +112,7 @@ class Delta:
         for name, (left, right) in sorted(self.factors.items()):
             _check_finite(name, left, right)
             tensors[f"{name}:left"], tensors[f"{name}:right"] = left, right
+        tensors |= {f"{name}{_MOMENTS}": moments for name, moments in sorted(self.moments.items())}
         provenance = json.dumps(self.provenance, sort_keys=True)
         parse_json(provenance)  # what `load` would refuse is not written
         about = {"format": FORMAT, "version": str(VERSION), "provenance": provenance}
@@ -137,12 +144,17 @@ class Delta:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except SafetensorError as error:
             raise DamagedFile(_damaged(path, f"is not a readable safetensors file ({error!s:.120})")) from error
+        moments = {name.removesuffix(_MOMENTS): tensors.pop(name) for name in [*tensors] if name.endswith(_MOMENTS)}
         factors = _pairs(path, tensors)
+        for name, found in moments.items():
+            width = sum(side.shape[0] for side in factors.get(name, ()))
+            if found.dtype != torch.float32 or tuple(found.shape) != (2, width) or not bool(found.isfinite().all()):
+                raise DamagedFile(_damaged(path, f"holds moments of {name:.80} that do not fit its factors"))
         try:
             provenance = parse_json(metadata["provenance"])
         except (KeyError, ValueError) as error:
             raise DamagedFile(_damaged(path, "has no readable provenance")) from error
-        delta = cls(factors, provenance if isinstance(provenance, dict) else {})
+        delta = cls(factors, provenance if isinstance(provenance, dict) else {}, moments)
         if metadata.get("sha256") != _seal(delta.digest(), metadata["provenance"]):
             raise DamagedFile(_damaged(path, "holds other bytes than were written"))
         for name, pair in factors.items():

@@ -7,7 +7,7 @@ import difflib
 import inspect
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -218,7 +218,7 @@ class Editor(Described):
             WrongModel: The model is edited; statistics belong to the unedited one.
             UnknownArchitecture: Edits of these layers could not be computed with them.
             BadConfig: The multiplier is neither a number nor ``"auto"``, a field is not one of `Collection` or makes no
-                sense, or there are both layers and a method.
+                sense, there are both layers and a method, or one that needs no statistics.
             FastmemitError: See `fastmemit.statistics.StatisticsStore.collect`.
             fastcov.FastcovError: See there.
         """
@@ -232,7 +232,9 @@ class Editor(Described):
             raise BadConfig(f"There is no field {name!r}; {meant} has {', '.join(fields)}.")
         if layers is None:
             configs = [self.config(m) for m in (METHODS if method is None else (method,))]
-            layers = sorted({layer for config in configs for layer in config.layers})
+            layers = sorted({layer for config in configs if config.needs_statistics for layer in config.layers})
+            if not layers:
+                raise BadConfig(f"{configs[0].method} with these settings needs no statistics; edit at once.")
             more.setdefault("quartic", any(config.quartic for config in configs))
         spec = Collection(corpus, layers, multiplier, **more)
         self.store.budgets(spec)  # refuses before anything runs
@@ -267,6 +269,7 @@ class Editor(Described):
         *,
         preserved: PreservedKeys | None = None,
         reads: ReadCache | None = None,
+        targets: Mapping[EditRequest, Target] | None = None,
         **overrides: Any,
     ) -> Edit:
         """Compute an edit and apply nothing; the weights are the same before and after.
@@ -279,6 +282,8 @@ class Editor(Described):
                 for none; for ENCORE and AlphaEdit, to which they belong, for those of all edits that are in the weights
                 now, and an empty object for none.
             reads: Where to cache what the unedited model shows, for further plans of these facts.
+            targets: Target vectors by fact, in the place of those of the model as it is: those of the unedited model
+                serve every method that shares them (`targets`), however many edits lie beneath.
             overrides: Settings of the method that replace the preset's, see `EditConfig`.
 
         Returns:
@@ -292,7 +297,7 @@ class Editor(Described):
         """
         config = self.config(method, **overrides)
         with self._stack.lock:
-            return run(config, self.workspace, check_batch(facts), preserved, reads)
+            return run(config, self.workspace, check_batch(facts), preserved, reads, targets)
 
     @isolated()
     def edit(
@@ -302,6 +307,7 @@ class Editor(Described):
         *,
         preserved: PreservedKeys | None = None,
         reads: ReadCache | None = None,
+        targets: Mapping[EditRequest, Target] | None = None,
         verify: bool = True,
         strict: bool = False,
         **overrides: Any,
@@ -313,6 +319,7 @@ class Editor(Described):
             method: See `plan`, also for preserved, reads and overrides.
             preserved: See `plan`.
             reads: See `plan`.
+            targets: See `plan`.
             verify: Ask each fact before and after, as it is written: the answers are in `Edit.outcomes`, and one that
                 is not what the model says is named in a warning. False for loops that score the model themselves.
             strict: Take the edit back if the model does not say all of its facts.
@@ -325,7 +332,7 @@ class Editor(Described):
         config = self.config(method, **overrides)
         batch = check_batch(facts)
         with self._stack.lock:
-            edit = run(config, self.workspace, batch, preserved, reads)
+            edit = run(config, self.workspace, batch, preserved, reads, targets)
             before = self._asked_before(batch) if verify or strict else []
             if before:
                 edit.remember(before)

@@ -629,8 +629,8 @@ class StatisticsStore:
 
     def prepare(self, config: EditConfig) -> dict[int, float]:
         """Make what the layers' solves need; layer -> the jitter of its factor, if there is one."""
-        if config.method == "alphaedit":
-            for layer in config.layers:
+        if not hasattr(config, "covariance"):  # no A
+            for layer in config.layers if config.needs_statistics else ():
                 self.null_space(cast("AlphaEditConfig", config), layer)
             return {}
         return {layer: self.factor(cast("CovarianceConfig", config), layer).jitter for layer in config.layers}

@@ -216,8 +216,9 @@ def _demo(args: argparse.Namespace) -> None:
     say(f"loaded {editor.name}: {editor.adapter.n_layers} blocks, keys of width {width}")
     weights = {name: tensor.clone() for name, tensor in editor.model.state_dict().items()}
     config = editor.config(args.method, **overrides)
-    found = editor.precompute(args.corpus, multiplier=args.multiplier, method=config)
-    say(f"second moments of layers {', '.join(map(str, config.layers))}: {found.describe()}")
+    if config.needs_statistics:
+        found = editor.precompute(args.corpus, multiplier=args.multiplier, method=config)
+        say(f"second moments of layers {', '.join(map(str, config.layers))}: {found.describe()}")
 
     facts = builtin_facts()
     requests = [fact.request for fact in facts]

@@ -139,7 +139,8 @@ def _variants(vary: list[str], only: bool, methods: Sequence[str]) -> tuple[dict
 
 @verb(
     "experiment sequential",
-    "--batch-size --num-batches=10 --score-every --multipliers=10 --preserve INPUTS MODEL METHOD",
+    "--batch-size --num-batches=10 --score-every --multipliers=10 --preserve --targets --generations INPUTS MODEL "
+    "METHOD",
 )
 def _sequential(args: argparse.Namespace) -> None:
     r"""Write batches on top of each other and score all facts so far; finished sequences are not run again.
@@ -166,7 +167,16 @@ def _sequential(args: argparse.Namespace) -> None:
     chosen = batches(records, args.batch_size, args.num_batches, seed=None if args.cases else args.seed)
     editor = make_editor(args)
     editor.config(args.method, **overrides)  # refused before the text is read
-    plan = Plan(chosen, args.method, overrides, multipliers, PRESERVE[args.preserve], args.score_every)
+    plan = Plan(
+        chosen,
+        args.method,
+        overrides,
+        multipliers,
+        PRESERVE[args.preserve],
+        args.score_every,
+        args.targets,
+        args.generations,
+    )
     lines = run_sequences(editor, plan, _inputs(args, editor, corpus), progress=not args.quiet)
     title = f"{editor.name}: {method_title(args.method)}, batches of {args.batch_size} in sequence"
     for ending, content in {"md": sequence_table(lines).encode(), **sequence_figure(lines, title)}.items():

@@ -11,6 +11,7 @@ import math
 import os
 import re
 import sys
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass, is_dataclass
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from fastmemit.statistics import Statistics
 
 # Those of fastmemit.methods, which to import takes a second.
-METHOD_NAMES = ("rome", "emmet", "memit", "pmet", "encore", "alphaedit")
+METHOD_NAMES = ("rome", "emmet", "memit", "pmet", "encore", "rlsedit", "alphaedit", "ultraedit")
 LAYOUT_NAMES = ("rome", "memit", "easyedit", "alphaedit", "efficient")
 METRICS = ("score", "magnitude", "accuracy", "attributes", "generation")
 DEFAULT_MULTIPLIER = 10.0
@@ -131,6 +132,39 @@ def _metrics(text: str) -> tuple[str, ...]:
     return names
 
 
+def describe(method: str | None = None) -> str:
+    """The settings of a method, or of all, with what they are by default and what they mean.
+
+    Raises:
+        BadConfig: There is no such method.
+    """
+    from fastmemit.methods.config import CONFIGS, config_class
+
+    classes = list(CONFIGS.values()) if method is None else [config_class(method)]
+    lines = ["Defaults for a model without a preset; a preset has its own."]
+    for cls in classes:
+        meanings = _meanings(cls)
+        lines += ["", f"{cls.method}:"]
+        for name, default in cls.settings().items():
+            shown = "by depth" if name == "layers" else "none" if default is None else default
+            line = f"  {f'{name} ({shown})':24} {meanings.get(name, '')}"
+            lines.append(textwrap.fill(line, 100, subsequent_indent=" " * 27))
+    return "\n".join(lines)
+
+
+def _meanings(cls: type[EditConfig]) -> dict[str, str]:
+    """The first sentence that the nearest class's docstring has for each setting."""
+    found: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        text = inspect.cleandoc(base.__doc__ or "") if hasattr(base, "settings") else ""
+        section = text.partition("Attributes:\n")[2].partition("\n\n")[0]
+        for entry in re.split(r"\n    (?=\w+: )", "\n" + section)[1:]:
+            name, _, meaning = " ".join(entry.split()).partition(": ")
+            meaning = re.split(r"\. |\.$", meaning)[0].replace("`", "")
+            found[name] = meaning
+    return found
+
+
 class _Setting(argparse.Action):
     """Collects settings; ``--set help`` lists what there is to set instead, and ends."""
 
@@ -138,8 +172,6 @@ class _Setting(argparse.Action):
         self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
     ) -> None:
         if values == "help":
-            from fastmemit.methods.config import describe
-
             print(describe(getattr(namespace, "method", None)))
             parser.exit()
         setattr(namespace, self.dest, [*getattr(namespace, self.dest), values])
@@ -243,6 +275,10 @@ FLAGS: dict[str, dict[str, dict[str, Any]]] = {
         "--seeds": _flag("N,...", "seeds for the order of the corpus", default="0"),
         "--bos": _choice(("with", "without", "both"), "the first position of documents among the preserved keys"),
         "--preserve": _choice(("both", "yes", "no"), "the keys of earlier edits too, or one sequence of each"),
+        "--targets": _choice(("edited", "unedited"), "target vectors of the model as it is when a batch is written, or "
+                             "of the unedited one, which methods share and which are made once"),
+        "--generations": _flag("N", "n-gram entropy of what the model writes about the first N records", _from_zero,
+                               default=0),
         "--shard": _flag("I/N", "run every N-th cell, from the I-th on"),
     },
     "output": {

@@ -282,7 +282,8 @@ def _statistics(editor: Editor, args: argparse.Namespace, layers: tuple[int, ...
     from fastmemit.methods import METHODS
 
     if args.corpus is not None or args.multiplier == "auto":
-        every = sorted({layer for method in METHODS for layer in editor.config(method).layers})
+        configs = [editor.config(method) for method in METHODS]
+        every = sorted({layer for config in configs if config.needs_statistics for layer in config.layers})
         return stored_or_collected(editor, layers or every, args)
     found = editor.store.find(layers, args.multiplier)
     if found is not None:

@@ -172,16 +172,17 @@ def _alt(drawing: Drawing) -> str:
 def sequence_figure(lines: Sequence[Mapping[str, Any]], title: str) -> dict[str, bytes]:
     """Scores and perplexity of sequences against the number of facts written; as svg, pdf and png.
 
-    A colour and marker for each multiplier; solid where the keys of earlier edits are preserved, dashed where they are
-    not. A score that no line has gets no panel. The lines are those of `run_sequences`, at least one.
+    A colour and marker for each method and multiplier; solid where the keys of earlier edits are preserved, dashed
+    where they are not. A score that no line has gets no panel. The lines are those of `run_sequences`, at least one.
     """
-    multipliers = list(dict.fromkeys(line["multiplier"] for line in lines))
+    looks = list(dict.fromkeys((line.get("method", ""), line["multiplier"]) for line in lines))
+    methods = {method for method, _ in looks}
     drawn = []
     for preserve in (True, False):
-        for number, multiplier in enumerate(multipliers):
+        for number, (method, multiplier) in enumerate(looks):
             points: dict[float | None, Mapping[str, Estimate | None]] = {}
             for line in lines:
-                if (line["multiplier"], line["preserve"]) == (multiplier, preserve):
+                if (line.get("method", ""), line["multiplier"], line["preserve"]) == (method, multiplier, preserve):
                     values = {**line["scores"], PERPLEXITY: line["perplexity"]}
                     sure = score_intervals(line["records"]) if line.get("records") else {}
                     points[line["facts"]] = {
@@ -189,6 +190,9 @@ def sequence_figure(lines: Sequence[Mapping[str, Any]], title: str) -> dict[str,
                         for name, value in values.items()
                     }
             label = f"{multiplier_name(multiplier)}, edit keys {'preserved' if preserve else 'not preserved'}"
+            label = (
+                label if len(methods) == 1 else f"{method_title(method)}{', edit keys preserved' if preserve else ''}"
+            )
             drawn += [Line(label, points, number, dashed=not preserve)] if points else []
     return render(Drawing(title, tuple(drawn), facts=True))
 

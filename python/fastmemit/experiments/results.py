@@ -148,7 +148,8 @@ def as_published(method: str | EditConfig, settings: Mapping[str, Any] | None = 
     if isinstance(method, EditConfig) and getattr(method, "relative_ridge", None) is not None:
         return dict(settings or {})
     own = method if isinstance(method, EditConfig) else config_class(method)
-    return {**({"relative_ridge": 0.0} if "relative_ridge" in own.settings() else {}), **(settings or {})}
+    default = own.settings().get("relative_ridge", 0.0)  # RLSEdit's is its own
+    return {**({"relative_ridge": 0.0} if default is None else {}), **(settings or {})}
 
 
 def check_header(path: Path, header: Mapping[str, Any], what: str = "a sweep") -> None:
@@ -192,7 +193,8 @@ def with_defaults(method: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(settings, Mapping):
         raise TypeError(f"the settings of {method:.40} are {settings!r:.40}")
     own = {**CONFIGS[method].settings(), **as_published(method)}
-    own |= {"scale": "published", "optimiser": "adam", "v_lr": 0.5}  # there was no other before they were written down
+    before = {"scale": "published", "optimiser": "adam", "v_lr": 0.5}  # there was no other, and none was written down
+    own |= {name: value for name, value in before.items() if name in own}
     known = {name: settings.get(name, value) for name, value in own.items()}
     return {"method": method, **known, "preset": settings.get("preset", "default")}
 

@@ -18,13 +18,14 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 
 from fastcov.errors import NonFinite
 from fastmemit.data import Record
 from fastmemit.display import Rows, bar
 from fastmemit.editor import Editor
 from fastmemit.errors import BadConfig, BadData, DamagedFile, FastmemitError, WrongModel
+from fastmemit.evaluation.generation import check_generations, generate_records
 from fastmemit.evaluation.perplexity import perplexity
 from fastmemit.evaluation.scores import SHARES, ScoreTable, score_records
 from fastmemit.experiments import results
@@ -36,8 +37,10 @@ from fastmemit.experiments.sweep import (
     table_of,
     unedited_scores,
 )
-from fastmemit.methods import PRESERVING, EditConfig, PreservedKeys, ReadCache
-from fastmemit.request import check_batch
+from fastmemit.methods import PRESERVING, EditConfig, PreservedKeys, ReadCache, TargetConfig
+from fastmemit.methods.config import config_class
+from fastmemit.request import EditRequest, check_batch
+from fastmemit.targets import Target
 from fastmemit.text import request_rows
 
 log = logging.getLogger(__name__)
@@ -58,6 +61,7 @@ class Step(TypedDict):
     before: ScoreTable  # of the unedited model on the same records
     by_batch: list[ScoreTable]  # `scores` of each batch alone, the oldest first
     perplexity: float | None  # of the model as it is now; None where it was not asked for
+    entropy: float | None  # n-gram entropy of what it writes, in bits; None where it was not asked for
     records: list[dict[str, Any]]  # see `Cell`; of all facts so far; earlier versions wrote none
 
 
@@ -71,14 +75,21 @@ class Plan:
     multipliers: Sequence[float | None]  # in ascending order; None, which comes last, is the full precompute
     preserve: Sequence[bool] = (True, False)  # with the keys of earlier edits preserved too, without, or both
     score_every: int = 1  # after how many batches scores are taken
+    targets: Literal["edited", "unedited"] = "edited"  # of which model: as it is when a batch is written, or before all
+    generations: int = 0  # of how many of the first records the openings are continued, for `Step.entropy`
 
     def runs(self) -> dict[str, tuple[float | None, bool]]:
         """Multiplier, and whether edit keys are preserved, by name, such as ``memit/b16x10/x2/preserved``."""
         place = f"{self.method}/b{max(map(len, self.batches))}x{len(self.batches)}"
+        ending = "" if self.targets == "edited" else "+unedited"
+        solves = issubclass(config_class(self.method), TargetConfig)  # with keys to be preserved
         return {
-            f"{place}/{multiplier_name(multiplier)}/{'preserved' if preserve else 'plain'}": (multiplier, preserve)
+            f"{place}/{multiplier_name(multiplier)}/{'preserved' if preserve else 'plain'}{ending}": (
+                multiplier,
+                preserve,
+            )
             for multiplier in self.multipliers
-            for preserve in self.preserve
+            for preserve in (self.preserve if solves else (False,))
         }
 
     def scored(self) -> int:
@@ -118,13 +129,17 @@ def run_sequences(editor: Editor, plan: Plan, inputs: Inputs, *, progress: bool 
         results.write_in_order(lines.path, list(runs), finished)  # without the steps of a run that was killed
         todo = {key: run for key, run in runs.items() if key not in finished}
         if todo:
-            statistics = precompute_multipliers(editor, inputs, plan.multipliers, config.layers, quartic=config.quartic)
-            unedited = unedited_scores(editor, folder, [r for batch in plan.batches for r in batch], progress)
+            layers = config.layers if config.needs_statistics else ()
+            statistics = precompute_multipliers(editor, inputs, plan.multipliers, layers, quartic=config.quartic)
+            records = [record for batch in plan.batches for record in batch]
+            unedited = unedited_scores(editor, folder, records, progress)
             reads = ReadCache()  # the first batch is written into the unedited model, every time
             with bar("records", plan.scored() * len(todo), progress) as advance:
                 for key, (multiplier, preserve) in todo.items():
                     advance.note(key)
-                    editor.store.use(statistics[multiplier])
+                    used = statistics[multiplier]
+                    if used is not None:
+                        editor.store.use(used)
                     begun = time.perf_counter()
                     run = run_sequential(
                         editor,
@@ -134,12 +149,14 @@ def run_sequences(editor: Editor, plan: Plan, inputs: Inputs, *, progress: bool 
                         preserve=preserve,
                         score_every=plan.score_every,
                         perplexity=None if text is None else lambda: perplexity(editor.adapter, text).perplexity,
+                        entropy=_entropy(editor, records[: plan.generations]),
+                        targets=plan.targets,
                         unedited=unedited,
                         reads=reads,
                         progress=advance,
                     )
                     place = {"method": plan.method, "batch_size": max(map(len, cases)), "multiplier": multiplier}
-                    place |= {"preserve": preserve, "keys": statistics[multiplier].keys}
+                    place |= {"preserve": preserve, "keys": 0 if used is None else used.keys, "targets": plan.targets}
                     with closing(run):
                         for step in run:
                             lines.append({"key": f"{key}/{step['edits']}", **place, **step})
@@ -147,6 +164,19 @@ def run_sequences(editor: Editor, plan: Plan, inputs: Inputs, *, progress: bool 
             finished = read_sequences(lines.path, len(cases))
             results.write_in_order(lines.path, list(runs), finished)
     return Rows((line for key in runs for line in finished.get(key, ())), results.cell_columns)
+
+
+def _entropy(editor: Editor, records: Sequence[Record]) -> Callable[[], float] | None:
+    """What measures the mean n-gram entropy of the records' openings, continued by the model as it is."""
+    if not records:
+        return None
+    check_generations(records)
+
+    def measured() -> float:
+        written = generate_records(editor.model, editor.tokenizer, records, seed=editor.seed)
+        return math.fsum(each.ge for each in written) / len(written)
+
+    return measured
 
 
 def read_sequences(path: Path, batches: int) -> dict[str, list[dict[str, Any]]]:
@@ -173,6 +203,7 @@ def check_step(place: str, line: Mapping[str, Any]) -> None:
         **dict.fromkeys(("edits", "facts", "failed"), COUNT),
         **dict.fromkeys(("scores", "before"), Kind((dict,))),
         "perplexity": Kind((int, float, type(None)), 1.0),
+        **({"entropy": Kind((int, float, type(None)), 0.0)} if "entropy" in line else {}),
         "multiplier": results.MULTIPLIER,
         "preserve": Kind((bool,)),
         "by_batch": Kind((list,)),
@@ -198,23 +229,27 @@ def run_sequential(
     preserve: bool,
     score_every: int = 1,
     perplexity: Callable[[], float] | None = None,
+    entropy: Callable[[], float] | None = None,
+    targets: Literal["edited", "unedited"] = "edited",
     unedited: Mapping[int, Mapping[str, Any]] | None = None,
     reads: ReadCache | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Generator[Step]:
     """Write batches one after the other, and yield a `Step` after every k-th and after the last.
 
-    Target vectors are those of the model as it is when a batch is written, with the earlier edits in it; contexts are
-    those of the unedited model. All edits are undone when the iterator ends, is closed or fails: the weights have their
-    bits back, last edit first. For the method, its settings and `reads` see `fastmemit.Editor.plan`.
+    Target vectors are those of the model as it is when a batch is written, with the earlier edits in it, or, where
+    `targets` is ``"unedited"``, those of the unedited model, which are the same for all methods that share them.
+    Contexts are those of the unedited model. All edits are undone when the iterator ends, is closed or fails: the
+    weights have their bits back, last edit first. For the method, its settings and `reads` see
+    `fastmemit.Editor.plan`.
 
     With `preserve` each batch preserves the keys of the earlier ones too, ``A = w C + ridge I + sum K_p K_p^T``.
-    `perplexity` measures the model as it is; `unedited` are the unedited model's shares by case_id, if they were taken
-    already; `progress` is called with the number of records written or scored since its last call.
+    `perplexity` and `entropy` measure the model as it is; `unedited` are the unedited model's shares by case_id, if
+    they were taken already; `progress` is called with the number of records written or scored since its last call.
 
     Raises:
         WrongModel: The model is edited already.
-        BadConfig: `score_every` is below 1.
+        BadConfig: `score_every` is below 1, or unedited targets are wanted for a method that has no target vectors.
         BadData: There is no batch, or an empty one.
         BadRequest: A record cannot be edited, or two of a batch contradict each other.
         fastcov.FastcovError: No statistics of the edited layers were precomputed.
@@ -228,6 +263,8 @@ def run_sequential(
     if not batches or not all(batches):
         raise BadData("A sequence needs batches with at least one record each; give some.")
     config = editor.config(method, **as_published(method, settings))
+    if targets == "unedited" and not isinstance(config, TargetConfig):
+        raise BadConfig(f"{config.method} has no target vectors; leave out targets='unedited' (--targets).")
     editor.store.needed(config)
     contexts = editor.contexts(config.method)  # written by the unedited model
     for batch in batches:  # refused now, not when it is their turn
@@ -236,6 +273,12 @@ def run_sequential(
     if unedited is None:
         records = [record for batch in batches for record in batch]
         unedited = {s.case_id: s.shares() for s in score_records(editor.adapter, editor.tokenizer, records)}
+    given: dict[EditRequest, Target] | None = None
+    if targets == "unedited":
+        given = {}
+        for batch in batches:
+            requests = [record.request for record in batch]
+            given |= zip(requests, editor.targets(requests, config, together=True), strict=True)
     preserved = PreservedKeys() if preserve else None
     failed = 0
     try:
@@ -246,8 +289,9 @@ def run_sequential(
             try:
                 # Their last bits depend on what vectors are optimised beside, so that a run that was interrupted may
                 # not take some from the store and make the others.
-                editor.targets(requests, config, together=True)
-                editor.edit(requests, config, preserved=earlier, reads=reads, verify=False)
+                if given is None:
+                    editor.targets(requests, config, together=True)
+                editor.edit(requests, config, preserved=earlier, reads=reads, targets=given, verify=False)
             except (NonFinite, FastmemitError) as broken:
                 # Requests were checked before, so that what is left of our own errors is a target whose loss is not
                 # finite.
@@ -285,6 +329,7 @@ def run_sequential(
                     before=table_of(scored, "before"),
                     by_batch=[table_of([row for row in scored if row["batch"] == at]) for at in range(number)],
                     perplexity=cost,
+                    entropy=None if entropy is None else entropy(),
                     records=scored,
                 )
                 if progress is not None:

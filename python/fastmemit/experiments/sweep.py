@@ -235,8 +235,8 @@ def precompute_multipliers(
     bos: bool = True,
     seed: int | None = None,
     quartic: bool = False,
-) -> dict[float | None, Statistics]:
-    """Statistics of several multipliers, each with the keys of the smaller ones and some more.
+) -> dict[float | None, Statistics | None]:
+    """Statistics of several multipliers, each with the keys of the smaller ones and some more; None of no layers.
 
     A budget's keys are the first of the next one's. So the corpus is run once, up to the largest budget, and the sum is
     stored at each of them. What is stored already is not run again: a pass that was interrupted goes on at the last
@@ -246,8 +246,10 @@ def precompute_multipliers(
     Raises:
         BudgetNotMet: The corpus is too short for one of the numbers.
     """
+    if not layers:
+        return dict.fromkeys(multipliers)
     width = max(editor.adapter.d_k(layer) for layer in layers)
-    found: dict[float | None, Statistics] = {}
+    found: dict[float | None, Statistics | None] = {}
     before: Statistics | None = None
     for multiplier in multipliers:
         found[multiplier] = before = editor.store.collect(
@@ -395,16 +397,22 @@ def forecast(
     """
     grid = grid.of_model(editor.config)
     finished = results.read_results(inputs.folder) if inputs.folder.is_dir() else {}
-    places = [place for place in grid.places()[shard[0] - 1 :: shard[1]] if place.key not in finished]
+    places, configs, targets = [], [], {}
+    for place in grid.places()[shard[0] - 1 :: shard[1]]:
+        config = editor.config(place.method, **as_published(place.method, dict(place.settings)))
+        settings = config.targets()
+        if place.key not in finished and settings is not None:  # without target vectors a cell costs little
+            places.append(place)
+            configs.append(config)
+            targets[place.key] = settings
     if not places:
         return None
     size = max(grid.batches)
     order = editor.seed if inputs.cases is None else None
     few = batches(records, size, grid.batches[size], seed=order)[0][:_TRIED]
     few += [record for record in records if record not in few][: _TRIED - len(few)]
-    configs = [editor.config(place.method, **as_published(place.method, dict(place.settings))) for place in places]
     names = [editor.adapter.projection_name(layer) for layer in sorted({x for each in configs for x in each.layers})]
-    settings = configs[0].targets()
+    settings = targets[places[0].key]
     steps = min(settings.steps, 3)
 
     def timed(work: Callable[[], Any]) -> float:
@@ -439,7 +447,6 @@ def forecast(
     number = inputs.corpus.n_documents
     there = math.inf if number is None else number * sum(lengths) / len(lengths)
     width = max(editor.adapter.d_k(layer) for each in configs for layer in each.layers)
-    targets = {place.key: config.targets() for place, config in zip(places, configs, strict=True)}
     return Forecast(grid, places, targets, rates, min(inputs.full_keys, there), width)
 
 
@@ -501,10 +508,11 @@ def run_sweep(
                     used = precompute_multipliers(
                         editor, inputs, way, run.layers, bos=bos, seed=seed, quartic=run.quartic
                     )[multiplier]
-                    editor.store.use(used)
+                    if used is not None:
+                        editor.store.use(used)
                     for place in cells:
                         advance.note(place.key)
-                        cell, seconds = run.cell(place, used.keys, advance)
+                        cell, seconds = run.cell(place, 0 if used is None else used.keys, advance)
                         timings.append(results.timing(editor, place.key, seconds))
                         lines.append(cell)
         if of == 1:
@@ -531,7 +539,9 @@ class _Run:
 
     @property
     def layers(self) -> list[int]:
-        return sorted({layer for place in self.places for layer in self.config(place).layers})
+        """Those of which there has to be a C."""
+        configs = [self.config(place) for place in self.places]
+        return sorted({layer for config in configs if config.needs_statistics for layer in config.layers})
 
     @property
     def quartic(self) -> bool:
@@ -552,6 +562,8 @@ class _Run:
         if self.inputs.text is not None:
             self.unedited = perplexity(self.editor.adapter, self.inputs.text)
         for settings in dict.fromkeys(self.config(place).targets() for place in todo):
+            if settings is None:
+                continue  # a method without target vectors
             # The batch sizes of the whole grid: ROME, for one, edits no batches but those of one.
             using = [place for place in self.places if self.config(place).targets() == settings]
             wanted = distinct({place.batch_size for place in using})

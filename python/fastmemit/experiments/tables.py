@@ -22,7 +22,7 @@ from itertools import groupby
 from typing import Any, NamedTuple, cast
 
 from fastmemit.errors import BadData
-from fastmemit.evaluation.scores import SCORES, SHARES
+from fastmemit.evaluation.scores import SCORES, SHARES, score_means
 from fastmemit.experiments.intervals import (
     PERPLEXITY,
     RESAMPLES,
@@ -52,6 +52,7 @@ NAMES = tuple(f"{score}_{side}" for score in _PRINTED for side in ("full", "fast
 _PLACE = ("method", "settings", "bos", "seed", "multiplier", "batch_size", "batches")
 #: What a spreadsheet begins a formula with, in every width; white space is dropped before it.
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")
+FIRST = 100  # facts whose fate a sequence's table follows
 _NARROW = 9  # a table of more columns does not fit the width of a page
 
 Estimates = Mapping[str, Estimate | None]
@@ -258,7 +259,7 @@ class Table:
 
 def method_title(method: str) -> str:
     """A method's name as it is written in titles."""
-    return "AlphaEdit" if method == "alphaedit" else method.upper()
+    return {"alphaedit": "AlphaEdit", "ultraedit": "UltraEdit", "rlsedit": "RLSEdit"}.get(method, method.upper())
 
 
 def slug(text: str) -> str:
@@ -436,28 +437,37 @@ def difference_tables(groups: Sequence[Group]) -> list[Table]:
 
 
 def sequence_table(lines: Sequence[Mapping[str, Any]]) -> str:
-    """Sequences in Markdown, a row for each step: the scores over all facts, of the oldest and of the newest batch.
+    """Sequences in Markdown, a row for each step: the scores over all facts, of the first hundred and the newest batch.
 
     Scores have their 95 % intervals where a line has its records, as lines of this version have. The lines are those of
     `run_sequences`, at least one.
     """
     measured = any(line["perplexity"] is not None for line in lines)
-    names = ["multiplier", "edit keys", "facts", *(name.upper() for name in SCORES)]
-    names += [f"{name} {batch}" for batch in ("oldest", "newest") for name in ("S", "EA")]
-    rows = ["| " + " | ".join([*names, *([PERPLEXITY] if measured else [])]) + " |"]
+    written = any(line.get("entropy") is not None for line in lines)
+    methods = list(dict.fromkeys(str(line["method"]) for line in lines if "method" in line))
+    names = [*(["method"] if len(methods) > 1 else []), "multiplier", "edit keys", "facts"]
+    names += [name.upper() for name in SCORES]
+    names += [f"{name} {batch}" for batch in ("first", "newest") for name in ("S", "EA")]
+    names += [*([PERPLEXITY] if measured else []), *(["entropy, bits"] if written else [])]
+    rows = ["| " + " | ".join(names) + " |"]
     rows.append("|" + "---|" * (rows[0].count("|") - 1))
     for line in lines:
         sure = score_intervals(line["records"]) if line.get("records") else {}
         ends = {name: f" [{found.low:.2f}, {found.high:.2f}]" for name, found in sure.items() if found}
-        cells = [multiplier_name(line["multiplier"]), "preserved" if line["preserve"] else "not preserved"]
+        cells = [method_title(line["method"])] if len(methods) > 1 else []
+        cells += [multiplier_name(line["multiplier"]) if line.get("keys", 1) else "-"]
+        cells += ["preserved" if line["preserve"] else "not preserved"]
         cells += [str(line["facts"]), *(_plain(line["scores"].get(name)) + ends.get(name, "") for name in SCORES)]
-        cells += [_plain(line["by_batch"][at].get(name)) for at in (0, -1) for name in ("s", "ea")]
+        cells += [
+            _plain(scores.get(name)) for scores in (first_facts(line), line["by_batch"][-1]) for name in ("s", "ea")
+        ]
         cells += [_plain(line["perplexity"])] if measured else []
+        cells += [_plain(line.get("entropy"))] if written else []
         rows.append("| " + " | ".join(cells) + " |")
     last = max(lines, key=lambda line: line["facts"])
     before = ", ".join(f"{name.upper()} {_plain(last['before'].get(name))}" for name in SCORES)
     failed = sum(line["failed"] for line in lines if line["edits"] == last["edits"])
-    note = f"The unedited model on the same {last['facts']} facts: {before}."
+    note = f"The unedited model on the same {last['facts']} facts: {before}. first: the first {FIRST} facts or batch."
     if any("records" in line for line in lines):
         note += " In brackets the 95 % bootstrap interval over records."
     if failed:
@@ -504,6 +514,12 @@ def _scores(values: Estimates) -> str:
     shown = [f"{name if name == PERPLEXITY else name.upper()} {found.value:.1f}"
              for name in (*("s", "ea", "pa", "na"), PERPLEXITY) if (found := values.get(name)) is not None]  # fmt: skip
     return ", ".join(shown) or "no score"
+
+
+def first_facts(line: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Scores of the first `FIRST` facts of a step, or of the first batch where that is longer or alone on record."""
+    size = max(FIRST, sum(row["batch"] == 0 for row in line.get("records", ())))
+    return score_means([row["after"] for row in line["records"][:size]]) if line.get("records") else line["by_batch"][0]
 
 
 def summary(groups: Sequence[Group]) -> str:

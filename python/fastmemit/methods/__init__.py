@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastmemit.methods import solve  # noqa: F401 (registers each method)
+from fastmemit.methods import solve, ultraedit  # noqa: F401 (they register each method)
 from fastmemit.methods.base import REGISTRY, Draft, PreservedKeys, ReadCache, Workspace, run
 from fastmemit.methods.config import (
     CONFIGS,
@@ -15,7 +15,10 @@ from fastmemit.methods.config import (
     EncoreConfig,
     MemitConfig,
     PmetConfig,
+    RlsEditConfig,
     RomeConfig,
+    TargetConfig,
+    UltraEditConfig,
     find_config,
     parse_overrides,
 )
@@ -35,7 +38,10 @@ __all__ = [
     "PmetConfig",
     "PreservedKeys",
     "ReadCache",
+    "RlsEditConfig",
     "RomeConfig",
+    "TargetConfig",
+    "UltraEditConfig",
     "Workspace",
     "find_config",
     "parse_overrides",

@@ -25,7 +25,8 @@ from fastcov.linalg import UpdatedFactor, updated
 from fastmemit.delta import Delta, add_low_rank, compact, restore
 from fastmemit.display import bar
 from fastmemit.edits import Edit, EditStack, Writing
-from fastmemit.methods.config import PRESERVING, Config, EditConfig
+from fastmemit.errors import BadConfig, BadRequest
+from fastmemit.methods.config import CONFIGS, PRESERVING, Config, EditConfig, TargetConfig
 from fastmemit.models import ModelAdapter
 from fastmemit.partial_forward import KEPT, SubjectPass, read_at_subject, runs_in_stages
 from fastmemit.request import EditRequest, check_batch
@@ -296,6 +297,8 @@ class Workspace:
     def contexts_of(self, method: str) -> tuple[str, ...]:
         """The texts put before prompts; see `fastmemit.Editor.contexts`."""
         _ = self.stack.fingerprint  # those of another model would be none of this one's
+        if not issubclass(CONFIGS[method], TargetConfig):
+            return ("",)  # the bare prompt
         return self.contexts.of(method, edited=bool(self.stack.edits))
 
     def targets(
@@ -309,8 +312,13 @@ class Workspace:
             stored: Whether stored vectors may serve and new ones be stored. Not so between two writes of one batch,
                 when the weights are in a state that no key can name.
             together: See `fastmemit.targets.stored_or_optimised`.
+
+        Returns:
+            A target for each fact; none where the method has no target vectors.
         """
         settings = config.targets()
+        if settings is None:
+            return []
         usual = 8192 if settings.optimiser == "rotate" else 1024
         # At a projection's output a vector is of that projection, which another editor of the model may not edit.
         place = f"/{self.adapter.template}" if settings.site == "projection" else ""
@@ -342,6 +350,8 @@ class Draft(Generic[Config]):
         contexts: Texts before the prompts, the first one ``""``.
         factors: What has been written so far, by weight name, in the weights' own orientation.
         keys: The keys of what has been written so far, by layer; where nobody preserves keys, in half the memory.
+        moments: Of what the edit was normalised by, its own share, see `fastmemit.delta.Delta`; UltraEdit's alone.
+        tokens: How many tokens `moments` are of.
     """
 
     work: Workspace
@@ -351,6 +361,8 @@ class Draft(Generic[Config]):
     contexts: tuple[str, ...] = ()
     factors: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     keys: Keys = field(default_factory=dict)
+    moments: dict[str, Tensor] = field(default_factory=dict)
+    tokens: int = 0
 
     def __post_init__(self) -> None:
         work = self.work
@@ -465,6 +477,7 @@ def run(
     facts: Sequence[EditRequest],
     preserved: PreservedKeys | None = None,
     reads: ReadCache | None = None,
+    targets: Mapping[EditRequest, Target] | None = None,
 ) -> Edit:
     """Compute an edit; the weights are the same before and after. To be called inside `fastcov.hooks.isolated`.
 
@@ -475,12 +488,14 @@ def run(
         preserved: Keys of earlier edits that this one shall preserve too, which those of this one join; None stands for
             none, but for those of all edits in the weights where they belong to the method.
         reads: Where to cache what the unedited model shows.
+        targets: Target vectors by fact, in the place of those of the model as it is.
 
     Returns:
         The edit, not applied.
 
     Raises:
-        BadRequest: A request that cannot be carried out, or two that contradict each other.
+        BadConfig: Targets are given for a method that has none.
+        BadRequest: A request that cannot be carried out, or two that contradict each other; or a fact has no target.
         WrongModel: The preserved keys are of another editor's edits; or a weight is not in floating point or not in
             memory, which is said before any work.
         fastcov.FastcovError: No statistics of the edited layers were precomputed.
@@ -508,8 +523,9 @@ def run(
     with trial, trial:
         for part in [[request] for request in batch] if method.one_by_one else [batch]:
             # Once something is written, the weights are in a state that no key can name.
-            targets = work.targets(part, config, stored=not draft.factors)
-            method.write(draft, part, torch.stack([target.vector for target in targets]).double())
+            made = _given(part, config, targets) or work.targets(part, config, stored=not draft.factors)
+            goal = torch.stack([target.vector for target in made]) if made else torch.empty(len(part), 0)
+            method.write(draft, part, goal.double())
     provenance = {
         **work.statistics.identity,
         "method": config.method,
@@ -525,12 +541,30 @@ def run(
         provenance["model_revision"] = commit
     if preserved is not None:
         provenance["preserved"] = [edit.delta.digest() for edit in earlier]
-    made = Edit(Delta(draft.factors, provenance), stack)
+    if draft.moments:
+        provenance["tokens"] = draft.tokens
+    if targets is not None:
+        provenance["targets"] = "given"
+    edit = Edit(Delta(draft.factors, provenance, draft.moments), stack)
     if own is not None:
-        own.add(made, draft.keys)
+        own.add(edit, draft.keys)
     # In the computer's memory: most edits are never followed by one that asks for their keys.
-    work.preserved.add(made, {layer: [k.cpu() for k in blocks] for layer, blocks in draft.keys.items()})
-    return made
+    work.preserved.add(edit, {layer: [k.cpu() for k in blocks] for layer, blocks in draft.keys.items()})
+    return edit
+
+
+def _given(
+    facts: Sequence[EditRequest], config: EditConfig, targets: Mapping[EditRequest, Target] | None
+) -> list[Target]:
+    """The target vectors of facts that are given; none where none are."""
+    if targets is None:
+        return []
+    if not isinstance(config, TargetConfig):
+        raise BadConfig(f"{config.method} has no target vectors, so none can be given for it; leave them out.")
+    lacking = [fact.text for fact in facts if fact not in targets]
+    if lacking:
+        raise BadRequest(f"No target vector is given for {lacking[0]!r}; make one of each fact, by Editor.targets.")
+    return [targets[fact] for fact in facts]
 
 
 def averaged_keys(keys: Tensor) -> Tensor:

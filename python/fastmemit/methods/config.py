@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import inspect
 import math
-import re
-import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -38,7 +35,7 @@ def parse_layers(text: str) -> tuple[int, ...]:
     return tuple(layers)
 
 
-Method = Literal["rome", "emmet", "memit", "pmet", "encore", "alphaedit"]
+Method = Literal["rome", "emmet", "memit", "pmet", "encore", "rlsedit", "alphaedit", "ultraedit"]
 Keys = Literal["consistent", "mean", "original"]
 Shrinkage = Literal["none", "ledoit-wolf", "oas"]
 Spread = Literal["linear", "sqrt"]
@@ -47,10 +44,11 @@ Optimiser = Literal["adam", "rotate"]
 Scale = Literal["published", "median"]
 Site = Literal["block", "projection"]
 Covariance = Literal["collected", "identity"]
+Tokens = Literal["answer", "all"]
 
 METHODS: tuple[Method, ...] = get_args(Method)
 #: Those to which the keys of earlier edits belong: they are preserved without being asked for.
-PRESERVING = ("encore", "alphaedit")
+PRESERVING = ("encore", "rlsedit", "alphaedit")
 #: With fewer keys than this many widths the smallest eigenvalues of C are noise, worst at 1. A
 #: ridge of this share of the diagonal's mean is above that noise; where it is not needed it moved S
 #: by less than the interval of S (docs/results/below-minimum.md).
@@ -67,15 +65,16 @@ _WORDS: dict[str, tuple[str, ...]] = {
     "optimiser": get_args(Optimiser),
     "site": get_args(Site),
     "covariance": get_args(Covariance),
+    "tokens": get_args(Tokens),
 }
-_ABOVE_ZERO = {"clamp", "v_lr", "rho", "null_threshold", "weight", "null_relative"}
+_ABOVE_ZERO = {"clamp", "v_lr", "rho", "null_threshold", "weight", "null_relative", "eta"}
 
 Config = TypeVar("Config", bound="EditConfig")
 
 
 @dataclass(frozen=True, kw_only=True)
 class EditConfig:
-    """What the settings of all methods share: the layers, and how target vectors are optimised.
+    """What the settings of all methods share.
 
     Each method has a class of its own with its settings and no others. An object that you make yourself is taken as it
     is; `fastmemit.Editor.config` begins with the model's preset.
@@ -83,23 +82,6 @@ class EditConfig:
     Attributes:
         method: The method's name, one of `METHODS`.
         layers: The edited layers, ascending; one for ROME and EMMET.
-        clamp: ``||delta|| <= clamp * ||v0||`` for target vectors.
-        scale: What `clamp`, `v_lr` and `weight_decay` are measured by. ``"published"``: as above. ``"median"``: by a
-            typical coordinate of v0, ``m = median |v0| / 0.6745``: Adam's steps are ``v_lr * m``, and ``m * sqrt(d)``
-            stands for ``||v0||``, so that a few coordinates that are hundreds of times larger than the rest (Gemma) do
-            not count. None takes ``"published"`` where the model has a preset for the method, else ``"median"``.
-        optimiser: How target vectors are optimised. ``"adam"``: as published, on all contexts at every step.
-            ``"rotate"``: on two prompts a step, with steps of a length of their own, `fastmemit.targets.Rotate`.
-        steps: Loss evaluations for a target vector at most. None takes 25, or 18 of ``"rotate"``.
-        v_lr: Adam's learning rate for target vectors. None takes the published 0.5, or 0.2 where the scale is
-            ``"median"``: on SmolLM2 the two are the same.
-        rho: The longest step of ``"rotate"``, as a share of what `clamp` allows.
-        weight_decay: Factor of ``||delta|| / ||v0||^2``.
-        kl_factor: Factor of the KL term.
-        early_stop: A target is finished once its loss is below this.
-        stop: What is compared with `early_stop`: ``"loss"``, the published sum, whose KL term alone is often above it;
-            or ``"nll"``, the costs of the target's tokens. ``"most-probable"`` compares nothing: a target is finished
-            once its every token is the most probable one in every context.
         preset: The name of the preset that the values come from; not a setting.
 
     Raises:
@@ -110,16 +92,6 @@ class EditConfig:
     single_layer: ClassVar[bool] = False
 
     layers: tuple[int, ...]
-    clamp: float = 1.0
-    optimiser: Optimiser = "adam"
-    steps: int | None = None
-    v_lr: float | None = None
-    rho: float = 0.2
-    weight_decay: float = 0.5
-    kl_factor: float = 0.0625
-    early_stop: float = 0.05
-    stop: Stop = "loss"
-    scale: Scale | None = None
     preset: str = "default"
 
     def __post_init__(self) -> None:
@@ -167,7 +139,7 @@ class EditConfig:
             self.check_name(name)
         values = {**vars(self), **changes}
         values["layers"] = _layers(values["layers"])
-        if values["optimiser"] != self.optimiser and "steps" not in changes:
+        if "optimiser" in changes and values["optimiser"] != vars(self)["optimiser"] and "steps" not in changes:
             values["steps"] = None  # the other's count
         # What a preset has for a setting that the changes put out of use is nobody's wish.
         idle = [name for name in self._unread(values) if name not in changes]
@@ -177,22 +149,9 @@ class EditConfig:
         """The method and its settings by name, as provenance has them."""
         return {"method": self.method, **vars(self)}
 
-    def targets(self) -> TargetSettings:
-        """The part of the settings that target vectors depend on, once `find_config` has put in the model's part."""
-        assert self.steps is not None and self.scale is not None
-        return TargetSettings(
-            layer=self.layers[-1],
-            optimiser=self.optimiser,
-            steps=self.steps,
-            learning_rate=self.v_lr or PUBLISHED_STEP,
-            rho=self.rho,
-            weight_decay=self.weight_decay,
-            clamp=self.clamp,
-            kl_factor=self.kl_factor,
-            early_stop=self.early_stop,
-            stop=self.stop,
-            scale=self.scale,
-        )
+    def targets(self) -> TargetSettings | None:
+        """The part of the settings that target vectors depend on, or None where the method has no target vectors."""
+        return None
 
     @property
     def quartic(self) -> bool:
@@ -216,18 +175,11 @@ class EditConfig:
     @classmethod
     def _unread(cls, values: Mapping[str, Any]) -> dict[str, str]:
         """The settings that can never matter beside the others, each with the reason."""
-        idle = {"rho": "optimiser='adam' has v_lr"}
-        if values["optimiser"] == "rotate":
-            idle = {"v_lr": "optimiser='rotate' has rho"}
-        if values["stop"] == "most-probable":
-            idle["early_stop"] = f"a target is finished as stop={values['stop']!r} says"
-        return idle
+        return {}
 
     def _check(self) -> None:
         if self.single_layer and len(self.layers) != 1:
             raise BadConfig(f"{self.method} edits one layer but layers are {list(self.layers)}; set layers=N.")
-        if self.steps is not None and (type(self.steps) is not int or self.steps < 1):
-            raise BadConfig(f"steps must be a whole number above 0 but is {self.steps!r}.")
         for name, kind in _kinds(type(self)).items():
             value = getattr(self, name)
             if value is None and kind.endswith("| None"):
@@ -236,7 +188,10 @@ class EditConfig:
                 if value not in _WORDS[name]:
                     known = ", ".join(_WORDS[name])
                     raise BadConfig(f"{name} must be one of {known} but is {value!r}.")
-            elif name in ("layers", "steps"):
+            elif name == "steps":
+                if type(value) is not int or value < 1:
+                    raise BadConfig(f"steps must be a whole number above 0 but is {value!r}.")
+            elif name == "layers":
                 continue
             elif not _is_number(value) or value < 0 or (name in _ABOVE_ZERO and value == 0):
                 bound = "above 0" if name in _ABOVE_ZERO else "0 or above"
@@ -244,8 +199,70 @@ class EditConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CovarianceConfig(EditConfig):
-    """What the methods share that solve with ``A = w C + ridge I``: all but AlphaEdit.
+class TargetConfig(EditConfig):
+    """How target vectors are optimised: settings of all methods that lead a layer to them.
+
+    Attributes:
+        clamp: ``||delta|| <= clamp * ||v0||`` for target vectors.
+        scale: What `clamp`, `v_lr` and `weight_decay` are measured by. ``"published"``: as above. ``"median"``: by a
+            typical coordinate of v0, ``m = median |v0| / 0.6745``: Adam's steps are ``v_lr * m``, and ``m * sqrt(d)``
+            stands for ``||v0||``, so that a few coordinates that are hundreds of times larger than the rest (Gemma) do
+            not count. None takes ``"published"`` where the model has a preset for the method, else ``"median"``.
+        optimiser: How target vectors are optimised. ``"adam"``: as published, on all contexts at every step.
+            ``"rotate"``: on two prompts a step, with steps of a length of their own, `fastmemit.targets.Rotate`.
+        steps: Loss evaluations for a target vector at most. None takes 25, or 18 of ``"rotate"``.
+        v_lr: Adam's learning rate for target vectors. None takes the published 0.5, or 0.2 where the scale is
+            ``"median"``: on SmolLM2 the two are the same.
+        rho: The longest step of ``"rotate"``, as a share of what `clamp` allows.
+        weight_decay: Factor of ``||delta|| / ||v0||^2``.
+        kl_factor: Factor of the KL term.
+        early_stop: A target is finished once its loss is below this.
+        stop: What is compared with `early_stop`: ``"loss"``, the published sum, whose KL term alone is often above it;
+            or ``"nll"``, the costs of the target's tokens. ``"most-probable"`` compares nothing: a target is finished
+            once its every token is the most probable one in every context.
+    """
+
+    clamp: float = 1.0
+    optimiser: Optimiser = "adam"
+    steps: int | None = None
+    v_lr: float | None = None
+    rho: float = 0.2
+    weight_decay: float = 0.5
+    kl_factor: float = 0.0625
+    early_stop: float = 0.05
+    stop: Stop = "loss"
+    scale: Scale | None = None
+
+    def targets(self) -> TargetSettings:
+        """The part of the settings that target vectors depend on, once `find_config` has put in the model's part."""
+        assert self.steps is not None and self.scale is not None
+        return TargetSettings(
+            layer=self.layers[-1],
+            optimiser=self.optimiser,
+            steps=self.steps,
+            learning_rate=self.v_lr or PUBLISHED_STEP,
+            rho=self.rho,
+            weight_decay=self.weight_decay,
+            clamp=self.clamp,
+            kl_factor=self.kl_factor,
+            early_stop=self.early_stop,
+            stop=self.stop,
+            scale=self.scale,
+        )
+
+    @classmethod
+    def _unread(cls, values: Mapping[str, Any]) -> dict[str, str]:
+        idle = {"rho": "optimiser='adam' has v_lr"}
+        if values["optimiser"] == "rotate":
+            idle = {"v_lr": "optimiser='rotate' has rho"}
+        if values["stop"] == "most-probable":
+            idle["early_stop"] = f"a target is finished as stop={values['stop']!r} says"
+        return idle
+
+
+@dataclass(frozen=True, kw_only=True)
+class CovarianceConfig(TargetConfig):
+    """What the methods share that solve with ``A = w C + ridge I``: all but AlphaEdit and UltraEdit.
 
     Attributes:
         weight: w, how many tokens' worth the preserved keys weigh against one edit; None takes the key width d_k (see
@@ -374,7 +391,20 @@ class EncoreConfig(MemitConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AlphaEditConfig(EditConfig):
+class RlsEditConfig(MemitConfig):
+    """Settings of RLSEdit: those of MEMIT with a ridge; the keys of earlier edits are preserved.
+
+    Attributes:
+        relative_ridge: The weight of the change's squared norm, as a multiple of the mean of ``w C``'s diagonal.
+    """
+
+    method: ClassVar[Method] = "rlsedit"
+
+    relative_ridge: float | None = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlphaEditConfig(TargetConfig):
     """Settings of AlphaEdit, which has no A: it edits in the null space of C.
 
     Attributes:
@@ -399,9 +429,31 @@ class AlphaEditConfig(EditConfig):
         return idle
 
 
-CONFIGS: dict[str, type[EditConfig]] = {
-    cls.method: cls for cls in (RomeConfig, EmmetConfig, MemitConfig, PmetConfig, EncoreConfig, AlphaEditConfig)
-}
+@dataclass(frozen=True, kw_only=True)
+class UltraEditConfig(EditConfig):
+    """Settings of UltraEdit, which has neither C nor target vectors.
+
+    Attributes:
+        eta: The length of its step.
+        tokens: Where keys and gradients are read: ``"answer"``, where the answer's tokens are predicted, or ``"all"``,
+            at every token of the prompt too.
+    """
+
+    method: ClassVar[Method] = "ultraedit"
+
+    eta: float = 1e-6
+    tokens: Tokens = "answer"
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Nothing is collected."""
+        return False
+
+
+#: Those that share MEMIT's target vectors: what a preset has for it holds for them too.
+RELATIVES: tuple[type[EditConfig], ...] = (MemitConfig, PmetConfig, EncoreConfig, RlsEditConfig, AlphaEditConfig)
+_CLASSES: tuple[type[EditConfig], ...] = (RomeConfig, EmmetConfig, *RELATIVES, UltraEditConfig)
+CONFIGS: dict[str, type[EditConfig]] = {cls.method: cls for cls in _CLASSES}
 
 
 def config_class(method: str) -> type[EditConfig]:
@@ -514,37 +566,6 @@ def _listed(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
-def describe(method: str | None = None) -> str:
-    """The settings of a method, or of all, with what they are by default and what they mean.
-
-    Raises:
-        BadConfig: There is no such method.
-    """
-    classes = list(CONFIGS.values()) if method is None else [config_class(method)]
-    lines = ["Defaults for a model without a preset; a preset has its own."]
-    for cls in classes:
-        meanings = _meanings(cls)
-        lines += ["", f"{cls.method}:"]
-        for name, default in cls.settings().items():
-            shown = "by depth" if name == "layers" else "none" if default is None else default
-            line = f"  {f'{name} ({shown})':24} {meanings.get(name, '')}"
-            lines.append(textwrap.fill(line, 100, subsequent_indent=" " * 27))
-    return "\n".join(lines)
-
-
-def _meanings(cls: type[EditConfig]) -> dict[str, str]:
-    """The first sentence that the nearest class's docstring has for each setting."""
-    found: dict[str, str] = {}
-    for base in reversed(cls.__mro__):
-        text = inspect.cleandoc(base.__doc__ or "") if issubclass(base, EditConfig) else ""
-        section = text.partition("Attributes:\n")[2].partition("\n\n")[0]
-        for entry in re.split(r"\n    (?=\w+: )", "\n" + section)[1:]:
-            name, _, meaning = " ".join(entry.split()).partition(": ")
-            meaning = re.split(r"\. |\.$", meaning)[0].replace("`", "")
-            found[name] = meaning
-    return found
-
-
 #: Adam's step in typical coordinates of v0, where nobody has tuned it: the published 0.5 is 0.2 of
 #: them on SmolLM2, whose typical coordinate is 2.3 to 2.8 in the blocks that are edited.
 PUBLISHED_STEP, RELATIVE_STEP = 0.5, 0.2
@@ -566,7 +587,7 @@ def defaults(adapter: ModelAdapter, cls: type[EditConfig], asked: tuple[int, ...
     """
     preset = _preset(adapter)
     exact = preset["methods"].get(cls.method, {}) if preset else {}
-    shared = preset["methods"].get("memit", {}) if preset and not cls.single_layer else {}
+    shared = preset["methods"].get("memit", {}) if preset and cls in RELATIVES else {}
     if preset is None or not (exact or shared):
         layers = asked or _by_depth(adapter, cls)
         return {"layers": layers, **_untuned(adapter, cls, layers[-1])}
@@ -599,7 +620,8 @@ def _by_depth(adapter: ModelAdapter, cls: type[EditConfig]) -> tuple[int, ...]:
     """The layers of a model that nobody has tuned.
 
     The published choices of layers for models of 28 to 32 blocks begin at an eighth of the depth;
-    single-layer methods take the second of these.  Where not every block can be edited, the nearest
+    single-layer methods take the second of these, and UltraEdit, whose gradients are of the answer's
+    tokens, five that end one before the last.  Where not every block can be edited, the nearest
     layers above serve, and below where there are none.  A layer is passed by whose projection can
     move its block far less than those of the other layers can.
     """
@@ -607,6 +629,8 @@ def _by_depth(adapter: ModelAdapter, cls: type[EditConfig]) -> tuple[int, ...]:
     found = _able(adapter, candidates(adapter))
     above = [layer for layer in found if layer >= first]
     below = [layer for layer in found if layer < first]
+    if not issubclass(cls, TargetConfig):
+        return tuple(found[-6:-1] or found)
     if cls.single_layer:
         return tuple(above[1:2] or above[:1] or below[-1:])
     return tuple(above[:5] or below[-5:])
@@ -631,10 +655,12 @@ def units(adapter: ModelAdapter, config: EditConfig) -> dict[str, Any]:
 
     Where nobody has tuned the method for the model, they ask nothing of the size of its activations.
     """
+    if not isinstance(config, TargetConfig):
+        return {}
     scale, v_lr = config.scale, config.v_lr
     if scale is None:
         preset = _preset(adapter)
-        known = {config.method} if config.single_layer else {config.method, "memit"}
+        known = {config.method, "memit"} if type(config) in RELATIVES else {config.method}
         scale = "published" if preset is not None and known & preset["methods"].keys() else "median"
     if v_lr is None and config.optimiser == "adam":
         v_lr = PUBLISHED_STEP if scale == "published" else RELATIVE_STEP

@@ -16,7 +16,15 @@ import fastcov
 from fastcov import closed_form
 from fastmemit.errors import BadConfig, BadRequest
 from fastmemit.methods.base import Draft, averaged_keys, register, residuals
-from fastmemit.methods.config import AlphaEditConfig, EmmetConfig, EncoreConfig, MemitConfig, PmetConfig, RomeConfig
+from fastmemit.methods.config import (
+    AlphaEditConfig,
+    EmmetConfig,
+    EncoreConfig,
+    MemitConfig,
+    PmetConfig,
+    RlsEditConfig,
+    RomeConfig,
+)
 from fastmemit.request import EditRequest
 
 
@@ -75,7 +83,7 @@ def write_emmet(draft: Draft[EmmetConfig], requests: list[EditRequest], goal: Te
     draft.write(layer, closed_form.emmet(A, keys, residual.T, relaxed), keys)
 
 
-@register(MemitConfig, PmetConfig, EncoreConfig)
+@register(MemitConfig, PmetConfig, EncoreConfig, RlsEditConfig)
 def write_memit(draft: Draft[Any], requests: list[EditRequest], goal: Tensor) -> None:
     """Write a batch into ``config.layers`` (method of MEMIT, algorithm 1).
 
@@ -92,6 +100,10 @@ def write_memit(draft: Draft[Any], requests: list[EditRequest], goal: Tensor) ->
     squared Frobenius norm of the change; the keys of earlier edits are preserved without being asked for; and target
     vectors are finished as soon as the target is what the model would say (the setting ``stop`` is
     ``"most-probable"``). With ``ridge=0, stop="loss"`` it is sequential MEMIT.
+
+    RLSEdit (arXiv 2601.15686, Wang et al. 2026) is recursive least squares: each batch solves for all keys so far, the
+    preserved ones and a penalty on the distance from the unedited weight. That is sequential MEMIT with a ridge, the
+    earlier batches' keys joining the factor of A as they come.
     """
     for layer, K, R in residuals(draft, requests, goal):
         A = draft.preserving(layer, draft.work.statistics.factor(draft.config, layer))

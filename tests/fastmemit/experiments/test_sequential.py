@@ -136,6 +136,52 @@ def test_targets_are_those_of_the_edited_model(editor: Editor, monkeypatch: pyte
     assert states[0][1] == editor.fingerprint  # of the model alone
 
 
+def test_unedited_targets_are_made_once_before_anything_is_written(
+    editor: Editor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    states: list[int] = []
+    real = editor.workspace.targets
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        states.append(len(editor.edits))
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(editor.workspace, "targets", spy)
+    seen: list[torch.Tensor] = []
+
+    def look() -> float:
+        seen.append(editor.adapter.weight(0).detach().clone())
+        assert editor.edits[-1].delta.provenance["targets"] == "given"
+        return 1.0
+
+    run(editor, preserve=False, targets="unedited", perplexity=look)
+    assert states == [0, 0, 0]
+    goals = {}
+    for batch in BATCHES:
+        requests = [item.request for item in batch]
+        goals |= zip(requests, editor.targets(requests, editor.config("memit", **SETTINGS)), strict=True)
+    edits = []
+    for batch, wanted in zip(BATCHES, seen, strict=True):
+        edits.append(editor.edit([item.request for item in batch], "memit", targets=goals, **SETTINGS))
+        assert torch.equal(editor.adapter.weight(0), wanted)
+    with pytest.raises(BadRequest, match="No target vector is given for 'The capital of France is'; make one"):
+        editor.plan(FACTS[1], "memit", targets=goals, **SETTINGS)
+    with pytest.raises(BadConfig, match="ultraedit has no target vectors, so none can be given for it"):
+        editor.plan(FACTS[1], "ultraedit", layers=(0, 1), targets=goals)
+    for edit in reversed(edits):
+        edit.undo()
+
+
+def test_a_method_without_target_vectors_runs_in_sequence(editor: Editor) -> None:
+    settings = {"layers": (0, 1), "eta": 1e-3, "tokens": "all"}
+    written = iter((7.5, 6.5, 5.5))
+    found = list(run_sequential(editor, BATCHES, "ultraedit", settings, preserve=False, entropy=lambda: next(written)))
+    assert [step["entropy"] for step in found] == [7.5, 6.5, 5.5]
+    assert [step["facts"] for step in found] == [2, 4, 5] and found[-1]["failed"] == 0
+    with pytest.raises(BadConfig, match="ultraedit has no target vectors; leave out targets='unedited'"):
+        next(run_sequential(editor, BATCHES, "ultraedit", settings, preserve=False, targets="unedited"))
+
+
 def test_the_unedited_scores_and_readings_are_taken_from_outside(
     editor: Editor, monkeypatch: pytest.MonkeyPatch
 ) -> None:

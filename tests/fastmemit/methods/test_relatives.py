@@ -23,6 +23,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "memit": {**A, "ridge": 0.01},
     "pmet": {**A, "ridge": 0.01},
     "encore": {**A, "ridge": 3.0, "stop": "loss"},
+    "rlsedit": {**A, "relative_ridge": 0.2},
     "alphaedit": {"layers": LAYERS, "steps": 3, "null_relative": 0.5, "l2": 2.0},
 }
 
@@ -53,7 +54,10 @@ def literal_change(editor: Editor, method: str, layer: int, K: Any, R: Any, earl
         P = literal.null_projector(C, settings["null_relative"] * C.diagonal().mean())
         assert 0 < round(P.trace()) < len(P)
         return literal.alphaedit(P, K, R, settings["l2"], earlier)
-    base = literal.regularised(C, settings["weight"], settings["ridge"])
+    ridge = settings.get("ridge", 0.0)
+    if method == "rlsedit":
+        ridge = settings["relative_ridge"] * settings["weight"] * C.diagonal().mean()
+    base = literal.regularised(C, settings["weight"], ridge)
     return literal.memit(literal.preserving(base, [] if earlier is None else [earlier]), K, R)
 
 
@@ -91,7 +95,7 @@ def assert_equal(editor: Editor, delta: Any, changes: Any) -> None:
         assert (change_of(editor, delta, layer) - wanted).norm() <= 1e-4 * wanted.norm()
 
 
-@pytest.mark.parametrize("method", ["pmet", "encore", "alphaedit"])
+@pytest.mark.parametrize("method", ["pmet", "encore", "rlsedit", "alphaedit"])
 def test_two_batches_equal_the_formula_written_out(editor: Editor, method: str) -> None:
     """The second one with the keys of the first where they belong to the method."""
     changes, keys = write_literally(editor, method, FACTS[:1], {})
@@ -202,7 +206,7 @@ OTHERS: dict[str, Any] = {
     "covariance": "identity",
     "clamp": 0.01, "steps": 3, "v_lr": 0.1, "weight_decay": 50.0, "kl_factor": 9.0,
     "early_stop": 1e9, "stop": None, "layers": (0, 2), "scale": "published", "site": "projection",
-    "optimiser": "rotate", "rho": None,
+    "optimiser": "rotate", "rho": None, "eta": 2e-4, "tokens": "all",
 }  # fmt: skip
 
 
@@ -210,7 +214,7 @@ OTHERS: dict[str, Any] = {
 def test_each_setting_of_a_method_changes_its_results(editor: Editor, method: str) -> None:
     if editor.adapter.model.config.model_type == "gpt2":
         pytest.skip("one architecture is enough")
-    own: dict[str, Any] = {"steps": 4, "layers": (0, 1)}
+    own: dict[str, Any] = {"layers": (0, 1)}
     values = dict(OTHERS)
     if method in ("rome", "emmet"):
         own["layers"], values["layers"] = (1,), (0,)
@@ -218,8 +222,10 @@ def test_each_setting_of_a_method_changes_its_results(editor: Editor, method: st
         middle = float(torch.linalg.eigvalsh(torch.tensor(moment(editor, 1)))[32])
         own["null_relative"] = 0.5
         values["null_threshold"] = middle
-    else:
+    elif method != "ultraedit":
         own["ridge"] = 0.01  # the scale of A cancels in ROME as long as there is none
+    if method != "ultraedit":
+        own["steps"] = 4
     if method == "pmet":
         values["spread"] = "linear"
     if method == "encore":
