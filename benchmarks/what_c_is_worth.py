@@ -120,7 +120,7 @@ def main() -> None:
             config = editor.config(method)
             moments = Moments(editor, args.corpus, config.layers)
             dealt = [records[at : at + size] for at in range(0, size * number, size)]
-            todo = [name for name in args.c if (args.model, method, size, number, name) not in there]
+            todo = [name for name in args.c if (editor.name, method, size, number, name) not in there]
             if not todo:
                 continue
             new = [one for batch in dealt for one in batch if one.case_id not in before]
@@ -137,9 +137,9 @@ def main() -> None:
                     if text is not None and len(costs) < args.text_batches:
                         costs.append(edited_nll(editor.adapter, text))
                     edit.undo()
-                about = {"model": args.model, "method": method, "batch": size, "C": name}
+                about = {"model": editor.name, "method": method, "batch": size, "C": name}
                 here = this_machine(torch.device("cpu")).cpu
-                cell = [args.model, method, size, number, name]
+                cell = [editor.name, method, size, number, name]
                 took = round(time.process_time() - begun, 1)
                 for case, after in lines:
                     out.write(json.dumps({**about, "cell": cell, "case_id": case, "before": before[case],
