@@ -12,7 +12,7 @@ import pytest
 
 from road import Road, roads
 
-FILES, DEPTH, BOTH = {"precompute": 19, "edit": 24}, {"precompute": 16, "edit": 11}, 31
+FILES, DEPTH, BOTH = {"precompute": 20, "edit": 25}, {"precompute": 16, "edit": 11}, 32
 
 
 @pytest.fixture(scope="module")
