@@ -253,8 +253,8 @@ def test_settings_of_ones_own_take_the_place_of_a_methods_name(editor: Editor, t
     ("method", "values", "said"),
     [
         ("memit", {"lambda_e": 0.7, "l2": 3, "keys": "original"}, "lambda_e is a setting of emmet"),
-        ("rome", {"spread": "sqrt"}, "spread is a setting of memit, pmet, encore and alphaedit"),
-        ("alphaedit", {"weight": 5}, "weight is a setting of rome, emmet, memit, pmet and encore"),
+        ("rome", {"spread": "sqrt"}, "spread is a setting of memit, pmet, encore, rlsedit and alphaedit"),
+        ("alphaedit", {"weight": 5}, "weight is a setting of rome, emmet, memit, pmet, encore and rlsedit"),
     ],
 )
 def test_settings_that_do_nothing_are_refused(editor: Editor, method: str, values: dict[str, Any], said: str) -> None:

@@ -291,7 +291,8 @@ FLAGS: dict[str, dict[str, dict[str, Any]]] = {
         "--throughput": _switch("say too which share of this machine's arithmetic was reached"),
     },
     "method": {
-        "--method": _choice(METHOD_NAMES, "default: memit, or what --config is for", default=None),
+        "--method": _choice(METHOD_NAMES, f"{', '.join(METHOD_NAMES)} (default: memit, or what --config is for)",
+                            default=None, metavar="METHOD"),
         "--config": _flag("FILE", "settings from hyper-parameters of the ROME family (JSON) or EasyEdit (YAML)", Path),
         "--set": _flag("NAME=VALUE", "override a setting of the preset, such as clamp=0.75 or layers=4-8; --set help "
                        "lists the method's settings and their defaults", action=_Setting, default=[], dest="overrides"),
