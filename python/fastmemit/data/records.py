@@ -280,7 +280,7 @@ def is_open(record: Record) -> bool:
 
 def _record_or_fact(index: int, found: Value) -> Record:
     value = found.value
-    if "case_id" in value or "requested_rewrite" in value or "edit" in value:
+    if {"case_id", "requested_rewrite", "example_type"} & set(value):
         return _record(index, found)
     try:
         request = EditRequest.from_dict(value)
@@ -303,7 +303,7 @@ def _record_or_fact(index: int, found: Value) -> Record:
 
 def _record(index: int, found: Value) -> Record:
     value = found.value
-    if "edit" in value and "requested_rewrite" not in value:
+    if {"edit", "example_type"} <= set(value):
         return _ripple_record(index, value)
     case_id = value.get("case_id")
     if isinstance(case_id, bool) or not isinstance(case_id, int):

@@ -89,6 +89,22 @@ def test_threads_wait_briefly_on_a_busy_machine(busy: bool, said: dict[str, str]
     assert set(found) == {spins}
 
 
+@pytest.mark.parametrize("words", [["doctor"], ["precompute", "--model", "x", "--quiet"]])
+def test_no_library_draws_its_bars_into_a_log(words: list[str]) -> None:
+    code = (
+        "import sys, fastmemit.cli as cli\n"
+        "def run(args):\n"
+        "    from tqdm.auto import tqdm\n"
+        "    list(tqdm(range(3), desc='Converting'))\n"
+        "for name in ('doctor', 'precompute'):\n"
+        "    cli.VERBS[name] = __import__('dataclasses').replace(cli.VERBS[name], run=run)\n"
+        f"sys.argv = ['fastmemit', *{words!r}]\n"
+        "sys.exit(cli.main())"
+    )
+    done = python(code)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_a_quiet_machine_waits_as_libgomp_does(monkeypatch: pytest.MonkeyPatch) -> None:
     import fastmemit.cli as cli
 

@@ -39,7 +39,7 @@ def test_what_the_one_record_of_a_list_lacks_is_said_of_it(tmp_path: Path) -> No
     path.write_text('[{"example_type": "recent", "edit": {}}]')
     with pytest.raises(BadData, match=r"request 0 \(item 0\): The request has no prompt"):
         load_requests(path)
-    with pytest.raises(BadData, match=r"record 0 \(item 0\), field case_id"):
+    with pytest.raises(BadData, match=r"record 0 \(item 0\), field edit.prompt: is missing"):
         load_records(path)
 
 
