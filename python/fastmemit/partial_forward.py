@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -388,17 +389,20 @@ class FullForward:
 def forward_for(adapter: ModelAdapter, layer: int, rows: Sequence[Row], site: Site) -> SuffixForward | FullForward:
     """The fastest forward of these rows that agrees with the whole model on one row alone.
 
-    Up to three are compared, each with another vector than its own put in: the one that would be padded most, and those
-    that have least and most in common with others. What does not agree for one group is not tried again for this layer.
+    Up to four are compared, each with another vector than its own put in: those that would be padded most, before the
+    subject and before what they share with others, and the shortest and the longest, because some models treat every
+    row of a batch by its longest (RoPE scaled by length). What does not agree for one group is not tried again for this
+    layer.
 
     Raises:
         UnknownArchitecture: What is put out at the site is not one vector a token.
         torch.OutOfMemoryError: There is no memory for a batch of these rows.
     """
     numbers = range(len(rows))
-    padded = min(numbers, key=lambda i: (rows[i].subject, len(rows[i].ids)))
-    shared = sorted((i for i in numbers if rows[i].stem), key=lambda i: rows[i].stem)
-    tried = sorted({padded, *shared[:1], *shared[-1:]})
+    lengths = [len(row.ids) for row in rows]
+    padded = min(numbers, key=lambda i: (rows[i].subject, lengths[i]))
+    shared = min((i for i in numbers if rows[i].stem), key=lambda i: rows[i].stem, default=padded)
+    tried = sorted({padded, shared, min(numbers, key=lengths.__getitem__), max(numbers, key=lengths.__getitem__)})
     reads = ([], [])  # type: tuple[list[int], list[int]]
     whole = []
     for place, number in enumerate(tried):
@@ -420,7 +424,7 @@ def forward_for(adapter: ModelAdapter, layer: int, rows: Sequence[Row], site: Si
             off = max(difference(got, want), difference(forward.start[tried], start))
             if off <= tolerance(adapter.model):
                 return forward
-            why = f"is off by {off:.1%}"
+            why = f"is off by {off:.1%}" if math.isfinite(off) else "gives numbers that are not finite"
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # what a model makes of a cache or of padding is its own affair

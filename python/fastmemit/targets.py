@@ -263,12 +263,16 @@ class _Group:
     def _index(self) -> None:
         """Where each request's rows begin in the forward."""
         self._firsts = [0, *itertools.accumulate(len(member.rows) for member in self._members[:-1])]
-        self._steps: dict[tuple[int, ...], _Step] = {}
+        self._made: tuple[tuple[int, ...], _Step] | None = None
 
     def _step(self, prompts: tuple[int, ...]) -> _Step:
-        """The step that reads these prompts of every request; made once."""
-        if prompts in self._steps:
-            return self._steps[prompts]
+        """The step that reads these prompts of every request.
+
+        The last one is held, and no other: each has a copy of its rows' part of the prefix.
+        """
+        if self._made is not None and self._made[0] == prompts:
+            return self._made[1]
+        self._made = None
         chosen: list[int] = []
         whose, kl_rows = [], []
         rows, columns, tokens, of, weights = [], [], [], [], []
@@ -295,7 +299,7 @@ class _Group:
             torch.tensor(of, device=self._device),
             torch.tensor(weights, device=self._device),
         )
-        self._steps[prompts] = step
+        self._made = prompts, step
         return step
 
     def optimise(self, progress: Callable[[int], None] | None) -> list[Target]:
@@ -338,6 +342,7 @@ class _Group:
                 break
             (gradient,) = torch.autograd.grad(losses[going].sum(), delta)
             delta = delta.detach()
+            del reads  # the next step copies rows of its own
             if len(going) < len(active):
                 self._drop(going)
                 active = [active[i] for i in going]

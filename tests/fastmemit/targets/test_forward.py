@@ -106,6 +106,34 @@ def test_what_rows_share_runs_once_and_suffixes_up_to_the_edited_block() -> None
     assert ran == [6 + 3 + 6, *[6 + 3] * (LAYERS - 1)]
 
 
+@pytest.mark.parametrize("site", SITES)
+@pytest.mark.parametrize("architecture", ["gemma3", "gemma2", "mistral"])
+def test_a_window_shorter_than_what_is_kept_is_exact(architecture: str, site: Any) -> None:
+    fields = {"layer_types": ["sliding_attention", "full_attention"] * 2, "num_hidden_layers": 4}
+    model = tiny_model(architecture, sliding_window=3, **(fields if "gemma" in architecture else {}))
+    wider = tiny_model(architecture, sliding_window=64, **(fields if "gemma" in architecture else {}))
+    ids = torch.tensor([ROWS[0].ids])
+    assert not torch.allclose(model(ids).logits[0, -1], wider(ids).logits[0, -1], atol=0.1)  # the window matters
+    adapter = find_adapter(model)
+    for layer in (0, 1):
+        made = forward_for(adapter, layer, ROWS, site)
+        assert isinstance(made, SuffixForward)
+        assert_literal(made, adapter, layer, site)
+
+
+def test_rows_that_change_with_the_longest_of_their_batch_run_alone() -> None:
+    # Positions are scaled otherwise once a row of the batch is longer than 8.
+    scaling = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "factor": 4.0}
+    model = tiny_model("llama", original_max_position_embeddings=8, rope_scaling=scaling)
+    adapter = find_adapter(model)
+    rows = [Row((5, 6, 7, 23), 0), Row((15, 16, 17, 18, 19), 3), Row(tuple(range(30, 44)), 9)]
+    made = forward_for(adapter, 1, rows, "block")
+    with torch.no_grad():
+        got = made.logits(made.start, [0, 1, 2], [3, 1, 4])
+        want = [literal(adapter, 1, row, "block", None)[0][-1] for row in rows]
+    torch.testing.assert_close(got, torch.stack(want), rtol=1e-4, atol=1e-5)
+
+
 def hybrid(**fields: Any) -> Any:
     """Linear attention between full attention."""
     config = transformers.Qwen3NextConfig(
@@ -237,7 +265,7 @@ def wide_model() -> Any:
 
 def test_a_block_without_one_state_a_token_is_left_to_rome(caplog: pytest.LogCaptureFixture) -> None:
     adapter = find_adapter(wide_model(), "model.layers.{}.mlp.down_proj")
-    with pytest.raises(UnknownArchitecture, match=r"shape \(2, 1, 3, 32\) for 1 rows of 3 tokens"):
+    with pytest.raises(UnknownArchitecture, match=r"shape \(2, 1, 7, 32\) for 1 rows of 7 tokens"):
         forward_for(adapter, 1, ROWS, "block")
     with caplog.at_level(logging.WARNING):
         check_targets(adapter, [1])

@@ -1,12 +1,14 @@
 """Batched target vectors against the literal one-at-a-time computation, on every architecture."""
 
 import dataclasses
+import weakref
 
 import pytest
 import torch
 
 from fastmemit.errors import BadLayer, BadRequest, FastmemitError
 from fastmemit.models import find_adapter
+from fastmemit.partial_forward import SuffixForward
 from fastmemit.request import EditRequest
 from fastmemit.targets import TargetSettings, optimise
 from reference.literal_targets import literal_target
@@ -96,6 +98,22 @@ def test_rotate_equals_its_rule_written_out(architecture, site, contexts):
         reference = literal_target(model, tokenizer, adapter.block(1), request, contexts, settings, module)
         assert_same(target, reference)
         assert len(set(target.losses)) == settings.steps  # gradients come through
+
+
+def test_a_group_holds_one_part_of_the_prefix_beside_the_whole(monkeypatch):
+    alive, most = weakref.WeakSet(), []
+    plain = SuffixForward.select
+
+    def select(self, rows):
+        made = plain(self, rows)
+        alive.add(made)
+        most.append(len(alive))
+        return made
+
+    monkeypatch.setattr(SuffixForward, "select", select)
+    settings = dataclasses.replace(SETTINGS, optimiser="rotate", early_stop=0.0)
+    optimise(find_adapter(tiny_model("llama")), tiny_tokenizer("byte_bpe"), REQUESTS[:2], CONTEXTS, settings)
+    assert len(most) == 1 + settings.steps and max(most) == 1  # one trial; the contexts take turns
 
 
 def test_rotate_stops_where_every_context_has_agreed_in_turn():
