@@ -85,7 +85,7 @@ def head_reads(adapter: ModelAdapter, rows: Sequence[int], columns: Sequence[int
 Site = Literal["block", "projection"]
 
 
-class PrefixLayer(DynamicLayer):  # type: ignore[misc]
+class PrefixLayer(DynamicLayer):  # type: ignore[misc]  # of transformers, which mypy does not follow
     """Constant keys and values (n, heads, P, width) in front of whatever a step brings."""
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
@@ -353,6 +353,10 @@ def _run_whole(
     return starts[0], logits
 
 
+def _instead(new: Tensor, _start: Tensor) -> Tensor:
+    return new
+
+
 class FullForward:
     """The whole model on N whole rows, `alone` one by one without padding, with the same face as `SuffixForward`."""
 
@@ -373,8 +377,8 @@ class FullForward:
         for number in sorted(set(rows)):
             reads = [place for place, row in enumerate(rows) if row == number]
             where = ([0] * len(reads), [columns[place] for place in reads])
-            one, new = self._rows[number : number + 1], value[number : number + 1]
-            _, logits = _run_whole(self._adapter, self._module, one, where, lambda _, new=new: new)  # type: ignore[misc]
+            one, change = self._rows[number : number + 1], partial(_instead, value[number : number + 1])
+            _, logits = _run_whole(self._adapter, self._module, one, where, change)
             found.update(zip(reads, logits, strict=True))
         return torch.stack([found[place] for place in range(len(rows))])
 
@@ -413,7 +417,8 @@ def forward_for(adapter: ModelAdapter, layer: int, rows: Sequence[Row], site: Si
         reads[0].extend([place] * len(columns))
         reads[1].extend(columns)
     start, want = (torch.cat(parts) for parts in zip(*whole, strict=True))
-    excluded = adapter.measured.setdefault(("targets", layer, site), set())
+    measured = adapter.measured
+    excluded = measured.setdefault(("targets", layer, site), set())
     for form in (SuffixForward, FullForward):
         if form in excluded:
             continue
@@ -431,7 +436,7 @@ def forward_for(adapter: ModelAdapter, layer: int, rows: Sequence[Row], site: Si
             why = f"fails ({type(error).__name__}: {str(error)[:200]})"
         excluded.add(form)
         part, instead = _WORDS[form]
-        said = adapter.measured.setdefault("said of targets", set())
+        said = measured.setdefault("said of targets", set())
         log.log(
             logging.DEBUG if form in said else logging.WARNING,
             "%s: targets run %s, which takes longer, because %s %s (layer %d).",
@@ -673,8 +678,8 @@ def runs_in_stages(
     adapter: ModelAdapter, layer: int, inputs: Sequence[nn.Module], outputs: Sequence[nn.Module]
 ) -> bool:
     """Whether a run that begins at a block reads what a run from the first block on reads; a few tokens are tried."""
-    key = ("begun at", layer, id([*inputs, *outputs][-1]))
-    if key not in adapter.measured:
+    measured, key = adapter.measured, ("begun at", layer, id([*inputs, *outputs][-1]))
+    if key not in measured:
         ids = probe_ids(adapter.model)
         rows = SubjectPass.of(adapter, [Row(ids, len(ids) - 1), Row(ids[:2], 1)])
         taken, given, kept = rows.read(adapter, inputs=inputs, outputs=outputs, keep=layer, tried=True)
@@ -688,12 +693,12 @@ def runs_in_stages(
             why, same = f"fail ({type(error).__name__}: {str(error)[:200]})", False
         if not same:
             log.log(
-                logging.DEBUG if "said of stages" in adapter.measured else logging.WARNING,
+                logging.DEBUG if "said of stages" in measured else logging.WARNING,
                 "%s: activations are read from the first block on each time, which takes longer, "
                 "because runs that begin at block %d %s.",
                 type(adapter.model).__name__, layer, why,
             )  # fmt: skip
-            adapter.measured["said of stages"] = True
-        adapter.measured[key] = same
-    found: bool = adapter.measured[key]
+            measured["said of stages"] = True
+        measured[key] = same
+    found: bool = measured[key]
     return found

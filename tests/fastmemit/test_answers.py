@@ -106,11 +106,12 @@ def test_a_hand_made_model() -> None:
 
 def test_equal_sequences_run_once_and_batches_keep_to_their_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokenizer = tiny_model("llama"), tiny_tokenizer()
-    adapter = measured(model)
     shapes: list[tuple[int, int]] = []
     model.register_forward_pre_hook(
         lambda _, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
     )
+    adapter = measured(model)
+    shapes.clear()
     # One token each, so both are read from one run of the prompt.
     answers = [a for a in (" Paris", " the", " is", " in", " of") if len(tokenizer(a).input_ids) == 1]
     assert len(answers) >= 3
@@ -125,9 +126,10 @@ def test_equal_sequences_run_once_and_batches_keep_to_their_bound(monkeypatch: p
 
 def test_only_the_logits_that_are_read_are_computed() -> None:
     model, tokenizer = tiny_model("llama"), tiny_tokenizer()
-    adapter = measured(model)
     seen: list[tuple[int, ...]] = []
     model.lm_head.register_forward_hook(lambda _, args, out: seen.append(tuple(out.shape)))
+    adapter = measured(model)
+    seen.clear()
     answer_nlls(adapter, tokenizer, QUESTIONS)
     asked = [encode_with_target(tokenizer, *question) for question in QUESTIONS]
     inputs = [encoded.ids[:-1] for encoded, _ in asked]
@@ -145,8 +147,9 @@ def test_only_the_logits_that_are_read_are_computed() -> None:
 def given() -> tuple[ModelAdapter, list[dict[str, Any]]]:
     """A tiny llama and what its forwards are given."""
     model, calls = tiny_model("llama"), []
-    adapter = measured(model)
     model.register_forward_pre_hook(lambda _, args, kwargs: calls.append(dict(kwargs)), with_kwargs=True)
+    adapter = measured(model)
+    calls.clear()
     return adapter, calls
 
 
@@ -172,13 +175,13 @@ def test_hosts_are_the_longest_that_begin_so() -> None:
         assert not any(o != found and o[: len(found)] == found for o in rows)
 
 
-def test_rows_are_masked_or_run_alone_where_padding_needs_it(given: Any) -> None:
+def test_rows_are_masked_or_run_alone_where_padding_needs_it(given: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     adapter, calls = given
     plain = answer_nlls(adapter, tiny_tokenizer(), QUESTIONS)
     assert calls and not any("attention_mask" in call for call in calls)
     calls.clear()
     for padding in ("masked", "none"):
-        adapter.right_padding = padding  # as if it had been measured so
+        monkeypatch.setattr(ModelAdapter, "right_padding", padding)  # as if it had been measured so
         got = answer_nlls(adapter, tiny_tokenizer(), QUESTIONS)
         assert got == pytest.approx(plain, abs=1e-5)
         masks = [call["attention_mask"] for call in calls]

@@ -406,7 +406,19 @@ def one_more(model: torch.nn.Module) -> None:
     model.model.register_buffer("more", torch.ones(2))
 
 
-CHANGES = [step, by_hand, there_and_back, another_parameter, other_weights, one_more, torch.nn.Module.bfloat16]
+def a_setting(model: torch.nn.Module) -> None:
+    model.config.rms_norm_eps = 0.5
+
+
+def another_order(model: torch.nn.Module) -> None:
+    first, second, third = model.model.layers
+    model.model.layers = torch.nn.ModuleList([second, first, third])
+
+
+CHANGES = [
+    step, by_hand, there_and_back, another_parameter, other_weights, one_more, torch.nn.Module.bfloat16, a_setting,
+    another_order,
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)

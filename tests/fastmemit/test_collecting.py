@@ -25,7 +25,6 @@ from tiny_editors import texts, tiny_corpus
 from tiny_models import tiny_model, tiny_tokenizer
 
 ADAPTER, TOKENIZER = find_adapter(tiny_model("llama")), tiny_tokenizer()
-assert ADAPTER.is_causal and ADAPTER.right_padding == "unmasked"  # measured before runs are counted
 NAMES = [ADAPTER.projection_name(layer) for layer in (0, 1)]
 Capture = pytest.LogCaptureFixture
 
@@ -47,16 +46,21 @@ def store(folder: Path, seconds: float | None, adapter: Any = ADAPTER, tokenizer
 
 def run(folder: Path, kill_after: float = math.inf, seconds: float = 0, **more: Any) -> Any:
     """Precompute with a checkpoint after every batch; the statistics, and the batches that ran."""
-    ran = 0
+    ran, counting = 0, False
 
     def count(*_: Any) -> None:
         nonlocal ran
+        if not counting:
+            return
         if ran >= kill_after:
             raise Killed
         ran += 1
 
     settings = {"layers": (0, 1), "multiplier": 6, "corpus": tiny_corpus(), **more}
     hook = ADAPTER.model.register_forward_pre_hook(count)
+    ADAPTER.look()
+    assert ADAPTER.is_causal  # measured before runs are counted
+    counting = True
     try:
         after = settings.pop("after", None)
         found = store(folder, seconds).collect(Collection(**settings), after=after)
@@ -265,13 +269,14 @@ def test_two_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, locks_ther
     # Made one after the other: they draw from one generator, and a tokenizer is not for two.
     made = [(find_adapter(tiny_model("llama")), copy.deepcopy(TOKENIZER)) for _ in counts]
 
-    assert all(adapter.is_causal and adapter.right_padding == "unmasked" for adapter, _ in made)  # not counted below
-
     def collect(number: int) -> None:
         def counted(*_: Any) -> None:
             counts[number] += 1
 
         made[number][0].model.register_forward_pre_hook(counted)
+        made[number][0].look()
+        assert made[number][0].is_causal
+        counts[number] = 0  # what is measured is not counted
         gate.wait()
         store(tmp_path / "two", 0, *made[number]).collect(Collection(tiny_corpus(), (0, 1), 6))
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Hashable, Sequence
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,7 +11,17 @@ from torch import Tensor, nn
 
 from fastcov.hooks import evaluation_mode, isolated
 from fastmemit.errors import BadLayer, UnknownArchitecture, WrongModel
-from fastmemit.models.running import BlockMap, Padding, accepted, context_limit, input_device, text_config, traits
+from fastmemit.models.running import (
+    BlockMap,
+    ModelState,
+    Padding,
+    Traits,
+    accepted,
+    context_limit,
+    input_device,
+    text_config,
+    traits,
+)
 
 log = logging.getLogger(__name__)
 
@@ -63,24 +72,36 @@ class ModelAdapter:
 
     Attributes:
         model: The model itself.
-        n_layers: Number of decoder blocks.
         d: The hidden size, which is the output of every edited projection.
         template: `module`.
-        measured: What was found out by running the model once, by what it is about.
+        measured: What was found out by running the model, by what it is about; see `look`.
     """
 
     def __init__(self, model: nn.Module, module: str) -> None:
         self.model = model
         self.template = module
-        before, _, after = module.partition("{}")
-        blocks = model.get_submodule(before.rstrip("."))
-        assert isinstance(blocks, nn.ModuleList)
-        self._blocks = blocks
-        self._inside = after.lstrip(".")
+        self._where, _, self._inside = module.partition(".{}.")
+        self._state = ModelState(model)  # when it was measured
         self.measured: dict[Hashable, Any] = {}
-        self.n_layers = len(blocks)
         shapes = (self._shape(layer) for layer in range(self.n_layers))
         self.d = next(shape[1] for shape in shapes if shape is not None)
+
+    @property
+    def _blocks(self) -> nn.ModuleList:
+        """Looked up each time: the model's own list may have been replaced since."""
+        blocks = self.model.get_submodule(self._where)
+        assert isinstance(blocks, nn.ModuleList)
+        return blocks
+
+    @property
+    def n_layers(self) -> int:
+        """Number of decoder blocks."""
+        return len(self._blocks)
+
+    def look(self) -> None:
+        """Forget what was measured if the model is not what it was; each piece of work on a model begins with it."""
+        if not self._state.holds(self.model, weights=False):
+            self._state, self.measured = ModelState(self.model), {}
 
     def _shape(self, layer: int) -> tuple[int, int] | None:
         try:
@@ -97,19 +118,17 @@ class ModelAdapter:
 
     def _sharing(self, layer: int) -> list[int]:
         """The layers whose projection is, or has the weight of, this layer's; itself among them."""
-        identities = self._identities
-        return [i for i in range(self.n_layers) if identities[i] & identities[layer]]
+        if "identities" not in self.measured:
+            self.measured["identities"] = [self._identity(other) for other in range(self.n_layers)]
+        identities = self.measured["identities"]
+        return [other for other, identity in enumerate(identities) if identity & identities[layer]]
 
-    @cached_property
-    def _identities(self) -> list[set[int]]:
-        """Per layer what its projection is made of: the module and its weight."""
-        found: list[set[int]] = []
-        for layer in range(self.n_layers):
-            shape = self._shape(layer)
-            module = None if shape is None else self._blocks[layer].get_submodule(self._inside)
-            parts = (module, module._parameters.get("weight") if module is not None else None)
-            found.append({id(part) for part in parts if part is not None})
-        return found
+    def _identity(self, layer: int) -> set[int]:
+        """What a layer's projection is made of: the module and its weight."""
+        if self._shape(layer) is None:
+            return set()
+        module = self._blocks[layer].get_submodule(self._inside)
+        return {id(part) for part in (module, module._parameters.get("weight")) if part is not None}
 
     def check_layer(self, layer: int) -> None:
         """Refuse a layer that cannot be edited.
@@ -135,7 +154,7 @@ class ModelAdapter:
     def _check_number(self, layer: int) -> None:
         if isinstance(layer, bool) or not isinstance(layer, int):
             raise BadLayer(f"A layer must be an integer, not {layer!r}.")
-        if not 0 <= layer < self.n_layers:
+        if not 0 <= layer < len(self._blocks):
             raise BadLayer(
                 f"Layer {layer} is out of range: {type(self.model).__name__} has the layers 0 to {self.n_layers - 1}."
             )
@@ -327,15 +346,22 @@ class ModelAdapter:
         """The model's output, without the optional inputs that it does not know."""
         return self.model(**accepted(self.model, inputs))
 
-    @cached_property
+    @property
     def is_causal(self) -> bool:
         """Whether no token's output depends on later tokens, as measured on the model."""
-        return traits(self.model).causal
+        return self._traits.causal
 
-    @cached_property
+    @property
     def right_padding(self) -> Padding:
         """What rows padded on the right need; see `fastmemit.models.running.padding`."""
-        return traits(self.model).right_padding
+        return self._traits.right_padding
+
+    @property
+    def _traits(self) -> Traits:
+        if "traits" not in self.measured:
+            self.measured["traits"] = traits(self.model)
+        found: Traits = self.measured["traits"]
+        return found
 
     def check_constant(self) -> None:
         """Refuse a model whose forward changes its own weights, as RWKV's first one does.
@@ -361,6 +387,7 @@ class ModelAdapter:
         Raises:
             UnknownArchitecture: A later token changes what the model says at an earlier one.
         """
+        self.look()
         if self.is_causal:
             return
         config = text_config(self.model)

@@ -327,6 +327,7 @@ class Watch:
     def __init__(self) -> None:
         self._checksums: dict[str, str] = {}
         self._named: dict[str, int] = {}  # stored name -> id of the tensor
+        self._config: dict[str, Any] = {}
         self._marks: dict[int, Any] = {}  # id of a tensor -> its mark when its content was known
         # Kept, so that no other storage gets the number of one that is gone.
         self._storages: dict[int, StorageWeakRef] = {}
@@ -340,7 +341,7 @@ class Watch:
         self._checksums, self._named, self._marks = {}, {}, {}
         return self.now(model)
 
-    def now(self, model: nn.Module, doubted: Collection[str] = ()) -> str:
+    def now(self, model: Any, doubted: Collection[str] = ()) -> str:
         """The fingerprint of the model as it is, which is the one to be watched from now on.
 
         Read are the tensors that were written or replaced since the last time, and the `doubted`, by name.
@@ -353,12 +354,12 @@ class Watch:
         def stale() -> Iterator[tuple[str, Tensor]]:
             for name, tensor in stored_tensors(model):  # one at a time, where they are offloaded
                 named[name] = id(tensor)
-                if name in doubted or self._named.get(name) != id(tensor) or not self._known(tensor):
+                if name in doubted or not self._known(tensor, name):
                     yield name, tensor
 
         read = checksums(stale())
         self._checksums = {name: read[name] if name in read else self._checksums[name] for name in named}
-        self._named = named
+        self._named, self._config = named, _essence(model.config.to_dict())
         self._note(tensors)
         return fingerprint_of(model, self._checksums)
 
@@ -374,31 +375,37 @@ class Watch:
         self._marks, self._storages = {id(tensor): None for tensor in tensors}, {}
         self.trust(tensors)
 
-    def changed(self, model: nn.Module, edited: Mapping[str, tuple[Tensor, str]]) -> list[str]:
-        """The tensors that have other content than when the model was identified, by name.
+    def changed(self, model: Any, edited: Mapping[str, tuple[Tensor, str]]) -> list[str]:
+        """What is not as it was when the model was identified: fields of its config, and tensors, by name.
 
         Args:
             model: The model.
             edited: Parameter -> (itself, the checksum that it shall have instead).
         """
+        config = _essence(model.config.to_dict())
+        if config != self._config:
+            names = sorted({*config, *self._config})
+            return [f"config.{name}" for name in names if config.get(name) != self._config.get(name)]
         tensors = _tensors(model)
-        if len(tensors) == len(self._marks) and all(map(self._known, tensors)):
+        if [id(tensor) for tensor in tensors] == list(self._marks) and all(map(self._known, tensors)):
             return []
         stored = dict(stored_tensors(model))
         if stored.keys() != self._checksums.keys():
             return sorted(stored.keys() ^ self._checksums.keys())
         # An edited parameter may be stored under the name of another that shares its memory.
         instead = {weight.data_ptr(): wanted for weight, wanted in edited.values()}
-        found = checksums((name, t) for name, t in stored.items() if not self._known(t))
+        found = checksums((name, t) for name, t in stored.items() if not self._known(t, name))
         wanted = {name: instead.get(stored[name].data_ptr(), self._checksums[name]) for name in found}
         differ = sorted(name for name in found if found[name] != wanted[name])
         if not differ:
             self._note(tensors)
         return differ
 
-    def _known(self, tensor: Tensor) -> bool:
+    def _known(self, tensor: Tensor, name: str | None = None) -> bool:
+        """Whether a tensor, under this stored name if it is given, has the content that it had."""
         mark = self._marks.get(id(tensor))
-        return mark is not None and mark == _mark(tensor)
+        here = name is None or self._named.get(name) == id(tensor)
+        return here and mark is not None and mark == _mark(tensor)
 
 
 def _tensors(model: nn.Module) -> list[Tensor]:

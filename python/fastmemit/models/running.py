@@ -8,6 +8,7 @@ same to rounding.
 from __future__ import annotations
 
 import copy
+import hashlib
 import inspect
 import weakref
 from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Sequence
@@ -241,28 +242,46 @@ def probe_ids(model: Any, length: int = _LONG) -> tuple[int, ...]:
     return tuple((20 + 3 * place) % words for place in range(length))
 
 
-class _State:
+class ModelState:
     """What a model was when something was found out about it."""
 
     def __init__(self, model: Any) -> None:
         self._config = _config(model)
         self._modules = [(weakref.ref(module), _settings(module)) for module in model.modules()]
-        self._tensors = [(weakref.ref(p), _place(p), _version(p)) for p in model.parameters()]
+        self._weights = [_Seen(weight) for weight in model.parameters()]
+        self._buffers = [_Seen(buffer) for buffer in model.buffers()]
 
     def holds(self, model: Any, *, weights: bool) -> bool:
-        """Whether a model still has the same modules and settings and, if asked for, the same weights."""
+        """Whether a model still has the same modules, settings and buffers and, if asked for, the same weights."""
         modules: list[nn.Module] = list(model.modules())
-        tensors: list[Tensor] = list(model.parameters())
         return (
             self._config == _config(model)
             and len(modules) == len(self._modules)
             and all(ref() is m and was == _settings(m) for m, (ref, was) in zip(modules, self._modules, strict=True))
-            and len(tensors) == len(self._tensors)
-            and all(
-                ref() is p and place == _place(p) and (not weights or version == _version(p))
-                for p, (ref, place, version) in zip(tensors, self._tensors, strict=True)
-            )
+            and _same(self._weights, list(model.parameters()), written=weights)
+            and _same(self._buffers, list(model.buffers()), written=True)
         )
+
+
+class _Seen:
+    """A tensor, where it lay and how often it had been written to."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        # One that is offloaded is another object after each run.
+        self._tensor = None if tensor.is_meta else weakref.ref(tensor)
+        self._place, self._version = _place(tensor), _version(tensor)
+
+    def is_still(self, tensor: Tensor, *, written: bool) -> bool:
+        """Whether it is this one, in its place and, if `written` counts, with what was in it."""
+        return (
+            (self._tensor is None or self._tensor() is tensor)
+            and self._place == _place(tensor)
+            and (not written or tensor.is_meta or self._version == _version(tensor))
+        )
+
+
+def _same(seen: list[_Seen], tensors: list[Tensor], *, written: bool) -> bool:
+    return len(seen) == len(tensors) and all(map(partial(_Seen.is_still, written=written), seen, tensors))
 
 
 def _settings(module: Any) -> list[tuple[str, object]]:
@@ -299,7 +318,7 @@ def _place(tensor: Tensor) -> Any:
 
 _PLAIN = (bool, int, float, str, type(None))
 
-_found: weakref.WeakKeyDictionary[Any, dict[Hashable, tuple[_State, Any]]] = weakref.WeakKeyDictionary()
+_found: weakref.WeakKeyDictionary[Any, dict[Hashable, tuple[ModelState, Any]]] = weakref.WeakKeyDictionary()
 
 
 def remembered(model: Any, what: Hashable, measure: Callable[[], Found], *, weights: bool = False) -> Found:
@@ -307,7 +326,7 @@ def remembered(model: Any, what: Hashable, measure: Callable[[], Found], *, weig
     found = _found.setdefault(model, {})
     if what not in found or not found[what][0].holds(model, weights=weights):
         value = measure()
-        found[what] = _State(model), value
+        found[what] = ModelState(model), value
     result: Found = found[what][1]
     return result
 
@@ -331,8 +350,9 @@ class Traits:
 def one_of_each_kind(model: Any, also: Container[int] = ()) -> Iterator[None]:
     """Of blocks that are alike let the first one run, beside those numbered in `also`; the others hand on their input.
 
-    Blocks are alike if their modules have the same classes, settings and shapes of weights, whatever the weights. What
-    a block lets one token see of another is the same for all of a kind, so a trial need not run each of them.
+    Blocks are alike if their modules have the same classes, settings, constants and shapes of weights, whatever the
+    weights. What a block lets one token see of another is the same for all of a kind, so a trial need not run each of
+    them.
     """
     config = text_config(model) if getattr(model, "config", None) is not None else None
     depth = getattr(config, "num_hidden_layers", 0)
@@ -362,9 +382,12 @@ def _kind(block: nn.Module, number: int) -> list[object]:
         for key, value in _settings(part):
             own = value == number and ("layer" in key or key.endswith(("idx", "index")))
             kind.append((key, "own number" if own else value))
-        for key, weight in part._parameters.items():
-            if weight is not None:
-                kind.append((key, weight.shape, weight.dtype, weight.device))
+        for key, tensor in (*part._parameters.items(), *part._buffers.items()):
+            if tensor is not None:
+                kind.append((key, tensor.shape, tensor.dtype, tensor.device))
+            if key in part._non_persistent_buffers_set and tensor is not None and not tensor.is_meta:
+                # A constant, such as a mask, and no weight: what is in it tells blocks apart.
+                kind.append(hashlib.blake2b(tensor.detach().contiguous().cpu().view(torch.uint8).numpy()).hexdigest())
     return kind
 
 

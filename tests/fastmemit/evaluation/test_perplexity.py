@@ -69,7 +69,6 @@ def test_batches_keep_to_their_bound_and_have_no_mask(
     monkeypatch.setattr(module, "_LOGIT_BYTES", 4 * VOCAB_SIZE * 17)
     model = tiny_model("llama")
     adapter = find_adapter(model)
-    assert adapter.is_causal  # measured before what is run is counted
     inputs: list[tuple[int, ...]] = []
     heads: list[tuple[int, ...]] = []
     block = model.model.layers[0]
@@ -79,6 +78,10 @@ def test_batches_keep_to_their_bound_and_have_no_mask(
         lambda _, args, kwargs: masks.append(kwargs["attention_mask"]), with_kwargs=True
     )
     model.lm_head.register_forward_hook(lambda _, args, out: heads.append(tuple(out.shape)))
+    adapter.look()
+    assert adapter.is_causal  # measured before what is run is counted
+    for seen in (inputs, heads, masks):
+        seen.clear()
     got = perplexity(adapter, text_of(ids, context=40), batch_tokens=batch_tokens)
     assert all(rows == 1 or rows * length <= batch_tokens for rows, length in inputs)
     assert sum(rows for rows, _ in inputs) == got.windows == 6

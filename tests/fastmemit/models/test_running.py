@@ -147,6 +147,28 @@ def test_one_block_of_another_kind_is_seen(number: int) -> None:
     assert traits(model).causal
 
 
+class Masked(nn.Module):
+    """A block that shows its tokens later ones, as a mask of its own says."""
+
+    def __init__(self, block: nn.Module, mask: torch.Tensor) -> None:
+        super().__init__()
+        self.block = block
+        self.register_buffer("mask", mask, persistent=False)
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        length = hidden_states.shape[1]
+        return self.mask[:length, :length] @ self.block(hidden_states, *args, **kwargs)
+
+
+def test_blocks_of_which_a_constant_differs_are_not_alike() -> None:
+    model = tiny_model("llama")
+    for place, block in enumerate(model.model.layers):
+        model.model.layers[place] = Masked(block, torch.ones(16, 16).tril())
+    assert traits(model).causal
+    model.model.layers[2].mask.fill_(1.0)  # and what was measured is measured again
+    assert not traits(model).causal
+
+
 def test_where_blocks_cannot_hand_on_the_whole_model_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     def failing(*_args: Any, **_named: Any) -> Any:
         raise TypeError("no states")
@@ -251,10 +273,23 @@ def _loaded(model: Any) -> None:
         (lambda model: setattr(model.model, "norm", torch.nn.Identity()), True),
         (lambda model: model.bfloat16(), True),
         (lambda model: model.to("meta"), True),
+        (lambda model: model.model.rotary_emb.inv_freq.mul_(2.0), True),
         (_loaded, False),
         (_one_weight, False),
     ],
-    ids=["mode", "hook", "forward", "attention", "attribute", "module", "bfloat16", "device", "loaded", "weight"],
+    ids=[
+        "mode",
+        "hook",
+        "forward",
+        "attention",
+        "attribute",
+        "module",
+        "bfloat16",
+        "device",
+        "buffer",
+        "loaded",
+        "weight",
+    ],
 )
 def test_what_was_measured_holds_for_as_long_as_the_model_is_what_it_was(change: Any, always: bool | None) -> None:
     # None: nothing is measured again. False: only what depends on the weights is.
@@ -267,6 +302,32 @@ def test_what_was_measured_holds_for_as_long_as_the_model_is_what_it_was(change:
         return found[number:]
 
     assert ask() == [False, True] and ask() == []
-    change(model)
+    with torch.no_grad():
+        change(model)
     assert ask() == {None: [], True: [False, True], False: [True]}[always]
     assert ask() == []
+
+
+def test_an_adapter_follows_its_model() -> None:
+    model = tiny_model("llama")
+    adapter = find_adapter(model)
+    assert adapter.is_causal and adapter.adds_plainly(1) and adapter.measured
+    model.model.layers[1].mlp.register_forward_hook(lambda _m, _a, out: 2.0 * out)
+    adapter.look()
+    assert not adapter.measured and not adapter.adds_plainly(1)
+    model.model.layers = nn.ModuleList([*model.model.layers][:2])
+    assert adapter.n_layers == 2 and adapter.layers == [0, 1] and adapter.block(1) is model.model.layers[1]
+    for block in model.model.layers:
+        block.self_attn.is_causal = False
+    with pytest.raises(UnknownArchitecture, match="not causal"):
+        adapter.check_causal()
+
+
+def test_weights_that_are_offloaded_are_other_objects_each_time() -> None:
+    model, found = tiny_model("llama").to("meta"), []
+    for _ in range(2):
+        remembered(model, "test", lambda: found.append(1))
+        for module in model.modules():
+            for name, weight in module._parameters.items():
+                module._parameters[name] = None if weight is None else nn.Parameter(weight.detach().clone())
+    assert found == [1]
