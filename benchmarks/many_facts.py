@@ -117,7 +117,7 @@ def main() -> int:
         records = load_records(DATA / "counterfact_1400.json")
         facts = list({(r.request.prompt, r.request.subject): r.request for r in records}.values())
     if not args.contexts:
-        editor.workspace.contexts_of = lambda method: ("",)  # type: ignore[method-assign]
+        editor.workspace.contexts_of = lambda method: ("",)  # type: ignore[method-assign]  # this workspace alone has none
     editor.plan(facts[:2], "memit", layers=layers[-1:])  # what is measured once in a process
     editor.store._held.clear()
     steps = Steps()

@@ -332,7 +332,7 @@ class Prefetcher(Generic[Item]):
             for call in calls:
                 call()
             if ready:
-                yield item  # type: ignore[misc]
+                yield item  # type: ignore[misc]  # there is one if `ready`
             elif over and error is not None and not self._stopped:
                 raise error
             elif over:

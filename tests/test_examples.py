@@ -123,7 +123,7 @@ def check_notebook(at: Path, found: dict[str, list[Any]]) -> None:
     }
     said = "".join(out.text for outs in found.values() for out in outs if out.output_type == "stream")
     assert "<b>Editor</b>" in shown["statistics"] and "multiplier 10" in shown["statistics"]
-    assert "<b>Edit</b>: 1 facts by memit" in shown["edit"] and "unedited" in shown["undo"]
+    assert "<b>Edit</b>: 1 fact by memit" in shown["edit"] and "unedited" in shown["undo"]
     assert "<td>es</td>" in shown["own"] and "ps_after" in shown["frame"] and shown["sweep"].count("memit/b8x1/x") == 3
     assert any("image/png" in out.get("data", {}) for out in found["figure"])
     # Bars are drawn, and nobody is told to install something for them.

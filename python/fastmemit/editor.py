@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import torch
 
-from fastcov.errors import printable_logger
+from fastcov.errors import counted, printable_logger
 from fastcov.hooks import isolated
 from fastmemit.answers import Reply, ask, compare, verdict
 from fastmemit.data.corpora import Corpus
@@ -169,7 +169,7 @@ class Editor(Described):
         dtype = str(self.model.dtype).removeprefix("torch.")
         found = self.statistics
         statistics = "no statistics yet" if found is None else found.describe()
-        edits = f"{len(self.edits)} edits in the weights" if self.edits else "unedited"
+        edits = f"{counted(len(self.edits), 'edit')} in the weights" if self.edits else "unedited"
         return f"{self.name}, {self.adapter.n_layers} blocks in {dtype} on {self.adapter.device}; {statistics}; {edits}"
 
     def rows(self) -> list[dict[str, Any]]:

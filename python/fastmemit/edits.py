@@ -18,6 +18,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from fastcov.errors import counted
 from fastcov.hooks import isolated
 from fastmemit.answers import Outcome, Reply
 from fastmemit.delta import Delta, add_low_rank, restore
@@ -264,7 +265,7 @@ class Edit(Described):
         method = self.delta.provenance.get("method", "unknown method")
         state = "applied" if self.applied else "not applied"
         said = f", {sum(o.said for o in self.outcomes)} of them said" if self.outcomes else ""
-        return f"{len(self.delta.requests)} facts by {method!s:.20}{said}, {state}"
+        return f"{counted(len(self.delta.requests), 'fact')} by {method!s:.20}{said}, {state}"
 
     def rows(self) -> list[dict[str, Any]]:
         """What became of each fact, or the facts alone where the model was not asked."""

@@ -47,7 +47,7 @@ def together(*, timeout: float = TIMEOUT) -> Iterator[Processes | None]:
         yield None
         return
     import torch.distributed as dist
-    from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+    from torch.distributed import PrefixStore  # type: ignore[attr-defined]  # in no stub of torch
     from torch.distributed.rendezvous import rendezvous
 
     wait = timedelta(seconds=timeout)

@@ -22,6 +22,7 @@ from torch import Tensor
 import fastcov
 from fastcov import CholeskyFactor, NullSpace
 from fastcov.checkpoint import read_checkpoint
+from fastcov.errors import counted
 from fastcov.hooks import isolated
 from fastcov.linalg import FactorCache
 from fastcov.matrices import place_of_float64
@@ -300,7 +301,8 @@ class StatisticsStore:
         """Module -> how many keys it gets at most, if they can be collected now; errors are those of `collect`."""
         if self._stack.edits:
             raise WrongModel(
-                f"{len(self._stack.edits)} edits are in the weights, and statistics belong to the unedited model; "
+                f"{counted(len(self._stack.edits), 'edit is', 'edits are')} in the weights, and statistics "
+                "belong to the unedited model; "
                 "undo them first."
             )
         if not spec.layers:
@@ -385,6 +387,7 @@ class StatisticsStore:
     ) -> dict[str, fastcov.SecondMoment]:
         """Module -> moment of so many keys; nothing where the corpus ends just where the keys do that are held."""
         adapter, allow_fewer = self._adapter, shared["allow_fewer"]
+        adapter.look()
         if adapter.right_padding == "none":
             raise UnknownArchitecture(
                 f"{type(adapter.model).__name__} gives a text other keys where it stands beside longer ones in a "

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 
+from fastcov.errors import counted
 from fastcov.hooks import evaluation_mode, isolated
 from fastmemit.answers import judge_answers
 from fastmemit.errors import BadConfig, BadRequest, FastmemitError, UnknownArchitecture
@@ -211,8 +212,9 @@ def choose_facts(
                 return Chosen(tuple(known), index)
     if not known:
         raise BadRequest(
-            f"The model knows none of the {len(order)} facts: its most probable next token is never the first of "
-            "target_true; give facts that it knows, or trace unknown ones too with only_known=False (--unknown-too)."
+            f"The model knows none of the {counted(len(order), 'fact')}: its most probable next token is never the "
+            "first of target_true; give facts that it knows, or trace unknown ones too with only_known=False "
+            "(--unknown-too)."
         )
     return Chosen(tuple(known), len(order))
 
@@ -403,7 +405,8 @@ def check_tracing(adapter: ModelAdapter) -> None:
         FastmemitError: Its input cannot be read or its blocks not be run.
         torch.OutOfMemoryError: There is no memory for that.
     """
-    if adapter.measured.get("traced in part"):
+    measured = adapter.measured
+    if measured.get("traced in part"):
         return
     adapter.check_causal()
     ids = probe_ids(adapter.model)
@@ -433,7 +436,7 @@ def check_tracing(adapter: ModelAdapter) -> None:
             f"{type(adapter.model).__name__} {why}, so it cannot be traced; choose layers by the scores of edits "
             "instead."
         )
-    adapter.measured["traced in part"] = True
+    measured["traced in part"] = True
 
 
 def _run_whole(adapter: ModelAdapter, ids: tuple[int, ...], position: int, layer: int, noise: Tensor) -> None:

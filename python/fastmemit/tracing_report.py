@@ -12,6 +12,7 @@ from typing import Any, TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
+from fastcov.errors import counted
 from fastcov.files import atomic_file
 from fastmemit.errors import BadConfig
 from fastmemit.tracing import GROUPS, Trace
@@ -204,7 +205,8 @@ def _draw_lines(axes: Any, result: dict[str, Any]) -> None:
     axes.set_xlabel("layer restored (of a window, its middle)")
     axes.set_ylabel("indirect effect, points of probability")
     axes.set_title(
-        f"{result['settings'].get('model', 'model')}: restored at the subject's last token, {result['facts']} facts",
+        f"{result['settings'].get('model', 'model')}: restored at the subject's last token, "
+        f"{counted(result['facts'], 'fact')}",
         fontsize="medium",
     )
     axes.legend(frameon=False, fontsize="small")

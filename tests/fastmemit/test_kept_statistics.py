@@ -186,7 +186,7 @@ def test_statistics_of_another_model_cannot_be_used(tmp_path: Path) -> None:
 def test_statistics_belong_to_the_unedited_model(tmp_path: Path) -> None:
     editor = tiny_editor(tmp_path)
     edit = editor.edit(FACTS[:1], "rome", layers=(1,), steps=2)
-    with pytest.raises(WrongModel, match="1 edits are in the weights"):
+    with pytest.raises(WrongModel, match="1 edit is in the weights"):
         editor.precompute(tiny_corpus(1), layers=[0])
     edit.undo()
     editor.precompute(tiny_corpus(seed=1), multiplier=1, layers=[0])

@@ -7,6 +7,7 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
+from fastcov.errors import counted
 from fastmemit.cli.options import VERBS, verb, write_json
 from fastmemit.cli.terminal import byte_size
 
@@ -122,4 +123,4 @@ def _folder(path: Path) -> str:
         for name in names:
             with suppress(OSError):  # it may go meanwhile
                 sizes.append(os.lstat(os.path.join(folder, name)).st_size)
-    return f"{shown}: {byte_size(sum(sizes))} in {len(sizes)} files"
+    return f"{shown}: {byte_size(sum(sizes))} in {counted(len(sizes), 'file')}"

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastcov.errors import counted
 from fastmemit.cli.options import (
     check_free,
     check_writable,
@@ -115,8 +116,11 @@ def _requests(args: argparse.Namespace) -> list[EditRequest]:
     complete = None not in single
     given = any(single) or args.join is not None
     if (args.facts is None and not complete) or (args.facts is not None and given):
+        lacking = [name for name, value in zip(("--prompt", "--subject", "--target"), single, strict=True) if not value]
+        what = "--facts and one fact beside it are two" if args.facts is not None else f"Without {', '.join(lacking)}"
         raise BadConfig(
-            "Name the facts either by --facts FILE or by --prompt, --subject and --target, to which --join belongs."
+            f"{what}: name the facts either by --facts FILE or by --prompt, --subject and --target, to which --join "
+            "belongs."
         )
     if args.facts is None:
         fact = {"prompt": args.prompt, "subject": args.subject, "target_new": args.target}
@@ -195,7 +199,7 @@ def _apply(args: argparse.Namespace) -> None:
     found = {"model": editor.name, "edits": args.edit, "facts": outcomes, "prompts": said, "changes": changes}
     write_json(args.json, {**found, "save_model": args.save_model})
     count = sum(len(edit.delta.requests) for edit in edits)
-    print(f"{len(edits)} edits with {count} facts applied to {editor.name}")
+    print(f"{counted(len(edits), 'edit')} with {counted(count, 'fact')} applied to {editor.name}")
     if facts:
         print(verdict(outcomes))
     _show_changes(args, editor, ", ".join(str(e.delta.provenance.get("method", "unknown")) for e in edits), changes)
@@ -294,7 +298,11 @@ def _delta_shown(delta: Delta) -> list[tuple[str, object]]:
         ("weights", len(delta.factors)),
         ("rank", max((left.shape[1] for left, _ in delta.factors.values()), default=0)),
         ("digest", delta.digest()),
-        *(("part", f"{part.digest():.12} with {len(part.requests)} facts") for part in found if len(found) > 1),
+        *(
+            ("part", f"{part.digest():.12} with {counted(len(part.requests), 'fact')}")
+            for part in found
+            if len(found) > 1
+        ),
     ]
     return [*shown, *(("fact", fact) for entry in delta.entries for fact in _facts_shown(entry))]
 
@@ -357,7 +365,7 @@ def _model_shown(path: Path) -> tuple[str, list[tuple[str, object]]]:
         line
         for entry in record.get("edits", ())
         for line in (
-            ("edit", f"{entry['digest']:.12} by {entry['method']:.20}, {len(entry['facts'])} facts"),
+            ("edit", f"{entry['digest']:.12} by {entry['method']:.20}, {counted(len(entry['facts']), 'fact')}"),
             *(("fact", fact) for fact in _facts_shown(entry)),
         )
     ]
@@ -400,8 +408,8 @@ def _undo(args: argparse.Namespace) -> None:
     for path, delta in zip(args.edit, deltas, strict=True):
         if record and not delta.digests & {entry["digest"] for entry in entries}:
             raise BadUndo(
-                f"{editor.name} was saved with {len(entries)} edits and {path} is none of them; fastmemit show lists "
-                "which they are."
+                f"{editor.name} was saved with {counted(len(entries), 'edit')} and {path} is none of them; fastmemit "
+                "show lists which they are."
             )
     if record:  # in the order in which they were applied, whichever they are named in
         place = {entry["digest"]: number for number, entry in enumerate(entries)}
@@ -428,9 +436,9 @@ def _undo(args: argparse.Namespace) -> None:
     exact = base is not None or fingerprint(editor.model) == unedited
     found = {"model": editor.name, "edits": args.edit, "facts": compare(facts, before, now), "bit_for_bit": exact}
     write_json(args.json, {**found, "save_model": args.save_model})
-    print(f"{len(deltas)} edits taken out of {editor.name}")
+    print(f"{counted(len(deltas), 'edit')} taken out of {editor.name}")
     said, says = (sum(reply.said for reply in replies) for replies in (before, now))
-    print(f"of {len(facts)} facts the model said {said} and says {says} now")
+    print(f"of {counted(len(facts), 'fact')} the model said {said} and says {says} now")
     if base is not None:
         print(f"the weights are bit for bit those of {base.name}")
     elif exact:
@@ -506,7 +514,7 @@ def _compose(args: argparse.Namespace) -> None:
     weights = list(whole.factors)
     write_json(args.json, {"out": args.out, "weights": weights, "parts": parts_found, "compression": compression})
     for digest, facts, method in listed:
-        print(f"  {digest:.12}  {facts} facts by {printable(method):.20}")
+        print(f"  {digest:.12}  {counted(facts, 'fact')} by {printable(method):.20}")
     for name, done in compression.items():
         print(f"  {printable(name)}: rank {done['from']} -> {done['to']}, relative error {done['relative_error']:.1e}")
-    print(f"{len(found)} edits on {len(whole.factors)} weights saved to {args.out}")
+    print(f"{counted(len(found), 'edit')} on {counted(len(whole.factors), 'weight')} saved to {args.out}")

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from fastcov.errors import counted
 from fastmemit.cli.options import (
     check_writable,
     chosen_settings,
@@ -129,7 +130,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     )
     write_json(args.json, result)
     count = sum(map(len, chosen))
-    print(f"{editor.name}, {args.method}, {count} records in {len(chosen)} batches")
+    print(f"{editor.name}, {args.method}, {counted(count, 'record')} in {counted(len(chosen), 'batch', 'batches')}")
     names = ZSRE_COLUMNS if zsre else [name for m in args.metrics for name in COLUMNS[m]]
     show_changes(_changes(result, result["records"], list(dict.fromkeys(names)), result["perplexity"]))
     print(ZSRE_MEANING if zsre else MEANING)
@@ -152,11 +153,11 @@ def _show_own(records: Sequence[Record], found: Sequence[Mapping[str, Any]]) -> 
         after, request = scores["after"], record.request
         parts = ["said" if after["ea"] else "NOT said"]
         for name, prompts, share in (
-            ("paraphrases say it", record.paraphrases, after["pa"]),
-            ("neighbours keep theirs", record.neighbourhood, after["na"]),
+            ("paraphrases that say it", record.paraphrases, after["pa"]),
+            ("neighbours that keep theirs", record.neighbourhood, after["na"]),
         ):
             if prompts:
-                parts.append(f"{round(share * len(prompts))} of {len(prompts)} {name}")
+                parts.append(f"{name}: {round(share * len(prompts))} of {len(prompts)}")
         fact = f"{request.text}{request.target} (before: {request.target_true})"
         print(f"  {record.case_id:>4}  {fact}: {', '.join(parts)}")
 
@@ -236,7 +237,7 @@ def _demo(args: argparse.Namespace) -> None:
     # All paraphrases and neighbours of all facts would be a page that nobody reads to its end.
     few = [replace(f, paraphrases=f.paraphrases[:1], neighbourhood=f.neighbourhood[:1]) for f in facts]
     observer = Observer(editor, watched_facts(editor.tokenizer, few if args.html is not None else []))
-    say(f"scored the unedited model on {len(facts)} facts")
+    say(f"scored the unedited model on {counted(len(facts), 'fact')}")
     edit = editor.edit(requests, args.method, verify=False, **overrides)
     edit.save(args.out)  # before anything that may fail
     say(f"edited all of them at once by {args.method}")
@@ -283,7 +284,7 @@ def _demo(args: argparse.Namespace) -> None:
     now = editor.model.state_dict()
     changed = [n for n, tensor in weights.items() if not torch.equal(tensor, now[n])]
     if changed:
-        raise FastmemitError(f"The undo left {len(changed)} weights changed, {changed[0]} first.")
+        raise FastmemitError(f"The undo left {counted(len(changed), 'weight')} changed, {changed[0]} first.")
     say(f"undone: all {len(weights)} tensors are bit for bit the original")
     print(_next_steps(args))
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from fastcov.errors import counted
 from fastmemit.cli.options import check_writable, chosen_settings, make_editor, read_text, verb, write_json
 from fastmemit.cli.terminal import SCORES, show_scores, show_table
 from fastmemit.errors import BadConfig, BadData
@@ -109,7 +110,7 @@ def _sweep(args: argparse.Namespace) -> None:
     show_scores(rows, (*SCORES, "perplexity"))
     number, of = shard
     if of == 1:
-        print(f"{len(cells)} cells in {args.out}; fastmemit experiment report {args.out} draws them")
+        print(f"{counted(len(cells), 'cell')} in {args.out}; fastmemit experiment report {args.out} draws them")
     else:
         print(f"shard {number} of {of} is done: {len(cells)} of {len(grid.places())} cells so far")
 
@@ -184,7 +185,8 @@ def _sequential(args: argparse.Namespace) -> None:
             file.write(content)
     last = [line for line in lines if line["edits"] == len(chosen)]
     facts = sum(map(len, chosen))
-    print(f"{editor.name}, {args.method}, {facts} facts in {len(chosen)} batches, all of them kept")
+    in_batches = f"{counted(facts, 'fact')} in {counted(len(chosen), 'batch', 'batches')}"
+    print(f"{editor.name}, {args.method}, {in_batches}, all of them kept")
     rows = {line["key"].rpartition("/")[0]: {**line["scores"], "perplexity": line["perplexity"]} for line in last}
     rows = {"unedited": last[0]["before"], **rows}
     write_json(args.json, rows)
@@ -290,7 +292,7 @@ def _show_effects(result: dict[str, Any], editor: Editor) -> None:
     traced, looked_at, effects = result["facts"], result["looked_at"], result["effects"]
     clean, corrupted = 100 * result["clean"]["mean"][0], 100 * result["corrupted"]["mean"][0]
     print(
-        f"{editor.name}: {traced} facts traced of {looked_at} looked at"
+        f"{editor.name}: {counted(traced, 'fact')} traced of {looked_at} looked at"
         + ("" if result["settings"]["only_known"] is False else f", {looked_at - traced} unknown")
         + f", {result['settings']['samples']} noise samples each, {result['seconds']:.1f} s"
     )
@@ -307,7 +309,7 @@ def _show_effects(result: dict[str, Any], editor: Editor) -> None:
             for name, effect in groups.items():
                 layer = max(range(len(effect["mean"])), key=lambda index: effect["mean"][index])
                 top = 100 * effect["mean"][layer]
-                print(f"  {name:<15} at most {top:6.2f}, at layer {layer} ({effect['facts']} facts)")
+                print(f"  {name:<15} at most {top:6.2f}, at layer {layer} ({counted(effect['facts'], 'fact')})")
     print("\n".join(_proposed(result, editor)))
 
 
@@ -399,7 +401,7 @@ def _downstream(args: argparse.Namespace) -> None:
     )
     write_json(args.json, found)
     facts = sum(edit["facts"] for edit in found["edits"])
-    print(f"{editor.name}, {len(edits)} edits with {facts} facts")
+    print(f"{editor.name}, {counted(len(edits), 'edit')} with {counted(facts, 'fact')}")
     if found["text"] is not None:
         shape = found["text"]
         print(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from fastcov.errors import counted
 from fastmemit.cli.options import (
     check_free,
     check_writable,
@@ -78,7 +79,7 @@ def _import(args: argparse.Namespace) -> None:
     delta = load_adapter(args.adapter, editor.model)
     delta.save(args.out)
     write_json(args.json, {"model": editor.name, "out": args.out, "weights": list(delta.factors)})
-    print(f"adapter on {len(delta.factors)} weights of {editor.name} saved as {args.out}")
+    print(f"adapter on {counted(len(delta.factors), 'weight')} of {editor.name} saved as {args.out}")
 
 
 @verb(
@@ -144,11 +145,11 @@ def _pull(args: argparse.Namespace) -> None:
             delta.check(editor.model)
         delta.save(args.out)
         write_json(args.json, {"repo": args.repo, "out": args.out, "facts": delta.requests})
-        print(f"edit with {len(delta.requests)} facts of {args.repo} saved to {args.out}")
+        print(f"edit with {counted(len(delta.requests), 'fact')} of {args.repo} saved to {args.out}")
         return
     tokenizer = tokenizer_fingerprint(editor.tokenizer) if editor is not None else None
     found = pull_statistics(args.repo, revision=args.revision, model=model, tokenizer=tokenizer, cache=args.cache)
     write_json(args.json, statistics_found(found, repo=args.repo))
-    print(f"second moments of {len(found.paths)} layers: {found.describe()}")
+    print(f"second moments of {counted(len(found.paths), 'layer')}: {found.describe()}")
     for path in found.paths.values():
         print(f"  {path}")

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fastcov.errors import counted
 from fastmemit.cli import options
 from fastmemit.cli.options import make_editor, statistics_found, stored_or_collected, verb, write_json
 from fastmemit.cli.terminal import byte_size, show_table
@@ -53,7 +54,8 @@ def _precompute(args: argparse.Namespace) -> None:
     seconds, speed = time.perf_counter() - begun, found.throughput
     fast = None if speed is None else {"tokens_per_second": speed.tokens_per_second, "share_of_limit": speed.share}
     write_json(args.json, statistics_found(found, seconds=seconds, throughput=fast))
-    print(f"{editor.name}: second moments of {len(found.paths)} layers, {found.describe()}, in {seconds:.1f} s")
+    number = counted(len(found.paths), "layer")
+    print(f"{editor.name}: second moments of {number}, {found.describe()}, in {seconds:.1f} s")
     if speed is not None:
         whose = "" if processes is None else f"process 0 of {processes.size}: "
         # The line ends with the share of the limit, which is for those who look for it.
@@ -147,7 +149,7 @@ def _plan(args: argparse.Namespace) -> None:
             f"what runs does not fit into the {byte_size(machine.memory)} of one device: spread the "
             "model (--device auto), or take fewer layers or a smaller batch"
         )
-    print(f"\nthen a MEMIT edit of {args.batch_size} facts, beside the model")
+    print(f"\nthen a MEMIT edit of {counted(args.batch_size, 'fact')}, beside the model")
     rows = [
         ("memory", []),
         ("  factors of all layers", [byte_size(edit.factors)]),
@@ -236,7 +238,7 @@ def _export(args: argparse.Namespace) -> None:
             )
     shown = statistics_found(found, exported=paths, null_space=null_space, null_space_ranks=ranks)
     write_json(args.json, shown)
-    print(f"{editor.name}: second moments of {len(paths)} layers, {found.describe()}")
+    print(f"{editor.name}: second moments of {counted(len(paths), 'layer')}, {found.describe()}")
     for path in paths.values():
         print(f"  {path}")
     print(
@@ -322,6 +324,7 @@ def _import(args: argparse.Namespace) -> None:
     found = import_statistics(editor, files, check=not args.no_check)
     dtype = str(editor.model.dtype).removeprefix("torch.")
     write_json(args.json, statistics_found(found, imported=list(files), dtype=dtype))
-    print(f"{editor.name} in {dtype}: second moments of {len(found.paths)} layers taken over, {found.describe()}")
+    number = counted(len(found.paths), "layer")
+    print(f"{editor.name} in {dtype}: second moments of {number} taken over, {found.describe()}")
     for path in found.paths.values():
         print(f"  {path}")

@@ -171,7 +171,7 @@ class Live:
         self._statistics: Statistics | None = None
         self._matrices = FactorCache()  # in the computer's memory, whatever the device
         self._preserved = PreservedKeys()
-        self._inherited: list[tuple[str, Delta, Mapping[int, Sequence[Tensor]]]] = []  # see `_ours`
+        self._inherited: list[tuple[str, Delta, Mapping[str, Sequence[Tensor]]]] = []  # see `_ours`
         # Which model object, its tokenizer and the settings, at the last call.
         self._opened_with: tuple[int | None, Any, Settings] = (None, None, Settings())
 
@@ -187,8 +187,8 @@ class Live:
     def __reduce__(self) -> Any:
         return (type(None), ())  # None is what is left of it in a file
 
-    def _ours(self) -> list[tuple[str, Delta, Mapping[int, Sequence[Tensor]]]]:
-        """Of each edit of ours: what the weights were with it, what it added, and its keys by layer."""
+    def _ours(self) -> list[tuple[str, Delta, Mapping[str, Sequence[Tensor]]]]:
+        """Of each edit of ours: what the weights were with it, what it added, and its keys by weight name."""
         if self._opened_with[0] is None:
             return self._inherited
         return [(state, edit.delta, self._preserved.of(edit)) for state, edit in self.stack.written]

@@ -384,7 +384,7 @@ def load_hparams(path: str | os.PathLike[str], method: str | None = None) -> Edi
 def _parse_yaml(text: str, path: Path) -> Any:
     import yaml
 
-    class Loader(yaml.SafeLoader):  # type: ignore[misc]
+    class Loader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML brings no types
         depth = 0
 
         def compose_node(self, parent: Any, index: Any) -> Any:

@@ -21,6 +21,7 @@ from torch import Tensor
 import fastcov
 from fastcov import KeyHooks, SecondMoment
 from fastcov.closed_form import THRESHOLD
+from fastcov.errors import counted
 from fastcov.files import atomic_file
 from fastcov.hooks import evaluation_mode, isolated, key_rows
 from fastcov.npz import NpzMoment, load_npz, save_npz
@@ -393,8 +394,8 @@ def check_likeness(editor: Editor, moments: Mapping[str, SecondMoment]) -> None:
     """
     if editor.edits:
         raise WrongModel(
-            f"{len(editor.edits)} edits are in the weights, and statistics belong to the unedited "
-            "model; undo them first."
+            f"{counted(len(editor.edits), 'edit is', 'edits are')} in the weights, and statistics belong to the "
+            "unedited model; undo them first."
         )
     own = mean_squares(editor, list(moments))
     for name, moment in moments.items():

@@ -10,7 +10,7 @@ from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fastcov.errors import printable_logger
+from fastcov.errors import counted, printable_logger
 from fastmemit.data.corpora import is_clean_text
 from fastmemit.data.reading import PREFIX, Value, downloaded, load_splits, read_values
 from fastmemit.errors import BadData, BadRequest
@@ -161,7 +161,7 @@ def load_requests(path: str | Path) -> list[EditRequest]:
         except BadRequest as bad:
             problems.append(f"request {index} ({place}): {bad}")
     if problems:
-        raise BadData(_listed(str(path), problems, len(values), "requests"))
+        raise BadData(_listed(str(path), problems, len(values), "request"))
     if not requests:
         raise BadData(f"{path} holds no request; write at least one.")
     return requests
@@ -257,7 +257,7 @@ def _read_all(
         except _Problem as bad:
             problems.append(f"record {index} ({each.place}), field {bad}")
     if problems and not skip_malformed:
-        listed = _listed(source, problems, total, "records")
+        listed = _listed(source, problems, total, "record")
         raise BadData(f"{listed} Correct them, or skip them with skip_malformed=True.")
     for problem in problems:
         logger.warning("%s: skipped %s", source, problem)
@@ -270,7 +270,7 @@ def _listed(source: str, problems: list[str], total: int, what: str) -> str:
     shown = "; ".join(problem.rstrip(".") for problem in problems[:_SHOWN])
     rest = len(problems) - _SHOWN
     more = f"; and {rest} more" if rest > 0 else ""
-    return f"{source} has {len(problems)} malformed {what} of {total}: {shown}{more}."
+    return f"{source} has {counted(len(problems), f'malformed {what}')} of {total}: {shown}{more}."
 
 
 def is_open(record: Record) -> bool:

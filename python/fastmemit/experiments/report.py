@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastcov.errors import counted
 from fastcov.files import atomic_file
 from fastmemit.errors import BadConfig
 from fastmemit.evaluation.changes import render
@@ -106,7 +107,7 @@ def runs(found: Collected) -> list[tuple[str, list[tuple[str, str]]]]:
         rows = []
         for name in ("hardware", "versions"):
             counts = Counter(_text(timing[name]) for timing in found.timings)
-            rows += [(name, f"{value} ({cells} cells)") for value, cells in counts.items()]
+            rows += [(name, f"{value} ({counted(cells, 'cell')})") for value, cells in counts.items()]
         stages: dict[str, float] = {}
         for timing in found.timings:
             for stage, seconds in timing["seconds"].items():

@@ -21,6 +21,7 @@ from importlib.resources import files
 from itertools import groupby
 from typing import Any, NamedTuple, cast
 
+from fastcov.errors import counted
 from fastmemit.errors import BadData
 from fastmemit.evaluation.scores import SCORES, SHARES, score_means
 from fastmemit.experiments.intervals import (
@@ -65,7 +66,7 @@ class Size(NamedTuple):
     batches: int
 
     def __str__(self) -> str:
-        return f"{self.batches} batch{'es' if self.batches != 1 else ''} of {self.batch_size}"
+        return f"{counted(self.batches, 'batch', 'batches')} of {self.batch_size}"
 
 
 @dataclass(frozen=True)
@@ -467,7 +468,8 @@ def sequence_table(lines: Sequence[Mapping[str, Any]]) -> str:
     last = max(lines, key=lambda line: line["facts"])
     before = ", ".join(f"{name.upper()} {_plain(last['before'].get(name))}" for name in SCORES)
     failed = sum(line["failed"] for line in lines if line["edits"] == last["edits"])
-    note = f"The unedited model on the same {last['facts']} facts: {before}. first: the first {FIRST} facts or batch."
+    note = f"The unedited model on the same {counted(last['facts'], 'fact')}: {before}. "
+    note += f"first: the first {FIRST} facts or batch."
     if any("records" in line for line in lines):
         note += " In brackets the 95 % bootstrap interval over records."
     if failed:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from fastcov import CholeskyFactor, LowRank
+from fastcov.errors import counted
 from fastcov.linalg import UpdatedFactor, updated
 from fastmemit.delta import Delta, add_low_rank, compact, restore
 from fastmemit.display import bar
@@ -39,7 +40,7 @@ log = logging.getLogger(__name__)
 Blocks = tuple[Tensor, ...]
 #: Facts whose keys are read in all contexts before they are averaged.
 TOGETHER = 256
-Keys = dict[int, list[Tensor]]  # layer -> keys (d_k, B), float64, block by block
+Keys = dict[str, list[Tensor]]  # weight name -> keys (d_k, B), float64, block by block
 
 
 @dataclass(frozen=True)
@@ -192,7 +193,7 @@ class Subjects:
 
 
 class _Held(NamedTuple):
-    """What a layer's keys added to the factor of its A: not that factor, which the statistics may have dropped."""
+    """What a weight's keys added to the factor of its A: not that factor, which the statistics may have dropped."""
 
     diagonal: Tensor  # (d_k,), of the factor of A, by which another one is told
     blocks: Blocks
@@ -206,7 +207,7 @@ class _Held(NamedTuple):
 
 
 class PreservedKeys:
-    """Edit keys by the edit and layer that they were written for.
+    """Edit keys by the edit and the weight that they were written for.
 
     Hand it to `fastmemit.Editor.edit`, which preserves the keys that are in it and adds those of the new edit. The keys
     of an edit count while the edit is in the weights: an undo takes them out, and applying the edit again brings them
@@ -215,15 +216,15 @@ class PreservedKeys:
 
     def __init__(self) -> None:
         # An edit that is undone and forgotten takes its keys with it.
-        self._keys: WeakKeyDictionary[Edit, Mapping[int, Blocks]] = WeakKeyDictionary()
-        self._held: dict[int, _Held] = {}
+        self._keys: WeakKeyDictionary[Edit, Mapping[str, Blocks]] = WeakKeyDictionary()
+        self._held: dict[str, _Held] = {}
 
-    def add(self, edit: Edit, keys: Mapping[int, Sequence[Tensor]]) -> None:
-        """Preserve the keys of an edit: layer -> blocks K (d_k, B), float64, in the order of their writing."""
-        self._keys[edit] = {layer: tuple(blocks) for layer, blocks in keys.items()}
+    def add(self, edit: Edit, keys: Mapping[str, Sequence[Tensor]]) -> None:
+        """Preserve the keys of an edit: weight name -> blocks K (d_k, B), float64, in the order of their writing."""
+        self._keys[edit] = {name: tuple(blocks) for name, blocks in keys.items()}
 
-    def of(self, edit: Edit) -> Mapping[int, Blocks]:
-        """The keys of an edit by layer, whether they count now or not; none where it is not in it."""
+    def of(self, edit: Edit) -> Mapping[str, Blocks]:
+        """The keys of an edit by weight name, whether they count now or not; none where it is not in it."""
         return self._keys.get(edit, {})
 
     @property
@@ -231,38 +232,38 @@ class PreservedKeys:
         """The edits whose keys count now, in the order in which they were added."""
         return tuple(edit for edit in self._keys if edit.applied)
 
-    def blocks(self, layer: int) -> Blocks:
-        """What counts now at a layer: blocks K (d_k, B) in the order in which they were added."""
-        return tuple(k for edit in self.edits for k in self._keys[edit].get(layer, ()))
+    def blocks(self, name: str) -> Blocks:
+        """What counts now for a weight: blocks K (d_k, B) in the order in which they were added."""
+        return tuple(k for edit in self.edits for k in self._keys[edit].get(name, ()))
 
     def __len__(self) -> int:
-        """How many keys count now, at the layer that has most."""
-        layers = {layer for edit in self.edits for layer in self._keys[edit]}
-        return max((sum(k.shape[1] for k in self.blocks(layer)) for layer in layers), default=0)
+        """How many keys count now, for the weight that has most."""
+        names = {name for edit in self.edits for name in self._keys[edit]}
+        return max((sum(k.shape[1] for k in self.blocks(name)) for name in names), default=0)
 
-    def factor(self, layer: int, base: CholeskyFactor, written: Sequence[Tensor] = ()) -> CholeskyFactor:
-        """The factor of ``A + sum K_p K_p^T`` of a layer; only what is new since the last call is worked in.
+    def factor(self, name: str, base: CholeskyFactor, written: Sequence[Tensor] = ()) -> CholeskyFactor:
+        """The factor of ``A + sum K_p K_p^T`` of a weight; only what is new since the last call is worked in.
 
         Args:
-            layer: The layer.
+            name: The weight's name.
             base: The factor of A.
             written: Further keys (d_k, B): of facts that the present batch has written already.
 
         Raises:
             fastcov.BadInput: Keys are of another width than A.
         """
-        blocks = (*self.blocks(layer), *written)
+        blocks = (*self.blocks(name), *written)
         if not blocks:
-            self._held.pop(layer, None)
+            self._held.pop(name, None)
             return base
-        held, diagonal = self._held.get(layer), base.lower.diagonal()
+        held, diagonal = self._held.get(name), base.lower.diagonal()
         factor, known = base, 0
         if held is not None and held.of(diagonal, blocks):
             known = len(held.blocks)
             factor = UpdatedFactor(base.lower, base.jitter, base.rank, whitened=held.whitened, small=held.small)
         if len(blocks) > known:
             factor = updated(factor, torch.cat([block.to(base.device) for block in blocks[known:]], 1))
-            self._held[layer] = _Held(diagonal.clone(), blocks, factor.whitened, factor.small)
+            self._held[name] = _Held(diagonal.clone(), blocks, factor.whitened, factor.small)
         return factor
 
 
@@ -316,6 +317,7 @@ class Workspace:
         Returns:
             A target for each fact; none where the method has no target vectors.
         """
+        self.adapter.look()
         settings = config.targets()
         if settings is None:
             return []
@@ -349,7 +351,7 @@ class Draft(Generic[Config]):
         reads: Where readings of the unedited model are cached.
         contexts: Texts before the prompts, the first one ``""``.
         factors: What has been written so far, by weight name, in the weights' own orientation.
-        keys: The keys of what has been written so far, by layer; where nobody preserves keys, in half the memory.
+        keys: The keys of what has been written so far, by weight name; where nobody preserves keys, in half the memory.
         moments: Of what the edit was normalised by, its own share, see `fastmemit.delta.Delta`; UltraEdit's alone.
         tokens: How many tokens `moments` are of.
     """
@@ -386,23 +388,25 @@ class Draft(Generic[Config]):
         """
         if self.preserved is None:
             return factor
-        return self.preserved.factor(layer, factor, self.keys.get(layer, ()))
+        name = self.adapter.weight_name(layer)
+        return self.preserved.factor(name, factor, self.keys.get(name, ()))
 
     def earlier_keys(self, layer: int) -> Blocks:
         """The preserved keys (d_k, B): of earlier edits, and what this one has written there."""
         if self.preserved is None:
             return ()
-        return (*self.preserved.blocks(layer), *self.keys.get(layer, ()))
+        name = self.adapter.weight_name(layer)
+        return (*self.preserved.blocks(name), *self.keys.get(name, ()))
 
     def write(self, layer: int, change: LowRank, keys: Tensor) -> None:
         """Add a change (d, d_k) to a layer's weight, and put it on record with its keys (d_k, B)."""
         # Nobody asks for these keys before a later edit does, and perhaps no edit ever.
-        self.keys.setdefault(layer, []).append(keys.to("cpu", torch.float32) if self.preserved is None else keys)
+        name = self.adapter.weight_name(layer)
+        self.keys.setdefault(name, []).append(keys.to("cpu", torch.float32) if self.preserved is None else keys)
         left, right = change.left, change.right
         transposed = self.adapter.weight_is_transposed(layer)
         if transposed:
             left, right = right, left
-        name = self.adapter.weight_name(layer)
         if name in self.factors:
             old_left, old_right = (old.to(left) for old in self.factors[name])
             left, right = torch.cat([old_left, left], 1), torch.cat([old_right, right], 1)
@@ -507,10 +511,9 @@ def run(
         unknown = len(stack.edits) - len(preserved.edits)
         if unknown:
             log.warning(
-                "%d of the %d edits in the weights come from files or from others, without keys: %s does not preserve "
-                "theirs",
-                unknown, len(stack.edits), config.method,
-            )  # fmt: skip
+                "%s from files or from others, without keys, which %s does not preserve",
+                *(counted(unknown, "edit in the weights comes", "edits in the weights come"), config.method),
+            )
     earlier = () if preserved is None else preserved.edits
     for edit in earlier:
         stack.check(edit)
@@ -549,7 +552,7 @@ def run(
     if own is not None:
         own.add(edit, draft.keys)
     # In the computer's memory: most edits are never followed by one that asks for their keys.
-    work.preserved.add(edit, {layer: [k.cpu() for k in blocks] for layer, blocks in draft.keys.items()})
+    work.preserved.add(edit, {name: [k.cpu() for k in blocks] for name, blocks in draft.keys.items()})
     return edit
 
 

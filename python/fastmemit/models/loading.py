@@ -274,6 +274,10 @@ def _source(name: str) -> str | Path:
     path = Path(name).expanduser()
     if path.is_file() and path.suffix == ".gguf":
         return expanded_folder(path)
+    if path.is_file():
+        raise ModelNotFound(
+            f"{name!r} is a file and no model; name a folder that save_pretrained wrote, or a file that ends in .gguf."
+        )
     if name.strip() and path.is_dir():
         if not (path / "config.json").is_file():
             raise ModelNotFound(f"The folder {name!r} has no config.json; name a folder that save_pretrained wrote.")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import fastcov
+from fastcov.errors import counted
 from fastmemit.delta import RECORD, Delta, fact_text
 from fastmemit.errors import BadConfig, DamagedFile, FastmemitError, WrongModel
 from fastmemit.files import (
@@ -383,7 +384,7 @@ def edit_card(
     model = base or "MODEL"
     tags = ["knowledge-editing", "model-editing", *([method] if method in (*METHODS, "lora") else [])]
     facts = facts_of(delta)
-    counted = f"{len(facts)} facts" if len(facts) != 1 else "1 fact"
+    number = counted(len(facts), "fact")
     former = [fact.get("former") for entry in delta.entries for fact in entry["facts"]]
     shown = [
         (f.text, f.target.strip(), says or (f.target_true or "").strip())
@@ -397,7 +398,7 @@ def edit_card(
     return _card(
         _header(license, base, tags, repo, scores),
         f"# {repo.rpartition('/')[2]}",
-        f"An edit of {plain(base or about.get('model_name') or 'a language model')}: {counted}, written by "
+        f"An edit of {plain(base or about.get('model_name') or 'a language model')}: {number}, written by "
         f"{plain(method)} as a change of low rank. The edited model gives the new answers as if they were true, "
         "whether they are or not.",
         "## What it changes",
@@ -453,12 +454,12 @@ def model_card(base: str, entries: Sequence[Mapping[str, Any]], source: Path | N
         for entry in entries
         for fact in entry["facts"]
     ]
-    counted = f"{len(entries)} edits" if len(entries) != 1 else "1 edit"
+    number = counted(len(entries), "edit")
     return _card(
         card,
         _BEGIN,
         "## Edited facts",
-        f"The weights are those of {plain(base)} with {counted} by fastmemit. The model gives the new answers as if "
+        f"The weights are those of {plain(base)} with {number} by fastmemit. The model gives the new answers as if "
         f"they were true, whether they are or not. `{RECORD}` has the edits' digests.",
         table(("prompt", "new answer", "former answer", "edit"), rows[:LISTED]) if rows else "",
         f"And {len(rows) - LISTED} more, in `{RECORD}`." if len(rows) > LISTED else "",

@@ -201,7 +201,7 @@ def test_from_statistics_to_scores(place: Place, capsys: pytest.CaptureFixture[s
     prompt = "The capital of France is"
     out = run(capsys, "apply", *place.model, "--edit", saved, "--prompt", prompt, "--max-new-tokens", "3",
               "--save-model", again)  # fmt: skip
-    assert "1 edits with 2 facts applied" in out and " of 2 facts are now what" in out
+    assert "1 edit with 2 facts applied" in out and " of 2 facts are now what" in out
     assert re.search(rf"\n{prompt}\n  before: .*\n  after:  .*\n", out)
     third = load_file(again / "model.safetensors")
     assert all(torch.equal(third[name], after[name]) for name in after)
@@ -243,7 +243,7 @@ def test_relatives_of_memit_from_options(place: Place, capsys: pytest.CaptureFix
     }[method]  # fmt: skip
     out = run(capsys, "evaluate", *place.model, *EDIT, *own, "--facts", place.records,
               "--batch-size", "2", "--num-batches", "1")  # fmt: skip
-    assert f", {method}, 2 records in 1 batches" in out
+    assert f", {method}, 2 records in 1 batch" in out
 
 
 def test_the_settings_of_a_method_are_listed_without_a_model(capsys: pytest.CaptureFixture[str]) -> None:
@@ -282,7 +282,7 @@ def test_an_edit_of_another_model_goes_on_by_force(place: Place, capsys: pytest.
     assert main(["apply", *other, "--edit", str(saved)]) == 2
     capsys.readouterr()
     out = run(capsys, "apply", *other, "--edit", saved, "--force")
-    assert "1 edits with 2 facts applied" in out and " of 2 facts are now what" in out
+    assert "1 edit with 2 facts applied" in out and " of 2 facts are now what" in out
 
 
 def test_python_dash_m(place: Place) -> None:

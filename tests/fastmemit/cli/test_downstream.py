@@ -36,7 +36,7 @@ def test_before_and_after_an_edit(place: Place, text: Path, capsys: pytest.Captu
     assert found["after"]["perplexity"] == perplexity(editor.adapter, cut).perplexity
     assert found["text"]["tokens"] == 199 and found["text"]["stride"] == 32
     assert found["edits"][0]["facts"] == 2 and found["edits"][0]["method"] == "memit"
-    assert "1 edits with 2 facts\ntext.txt: 199 tokens predicted in " in out
+    assert "1 edit with 2 facts\ntext.txt: 199 tokens predicted in " in out
     shown = re.search(r"^perplexity +([\d.]+) +([\d.]+)$", out, re.MULTILINE)
     assert shown is not None
     assert [float(value) for value in shown.groups()] == pytest.approx(

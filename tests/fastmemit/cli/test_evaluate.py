@@ -156,7 +156,7 @@ def test_a_malformed_zsre_record(place: Place, zsre: Path, capsys: Capture) -> N
     assert "record 1 (item 1), field src" in line and "--skip-malformed" in line
     args = arguments(place, zsre, "--skip-malformed")
     args[args.index("--num-batches") + 1] = "1"
-    assert "1 records in 1 batches" in run(capsys, *args)
+    assert "1 record in 1 batch\n" in run(capsys, *args)
 
 
 def test_own_facts_are_scored_by_line_against_what_the_model_said(place: Place, capsys: Capture) -> None:
@@ -168,12 +168,13 @@ def test_own_facts_are_scored_by_line_against_what_the_model_said(place: Place, 
     common = [*place.model, *EDIT, "--corpus", place.corpus, "--multiplier", "4", "--facts", mine]
     run(capsys, "edit", *common, "--out", place.at / "mine.st")  # which takes the same file
     out = run(capsys, "evaluate", *common, "--json", result)
-    assert "2 records in 1 batches" in out
+    assert "2 records in 1 batch\n" in out
     found = json.loads(result.read_text())
     assert [row["case_id"] for row in sorted(found["records"], key=lambda row: row["case_id"])] == [1, 2]
     after = {row["case_id"]: row["after"] for row in found["records"]}
     told = re.search(r"^ +1  The capital of France is Berlin \(before: .+\): (NOT )?said, "
-                     r"(\d) of 1 paraphrases say it, (\d) of 1 neighbours keep theirs$", out, re.MULTILINE)  # fmt: skip
+                     r"paraphrases that say it: (\d) of 1, neighbours that keep theirs: (\d) of 1$",
+                     out, re.MULTILINE)  # fmt: skip
     assert told is not None
     assert [told[1] is None, int(told[2]), int(told[3])] == [after[1][name] == 1 for name in ("ea", "pa", "na")]
     line = next(line for line in out.splitlines() if line.startswith("     2  Eiffel Tower is located in"))
@@ -194,7 +195,7 @@ def test_facts_are_edited_and_asked_in_chat(place: Place, zsre: Path, capsys: Ca
     asked = Delta.load(saved).requests[1]
     assert asked["prompt"] == "<s>user: The capital of {} is</s><s>assistant: " and asked["join"] == ""
     out = run(capsys, "apply", *chatty.model, "--edit", saved, "--chat", "--prompt", "Paris is", "--check", "I play")
-    assert "1 edits with 2 facts applied" in out and "\nParis is\n  before: " in out
+    assert "1 edit with 2 facts applied" in out and "\nParis is\n  before: " in out
     assert "  <s>user: I play</s><s>assistant: " in out
     out = run(capsys, *arguments(chatty, place.records, "--chat"))
     assert "2 records in 2 batches" in out and list(rows(out))[:3] == ["ES", "PS", "NS"]

@@ -132,7 +132,7 @@ def test_undo_gives_the_base_model_back(place: Place, edited: tuple[Path, Path],
     options = ("--model", folder, *place.model[2:])
     back = place.at / "back"
     out = run(capsys, "undo", *options, "--edit", saved, "--base", place.model[1], "--save-model", back)
-    assert "1 edits taken out of edited" in out and re.search(r"of 2 facts the model said \d and says 0 now", out)
+    assert "1 edit taken out of edited" in out and re.search(r"of 2 facts the model said \d and says 0 now", out)
     assert "the weights are bit for bit those of tiny-llama\n" in out and not (back / "fastmemit.json").exists()
     before, after = (load_file(Path(path) / "model.safetensors") for path in (place.model[1], back))
     assert before.keys() == after.keys() and all(torch.equal(after[name], before[name]) for name in before)
@@ -140,7 +140,7 @@ def test_undo_gives_the_base_model_back(place: Place, edited: tuple[Path, Path],
     assert "is the model that" in line and "without it" in line
     other, strange = place.edit(capsys, "other.st", "--set", "steps=1"), place.other_model()[1]
     line = refused(capsys, place, "undo", *options, "--edit", other, "--save-model", place.at / "x")
-    assert "was saved with 1 edits and" in line and "is none of them" in line
+    assert "was saved with 1 edit and" in line and "is none of them" in line
     line = refused(capsys, place, "undo", *options, "--edit", saved, "--base", strange, "--save-model", place.at / "x")
     assert "and the edit was made for" in line
 

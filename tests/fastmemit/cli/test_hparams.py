@@ -66,7 +66,7 @@ def test_the_other_verbs_take_it_too(place: Place, capsys: Capture) -> None:
     out = run(capsys, "evaluate", *place.model, "--config", file(place, "ROME"), "--facts",
               place.records, "--batch-size", "1", "--num-batches", "1", "--corpus", place.corpus,
               "--multiplier", "4", "--json", result)  # fmt: skip
-    assert ", rome, 1 records" in out
+    assert ", rome, 1 record " in out
     assert json.loads(result.read_text())["settings"]["method"] == "rome"
 
 

@@ -127,7 +127,7 @@ def test_an_edit_whose_facts_are_no_list_counts_none(
     found = Delta.load(edits[0])
     Delta(found.factors, {**found.provenance, "requests": 3}).save(place.at / "forged.st")
     out = run(capsys, "apply", *place.model, "--edit", place.at / "forged.st", "--edit", edits[1])
-    assert "2 edits with 1 facts applied" in out
+    assert "2 edits with 1 fact applied" in out
     said = refused(capsys, place, "compose", "--edit", place.at / "forged.st", "--out",
                    place.at / "x")  # fmt: skip
     assert "requests are no list but 3" in said
@@ -146,7 +146,7 @@ def test_own_ranks_and_a_name(place: Place, edits: tuple[Path, Path], capsys: py
 def test_compose_and_remove(place: Place, edits: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
     both, one = place.at / "both.st", place.at / "one.st"
     out = run(capsys, "compose", "--edit", edits[0], "--edit", edits[1], "--out", both)
-    digests = re.findall(r"^  ([0-9a-f]{12})  1 facts by memit$", out, re.MULTILINE)
+    digests = re.findall(r"^  ([0-9a-f]{12})  1 fact by memit$", out, re.MULTILINE)
     assert digests == [Delta.load(path).digest()[:12] for path in edits]
     assert out.endswith(f"2 edits on 2 weights saved to {both}\n")
     run(capsys, "apply", *place.model, "--edit", both)
@@ -189,7 +189,7 @@ def test_push_and_pull(
     out = run(capsys, "hub", "push", "--repo", "me/edit", "--edit", edits[0])
     assert out == f"{edits[0]} pushed to https://huggingface.co/me/edit\n"
     out = run(capsys, "hub", "pull", "--repo", "me/edit", "--out", place.at / "c.st", *place.model)
-    assert "edit with 1 facts of me/edit saved" in out
+    assert "edit with 1 fact of me/edit saved" in out
     assert Delta.load(place.at / "c.st").digest() == Delta.load(edits[0]).digest()
     other = place.other_model()
     hub.at = place.at / "cache"  # where refused() looks at no files

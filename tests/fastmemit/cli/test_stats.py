@@ -64,7 +64,7 @@ def test_single_files_are_named(kept: Place, capsys: Capture) -> None:
     assert np.load(path)["mom2.mom2"].dtype == np.float64
     assert len(list(path.parent.iterdir())) == 1
     out = run(capsys, "stats", "import", *kept.model, "--file", path)
-    assert "1 layers taken over, corpus imported:pile_stats, multiplier 4, 256 keys" in out
+    assert "1 layer taken over, corpus imported:pile_stats, multiplier 4, 256 keys" in out
 
 
 def test_easyedits_alphaedit_gets_its_projectors(kept: Place, capsys: Capture) -> None:

@@ -183,7 +183,7 @@ def test_keys_of_another_width(place: StatsPlace, tmp_path: Path) -> None:
 
 def test_files_belong_to_the_unedited_model(place: StatsPlace, editor: Editor) -> None:
     edit = editor.edit(FACTS[:1], "rome", layers=(1,), steps=2)
-    with pytest.raises(WrongModel, match="1 edits are in the weights"):
+    with pytest.raises(WrongModel, match="1 edit is in the weights"):
         import_statistics(editor, files_of(editor, place))
     edit.undo()
     import_statistics(editor, files_of(editor, place))

@@ -175,7 +175,7 @@ def test_malformed_records_name_index_and_field(
     record: Any, field: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = write(tmp_path / "a.jsonl", full(50), record, flat(51))
-    with pytest.raises(BadData, match=rf"1 malformed records of 3: record 1 \(line 2\), {field}"):
+    with pytest.raises(BadData, match=rf"1 malformed record of 3: record 1 \(line 2\), {field}"):
         load_records(path)
     with caplog.at_level(logging.WARNING):
         assert [r.case_id for r in load_records(path, skip_malformed=True)] == [50, 51]

@@ -73,7 +73,7 @@ def test_malformed_records_name_index_and_field(
     record: Any, reason: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = write(tmp_path / "a.jsonl", row(7), record, row(9), lines=True)
-    with pytest.raises(BadData, match=rf"1 malformed records of 3: record 1 \(line 2\), {reason}"):
+    with pytest.raises(BadData, match=rf"1 malformed record of 3: record 1 \(line 2\), {reason}"):
         load_zsre(path)
     with caplog.at_level(logging.WARNING):
         assert [r.case_id for r in load_zsre(path, skip_malformed=True)] == [0, 2]

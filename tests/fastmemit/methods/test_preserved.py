@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -16,6 +16,7 @@ from fastmemit.methods import REGISTRY, Draft, PreservedKeys
 from fastmemit.methods.base import Method, averaged_keys
 from reference import closed_form as literal
 from tiny_editors import FACTS, tiny_editor
+from tiny_models import D, tiny_model
 
 LAYERS = (0, 1, 2)
 A: dict[str, Any] = {"steps": 2, "weight": 5.0, "ridge": 0.01}
@@ -58,7 +59,7 @@ def test_a_later_batch_equals_the_formula_with_the_earlier_keys(
 
     monkeypatch.setattr(closed_form, method, spy)
     first = editor.edit(FACTS[:1], method, preserved=preserved, **settings)
-    earlier = {layer: preserved.blocks(layer) for layer in settings["layers"]}
+    earlier = {layer: preserved.blocks(editor.adapter.weight_name(layer)) for layer in settings["layers"]}
     assert [len(blocks) for blocks in earlier.values()] == [1] * len(earlier)
     assert all((earlier[i][0].numpy() == k).all() for i, (k, _) in zip(earlier, given, strict=True))
     given.clear()
@@ -116,15 +117,16 @@ def test_keys_count_while_their_edit_is_in_the_weights(editor: Editor) -> None:
     first = editor.edit(FACTS[:1], "memit", preserved=preserved, **settings)
     second = editor.edit(FACTS[1:], "memit", preserved=preserved, **settings)
     assert preserved.edits == (first, second) and len(preserved) == 3
-    assert [k.shape for k in preserved.blocks(1)] == [(64, 1), (64, 2)]
-    assert preserved.blocks(2) == ()
+    names = [editor.adapter.weight_name(layer) for layer in LAYERS]
+    assert [k.shape for k in preserved.blocks(names[1])] == [(64, 1), (64, 2)]
+    assert preserved.blocks(names[2]) == ()
     second.undo()
     assert preserved.edits == (first,) and len(preserved) == 1
     second.apply()
     assert len(preserved) == 3
     second.undo()
     first.undo()
-    assert len(preserved) == 0 and preserved.blocks(0) == ()
+    assert len(preserved) == 0 and preserved.blocks(names[0]) == ()
     # What is undone and forgotten is not held for ever.
     del first, second
     gc.collect()
@@ -154,6 +156,23 @@ def test_keys_of_another_editor_are_refused(editor: Editor, tmp_path: Any) -> No
     editor.plan(FACTS[1:], "memit", preserved=preserved, **SETTINGS["memit"])
 
 
+def test_keys_of_another_projection_do_not_count(tmp_path: Any) -> None:
+    """Two editors of one model, whose keys are of one width."""
+    model = tiny_model("llama", intermediate_size=D)
+    one = tiny_editor(tmp_path, model=model, layers=(0, 1))
+    other = tiny_editor(tmp_path, model=model, layers=(0, 1), module="model.layers.{}.self_attn.o_proj")
+    preserved = PreservedKeys()
+    other.contexts("memit")
+    one.edit(FACTS[:1], "memit", preserved=preserved, **SETTINGS["memit"])
+    assert len(preserved) == 1
+    found, alone = (
+        other.plan(FACTS[1:], "memit", preserved=each, **SETTINGS["memit"]).delta
+        for each in (preserved, PreservedKeys())
+    )
+    for name, (left, right) in alone.factors.items():
+        torch.testing.assert_close(found.factors[name][0] @ found.factors[name][1].T, left @ right.T)
+
+
 def test_a_factor_is_updated_by_what_is_new_and_made_again_for_another_A(monkeypatch: pytest.MonkeyPatch) -> None:
     from fastmemit.methods import base as module
 
@@ -169,33 +188,33 @@ def test_a_factor_is_updated_by_what_is_new_and_made_again_for_another_A(monkeyp
 
     monkeypatch.setattr(module, "updated", spy)
     preserved, base = PreservedKeys(), factorize(torch.eye(6).double())
-    one, other = Applied(), Applied()
+    one, other = cast("Any", Applied()), cast("Any", Applied())  # all that is asked of an edit here
     blocks = [torch.randn(6, n).double() for n in (2, 1, 3)]
-    assert preserved.factor(4, base) is base and widths == []
+    assert preserved.factor("weight", base) is base and widths == []
     assert preserved._held == {}  # without keys the factor belongs to its cache alone
-    preserved.add(one, {4: blocks[:1]})  # type: ignore[arg-type]
-    preserved.factor(4, base)
-    preserved.add(other, {4: blocks[1:2]})  # type: ignore[arg-type]
-    factor = preserved.factor(4, base)
-    assert preserved.factor(4, base).whitened is factor.whitened and widths == [2, 1]
+    preserved.add(one, {"weight": blocks[:1]})
+    preserved.factor("weight", base)
+    preserved.add(other, {"weight": blocks[1:2]})
+    factor = preserved.factor("weight", base)
+    assert preserved.factor("weight", base).whitened is factor.whitened and widths == [2, 1]
     # A factor that was dropped and made again is the same one, and the old one is not held for its keys.
     again, old = factorize(torch.eye(6).double()), weakref.ref(base)
     del base, factor
     gc.collect()
     assert old() is None
     base = again
-    preserved.factor(4, base)
+    preserved.factor("weight", base)
     assert widths == [2, 1]
-    preserved.factor(4, base, [blocks[2]])
+    preserved.factor("weight", base, [blocks[2]])
     assert widths == [2, 1, 3]
     again = factorize(2 * torch.eye(6).double())
-    found = preserved.factor(4, again)
+    found = preserved.factor("weight", again)
     assert widths == [2, 1, 3, 3]
     joined = torch.cat(blocks[:2], 1)
     wanted = torch.linalg.inv(2 * torch.eye(6).double() + joined @ joined.T)
     torch.testing.assert_close(found.solve(torch.eye(6).double()), wanted)
     one.applied = False
-    found = preserved.factor(4, again)
+    found = preserved.factor("weight", again)
     assert widths == [2, 1, 3, 3, 1]
     torch.testing.assert_close(
         found.solve(blocks[1]), torch.linalg.solve(2 * torch.eye(6).double() + blocks[1] @ blocks[1].T, blocks[1])
@@ -207,5 +226,5 @@ def test_averaged_keys_are_what_is_kept(editor: Editor) -> None:
     work = Draft(editor.workspace, editor.config("emmet", **SETTINGS["emmet"]))
     keys = averaged_keys(work.context_outputs(1, FACTS).keys)
     editor.edit(FACTS, "emmet", preserved=preserved, **SETTINGS["emmet"])
-    (block,) = preserved.blocks(1)
+    (block,) = preserved.blocks(editor.adapter.weight_name(1))
     assert block.dtype == torch.float64 and (block - keys).norm() <= 1e-6 * keys.norm()

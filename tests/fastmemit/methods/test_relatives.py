@@ -146,7 +146,7 @@ def test_edits_from_files_bring_no_keys_and_that_is_said(
     first.undo()
     editor.load(tmp_path / "first.safetensors").apply()
     upon = editor.plan(FACTS[1:], "encore", **SETTINGS["encore"]).delta
-    assert "1 of the 1 edits in the weights come from files or" in caplog.text
+    assert "1 edit in the weights comes from files or" in caplog.text
     assert upon.provenance["preserved"] == [] and len(upon.provenance["on_top_of"]) == 1
 
 

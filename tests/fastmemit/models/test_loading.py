@@ -93,6 +93,13 @@ def test_what_can_only_be_a_folder_is_not_looked_for_on_the_hub(name: str) -> No
         load_model(name, device="cpu")
 
 
+def test_a_file_that_is_no_model_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "facts.json"
+    path.write_text("[]")
+    with pytest.raises(ModelNotFound, match=r"facts\.json' is a file and no model; name a folder"):
+        load_model(str(path), device="cpu")
+
+
 def test_a_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelNotFound, match=r"has no config\.json"):
         load_model(str(tmp_path), device="cpu")
