@@ -1,4 +1,4 @@
-"""The errors of fastcov, and the words of messages: other people's text made printable, numbers with their nouns.
+"""The errors of fastcov, and text of other people's files made printable.
 
 Every message is one sentence that names the value, the place and the fix. Values that a program may need are attributes
 as well; all have defaults, so that the errors survive pickling between processes.
@@ -25,11 +25,6 @@ def printable(text: str, *, lines: bool = False) -> str:
     """
     # The test is quick, and text with nothing to spell out is almost all of it.
     return text if text.isprintable() else text.translate(_LINES if lines else _FIELD)
-
-
-def counted(number: int, one: str, many: str = "") -> str:
-    """A number and what it is of: ``"1 fact"``, ``"2 facts"``, or `many` where a plural takes more than an s."""
-    return f"{number} {one if number == 1 else many or one + 's'}"
 
 
 class _Printable(logging.Filter):

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fastcov.errors import counted
 from fastcov.hooks import isolated
 from fastcov.kernels import cpu
 
@@ -90,7 +89,7 @@ class Throughput:
         known = "the machine's limit was not measured"
         if self.share is not None:
             known = f"{100 * self.share:.0f} % of what this machine's arithmetic allows"
-        layers = counted(self.modules, "layer")
+        layers = f"{self.modules} layer{'' if self.modules == 1 else 's'}"
         return (
             f"{self.keys:,} keys of {layers} in {self.seconds:.1f} s: {self.tokens_per_second:,.0f} tokens/s, {known}"
         )

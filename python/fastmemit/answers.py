@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
 
-from fastcov.errors import counted, printable
+from fastcov.errors import printable
 from fastcov.hooks import evaluation_mode, isolated
 from fastmemit.errors import BadRequest
 from fastmemit.models import ModelAdapter, check_lengths, length_batches, pad_batch
@@ -278,7 +278,7 @@ def verdict(outcomes: Sequence[Outcome]) -> str:
     """
     missed = [each for each in outcomes if not each.said]
     count = len(outcomes)
-    lines = [f"{count - len(missed)} of {counted(count, 'fact is', 'facts are')} now what the model says"]
+    lines = [f"{count - len(missed)} of {count} {'fact is' if count == 1 else 'facts are'} now what the model says"]
     if missed:
         named = [
             f"{_line(each.request.text + each.request.target)} (says: {_line(each.after.says)})" for each in missed

@@ -13,14 +13,14 @@ from typing import Any, Literal
 
 import torch
 
-from fastcov.errors import counted, printable_logger
+from fastcov.errors import printable_logger
 from fastcov.hooks import isolated
 from fastmemit.answers import Reply, ask, compare, verdict
 from fastmemit.data.corpora import Corpus
 from fastmemit.delta import RECORD, Delta, model_record, read_record
 from fastmemit.display import Described
 from fastmemit.edits import Edit, EditStack
-from fastmemit.errors import BadConfig, MissedFacts, WrongModel
+from fastmemit.errors import BadConfig, MissedFacts, WrongModel, counted
 from fastmemit.files import cache_dir as _cache_dir
 from fastmemit.methods import METHODS, EditConfig, PreservedKeys, ReadCache, Workspace, find_config, run
 from fastmemit.models import find_adapter, load_model, save_model

@@ -18,12 +18,11 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from fastcov.errors import counted
 from fastcov.hooks import isolated
 from fastmemit.answers import Outcome, Reply
 from fastmemit.delta import Delta, add_low_rank, restore
 from fastmemit.display import Described
-from fastmemit.errors import BadRequest, BadUndo, WrongModel
+from fastmemit.errors import BadRequest, BadUndo, WrongModel, counted
 from fastmemit.models import Watch, checksum, checksums, fingerprint
 from fastmemit.request import EditRequest
 

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 
+def counted(number: int, one: str, many: str = "") -> str:
+    """A number and what it is of: ``"1 fact"``, ``"2 facts"``, or `many` where a plural takes more than an s."""
+    return f"{number} {one if number == 1 else many or one + 's'}"
+
+
 class FastmemitError(Exception):
     """Base of every error that fastmemit raises on purpose.
 

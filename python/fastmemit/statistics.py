@@ -22,7 +22,6 @@ from torch import Tensor
 import fastcov
 from fastcov import CholeskyFactor, NullSpace
 from fastcov.checkpoint import read_checkpoint
-from fastcov.errors import counted
 from fastcov.hooks import isolated
 from fastcov.linalg import FactorCache
 from fastcov.matrices import place_of_float64
@@ -33,7 +32,7 @@ from fastmemit import parallel
 from fastmemit.data.corpora import Corpus, corpus_batches, open_corpus, tokens_per_batch
 from fastmemit.display import Described, bar
 from fastmemit.edits import EditStack
-from fastmemit.errors import BadConfig, UnknownArchitecture, WrongModel
+from fastmemit.errors import BadConfig, UnknownArchitecture, WrongModel, counted
 from fastmemit.files import (
     alone,
     check_moment,

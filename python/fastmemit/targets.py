@@ -27,7 +27,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fastcov.errors import counted
 from fastcov.files import atomic_file, parse_json, write_safetensors
 from fastcov.hooks import evaluation_mode, isolated
 from fastmemit.errors import FastmemitError
@@ -593,8 +592,8 @@ def _name_unfinished(requests: Sequence[EditRequest], targets: Sequence[Target],
         named = "; ".join(f"{text!r:.80} {loss:.2f}" for loss, text in ends[:5])
         log.log(
             logging.WARNING if ends[0][0] > UNLIKELY else logging.INFO,
-            "%d of %s stopped at the last of %d steps above the loss limit of %g: %s%s",
-            *(len(ends), counted(len(targets), "target"), settings.steps, settings.early_stop, named),
+            "%d of %d targets stopped at the last of %d steps above the loss limit of %g: %s%s",
+            *(len(ends), len(targets), settings.steps, settings.early_stop, named),
             "" if len(ends) <= 5 else f"; and {len(ends) - 5} more",
         )
 

@@ -26,10 +26,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 
-from fastcov.errors import counted
 from fastcov.hooks import evaluation_mode, isolated
 from fastmemit.answers import judge_answers
-from fastmemit.errors import BadConfig, BadRequest, FastmemitError, UnknownArchitecture
+from fastmemit.errors import BadConfig, BadRequest, FastmemitError, UnknownArchitecture, counted
 from fastmemit.models import (
     ModelAdapter,
     agrees,

@@ -12,9 +12,8 @@ from typing import Any, TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
-from fastcov.errors import counted
 from fastcov.files import atomic_file
-from fastmemit.errors import BadConfig
+from fastmemit.errors import BadConfig, counted
 from fastmemit.tracing import GROUPS, Trace
 
 RESAMPLES = 2000

@@ -7,9 +7,9 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-from fastcov.errors import counted
 from fastmemit.cli.options import VERBS, verb, write_json
 from fastmemit.cli.terminal import byte_size
+from fastmemit.errors import counted
 
 #: Package -> what needs it.
 EXTRAS = {

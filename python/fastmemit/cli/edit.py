@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastcov.errors import counted
 from fastmemit.cli.options import (
     check_free,
     check_writable,
@@ -20,7 +19,7 @@ from fastmemit.cli.options import (
     write_json,
 )
 from fastmemit.cli.terminal import byte_size
-from fastmemit.errors import BadConfig, BadData, BadUndo, MissedFacts, ModelNotFound, WrongModel
+from fastmemit.errors import BadConfig, BadData, BadUndo, MissedFacts, ModelNotFound, WrongModel, counted
 from fastmemit.request import EditRequest, check_batch
 
 if TYPE_CHECKING:

@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from fastcov.errors import counted
 from fastmemit.cli.options import (
     check_writable,
     chosen_settings,
@@ -23,7 +22,7 @@ from fastmemit.cli.options import (
     write_json,
 )
 from fastmemit.cli.terminal import MEANING, SCORES, show_changes, show_table
-from fastmemit.errors import BadConfig, BadData, FastmemitError
+from fastmemit.errors import BadConfig, BadData, FastmemitError, counted
 
 if TYPE_CHECKING:
     from fastmemit.data import Record

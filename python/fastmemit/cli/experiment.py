@@ -10,10 +10,9 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from fastcov.errors import counted
 from fastmemit.cli.options import check_writable, chosen_settings, make_editor, read_text, verb, write_json
 from fastmemit.cli.terminal import SCORES, show_scores, show_table
-from fastmemit.errors import BadConfig, BadData
+from fastmemit.errors import BadConfig, BadData, counted
 
 if TYPE_CHECKING:
     from fastmemit.data import Corpus, Record

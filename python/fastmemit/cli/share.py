@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 
-from fastcov.errors import counted
 from fastmemit.cli.options import (
     check_free,
     check_writable,
@@ -14,7 +13,7 @@ from fastmemit.cli.options import (
     verb,
     write_json,
 )
-from fastmemit.errors import BadConfig
+from fastmemit.errors import BadConfig, counted
 
 #: The ranks of adapters that vLLM can be started for; the first is its default.
 VLLM_RANKS = (16, 32, 64, 128, 256, 320, 512)

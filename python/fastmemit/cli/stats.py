@@ -7,11 +7,10 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastcov.errors import counted
 from fastmemit.cli import options
 from fastmemit.cli.options import make_editor, statistics_found, stored_or_collected, verb, write_json
 from fastmemit.cli.terminal import byte_size, show_table
-from fastmemit.errors import BadConfig
+from fastmemit.errors import BadConfig, counted
 
 if TYPE_CHECKING:
     from fastmemit.compat import StatsPlace

@@ -21,14 +21,13 @@ from torch import Tensor
 import fastcov
 from fastcov import KeyHooks, SecondMoment
 from fastcov.closed_form import THRESHOLD
-from fastcov.errors import counted
 from fastcov.files import atomic_file
 from fastcov.hooks import evaluation_mode, isolated, key_rows
 from fastcov.npz import NpzMoment, load_npz, save_npz
 from fastmemit.data import load_corpus
 from fastmemit.data.corpora import corpus_batches
 from fastmemit.editor import Editor
-from fastmemit.errors import BadConfig, WrongModel
+from fastmemit.errors import BadConfig, WrongModel, counted
 from fastmemit.files import sha256_of
 from fastmemit.models import ModelAdapter
 from fastmemit.statistics import Statistics, versions

@@ -15,9 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastcov.errors import counted
 from fastcov.files import atomic_file
-from fastmemit.errors import BadConfig
+from fastmemit.errors import BadConfig, counted
 from fastmemit.evaluation.changes import render
 from fastmemit.experiments import tables
 from fastmemit.experiments.intervals import RESAMPLES

@@ -21,8 +21,7 @@ from importlib.resources import files
 from itertools import groupby
 from typing import Any, NamedTuple, cast
 
-from fastcov.errors import counted
-from fastmemit.errors import BadData
+from fastmemit.errors import BadData, counted
 from fastmemit.evaluation.scores import SCORES, SHARES, score_means
 from fastmemit.experiments.intervals import (
     PERPLEXITY,

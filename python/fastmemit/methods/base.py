@@ -21,12 +21,11 @@ import torch
 from torch import Tensor
 
 from fastcov import CholeskyFactor, LowRank
-from fastcov.errors import counted
 from fastcov.linalg import UpdatedFactor, updated
 from fastmemit.delta import Delta, add_low_rank, compact, restore
 from fastmemit.display import bar
 from fastmemit.edits import Edit, EditStack, Writing
-from fastmemit.errors import BadConfig, BadRequest
+from fastmemit.errors import BadConfig, BadRequest, counted
 from fastmemit.methods.config import CONFIGS, PRESERVING, Config, EditConfig, TargetConfig
 from fastmemit.models import ModelAdapter
 from fastmemit.partial_forward import KEPT, SubjectPass, read_at_subject, runs_in_stages

@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import fastcov
-from fastcov.errors import counted
 from fastmemit.delta import RECORD, Delta, fact_text
-from fastmemit.errors import BadConfig, DamagedFile, FastmemitError, WrongModel
+from fastmemit.errors import BadConfig, DamagedFile, FastmemitError, WrongModel, counted
 from fastmemit.files import (
     cache_dir,
     check_moment,

@@ -1,6 +1,6 @@
-"""Words that messages share."""
+from fastmemit.errors import counted
 
-from fastcov.errors import counted
+"""Words that messages share."""
 
 
 def test_a_number_and_what_it_is_of() -> None:
