@@ -30,7 +30,7 @@ from fastmemit.data import Corpus
 from fastmemit.data.corpora import open_corpus
 from fastmemit.delta import Delta
 from fastmemit.edits import Edit, EditStack
-from fastmemit.errors import BadConfig, BadCorpus, BadLayer, WrongModel
+from fastmemit.errors import BadConfig, BadCorpus, BadLayer, WrongModel, counted
 from fastmemit.files import cache_dir, stored_modules
 from fastmemit.methods import PRESERVING, PreservedKeys, Workspace, find_config, run
 from fastmemit.models import ModelAdapter, find_adapter
@@ -559,7 +559,7 @@ def write_facts(
     made.delta.add_to(model)
     if config.method in PRESERVING:  # so that the next edit knows its keys
         found.stack.wrote(made)
-    log.info("%d facts written by %s into %s", len(batch), method, ", ".join(made.delta.factors))
+    log.info("%s written by %s into %s", counted(len(batch), "fact"), method, ", ".join(made.delta.factors))
     return Applied(model, before, made.delta)
 
 

@@ -216,7 +216,7 @@ def batches(
     if len(chosen) < wanted or not chosen:
         asked = f"{n_batches or 'some'} batches of {batch_size}"
         raise BadData(
-            f"There are {len(chosen)} records with different subjects (of {len(order)}), too few "
+            f"The facts have {counted(len(chosen), 'record')} with different subjects (of {len(order)}), too few "
             f"for {asked}; ask for fewer or give more records."
         )
     return [chosen[start : start + batch_size] for start in range(0, wanted, batch_size)]

@@ -472,7 +472,7 @@ def sequence_table(lines: Sequence[Mapping[str, Any]]) -> str:
     if any("records" in line for line in lines):
         note += " In brackets the 95 % bootstrap interval over records."
     if failed:
-        note += f" {failed} batches could not be written, because the model had broken down."
+        note += f" {counted(failed, 'batch', 'batches')} could not be written, because the model had broken down."
     return "\n".join([*rows, "", note, ""])
 
 

@@ -176,7 +176,7 @@ def evaluation(place: Place, data: Any, *more: str) -> list[Any]:
     [
         (["--batch-size", "0"], "batch_size is 0"),
         (["--num-batches", "-2"], "n_batches is -2"),
-        (["--batch-size", "3", "--num-batches", "2"], "4 records with different subjects"),
+        (["--batch-size", "3", "--num-batches", "2"], "The facts have 4 records with different subjects"),
     ],
 )
 def test_batches(place: Place, capsys: Capture, more: list[str], part: str) -> None:

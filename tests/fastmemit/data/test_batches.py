@@ -36,7 +36,7 @@ def test_batches_depend_on_the_seed_alone() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((2, 3), r"There are 5 records with different subjects \(of 5\), too few for 3 batches of 2"),
+        ((2, 3), r"The facts have 5 records with different subjects \(of 5\), too few for 3 batches of 2"),
         ((0, 1), "batch_size is 0"),
         ((1, -1), "n_batches is -1"),
     ],

@@ -38,14 +38,15 @@ def test_a_row_for_each_step() -> None:
     )
     assert found[4].startswith("| full | not preserved | 32 | 70.00 ")
     assert found[6] == (
-        "The unedited model on the same 32 facts: ES 10.00, PS 11.00, NS 77.00, S 14.00, EA -, PA -, NA -."
+        "The unedited model on the same 32 facts: ES 10.00, PS 11.00, NS 77.00, S 14.00, EA -, PA -, NA -. "
+        "first: the first 100 facts or batch."
     )
 
 
 def test_perplexity_and_broken_models_are_said() -> None:
     found = sequence_table([line(perplexity=36.5), line(edits=2, perplexity=math.inf, failed=1)])
     assert "| perplexity |" in found and "| 36.50 |" in found and "| inf |" in found
-    assert "1 batches could not be written" in found
+    assert " 1 batch could not be written" in found
     missing = {"es": 90.0, "ps": None, "ns": None, "s": None}
     assert "| 90.00 | - | - | - |" in sequence_table([line(scores=missing)])
 

@@ -55,7 +55,7 @@ def test_a_line_for_each_step_in_the_order_of_the_plan(unbroken: tuple[Path, lis
     folder, found = unbroken
     assert [line["key"] for line in found] == KEYS
     assert [json.loads(line) for line in content(folder).splitlines()] == found
-    place = {"key", "method", "batch_size", "multiplier", "preserve", "keys"}
+    place = {"key", "method", "batch_size", "multiplier", "preserve", "keys", "targets"}
     assert all(line.keys() == place | Step.__annotations__.keys() for line in found)
     assert [line["multiplier"] for line in found] == [2.0] * 4 + [None] * 4
     assert found[0]["keys"] == 128 < found[-1]["keys"]
