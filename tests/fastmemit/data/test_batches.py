@@ -47,7 +47,7 @@ def test_batches_that_cannot_be_dealt(arguments: tuple, message: str) -> None:
 
 
 def test_no_records_no_batches() -> None:
-    with pytest.raises(BadData, match="There are 0 records"):
+    with pytest.raises(BadData, match="The facts have 0 records"):
         batches([], 4)
 
 
