@@ -85,8 +85,7 @@ class Collection:
         multiplier: d_m: each layer gets exactly ``round(d_m * d_k)`` keys. ``"auto"`` collects until an edit's solution
             is near its limit, at most 10 (see `fastcov.sizing`).
         allow_fewer: Take a corpus that ends early for what it has.
-        max_length: Cut documents at so many tokens; None takes the model's context (at most 2048). More, shorter
-            documents make keys more independent.
+        max_length: Cut documents at so many tokens; None takes the model's context (at most 2048).
         field: Where the text is in a JSON corpus.
         bos: Whether the first position of a document is a key. In most models it draws attention that has nowhere else
             to go, and its key is unlike all others.
