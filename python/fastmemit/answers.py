@@ -22,8 +22,8 @@ from fastcov.errors import printable
 from fastcov.hooks import evaluation_mode, isolated
 from fastmemit.errors import BadRequest
 from fastmemit.models import ModelAdapter, check_lengths, length_batches, pad_batch
-from fastmemit.models.running import context_limit
-from fastmemit.partial_forward import goes_on, head_reads, left_padded
+from fastmemit.models.running import context_limit, head_reads
+from fastmemit.partial_forward import goes_on, left_padded
 from fastmemit.request import EditRequest
 from fastmemit.text import continue_rows, encode_with_target, end_tokens, lead
 

@@ -44,6 +44,7 @@ from fastmemit.models.running import (
     Reached,
     difference,
     forward_as,
+    head_reads,
     one_of_each_kind,
     output_of,
     place_rows,
@@ -53,33 +54,6 @@ from fastmemit.models.running import (
 from fastmemit.text import Row
 
 log = logging.getLogger(__name__)
-
-
-@contextmanager
-def head_reads(adapter: ModelAdapter, rows: Sequence[int], columns: Sequence[int]) -> Iterator[None]:
-    """Let the model's output head see M positions, in these rows and columns of the batch, instead of every one.
-
-    Inside, a forward returns logits (1, M, vocabulary), with whatever the model does to logits after its head (scaling,
-    soft caps) done to them.
-
-    Raises:
-        UnknownArchitecture: The model does not call its output head.
-    """
-    chosen = (list(rows), list(columns))
-    called = False
-
-    def gather(_module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        nonlocal called
-        called = True
-        return (args[0][chosen][None], *args[1:])
-
-    with adapter.lm_head.register_forward_pre_hook(gather):
-        yield
-    if not called:
-        raise UnknownArchitecture(
-            f"{type(adapter.model).__name__} does not call {type(adapter.lm_head).__name__}, which it names as its "
-            "output head, so its logits cannot be told from others; load it with AutoModelForCausalLM."
-        )
 
 
 Site = Literal["block", "projection"]

@@ -40,7 +40,8 @@ from fastmemit.models import (
     with_hidden,
 )
 from fastmemit.models.adapter import linear_shape
-from fastmemit.partial_forward import align, as_cache, begun_at, head_reads, past_of
+from fastmemit.models.running import head_reads
+from fastmemit.partial_forward import align, as_cache, begun_at, past_of
 from fastmemit.request import EditRequest
 from fastmemit.text import Row, encode_with_target, subject_end
 

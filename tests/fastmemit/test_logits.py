@@ -7,7 +7,7 @@ import torch
 
 from fastmemit.errors import UnknownArchitecture
 from fastmemit.models import find_adapter
-from fastmemit.partial_forward import head_reads
+from fastmemit.models.running import head_reads
 from tiny_models import ARCHITECTURES
 
 IDS = torch.tensor([[5, 6, 7, 8, 9], [10, 11, 12, 13, 14], [15, 16, 17, 18, 19]])

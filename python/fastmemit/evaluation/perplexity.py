@@ -24,8 +24,7 @@ from fastcov.hooks import evaluation_mode, isolated
 from fastmemit.data.reading import decode, read_whole
 from fastmemit.errors import BadConfig, BadData, FastmemitError, UnknownArchitecture
 from fastmemit.models import ModelAdapter, agrees, hidden_of, with_hidden
-from fastmemit.models.running import context_limit, forward_as
-from fastmemit.partial_forward import head_reads
+from fastmemit.models.running import context_limit, forward_as, head_reads
 from fastmemit.text import encode
 
 log = logging.getLogger(__name__)

@@ -27,7 +27,7 @@ from fastmemit.errors import FastmemitError, UnknownArchitecture
 from fastmemit.methods.base import Draft, log, register
 from fastmemit.methods.config import UltraEditConfig
 from fastmemit.models import ModelAdapter, check_lengths, pad_batch, token_states
-from fastmemit.partial_forward import head_reads
+from fastmemit.models.running import head_reads
 from fastmemit.request import EditRequest
 from fastmemit.text import Row, like_lengths, request_rows
 

@@ -234,7 +234,7 @@ def test_what_is_not_used_is_said(model: Any, tok: Any, caplog: pytest.LogCaptur
         APPLY["rome"](model, tok, MEMIT_STYLE[:1], hparams("rome", objective="x"), train_ds=None)
     assert "hparams: not used here: objective" in caplog.text
     assert "not used here: train_ds" in caplog.text
-    assert "1 facts written by rome into model.layers.1.mlp.down_proj.weight" in caplog.text
+    assert "1 fact written by rome into model.layers.1.mlp.down_proj.weight" in caplog.text
 
 
 def test_another_tokenizer_is_another_memory(model: Any) -> None:
