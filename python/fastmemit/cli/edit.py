@@ -373,8 +373,7 @@ def _model_shown(path: Path) -> tuple[str, list[tuple[str, object]]]:
     return f"a model, {byte_size(size)}", [
         ("class", type(adapter.model).__name__),
         ("weights", f"{sum(weight.numel() for weight in adapter.model.parameters()):,}"),
-        ("layers", f"{layers[0]} to {layers[-1]} can be edited"),
-        ("edited", adapter.weight_name(layers[0])),
+        ("layers", f"{layers[0]} to {layers[-1]} can be edited, by weights such as {adapter.weight_name(layers[0])}"),
         ("keys", f"of width {adapter.d_k(layers[0]):,}"),
         *base,
         *edits,
