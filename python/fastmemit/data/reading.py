@@ -10,6 +10,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.request import urlopen
@@ -243,7 +244,7 @@ def downloaded(name: str, address: str, error: type[Exception]) -> Path:
     try:
         with urlopen(address, timeout=_SECONDS) as found:
             data = found.read(MAX_WHOLE_FILE + 1)
-    except OSError as failed:  # a URLError is one
+    except (OSError, HTTPException) as failed:  # a URLError is an OSError; an answer that is cut short is not
         raise error(missing.format(str(getattr(failed, "reason", failed)).rstrip("."))) from None
     if len(data) > MAX_WHOLE_FILE:
         raise error(missing.format(f"it is larger than {MAX_WHOLE_FILE:,} bytes"))

@@ -190,14 +190,14 @@ def listed_records(records: Sequence[_Some], path: str | Path) -> list[_Some]:
 def batches(
     records: Sequence[Record], batch_size: int, n_batches: int | None = None, seed: int | None = 0
 ) -> list[list[Record]]:
-    """Deal records into batches: shuffled, and one record per subject over the whole selection.
+    """Deal records into batches: shuffled, and one record per subject over the whole selection; or as they stand.
 
     Args:
         records: Where to choose from.
         batch_size: Records in a batch.
         n_batches: How many batches; by default all that there are, the last one maybe shorter.
-        seed: Seed for the shuffle; the same seed and records give the same batches everywhere. None deals them as they
-            stand, such as those of a fixed list (`listed_records`).
+        seed: Seed for the shuffle; the same seed and records give the same batches everywhere. None deals all of them
+            as they stand, such as those of a fixed list (`listed_records`).
 
     Raises:
         BadData: There are too few records with different subjects, or a number is below 1.
@@ -205,19 +205,19 @@ def batches(
     for name, number in (("batch_size", batch_size), ("n_batches", n_batches)):
         if number is not None and number < 1:
             raise BadData(f"{name} is {number}; it must be 1 or more.")
-    order = list(records)
+    chosen, which = list(records), ""
     if seed is not None:
-        random.Random(seed).shuffle(order)
-    by_subject: dict[str, Record] = {}
-    for record in order:
-        by_subject.setdefault(record.request.subject.strip().lower(), record)
-    chosen = list(by_subject.values())
+        random.Random(seed).shuffle(chosen)
+        by_subject: dict[str, Record] = {}
+        for record in chosen:
+            by_subject.setdefault(record.request.subject.strip().lower(), record)
+        chosen, which = list(by_subject.values()), f" with different subjects (of {len(records)})"
     wanted = len(chosen) if n_batches is None else batch_size * n_batches
     if len(chosen) < wanted or not chosen:
         asked = f"{n_batches or 'some'} batches of {batch_size}"
         raise BadData(
-            f"The facts have {counted(len(chosen), 'record')} with different subjects (of {len(order)}), too few "
-            f"for {asked}; ask for fewer or give more records."
+            f"The facts have {counted(len(chosen), 'record')}{which}, too few for {asked}; ask for fewer or give more "
+            "records."
         )
     return [chosen[start : start + batch_size] for start in range(0, wanted, batch_size)]
 

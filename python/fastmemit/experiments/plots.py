@@ -189,10 +189,10 @@ def sequence_figure(lines: Sequence[Mapping[str, Any]], title: str) -> dict[str,
                         name: None if value is None else sure.get(name) or Estimate(value, value, value)
                         for name, value in values.items()
                     }
-            label = f"{multiplier_name(multiplier)}, edit keys {'preserved' if preserve else 'not preserved'}"
-            label = (
-                label if len(methods) == 1 else f"{method_title(method)}{', edit keys preserved' if preserve else ''}"
-            )
+            if len(methods) > 1:
+                label = f"{method_title(method)}{', edit keys preserved' if preserve else ''}"
+            else:
+                label = f"{multiplier_name(multiplier)}, edit keys {'preserved' if preserve else 'not preserved'}"
             drawn += [Line(label, points, number, dashed=not preserve)] if points else []
     return render(Drawing(title, tuple(drawn), facts=True))
 

@@ -61,6 +61,7 @@ _PLACE = (
     "seed",
     "preserve",
     "keys",
+    "targets",
 )
 
 

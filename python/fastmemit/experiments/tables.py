@@ -477,16 +477,17 @@ def sequence_table(lines: Sequence[Mapping[str, Any]]) -> str:
 
 
 def answers(groups: Sequence[Group]) -> list[str]:
-    """What a sweep says, in sentences: the unedited level, and from which multiplier on the full precompute is kept.
+    """What a sweep says, in sentences: the unedited levels, and from which multiplier on the full precompute is kept.
 
-    One for each group and size. Where full was not run, the scores at the largest multiplier.
+    One for each size, whose records are others, and one for each group and size. Where full was not run, the scores at
+    the largest multiplier.
     """
     found: list[str] = []
+    unedited: dict[Size, str] = {}
     for group in groups:
         for size, row in sorted(group.cells.items()):
             most = row[None] if None in row else row[max(m for m in row if m is not None)]
-            if not found:
-                found.append(f"Unedited: {_scores(most.before)}.")
+            unedited[size] = f"Unedited, {size}: {_scores(most.before)}."
             shares: dict[float, Kept] = {}
             for m in sorted(m for m in row if m is not None):
                 full = row[m].full
@@ -508,7 +509,7 @@ def answers(groups: Sequence[Group]) -> list[str]:
                     f"{multiplier_text(max(shares))} keeps {100 * last.share.value:.1f} % of {name}"
                 )
             found.append(f"{group.title}, {size}: {text}.")
-    return found
+    return [*(unedited[size] for size in sorted(unedited)), *found]
 
 
 def _scores(values: Estimates) -> str:

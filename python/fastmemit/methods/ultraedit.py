@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -163,14 +164,11 @@ def _run(
 
     reads = [(at, index, token) for at, row in enumerate(rows) for index, token in row.reads]
     of, columns, tokens = (list(part) for part in zip(*reads, strict=True))
-    hooks = [note(layer) for layer in layers]
-    try:
-        with head_reads(adapter, of, columns):
-            batch = pad_batch([row.ids for row in rows], device=adapter.device)
-            logits = adapter.run(**batch, use_cache=False).logits[0]  # (tokens, vocabulary)
-    finally:
-        for each in hooks:
-            each.remove()
+    with ExitStack() as hooks, head_reads(adapter, of, columns):
+        for layer in layers:
+            hooks.enter_context(note(layer))
+        batch = pad_batch([row.ids for row in rows], device=adapter.device)
+        logits = adapter.run(**batch, use_cache=False).logits[0]  # (tokens, vocabulary)
     costs = nn.functional.cross_entropy(logits.float(), torch.tensor(tokens, device=logits.device), reduction="none")
     share = torch.tensor([1 / len(rows[at].reads) for at in of], device=costs.device)
     losses = costs.new_zeros(len(rows)).index_add(0, torch.tensor(of, device=costs.device), costs * share)

@@ -52,13 +52,15 @@ def test_no_records_no_batches() -> None:
 
 
 def test_a_fixed_list_is_dealt_as_it_stands(tmp_path: Path) -> None:
-    records = [record(case, f"subject {case}") for case in range(9)]
+    records = [record(case, f"subject {case % 5}") for case in range(9)]  # 7 and 2 have one subject: both are listed
     for name, text in (("list.json", "[7, 2, 5, 0]"), ("lines.txt", "7\n2\n\n5\n0\n")):
         (tmp_path / name).write_text(text)
         listed = listed_records(records, tmp_path / name)
         assert [one.case_id for one in listed] == [7, 2, 5, 0]
         dealt = batches(listed, 2, seed=None)
         assert [[one.case_id for one in batch] for batch in dealt] == [[7, 2], [5, 0]]
+        with pytest.raises(BadData, match="The facts have 4 records, too few for 3 batches of 2"):
+            batches(listed, 2, 3, seed=None)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from http.client import IncompleteRead
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +177,13 @@ def test_a_name_is_fetched_once_and_refused_in_a_sentence_without_a_network(
     monkeypatch.setattr("fastmemit.data.reading.urlopen", unreachable)
     with pytest.raises(BadData, match=r"\(Network is unreachable\); give its file instead of the name\."):
         load_records("mquake")
+
+    def cut_short(address: str, **_: Any) -> Any:
+        raise IncompleteRead(b"", 9)
+
+    monkeypatch.setattr("fastmemit.data.reading.urlopen", cut_short)
+    with pytest.raises(BadData, match=r"\(IncompleteRead\(0 bytes read, 9 more expected\)\); give its file"):
+        load_records("mquake")
     asked = []
 
     def answer(address: str, **_: Any) -> Any:
@@ -232,7 +240,7 @@ def test_an_evaluation_edits_the_whole_chain_and_says_what_follows(
         made.append(len(facts))
         return edit(facts, *more, **settings)
 
-    editor.edit = counted  # type: ignore[method-assign]
+    editor.edit = counted  # type: ignore[method-assign]  # of this editor alone
     found = evaluate(editor, [records], "memit", {"layers": (0, 1), "steps": 3})
     assert made == [2] and [row["questions"] for row in found["portability"].values()] == [1, 2]
 

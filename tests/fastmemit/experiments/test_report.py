@@ -38,7 +38,7 @@ def test_a_report_is_written_and_again_the_same(tmp_path: Path) -> None:
     assert first["figures/memit.svg"].startswith(b"<?xml")
     assert first["figures/memit.pdf"].startswith(b"%PDF")
     page = first["report.html"].decode()
-    assert page.index("<li>Unedited: S ") < page.index("ES, PS, NS: efficacy") < page.index("<figure")
+    assert page.index("<li>Unedited, 10 batches of 4: S ") < page.index("ES, PS, NS: efficacy") < page.index("<figure")
     assert b"| 2 | " in first["tables.md"] and b"\\toprule" in first["tables.tex"]
 
 

@@ -188,12 +188,16 @@ def test_the_answer_is_where_all_larger_multipliers_keep_every_score() -> None:
     half, whole = [record(0, 1.0, ea=0.5)], [record(0, 1.0, ea=1.0)]
     cells = [made("memit", m, (1, 1), scores) for m, scores in ((1.0, whole), (2.0, half), (3.0, whole), (10.0, whole))]
     first, second = answers(group_cells([full, *cells], resamples=20))
-    assert first.startswith("Unedited: S ")
+    assert first.startswith("Unedited, 1 batch of 1: S ")
     assert second == "MEMIT, 1 batch of 1: from 3 on (of 1, 2, 3, 10) at least 95 % of every score of full."
     (_, none) = answers(group_cells([full, *cells[:2]], resamples=20))
     assert none.endswith("no multiplier of 1, 2 keeps 95 % of every score of full; 2 keeps 50.0 % of EA.")
     (_, alone) = answers(group_cells(cells[:2], resamples=20))
     assert alone.startswith("MEMIT, 1 batch of 1: at 2 S ") and "EA 50.0" in alone
+    two = answers(group_cells([cell(size=(1, 4)), cell(size=(4, 1))], resamples=20))
+    assert [sentence.partition(":")[0] for sentence in two[:2]] == [
+        f"Unedited, {s}" for s in ("4 batches of 1", "1 batch of 4")
+    ]
 
 
 def test_the_summary_has_s_exact_matches_and_what_is_kept() -> None:
