@@ -91,15 +91,15 @@ struct Piece {
 // The tiles of the round that would leave some of them idle are cut into equal parts of steps, and
 // as many workers as there are for each part take that part of one tile after another: those that
 // run at the same time read the same rows of keys of neighbouring tiles. Shares of the same size
-// for all would balance better, but put every worker at other rows, for which device memory is too
-// slow.
+// for all would balance better, but put every worker at other rows, so that about twice as many
+// keys are asked for at a time.
 //
 // Made on the host, once, and handed to the kernel: there it costs no registers.
 template <class Triangle>
 class Schedule {
  public:
   static constexpr int kLeastShare = 8;  // steps; below that, adding up the parts costs more
-  static constexpr int kAdding = 9;      // what to begin a piece and to add it to C costs, in steps
+  static constexpr int kAdding = 9;      // steps; what a piece costs beside its own, an estimate
   static constexpr int kParts = 16;      // of a tile, at most, unless there are workers for more
 
   constexpr Schedule() = default;
