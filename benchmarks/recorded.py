@@ -16,8 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from fastcov.bench.report import FORMAT, VERSION, BadInput, Row, Run  # noqa: E402
-from fastcov.errors import printable  # noqa: E402
-from fastcov.files import parse_json  # noqa: E402
+from fastcov.files import parse_json, printable  # noqa: E402
 from fastcov.machine import Machine  # noqa: E402
 
 # (device, suite, case) and, within it, the contender: where they agree, rows are compared.

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from fastcov.batching import chained
-from fastcov.errors import StaleCheckpoint, StoreDamaged, printable_logger
-from fastcov.files import Later, atomic_file, parse_json, write_safetensors
+from fastcov.errors import StaleCheckpoint, StoreDamaged
+from fastcov.files import Later, atomic_file, parse_json, printable_logger, write_safetensors
 from fastcov.hooks import isolated
 from fastcov.moments import SecondMoment
 from fastcov.ops import kernels

@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from fastcov.errors import BadInput, NonFinite, NoNullSpace, NotPositiveDefinite
-from fastcov.hooks import isolated
-from fastcov.linalg import CholeskyFactor, as_columns, factorize, moved
-from fastcov.matrices import matrix, non_finite, place_of_float64, square
+from fastcov.hooks import isolated, matrix, square
+from fastcov.linalg import CholeskyFactor, as_columns, factorize, moved, non_finite, place_of_float64
 from fastcov.moments import SecondMoment
 
 

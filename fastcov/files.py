@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, and JSON of strangers read with one meaning.
+"""Files: written whole or not at all; text of strangers made printable, and their JSON read with one meaning.
 
 Safetensors files are written here, so that their bytes depend on their content alone.
 """
@@ -9,6 +9,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import logging
 import math
 import os
 import secrets
@@ -24,10 +25,6 @@ from typing import Any, BinaryIO, NoReturn
 import torch
 from torch import Tensor
 
-from fastcov.errors import printable_logger
-
-logger = printable_logger(__name__)
-
 #: What a safetensors file calls each dtype that is written.
 DTYPE_NAMES = {torch.float32: "F32", torch.float64: "F64", torch.float16: "F16", torch.bfloat16: "BF16"}
 _WRITE_BYTES = 16 << 20  # written and digested at a time
@@ -35,6 +32,41 @@ _WRITE_BYTES = 16 << 20  # written and digested at a time
 #: Lists and objects inside one another at most. Python's own limit is met in different places by
 #: what reads a value, shows it and compares it; this one is met first, and where it is read.
 MAX_DEPTH = 100
+
+# The C0 and C1 controls with DEL; Unicode's Bidi_Control, which reorders what is around it; line ends for Unicode,
+# though for no terminal; and halves of surrogate pairs, which no encoding can write.
+_CONTROLS = (*range(0x20), *range(0x7F, 0xA0))
+_BIDI = (0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A))
+_OTHERS = (0x2028, 0x2029, *range(0xD800, 0xE000))
+_FIELD = {code: f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" for code in (*_CONTROLS, *_BIDI, *_OTHERS)}
+_LINES = {code: text for code, text in _FIELD.items() if chr(code) not in "\n\t"}
+
+
+def printable(text: str, *, lines: bool = False) -> str:
+    """`text` with every control character spelled out; `lines` leaves line feeds and tabs.
+
+    Everything that reaches a person goes through here: messages of errors, lines of the command line and of logs, and
+    what a report is made of.
+    """
+    # The test is quick, and text with nothing to spell out is almost all of it.
+    return text if text.isprintable() else text.translate(_LINES if lines else _FIELD)
+
+
+class _Printable(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.msg, record.args = printable(record.getMessage(), lines=True), None
+        return True
+
+
+def printable_logger(name: str) -> logging.Logger:
+    """A module's logger, for records that quote files: they are printable whoever handles them."""
+    found = logging.getLogger(name)
+    if not any(isinstance(one, _Printable) for one in found.filters):
+        found.addFilter(_Printable())
+    return found
+
+
+logger = printable_logger(__name__)
 
 
 def parse_json(text: str | bytes) -> Any:

@@ -1,4 +1,4 @@
-"""From a hooked module to key rows.
+"""From a hooked module, or what a caller hands in, to key rows and matrices; and torch as it must be meanwhile.
 
 A key is the input of an edited projection at one token. This file is the only one that knows how to read a module: it
 hooks the projections' inputs, and lets no forward pass run further than the last of them.
@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import difflib
 import functools
+import math
 import random
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -25,7 +27,6 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from fastcov.errors import BadInput, FastcovError
-from fastcov.matrices import matrix
 
 _HOOKS = (
     "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
@@ -326,6 +327,68 @@ def _as_mask(mask: Any) -> Tensor:
     if mask.layout is not torch.strided or mask.is_complex():
         raise BadInput(f"A mask must be a dense tensor of truth values but is {mask.layout}, {mask.dtype}; convert it.")
     return mask
+
+
+def matrix(x: Any, name: str, *, meta: bool = False) -> Tensor:
+    """A floating-point tensor of what a caller gave, without its gradient, which is read and never written to.
+
+    It may be a dense tensor of any shape and strides, on the meta device only where `meta` says so, or a NumPy array,
+    which gives a tensor on the CPU that shares its memory where possible. A message begins with `name`.
+
+    Raises:
+        BadInput: It is something else, or its entries are not real floating-point numbers.
+    """
+    found = x if isinstance(x, Tensor) else _from_array(x, name)
+    if found.layout is not torch.strided or found.is_nested:
+        layout = "nested" if found.is_nested else str(found.layout).removeprefix("torch.")
+        raise BadInput(f"{name} must be a dense tensor, not {layout}; call its to_dense().")
+    if found.is_meta and not meta:
+        raise BadInput(f"{name} cannot lie on the device meta, which holds no numbers; load it.")
+    if not found.is_floating_point():
+        raise BadInput(
+            f"{name} must be of real floating-point numbers, not "
+            f"{str(found.dtype).removeprefix('torch.')}; convert to float64."
+        )
+    return found.detach() if found.requires_grad else found
+
+
+def square(x: Any, name: str, *, meta: bool = False) -> Tensor:
+    """As `matrix`, of shape (d, d) with d at least 1; another shape is BadInput."""
+    found = matrix(x, name, meta=meta)
+    if found.dim() != 2 or found.shape[0] != found.shape[1] or found.shape[0] == 0:
+        raise BadInput(f"{name} must be a square matrix but has shape {tuple(found.shape)}; pass (d, d).")
+    return found
+
+
+def _from_array(x: Any, name: str) -> Tensor:
+    numpy: Any = sys.modules.get("numpy")  # who has not imported it has no array
+    if numpy is None or not isinstance(x, (numpy.ndarray, numpy.floating)):
+        mean = hasattr(type(x), "second_moment")
+        fix = "pass its second_moment" if mean else "pass a torch tensor or a NumPy array"
+        raise BadInput(f"{name} must be a matrix of numbers, not a {type(x).__name__}; {fix}.")
+    if isinstance(x, numpy.ma.MaskedArray):
+        raise BadInput(f"{name} must have all entries, not be a masked array; call filled().")
+    if x.dtype.kind != "f" or x.dtype.itemsize > 8:
+        raise BadInput(f"{name} must be of real floating-point numbers, not an array of {x.dtype}; convert to float64.")
+    # Torch knows neither negative strides nor the other order of bytes.
+    plain = numpy.ascontiguousarray(x, x.dtype.newbyteorder("=")).reshape(x.shape)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that an array is read-only; it is only read
+        return torch.from_numpy(plain)
+
+
+def shares_entries(x: Tensor) -> bool:
+    """Whether two entries of a matrix are the same place in memory, as in an expanded one."""
+    (rows, columns), (down, right) = x.shape, x.stride()
+    if right == 1 and down >= columns:  # the usual layout, answered first
+        return False
+    if rows < 2 or columns < 2:
+        return (rows > 1 and down == 0) or (columns > 1 and right == 0)
+    if not (down and right):
+        return True
+    common = math.gcd(down, right)
+    # Going `right / common` rows down leads where going `down / common` columns to the right does.
+    return right // common < rows and down // common < columns
 
 
 class KeyHooks:

@@ -6,20 +6,22 @@ import logging
 import math
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastcov.errors import BadInput, NonFinite, NotPositiveDefinite
-from fastcov.hooks import isolated
-from fastcov.matrices import free_memory, matrix, mirror, non_finite, shares_entries, square
-from fastcov.moments import SecondMoment, check_intensity, shrunk
+from fastcov.hooks import isolated, matrix, shares_entries, square
+from fastcov.moments import SecondMoment, check_intensity, mirror, shrunk
 from fastcov.ops import rank_k_update
 
 logger = logging.getLogger(__name__)
 
+_LOOKED_AT = 1 << 16  # entries searched for NaN at a time
 JITTERS = (0.0, 1e-10, 1e-9, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4)
 
 
@@ -297,6 +299,24 @@ def moved(x: Tensor, like: CholeskyFactor | Tensor) -> Tensor:
     return x.to(like.dtype).to(like.device)
 
 
+def non_finite(A: Tensor, *, lower: bool = False) -> tuple[int, tuple[int, int]] | None:
+    """How many entries of a matrix, or of its lower triangle, hold NaN or infinity, and row and column of the first."""
+    entries, first = 0, None
+    rows = max(64, _LOOKED_AT // max(1, A.shape[1]))
+    for start in range(0, A.shape[0], rows):
+        bad = ~A[start : start + rows].isfinite()
+        if bool((bad.tril_(start) if lower else bad).any()):
+            entries += int(bad.sum())
+            row, column = bad.nonzero()[0].tolist()
+            first = first or (start + row, column)
+    return None if first is None else (entries, first)
+
+
+def place_of_float64(device: torch.device) -> torch.device:
+    """Where float64 numbers for a matrix on this device live: Apple's GPUs have none."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
 @dataclass(frozen=True)
 class CholeskyFactor:
     """The factor of a positive definite matrix, ``L L^T = A + jitter * mean(diag A) * I``; L is lower triangular.
@@ -506,6 +526,27 @@ class FactorCache(OrderedDict[tuple[int, Hashable], Any]):
             if self.capacity is None and held + matrices * size <= 0.75 * (free_memory(place) + held):
                 return
             del self[key]
+
+
+def free_memory(device: torch.device) -> float:
+    """The bytes that may still be taken on a device; infinity where nothing says how many.
+
+    On a CUDA device what torch has reserved and does not use counts as free. On a CPU it is what Linux calls
+    available, or what is left of the limit of the process' group (a container's) where that is less.
+    """
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return float(torch.cuda.mem_get_info(device)[0] + unused)
+    if device.type != "cpu":
+        return math.inf
+    found = math.inf
+    with suppress(OSError, StopIteration, ValueError):
+        line = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable"))
+        found = float(line.split()[1]) * 1024
+    with suppress(OSError, ValueError):  # "max" where there is no limit
+        limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
+        found = min(found, float(limit - used))
+    return found
 
 
 def _root_of_one_plus_gram(G: Tensor) -> Tensor:

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from fastcov.distributed import add_up_lower, reducing_device
 from fastcov.errors import BadInput, NonFinite
-from fastcov.hooks import isolated, key_rows
-from fastcov.matrices import matrix, mirror, shares_entries, square
+from fastcov.hooks import isolated, key_rows, matrix, shares_entries, square
 from fastcov.ops import check_keys
 
 _NORMED = 128  # rows of 16 bits whose norms a CPU takes at a time: it converts them first
 _SQUARED = 256  # rows of a sum whose squares are summed at a time
+_MIRRORED = 64  # rows mirrored at a time, few enough for the cache
 
 
 class SecondMoment:
@@ -265,6 +265,18 @@ def check_moment(moment: object, name: str) -> None:
             f"{name} takes a SecondMoment, not a {type(moment).__name__}; make one of a matrix and "
             "the number of keys with SecondMoment.from_lower."
         )
+
+
+def mirror(A: Tensor) -> Tensor:
+    """Write the lower triangle of A (d, d) over its upper one, in place, and return A; of A.mT, the other way round."""
+    d = A.shape[0]
+    for start in range(0, d, _MIRRORED):
+        stop = min(start + _MIRRORED, d)
+        corner = A[start:stop, start:stop]
+        corner.copy_(corner.tril() + corner.tril(-1).mT)
+        # Through a contiguous copy: reading columns a power of two apart misses the cache.
+        A[start:stop, stop:] = A[stop:, start:stop].contiguous().mT
+    return A
 
 
 def _zero(device: torch.device) -> Tensor:

@@ -23,7 +23,7 @@ from torch import Tensor
 from fastcov.errors import BadInput, FastcovError, NonFinite, StoreDamaged
 from fastcov.files import atomic_file
 from fastcov.hooks import isolated
-from fastcov.matrices import non_finite
+from fastcov.linalg import non_finite
 from fastcov.moments import SecondMoment, check_moment
 
 _BLOCK = 512  # rows looked at a time

@@ -21,9 +21,8 @@ import torch
 from torch import Tensor
 
 from fastcov.errors import BadInput, KernelUnavailable
-from fastcov.hooks import isolated, key_rows
+from fastcov.hooks import isolated, key_rows, matrix, shares_entries
 from fastcov.kernels import cpu, cuda, gpu, plain, triton
-from fastcov.matrices import matrix, shares_entries
 
 log = logging.getLogger(__name__)
 

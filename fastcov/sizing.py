@@ -29,8 +29,7 @@ from torch import Tensor
 
 from fastcov.errors import BadInput, NotPositiveDefinite
 from fastcov.hooks import isolated
-from fastcov.linalg import factorize, regularised
-from fastcov.matrices import place_of_float64
+from fastcov.linalg import factorize, place_of_float64, regularised
 from fastcov.moments import SecondMoment, budget, check_moment
 
 logger = logging.getLogger(__name__)

@@ -19,7 +19,7 @@ from fastcov.__main__ import until_reader_goes
 from fastcov.bench import suites
 from fastcov.bench.measure import Effort
 from fastcov.bench.report import LEGEND, BadInput, Run, heading, save, table
-from fastcov.errors import printable
+from fastcov.files import printable
 from fastcov.machine import this_machine, versions
 
 SUITES = {"rank_k": suites.rank_k, "factor": suites.factor, "collect": suites.collect}

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
 
-from fastcov.errors import printable
+from fastcov.files import printable
 from fastcov.hooks import evaluation_mode, isolated
 from fastmemit.errors import BadRequest
 from fastmemit.models import ModelAdapter, check_lengths, length_batches, pad_batch

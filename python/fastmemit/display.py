@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from tqdm import tqdm
 
-from fastcov.errors import printable
+from fastcov.files import printable
 from fastmemit.errors import BadConfig
 
 #: Seconds between two lines about progress where nothing can be drawn over.

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import torch
 
-from fastcov.errors import printable_logger
+from fastcov.files import printable_logger
 from fastcov.hooks import isolated
 from fastmemit.answers import Reply, ask, compare, verdict
 from fastmemit.data.corpora import Corpus

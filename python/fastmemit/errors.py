@@ -15,7 +15,7 @@ class FastmemitError(Exception):
     """
 
     def __init__(self, message: str = "") -> None:
-        from fastcov.errors import printable  # loads torch, which --help need not wait for
+        from fastcov.files import printable  # loads torch, which --help need not wait for
 
         super().__init__(printable(message))
 

@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import fastcov
-from fastcov.errors import printable_logger
-from fastcov.files import atomic_file
+from fastcov.files import atomic_file, printable_logger
 
 log = printable_logger(__name__)
 

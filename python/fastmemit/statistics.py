@@ -23,8 +23,7 @@ import fastcov
 from fastcov import CholeskyFactor, NullSpace
 from fastcov.checkpoint import read_checkpoint
 from fastcov.hooks import isolated
-from fastcov.linalg import FactorCache
-from fastcov.matrices import place_of_float64
+from fastcov.linalg import FactorCache, place_of_float64
 from fastcov.moments import SHRINKAGES
 from fastcov.sizing import LIMIT, StoppingRule, checkpoints
 from fastcov.throughput import Throughput

@@ -11,8 +11,8 @@ import torch
 
 import fastcov
 from fastcov import FastcovError, NonFinite, SecondMoment, closed_form, moments, npz
-from fastcov.linalg import updated
-from fastcov.matrices import free_memory, matrix, place_of_float64, shares_entries, square
+from fastcov.hooks import matrix, shares_entries, square
+from fastcov.linalg import free_memory, place_of_float64, updated
 
 # Halves of small whole numbers: exact in every floating dtype that is taken.
 DRAW = torch.Generator().manual_seed(0)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastcov import BadInput, SecondMoment, errors, matrices, moments
+from fastcov import BadInput, SecondMoment, errors, moments
 from reference import closed_form as literal
 
 
@@ -110,7 +110,7 @@ def test_merge_adds_sums_and_counts():
 
 
 def test_readings_are_symmetric_whatever_is_above_the_diagonal(monkeypatch):
-    monkeypatch.setattr(matrices, "_MIRRORED", 3)
+    monkeypatch.setattr(moments, "_MIRRORED", 3)
     moment = SecondMoment(7, dtype=torch.float64).update(keys())
     wanted = moment.sum
     above = torch.ones(7, 7, dtype=torch.bool).triu(1)

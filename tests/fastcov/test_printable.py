@@ -6,7 +6,7 @@ import unicodedata
 import pytest
 
 from fastcov import StoreDamaged, StoreMismatch
-from fastcov.errors import printable, printable_logger
+from fastcov.files import printable, printable_logger
 from fastmemit.errors import BadData
 
 

@@ -147,8 +147,7 @@ def _observer(args: argparse.Namespace, editor: Editor, facts: Sequence[EditRequ
 
 def _show_changes(args: argparse.Namespace, editor: Editor, method: str, changes: Sequence[Change]) -> None:
     """Print what has changed at the prompts that were to be checked, and write the page."""
-    from fastcov.errors import printable
-    from fastcov.files import atomic_file
+    from fastcov.files import atomic_file, printable
     from fastmemit.evaluation.changes import page
 
     if args.html is not None:
@@ -232,7 +231,7 @@ def _show(args: argparse.Namespace) -> None:
       fastmemit show a.safetensors adapter/ ./my-model
       fastmemit show ~/.cache/fastmemit/statistics/0c5e1b6a9d2f4837/memit-0a1b2c3d4e5f
     """
-    from fastcov.errors import printable
+    from fastcov.files import printable
 
     shown = [(path, *_shown(path)) for path in args.paths]
     write_json(args.json, [{"path": path, "is": kind, **_gathered(about)} for path, kind, about in shown])
@@ -488,7 +487,7 @@ def _compose(args: argparse.Namespace) -> None:
       fastmemit compose --edit both.safetensors --remove 3f7c1a9be2d4 --out a.safetensors
       fastmemit compose --edit a.safetensors --edit b.safetensors --rank 64 --out small.safetensors
     """
-    from fastcov.errors import printable
+    from fastcov.files import printable
     from fastmemit.delta import Delta
     from fastmemit.sharing import compose, compressed, parts, remove
 

@@ -201,7 +201,7 @@ def _report(args: argparse.Namespace) -> None:
       fastmemit experiment report results/smollm2
       fastmemit experiment report results/smollm2 results/smollm2-below-the-minimum --out report
     """
-    from fastcov.errors import printable
+    from fastcov.files import printable
     from fastmemit.experiments.report import write_report
     from fastmemit.experiments.tables import summary
 

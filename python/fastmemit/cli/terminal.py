@@ -42,7 +42,7 @@ class _Printable:
         rest = text[len(head) :]
         # --help and most lines have nothing but line ends, and do not wait for torch to be loaded.
         if not rest.replace("\n", "").isprintable():
-            from fastcov.errors import printable
+            from fastcov.files import printable
 
             rest = printable(rest, lines=True)
         encoding = getattr(self._stream, "encoding", None) or "utf-8"
@@ -102,7 +102,7 @@ def show_table(rows: Sequence[Sequence[str]], *, right: bool = True) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from fastcov.errors import printable
+    from fastcov.files import printable
 
     ruled = sys.stdout.isatty()
     table = Table(box=box.SIMPLE_HEAD if ruled else None, padding=(0, 1) if ruled else (0, 2, 0, 0))

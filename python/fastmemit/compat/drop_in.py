@@ -22,8 +22,7 @@ from torch import Tensor, nn
 
 import fastcov
 from fastcov.hooks import isolated
-from fastcov.linalg import FactorCache
-from fastcov.matrices import place_of_float64
+from fastcov.linalg import FactorCache, place_of_float64
 from fastmemit.compat.hparams import Hparams, device_of, fields_of, multiplier_of, read_hparams, whole_numbers
 from fastmemit.compat.npz_files import layers_by_name
 from fastmemit.data import Corpus

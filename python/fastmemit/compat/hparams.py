@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fastcov.errors import printable_logger
+from fastcov.files import printable_logger
 from fastmemit.data.reading import check_file, decode, parse_json
 from fastmemit.errors import BadConfig
 from fastmemit.methods import CONFIGS, EditConfig, MemitConfig

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import fastcov
 from fastcov.batching import Prefetcher, pinned
-from fastcov.errors import printable_logger
+from fastcov.files import printable_logger
 from fastmemit import parallel
 from fastmemit.data.reading import (
     MAX_LINE,

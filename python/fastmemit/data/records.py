@@ -10,7 +10,7 @@ from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fastcov.errors import printable_logger
+from fastcov.files import printable_logger
 from fastmemit.data.corpora import is_clean_text
 from fastmemit.data.reading import PREFIX, Value, downloaded, load_splits, read_values
 from fastmemit.errors import BadData, BadRequest, counted

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastcov.errors import printable
+from fastcov.files import printable
 from fastmemit.answers import judge_answers
 from fastmemit.data import Record, load_records
 from fastmemit.data.reading import check_file, read_lines

@@ -23,8 +23,7 @@ from typing import Any, NamedTuple, TypedDict
 
 import torch
 
-from fastcov.errors import printable, printable_logger
-from fastcov.files import atomic_file, parse_json
+from fastcov.files import atomic_file, parse_json, printable, printable_logger
 from fastcov.machine import this_machine
 from fastmemit.capacity import FULL_KEYS
 from fastmemit.data import Corpus
