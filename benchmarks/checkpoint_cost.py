@@ -22,11 +22,11 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from fastcov import SecondMoment, bucket  # noqa: E402
-from fastcov.accumulate import Accumulator  # noqa: E402
 from fastcov.batching import chained  # noqa: E402
-from fastcov.checkpoint import SHARE, Checkpoint, Taken, read_checkpoint  # noqa: E402
+from fastcov.collecting import Accumulator  # noqa: E402
 from fastcov.files import atomic_file  # noqa: E402
 from fastcov.machine import this_machine  # noqa: E402
+from fastcov.store import SHARE, Checkpoint, Taken, read_checkpoint  # noqa: E402
 
 
 def main() -> None:

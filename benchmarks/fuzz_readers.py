@@ -27,9 +27,9 @@ from benchmarks.fuzz_mutations import Payload, damaged_header, odd_values
 from benchmarks.recorded import load
 from fastcov import SecondMoment
 from fastcov.bench.report import Row, Run, save
-from fastcov.checkpoint import Taken, read_checkpoint, write_checkpoint
 from fastcov.machine import Machine
 from fastcov.npz import load_npz, save_npz
+from fastcov.store import Taken, read_checkpoint, write_checkpoint
 from fastmemit.compat import load_hparams
 from fastmemit.data import load_corpus, load_records, load_requests, load_zsre
 from fastmemit.delta import Delta

@@ -193,7 +193,7 @@ def _precompute(folder: Path, seconds: float, multiplier: float, phase: Any, ste
     import torch
 
     import fastcov
-    from fastcov import checkpoint
+    from fastcov import store as stored
     from fastmemit import statistics
     from fastmemit.data import corpora
     from fastmemit.edits import EditStack
@@ -204,14 +204,15 @@ def _precompute(folder: Path, seconds: float, multiplier: float, phase: Any, ste
 
     torch.set_num_threads(1)
     corpora.BATCH_TOKENS = 256  # many batches, so many moments
-    write, save, remove = checkpoint.atomic_file, fastcov.save_moment, checkpoint.Checkpoint.remove
+    write, save, remove = stored.atomic_file, fastcov.save_moment, stored.Checkpoint.remove
 
     @contextlib.contextmanager
     def told(path: Path) -> Iterator[Any]:
-        phase.value = WRITING
+        moment = phase.value == SAVING
+        phase.value = SAVING if moment else WRITING
         with write(path) as file:
             yield file
-        phase.value = BETWEEN
+        phase.value = SAVING if moment else BETWEEN
 
     def saving(*args: Any) -> None:
         phase.value = SAVING
@@ -230,8 +231,8 @@ def _precompute(folder: Path, seconds: float, multiplier: float, phase: Any, ste
         yield batch if what == "keys" else lambda _: None
 
     statistics.bar = bar  # type: ignore[attr-defined]
-    checkpoint.atomic_file, fastcov.save_moment = told, saving  # type: ignore[assignment]
-    checkpoint.Checkpoint.remove = removing  # type: ignore[method-assign]
+    stored.atomic_file, fastcov.save_moment = told, saving  # type: ignore[assignment]
+    stored.Checkpoint.remove = removing  # type: ignore[method-assign]
     phase.value = BETWEEN if list(folder.rglob("*.checkpoint")) else BEFORE
     adapter = find_adapter(tiny_model("llama"))
     store = StatisticsStore(adapter, tiny_tokenizer(), EditStack.of(adapter.model), folder)
@@ -247,7 +248,7 @@ def _contents(folder: Path) -> dict[Path, bytes]:
 def _inspect(folder: Path, kills: Kills) -> None:
     """Read whatever a killed process left."""
     import fastcov
-    from fastcov.checkpoint import read_checkpoint
+    from fastcov.store import read_checkpoint
 
     checkpoints = list(folder.rglob("*.checkpoint"))
     kills.kept += bool(checkpoints)

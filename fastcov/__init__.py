@@ -6,7 +6,6 @@ An edit: `regularised` and `factorize` once, then `rome`, `emmet` or `memit`; `n
 """
 
 from fastcov.batching import Prefetcher, Span, between, bucket, take
-from fastcov.checkpoint import Checkpoint
 from fastcov.closed_form import LowRank, NullSpace, alphaedit, emmet, memit, null_space, rome
 from fastcov.collecting import collect_moments
 from fastcov.distributed import Processes
@@ -29,7 +28,7 @@ from fastcov.linalg import CholeskyFactor, factorize, regularised
 from fastcov.moments import SecondMoment, budget, ledoit_wolf, oas
 from fastcov.ops import rank_k_update
 from fastcov.sizing import StoppingRule
-from fastcov.store import load_moment, read_provenance, save_moment
+from fastcov.store import Checkpoint, load_moment, read_provenance, save_moment
 
 __all__ = [
     "BadInput", "BudgetNotMet", "Checkpoint", "CholeskyFactor", "FailedElsewhere", "FastcovError",

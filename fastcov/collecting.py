@@ -1,4 +1,7 @@
-"""One pass over a corpus: a second moment for each named module, each from exactly its budget."""
+"""One pass over a corpus: a second moment for each named module, each from exactly its budget.
+
+First the loop, `collect_moments`; then the `Accumulator`, which makes moments of what each hooked batch brings.
+"""
 
 from __future__ import annotations
 
@@ -6,18 +9,18 @@ import inspect
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastcov.accumulate import Accumulator
 from fastcov.batching import chained, sent
-from fastcov.checkpoint import Checkpoint
 from fastcov.distributed import Processes
-from fastcov.errors import BadInput, BudgetNotMet, FastcovError, ProcessLost
-from fastcov.hooks import KeyHooks, evaluation_mode, isolated
+from fastcov.errors import BadInput, BudgetNotMet, FastcovError, NonFinite, ProcessLost
+from fastcov.hooks import KeyHooks, evaluation_mode, isolated, key_rows
 from fastcov.moments import SecondMoment
+from fastcov.store import Checkpoint, Taken
 from fastcov.throughput import Throughput
 
 logger = logging.getLogger(__name__)
@@ -293,3 +296,300 @@ def _input_device(model: nn.Module) -> torch.device:
         return device
     target = getattr(getattr(first, "_hf_hook", None), "execution_device", None)
     return torch.device("cpu" if target is None else target)
+
+
+# -- one hooked batch into moments --------------------------------------------------------------------
+#
+# The mask, the cut at the budget, the buffer of small batches, the watch for NaN. Nothing here waits for a device. Keys
+# are counted by the mask, on the CPU; whether a sum is finite is asked on its device and read there once in many
+# batches. A launch on a GPU reads and writes the whole triangle, whatever it adds; by the published rates of an H100
+# that takes as long as multiplying about 1053 rows. Batches that bring fewer keys are therefore copied together; those
+# that bring enough are added where they lie.
+
+#: Rows that one launch should have; a module's buffer has as many (268 MB for GPT-J in 16 bits). A CPU gets batches as
+#: they come.
+LAUNCH_ROWS, CPU_LAUNCH_ROWS = 8192, 1
+#: Batches between two looks at what a device has found.
+LOOK_EVERY, CPU_LOOK_EVERY = 16, 1
+
+
+@dataclass
+class _Module:
+    """One module's sum, and its keys that wait."""
+
+    name: str
+    moment: SecondMoment
+    buffer: Tensor | None = None  # (launch rows, d_k), of which the first `held` wait
+    held: int = 0
+    since: int = -1  # the batch of the oldest key that waits
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """Whether a module's sum was finite after what it was given from some batches."""
+
+    name: str
+    dtype: torch.dtype
+    first: int
+    last: int
+    finite: Tensor  # (), bool, on the device of the sum
+
+
+class Accumulator:
+    """Cuts the keys of each module of a model at its budget, None for all there are, and sums them in a dtype."""
+
+    def __init__(
+        self, model: nn.Module, wanted: Mapping[str, int | None], dtype: torch.dtype, quartic: bool = False
+    ) -> None:
+        self._model, self.wanted, self._dtype, self._quartic = model, wanted, dtype, quartic
+        self.batches = 0  # how many were begun
+        self.tokens: int | None = None  # how many the mask of the batch keeps; None where it has no mask
+        self._mask: Tensor | None = None  # of the batch, on the CPU
+        self._cuts: dict[tuple[int, int], Tensor] = {}  # of the mask, by rows and how many keys are left in them
+        self._modules: dict[str, _Module] = {}
+        self._found = dict.fromkeys(wanted, 0)  # those that wait included
+        self._before = dict(self._found)
+        self._earlier: dict[str, Taken] = {}  # taken by an earlier run, not asked for yet
+        self._answers: list[_Answer] = []  # asked for and not looked at yet
+
+    @property
+    def moments(self) -> dict[str, SecondMoment]:
+        """The moments by module, in the order wanted; complete after `finish`."""
+        return {name: self._modules[name].moment for name in self.wanted if name in self._modules}
+
+    @property
+    def most(self) -> int:
+        """How many keys the module that took most has given."""
+        return max(self._found.values(), default=0)
+
+    def found(self, name: str) -> int:
+        """How many of a module's keys were taken, or left to another process."""
+        return self._found[name]
+
+    def took(self) -> dict[str, int]:
+        """How many keys the batch gave, by module."""
+        return {name: self._found[name] - before for name, before in self._before.items()}
+
+    def done(self) -> bool:
+        """Whether every budget is met."""
+        return all(limit is not None and self._found[name] >= limit for name, limit in self.wanted.items())
+
+    @isolated()
+    def start(self, mask: Tensor | None) -> None:
+        """Begin a batch with the mask of its tokens, non-zero means a key; None makes every token one."""
+        self.batches += 1
+        # Once a batch: a mask that is on a GPU already has to be waited for here.
+        self._mask = None if mask is None else mask.to("cpu", torch.bool)
+        self.tokens = None if self._mask is None else int(self._mask.sum())
+        self._cuts, self._before = {}, dict(self._found)
+
+    def skip(self, tokens: int) -> None:
+        """Count the batch's keys, of `tokens` positions with padding, and sum none: another process does."""
+        count = tokens if self.tokens is None else self.tokens
+        for name, limit in self.wanted.items():
+            found = self._found[name] + count
+            self._found[name] = found if limit is None else min(found, limit)
+
+    @isolated()
+    def take(self, name: str, x: Tensor) -> None:
+        """Add a module's keys x (..., d_k), as many as its budget leaves room for.
+
+        Raises:
+            BadInput: x is not as wide as the module or not floating point, or the mask does not fit it.
+            NonFinite: Keys hold NaN or infinity, or their squares overflow the sum; those of this batch or, on a device
+                that is not waited for, of one before.
+        """
+        self._check(name, x)
+        limit = self.wanted[name]
+        left = None if limit is None else limit - self._found[name]
+        if left == 0:
+            return
+        mask, count = self.first(x.shape[:-1].numel(), left)
+        pieces = list(key_rows(x, mask))  # (n, d_k), (n,) on the CPU
+        module = self._modules.get(name) or self._begin(name, x.shape[-1], x.device)
+        for rows, part in pieces:
+            self._add(module, rows, part)
+        self._found[name] += count
+        if self._found[name] == limit:
+            self._flush(module, free=True)
+        every = CPU_LOOK_EVERY if x.device.type == "cpu" else LOOK_EVERY
+        if self._answers and self.batches - self._answers[0].last >= every:
+            self._look(name, x, mask)
+
+    def first(self, rows: int, left: int | None) -> tuple[Tensor | None, int]:
+        """The first `left` keys, None for all, of the batch's `rows` positions, counted row by row.
+
+        Returns a mask of the shape that the batch's has, or (rows,) where it has none, or None for every row; and how
+        many keys it keeps.
+        """
+        count = rows if self.tokens is None else self.tokens
+        if left is None or count <= left:
+            everything = self._mask is None or count == self._mask.numel()
+            return (None if everything and count == rows else self._mask), count
+        if (rows, left) not in self._cuts:
+            if self._mask is None:
+                self._cuts[rows, left] = torch.arange(rows) < left
+            else:
+                order = self._mask.flatten().cumsum(0).reshape(self._mask.shape)
+                self._cuts[rows, left] = self._mask & (order <= left)
+        return self._cuts[rows, left], left
+
+    def _add(self, module: _Module, rows: Tensor, mask: Tensor | None) -> None:
+        """Add the kept rows (n, d_k), or copy them behind those that wait where they are too few for a launch."""
+        kept = rows.shape[0] if mask is None else int(mask.sum())
+        mask = None if kept == rows.shape[0] else mask
+        size = _launch_rows(rows.device)
+        if kept >= size:
+            module.moment.add_rows(rows, None if mask is None else sent(mask, rows.device), kept)
+            self._ask(module, self.batches - 1)
+            return
+        if kept == 0:
+            return
+        buffer = module.buffer
+        if buffer is None or (buffer.dtype, buffer.device) != (rows.dtype, rows.device):
+            self._flush(module)
+            buffer = module.buffer = rows.new_empty(size, rows.shape[1])
+        if module.held == 0:
+            module.since = self.batches - 1
+        # Indices are made on the CPU: to find them on a GPU would be to wait for it.
+        index = None if mask is None else sent(mask.nonzero().squeeze(1), rows.device)  # (kept,)
+        start = 0
+        while start < kept:
+            stop = min(kept, start + size - module.held)
+            free = buffer[module.held : module.held + stop - start]
+            if index is None:
+                free.copy_(rows[start:stop])
+            else:
+                torch.index_select(rows, 0, index[start:stop], out=free)
+            module.held, start = module.held + stop - start, stop
+            if module.held == size:
+                self._flush(module)
+
+    def _flush(self, module: _Module, *, free: bool = False) -> None:
+        """Sum what waits; give its memory back if it is not needed any more."""
+        if module.held and module.buffer is not None:
+            module.moment.add_rows(module.buffer[: module.held], None, module.held)
+            self._ask(module, module.since)
+            module.held, module.since = 0, self.batches - 1
+        if free:
+            module.buffer = None
+
+    def _ask(self, module: _Module, first: int) -> None:
+        # The diagonal holds sums of squares: one bad number in any key shows there, and stays.
+        finite = module.moment.lower.diagonal().isfinite().all()
+        self._answers.append(_Answer(module.name, module.moment.dtype, first, self.batches - 1, finite))
+
+    def _look(self, name: str = "", x: Tensor | None = None, mask: Tensor | None = None) -> None:
+        """Read all answers, which waits once for each device; the oldest bad one names the batch.
+
+        Of a module whose keys of this batch are at hand, the message says more.
+
+        Raises:
+            NonFinite: Keys, or what they add, hold NaN or infinity.
+        """
+        answers, self._answers = self._answers, []
+        good: dict[int, bool] = {}
+        for device in {answer.finite.device for answer in answers}:
+            here = [i for i, answer in enumerate(answers) if answer.finite.device == device]
+            read = torch.stack([answers[i].finite for i in here]).tolist()
+            good.update(zip(here, read, strict=True))
+        for i, answer in enumerate(answers):
+            if not good[i]:
+                now = self.batches - 1
+                at_hand = (answer.name, answer.first, answer.last) == (name, now, now)
+                at_hand = at_hand and x is not None and _launch_rows(x.device) == 1
+                raise NonFinite(_message(answer, x if at_hand else None, mask))
+
+    @isolated()
+    def finish(self) -> None:
+        """Sum what still waits, and look for the last time.
+
+        Raises:
+            NonFinite: See `take`.
+        """
+        for name in list(self._earlier):  # not one key more came
+            self._begin(name, self._earlier[name].moment.d, self._earlier[name].device)
+        for module in self._modules.values():
+            self._flush(module, free=True)
+        self._look()
+
+    @isolated()
+    def taken(self) -> dict[str, Taken]:
+        """What every module has given, between two batches; views, not copies.
+
+        Raises:
+            NonFinite: See `take`.
+        """
+        self._look()
+        taken = dict(self._earlier)
+        for name, module in self._modules.items():
+            waiting = None if module.buffer is None or not module.held else module.buffer[: module.held]
+            device = module.moment.device
+            taken[name] = Taken(module.moment, self.wanted[name], self._found[name], waiting, module.since, device)
+        return taken
+
+    def resume(self, batches: int, taken: Mapping[str, Taken]) -> None:
+        """Take over what `taken` gave in an earlier run after some batches; the next one is the one behind.
+
+        What follows is summed in the same order, and so to the same bits.
+        """
+        self.batches = batches
+        self._earlier = {name: taken[name] for name in self.wanted}
+        self._found = {name: one.found for name, one in self._earlier.items()}
+
+    def describe(self) -> dict[str, Any]:
+        """What decides on the order of the sums, as JSON values."""
+        quartic = {"quartic": True} if self._quartic else {}
+        return {"dtype": str(self._dtype), "launch_rows": LAUNCH_ROWS, **quartic}
+
+    def _begin(self, name: str, d: int, device: torch.device) -> _Module:
+        """A module's share: none, or what an earlier run took."""
+        earlier = self._earlier.pop(name, None)
+        if earlier is None:
+            moment = SecondMoment(d, dtype=self._dtype, device=device, quartic=self._quartic)
+            module = self._modules[name] = _Module(name, moment)
+            return module
+        module = self._modules[name] = _Module(name, earlier.moment.to(device))
+        if earlier.waiting is not None:
+            self._add(module, earlier.waiting.to(device), None)
+        module.since = earlier.waiting_since
+        return module
+
+    def _check(self, name: str, x: Tensor) -> None:
+        width = getattr(self._model.get_submodule(name), "in_features", None)
+        module = self._modules.get(name)
+        expected = module.moment.d if module is not None else width
+        if isinstance(expected, int) and (x.dim() == 0 or x.shape[-1] != expected):
+            raise BadInput(
+                f"The input of {name!r} has shape {tuple(x.shape)} in batch {self.batches - 1} but its "
+                f"last dimension must be {expected}; name the projection whose input is the key."
+            )
+        if not x.is_floating_point():
+            raise BadInput(f"The input of {name!r} is {x.dtype} and not floating point; name a projection.")
+
+
+def _launch_rows(device: torch.device) -> int:
+    return CPU_LAUNCH_ROWS if device.type == "cpu" else LAUNCH_ROWS
+
+
+def _message(answer: _Answer, x: Tensor | None, mask: Tensor | None) -> str:
+    """What is wrong with the keys of an answer; more exactly where they are at hand as x (..., d_k)."""
+    if x is None:
+        first, last = answer.first, answer.last
+        where = f"batch {last}" if first == last else f"one of the batches {first} to {last}"
+        return (
+            f"Keys of {answer.name!r} hold NaN or infinity, or their squares overflow {answer.dtype}, in {where}; run "
+            "the model in another dtype (bfloat16 or float32), or pass dtype=torch.float64."
+        )
+    bad = ~x.isfinite().all(-1)
+    if mask is not None:
+        bad &= mask.to(x.device).reshape(bad.shape)
+    if rows := int(bad.sum()):
+        return (
+            f"{rows} of {bad.numel()} keys of {answer.name!r} hold NaN or infinity in batch {answer.last}; run the "
+            "model in another dtype (bfloat16 or float32)."
+        )
+    return (
+        f"The squares of the keys of {answer.name!r} overflow {answer.dtype} in batch {answer.last} (largest key "
+        f"{float(x.abs().max()):.3g}); pass dtype=torch.float64."
+    )

@@ -21,7 +21,7 @@ from fastcov.hooks import isolated
 from fastcov.kernels import cpu
 
 if TYPE_CHECKING:
-    from fastcov.accumulate import Accumulator
+    from fastcov.collecting import Accumulator
 
 logger = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""Collects with a checkpoint after every batch, for the tests of `fastcov.checkpoint`."""
+"""Collects with a checkpoint after every batch, for the tests of `fastcov.store`."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def launches(rows):
     """Inside, kernels are given at least so many rows at once, on a CPU too; None changes nothing."""
     if rows is None:
         return nullcontext()
-    return mock.patch.multiple("fastcov.accumulate", LAUNCH_ROWS=rows, CPU_LAUNCH_ROWS=rows)
+    return mock.patch.multiple("fastcov.collecting", LAUNCH_ROWS=rows, CPU_LAUNCH_ROWS=rows)
 
 
 class Killed(Exception):

@@ -21,11 +21,11 @@ from torch import Tensor
 
 import fastcov
 from fastcov import CholeskyFactor, NullSpace
-from fastcov.checkpoint import read_checkpoint
 from fastcov.hooks import isolated
 from fastcov.linalg import FactorCache, place_of_float64
 from fastcov.moments import SHRINKAGES
 from fastcov.sizing import LIMIT, StoppingRule, checkpoints
+from fastcov.store import read_checkpoint
 from fastcov.throughput import Throughput
 from fastmemit import parallel
 from fastmemit.data.corpora import Corpus, corpus_batches, open_corpus, tokens_per_batch

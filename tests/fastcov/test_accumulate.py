@@ -8,8 +8,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fastcov import NonFinite, accumulate, bucket, collect_moments, ops, take
-from fastcov.accumulate import Accumulator
+from fastcov import NonFinite, bucket, collect_moments, collecting, ops, take
+from fastcov.collecting import Accumulator
 from fastcov.kernels import cpu
 from fastcov.ops import Kernel
 from reference import closed_form as literal
@@ -262,7 +262,7 @@ def test_nothing_waits_for_the_device(monkeypatch):
 
 
 def test_a_look_now_and_then_still_names_the_batch(monkeypatch):
-    monkeypatch.setattr(accumulate, "CPU_LOOK_EVERY", 4)
+    monkeypatch.setattr(collecting, "CPU_LOOK_EVERY", 4)
 
     def run(launch_rows, batches, bad_in, value=float("nan")):
         sums = Accumulator(Direct(), {"down": None}, torch.float32)
@@ -285,7 +285,7 @@ def test_a_look_now_and_then_still_names_the_batch(monkeypatch):
 
 
 def test_the_first_bad_module_is_named_when_several_are(monkeypatch):
-    monkeypatch.setattr(accumulate, "CPU_LOOK_EVERY", 3)
+    monkeypatch.setattr(collecting, "CPU_LOOK_EVERY", 3)
     model = nn.ModuleDict({"a": nn.Identity(), "b": nn.Identity()})
     sums = Accumulator(model, {"a": None, "b": None}, torch.float32)
     sums.start(None)

@@ -113,7 +113,7 @@ def test_keys_that_waited_for_a_large_launch_are_summed_where_nothing_waits(tmp_
     # Begun on a GPU, whose launches are large, and gone on with on a CPU, which takes batches as they come.
     number, whole = run(None)
     run(tmp_path / "c", kill_after=3, launch_rows=10_000)
-    with mock.patch.multiple("fastcov.accumulate", LAUNCH_ROWS=10_000, CPU_LAUNCH_ROWS=1):
+    with mock.patch.multiple("fastcov.collecting", LAUNCH_ROWS=10_000, CPU_LAUNCH_ROWS=1):
         left, found = run(tmp_path / "c")
     assert left == number - 3
     for name, moment in found.items():

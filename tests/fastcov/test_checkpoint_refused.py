@@ -14,10 +14,9 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from fastcov import Checkpoint, NonFinite, StaleCheckpoint, StoreDamaged
-from fastcov import checkpoint as checkpoint_module
-from fastcov.accumulate import Accumulator
-from fastcov.checkpoint import read_checkpoint
+from fastcov import Checkpoint, NonFinite, StaleCheckpoint, StoreDamaged, store
+from fastcov.collecting import Accumulator
+from fastcov.store import read_checkpoint
 from reference.tiny import Tiny, paths
 from tiny_checkpoints import (
     IDENTITY,
@@ -154,7 +153,7 @@ def test_other_text_is_noticed(tmp_path, changed):
 def test_another_machine_is_told_of(tmp_path, caplog, monkeypatch):
     _, whole = run(None)
     run(tmp_path / "c", kill_after=3)
-    monkeypatch.setattr(checkpoint_module, "_machine", lambda: {"threads": 77, "kernels": []})
+    monkeypatch.setattr(store, "_machine", lambda: {"threads": 77, "kernels": []})
     _, found = run(tmp_path / "c")
     assert "'threads': 77" in caplog.text and "last bits may differ" in caplog.text
     same(found, whole)  # it was the same one, in truth
@@ -195,14 +194,14 @@ def test_seconds_that_make_no_sense(seconds):
 def test_when_it_is_written(tmp_path, monkeypatch):
     """Every five minutes, and less often where a write takes more than 1.5 seconds."""
     now = [1000.0]
-    monkeypatch.setattr(checkpoint_module.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(store.time, "monotonic", lambda: now[0])
     model, written, took = Tiny(dtype=torch.float32), [], [0.0]
 
     def write(file, state, taken):
         now[0] += took[0]
         written.append(now[0])
 
-    monkeypatch.setattr(checkpoint_module, "write_checkpoint", write)
+    monkeypatch.setattr(store, "write_checkpoint", write)
 
     def times(seconds, cost, step, steps):
         took[0] = cost

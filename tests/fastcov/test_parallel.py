@@ -12,9 +12,8 @@ import pytest
 import torch
 
 from fastcov import collect_moments, take
-from fastcov.accumulate import Accumulator
 from fastcov.batching import bucket
-from fastcov.collecting import Division
+from fastcov.collecting import Accumulator, Division
 from fastcov.distributed import Processes
 from fastcov.errors import FastcovError
 from reference.tiny import Tiny, keys_of

@@ -304,7 +304,7 @@ def test_it_says_what_is_wrong_with_a_place_before_it_collects(tmp_path: Path, m
 def test_by_default_a_short_run_writes_no_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Capture
 ) -> None:
-    monkeypatch.setattr("fastcov.checkpoint.write_checkpoint", None)  # to call it would raise
+    monkeypatch.setattr("fastcov.store.write_checkpoint", None)  # to call it would raise
     with caplog.at_level(logging.INFO):
         found = store(tmp_path, None).collect(Collection(tiny_corpus(), (0, 1), 6))
     assert found.keys == 384
