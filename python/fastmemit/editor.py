@@ -24,7 +24,6 @@ from fastmemit.errors import BadConfig, MissedFacts, WrongModel, counted
 from fastmemit.files import cache_dir as _cache_dir
 from fastmemit.methods import METHODS, EditConfig, PreservedKeys, ReadCache, Workspace, find_config, run
 from fastmemit.models import find_adapter, load_model, save_model
-from fastmemit.partial_forward import check_targets
 from fastmemit.request import EditRequest, Fact, as_requests, check_batch
 from fastmemit.statistics import Collection, Statistics, StatisticsStore
 from fastmemit.targets import Target, TargetStore
@@ -238,7 +237,7 @@ class Editor(Described):
             more.setdefault("quartic", any(config.quartic for config in configs))
         spec = Collection(corpus, layers, multiplier, **more)
         self.store.budgets(spec)  # refuses before anything runs
-        check_targets(self.adapter, layers)
+        self.adapter.check_targets(layers)
         return self.store.collect(spec)
 
     @isolated()

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,7 @@ from fastmemit.models import (
     token_states,
     with_hidden,
 )
+from fastmemit.models.adapter import Site
 from fastmemit.models.running import (
     Reached,
     difference,
@@ -54,9 +55,6 @@ from fastmemit.models.running import (
 from fastmemit.text import Row
 
 log = logging.getLogger(__name__)
-
-
-Site = Literal["block", "projection"]
 
 
 class PrefixLayer(DynamicLayer):  # type: ignore[misc]  # of transformers, which mypy does not follow
@@ -159,7 +157,7 @@ class SuffixForward:
 
     def __init__(self, adapter: ModelAdapter, layer: int, rows: Sequence[Row], site: Site = "block") -> None:
         self._adapter, self._site = adapter, site
-        self._module = module_at(adapter, layer, site)
+        self._module = adapter.module_at(layer, site)
         self._passed = layer + 1 if site == "block" else layer  # blocks that do not run
         self._lengths = torch.tensor([len(row.ids) - row.subject for row in rows])
         # One column at least: from an empty past nobody could tell its shape.
@@ -290,11 +288,6 @@ class SuffixForward:
         return found
 
 
-def module_at(adapter: ModelAdapter, layer: int, site: Site) -> nn.Module:
-    """The module at whose output a change enters."""
-    return adapter.block(layer) if site == "block" else adapter.projection(layer)
-
-
 def _run_whole(
     adapter: ModelAdapter,
     module: nn.Module,
@@ -338,7 +331,7 @@ class FullForward:
         self, adapter: ModelAdapter, layer: int, rows: Sequence[Row], site: Site = "block", *, alone: bool = False
     ) -> None:
         self._adapter, self._alone, self._rows = adapter, alone, list(rows)
-        self._module = module_at(adapter, layer, site)
+        self._module = adapter.module_at(layer, site)
         groups = [[row] for row in rows] if alone else [self._rows]
         with torch.no_grad():
             self.start = torch.cat([_run_whole(adapter, self._module, group, ([0], [0]))[0] for group in groups])
@@ -387,7 +380,7 @@ def forward_for(adapter: ModelAdapter, layer: int, rows: Sequence[Row], site: Si
         columns = range(len(rows[number].ids) - rows[number].subject)
         with torch.no_grad():
             one = ([0] * len(columns), columns)
-            whole.append(_run_whole(adapter, module_at(adapter, layer, site), [rows[number]], one, _another))
+            whole.append(_run_whole(adapter, adapter.module_at(layer, site), [rows[number]], one, _another))
         reads[0].extend([place] * len(columns))
         reads[1].extend(columns)
     start, want = (torch.cat(parts) for parts in zip(*whole, strict=True))
@@ -429,72 +422,6 @@ _WORDS: dict[type, tuple[str, str]] = {
     SuffixForward: ("a forward of the upper blocks and later tokens alone", "whole rows"),
     FullForward: ("a batch of padded rows", "one row at a time"),
 }
-
-
-@isolated()
-def check_targets(adapter: ModelAdapter, layers: Sequence[int]) -> None:
-    """Refuse a model whose targets cannot be computed at these layers, before anything is paid for statistics.
-
-    A few tokens run at each kind of block among them.
-
-    Raises:
-        UnknownArchitecture: The model is not causal, changes its own weights, or no change can enter at such a block.
-    """
-    adapter.check_constant()
-    adapter.check_causal()
-    kinds = {_layout(adapter.block(layer)): layer for layer in sorted(layers)}
-    with evaluation_mode(adapter.model, frozen=True):
-        for layer in kinds.values():
-            what = ("can be changed", adapter.template, layer)
-            remembered(adapter.model, what, partial(_try_out, adapter, layer), weights=True)
-
-
-def _try_out(adapter: ModelAdapter, layer: int) -> None:
-    why = _refusal(adapter, layer, "block")
-    if why is not None:
-        if _refusal(adapter, layer, "projection") is not None:
-            raise why
-        log.warning("%s Only method rome can edit this layer.", why)
-
-
-def _layout(block: nn.Module) -> tuple[tuple[str, type], ...]:
-    return tuple((name, type(module)) for name, module in block.named_modules())
-
-
-def _refusal(adapter: ModelAdapter, layer: int, site: Site) -> UnknownArchitecture | None:
-    """Why no change can enter at a layer, or None; where one block of each kind refuses, the whole model decides."""
-    with one_of_each_kind(adapter.model, also=[layer]):
-        why = _no_gradient(adapter, layer, site)
-    return why and _no_gradient(adapter, layer, site)
-
-
-def _no_gradient(adapter: ModelAdapter, layer: int, site: Site) -> UnknownArchitecture | None:
-    """Why the logits of a few tokens have no gradient for what a site puts out, or None where they have one."""
-    ids = probe_ids(adapter.model)[:6]
-    what = f"A change of what the {site} of layer {layer} of {type(adapter.model).__name__} puts out"
-    entered: list[Tensor] = []
-
-    def enter(start: Tensor) -> Tensor:
-        entered.append(start.clone().requires_grad_(True))
-        return entered[0]
-
-    try:
-        with torch.enable_grad():
-            module, rows = module_at(adapter, layer, site), [Row(ids, len(ids) // 2)]
-            _, logits = _run_whole(adapter, module, rows, ([0], [0]), enter)
-            (gradient,) = torch.autograd.grad(logits.float().square().sum(), entered)
-        if bool((gradient == 0).all()):
-            return UnknownArchitecture(f"{what} does not reach the logits; edit another model.")
-    except UnknownArchitecture as error:
-        return error
-    except (FastmemitError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        why = f"{type(error).__name__}: {str(error)[:200]}"
-        found = UnknownArchitecture(f"{what} cannot be tried out ({why}); edit another model.")
-        found.__cause__ = error
-        return found
-    return None
 
 
 # -- up to the subject --------------------------------------------------------------------------------

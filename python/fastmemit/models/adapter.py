@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Hashable, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from fastcov.hooks import evaluation_mode, isolated
-from fastmemit.errors import BadLayer, UnknownArchitecture, WrongModel
+from fastmemit.errors import BadLayer, FastmemitError, UnknownArchitecture, WrongModel
 from fastmemit.models.running import (
     BlockMap,
     ModelState,
@@ -18,12 +19,23 @@ from fastmemit.models.running import (
     Traits,
     accepted,
     context_limit,
+    head_reads,
+    hidden_of,
     input_device,
+    one_of_each_kind,
+    pad_batch,
+    probe_ids,
+    remembered,
     text_config,
+    token_states,
     traits,
+    with_hidden,
 )
 
 log = logging.getLogger(__name__)
+
+#: Where a target's change enters: at the output of a block, or of the edited projection in it.
+Site = Literal["block", "projection"]
 
 CONTEXT_LIMIT = 2048
 #: Mean shares of a wanted change, below which a layer is refused or warned of.
@@ -400,6 +412,74 @@ class ModelAdapter:
             f"{type(self.model).__name__} is not causal: a later token changes what it says at an "
             f"earlier one, so it can be neither edited nor scored token by token; {fix}."
         )
+
+    def module_at(self, layer: int, site: Site) -> nn.Module:
+        """The module at whose output a target's change enters."""
+        return self.block(layer) if site == "block" else self.projection(layer)
+
+    @isolated()
+    def check_targets(self, layers: Sequence[int]) -> None:
+        """Refuse a model whose targets cannot be computed at these layers, before anything is paid for statistics.
+
+        A few tokens run at each kind of block among them.
+
+        Raises:
+            UnknownArchitecture: The model is not causal, changes its own weights, or no change can enter at such a
+                block.
+        """
+        self.check_constant()
+        self.check_causal()
+        named = {layer: self.block(layer).named_modules() for layer in sorted(layers)}
+        kinds = {tuple((name, type(module)) for name, module in parts): layer for layer, parts in named.items()}
+        with evaluation_mode(self.model, frozen=True):
+            for layer in kinds.values():
+                what = ("can be changed", self.template, layer)
+                remembered(self.model, what, partial(_try_out, self, layer), weights=True)
+
+
+def _try_out(adapter: ModelAdapter, layer: int) -> None:
+    why = _refusal(adapter, layer, "block")
+    if why is not None:
+        if _refusal(adapter, layer, "projection") is not None:
+            raise why
+        log.warning("%s Only method rome can edit this layer.", why)
+
+
+def _refusal(adapter: ModelAdapter, layer: int, site: Site) -> UnknownArchitecture | None:
+    """Why no change can enter at a layer, or None; where one block of each kind refuses, the whole model decides."""
+    with one_of_each_kind(adapter.model, also=[layer]):
+        why = _no_gradient(adapter, layer, site)
+    return why and _no_gradient(adapter, layer, site)
+
+
+def _no_gradient(adapter: ModelAdapter, layer: int, site: Site) -> UnknownArchitecture | None:
+    """Why the logits of a few tokens have no gradient for what a site puts out, or None where they have one."""
+    ids = probe_ids(adapter.model)[:6]
+    module, what = adapter.module_at(layer, site), f"A change of what the {site} of layer {layer}"
+    what = f"{what} of {type(adapter.model).__name__} puts out"
+    entered: list[Tensor] = []
+
+    def put(_module: nn.Module, _args: Any, out: Any) -> Any:
+        states = token_states(out, (1, len(ids)), adapter.d, type(module).__name__)
+        entered.append(states.detach().clone().requires_grad_(True))
+        return with_hidden(out, entered[0].reshape(hidden_of(out).shape))
+
+    try:
+        with torch.enable_grad(), module.register_forward_hook(put), head_reads(adapter, [0], [len(ids) // 2]):
+            logits = adapter.run(**pad_batch([ids], device=adapter.device), use_cache=False).logits
+            (gradient,) = torch.autograd.grad(logits.float().square().sum(), entered)
+        if bool((gradient[0, len(ids) // 2] == 0).all()):
+            return UnknownArchitecture(f"{what} does not reach the logits; edit another model.")
+    except UnknownArchitecture as error:
+        return error
+    except (FastmemitError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        why = f"{type(error).__name__}: {str(error)[:200]}"
+        found = UnknownArchitecture(f"{what} cannot be tried out ({why}); edit another model.")
+        found.__cause__ = error
+        return found
+    return None
 
 
 @isolated()

@@ -11,11 +11,11 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from fastmemit import partial_forward as forward
 from fastmemit.errors import UnknownArchitecture
+from fastmemit.models import adapter as adapter_module
 from fastmemit.models import find_adapter
 from fastmemit.models.running import tolerance
-from fastmemit.partial_forward import FullForward, SuffixForward, check_targets, forward_for
+from fastmemit.partial_forward import FullForward, SuffixForward, forward_for
 from fastmemit.request import EditRequest
 from fastmemit.targets import TargetSettings, optimise
 from fastmemit.text import Row
@@ -268,40 +268,40 @@ def test_a_block_without_one_state_a_token_is_left_to_rome(caplog: pytest.LogCap
     with pytest.raises(UnknownArchitecture, match=r"shape \(2, 1, 7, 32\) for 1 rows of 7 tokens"):
         forward_for(adapter, 1, ROWS, "block")
     with caplog.at_level(logging.WARNING):
-        check_targets(adapter, [1])
+        adapter.check_targets([1])
     assert "Only method rome" in caplog.records[-1].getMessage()
     assert_literal(forward_for(adapter, 1, ROWS, "projection"), adapter, 1, "projection")
 
 
 def test_the_check_refuses_what_no_change_can_enter(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UnknownArchitecture, match="not causal"):
-        check_targets(find_adapter(tiny_model("gemma3", use_bidirectional_attention=True)), [0])
+        find_adapter(tiny_model("gemma3", use_bidirectional_attention=True)).check_targets([0])
     model = tiny_model("llama")
     model.model.norm.register_forward_hook(lambda _m, _a, out: out.detach())
     with pytest.raises(UnknownArchitecture, match=r"block of layer 0.*cannot be tried out"):
-        check_targets(find_adapter(model), [0])
+        find_adapter(model).check_targets([0])
     model = tiny_model("llama")
     with torch.no_grad():
         model.lm_head.weight.zero_()
     with pytest.raises(UnknownArchitecture, match="does not reach the logits"):
-        check_targets(find_adapter(model), [1])
+        find_adapter(model).check_targets([1])
 
 
 def test_the_check_runs_once_for_each_kind_of_block(monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[int] = []
-    original = forward._refusal
+    original = adapter_module._refusal
 
     def counted(adapter: Any, layer: int, *args: Any) -> Any:
         tried.append(layer)
         return original(adapter, layer, *args)
 
-    monkeypatch.setattr(forward, "_refusal", counted)
+    monkeypatch.setattr(adapter_module, "_refusal", counted)
     adapter = find_adapter(tiny_model("llama"))
-    check_targets(adapter, [0, 1, 2])
-    check_targets(adapter, [0, 1, 2])
+    adapter.check_targets([0, 1, 2])
+    adapter.check_targets([0, 1, 2])
     assert tried == [2]
     tried.clear()
     model = hybrid().train()
-    check_targets(find_adapter(model), [0, 1, 2])
+    find_adapter(model).check_targets([0, 1, 2])
     assert tried == [1, 2] or tried == [2, 1]
     assert model.training and all(p.grad is None for p in model.parameters())
