@@ -223,19 +223,28 @@ def _precompute(folder: Path, seconds: float, multiplier: float, phase: Any, ste
         phase.value = TIDYING
         remove(self)
 
-    def batch(keys: int) -> None:
-        steps.value += 1
+    class Batches:
+        """Counts batches where a bar of keys would."""
+
+        def __init__(self, what: str) -> None:
+            self._counts = what == "keys"
+
+        def __call__(self, keys: int) -> None:
+            steps.value += self._counts
+
+        def note(self, text: str) -> None:
+            """Says nothing."""
 
     @contextlib.contextmanager
     def bar(what: str, *_: Any) -> Iterator[Any]:
-        yield batch if what == "keys" else lambda _: None
+        yield Batches(what)
 
     statistics.bar = bar  # type: ignore[attr-defined]
     stored.atomic_file, fastcov.save_moment = told, saving  # type: ignore[assignment]
     stored.Checkpoint.remove = removing  # type: ignore[method-assign]
     phase.value = BETWEEN if list(folder.rglob("*.checkpoint")) else BEFORE
     adapter = find_adapter(tiny_model("llama"))
-    store = StatisticsStore(adapter, tiny_tokenizer(), EditStack.of(adapter.model), folder)
+    store = StatisticsStore(adapter, tiny_tokenizer(), EditStack.of(adapter.model), folder, progress=True)
     store.checkpoint_seconds = seconds
     store.collect(Collection(tiny_corpus(1500), (0, 1), multiplier))
     phase.value = FINISHED

@@ -12,7 +12,7 @@ import pytest
 
 from road import Road, roads
 
-FILES, DEPTH, BOTH = {"precompute": 20, "edit": 25}, {"precompute": 16, "edit": 11}, 32
+FILES, DEPTH, BOTH = {"precompute": 16, "edit": 22}, {"precompute": 16, "edit": 11}, 27
 
 
 @pytest.fixture(scope="module")

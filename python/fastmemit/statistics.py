@@ -393,12 +393,12 @@ class StatisticsStore:
         causal = adapter.is_causal and adapter.right_padding == "unmasked"
         if throughput is not None:
             throughput.measure(adapter.model, adapter.device)  # before a thread begins to read
-        total = text["tokens"]
+        total, shown = text["tokens"], throughput is not None
         for attempt in (1, 2):
             try:
                 with (
-                    bar("keys", total, self._progress) as keys,
-                    bar("tokens read", total, self._progress) as reading,
+                    bar("keys", total, True) if shown else nullcontext() as keys,
+                    bar("tokens read", total, True) if shown else nullcontext() as reading,
                     _counted_from(text["start"], corpus, allow_fewer),
                     corpus_batches(
                         corpus,
@@ -413,8 +413,7 @@ class StatisticsStore:
                 ):
 
                     def progress(done: int) -> None:
-                        if throughput is not None:
-                            keys.note(throughput.rate())
+                        keys.note(throughput.rate())
                         keys(done)
 
                     return fastcov.collect_moments(
@@ -424,7 +423,7 @@ class StatisticsStore:
                         budgets,
                         allow_fewer=allow_fewer,
                         quartic=shared.get("quartic", False),
-                        progress=progress,
+                        progress=progress if shown else None,
                         throughput=throughput,
                         causal=causal,
                         checkpoint=checkpoint,

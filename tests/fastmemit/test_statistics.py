@@ -13,6 +13,7 @@ import torch
 import fastcov
 from fastmemit.data import Corpus, corpus_from_texts
 from fastmemit.data import corpora as corpora_module
+from fastmemit.display import Bar
 from fastmemit.editor import Editor
 from fastmemit.edits import EditStack
 from fastmemit.errors import BadConfig, BadLayer
@@ -145,12 +146,22 @@ def test_a_model_with_nan_is_reported(tmp_path: Path) -> None:
 
 
 def test_reading_is_counted_as_it_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    editor = Editor(tiny_model("llama"), tiny_tokenizer("byte_bpe"), cache_dir=tmp_path)
+    editor = Editor(tiny_model("llama"), tiny_tokenizer("byte_bpe"), cache_dir=tmp_path, progress=True)
     counts: dict[str, list[int]] = {"tokens read": [], "keys": []}
 
+    class Counting(Bar):
+        def __init__(self, count: Callable[[int], None]) -> None:
+            self._count = count
+
+        def __call__(self, done: int) -> None:
+            self._count(done)
+
+        def note(self, text: str) -> None:
+            pass
+
     @contextmanager
-    def bar(what: str, *_: object) -> Iterator[Callable[[int], None]]:
-        yield counts[what].append
+    def bar(what: str, *_: object) -> Iterator[Bar]:
+        yield Counting(counts[what].append)
 
     monkeypatch.setattr("fastmemit.statistics.bar", bar)
     corpus = corpus_from_texts("tiny", [f"The {i} old boats by the sea" for i in range(60)])

@@ -13,6 +13,7 @@ import math
 import operator
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Generic, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
@@ -324,7 +325,8 @@ class Workspace:
         # At a projection's output a vector is of that projection, which another editor of the model may not edit.
         place = f"/{self.adapter.template}" if settings.site == "projection" else ""
         identity = f"{self.stack.state()}/{self.statistics.identity['tokenizer']}{place}" if stored else ""
-        with bar("target steps", len(requests) * settings.steps, self.progress) as progress:
+        total = len(requests) * settings.steps
+        with bar("target steps", total, True) if self.progress else nullcontext() as progress:
             return stored_or_optimised(
                 self.stored_targets if stored else TargetStore(None),
                 identity,
