@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import islice
+from queue import SimpleQueue
 from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
@@ -266,13 +267,9 @@ class Prefetcher(Generic[Item]):
                 f"At least 1 item must be read ahead but depth is {depth}; "
                 "to read none ahead, iterate over the source itself."
             )
-        self._depth = depth
-        self._changed = threading.Condition()
-        self._waiting: deque[Item] = deque()
-        self._calls: deque[Callable[[], None]] = deque()
-        self._error: BaseException | None = None
+        self._room = threading.Semaphore(depth)
+        self._made: SimpleQueue[tuple[str, Any]] = SimpleQueue()  # items and calls in their order, and the end
         self._begun = False
-        self._ended = False
         self._stopped = False
 
     @property
@@ -281,16 +278,14 @@ class Prefetcher(Generic[Item]):
         return self._stopped
 
     def relayed(self, function: Callable[P, object]) -> Callable[P, None]:
-        """A function for the source to call, run by the consumer before its next item.
+        """A function for the source to call, run by the consumer as it asks for items.
 
-        So a progress bar is moved by the thread that draws it, and what the function raises reaches the consumer. A
-        consumer that waits for an item runs it at once.
+        So a progress bar is moved by the thread that draws it, and what the function raises reaches the consumer. Calls
+        and items come in the order in which they were made; a consumer that waits for an item runs a call at once.
         """
 
         def later(*args: P.args, **kwargs: P.kwargs) -> None:
-            with self._changed:
-                self._calls.append(lambda: (function(*args, **kwargs), None)[1])
-                self._changed.notify_all()
+            self._made.put(("call", partial(function, *args, **kwargs)))
 
         return later
 
@@ -309,33 +304,23 @@ class Prefetcher(Generic[Item]):
         try:
             yield self._items()
         finally:
-            with self._changed:
-                self._stopped = True
-                self._changed.notify_all()
+            self._stopped = True
+            self._room.release()  # for a thread that waits to hand over an item
             thread.join()
-            self._waiting.clear()
-            self._calls.clear()
-            self._error = None  # its traceback holds the frames of the source
+            self._made = SimpleQueue()  # what is left may hold the source's frames
+            self._made.put(("end", None))
 
     def _items(self) -> Iterator[Item]:
         while True:
-            with self._changed:
-                while not (self._calls or self._waiting or self._ended or self._stopped):
-                    self._changed.wait()
-                calls = list(self._calls)
-                self._calls.clear()
-                ready = bool(self._waiting) and not calls
-                item = self._waiting.popleft() if ready else None
-                error = self._error
-                over = not (calls or ready)
-                self._changed.notify_all()
-            for call in calls:
-                call()
-            if ready:
-                yield item  # type: ignore[misc]  # there is one if `ready`
-            elif over and error is not None and not self._stopped:
-                raise error
-            elif over:
+            kind, found = self._made.get()
+            if kind == "call":
+                found()
+            elif kind == "item":
+                self._room.release()
+                yield found
+            elif found is not None:
+                raise found
+            else:
                 return
 
     def _fill(self, source: Iterable[Item]) -> None:
@@ -343,17 +328,12 @@ class Prefetcher(Generic[Item]):
         try:
             items = iter(source)
             for item in items:
-                with self._changed:
-                    while len(self._waiting) >= self._depth and not self._stopped:
-                        self._changed.wait()
-                    if self._stopped:
-                        break
-                    self._waiting.append(item)
-                    self._changed.notify_all()
+                self._room.acquire()
+                if self._stopped:
+                    break
+                self._made.put(("item", item))
             # A generator ends where it was read, its `finally` included.
             getattr(items, "close", lambda: None)()
         except BaseException as raised:
             error = raised
-        with self._changed:
-            self._error, self._ended = error, True
-            self._changed.notify_all()
+        self._made.put(("end", error))

@@ -8,7 +8,7 @@ from fastcov.batching import Prefetcher
 
 
 def reading_threads():
-    return [thread for thread in threading.enumerate() if thread.name == "fastcov-ahead"]
+    return [thread for thread in threading.enumerate() if thread.name == "fastcov-prefetch"]
 
 
 @pytest.fixture(autouse=True)

@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 
 
 def reading_threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == "fastcov-ahead"]
+    return [thread for thread in threading.enumerate() if thread.name == "fastcov-prefetch"]
 
 
 @pytest.fixture(autouse=True)
