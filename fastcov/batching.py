@@ -55,6 +55,7 @@ def between(
     Raises:
         BadInput: start is below 0, or stop is not above start.
         ValueError: max_length is below 1, or skip is below 0 or leaves no key of max_length.
+        TypeError: A document is text and not token ids (raised on reading it).
     """
     if start < 0 or (stop is not None and stop <= start):
         raise BadInput(f"The keys from {start} to {stop} are none; pass 0 or more and a larger number.")
@@ -67,6 +68,10 @@ def between(
     def generate() -> Iterator[Span]:
         position = 0
         for document in documents:
+            if isinstance(document, str | bytes):
+                raise TypeError(
+                    f"A document must be a list of token ids but is the text {document[:40]!r}; tokenise it first."
+                )
             keys = min(len(document), max_length) - skip
             if keys <= 0:
                 continue
@@ -81,7 +86,7 @@ def between(
     return generate()  # the arguments were checked before the first document is asked for
 
 
-def take(documents: Iterable[Document], budget: int | None, max_length: int) -> Iterator[Document]:
+def take(documents: Iterable[Document], budget: int | None, max_length: int) -> Iterator[Span]:
     """The first documents, with exactly as many tokens as the budget says; None takes all.
 
     Each document is truncated to `max_length`, the last one is cut so that the count is exact, and empty ones are
@@ -96,26 +101,7 @@ def take(documents: Iterable[Document], budget: int | None, max_length: int) -> 
         raise BadInput(f"The budget must be a whole number of tokens but is {budget!r}; round it.")
     if budget is not None and budget <= 0:
         raise BadInput(f"The budget must be above 0 but is {budget}; see fastcov.budget.")
-    if max_length < 1:
-        raise ValueError(f"max_length must be at least 1 token but is {max_length}; pass the model's context length.")
-
-    def generate() -> Iterator[Document]:
-        left = budget
-        for document in documents:
-            if isinstance(document, str | bytes):
-                raise TypeError(
-                    f"A document must be a list of token ids but is the text {document[:40]!r}; tokenise it first."
-                )
-            length = min(len(document), max_length if left is None else min(max_length, left))
-            if length == 0:
-                continue
-            yield document[:length]
-            if left is not None:
-                left -= length
-                if left == 0:
-                    return
-
-    return generate()
+    return between(documents, 0, budget, max_length)
 
 
 def bucket(

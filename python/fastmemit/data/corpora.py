@@ -7,7 +7,7 @@ import json
 import os
 import random
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -380,11 +380,7 @@ def corpus_batches(
                     told(len(ids))
                 yield ids
 
-    taken: Iterator[Sequence[int]] = (
-        fastcov.between(tokenised(), start, tokens, context, skip)
-        if start or skip
-        else fastcov.take(tokenised(), tokens, context)
-    )
+    taken = fastcov.between(tokenised(), start, tokens, context, skip)
     batches = pinned(fastcov.bucket(taken, tokens_per_batch(device)), device)
     if threaded:
         with ahead.read(batches) as read:
