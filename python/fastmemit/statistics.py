@@ -413,8 +413,9 @@ class StatisticsStore:
                 ):
 
                     def progress(done: int) -> None:
-                        keys.note(throughput.rate())
-                        keys(done)
+                        if keys is not None and throughput is not None:
+                            keys.note(throughput.rate())
+                            keys(done)
 
                     return fastcov.collect_moments(
                         adapter.model,
@@ -423,7 +424,7 @@ class StatisticsStore:
                         budgets,
                         allow_fewer=allow_fewer,
                         quartic=shared.get("quartic", False),
-                        progress=progress if shown else None,
+                        progress=progress,
                         throughput=throughput,
                         causal=causal,
                         checkpoint=checkpoint,
