@@ -125,7 +125,7 @@ class LiveStack(EditStack):
         Torch does not count a write into ``weight.data``. Edits of ours that somebody took back are forgotten, with all
         that came upon them.
         """
-        self._now = self._watch.identify(self.model) if weights is None else self._watch.now(self.model, set(weights))
+        self._now = self._watch.identify(self.model, None if weights is None else set(weights))
         states = [self.fingerprint, *(state for state, _ in self.written)]
         if self._now in states:
             del self.written[states.index(self._now) :]

@@ -332,19 +332,11 @@ class Watch:
         # Kept, so that no other storage gets the number of one that is gone.
         self._storages: dict[int, StorageWeakRef] = {}
 
-    def identify(self, model: nn.Module) -> str:
-        """The model's fingerprint; the model is the one to be watched from now on.
-
-        Raises:
-            WrongModel: A weight is neither in memory nor where accelerate offloads to.
-        """
-        self._checksums, self._named, self._marks = {}, {}, {}
-        return self.now(model)
-
-    def now(self, model: Any, doubted: Collection[str] = ()) -> str:
+    def identify(self, model: Any, doubted: Collection[str] | None = None) -> str:
         """The fingerprint of the model as it is, which is the one to be watched from now on.
 
-        Read are the tensors that were written or replaced since the last time, and the `doubted`, by name.
+        Read are all its tensors; or, where some are `doubted`, those of these names and what was written or replaced
+        since the last time.
 
         Raises:
             WrongModel: A weight is neither in memory nor where accelerate offloads to.
@@ -354,7 +346,7 @@ class Watch:
         def stale() -> Iterator[tuple[str, Tensor]]:
             for name, tensor in stored_tensors(model):  # one at a time, where they are offloaded
                 named[name] = id(tensor)
-                if name in doubted or not self._known(tensor, name):
+                if doubted is None or name in doubted or not self._known(tensor, name):
                     yield name, tensor
 
         read = checksums(stale())
