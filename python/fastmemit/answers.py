@@ -21,8 +21,8 @@ from transformers import Cache, DynamicCache
 from fastcov.files import printable
 from fastcov.hooks import evaluation_mode, isolated
 from fastmemit.errors import BadRequest
-from fastmemit.models import ModelAdapter, check_lengths, length_batches, pad_batch
-from fastmemit.models.running import context_limit, head_reads
+from fastmemit.models import ModelAdapter
+from fastmemit.models.running import check_lengths, context_limit, head_reads, length_batches, pad_batch
 from fastmemit.partial_forward import goes_on, left_padded
 from fastmemit.request import EditRequest
 from fastmemit.text import continue_rows, encode_with_target, end_tokens, lead

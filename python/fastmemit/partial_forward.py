@@ -28,29 +28,27 @@ from transformers.cache_utils import DynamicLayer
 
 from fastcov.hooks import evaluation_mode, isolated
 from fastmemit.errors import FastmemitError, UnknownArchitecture
-from fastmemit.models import (
-    ModelAdapter,
-    agrees,
-    check_lengths,
-    hidden_of,
-    input_device,
-    length_batches,
-    pad_batch,
-    probe_ids,
-    token_states,
-    with_hidden,
-)
+from fastmemit.models import ModelAdapter
 from fastmemit.models.adapter import Site
 from fastmemit.models.running import (
     Reached,
+    agrees,
+    check_lengths,
     difference,
     forward_as,
     head_reads,
+    hidden_of,
+    input_device,
+    length_batches,
     one_of_each_kind,
     output_of,
+    pad_batch,
     place_rows,
+    probe_ids,
     remembered,
+    token_states,
     tolerance,
+    with_hidden,
 )
 from fastmemit.text import Row
 

@@ -31,7 +31,8 @@ from fastcov.files import atomic_file, parse_json, write_safetensors
 from fastcov.hooks import evaluation_mode, isolated
 from fastmemit.errors import FastmemitError
 from fastmemit.files import shared_folder
-from fastmemit.models import ModelAdapter, check_lengths
+from fastmemit.models import ModelAdapter
+from fastmemit.models.running import check_lengths
 from fastmemit.partial_forward import FullForward, SuffixForward, forward_for
 from fastmemit.request import EditRequest
 from fastmemit.text import RequestRows, lead, like_lengths, request_rows

@@ -21,8 +21,7 @@ from torch import Tensor
 
 from fastcov.hooks import evaluation_mode, isolated, random_state_kept
 from fastmemit.errors import BadConfig, BadRequest, FastmemitError, WrongModel
-from fastmemit.models import check_lengths, input_device, pad_batch
-from fastmemit.models.running import padding, remembered
+from fastmemit.models.running import check_lengths, input_device, pad_batch, padding, remembered
 from fastmemit.request import EditRequest
 
 NOWHERE = (-1, -1)

@@ -29,18 +29,18 @@ from transformers import Cache, DynamicCache
 from fastcov.hooks import evaluation_mode, isolated
 from fastmemit.answers import judge_answers
 from fastmemit.errors import BadConfig, BadRequest, FastmemitError, UnknownArchitecture, counted
-from fastmemit.models import (
-    ModelAdapter,
+from fastmemit.models import ModelAdapter
+from fastmemit.models.adapter import linear_shape
+from fastmemit.models.running import (
     agrees,
     check_lengths,
+    head_reads,
     hidden_of,
     pad_batch,
     probe_ids,
     token_states,
     with_hidden,
 )
-from fastmemit.models.adapter import linear_shape
-from fastmemit.models.running import head_reads
 from fastmemit.partial_forward import align, as_cache, begun_at, past_of
 from fastmemit.request import EditRequest
 from fastmemit.text import Row, encode_with_target, subject_end

@@ -20,7 +20,7 @@ from fastmemit import Editor, EditRequest
 from fastmemit.answers import judge_answers
 from fastmemit.data import corpus_from_texts
 from fastmemit.errors import BadLayer, FastmemitError, UnknownArchitecture
-from fastmemit.models import hidden_of, with_hidden
+from fastmemit.models.running import hidden_of, with_hidden
 from fastmemit.targets import TargetSettings, optimise
 from fastmemit.text import request_rows
 from tiny_models import tiny_tokenizer

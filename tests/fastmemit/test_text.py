@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fastmemit.errors import BadConfig, BadRequest
-from fastmemit.models import length_batches, pad_batch
+from fastmemit.models.running import length_batches, pad_batch
 from fastmemit.request import EditRequest
 from fastmemit.text import (
     NOWHERE,

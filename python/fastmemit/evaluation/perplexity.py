@@ -23,8 +23,8 @@ from torch import Tensor
 from fastcov.hooks import evaluation_mode, isolated
 from fastmemit.data.reading import decode, read_whole
 from fastmemit.errors import BadConfig, BadData, FastmemitError, UnknownArchitecture
-from fastmemit.models import ModelAdapter, agrees, hidden_of, with_hidden
-from fastmemit.models.running import context_limit, forward_as, head_reads
+from fastmemit.models import ModelAdapter
+from fastmemit.models.running import agrees, context_limit, forward_as, head_reads, hidden_of, with_hidden
 from fastmemit.text import encode
 
 log = logging.getLogger(__name__)

@@ -27,8 +27,8 @@ from fastcov.hooks import evaluation_mode, isolated
 from fastmemit.errors import FastmemitError, UnknownArchitecture
 from fastmemit.methods.base import Draft, log, register
 from fastmemit.methods.config import UltraEditConfig
-from fastmemit.models import ModelAdapter, check_lengths, pad_batch, token_states
-from fastmemit.models.running import head_reads
+from fastmemit.models import ModelAdapter
+from fastmemit.models.running import check_lengths, head_reads, pad_batch, token_states
 from fastmemit.request import EditRequest
 from fastmemit.text import Row, like_lengths, request_rows
 

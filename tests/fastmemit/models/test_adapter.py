@@ -11,7 +11,8 @@ from torch import nn
 from torch.testing import assert_close
 
 from fastmemit.errors import BadLayer, UnknownArchitecture, WrongModel
-from fastmemit.models import find_adapter, hidden_of, with_hidden
+from fastmemit.models import find_adapter
+from fastmemit.models.running import hidden_of, with_hidden
 from tiny_models import ARCHITECTURES, D_K, LAYERS, VOCAB_SIZE, D, tiny_model
 
 PROJECTIONS = {

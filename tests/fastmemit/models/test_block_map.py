@@ -11,9 +11,9 @@ from torch import nn
 from torch.testing import assert_close
 
 from fastmemit.errors import BadLayer
-from fastmemit.models import find_adapter, hidden_of
+from fastmemit.models import find_adapter
 from fastmemit.models.adapter import NEAR, inverse
-from fastmemit.models.running import BlockMap
+from fastmemit.models.running import BlockMap, hidden_of
 from tiny_models import VOCAB_SIZE, tiny_model
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers.modeling_outputs import BaseModelOutput
 
-from fastmemit.models import hidden_of, with_hidden
+from fastmemit.models.running import hidden_of, with_hidden
 
 
 class Pair(NamedTuple):
