@@ -111,19 +111,6 @@ def fma_peak(
     return rate
 
 
-def workspace_bytes() -> int:
-    """What is held between updates for packed keys, at most 96 MB or 256 rows."""
-    module = native()
-    return 0 if module is None else int(module.cpu_workspace())
-
-
-def release_workspace() -> None:
-    """Give back what `workspace_bytes` counts; the next update takes it anew."""
-    module = native()
-    if module is not None:
-        module.cpu_release_workspace()
-
-
 @functools.cache
 def _rate_of_pairs() -> float:
     """How fast pairs of bfloat16 are multiplied, in times the rate of float32; measured once."""

@@ -246,17 +246,17 @@ def test_without_the_native_module_the_reason_is_given(monkeypatch):
 
 
 def test_a_few_rows_take_a_small_workspace_and_it_can_be_given_back():
-    cpu.release_workspace()
-    assert cpu.workspace_bytes() == 0
+    cpu.native().cpu_release_workspace()
+    assert cpu.native().cpu_workspace() == 0
     few, more = drawn(16, 2048), drawn(256, 2048)
     C = torch.zeros(2048, 2048)
     rank_k_update(C, few, kernel=plain())
-    small = cpu.workspace_bytes()
+    small = cpu.native().cpu_workspace()
     rank_k_update(C, more, kernel=plain())
-    large = cpu.workspace_bytes()
+    large = cpu.native().cpu_workspace()
     rank_k_update(C, few, kernel=plain())
     # Two copies of the keys, in whole panels; tiles have 6 bytes for a key of 4, and 32 rows.
     assert 0 < small <= 3 * 32 * 2048 * 4 and 2 * 256 * 2048 * 4 <= large <= 3 * 256 * 2048 * 4
-    assert cpu.workspace_bytes() == large, "the larger one is kept"
-    cpu.release_workspace()
-    assert cpu.workspace_bytes() == 0
+    assert cpu.native().cpu_workspace() == large, "the larger one is kept"
+    cpu.native().cpu_release_workspace()
+    assert cpu.native().cpu_workspace() == 0
