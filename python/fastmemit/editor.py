@@ -22,7 +22,7 @@ from fastmemit.display import Described
 from fastmemit.edits import Edit, EditStack
 from fastmemit.errors import BadConfig, MissedFacts, WrongModel, counted
 from fastmemit.files import cache_dir as _cache_dir
-from fastmemit.methods import METHODS, EditConfig, PreservedKeys, ReadCache, Workspace, find_config, run
+from fastmemit.methods import METHODS, EditConfig, PreservedKeys, PreservedText, ReadCache, Workspace, find_config, run
 from fastmemit.models import find_adapter, load_model, save_model
 from fastmemit.request import EditRequest, Fact, as_requests, check_batch
 from fastmemit.statistics import Collection, Statistics, StatisticsStore
@@ -269,6 +269,7 @@ class Editor(Described):
         preserved: PreservedKeys | None = None,
         reads: ReadCache | None = None,
         targets: Mapping[EditRequest, Target] | None = None,
+        preserve: PreservedText | str | os.PathLike[str] | Iterable[str] | None = None,
         **overrides: Any,
     ) -> Edit:
         """Compute an edit and apply nothing; the weights are the same before and after.
@@ -283,6 +284,9 @@ class Editor(Described):
             reads: Where to cache what the unedited model shows, for further plans of these facts.
             targets: Target vectors by fact, in the place of those of the model as it is: those of the unedited model
                 serve every method that shares them (`targets`), however many edits lie beneath.
+            preserve: Text that this edit shall preserve beside C, such as prompts about neighbours: a file (a text a
+                line), or texts, each token of which counts as much as a fact of the edit; `PreservedText.from_text(...,
+                weight=...)` for another weight.
             overrides: Settings of the method that replace the preset's, see `EditConfig`.
 
         Returns:
@@ -291,12 +295,13 @@ class Editor(Described):
         Raises:
             BadConfig: See `config`.
             BadRequest: A request that cannot be carried out, or two that contradict each other.
+            BadCorpus: The text to preserve cannot be read, or there is none.
             WrongModel: The preserved keys are of another editor's edits.
             fastcov.FastcovError: No statistics of the edited layers were precomputed.
         """
-        config = self.config(method, **overrides)
+        config, text = self.config(method, **overrides), _preserved(preserve)
         with self._stack.lock:
-            return run(config, self.workspace, check_batch(facts), preserved, reads, targets)
+            return run(config, self.workspace, check_batch(facts), preserved, reads, targets, text)
 
     @isolated()
     def edit(
@@ -307,6 +312,7 @@ class Editor(Described):
         preserved: PreservedKeys | None = None,
         reads: ReadCache | None = None,
         targets: Mapping[EditRequest, Target] | None = None,
+        preserve: PreservedText | str | os.PathLike[str] | Iterable[str] | None = None,
         verify: bool = True,
         strict: bool = False,
         **overrides: Any,
@@ -319,6 +325,7 @@ class Editor(Described):
             preserved: See `plan`.
             reads: See `plan`.
             targets: See `plan`.
+            preserve: See `plan`.
             verify: Ask each fact before and after, as it is written: the answers are in `Edit.outcomes`, and one that
                 is not what the model says is named in a warning. False for loops that score the model themselves.
             strict: Take the edit back if the model does not say all of its facts.
@@ -328,10 +335,10 @@ class Editor(Described):
             MissedFacts: `strict`, and a fact is not what the model says.
             FastmemitError: See `plan`; on any error the weights are as they were.
         """
-        config = self.config(method, **overrides)
+        config, text = self.config(method, **overrides), _preserved(preserve)
         batch = check_batch(facts)
         with self._stack.lock:
-            edit = run(config, self.workspace, batch, preserved, reads, targets)
+            edit = run(config, self.workspace, batch, preserved, reads, targets, text)
             before = self._asked_before(batch) if verify or strict else []
             if before:
                 edit.remember(before)
@@ -437,6 +444,10 @@ class Editor(Described):
                 card = model_card(base["name"], entries, self._folder)
                 beside = {RECORD: model_record(base["name"], base["fingerprint"], entries), "README.md": card.encode()}
             save_model(self.model, self.tokenizer, folder, beside)
+
+
+def _preserved(text: PreservedText | str | os.PathLike[str] | Iterable[str] | None) -> PreservedText | None:
+    return text if text is None or isinstance(text, PreservedText) else PreservedText.from_text(text)
 
 
 def _shared_name(path: str) -> str:

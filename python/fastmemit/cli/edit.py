@@ -26,13 +26,23 @@ if TYPE_CHECKING:
     from fastmemit import Edit, Editor
     from fastmemit.delta import Delta
     from fastmemit.evaluation.changes import Change, Observer
+    from fastmemit.methods import PreservedText
 
 
 @verb(
     "edit",
-    "--facts --prompt --subject --target --join --chat --strict --check --check-file --html --out "
-    "--save-model MODEL METHOD CORPUS",
-    {"--prompt": {"action": "store", "default": None, "help": "one fact instead: its prompt, {} for the subject"}},
+    "--facts --prompt --subject --target --join --chat --strict --check --check-file --preserve --preserve-weight "
+    "--html --out --save-model MODEL METHOD CORPUS",
+    {
+        "--prompt": {"action": "store", "default": None, "help": "one fact instead: its prompt, {} for the subject"},
+        "--preserve": {
+            "choices": None,
+            "default": None,
+            "metavar": "FILE",
+            "type": Path,
+            "help": "text that shall stay as it is: prompts or paragraphs, one a line",
+        },
+    },
 )
 def _edit(args: argparse.Namespace) -> None:
     r"""Write facts into a model; keep the edit as a small file, or the whole edited model.
@@ -55,6 +65,7 @@ def _edit(args: argparse.Namespace) -> None:
     overrides = chosen_settings(args)
     if args.out is None and args.save_model is None:
         raise BadConfig("The edit would be gone with this command; pass --out FILE or --save-model DIR.")
+    text = _preserved(args)
     check_writable(args.out, args.html)
     check_free(args.save_model)
     editor = make_editor(args)
@@ -64,7 +75,7 @@ def _edit(args: argparse.Namespace) -> None:
     ensure_statistics(editor, config, args)
     before = editor.ask(requests)
     observer = _observer(args, editor, requests)
-    edit = editor.edit(requests, args.method, verify=False, **overrides)
+    edit = editor.edit(requests, args.method, verify=False, preserve=text, **overrides)
     edit.remember(before)
     if not args.strict:
         # Before anything is asked or shown, which may fail, and the edit would be gone.
@@ -80,12 +91,16 @@ def _edit(args: argparse.Namespace) -> None:
             "layers": config.layers,
             "facts": outcomes,
             "changes": changes,
+            "preserved_text": edit.delta.provenance.get("preserved_text"),
             "out": args.out if saved else None,
             "save_model": args.save_model if saved else None,
         },
     )
     layers = ", ".join(map(str, config.layers))
     print(f"layers {layers} of {editor.name} edited by {args.method}: {verdict(outcomes)}")
+    if text is not None:
+        tokens = edit.delta.provenance["preserved_text"]["tokens"]
+        print(f"preserved beside C: {tokens} tokens of {text.corpus.name}, {text.weight:g} of a fact each")
     print("probability of the new answer, before -> after, and what was said before:")
     for outcome in outcomes:
         print(f"  {outcome.described()}")
@@ -98,6 +113,16 @@ def _edit(args: argparse.Namespace) -> None:
         print(f"edit saved to {args.out}")
     if args.save_model is not None:
         print(f"edited model saved to {args.save_model}")
+
+
+def _preserved(args: argparse.Namespace) -> PreservedText | None:
+    from fastmemit.methods import PreservedText
+
+    if args.preserve is not None:
+        return PreservedText.from_text(args.preserve, 1.0 if args.preserve_weight is None else args.preserve_weight)
+    if args.preserve_weight is not None:
+        raise BadConfig("--preserve-weight weighs the text of --preserve FILE; give one.")
+    return None
 
 
 def _save(args: argparse.Namespace, editor: Editor, edit: Edit) -> None:

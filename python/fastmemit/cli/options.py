@@ -275,6 +275,8 @@ FLAGS: dict[str, dict[str, dict[str, Any]]] = {
         "--seeds": _flag("N,...", "seeds for the order of the corpus", default="0"),
         "--bos": _choice(("with", "without", "both"), "the first position of documents among the preserved keys"),
         "--preserve": _choice(("both", "yes", "no"), "the keys of earlier edits too, or one sequence of each"),
+        "--preserve-weight": _flag("X", "what a token of it counts, where a fact counts 1, C its weight (default: 1)",
+                                   _real),
         "--targets": _choice(("edited", "unedited"), "target vectors of the model as it is when a batch is written, or "
                              "of the unedited one, which methods share and which are made once"),
         "--generations": _flag("N", "n-gram entropy of what the model writes about the first N records", _from_zero,

@@ -166,6 +166,18 @@ def corpus_from_texts(name: str, texts: Iterable[str]) -> Corpus:
     return Corpus(name, digest.hexdigest(), read, len(documents))
 
 
+def corpus_of_lines(path: Path) -> Corpus:
+    """A text file of which each line is a document, prompts for example; of a JSON file what `load_corpus` has.
+
+    Raises:
+        BadCorpus: There is no such file, it is not UTF-8, or there is no text in it.
+    """
+    if path.suffix.lower() in _JSON:
+        return load_corpus(path)
+    check_file(path, BadCorpus)
+    return corpus_from_texts(path.name, (line.text for line in read_lines(path, BadCorpus)))
+
+
 # Files may be larger than memory, so documents are indexed in one pass and then read one by one. The pass checks every
 # byte and every field, so that a bad line is reported before the model has run, and hashes the content.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fastmemit.methods import solve, ultraedit  # noqa: F401 (they register each method)
-from fastmemit.methods.base import REGISTRY, Draft, PreservedKeys, ReadCache, Workspace, run
+from fastmemit.methods.base import REGISTRY, Draft, PreservedKeys, PreservedText, ReadCache, Workspace, run
 from fastmemit.methods.config import (
     CONFIGS,
     METHODS,
@@ -37,6 +37,7 @@ __all__ = [
     "MemitConfig",
     "PmetConfig",
     "PreservedKeys",
+    "PreservedText",
     "ReadCache",
     "RlsEditConfig",
     "RomeConfig",

@@ -11,10 +11,12 @@ import dataclasses
 import logging
 import math
 import operator
+import os
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -22,18 +24,21 @@ import torch
 from torch import Tensor
 
 from fastcov import CholeskyFactor, LowRank
-from fastcov.linalg import UpdatedFactor, updated
+from fastcov.hooks import KeyHooks, evaluation_mode, key_rows
+from fastcov.linalg import UpdatedFactor, place_of_float64, updated
+from fastmemit.data.corpora import Corpus, corpus_from_texts, corpus_of_lines
 from fastmemit.delta import Delta, add_low_rank, compact, restore
 from fastmemit.display import bar
 from fastmemit.edits import Edit, EditStack, Writing
 from fastmemit.errors import BadConfig, BadRequest, counted
 from fastmemit.methods.config import CONFIGS, PRESERVING, Config, EditConfig, TargetConfig
 from fastmemit.models import ModelAdapter
-from fastmemit.partial_forward import KEPT, SubjectPass, read_at_subject, runs_in_stages
+from fastmemit.models.running import accepted, length_batches, pad_batch
+from fastmemit.partial_forward import KEPT, READ_TOKENS, SubjectPass, read_at_subject, runs_in_stages
 from fastmemit.request import EditRequest, check_batch
 from fastmemit.statistics import StatisticsStore, versions
 from fastmemit.targets import Target, TargetStore, stored_or_optimised
-from fastmemit.text import Contexts, Row, subject_row
+from fastmemit.text import Contexts, Row, encode, subject_row
 
 log = logging.getLogger(__name__)
 
@@ -158,9 +163,14 @@ class Subjects:
         """Go on from a reading, whether it was made here or held elsewhere."""
         self._passes = reading.passes
 
-    def read(self, layer: int, last: int) -> Reading:
-        """What a batch shows at the layer to edit next, below which nothing changed since it was read."""
+    def read(self, layer: int, last: int, known: Reading | None = None) -> Reading:
+        """What a batch shows at the layer to edit next, below which nothing changed since it was read.
+
+        Where a reading of that layer is `known`, its keys are still these ones, and only the bare prompts run.
+        """
         adapter, projection, requests = self._adapter, self._adapter.projection(layer), self._requests
+        if known is not None:
+            self._passes = known.passes
         if not self._passes:
             groups: list[list[Row]] = [[]]  # of the bare prompts, then of the other contexts
             for place, request in enumerate(requests):
@@ -174,6 +184,9 @@ class Subjects:
         given: list[Tensor] = []
         passes: list[SubjectPass] = []
         for number, rows_of in enumerate(self._passes):
+            if number and known is not None:
+                passes.append(rows_of)
+                continue
             # Of one module the input comes before its output, and the block's output last of all.
             outputs = [] if number else [projection, adapter.block(last)]  # of the bare prompts alone
             room = layer < last and sum(each.nbytes for each in passes) < KEPT
@@ -189,7 +202,7 @@ class Subjects:
                 averaged_keys(torch.cat([part[:, None], read.double().reshape(len(part), -1, keys.shape[1])], 1)).T
             )
         out, block = given
-        return Reading(keys, out.double(), block.double(), tuple(passes))
+        return Reading(keys if known is None else known.keys, out.double(), block.double(), tuple(passes))
 
 
 class _Held(NamedTuple):
@@ -265,6 +278,71 @@ class PreservedKeys:
             factor = updated(factor, torch.cat([block.to(base.device) for block in blocks[known:]], 1))
             self._held[name] = _Held(diagonal.clone(), blocks, factor.whitened, factor.small)
         return factor
+
+
+@dataclass(frozen=True)
+class PreservedText:
+    """Text that an edit shall preserve beside C: ``A = w C + ridge I + weight * sum k k^T`` over its tokens' keys k.
+
+    Attributes:
+        corpus: The texts, each run on its own: prompts, or paragraphs.
+        weight: What one token counts, where one fact of the edit counts 1, and all that C stands for w.
+
+    Raises:
+        BadConfig: The weight is not a finite number above 0.
+    """
+
+    corpus: Corpus
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Refuse a weight that counts nothing."""
+        if isinstance(self.weight, bool) or not (math.isfinite(self.weight) and self.weight > 0):
+            raise BadConfig(f"The weight of preserved text must be a finite number above 0 but is {self.weight!r}.")
+
+    @classmethod
+    def from_text(cls, text: str | os.PathLike[str] | Iterable[str], weight: float = 1.0) -> PreservedText:
+        """That of a file, see `fastmemit.data.corpora.corpus_of_lines`, or of texts.
+
+        Raises:
+            BadCorpus: The file cannot be read, or there is no text.
+            BadConfig: See the class.
+        """
+        if isinstance(text, str | os.PathLike):
+            return cls(corpus_of_lines(Path(text)), weight)
+        return cls(corpus_from_texts("the preserved text", text), weight)
+
+    def columns(self, adapter: ModelAdapter, tokenizer: Any, layers: Sequence[int]) -> tuple[dict[str, Tensor], int]:
+        """Weight name -> P (d_k, m), float64, with ``P P^T = weight * sum k k^T``; and how many keys there were.
+
+        They are those of the model as it is. There are as many columns as keys, but never more than twice d_k. A text
+        that is longer than the model's context runs in pieces.
+        """
+        adapter.look()
+        limit, rows = adapter.max_context, []
+        for text in self.corpus.documents():
+            ids = encode(tokenizer, text).ids
+            rows += [ids[start : start + limit] for start in range(0, len(ids), limit)]
+        weights = {adapter.projection_name(layer): adapter.weight_name(layer) for layer in layers}
+        found: dict[str, Tensor] = {}
+        mask = torch.empty(0)
+
+        def take(module: str, x: Tensor) -> None:
+            place = place_of_float64(x.device)
+            for keys, kept in key_rows(x, mask.to(x.device)):
+                new = keys[kept].to(place).double()  # (n, d_k)
+                all_of = torch.cat([found[module], new]) if module in found else new
+                # R^T R is the same sum, of d_k rows.
+                found[module] = torch.linalg.qr(all_of, mode="r").R if len(all_of) > 2 * all_of.shape[1] else all_of
+
+        tokens = 1 if adapter.right_padding == "none" else READ_TOKENS
+        with KeyHooks(adapter.model, list(weights), take) as hooks, evaluation_mode(adapter.model):
+            for batch in length_batches(rows, tokens):
+                inputs = pad_batch(batch, device=adapter.device)
+                mask = inputs["attention_mask"]
+                hooks.run(accepted(adapter.model, {**inputs, "use_cache": False}))
+        scale = math.sqrt(self.weight)
+        return {weights[module]: found[module].T * scale for module in weights}, sum(map(len, rows))
 
 
 @dataclass
@@ -350,6 +428,7 @@ class Draft(Generic[Config]):
         config: The settings.
         preserved: Keys of earlier edits, which are preserved too.
         reads: Where readings of the unedited model are cached.
+        texts: Columns of text that is preserved too, by weight name, see `PreservedText.columns`.
         contexts: Texts before the prompts, the first one ``""``.
         factors: What has been written so far, by weight name, in the weights' own orientation.
         keys: The keys of what has been written so far, by weight name; where nobody preserves keys, in half the memory.
@@ -361,6 +440,7 @@ class Draft(Generic[Config]):
     config: Config
     preserved: PreservedKeys | None = None
     reads: ReadCache | None = None
+    texts: Mapping[str, Tensor] = field(default_factory=dict)
     contexts: tuple[str, ...] = ()
     factors: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     keys: Keys = field(default_factory=dict)
@@ -375,6 +455,7 @@ class Draft(Generic[Config]):
             self.reads = None
         self._state = (work.stack.fingerprint, work.statistics.identity["tokenizer"], self.adapter.template)
         self._trial: Writing | None = None
+        self._kept = PreservedKeys() if self.preserved is None else self.preserved
 
     def trial(self) -> Writing:
         """A context inside which `write` may be used; afterwards the weights have their bits back."""
@@ -385,19 +466,20 @@ class Draft(Generic[Config]):
         """The factor of all that a layer shall preserve.
 
         That of ``w C + ridge I``, joined with `preserved` by ``K_p K_p^T`` of every edit in it and of the facts that
-        this batch has written into the layer already.
+        this batch has written into the layer already, and with that of `texts`.
         """
-        if self.preserved is None:
-            return factor
         name = self.adapter.weight_name(layer)
-        return self.preserved.factor(name, factor, self.keys.get(name, ()))
+        return self._kept.factor(name, factor, self._beside(name))
 
     def earlier_keys(self, layer: int) -> Blocks:
-        """The preserved keys (d_k, B): of earlier edits, and what this one has written there."""
-        if self.preserved is None:
-            return ()
+        """The preserved keys (d_k, B): of earlier edits, of text, and what this one has written there."""
         name = self.adapter.weight_name(layer)
-        return (*self.preserved.blocks(name), *self.keys.get(name, ()))
+        return (*self._kept.blocks(name), *self._beside(name))
+
+    def _beside(self, name: str) -> Blocks:
+        """What is preserved beside the keys of earlier edits."""
+        text = (self.texts[name],) if name in self.texts else ()
+        return (*text, *(() if self.preserved is None else self.keys.get(name, ())))
 
     def write(self, layer: int, change: LowRank, keys: Tensor) -> None:
         """Add a change (d, d_k) to a layer's weight, and put it on record with its keys (d_k, B)."""
@@ -425,11 +507,14 @@ class Draft(Generic[Config]):
         """A batch to be read at one layer after the other; see `read`."""
         return Subjects(self.adapter, self.work.tokenizer, requests, self.contexts)
 
-    def read(self, subjects: Subjects, layer: int) -> Reading:
-        """What a batch shows at a layer, with what has been written so far below it; layers come in ascending order."""
+    def read(self, subjects: Subjects, layer: int, known: Reading | None = None) -> Reading:
+        """What a batch shows at a layer, with what has been written so far below it; layers come in ascending order.
+
+        The lowest one may come again, with what was read there first; see `Subjects.read`.
+        """
         last = self.config.layers[-1]
         if self.reads is None or self.factors:
-            reading = subjects.read(layer, last)
+            reading = subjects.read(layer, last, known)
         else:
             key = (self._state, subjects.key(layer, last))
             reading = self.reads.get(key, lambda: subjects.read(layer, last))
@@ -483,6 +568,7 @@ def run(
     preserved: PreservedKeys | None = None,
     reads: ReadCache | None = None,
     targets: Mapping[EditRequest, Target] | None = None,
+    text: PreservedText | None = None,
 ) -> Edit:
     """Compute an edit; the weights are the same before and after. To be called inside `fastcov.hooks.isolated`.
 
@@ -494,12 +580,13 @@ def run(
             none, but for those of all edits in the weights where they belong to the method.
         reads: Where to cache what the unedited model shows.
         targets: Target vectors by fact, in the place of those of the model as it is.
+        text: Text whose keys are preserved too, as they are before the edit.
 
     Returns:
         The edit, not applied.
 
     Raises:
-        BadConfig: Targets are given for a method that has none.
+        BadConfig: Targets or text are given for a method that has none.
         BadRequest: A request that cannot be carried out, or two that contradict each other; or a fact has no target.
         WrongModel: The preserved keys are of another editor's edits; or a weight is not in floating point or not in
             memory, which is said before any work.
@@ -521,7 +608,10 @@ def run(
     for layer in config.layers:
         work.adapter.weight(layer)  # one that cannot be written is told before statistics are asked for
     used = work.statistics.needed(config)
-    draft: Draft[Any] = Draft(work, config, preserved, reads)
+    if text is not None and not isinstance(config, TargetConfig):
+        raise BadConfig(f"{config.method} preserves no keys, so those of a text neither; leave the text out.")
+    columns, tokens = ({}, 0) if text is None else text.columns(work.adapter, work.tokenizer, config.layers)
+    draft: Draft[Any] = Draft(work, config, preserved, reads, columns)
     method = REGISTRY[config.method]
     trial = draft.trial()
     with trial, trial:
@@ -545,6 +635,9 @@ def run(
         provenance["model_revision"] = commit
     if preserved is not None:
         provenance["preserved"] = [edit.delta.digest() for edit in earlier]
+    if text is not None:
+        about = {"name": text.corpus.name, "fingerprint": text.corpus.fingerprint}
+        provenance["preserved_text"] = {**about, "texts": len(text.corpus), "tokens": tokens, "weight": text.weight}
     if draft.moments:
         provenance["tokens"] = draft.tokens
     if targets is not None:
@@ -584,35 +677,3 @@ def averaged_keys(keys: Tensor) -> Tensor:
     if keys.shape[1] == 1:
         return bare.T
     return (0.5 * bare + 0.5 * keys[:, 1:].mean(1)).T
-
-
-def share(spread: str, left: int) -> float:
-    """By what a layer divides the residual while so many layers are left, itself among them.
-
-    ``"linear"``: by their number, L - i (MEMIT); ``"sqrt"``: by its square root (PMET).
-    """
-    return math.sqrt(left) if spread == "sqrt" else left
-
-
-def residuals(
-    draft: Draft[Any],
-    requests: list[EditRequest],
-    goal: Tensor,  # (B, d)
-) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """The edited layers from the lowest up, each with its keys and its share of what is still missing.
-
-    The activations of a layer are read after the layers below it were written.
-
-    Yields:
-        The layer, K (d_k, B) and R (d, B).
-    """
-    adapter, layers = draft.adapter, draft.config.layers
-    subjects = draft.subjects(requests)
-    for position, layer in enumerate(layers):
-        read = draft.read(subjects, layer)
-        missing = goal.to(read.block.device) - read.block
-        missing = missing / share(draft.config.spread, len(layers) - position)
-        # The last edited block may be on another device than this layer, its norm and its factor.
-        missing = missing.to(read.outputs.device)
-        residual = adapter.projection_residual(layer, read.outputs, missing, subjects.bare_ids)
-        yield layer, read.keys.T, residual.T

@@ -182,17 +182,15 @@ class EditConfig:
             raise BadConfig(f"{self.method} edits one layer but layers are {list(self.layers)}; set layers=N.")
         for name, kind in _kinds(type(self)).items():
             value = getattr(self, name)
-            if value is None and kind.endswith("| None"):
+            if name == "layers" or (value is None and kind.endswith("| None")):
                 continue
             if name in _WORDS:
                 if value not in _WORDS[name]:
                     known = ", ".join(_WORDS[name])
                     raise BadConfig(f"{name} must be one of {known} but is {value!r}.")
-            elif name == "steps":
+            elif kind.startswith("int"):
                 if type(value) is not int or value < 1:
-                    raise BadConfig(f"steps must be a whole number above 0 but is {value!r}.")
-            elif name == "layers":
-                continue
+                    raise BadConfig(f"{name} must be a whole number above 0 but is {value!r}.")
             elif not _is_number(value) or value < 0 or (name in _ABOVE_ZERO and value == 0):
                 bound = "above 0" if name in _ABOVE_ZERO else "0 or above"
                 raise BadConfig(f"{name} must be a finite number {bound} but is {value!r}.")
@@ -335,6 +333,7 @@ class EmmetConfig(CovarianceConfig):
         site: Where target vectors are optimised: ``"block"``, at the block's output, or ``"projection"``, at the
             projection's, as ROME's are. The default where a model has no preset and the block normalises or scales what
             its projection puts out: so what is asked for can be put out.
+        iterations: How often to solve, each time for what is still missing; 1 is as published.
     """
 
     method: ClassVar[Method] = "emmet"
@@ -342,6 +341,7 @@ class EmmetConfig(CovarianceConfig):
 
     lambda_e: float = 0.1
     site: Site = "block"
+    iterations: int = 1
 
     def targets(self) -> TargetSettings:
         """As in `EditConfig.targets`, at the site."""
@@ -355,11 +355,13 @@ class MemitConfig(CovarianceConfig):
     Attributes:
         spread: ``"linear"``: each layer takes ``1 / (layers left)`` of what is missing (MEMIT); ``"sqrt"``: ``1 /
             sqrt(layers left)`` (PMET).
+        iterations: How often to solve, each time for what is still missing; 1 is as published.
     """
 
     method: ClassVar[Method] = "memit"
 
     spread: Spread = "linear"
+    iterations: int = 1
 
     @classmethod
     def _unread(cls, values: Mapping[str, Any]) -> dict[str, str]:
@@ -412,6 +414,7 @@ class AlphaEditConfig(TargetConfig):
         l2: How much the size of the change counts.
         null_threshold: Eigenvalues of C below it count as zero.
         null_relative: Instead of `null_threshold` where it is not None: a multiple of the mean of C's diagonal.
+        iterations: How often to solve, each time for what is still missing; 1 is as published.
     """
 
     method: ClassVar[Method] = "alphaedit"
@@ -420,6 +423,7 @@ class AlphaEditConfig(TargetConfig):
     l2: float = 10.0
     null_threshold: float = 0.02
     null_relative: float | None = None
+    iterations: int = 1
 
     @classmethod
     def _unread(cls, values: Mapping[str, Any]) -> dict[str, str]:
@@ -553,13 +557,11 @@ def _layers(value: Any) -> tuple[int, ...]:
 
 
 def _one_layer(values: Mapping[str, Any]) -> dict[str, str]:
-    one = len(values["layers"]) == 1
-    return {"spread": "one layer takes all that is missing"} if one else {}
+    return {"spread": "one layer takes all that is missing"} if len(values["layers"]) == 1 else {}
 
 
 def _is_number(value: Any) -> bool:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -7,6 +7,9 @@ with PMET's spread and ENCORE; AlphaEdit goes MEMIT's way in the null space of C
 
 from __future__ import annotations
 
+import logging
+import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,7 +18,7 @@ from torch import Tensor
 import fastcov
 from fastcov import closed_form
 from fastmemit.errors import BadConfig, BadRequest
-from fastmemit.methods.base import Draft, averaged_keys, register, residuals
+from fastmemit.methods.base import Draft, Reading, averaged_keys, register
 from fastmemit.methods.config import (
     AlphaEditConfig,
     EmmetConfig,
@@ -26,6 +29,8 @@ from fastmemit.methods.config import (
     RomeConfig,
 )
 from fastmemit.request import EditRequest
+
+log = logging.getLogger(__name__)
 
 
 @register(RomeConfig, one_by_one=True)
@@ -62,6 +67,52 @@ def _mean(values: Tensor) -> Tensor:
     return values.mean(1).T
 
 
+def share(spread: str, left: int) -> float:
+    """By what a layer divides the residual while so many layers are left, itself among them.
+
+    ``"linear"``: by their number, L - i (MEMIT); ``"sqrt"``: by its square root (PMET).
+    """
+    return math.sqrt(left) if spread == "sqrt" else left
+
+
+def residuals(
+    draft: Draft[Any],
+    requests: list[EditRequest],
+    goal: Tensor,  # (B, d)
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """The edited layers from the lowest up, each with its keys and its share of what is still missing.
+
+    The activations of a layer are read after the layers below it were written. With ``iterations`` above 1 the layers
+    come again, each time for what the model as it is then still lacks: the keys of the lowest one are the same ones,
+    those of the others have moved with what was written below them.
+
+    Yields:
+        The layer, K (d_k, B) and R (d, B).
+    """
+    adapter, config = draft.adapter, draft.config
+    layers, spread = config.layers, getattr(config, "spread", "linear")  # one layer takes all
+    subjects, asked = draft.subjects(requests), torch.empty(0)
+    lowest: Reading | None = None
+    for iteration in range(config.iterations):
+        draft.keys.clear()  # nobody preserves a batch against itself; on record are the keys of the last iteration
+        for position, layer in enumerate(layers):
+            read = draft.read(subjects, layer, None if position else lowest)
+            lowest = lowest or read
+            now = read.outputs if config.targets().site == "projection" else read.block
+            missing = goal.to(now.device) - now
+            if iteration == position == 0:
+                asked = torch.linalg.vector_norm(missing)
+            elif position == 0:
+                left = float(torch.linalg.vector_norm(missing) / asked)
+                done, of = iteration + 1, config.iterations
+                log.info("iteration %d of %d begins with %.1f %% of the residual", done, of, 100 * left)
+            # The last edited block may be on another device than this layer, its norm and its factor.
+            residual = (missing / share(spread, len(layers) - position)).to(read.outputs.device)
+            if now is read.block:
+                residual = adapter.projection_residual(layer, read.outputs, residual, subjects.bare_ids)
+            yield layer, read.keys.T, residual.T
+
+
 @register(EmmetConfig)
 def write_emmet(draft: Draft[EmmetConfig], requests: list[EditRequest], goal: Tensor) -> None:
     """Write a batch into one layer.
@@ -69,18 +120,10 @@ def write_emmet(draft: Draft[EmmetConfig], requests: list[EditRequest], goal: Te
     ``Delta = R (K^T A^-1 K + lambda_e I)^-1 K^T A^-1`` with ``A = w C + ridge I``, and the keys of earlier edits in A
     where they are preserved; lambda_e relaxes the constraint for batches only, a single edit is always exact.
     """
-    (layer,) = draft.config.layers
-    subjects = draft.subjects(requests)
-    read = draft.read(subjects, layer)
-    keys = read.keys.T  # (d_k, B)
-    if draft.config.site == "projection":
-        residual = goal.to(read.outputs.device) - read.outputs
-    else:
-        missing = (goal.to(read.block.device) - read.block).to(read.outputs.device)
-        residual = draft.adapter.projection_residual(layer, read.outputs, missing, subjects.bare_ids)
     relaxed = draft.config.lambda_e if len(requests) > 1 else 0.0
-    A = draft.preserving(layer, draft.work.statistics.factor(draft.config, layer))
-    draft.write(layer, closed_form.emmet(A, keys, residual.T, relaxed), keys)
+    for layer, K, R in residuals(draft, requests, goal):
+        A = draft.preserving(layer, draft.work.statistics.factor(draft.config, layer))
+        draft.write(layer, closed_form.emmet(A, K, R, relaxed), K)
 
 
 @register(MemitConfig, PmetConfig, EncoreConfig, RlsEditConfig)

@@ -20,7 +20,7 @@ from fastmemit import __version__
 from fastmemit.cli import VERBS, main
 from fastmemit.delta import Delta
 from fastmemit.methods import CONFIGS
-from tiny_commands import EDIT, Place, run
+from tiny_commands import EDIT, Place, refused, run
 
 
 def test_every_verb_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
@@ -163,6 +163,25 @@ def test_a_strict_edit_that_misses_saves_nothing(place: Place, capsys: pytest.Ca
     assert not saved.exists() and not folder.exists()
     assert main(arguments) == 0
     assert Delta.load(saved).requests[0]["join"] == "" and folder.is_dir()
+
+
+def test_an_edit_preserves_a_text_and_says_its_weight(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    text, found = place.at / "neighbours.txt", place.at / "found.json"
+    text.write_text("The mother tongue of Italy is\n\nThe piano is in\n")
+    plain = Delta.load(place.edit(capsys, "plain.safetensors"))
+    out = run(capsys, "edit", *place.model, *EDIT, "--facts", place.requests, "--preserve", text,
+              "--preserve-weight", "0.5", "--json", found, "--out", place.at / "kept.safetensors")  # fmt: skip
+    kept = Delta.load(place.at / "kept.safetensors")
+    about = kept.provenance["preserved_text"]
+    assert f"preserved beside C: {about['tokens']} tokens of neighbours.txt, 0.5 of a fact each\n" in out
+    assert about["texts"] == 2 and json.loads(found.read_text())["preserved_text"] == about
+    assert kept.digest() != plain.digest() and "preserved_text" not in plain.provenance
+    arguments = ["edit", *place.model, *EDIT, "--facts", place.requests, "--out", place.at / "none.safetensors"]
+    said = refused(capsys, place, *arguments, "--preserve-weight", "2")
+    assert said == "--preserve-weight weighs the text of --preserve FILE; give one."
+    assert "does not exist" in refused(capsys, place, *arguments, "--preserve", place.at / "gone.txt")
+    said = refused(capsys, place, *arguments, "--preserve", text, "--preserve-weight", "0")
+    assert said == "The weight of preserved text must be a finite number above 0 but is 0.0."
 
 
 def test_from_statistics_to_scores(place: Place, capsys: pytest.CaptureFixture[str]) -> None:

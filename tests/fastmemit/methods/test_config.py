@@ -267,18 +267,18 @@ TARGETS = {
 OF_A = {"weight", "ridge", "relative_ridge", "shrinkage", "covariance"}
 OWN = {
     RomeConfig: OF_A | {"keys"},
-    EmmetConfig: OF_A | {"lambda_e", "site"},
-    MemitConfig: OF_A | {"spread"},
-    PmetConfig: OF_A | {"spread"},
-    EncoreConfig: OF_A | {"spread"},
-    RlsEditConfig: OF_A | {"spread"},
-    AlphaEditConfig: {"spread", "l2", "null_threshold", "null_relative"},
+    EmmetConfig: OF_A | {"lambda_e", "site", "iterations"},
+    MemitConfig: OF_A | {"spread", "iterations"},
+    PmetConfig: OF_A | {"spread", "iterations"},
+    EncoreConfig: OF_A | {"spread", "iterations"},
+    RlsEditConfig: OF_A | {"spread", "iterations"},
+    AlphaEditConfig: {"spread", "iterations", "l2", "null_threshold", "null_relative"},
     UltraEditConfig: {"eta", "tokens"},
 }
 VALUES = {
     "lambda_e": 0.7, "spread": "sqrt", "l2": 3, "null_threshold": 0.5, "null_relative": 0.9,
     "weight": 5, "ridge": 0.7, "relative_ridge": 0.3, "shrinkage": "oas", "keys": "original",
-    "site": "projection", "covariance": "identity", "eta": 1e-3, "tokens": "all",
+    "site": "projection", "covariance": "identity", "eta": 1e-3, "tokens": "all", "iterations": 2,
 }  # fmt: skip
 
 

@@ -11,7 +11,8 @@ import torch
 from fastmemit.editor import Editor
 from fastmemit.errors import BadConfig, BadRequest
 from fastmemit.methods import CONFIGS, METHODS, PRESERVING, Draft, PreservedKeys
-from fastmemit.methods.base import averaged_keys, share
+from fastmemit.methods.base import averaged_keys
+from fastmemit.methods.solve import share
 from fastmemit.partial_forward import read_at_subject
 from fastmemit.text import subject_row
 from reference import closed_form as literal
@@ -206,7 +207,7 @@ OTHERS: dict[str, Any] = {
     "covariance": "identity",
     "clamp": 0.01, "steps": 3, "v_lr": 0.1, "weight_decay": 50.0, "kl_factor": 9.0,
     "early_stop": 1e9, "stop": None, "layers": (0, 2), "scale": "published", "site": "projection",
-    "optimiser": "rotate", "rho": None, "eta": 2e-4, "tokens": "all",
+    "optimiser": "rotate", "rho": None, "eta": 2e-4, "tokens": "all", "iterations": 2,
 }  # fmt: skip
 
 
