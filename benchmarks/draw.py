@@ -67,33 +67,47 @@ def draw(run: Run, suite: str) -> Any:
             cases.setdefault(row.case, []).append(row)
     if not cases:
         return None
-    heights = [len(rows) + 3 for rows in cases.values()]
-    figure = Figure(figsize=(8.2, _BAR * sum(heights) + 0.6), layout="constrained")
+    # "C += X^T X, float32 keys, n 4096, d 1536" is the column d 1536 of its row.
+    table: dict[str, list[str]] = {}
+    for case in cases:
+        table.setdefault(case.rpartition(", ")[0], []).append(case)
+    if len({len(row) for row in table.values()}) > 1:
+        table = {case: [case] for case in cases}
+    columns = len(next(iter(table.values())))
+    heights = [max(len(cases[case]) for case in row) + 3 for row in table.values()]
+    figure = Figure(figsize=(6.2 + 2.4 * (columns - 1), _BAR * sum(heights) + 0.6), layout="constrained")
     place = run.machine.gpu or f"{run.machine.cpu}, {run.threads} threads"
     figure.suptitle(f"{place}; torch {run.versions.get('torch', '?')}\n{MEASURES[suite][0]}", fontsize=10)
-    panels = figure.subplots(len(cases), squeeze=False, height_ratios=heights)[:, 0]
-    for axes, (case, rows) in zip(panels, cases.items(), strict=True):
-        _panel(axes, case, rows, MEASURES[suite][1], peak=suite == "rank_k")
+    panels = figure.subplots(len(table), columns, squeeze=False, height_ratios=heights)
+    for line, row in zip(panels, table.values(), strict=True):
+        for number, (axes, case) in enumerate(zip(line, row, strict=True)):
+            named = number == 0 or [r.contender for r in cases[case]] != [r.contender for r in cases[row[0]]]
+            _panel(axes, cases[case], MEASURES[suite][1], peak=suite == "rank_k", named=named)
+            axes.set_title(case if number == 0 else case.rpartition(", ")[2], loc="left", fontsize=9)
     return figure
 
 
-def _panel(axes: Any, case: str, rows: Sequence[Row], measure: Callable[[Row], float], *, peak: bool) -> None:
+def _panel(axes: Any, rows: Sequence[Row], measure: Callable[[Row], float], *, peak: bool, named: bool) -> None:
     values = [measure(row) for row in rows]
     names = [f"{row.contender} ~" if row.inexact else row.contender for row in rows]
+    measured = max(max(row.peak_before or 0.0, row.peak_after or 0.0) for row in rows) if peak else 0.0
     bars = axes.barh(range(len(rows)), values, color=[_KINDS[row.kind] for row in rows], height=0.7)
     ratios = ["" if row.ratio is None or row.ratio == 1 else f"  ({row.ratio:.2f}x)" for row in rows]
-    axes.bar_label(
-        bars, [f"{number(v)}{ratio}" for v, ratio in zip(values, ratios, strict=True)], padding=4, fontsize=8
-    )
-    axes.set_yticks(range(len(rows)), names)
-    axes.invert_yaxis()
-    axes.set_title(case, loc="left")
+    texts = [f"{number(v)}{ratio}" for v, ratio in zip(values, ratios, strict=True)]
+    # White behind the words: the line of the peak goes on under them.
+    under = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+    axes.bar_label(bars, texts, padding=4, fontsize=8, bbox=under)
+    end = 1.45 * max(values)
+    if measured > 2 * end:  # the bars would be too short to compare
+        axes.text(end, len(rows) - 0.1, f"peak {number(measured)}, off the scale", fontsize=7, ha="right", va="center")
+    elif measured:
+        end = max(end, 1.2 * measured)
+        axes.axvline(measured, color=COLOURS[1], ls=(0, (4, 3)), lw=1, zorder=0)
+        axes.text(measured, len(rows) - 0.1, f"peak {number(measured)}", fontsize=7, ha="center", va="center", bbox=under)
+    axes.set_yticks(range(len(rows)), names if named else [""] * len(rows))
+    axes.set_ylim(len(rows) + (0.3 if measured else -0.4), -0.6)
     axes.grid(False)
-    measured = max(max(row.peak_before or 0.0, row.peak_after or 0.0) for row in rows) if peak else 0.0
-    if measured:
-        axes.axvline(measured, color=COLOURS[1], ls=(0, (4, 3)), lw=1)
-        axes.annotate(f"measured peak {number(measured)}", (measured, len(rows) - 0.4), fontsize=7, ha="right")
-    axes.set_xlim(0, 1.25 * max([measured, *values]))
+    axes.set_xlim(0, end)
     axes.set_xticks([])
 
 

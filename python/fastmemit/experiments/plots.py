@@ -173,10 +173,11 @@ def sequence_figure(lines: Sequence[Mapping[str, Any]], title: str) -> dict[str,
     """Scores and perplexity of sequences against the number of facts written; as svg, pdf and png.
 
     A colour and marker for each method and multiplier; solid where the keys of earlier edits are preserved, dashed
-    where they are not. A score that no line has gets no panel. The lines are those of `run_sequences`, at least one.
+    where they are not; dotted the unedited model on all facts. A score that no line has gets no panel. The lines are those of `run_sequences`, at least one.
     """
     looks = list(dict.fromkeys((line.get("method", ""), line["multiplier"]) for line in lines))
     methods = {method for method, _ in looks}
+    end = max(line["facts"] for line in lines)
     drawn = []
     for preserve in (True, False):
         for number, (method, multiplier) in enumerate(looks):
@@ -184,6 +185,8 @@ def sequence_figure(lines: Sequence[Mapping[str, Any]], title: str) -> dict[str,
             for line in lines:
                 if (line.get("method", ""), line["multiplier"], line["preserve"]) == (method, multiplier, preserve):
                     values = {**line["scores"], PERPLEXITY: line["perplexity"]}
+                    if line["facts"] == end:  # of the same facts, so it is one level
+                        values |= {f"unedited {name}": value for name, value in line["before"].items()}
                     sure = score_intervals(line["records"]) if line.get("records") else {}
                     points[line["facts"]] = {
                         name: None if value is None else sure.get(name) or Estimate(value, value, value)
@@ -274,7 +277,10 @@ class _Axis:
         """Ticks for all multipliers, labels for those that have room."""
         if self.facts:
             axes.set_xlabel("facts written")
-            axes.set_xlim(left=0)
+            if len(self.values) <= _EVENLY:  # whole numbers of facts, where something was measured
+                axes.set_xticks(self.values)
+            else:
+                axes.set_xlim(left=0)
             return
         ticks: list[float | None] = [*self.values, *([None] if self.has_full else [])]
         labels, kept = [], math.inf

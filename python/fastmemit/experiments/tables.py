@@ -348,23 +348,27 @@ def comparison_tables(groups: Sequence[Group]) -> list[Table]:
         else:
             rows = [(multiplier_text(m), group.row(m)) for m in group.multipliers]
             sets = [(f": multiplier {m}", [(str(cell.size), cell) for cell in cells]) for m, cells in rows]
-        note = f"Scores in percent; keys: preserved keys a layer. {_LEAST_NOTE}"
-        note += "" if group.has_full else " The full precompute has not been run."
         for text, cells in sets:
+            # Without a full precompute there are no columns for it, which would hold nothing but dashes.
+            compared = any(None in group.cells[fast.size] for _, fast in cells)
             body = []
             for label, fast in cells:
                 full = group.cells[fast.size].get(None)
                 row = {Column("multiplier" if alone else "batches", text=True): label}
-                for score in SCORES:
-                    row[Column("full", score.upper())] = _value(full.after[score] if full else None)
-                    row[Column("fast", score.upper())] = _value(fast.after[score])
-                row[Column("before", PERPLEXITY)] = _value(fast.before[PERPLEXITY])
-                row[Column("full", PERPLEXITY)] = _value(full.after[PERPLEXITY] if full else None)
-                row[Column("fast", PERPLEXITY)] = _value(fast.after[PERPLEXITY])
-                body.append({**row, Column(_LEAST): _least(fast.full), Column("keys"): f"{fast.cell['keys']:,}"})
+                for score in (*SCORES, PERPLEXITY):
+                    over = score if score == PERPLEXITY else score.upper()
+                    if score == PERPLEXITY:
+                        row[Column("before", over)] = _value(fast.before[score])
+                    if compared:
+                        row[Column(FULL, over)] = _value(full.after[score] if full else None)
+                    row[Column("fast", over)] = _value(fast.after[score])
+                row |= {Column(_LEAST): _least(fast.full)} if compared else {}
+                body.append({**row, Column("keys"): f"{fast.cell['keys']:,}"})
             if body:
                 titles.append(group.title + text)
-                tables.append(_table("", f"{titles[-1]} against the full precompute", body, note))
+                title = f"{titles[-1]} against the full precompute" if compared else titles[-1]
+                note = _LEAST_NOTE if compared else "The full precompute has not been run."
+                tables.append(_table("", title, body, f"Scores in percent; keys: preserved keys a layer. {note}"))
     return [replace(table, name=name) for name, table in zip(unique(map(slug, titles)), tables, strict=True)]
 
 
@@ -396,6 +400,7 @@ def cells_table(groups: Sequence[Group]) -> Table:
     """Every cell with the 95 % intervals of its scores, under the unedited model."""
     before: list[dict[Column, str]] = []
     after: list[dict[Column, str]] = []
+    compared = any(measured.full for measured in _cells(groups))
     for measured in _cells(groups):
         cell, count = measured.cell, str(len(measured.cell["records"]))
         for rows, name, keys, found, least in (
@@ -404,10 +409,11 @@ def cells_table(groups: Sequence[Group]) -> Table:
         ):
             row = {Column("cell", text=True): name, Column("keys"): keys, Column("records"): count}
             row |= {Column(score.upper()): _interval(found[score]) for score in SCORES}
-            row |= {Column(PERPLEXITY): _value(found[PERPLEXITY]), Column(_LEAST): least}
+            row |= {Column(PERPLEXITY): _value(found[PERPLEXITY])} | ({Column(_LEAST): least} if compared else {})
             if rows is after or row not in rows:  # the unedited model once for each set of records
                 rows.append(row)
-    note = "In brackets the 95 % bootstrap interval over records. keys: preserved keys a layer. " + _LEAST_NOTE
+    note = "In brackets the 95 % bootstrap interval over records. keys: preserved keys a layer."
+    note += f" {_LEAST_NOTE}" if compared else ""
     return _table("cells", "Every cell, with intervals", before + after, note)
 
 

@@ -96,7 +96,12 @@ def test_a_group_of_one_size_is_one_table_over_multipliers() -> None:
 
 def test_what_was_not_run_is_said() -> None:
     (table,) = comparison_tables(group_cells([cell()], resamples=20))
-    assert table.note.endswith("The full precompute has not been run.")
+    assert table.note.endswith("The full precompute has not been run.") and table.title == "MEMIT, 10 batches of 4"
+    heads = [f"{column.over} {column.name}".strip() for column in table.columns]
+    assert heads == ["multiplier", *(f"{name} fast" for name in ("ES", "PS", "NS", "S", "EA", "PA", "NA")), "keys"]
+    assert "-" not in table.rows[0]
+    every = cells_table(group_cells([cell()], resamples=20))
+    assert every.columns[-1].name == "NA" and "share of full" not in every.note
     assert comparison_tables(group_cells([cell(multiplier=None)], resamples=20)) == []
 
 
