@@ -80,10 +80,11 @@ def draw(run: Run, suite: str) -> Any:
     figure.suptitle(f"{place}; torch {run.versions.get('torch', '?')}\n{MEASURES[suite][0]}", fontsize=10)
     panels = figure.subplots(len(table), columns, squeeze=False, height_ratios=heights)
     for line, row in zip(panels, table.values(), strict=True):
-        for number, (axes, case) in enumerate(zip(line, row, strict=True)):
-            named = number == 0 or [r.contender for r in cases[case]] != [r.contender for r in cases[row[0]]]
+        for axes, case in zip(line, row, strict=True):
+            first = case == row[0]
+            named = first or [r.contender for r in cases[case]] != [r.contender for r in cases[row[0]]]
             _panel(axes, cases[case], MEASURES[suite][1], peak=suite == "rank_k", named=named)
-            axes.set_title(case if number == 0 else case.rpartition(", ")[2], loc="left", fontsize=9)
+            axes.set_title(case if first else case.rpartition(", ")[2], loc="left", fontsize=9)
     return figure
 
 
@@ -103,7 +104,8 @@ def _panel(axes: Any, rows: Sequence[Row], measure: Callable[[Row], float], *, p
     elif measured:
         end = max(end, 1.2 * measured)
         axes.axvline(measured, color=COLOURS[1], ls=(0, (4, 3)), lw=1, zorder=0)
-        axes.text(measured, len(rows) - 0.1, f"peak {number(measured)}", fontsize=7, ha="center", va="center", bbox=under)
+        text = f"peak {number(measured)}"
+        axes.text(measured, len(rows) - 0.1, text, fontsize=7, ha="center", va="center", bbox=under)
     axes.set_yticks(range(len(rows)), names if named else [""] * len(rows))
     axes.set_ylim(len(rows) + (0.3 if measured else -0.4), -0.6)
     axes.grid(False)

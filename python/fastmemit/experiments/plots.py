@@ -173,7 +173,8 @@ def sequence_figure(lines: Sequence[Mapping[str, Any]], title: str) -> dict[str,
     """Scores and perplexity of sequences against the number of facts written; as svg, pdf and png.
 
     A colour and marker for each method and multiplier; solid where the keys of earlier edits are preserved, dashed
-    where they are not; dotted the unedited model on all facts. A score that no line has gets no panel. The lines are those of `run_sequences`, at least one.
+    where they are not; dotted the unedited model on all facts. A score that no line has gets no panel. The lines are
+    those of `run_sequences`, at least one.
     """
     looks = list(dict.fromkeys((line.get("method", ""), line["multiplier"]) for line in lines))
     methods = {method for method, _ in looks}
