@@ -67,7 +67,7 @@ def literal_target(model, tokenizer, block, request, contexts, settings, module=
 
     optimiser = torch.optim.Adam([delta], lr=settings.learning_rate)
     losses, kl_start = [], None
-    velocity, in_a_row = torch.zeros(d), 0
+    velocity, squares, in_a_row = torch.zeros(d), torch.zeros(d), 0
     turn = max(1, len(rows) - 1) if settings.optimiser == "rotate" else 1
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -104,10 +104,13 @@ def literal_target(model, tokenizer, block, request, contexts, settings, module=
         if settings.optimiser == "adam":
             optimiser.step()
         else:
-            velocity = 0.7 * velocity - delta.grad / delta.grad.norm()
+            unit = delta.grad / delta.grad.norm()
+            velocity = 0.7 * velocity - unit
+            squares = 0.9 * squares + 0.1 * unit**2
+            direction = velocity / (torch.sqrt(squares / (1 - 0.9 ** (step + 1))) + 1e-8)
             size = settings.rho * settings.clamp * start.norm() * max(1 - torch.exp(-2 * nll.detach()), 0.1)
             with torch.no_grad():
-                delta += size * velocity / velocity.norm()
+                delta += size * direction / direction.norm()
         limit = settings.clamp * start.norm()
         if delta.norm() > limit:
             with torch.no_grad():
