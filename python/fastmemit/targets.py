@@ -69,7 +69,7 @@ class TargetSettings:
     optimiser: Literal["adam", "rotate"] = "adam"
     steps: int = 25
     learning_rate: float = 0.5
-    rho: float = 0.2
+    rho: float = 0.3
     weight_decay: float = 0.5
     clamp: float = 1.0
     kl_factor: float = 0.0625

@@ -208,7 +208,7 @@ class TargetConfig(EditConfig):
             not count. None takes ``"published"`` where the model has a preset for the method, else ``"median"``.
         optimiser: How target vectors are optimised. ``"adam"``: as published, on all contexts at every step.
             ``"rotate"``: on two prompts a step, with steps of a length of their own, `fastmemit.targets.Rotate`.
-        steps: Loss evaluations for a target vector at most. None takes 25, or 18 of ``"rotate"``.
+        steps: Loss evaluations for a target vector at most. None takes 25, or 14 of ``"rotate"``.
         v_lr: Adam's learning rate for target vectors. None takes the published 0.5, or 0.2 where the scale is
             ``"median"``: on SmolLM2 the two are the same.
         rho: The longest step of ``"rotate"``, as a share of what `clamp` allows.
@@ -224,7 +224,7 @@ class TargetConfig(EditConfig):
     optimiser: Optimiser = "adam"
     steps: int | None = None
     v_lr: float | None = None
-    rho: float = 0.2
+    rho: float = 0.3
     weight_decay: float = 0.5
     kl_factor: float = 0.0625
     early_stop: float = 0.05
@@ -572,7 +572,7 @@ def _listed(names: Sequence[str]) -> str:
 #: them on SmolLM2, whose typical coordinate is 2.3 to 2.8 in the blocks that are edited.
 PUBLISHED_STEP, RELATIVE_STEP = 0.5, 0.2
 #: Loss evaluations: those of the papers, and those that `fastmemit.targets.Rotate` was measured with.
-STEPS = {"adam": 25, "rotate": 18}
+STEPS = {"adam": 25, "rotate": 14}
 #: A layer that can move its block by less than this share of what is usual is no default.
 FAR_LESS = 0.1
 

@@ -342,7 +342,7 @@ def test_a_mistyped_setting_is_told_which_was_meant(method, name, meant):
         ("encore", {"early_stop": 0.1}, "early_stop=0.1 would change nothing"),
         ("memit", {"layers": (3,), "spread": "sqrt"}, r"spread='sqrt' would .* one layer takes all .* at 'linear'"),
         ("alphaedit", {"layers": 3, "spread": "sqrt"}, "spread='sqrt' would change nothing"),
-        ("memit", {"rho": 0.1}, r"rho=0.1 would .* optimiser='adam' has v_lr; leave rho at 0.2"),
+        ("memit", {"rho": 0.1}, r"rho=0.1 would .* optimiser='adam' has v_lr; leave rho at 0.3"),
         (
             "memit",
             {"optimiser": "rotate", "v_lr": 0.1},
@@ -480,13 +480,13 @@ def test_each_optimiser_has_its_own_steps():
     for method in (method for method in METHODS if issubclass(CONFIGS[method], TargetConfig)):
         for adapter in (LLAMA_3, GPT2_XL, shaped("new", 32, 64, 256)):
             turned = find_config(adapter, method, {"optimiser": "rotate"})
-            assert (turned.optimiser, turned.steps, turned.v_lr, turned.rho) == ("rotate", 18, None, 0.2)
+            assert (turned.optimiser, turned.steps, turned.v_lr, turned.rho) == ("rotate", 14, None, 0.3)
             assert find_config(adapter, turned) == turned
             assert find_config(adapter, find_config(adapter, method), {"optimiser": "rotate"}) == turned
             back = find_config(adapter, turned, {"optimiser": "adam"})
             assert (back.steps, back.v_lr) == (25, 0.2 if back.scale == "median" else 0.5)
-    settings = find_config(GPT2_XL, "memit", {"optimiser": "rotate", "rho": 0.3, "steps": 7}).targets()
-    assert (settings.optimiser, settings.rho, settings.steps) == ("rotate", 0.3, 7)
+    settings = find_config(GPT2_XL, "memit", {"optimiser": "rotate", "rho": 0.4, "steps": 7}).targets()
+    assert (settings.optimiser, settings.rho, settings.steps) == ("rotate", 0.4, 7)
     assert parse_overrides(["optimiser=rotate", "rho=0.15", "steps=12"], "memit") == (
         {"optimiser": "rotate", "rho": 0.15, "steps": 12}
     )
