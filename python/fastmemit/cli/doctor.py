@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -66,42 +67,57 @@ def _completion(args: argparse.Namespace) -> None:
     Examples:
       eval "$(fastmemit completion bash)"
       fastmemit completion bash > ~/.local/share/bash-completion/completions/fastmemit
-
-    zsh reads it too, after: autoload -U bashcompinit && bashcompinit
+      eval "$(fastmemit completion zsh)"
+      fastmemit completion fish > ~/.config/fish/completions/fastmemit.fish
     """
-    script = bash_script()
+    script = completion_script(args.shell)
     write_json(args.json, {"script": script})
     print(script, end="")
 
 
-def bash_script() -> str:
-    """A completion for bash, of `VERBS` and `FLAGS`; where a flag takes anything, of file names."""
+def completion_script(shell: str) -> str:
+    """A completion for bash, zsh or fish, of `VERBS` and `FLAGS`; where a flag takes anything, of file names."""
     groups: dict[str, list[str]] = {"": []}
     for name in VERBS:
         group, _, word = name.rpartition(" ")
         groups.setdefault(group, []).append(word)
     groups[""] += [group for group in groups if group]
-    cases = [f'    "{group}") words="{" ".join(sorted(words))}" ;;' for group, words in groups.items()]
-    values: dict[str, str] = {}
+    typed = {group: sorted(words) for group, words in groups.items()}  # what was typed, or begins it -> what can follow
+    values: dict[str, list[str]] = {}
     for name, each in VERBS.items():
         parser = argparse.ArgumentParser(add_help=False)
         each.declare(parser)
         flags = [action for action in parser._actions if action.option_strings]
         words = [*(word for action in flags for word in action.option_strings), "--help"]
         words += [str(choice) for action in parser._actions if action not in flags for choice in action.choices or ()]
-        cases.append(f'    "{name}"*) words="{" ".join(words)}" ;;')
+        typed[f"{name}*"] = words
         for action in flags:
             if action.nargs != 0:  # it takes a value, or is a switch
-                values[action.option_strings[0]] = " ".join(map(str, action.choices or ()))
-    lines = [f'    {flag}) words="{words}" ;;' for flag, words in sorted(values.items()) if words]
-    files = "|".join(sorted(flag for flag, words in values.items() if not words))
+                values[action.option_strings[0]] = [str(choice) for choice in action.choices or ()]
+    files = sorted(flag for flag, words in values.items() if not words)
+    known = {flag: words for flag, words in sorted(values.items()) if words}
+    if shell == "fish":
+        return _fish(typed, known, files)
+    script = _bash(typed, known, files)
+    # zsh reads bash's completions once it is told to. A second compinit would forget what was declared after the first.
+    ready = "(( $+functions[compdef] )) || { autoload -U compinit && compinit }\n"
+    ready += "autoload -U +X bashcompinit && bashcompinit\n"
+    return ready + script if shell == "zsh" else script
+
+
+def _bash(typed: Mapping[str, Sequence[str]], known: Mapping[str, Sequence[str]], files: Sequence[str]) -> str:
+    lines = [f'    {flag}) words="{" ".join(words)}" ;;' for flag, words in known.items()]
+    cases = []
+    for text, words in typed.items():
+        begun = "*" if text.endswith("*") else ""
+        cases.append(f'    "{text.removesuffix("*")}"{begun}) words="{" ".join(words)}" ;;')
     return f"""\
 _fastmemit() {{
-  local words="" typed="${{COMP_WORDS[*]:1:COMP_CWORD-1}}"
+  local words="" typed="${{COMP_WORDS[*]:1:$((COMP_CWORD-1))}}"
   COMPREPLY=()
   case "${{COMP_WORDS[COMP_CWORD-1]}}" in
 {chr(10).join(lines)}
-    {files}) return ;;
+    {"|".join(files)}) return ;;
     *) case "$typed" in
 {chr(10).join(cases)}
     esac ;;
@@ -109,6 +125,27 @@ _fastmemit() {{
   COMPREPLY=($(compgen -W "$words" -- "${{COMP_WORDS[COMP_CWORD]}}"))
 }}
 complete -o default -F _fastmemit fastmemit
+"""
+
+
+def _fish(typed: Mapping[str, Sequence[str]], known: Mapping[str, Sequence[str]], files: Sequence[str]) -> str:
+    lines = [f"        case {flag}\n            printf '%s\\n' {' '.join(words)}" for flag, words in known.items()]
+    cases = [f"                case '{text}'\n                    printf '%s\\n' {' '.join(words)}"
+             for text, words in typed.items()]  # fmt: skip
+    return f"""\
+function __fastmemit
+    set -l words (commandline -opc)
+    switch $words[-1]
+{chr(10).join(lines)}
+        case {" ".join(files)}
+            __fish_complete_path (commandline -ct)
+        case '*'
+            switch "$words[2..]"
+{chr(10).join(cases)}
+            end
+    end
+end
+complete -c fastmemit -f -a '(__fastmemit)'
 """
 
 

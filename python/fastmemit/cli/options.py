@@ -205,7 +205,7 @@ MANY: dict[str, Any] = {"action": "append", "default": []}  # a flag that may be
 FLAGS: dict[str, dict[str, dict[str, Any]]] = {
     "arguments": {
         "paths": _flag("PATH", "a saved edit, an adapter, statistics, or a model's folder", Path, nargs="+"),
-        "shell": {"choices": ("bash",), "help": "whose completion"},
+        "shell": {"choices": ("bash", "zsh", "fish"), "help": "whose completion"},
         "folders": _flag("DIR", "of a sweep; several of one model make one report", Path, nargs="+"),
     },
     "facts": {

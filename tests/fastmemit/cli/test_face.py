@@ -248,29 +248,55 @@ def test_every_flag_is_used_and_help_shows_defaults(capsys: Capture) -> None:
     assert "(default: None)" not in out and "(default: False)" not in out and "(default: [])" not in out
 
 
-@pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash")
-@pytest.mark.parametrize(
-    ("typed", "words"),
-    [
-        ("ex", ["experiment"]),
-        ("experiment se", ["sequential"]),
-        ("experiment sweep --mul", ["--multipliers"]),
-        ("edit --method ro", ["rome"]),
-        ("edit --method rome --prec", []),  # a flag of another verb
-        ("edit --facts ro", []),  # bash goes on with file names
-        ("edit --quiet --strict --sav", ["--save-model"]),
-        ("completion ", ["bash", "--json", "--help"]),
-    ],
-)
+TYPED = [
+    ("ex", ["experiment"]),
+    ("experiment se", ["sequential"]),
+    ("experiment sweep --mul", ["--multipliers"]),
+    ("edit --method ro", ["rome"]),
+    ("edit --method rome --prec", []),  # a flag of another verb
+    ("edit --facts ro", []),  # the shell goes on with file names
+    ("edit --quiet --strict --sav", ["--save-model"]),
+    ("completion ", ["bash", "zsh", "fish", "--json", "--help"]),
+]
+
+
+def completed(shell: str, script: str, ask: str) -> list[str]:
+    if shutil.which(shell) is None:
+        pytest.skip(f"there is no {shell}")
+    options = {"bash": ["--norc"], "zsh": ["-f"], "fish": ["--no-config"]}[shell]
+    done = subprocess.run([shell, *options, "-c", f"{script}\n{ask}"], capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+    return sorted(done.stdout.split())
+
+
+@pytest.mark.parametrize(("typed", "words"), TYPED)
 def test_bash_completes_verbs_flags_and_values(capsys: Capture, typed: str, words: list[str]) -> None:
     last = " ''" if typed.endswith(" ") else ""
     ask = (
         f"COMP_WORDS=(fastmemit {typed}{last})\n"
         'COMP_CWORD=$((${#COMP_WORDS[@]} - 1)); _fastmemit; echo "${COMPREPLY[@]}"'
     )
-    script = run(capsys, "completion", "bash")
-    done = subprocess.run(["bash", "-c", f"{script}\n{ask}"], capture_output=True, text=True, check=True)
-    assert (sorted(done.stdout.split()), done.stderr) == (sorted(words), "")
+    assert completed("bash", run(capsys, "completion", "bash"), ask) == sorted(words)
+
+
+@pytest.mark.parametrize(("typed", "words"), TYPED)
+def test_fish_completes_the_same(capsys: Capture, typed: str, words: list[str]) -> None:
+    assert completed("fish", run(capsys, "completion", "fish"), f"complete -C 'fastmemit {typed}'") == sorted(words)
+
+
+@pytest.mark.parametrize(("typed", "words"), TYPED)
+def test_zsh_is_offered_the_same(capsys: Capture, tmp_path: Path, typed: str, words: list[str]) -> None:
+    last = " ''" if typed.endswith(" ") else ""
+    # As zsh's own stand-in for bash calls a function; what fits what was begun is then chosen by zsh.
+    ask = (
+        "(( $+_comps[fastmemit] )) || echo undeclared\n"
+        f"() {{ emulate -L sh; COMP_WORDS=(fastmemit {typed}{last}); COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1))\n"
+        '_fastmemit; echo "${COMPREPLY[@]}"; }'
+    )
+    ready = f"autoload -U compinit && compinit -u -d {tmp_path}/dump"
+    offered = completed("zsh", f"{ready}\n{run(capsys, 'completion', 'zsh')}", ask)
+    begun = typed.rpartition(" ")[2]
+    assert [word for word in offered if word.startswith(begun)] == sorted(words)
 
 
 def test_a_table_is_ruled_on_a_terminal_and_commands_it_nowhere(capsys: Capture, monkeypatch: Any) -> None:
