@@ -58,7 +58,7 @@ class Road:
         levels, below = 0, frame
         while below is not None:
             levels += _ours(below)
-            below = below.f_back  # type: ignore[assignment]
+            below = below.f_back  # type: ignore[assignment]  # None ends the walk
         self.depth = max(self.depth, levels)
 
     def __str__(self) -> str:

@@ -75,7 +75,7 @@ def refused(capsys: pytest.CaptureFixture[str], place: Place, *argv: Any) -> str
     try:
         code = main([str(word) for word in argv])
     except SystemExit as left:
-        code = left.code  # type: ignore[assignment]
+        code = left.code  # type: ignore[assignment]  # an exit has a number
     err = capsys.readouterr().err
     assert code == 2
     assert err.startswith("fastmemit: error: ") and err.endswith("\n") and err.count("\n") == 1

@@ -86,7 +86,7 @@ def made(
     key += "".join(f"+{setting}={value}" for setting, value in (settings or {}).items())
     key += ("" if bos else "-bos") + (f"/seed{seed}" if seed else "")
     perplexity = {"before": 36.5, "after": 36.5 * worse, "batches": size[1], "tokens": 5000}
-    return {  # type: ignore[return-value]
+    return {  # type: ignore[return-value]  # a Cell without what no table reads
         "key": key,
         "method": method,
         "batch_size": size[0],

@@ -32,7 +32,7 @@ from tiny_sweeps import cell, write
 def test_cells_that_no_sweep_wrote(tmp_path: Path, changes: dict, message: str) -> None:
     made: dict[str, Any] = {**cell(), **changes}
     with pytest.raises(DamagedFile, match=message) as caught:
-        collect([write(tmp_path, [made])])  # type: ignore[list-item]
+        collect([write(tmp_path, [made])])  # type: ignore[list-item]  # a cell that is none is what it refuses
     assert len(str(caught.value)) < 600
 
 
@@ -80,7 +80,7 @@ def test_a_run_of_the_bench_with_numbers_that_are_none(tmp_path: Path) -> None:
 
 def test_messages_about_requests_stay_short() -> None:
     with pytest.raises(BadRequest) as caught:
-        EditRequest(prompt=["x" * 50_000], subject="a", target_new="b")  # type: ignore[arg-type]
+        EditRequest(prompt=["x" * 50_000], subject="a", target_new="b")  # type: ignore[arg-type]  # refused for its kind
     assert len(str(caught.value)) < 300
     with pytest.raises(BadRequest) as caught:
         EditRequest.from_dict({"x" * 50_000: 1, "prompt": "{}"})

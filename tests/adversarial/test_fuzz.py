@@ -34,7 +34,7 @@ def test_damaged_files_are_refused_or_read_as_they_were(name: str) -> None:
 
 def broken(name: str, read: object, strict: bool = False) -> Reader:
     made = readers()[name]
-    return Reader(made.name, made.family, made.make, read, strict)  # type: ignore[arg-type]
+    return Reader(made.name, made.family, made.make, read, strict)  # type: ignore[arg-type]  # stands where a function does
 
 
 def test_the_fuzz_sees_a_crash_a_hang_a_death_memory_and_changed_content(monkeypatch) -> None:

@@ -88,7 +88,7 @@ def test_what_cannot_be_written(tmp_path: Path) -> None:
         save_npz(path, moment, sample_size=9, dtype=torch.float16)
     for size in (0, True, 1e5):
         with pytest.raises(ValueError, match=f"above 0 but is {size}"):
-            save_npz(path, moment, sample_size=size)  # type: ignore[arg-type]
+            save_npz(path, moment, sample_size=size)  # type: ignore[arg-type]  # wrong kinds are what is refused
     with pytest.raises(ValueError, match="has seen no key"):
         save_npz(path, SecondMoment(3), sample_size=9)
     assert not path.exists()

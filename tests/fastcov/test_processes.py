@@ -147,7 +147,7 @@ def test_a_store_that_is_gone():
 
         compare_set = add
 
-    mine = Processes(Gone(), 0, 2)  # type: ignore[arg-type]
+    mine = Processes(Gone(), 0, 2)  # type: ignore[arg-type]  # a stand-in for a store
     with pytest.raises(ProcessLost, match=r"can no longer reach .*\(Connection reset by peer\)"):
         mine.check()
     with pytest.raises(ValueError, match="mine"), mine.guarded():

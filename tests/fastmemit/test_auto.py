@@ -85,4 +85,4 @@ def test_a_corpus_that_ends_before_is_refused_or_taken(editor: Editor) -> None:
 
 def test_another_word_is_refused(editor: Editor) -> None:
     with pytest.raises(BadConfig, match="'many' is no number; give one, or 'auto'"):
-        editor.precompute(tiny_corpus(), multiplier="many")  # type: ignore[arg-type]
+        editor.precompute(tiny_corpus(), multiplier="many")  # type: ignore[arg-type]  # a wrong kind is what is refused

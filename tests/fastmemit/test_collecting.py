@@ -96,7 +96,7 @@ def test_killed_after_every_batch(tmp_path: Path, settings: dict[str, Any]) -> N
 def test_killed_on_the_way_to_a_larger_multiplier(tmp_path: Path) -> None:
     def both(folder: Path, kill_after: float) -> tuple[int, int]:
         first, _ = run(folder, multiplier=2)
-        return tuple(run(folder, k, after=first)[1] for k in (kill_after, math.inf))  # type: ignore[return-value]
+        return tuple(run(folder, k, after=first)[1] for k in (kill_after, math.inf))  # type: ignore[return-value]  # two runs
 
     number, none = both(tmp_path / "whole", math.inf)
     assert number > 2 and none == 0

@@ -146,7 +146,7 @@ def side_by_side(*works: Callable[[Processes], Any]) -> list[Any]:
             with processes.guarded():
                 found[rank] = works[rank](processes)
         except Exception as error:
-            found[rank] = error  # type: ignore[call-overload]
+            found[rank] = error  # type: ignore[call-overload]  # the list begins with None alone
 
     threads = [threading.Thread(target=run, args=(rank,)) for rank in range(len(works))]
     for thread in threads:

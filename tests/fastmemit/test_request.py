@@ -19,7 +19,7 @@ def test_the_parts_of_a_request() -> None:
     assert request.text == "In São Paulo, they say"
     assert request.target == " Rome"
     with pytest.raises(dataclasses.FrozenInstanceError):
-        request.subject = "other"  # type: ignore[misc]
+        request.subject = "other"  # type: ignore[misc]  # frozen is what is tested
 
 
 def test_braces_in_the_subject_are_text() -> None:

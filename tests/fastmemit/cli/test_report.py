@@ -57,7 +57,7 @@ def test_what_cannot_be_reported_is_one_sentence(
     try:
         code = main(["experiment", "report", *(str(tmp_path / name) for name in names)])
     except SystemExit as left:
-        code = left.code  # type: ignore[assignment]
+        code = left.code  # type: ignore[assignment]  # an exit has a number
     error = capsys.readouterr().err
     assert code == 2
     assert error.startswith("fastmemit: error: ") and error.endswith(f"{said}\n")

@@ -54,7 +54,7 @@ def test_bars_move_the_cursor_and_what_they_say_does_not() -> None:
     from tqdm import tqdm
 
     out, raw = stream(bars=True)
-    for _ in tqdm(range(2), desc="a\x1b[2J", file=out, mininterval=0, position=1, ascii=True):  # type: ignore[call-overload]
+    for _ in tqdm(range(2), desc="a\x1b[2J", file=out, mininterval=0, position=1, ascii=True):  # type: ignore[call-overload]  # a stream of our own
         pass
     said = raw.getvalue().decode()
     assert "\r" in said and "\x1b[A" in said and r"a\x1b[2J" in said
@@ -100,7 +100,7 @@ def evil_delta(model: str, seed: int = 0, **about: object) -> Delta:
               "target_true": None}]  # fmt: skip
     provenance = {"model": model, "model_name": "m" + EVIL, "method": "rome" + EVIL,
                   "requests": facts, **about}  # fmt: skip
-    return Delta(factors, provenance)  # type: ignore[arg-type]
+    return Delta(factors, provenance)  # type: ignore[arg-type]  # a dict for a Provenance
 
 
 def test_no_field_of_an_edit_reaches_the_terminal_raw(place: Place, capsys: pytest.CaptureFixture[str]) -> None:

@@ -220,7 +220,7 @@ def test_one_layer_need_not_be_a_list_and_words_are_refused(model: Any, tok: Any
         with pytest.raises(BadConfig, match="layers of hparams must be whole numbers"):
             get_cov(tiny_model("llama"), tok, 1, hparams={"layers": layers})
         with pytest.raises(BadConfig, match="layers of configure must be whole numbers"):
-            compat.configure(layers=layers)  # type: ignore[arg-type]
+            compat.configure(layers=layers)  # type: ignore[arg-type]  # wrong kinds are what is refused
 
 
 def test_a_copy_of_a_copy_does_not_take_itself_for_the_original(model: Any, tok: Any) -> None:

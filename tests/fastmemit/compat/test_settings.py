@@ -36,7 +36,7 @@ def test_configured_values(model: Any, tok: Any) -> None:
     found = compat.configure(**none)
     assert (found.field, found.seed, found.allow_fewer, found.layers) == ("text", 0, False, None)
     with pytest.raises(BadConfig, match=r"multiplier must be a number or 'auto' but is \[3\]"):
-        compat.configure(multiplier=[3])  # type: ignore[arg-type]
+        compat.configure(multiplier=[3])  # type: ignore[arg-type]  # a wrong kind is what is refused
 
 
 def test_the_environment_is_asked_where_nothing_is_configured(

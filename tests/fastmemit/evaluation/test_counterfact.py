@@ -34,12 +34,12 @@ def test_each_prompt_is_asked_with_both_answers_in_its_place(monkeypatch: pytest
         return [Answer(costs[answer.strip()], (answer == " Rome", True)) for _, answer in questions]
 
     monkeypatch.setattr(module, "judge_answers", fake)
-    (score,) = score_records(None, None, [FULL])  # type: ignore[arg-type]
+    (score,) = score_records(None, None, [FULL])  # type: ignore[arg-type]  # the answers are made up, no model is asked
     assert (score.case_id, score.es, score.ps, score.ns) == (7, 1.0, 1.0, 0.0)
     # Of the neighbourhood the true answer counts, which is not exact here.
     assert [score.shares()[name] for name in ("ea", "pa", "na")] == [1.0, 1.0, 0.0]
     costs.update(Rome=3.0)
-    (score,) = score_records(None, None, [FULL])  # type: ignore[arg-type]
+    (score,) = score_records(None, None, [FULL])  # type: ignore[arg-type]  # the answers are made up, no model is asked
     assert (score.es, score.ps, score.ns) == (0.0, 0.0, 1.0)
     assert score.rewrite == (3.0, 2.0) and len(score.paraphrases) == 2
     assert len(score.neighbourhood) == 3
@@ -59,7 +59,7 @@ def test_an_answer_follows_each_prompt_as_the_request_has_it(
         return [Answer(1.0, (True,)) for _ in questions]
 
     monkeypatch.setattr(module, "judge_answers", fake)
-    score_records(None, None, [asked])  # type: ignore[arg-type]
+    score_records(None, None, [asked])  # type: ignore[arg-type]  # the answers are made up, no model is asked
     after_english = " " if join is None else join  # the rule looks at the prompt's end
     assert [prompt + answer for prompt, answer in found] == [
         f"法国的首都是{space}罗马",
@@ -148,7 +148,7 @@ def test_real_records_score_as_they_do_literally(data_dir: Path, smollm2: tuple[
 def test_a_record_without_a_true_answer() -> None:
     lacking = Record(41, EditRequest("{} is", "x", "y"))
     with pytest.raises(BadData, match=r"Record 41 has no true answer to 'x is'.*add it"):
-        score_records(None, None, [lacking])  # type: ignore[arg-type]
+        score_records(None, None, [lacking])  # type: ignore[arg-type]  # the answers are made up, no model is asked
 
 
 def test_no_records() -> None:

@@ -56,7 +56,7 @@ def test_scores_and_what_is_asked_besides(editor: Editor) -> None:
 
 def test_nothing_more_is_asked_by_default(editor: Editor) -> None:
     found = Measures.of(("score", "magnitude", "accuracy")).take(editor, FULL, "scores", False)
-    assert all(one.written is None and one.answers.attributes == () for one in found)  # type: ignore[union-attr]
+    assert all(one.written is None and one.answers.attributes == () for one in found)  # type: ignore[union-attr]  # CounterFact's answers have them
     assert "ge" not in table(found) and table(found)["as"] is None
     assert found == Measures.of(()).take(editor, FULL, "scores", False)
 

@@ -71,9 +71,9 @@ def test_it_is_json_without_nan(result: Result) -> None:
 
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_the_totals_are_the_means_of_the_records(result: Result, when: str) -> None:
-    total: Any = result[when]  # type: ignore[literal-required]
+    total: Any = result[when]  # type: ignore[literal-required]  # `when` is before or after
     for name in ("es", "ps", "ns"):
-        shares = [row[when][name] for row in result["records"]]  # type: ignore[literal-required]
+        shares = [row[when][name] for row in result["records"]]  # type: ignore[literal-required]  # `when` is before or after
         assert total[name] == pytest.approx(100 * sum(shares) / 3)
     values = [total[name] for name in ("es", "ps", "ns")]
     mean = 0 if 0 in values else 3 / sum(1 / value for value in values)

@@ -42,7 +42,7 @@ def test_each_question_is_asked_with_its_own_answer(monkeypatch: pytest.MonkeyPa
         return [Answer(1.0, matches) for matches in found]
 
     monkeypatch.setattr(module, "judge_answers", fake)
-    first, second = judge_zsre(None, None, RECORDS)  # type: ignore[arg-type]
+    first, second = judge_zsre(None, None, RECORDS)  # type: ignore[arg-type]  # the answers are made up, no model is asked
     assert (first.case_id, first.ea, first.pa) == (4, 0.5, 1.0)
     assert first.na == pytest.approx(1 / 3)
     assert (second.case_id, second.ea, second.pa, second.na) == (5, 1.0, None, None)

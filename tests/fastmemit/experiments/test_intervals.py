@@ -18,7 +18,7 @@ def test_the_value_is_the_score_of_the_records() -> None:
     for estimates, scores in ((after, found["scores"]), (before, found["before"])):
         for name, estimate in estimates.items():
             assert estimate is not None
-            assert estimate.value == pytest.approx(scores[name], abs=1e-9)  # type: ignore[literal-required]
+            assert estimate.value == pytest.approx(scores[name], abs=1e-9)  # type: ignore[literal-required]  # a name of the loop is one of its keys
             assert estimate.low <= estimate.value <= estimate.high
 
 

@@ -136,7 +136,7 @@ def test_every_cell_has_its_intervals_and_the_unedited_model_is_there_once() -> 
     assert [row[1:3] for row in table.rows] == [
         ("-", "40"), ("-", "5"), ("3,072", "40"), ("67,000", "40"), ("3,072", "5"),
     ]  # fmt: skip
-    measured = groups[0].cells[(4, 10)][2.0]  # type: ignore[index]
+    measured = groups[0].cells[(4, 10)][2.0]  # type: ignore[index]  # a Size is this pair
     for column, name in enumerate(("es", "ps", "ns", "s", "ea", "pa", "na"), 3):
         for row, estimates in ((table.rows[0], measured.before), (table.rows[2], measured.after)):
             found = estimates[name]

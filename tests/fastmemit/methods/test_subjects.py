@@ -160,7 +160,7 @@ def test_the_least_recently_used_go_first() -> None:
         return reading(size)
 
     for name in ("a", "b", "a", "c", "a", "b"):
-        reads.get(name, lambda name=name: make(name))  # type: ignore[misc]
+        reads.get(name, lambda name=name: make(name))  # type: ignore[misc]  # binds the name of this round
     assert made == ["a", "b", "c", "b"] and len(reads) == 2
     reads.get("large", lambda: make("large", 21))
     assert len(reads) == 2 and reads.nbytes == 2 * reading(10).nbytes

@@ -96,7 +96,7 @@ def test_edits_of_blocks_in_memory_between_offloaded_ones(tmp_path: Path, method
 @needs("accelerate")
 def test_offloaded_weights_are_not_edited_and_nothing_is_optimised_first(tmp_path: Path) -> None:
     editor = tiny_editor(tmp_path, model=dispatched(tiny_model("llama"), tmp_path, 1))
-    editor.workspace.contexts_of = None  # type: ignore[assignment,method-assign]
+    editor.workspace.contexts_of = None  # type: ignore[assignment,method-assign]  # so that a call of it fails
     with pytest.raises(WrongModel, match=r"down_proj is not in memory .* without offloading"):
         editor.edit(FACTS, layers=(0, 1))
 

@@ -35,7 +35,7 @@ def test_only_later_tokens_and_blocks_run(kind: str, first: int, last: int, begi
             adapter.projection(layer).register_forward_hook(
                 lambda _m, args, _out, layer=layer: seen.append((layer, tuple(args[0].shape[:2])))
             )
-        found = runs.restored(kind, first, last)  # type: ignore[arg-type]
+        found = runs.restored(kind, first, last)  # type: ignore[arg-type]  # a Kind's words as a str
     assert found.shape == (2, 3)
     assert seen == [(layer, (6, suffix)) for layer in range(begin, LAYERS)]
 

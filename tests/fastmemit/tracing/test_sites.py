@@ -23,10 +23,10 @@ def test_the_block_adds_up_from_the_modules(architecture: str) -> None:
     def zero(_module: nn.Module, _args: object, out: object) -> object:
         if isinstance(out, tuple):
             return (torch.zeros_like(out[0]), *out[1:])
-        return torch.zeros_like(out)  # type: ignore[call-overload]
+        return torch.zeros_like(out)  # type: ignore[call-overload]  # a hook is given a tensor
 
     for kind in ("mlp", "attention"):
-        restored_module(adapter, kind, 1).register_forward_hook(zero)  # type: ignore[arg-type]
+        restored_module(adapter, kind, 1).register_forward_hook(zero)  # type: ignore[arg-type]  # a Kind's words as a str
     block.register_forward_pre_hook(
         lambda _m, args, kwargs: seen.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
     )
