@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -127,6 +128,7 @@ def collect_moments(
     causal: bool = False,
     checkpoint: Checkpoint | None = None,
     processes: Processes | None = None,
+    forward: torch.dtype | None = None,
 ) -> dict[str, SecondMoment]:
     """Collect the second moments of several modules' inputs in one pass.
 
@@ -154,6 +156,8 @@ def collect_moments(
             was killed, to the same bits. Remove it when the moments are safe.
         processes: Those among which the batches are divided. Each calls this with the same model, budgets and batches,
             and runs its share of them; progress counts everybody's.
+        forward: A dtype of 16 bits in which autocast shall multiply in the forward passes, so that keys have this dtype
+            too; None runs the model in its own. Sums are made in `dtype` either way.
 
     Returns:
         A moment for each module, in the order given, on the device of that module's input; with `processes`, the sum
@@ -178,8 +182,10 @@ def collect_moments(
     ):
         device = _input_device(model)
         drop = {"key_mask"} | _unaccepted(model)
+        # No weight is multiplied twice in a forward pass, and what the cache holds would outlive it under autocast.
+        narrow = nullcontext if forward is None else partial(torch.autocast, device.type, forward, cache_enabled=False)
         if throughput is not None:
-            throughput.start(model, device)
+            throughput.start(model, device, forward)
         # What makes the batches, and what is told of progress, is the caller's, and runs with the
         # caller's settings of torch.
         if division is not None:
@@ -201,7 +207,7 @@ def collect_moments(
                 if causal and _only_pads_right(batch.get("attention_mask")):
                     del moved["attention_mask"]
                 with nullcontext() if throughput is None else throughput.batch(batch, sums):
-                    hooks.run({**moved, **extra})
+                    hooks.run({**moved, **extra}, narrow)
             if checkpoint is not None and not sums.done():
                 checkpoint.write(sums)
             if progress is not None:

@@ -17,7 +17,7 @@ import random
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from types import TracebackType
 from typing import Any, TypeVar, cast
@@ -448,8 +448,12 @@ class KeyHooks:
             self._handles.pop().remove()
 
     @isolated()
-    def run(self, batch: Mapping[str, Any]) -> None:
+    def run(self, batch: Mapping[str, Any], inside: Callable[[], AbstractContextManager[Any]] = nullcontext) -> None:
         """Run the model on one batch, its keyword arguments, up to the last hooked module, without gradients.
+
+        Args:
+            batch: The keyword arguments.
+            inside: Makes a context for the forward pass alone, such as autocast, of which nothing else here has any.
 
         Raises:
             BadInput: The forward pass ended and a hooked module was never called.
@@ -461,7 +465,8 @@ class KeyHooks:
         self._fired.clear()
         self._running = True
         try:
-            self._model(**batch)
+            with inside():
+                self._model(**batch)
         except _Reached as reached:
             if reached.by is not self:
                 raise

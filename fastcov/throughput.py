@@ -94,21 +94,21 @@ class Throughput:
             f"{self.keys:,} keys of {layers} in {self.seconds:.1f} s: {self.tokens_per_second:,.0f} tokens/s, {known}"
         )
 
-    def measure(self, model: nn.Module, device: torch.device) -> None:
-        """Measure the peak, unless it is known; nothing else should run meanwhile.
+    def measure(self, model: nn.Module, device: torch.device, dtype: torch.dtype | None = None) -> None:
+        """Measure the peak of products in a dtype, None for the model's, unless it is known; nothing else should run.
 
         A collect does so when it begins. Where a thread is to read its batches ahead, do it before that thread starts.
         """
         if self.peak is None:
-            dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
+            dtype = dtype or next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
             try:
                 self.peak = measured_peak(dtype or torch.float32, device)
             except RuntimeError as error:  # torch has no product of this dtype on this device
                 logger.warning("the peak of %s could not be measured: %s", device, error)
 
-    def start(self, model: nn.Module, device: torch.device) -> None:
-        """Measure the peak where it is not known, and begin to count."""
-        self.measure(model, device)
+    def start(self, model: nn.Module, device: torch.device, dtype: torch.dtype | None = None) -> None:
+        """Measure the peak where it is not known, see `measure`, and begin to count."""
+        self.measure(model, device, dtype)
         self._begun, self._ended = time.perf_counter(), None
 
     @contextmanager

@@ -208,7 +208,7 @@ class Editor(Described):
             layers: Which layers, or which one; None takes those of the method.
             method: Whose layers, where `layers` is None: see `config`. None: all methods'.
             more: Further fields of `Collection`: ``allow_fewer``, ``max_length``, ``field``, ``bos``, ``seed``,
-                ``quartic`` (which settings in `method` that need it switch on).
+                ``quartic`` (which settings in `method` that need it switch on), ``forward``.
 
         Returns:
             The statistics, which edits of this editor use from now on.

@@ -18,6 +18,7 @@ from typing import Any
 
 import fastcov
 from fastcov.files import atomic_file, printable_logger
+from fastcov.store import read_checkpoint
 
 log = printable_logger(__name__)
 
@@ -199,6 +200,9 @@ def _taken_on_windows(path: Path) -> Callable[[], None] | None:
 
 #: What the moments of one collection need not share.
 OWN = ("module", "budget", "keys", "source", "versions")
+_TEMPORARY = ".*.tmp"
+#: Unfinished sums, by a digest for the star; no .safetensors: nobody takes one for a moment.
+CHECKPOINTS = ".collecting-*.checkpoint"
 _ABSENT = object()
 
 
@@ -238,6 +242,7 @@ def lacking_fields(stored: Mapping[str, Any]) -> list[str]:
         "allow_fewer": type(stored.get("allow_fewer", False)) is bool,
         "bos": type(stored.get("bos", True)) is bool,
         "quartic": type(stored.get("quartic", False)) is bool,
+        "forward": stored.get("forward", "bfloat16") == "bfloat16",
         "snapshots": isinstance(smaller, list) and all(map(_is_number, smaller)),
     }
     return [field for field, fine in sound.items() if not fine]
@@ -436,3 +441,33 @@ def copy_moments(
     for name, path in found.items():
         check(path, name)
     return found
+
+
+def remove_stale(home: Path, *, useless_too: bool = False) -> None:
+    """Remove what killed processes left in a folder of statistics; nobody else may write there.
+
+    Temporary files; and if asked checkpoints that are damaged or all of whose modules are there.
+    """
+    for path in home.glob(_TEMPORARY):
+        with suppress(OSError):
+            path.unlink()
+    for path in home.glob(CHECKPOINTS) if useless_too else ():
+        try:
+            modules = read_checkpoint(path)[1]
+        except (fastcov.StoreDamaged, OSError):
+            modules = {}
+        if all((home / f"{name}.safetensors").is_file() for name in modules):
+            with suppress(OSError):
+                path.unlink()
+
+
+def remove_leftovers(home: Path) -> None:
+    """Remove what was left by a process that was killed when all was written but for that.
+
+    It is left where another process works in the folder, or where the folder cannot be written.
+    """
+    left = (lock_of(home), *home.glob(_TEMPORARY), *home.glob(CHECKPOINTS))
+    if any(path.exists() for path in left):
+        with suppress(OSError), alone(lock_of(home), "", wait=False) as ours:
+            if ours:
+                remove_stale(home, useless_too=True)

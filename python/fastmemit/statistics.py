@@ -8,7 +8,7 @@ import logging
 import os
 import platform
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from numbers import Integral
@@ -22,10 +22,10 @@ from torch import Tensor
 import fastcov
 from fastcov import CholeskyFactor, NullSpace
 from fastcov.hooks import isolated
+from fastcov.kernels.cpu import why_no_bfloat
 from fastcov.linalg import FactorCache, place_of_float64
 from fastcov.moments import SHRINKAGES
 from fastcov.sizing import LIMIT, StoppingRule, checkpoints
-from fastcov.store import read_checkpoint
 from fastcov.throughput import Throughput
 from fastmemit import parallel
 from fastmemit.data.corpora import Corpus, corpus_batches, open_corpus, tokens_per_batch
@@ -33,6 +33,7 @@ from fastmemit.display import Described, bar
 from fastmemit.edits import EditStack
 from fastmemit.errors import BadConfig, UnknownArchitecture, WrongModel, counted
 from fastmemit.files import (
+    CHECKPOINTS,
     alone,
     check_moment,
     common_provenance,
@@ -44,6 +45,8 @@ from fastmemit.files import (
     lock_of,
     provenance_of,
     provenances_in,
+    remove_leftovers,
+    remove_stale,
     shared_folder,
     shared_of,
     stored_modules,
@@ -57,8 +60,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 AUTO = "auto"
-_TEMPORARY = ".*.tmp"
-_CHECKPOINTS = ".collecting-*.checkpoint"  # no .safetensors: nobody takes one for a moment
 
 
 def versions() -> dict[str, str]:
@@ -90,9 +91,12 @@ class Collection:
             to go, and its key is unlike all others.
         seed: Seed for the order of the documents; None takes that of the store.
         quartic: Whether to sum ``||k||^4`` too, which ``shrinkage="ledoit-wolf"`` needs; 0.4 to 1.6 % of summing.
+        forward: ``"bfloat16"`` multiplies in bfloat16 as the model runs, on processors that do so faster; sums are as
+            they are. None runs the model in its own dtype.
 
     Raises:
-        BadConfig: The multiplier is a text but ``"auto"``; or `max_length` or the seed is no whole number.
+        BadConfig: The multiplier is a text but ``"auto"``; `max_length` or the seed is no whole number; or `forward` is
+            something else.
     """
 
     corpus: str | os.PathLike[str] | Corpus
@@ -104,11 +108,16 @@ class Collection:
     bos: bool = True
     seed: int | None = None
     quartic: bool = False
+    forward: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(self.layers))
         if isinstance(self.multiplier, str) and self.multiplier != AUTO:
             raise BadConfig(f"The multiplier {self.multiplier!r} is no number; give one, or 'auto'.")
+        if self.forward not in (None, "bfloat16"):
+            raise BadConfig(
+                f"forward must be 'bfloat16' but is {self.forward!r}; leave it out for the model's own dtype."
+            )
         for name in ("allow_fewer", "bos", "quartic"):
             object.__setattr__(self, name, bool(getattr(self, name)))  # as files have it
         for name in ("max_length", "seed"):
@@ -186,7 +195,8 @@ class Statistics(Described):
         p = self.provenance
         fewer = f" of the {p['budget']} wanted" if self.exhausted else ""
         first = "" if p.get("bos", True) else ", no first positions"
-        return f"corpus {p['corpus']['name']}, multiplier {p['multiplier']:g}, {self.keys} keys{fewer}{first}"
+        narrow = f", {p['forward']} forward passes" if "forward" in p else ""
+        return f"corpus {p['corpus']['name']}, multiplier {p['multiplier']:g}, {self.keys} keys{fewer}{first}{narrow}"
 
 
 class StatisticsStore:
@@ -253,8 +263,8 @@ class StatisticsStore:
             WrongModel: The model is edited; statistics belong to the unedited one.
             UnknownArchitecture: Padding changes the model's keys.
             fastcov.BadInput: The multiplier is not above 0, or the corpus has no token.
-            BadConfig: There is no layer, `max_length` is below 1 or above the model's context, or `after` has as large
-                a multiplier.
+            BadConfig: There is no layer, `max_length` is below 1 or above the model's context, `after` has as large
+                a multiplier, or `forward` cannot serve this model or would be slower here.
             BadLayer: A layer does not exist.
             BudgetNotMet: The corpus is too short, and `allow_fewer` is not set.
             BadCorpus: The corpus cannot be read.
@@ -278,14 +288,17 @@ class StatisticsStore:
             "allow_fewer": spec.allow_fewer,
             **({} if spec.bos else {"bos": False}),
             **({"quartic": True} if spec.quartic else {}),
+            **({} if spec.forward is None else {"forward": spec.forward}),
             **({} if after is None else {"snapshots": _snapshots(after, float(spec.multiplier))}),
         }
         home = home_of(self._folder / ("snapshots" if aside else "statistics") / fingerprint[:16], shared)
         paths = {name: home / f"{name}.safetensors" for name in budgets}
         throughput: Throughput | None = None
         if parallel.CURRENT.get() is None and all(is_stored(path, shared, n, budgets[n]) for n, path in paths.items()):
-            _remove_leftovers(home)
+            remove_leftovers(home)
         else:
+            if spec.forward is not None:
+                _check_forward(self._adapter)
             throughput = self._fill(home, shared, budgets, corpus, after)
         said = [provenance_of(path) for path in paths.values()]
         for (name, path), about in zip(paths.items(), said, strict=True):
@@ -330,7 +343,7 @@ class StatisticsStore:
         with alone(lock_of(home), "collecting the same statistics") if first else nullcontext(False) as ours:
             shared_folder(home)
             if ours:
-                _remove_stale(home)
+                remove_stale(home)
             # Whoever was waited for may have made some of them.
             missing = [name for name, path in paths.items() if not is_stored(path, shared, name, budgets[name])]
             made, part, save = versions(), {}, fastcov.save_moment
@@ -346,7 +359,7 @@ class StatisticsStore:
             }
             digest = hashlib.sha256("\n".join([*sorted(budgets), *part.values()]).encode()).hexdigest()[:12]
             checkpoint = fastcov.Checkpoint(
-                home / _CHECKPOINTS.replace("*", digest),
+                home / CHECKPOINTS.replace("*", digest),
                 identity={
                     **essence(shared),
                     "versions": made,
@@ -370,7 +383,7 @@ class StatisticsStore:
                 save(paths[name], moment, own)
             checkpoint.remove()
             if ours:
-                _remove_stale(home, useless_too=True)
+                remove_stale(home, useless_too=True)
         return throughput
 
     def _collected(
@@ -391,8 +404,9 @@ class StatisticsStore:
                 "batch, so its statistics cannot be collected in batches."
             )
         causal = adapter.is_causal and adapter.right_padding == "unmasked"
+        forward = torch.bfloat16 if "forward" in shared else None
         if throughput is not None:
-            throughput.measure(adapter.model, adapter.device)  # before a thread begins to read
+            throughput.measure(adapter.model, adapter.device, forward)  # before a thread begins to read
         total, shown = text["tokens"], throughput is not None
         for attempt in (1, 2):
             try:
@@ -429,6 +443,7 @@ class StatisticsStore:
                         causal=causal,
                         checkpoint=checkpoint,
                         processes=parallel.CURRENT.get(),
+                        forward=forward,
                     )
                 return {}  # the corpus ended, which `_counted_from` took
             except (fastcov.FailedElsewhere, fastcov.ProcessLost):  # this process's part is sound
@@ -640,6 +655,19 @@ class StatisticsStore:
         return place_of_float64(self._adapter.weight(layer).device)
 
 
+def _check_forward(adapter: ModelAdapter) -> None:
+    """Refuse (BadConfig) forward passes in bfloat16 where they cannot serve or would be slower."""
+    dtypes = {weight.dtype for weight in adapter.model.parameters() if weight.is_floating_point()}
+    if adapter.device.type != "cpu" or dtypes != {torch.float32}:
+        held = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+        raise BadConfig(
+            f"forward='bfloat16' is for a model in float32 on the CPU and this one is in {held} on {adapter.device}; "
+            "leave it out."
+        )
+    if (reason := why_no_bfloat()) is not None:
+        raise BadConfig(f"forward='bfloat16' would be slower here than float32 ({reason}); leave it out.")
+
+
 def _snapshots(after: Statistics, multiplier: float) -> list[float]:
     """The smaller multipliers at which a sum was stored on the way to this one."""
     smaller = float(after.provenance["multiplier"])
@@ -667,33 +695,3 @@ def _counted_from(start: int, corpus: Corpus, allow_fewer: bool) -> Iterator[Non
             found=found,
             wanted=start + getattr(error, "wanted", 1),
         ) from error
-
-
-def _remove_stale(home: Path, *, useless_too: bool = False) -> None:
-    """Remove what killed processes left in a folder of statistics; nobody else may write there.
-
-    Temporary files; and if asked checkpoints that are damaged or all of whose modules are there.
-    """
-    for path in home.glob(_TEMPORARY):
-        with suppress(OSError):
-            path.unlink()
-    for path in home.glob(_CHECKPOINTS) if useless_too else ():
-        try:
-            modules = read_checkpoint(path)[1]
-        except (fastcov.StoreDamaged, OSError):
-            modules = {}
-        if all((home / f"{name}.safetensors").is_file() for name in modules):
-            with suppress(OSError):
-                path.unlink()
-
-
-def _remove_leftovers(home: Path) -> None:
-    """Remove what was left by a process that was killed when all was written but for that.
-
-    It is left where another process works in the folder, or where the folder cannot be written.
-    """
-    left = (lock_of(home), *home.glob(_TEMPORARY), *home.glob(_CHECKPOINTS))
-    if any(path.exists() for path in left):
-        with suppress(OSError), alone(lock_of(home), "", wait=False) as ours:
-            if ours:
-                _remove_stale(home, useless_too=True)

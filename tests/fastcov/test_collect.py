@@ -234,3 +234,35 @@ def test_sums_of_bfloat16_keys_are_float32():
     assert got.dtype == torch.float32
     wanted = literal.second_moment(keys_of(model, DOCUMENTS, 0).double().numpy())
     torch.testing.assert_close(got.second_moment.double(), torch.from_numpy(wanted), rtol=1e-5, atol=1e-6)
+
+
+def test_a_forward_in_bfloat16_multiplies_so_and_is_summed_as_ever():
+    model = Tiny(dtype=torch.float32)
+
+    def bfloat(projection, x):  # as autocast multiplies, by hand
+        return nn.functional.linear(x.bfloat16(), projection.weight.bfloat16(), projection.bias.bfloat16())
+
+    def literal_keys(layer):
+        rows = []
+        for document in DOCUMENTS:
+            x = model.embed(torch.tensor(document)) + model.positions(torch.arange(len(document)))
+            for block in model.layers[: layer + 1]:
+                key = torch.tanh(bfloat(block.up, x))
+                x = x + bfloat(block.down_proj, key)
+            rows.append(key)
+        return torch.cat(rows)
+
+    plain = moments(model, bucket(DOCUMENTS, 128))
+    with torch.autocast("cpu", torch.bfloat16):  # the caller's own, which has no part in either
+        narrow = moments(model, bucket(DOCUMENTS, 128), forward=torch.bfloat16)
+        again = moments(model, bucket(DOCUMENTS, 128))
+    for layer in (0, 2):
+        name = paths(layer)[0]
+        keys = literal_keys(layer)
+        assert keys.dtype == torch.bfloat16
+        wanted = torch.from_numpy(literal.second_moment(keys.detach().double().numpy()))
+        got = narrow[name].second_moment
+        assert (got - wanted).norm() < 1e-4 * wanted.norm()  # another shape of batch may round a key otherwise
+        assert 3e-4 * wanted.norm() < (got - plain[name].second_moment).norm() < 3e-2 * wanted.norm()
+        assert torch.equal(again[name].sum, plain[name].sum)
+    assert not torch.is_autocast_enabled("cpu")

@@ -209,6 +209,9 @@ FUNCTIONS = {
     "null_space": lambda: [fastcov.null_space(MOMENT, relative=1.0).projector()],
     "alphaedit": lambda: _low(fastcov.alphaedit(NULL, K, R, 10.0, X[:4].T)),
     "collect": lambda: [m.sum for m in fastcov.collect_moments(MODEL, ["0", "1"], BATCHES, 40).values()],
+    "collect in bfloat16": lambda: [
+        m.sum for m in fastcov.collect_moments(MODEL, ["0", "1"], BATCHES, 40, forward=torch.bfloat16).values()
+    ],
     "KeyHooks": _hooked,
     "StoppingRule": lambda: [
         float(fastcov.StoppingRule().update(m)) for m in (MOMENT, fastcov.SecondMoment(6).merge(MOMENT))

@@ -23,6 +23,11 @@ LAYERS = (0, 1)
 Change = Callable[[dict[str, Any]], None]
 
 
+@pytest.fixture(autouse=True)
+def _bfloat_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastmemit.statistics.why_no_bfloat", lambda: None)
+
+
 def collected(
     folder: Path, *, layers: tuple[int, ...] = LAYERS, first: float | None = None, **changed: Any
 ) -> Statistics:
@@ -74,6 +79,7 @@ SWAPPED: dict[str, tuple[dict[str, Any], str]] = {
     "max_length": ({"max_length": 20}, "context"),
     "bos": ({"bos": False}, "bos"),
     "quartic": ({"quartic": True}, "quartic"),
+    "forward": ({"forward": "bfloat16"}, "forward"),
     "way": ({"first": 2.0}, "snapshots"),
     "fewer": ({"allow_fewer": True}, "allow_fewer"),
     "tokenizer": ({"tokenizer": "bpe_bos"}, "tokenizer"),
@@ -175,6 +181,7 @@ def test_what_older_files_do_not_say_may_be_missing(tmp_path: Path) -> None:
         ("snapshots", 3),
         ("bos", 0),
         ("quartic", 1),
+        ("forward", "float16"),
         ("allow_fewer", "no"),
         ("module", {}),
         ("tokenizer", 3),

@@ -186,3 +186,36 @@ def test_how_fast_it_went_is_with_what_was_just_collected(tmp_path: Path, monkey
     assert kept.throughput is None and kept == first
     quiet = tiny_editor(tmp_path, layers=None)
     assert quiet.precompute(tiny_corpus(), multiplier=5, layers=LAYERS).throughput is None
+
+
+def test_forward_passes_in_bfloat16_are_statistics_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fastmemit.statistics.why_no_bfloat", lambda: None)
+    editor = tiny_editor(tmp_path, layers=None)
+    corpus, name = tiny_corpus(), editor.adapter.projection_name(1)
+    plain = editor.precompute(corpus, multiplier=4, layers=[1])
+    narrow = editor.precompute(corpus, multiplier=4, layers=[1], forward="bfloat16")
+    assert narrow.provenance == {**plain.provenance, "forward": "bfloat16"} and "forward" not in plain.provenance
+    assert narrow.describe() == f"{plain.describe()}, bfloat16 forward passes"
+    assert narrow.moment(name).dtype == torch.float32
+    C, wanted = narrow.second_moment(name), plain.second_moment(name)
+    assert 1e-4 * wanted.norm() < (C - wanted).norm() < 0.03 * wanted.norm()
+    assert all(weight.dtype == torch.float32 for weight in editor.model.parameters())
+    # Each is found again as what it is, also where it could not be collected.
+    monkeypatch.setattr("fastmemit.statistics.why_no_bfloat", lambda: "no such instructions")
+    assert editor.precompute(corpus, multiplier=4, layers=[1], forward="bfloat16").paths == narrow.paths
+    assert editor.precompute(corpus, multiplier=4, layers=[1]).paths == plain.paths != narrow.paths
+
+
+def test_forward_passes_that_cannot_be_in_bfloat16_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    editor = tiny_editor(tmp_path, layers=None)
+    with pytest.raises(BadConfig, match=r"forward must be 'bfloat16' but is 'float16'; leave it out"):
+        editor.precompute(tiny_corpus(), multiplier=4, layers=[1], forward="float16")
+    monkeypatch.setattr("fastmemit.statistics.why_no_bfloat", lambda: "this processor lacks its instructions")
+    with pytest.raises(BadConfig, match=r"slower here than float32 \(this processor lacks its instructions\); leave"):
+        editor.precompute(tiny_corpus(), multiplier=4, layers=[1], forward="bfloat16")
+    monkeypatch.setattr("fastmemit.statistics.why_no_bfloat", lambda: None)
+    half = tiny_editor(tmp_path, layers=None, model=tiny_model("llama").to(torch.bfloat16))
+    with pytest.raises(BadConfig, match="is for a model in float32 on the CPU and this one is in bfloat16 on cpu"):
+        half.precompute(tiny_corpus(), multiplier=4, layers=[1], forward="bfloat16")

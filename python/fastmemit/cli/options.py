@@ -309,6 +309,8 @@ FLAGS: dict[str, dict[str, dict[str, Any]]] = {
         "--max-length": _flag("N", "cut documents at N tokens (default: the model's context, up to 2048)", above_zero),
         "--allow-fewer": _switch("take a corpus that ends before the budget"),
         "--quartic": _switch("sum fourth powers of the keys' lengths too, for shrinkage=ledoit-wolf"),
+        "--forward": _choice(("bfloat16",), "multiply in bfloat16 as a float32 model runs, on processors that do so "
+                             "faster (default: the model's own dtype)", default=None),
         "--checkpoint-seconds": _flag("S", "store an unfinished precompute every S seconds; 0: after every batch, inf: "
                                       "never (default: 300, or less often where it would take over 0.5%% of the time)",
                                       _seconds),
@@ -430,9 +432,9 @@ def quiet_libraries(quiet: bool = False) -> None:
 
 
 def precompute(
-    editor: Editor, corpus: Any, layers: Sequence[int] | None, args: argparse.Namespace, *, quartic: bool
+    editor: Editor, corpus: Any, layers: Sequence[int] | None, args: argparse.Namespace, **more: Any
 ) -> Statistics:
-    """Collect statistics as the flags of `CORPUS` say."""
+    """Collect statistics as the flags of `CORPUS` say, with `more` of `Collection`'s fields."""
     return editor.precompute(
         corpus,
         multiplier=DEFAULT_MULTIPLIER if args.multiplier is None else args.multiplier,
@@ -440,7 +442,7 @@ def precompute(
         allow_fewer=args.allow_fewer,
         max_length=args.max_length,
         field=args.field,
-        quartic=quartic,
+        **more,
     )
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 NULL_SPACE = "null_space_project.pt"
 
 
-@verb("precompute", "--layers --throughput --quartic --corpus=wikipedia MODEL CORPUS")
+@verb("precompute", "--layers --throughput --quartic --forward --corpus=wikipedia MODEL CORPUS")
 def _precompute(args: argparse.Namespace) -> None:
     """Collect the second moments of a model's keys, once; edits find them by themselves.
 
@@ -47,7 +47,7 @@ def _precompute(args: argparse.Namespace) -> None:
         corpus = load_corpus(corpus, field=args.field)
     editor = make_editor(args)
     begun = time.perf_counter()
-    found = options.precompute(editor, corpus, layers, args, quartic=args.quartic)
+    found = options.precompute(editor, corpus, layers, args, quartic=args.quartic, forward=args.forward)
     if processes is not None and not processes.first:
         return
     seconds, speed = time.perf_counter() - begun, found.throughput

@@ -485,6 +485,7 @@ def statistics_card(found: Statistics, repo: str, *, license: str | None = None,
         ("multiplier (keys per width)", _shown(about.get("multiplier"))),
         ("documents cut at", about.get("context", "unknown")),
         ("first positions", "counted" if about.get("bos", True) else "left out"),
+        *([("forward passes in", about["forward"])] if "forward" in about else []),
         ("seed", "unknown" if about.get("seed") is None else about["seed"]),
         ("versions", _versions(made)),
     ]

@@ -207,6 +207,22 @@ def test_pairs_of_bfloat_are_chosen_only_where_they_are_fast(monkeypatch, pairs,
         cpu._rate_of_pairs.cache_clear()
 
 
+@pytest.mark.parametrize(
+    ("here", "pairs", "reason"),
+    [
+        ({"amx_bf16", "avx512_bf16"}, 0.5, None),
+        ({"avx512_bf16"}, 2.0, None),
+        ({"avx512_bf16"}, 0.5, "pairs of bfloat16 are multiplied at 0.5 times the rate of float32 here"),
+        ({"avx512f"}, 2.0, "this processor lacks its instructions"),
+    ],
+)
+def test_whether_products_of_bfloat_are_faster(monkeypatch, here, pairs, reason):
+    lacks = "this processor lacks its instructions"
+    monkeypatch.setattr(cpu, "_missing", lambda name: None if name in here else lacks)
+    monkeypatch.setattr(cpu, "_rate_of_pairs", lambda: pairs)
+    assert cpu.why_no_bfloat() == reason
+
+
 def test_a_variant_that_cannot_run_says_why():
     reasons = {name: reason for name, reason in ops.kernels().items() if name in VARIANTS}
     for name, reason in reasons.items():

@@ -37,3 +37,15 @@ def test_a_corpus_that_is_not_there_is_said_before_the_model_is_loaded(
     monkeypatch.setattr("fastmemit.cli.stats.make_editor", None)  # to call it would raise
     assert main(["precompute", *place.model, "--corpus", str(place.at / "no.jsonl")]) == 2
     assert "There is no file" in capsys.readouterr().err
+
+
+def test_forward_passes_in_bfloat16_are_asked_for_by_a_flag(
+    place: Place, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["precompute", *place.model, "--corpus", place.corpus, "--multiplier", "4", "--layers", "0-1",
+               "--forward", "bfloat16"]  # fmt: skip
+    monkeypatch.setattr("fastmemit.statistics.why_no_bfloat", lambda: "no such instructions")
+    assert main([*map(str, command)]) == 2
+    assert "forward='bfloat16' would be slower here than float32 (no such instructions)" in capsys.readouterr().err
+    monkeypatch.setattr("fastmemit.statistics.why_no_bfloat", lambda: None)
+    assert ", bfloat16 forward passes, in " in run(capsys, *command)
