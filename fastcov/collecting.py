@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -183,7 +183,9 @@ def collect_moments(
         device = _input_device(model)
         drop = {"key_mask"} | _unaccepted(model)
         # No weight is multiplied twice in a forward pass, and what the cache holds would outlive it under autocast.
-        narrow = nullcontext if forward is None else partial(torch.autocast, device.type, forward, cache_enabled=False)
+        narrow: Callable[[], AbstractContextManager[Any]] = nullcontext
+        if forward is not None:
+            narrow = partial(torch.autocast, device.type, forward, cache_enabled=False)
         if throughput is not None:
             throughput.start(model, device, forward)
         # What makes the batches, and what is told of progress, is the caller's, and runs with the
