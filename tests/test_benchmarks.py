@@ -43,3 +43,26 @@ def test_a_script_shows_its_help(helps: Path, script: Path) -> None:
     said = (helps / script.name).read_text()
     assert (helps / f"{script.name}.code").read_text() == "0", said
     assert said.startswith("usage: ") and script.name in said.partition("\n")[0]
+
+
+def test_a_figure_of_kernels_is_a_table_of_panels_whose_labels_stand_before_the_peak() -> None:
+    pytest.importorskip("matplotlib")
+    sys.path.insert(0, str(ROOT))
+    try:
+        from benchmarks.draw import draw, load
+    finally:
+        sys.path.remove(str(ROOT))
+    run = load(ROOT / "benchmarks" / "results" / "rank_k-2core-xeon-amx.json")
+    figure = draw(run, "rank_k")
+    assert len(figure.axes) == 4 * 3 and figure.get_figheight() < 14
+    first, beside = figure.axes[:2]
+    assert (
+        first.get_title(loc="left").endswith("float32 keys, n 4096, d 1536")
+        and beside.get_title(loc="left") == "d 3072"
+    )
+    assert [label.get_text() for label in beside.get_yticklabels()] == [""] * 10
+    assert [text.get_text() for text in first.texts][-1] == "peak 1,148, off the scale" and not first.lines
+    (line,) = figure.axes[9].lines  # float64, whose peak is near
+    *labels, peak = figure.axes[9].texts
+    assert peak.get_text() == "peak 226" and all(label.get_bbox_patch() is not None for label in labels)
+    assert line.get_zorder() < min(label.get_zorder() for label in labels)

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from fastmemit.experiments.plots import sequence_figure
+from fastmemit.experiments import plots
+from fastmemit.experiments.plots import Drawing, sequence_figure
 from fastmemit.experiments.tables import sequence_table
 from tiny_sweeps import record
 
@@ -85,3 +86,16 @@ def test_values_that_are_not_numbers_leave_a_gap() -> None:
     lines = [line(edits=1, perplexity=math.inf), line(edits=2, perplexity=40.0)]
     missing = {"es": 90.0, "ps": None, "ns": None, "s": None}
     assert sequence_figure(lines, "t") and sequence_figure([line(scores=missing)], "t")
+
+
+def test_a_figure_has_the_unedited_level_of_all_facts_and_ticks_where_it_was_measured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[Drawing] = []
+    monkeypatch.setattr(plots, "render", seen.append)
+    sequence_figure([line(), line(edits=2)], "t")
+    points = seen[0].lines[0].points
+    level = points[32]["unedited ns"]
+    assert level is not None and level.value == 77.0 and "unedited ns" not in points[16]
+    axes = plots._draw(seen[0]).axes[0]
+    assert list(axes.get_xticks()) == [16, 32] and axes.get_xlim()[0] > 10
