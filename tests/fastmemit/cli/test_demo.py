@@ -41,6 +41,23 @@ def test_it_edits_scores_saves_and_undoes(place: Place, capsys: pytest.CaptureFi
     assert out.count("  before: ") == out.count("  after:  ") == 4
     assert re.search(r"undone: all \d+ tensors are bit for bit the original\n", out)
     assert len(Delta.load(place.at / "demo.st").provenance["requests"]) == 5
+    assert "edited all of them at once by memit, target vectors by rotate\n" in out
+
+
+@pytest.mark.parametrize(
+    ("more", "how"),
+    [
+        (("--set", "optimiser=adam"), "memit, target vectors by adam"),
+        (("--set", "v_lr=0.4"), "memit, target vectors by adam"),  # which v_lr is of
+        (("--method", "ultraedit"), "ultraedit"),
+    ],
+)
+def test_how_the_demonstration_makes_target_vectors(place: Place, capsys: pytest.CaptureFixture[str], more, how):
+    words = demo(place, *more)
+    if "ultraedit" in more:  # it has no steps
+        at = words.index("steps=2")
+        words = words[: at - 1] + words[at + 1 :]
+    assert f"edited all of them at once by {how}\n" in run(capsys, *words)
 
 
 def test_a_page_of_the_demonstration(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
