@@ -124,7 +124,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--literal", type=int, default=6, help="how many of them are computed literally too")
     parser.add_argument("--rounds", type=int, default=3, help="runs of all three")
     parser.add_argument("--steps", type=int, default=25)
-    parser.add_argument("--rotate-steps", type=int, default=18)
+    parser.add_argument("--rotate-steps", type=int, default=14)
     parser.add_argument("--layer", type=int, default=5)
     parser.add_argument("--batch-tokens", type=int, default=1024)
     parser.add_argument("--rotate-batch-tokens", type=int, default=8192)
