@@ -4,7 +4,9 @@
 // of kSlice rows. The triangle is cut into square blocks, dealt to the threads. A block of C stays
 // in the caches while all slices of a chunk are added to it; inside, a register tile of kRows x
 // kColumns numbers runs through one slice at a time, with its right strip in the first cache. So C
-// goes to memory once a chunk, and a number packed once is used by every tile of its column.
+// goes to memory once a chunk, and a number packed once is used by every tile of its column. By few
+// rows of keys there is little to multiply and as much of C to read and write, so tiles follow one
+// another along the rows of C.
 //
 // Included once by each variant, inside its namespace and with its instruction set.
 
@@ -71,10 +73,19 @@ struct Triangle {
       // A panel's strips follow one another, and so do panels: strip s begins at column s * width.
       const Packed* const a = left + slice * panels * kPanel * length;
       const Packed* const b = right + slice * panels * kPanel * length;
-      for (std::int64_t j0 = j * side * kPanel; j0 < j_end; j0 += kColumns) {
+      const std::int64_t i_begin = i * side * kPanel, j_begin = j * side * kPanel;
+      if (p.rows <= kFew) {  // along the rows of C, which memory then sends in longer pieces
+        for (std::int64_t i0 = i_begin; i0 < i_end; i0 += kRows) {
+          for (std::int64_t j0 = j_begin; j0 < j_end && j0 < i0 + kRows; j0 += kColumns) {
+            tile(p, a + i0 * length, b + j0 * length, steps, i0, j0);
+          }
+        }
+        continue;
+      }
+      for (std::int64_t j0 = j_begin; j0 < j_end; j0 += kColumns) {
         // The first tile that reaches the diagonal.
-        const std::int64_t top = j0 / kRows * kRows, begin = i * side * kPanel;
-        for (std::int64_t i0 = top > begin ? top : begin; i0 < i_end; i0 += kRows) {
+        const std::int64_t top = j0 / kRows * kRows;
+        for (std::int64_t i0 = top > i_begin ? top : i_begin; i0 < i_end; i0 += kRows) {
           tile(p, a + i0 * length, b + j0 * length, steps, i0, j0);
         }
       }
@@ -86,9 +97,13 @@ struct Triangle {
                    std::int64_t j0) {
     T* const c = static_cast<T*>(p.c);
     const bool inside = p.c_column_stride == 1 && i0 + kRows <= p.d && j0 + kColumns - 1 <= i0;
-    if (inside) {  // the sum will be wanted when the tile is done
+    if (inside) {  // the sum will be wanted when the tile is done, every line of its rows
 #pragma GCC unroll 16
-      for (int r = 0; r < kRows; ++r) __builtin_prefetch(c + (i0 + r) * p.c_row_stride + j0, 1);
+      for (int r = 0; r < kRows; ++r) {
+        const T* const line = c + (i0 + r) * p.c_row_stride + j0;
+#pragma GCC unroll 16
+        for (int v = 0; v < kVectors; ++v) __builtin_prefetch(line + v * Arithmetic::kWidth, 1);
+      }
     }
     V sum[kRows][kVectors] = {};
     for (int k = 0; k < steps; ++k, a += kRows, b += kColumns) {

@@ -28,6 +28,7 @@ constexpr int kSlice = 256;          // rows of keys a tile runs through at once
 constexpr std::int64_t kSlices = 8;  // slices of a chunk, at most
 constexpr std::int64_t kWorkspace = std::int64_t{96} << 20;  // bytes of packed panels, at most
 constexpr std::int64_t kBlock = 8;                           // panels a side of a block
+constexpr std::int64_t kFew = 128;                           // rows of keys, so few that C decides
 
 #include "arithmetic.h"
 #include "blocks.h"

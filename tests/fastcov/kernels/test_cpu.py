@@ -52,7 +52,7 @@ def plain():
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("d", [1, 2, 23, 24, 25, 47, 48, 49, 96, 385, 400])
 def test_every_width_around_the_edges_of_tiles_panels_and_blocks(name, dtype, d):
-    for n in (1, 2, 3, 255, 256, 257, 600):
+    for n in (1, 2, 3, 128, 129, 255, 256, 257, 600):
         X = drawn(n, d, dtype=dtype, seed=n)
         C = sum_of(d)
         if not takes(name, C, X):
