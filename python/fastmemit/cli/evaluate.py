@@ -195,7 +195,8 @@ def _demo(args: argparse.Namespace) -> None:
       fastmemit demo --html page.html
       fastmemit demo --set optimiser=adam
 
-    Target vectors are made by rotate, in a fraction of the published rule's time; the last example chooses that one.
+    Target vectors are made by rotate, in a fraction of the published rule's time;
+    the last example chooses that one.
     """
     import torch
 
