@@ -37,10 +37,13 @@ def test_the_last_block_is_on_another_device_than_the_layer(monkeypatch: pytest.
         SimpleNamespace(keys=on(place, B, D_K), outputs=on(place, B, D), block=on(PLACES[-1], B, D)) for place in PLACES
     ]
     work: Any = SimpleNamespace(
-        config=SimpleNamespace(layers=layers, lambda_e=0.1, spread="linear", site="block"),
+        config=SimpleNamespace(
+            layers=layers, lambda_e=0.1, spread="linear", iterations=1, targets=lambda: SimpleNamespace(site="block")
+        ),
+        keys={},
         adapter=SimpleNamespace(projection_residual=lambda layer, out, r, rows: norms[layer](out.float() + r) - out),
         subjects=lambda requests: SimpleNamespace(bare_ids=[]),
-        read=lambda subjects, layer: reading[layer],
+        read=lambda subjects, layer, known: reading[layer],
         work=SimpleNamespace(statistics=SimpleNamespace(factor=lambda _, layer: on(PLACES[layer], D_K, D_K))),
         preserving=lambda _, factor: factor,
         write=lambda layer, change, keys: written.append((layer, change, keys)),
