@@ -239,9 +239,9 @@ def _precompute(folder: Path, seconds: float, multiplier: float, phase: Any, ste
     def bar(what: str, *_: Any) -> Iterator[Any]:
         yield Batches(what)
 
-    statistics.bar = bar  # type: ignore[attr-defined]
-    stored.atomic_file, fastcov.save_moment = told, saving  # type: ignore[assignment]
-    stored.Checkpoint.remove = removing  # type: ignore[method-assign]
+    statistics.bar = bar  # type: ignore[attr-defined]  # imported there, and no name of its own
+    stored.atomic_file, fastcov.save_moment = told, saving  # type: ignore[assignment]  # these count as they write
+    stored.Checkpoint.remove = removing  # type: ignore[method-assign]  # the moment is told
     phase.value = BETWEEN if list(folder.rglob("*.checkpoint")) else BEFORE
     adapter = find_adapter(tiny_model("llama"))
     store = StatisticsStore(adapter, tiny_tokenizer(), EditStack.of(adapter.model), folder, progress=True)
