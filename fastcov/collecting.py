@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fastcov.batching import chained, sent
 from fastcov.distributed import Processes
 from fastcov.errors import BadInput, BudgetNotMet, FastcovError, NonFinite, ProcessLost
-from fastcov.hooks import KeyHooks, evaluation_mode, isolated, key_rows
+from fastcov.hooks import KeyHooks, evaluation_mode, input_device, isolated, key_rows
 from fastcov.moments import SecondMoment
 from fastcov.store import Checkpoint, Taken
 from fastcov.throughput import Throughput
@@ -180,7 +180,7 @@ def collect_moments(
         evaluation_mode(model),
         _without_cache(model) as extra,
     ):
-        device = _input_device(model)
+        device = input_device(model)
         drop = {"key_mask"} | _unaccepted(model)
         # No weight is multiplied twice in a forward pass, and what the cache holds would outlive it under autocast.
         narrow: Callable[[], AbstractContextManager[Any]] = nullcontext
@@ -288,22 +288,6 @@ def _only_pads_right(mask: Tensor | None) -> bool:
         return False
     kept = mask.bool()
     return not bool((kept[:, 1:] & ~kept[:, :-1]).any())
-
-
-def _input_device(model: nn.Module) -> torch.device:
-    """Where the input embeddings are, or where a hook of accelerate will bring their input."""
-    whole: Any = model  # of transformers, or of any other kind
-    try:
-        first: nn.Module = whole.get_input_embeddings()
-    except (AttributeError, NotImplementedError):
-        first = model
-    device: torch.device = next(
-        (parameter.device for parameter in (*first.parameters(), *model.parameters())), torch.device("cpu")
-    )
-    if device.type != "meta":
-        return device
-    target = getattr(getattr(first, "_hf_hook", None), "execution_device", None)
-    return torch.device("cpu" if target is None else target)
 
 
 # -- one hooked batch into moments --------------------------------------------------------------------

@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from itertools import chain
 from types import TracebackType
 from typing import Any, TypeVar, cast
 
@@ -389,6 +390,20 @@ def shares_entries(x: Tensor) -> bool:
     common = math.gcd(down, right)
     # Going `right / common` rows down leads where going `down / common` columns to the right does.
     return right // common < rows and down // common < columns
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """Where a model's token ids go: where its input embeddings are, or accelerate will bring their input."""
+    whole: Any = model  # of transformers, or of any other kind
+    try:
+        first: nn.Module = whole.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        first = model
+    parameter = next(chain(first.parameters(), model.parameters()), None)
+    if parameter is not None and parameter.device.type != "meta":
+        return parameter.device
+    target = getattr(getattr(first, "_hf_hook", None), "execution_device", None)
+    return torch.device("cpu" if target is None else target)
 
 
 class KeyHooks:

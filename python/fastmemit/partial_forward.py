@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from fastcov.hooks import evaluation_mode, isolated
+from fastcov.hooks import evaluation_mode, input_device, isolated
 from fastmemit.errors import FastmemitError, UnknownArchitecture
 from fastmemit.models import ModelAdapter
 from fastmemit.models.adapter import Site
@@ -38,7 +38,6 @@ from fastmemit.models.running import (
     forward_as,
     head_reads,
     hidden_of,
-    input_device,
     length_batches,
     one_of_each_kind,
     output_of,

@@ -19,9 +19,9 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from fastcov.hooks import evaluation_mode, isolated, random_state_kept
+from fastcov.hooks import evaluation_mode, input_device, isolated, random_state_kept
 from fastmemit.errors import BadConfig, BadRequest, FastmemitError, WrongModel
-from fastmemit.models.running import check_lengths, input_device, pad_batch, padding, remembered
+from fastmemit.models.running import check_lengths, pad_batch, padding, remembered
 from fastmemit.request import EditRequest
 
 NOWHERE = (-1, -1)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fastcov.hooks import evaluation_mode, isolated
+from fastcov.hooks import evaluation_mode, input_device, isolated
 from fastmemit.errors import BadLayer, FastmemitError, UnknownArchitecture, WrongModel
 from fastmemit.models.running import (
     BlockMap,
@@ -21,7 +21,6 @@ from fastmemit.models.running import (
     context_limit,
     head_reads,
     hidden_of,
-    input_device,
     one_of_each_kind,
     pad_batch,
     probe_ids,

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fastcov.hooks import evaluation_mode, isolated
+from fastcov.hooks import evaluation_mode, input_device, isolated
 from fastmemit.errors import BadRequest, UnknownArchitecture
 
 if TYPE_CHECKING:
@@ -173,17 +173,6 @@ def with_hidden(output: Any, hidden: Tensor) -> Any:
     if hasattr(output, "_replace"):  # a named tuple takes its fields one by one
         return output._replace(**{output._fields[0]: hidden})
     return type(output)((hidden, *output[1:]))
-
-
-def input_device(model: Any) -> torch.device:
-    """Where a model's token ids go: the device of its input embeddings."""
-    embeddings = model.get_input_embeddings()
-    device: torch.device = embeddings.weight.device
-    # Weights offloaded by accelerate are on "meta" until their module runs.
-    hook: Any = getattr(embeddings, "_hf_hook", None)
-    if device.type == "meta" and getattr(hook, "execution_device", None) is not None:
-        return torch.device(hook.execution_device)
-    return device
 
 
 def accepted(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
