@@ -33,16 +33,7 @@ if TYPE_CHECKING:
     "edit",
     "--facts --prompt --subject --target --join --chat --strict --check --check-file --preserve --preserve-weight "
     "--html --out --save-model MODEL METHOD CORPUS",
-    {
-        "--prompt": {"action": "store", "default": None, "help": "one fact instead: its prompt, {} for the subject"},
-        "--preserve": {
-            "choices": None,
-            "default": None,
-            "metavar": "FILE",
-            "type": Path,
-            "help": "text that shall stay as it is: prompts or paragraphs, one a line",
-        },
-    },
+    {"--prompt": {"action": "store", "default": None, "help": "one fact instead: its prompt, {} for the subject"}},
 )
 def _edit(args: argparse.Namespace) -> None:
     r"""Write facts into a model; keep the edit as a small file, or the whole edited model.

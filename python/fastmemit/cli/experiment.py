@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from fastmemit.experiments.results import Inputs
     from fastmemit.tracing_report import Effect
 
-PRESERVE = {"both": (True, False), "yes": (True,), "no": (False,)}
+EARLIER_KEYS = {"both": (True, False), "yes": (True,), "no": (False,)}
 BOS = {"with": (True,), "without": (False,), "both": (True, False)}
 
 
@@ -139,16 +139,16 @@ def _variants(vary: list[str], only: bool, methods: Sequence[str]) -> tuple[dict
 
 @verb(
     "experiment sequential",
-    "--batch-size --num-batches=10 --score-every --multipliers=10 --preserve --targets --generations INPUTS MODEL "
-    "METHOD",
+    "--batch-size --num-batches=10 --score-every --multipliers=10 --earlier-keys --targets --generations INPUTS "
+    "MODEL METHOD",
 )
 def _sequential(args: argparse.Namespace) -> None:
     r"""Write batches on top of each other and score all facts so far; finished sequences are not run again.
 
     Examples:
       fastmemit experiment sequential --model smollm2 --method memit --facts counterfact.json \
-          --batch-size 16 --num-batches 10 --score-every 2 --multipliers 1,2,10,full --preserve both \
-          --corpus text.jsonl --text text.txt --out DIR
+          --batch-size 16 --num-batches 10 --score-every 2 --multipliers 1,2,10,full \
+          --earlier-keys both --corpus text.jsonl --text text.txt --out DIR
 
     DIR gets sequential.jsonl, a line a step, and of all that is in it sequential.md, .svg, .pdf and
     .png. A sequence that was killed begins again at its first batch; those that were finished stay.
@@ -172,7 +172,7 @@ def _sequential(args: argparse.Namespace) -> None:
         args.method,
         overrides,
         multipliers,
-        PRESERVE[args.preserve],
+        EARLIER_KEYS[args.earlier_keys],
         args.score_every,
         args.targets,
         args.generations,

@@ -224,6 +224,9 @@ FLAGS: dict[str, dict[str, dict[str, Any]]] = {
         "--check": _flag("PROMPT", "show what else changed: what is said here before and after", **MANY),
         "--check-file": _flag("FILE", "the same for prompts in a file: one a line, or facts with paraphrases and "
                               "neighbours", Path),
+        "--preserve": _flag("FILE", "text that shall stay as it is: prompts or paragraphs, one a line", Path),
+        "--preserve-weight": _flag("X", "what a token of it counts, where a fact counts 1, C its weight (default: 1)",
+                                   _real),
         "--strict": _switch("if the edited model does not say every fact, save nothing and exit with 1"),
     },
     "edits": {
@@ -274,9 +277,8 @@ FLAGS: dict[str, dict[str, dict[str, Any]]] = {
         "--only-varied": _switch("leave out the cells without --vary's settings"),
         "--seeds": _flag("N,...", "seeds for the order of the corpus", default="0"),
         "--bos": _choice(("with", "without", "both"), "the first position of documents among the preserved keys"),
-        "--preserve": _choice(("both", "yes", "no"), "the keys of earlier edits too, or one sequence of each"),
-        "--preserve-weight": _flag("X", "what a token of it counts, where a fact counts 1, C its weight (default: 1)",
-                                   _real),
+        "--earlier-keys": _choice(("both", "yes", "no"), "preserve the keys of earlier edits too, or one sequence of "
+                                  "each"),
         "--targets": _choice(("edited", "unedited"), "target vectors of the model as it is when a batch is written, or "
                              "of the unedited one, which methods share and which are made once"),
         "--generations": _flag("N", "n-gram entropy of what the model writes about the first N records", _from_zero,

@@ -73,7 +73,7 @@ class Plan:
     method: str  # one of `fastmemit.methods.METHODS`
     settings: Mapping[str, Any]  # what replaces the preset's settings
     multipliers: Sequence[float | None]  # in ascending order; None, which comes last, is the full precompute
-    preserve: Sequence[bool] = (True, False)  # with the keys of earlier edits preserved too, without, or both
+    earlier_keys: Sequence[bool] = (True, False)  # with the keys of earlier edits preserved, without, or both
     score_every: int = 1  # after how many batches scores are taken
     targets: Literal["edited", "unedited"] = "edited"  # of which model: as it is when a batch is written, or before all
     generations: int = 0  # of how many of the first records the openings are continued, for `Step.entropy`
@@ -89,7 +89,7 @@ class Plan:
                 preserve,
             )
             for multiplier in self.multipliers
-            for preserve in (self.preserve if solves else (False,))
+            for preserve in (self.earlier_keys if solves else (False,))
         }
 
     def scored(self) -> int:
@@ -104,7 +104,7 @@ def run_sequences(editor: Editor, plan: Plan, inputs: Inputs, *, progress: bool 
 
     Returns:
         The lines of all runs of the plan, in its order: a `Step` each, with ``key``, ``method``, ``batch_size``,
-        ``multiplier``, ``preserve`` and ``keys`` (of the corpus, a layer).
+        ``multiplier``, ``preserve`` (whether the keys of earlier edits are) and ``keys`` (of the corpus, a layer).
 
     Raises:
         WrongModel: The model is edited already.
@@ -146,7 +146,7 @@ def run_sequences(editor: Editor, plan: Plan, inputs: Inputs, *, progress: bool 
                         plan.batches,
                         plan.method,
                         plan.settings,
-                        preserve=preserve,
+                        earlier_keys=preserve,
                         score_every=plan.score_every,
                         perplexity=None if text is None else lambda: perplexity(editor.adapter, text).perplexity,
                         entropy=_entropy(editor, records[: plan.generations]),
@@ -226,7 +226,7 @@ def run_sequential(
     method: str | EditConfig,
     settings: Mapping[str, Any] | None = None,
     *,
-    preserve: bool,
+    earlier_keys: bool,
     score_every: int = 1,
     perplexity: Callable[[], float] | None = None,
     entropy: Callable[[], float] | None = None,
@@ -243,7 +243,7 @@ def run_sequential(
     weights have their bits back, last edit first. For the method, its settings and `reads` see
     `fastmemit.Editor.plan`.
 
-    With `preserve` each batch preserves the keys of the earlier ones too, ``A = w C + ridge I + sum K_p K_p^T``.
+    With `earlier_keys` each batch preserves the keys of the earlier ones too, ``A = w C + ridge I + sum K_p K_p^T``.
     `perplexity` and `entropy` measure the model as it is; `unedited` are the unedited model's shares by case_id, if
     they were taken already; `progress` is called with the number of records written or scored since its last call.
 
@@ -279,7 +279,7 @@ def run_sequential(
         for batch in batches:
             requests = [record.request for record in batch]
             given |= zip(requests, editor.targets(requests, config, together=True), strict=True)
-    preserved = PreservedKeys() if preserve else None
+    preserved = PreservedKeys() if earlier_keys else None
     failed = 0
     try:
         for number, batch in enumerate(batches, 1):

@@ -37,7 +37,7 @@ def test_from_records_to_table_and_figure(place: Place, capsys: pytest.CaptureFi
     assert run(capsys, *argv(place, out, *more)) == said
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     # Fewer of them: nothing is run again, and nothing is lost.
-    said = run(capsys, *argv(place, out, *more, "--preserve", "no"))
+    said = run(capsys, *argv(place, out, *more, "--earlier-keys", "no"))
     assert "2 sequences in" in said
     assert len((out / "sequential.jsonl").read_text().splitlines()) == 8
 

@@ -45,7 +45,7 @@ def table(scores: list[RecordScore]) -> dict[str, Any]:
 
 
 def run(editor: Editor, **more: Any) -> list[Step]:
-    more = {"preserve": True, **more}
+    more = {"earlier_keys": True, **more}
     return list(run_sequential(editor, BATCHES, "memit", SETTINGS, **more))
 
 
@@ -58,7 +58,7 @@ def test_a_run_is_edits_on_top_of_each_other_written_out(editor: Editor, preserv
         return 30.0 + len(costs)
 
     counted: list[int] = []
-    found = run(editor, preserve=preserve, perplexity=perplexity, progress=counted.append)
+    found = run(editor, earlier_keys=preserve, perplexity=perplexity, progress=counted.append)
     assert [step["edits"] for step in found] == [1, 2, 3] == costs
     assert [step["perplexity"] for step in found] == [31.0, 32.0, 33.0]
     assert sum(counted) == 5 + 2 + 4 + 5
@@ -95,7 +95,7 @@ def test_methods_of_earlier_keys_go_without_them_where_that_is_asked_for(editor:
         return 1.0
 
     for preserve in (True, False):
-        steps = list(run_sequential(editor, BATCHES[:2], method, settings, preserve=preserve, perplexity=look))
+        steps = list(run_sequential(editor, BATCHES[:2], method, settings, earlier_keys=preserve, perplexity=look))
         assert [step["preserved"] for step in steps] == ([2, 4] if preserve else [0, 0])
     (first, _), (with_keys, named), (same, _), (without, none) = seen
     assert torch.equal(first, same) and not torch.equal(with_keys, without)
@@ -111,7 +111,7 @@ def test_preserved_keys_make_another_model_from_the_second_batch_on(editor: Edit
             weights.append(editor.adapter.weight(0).clone())
             return 1.0
 
-        run(editor, preserve=preserve, perplexity=look)
+        run(editor, earlier_keys=preserve, perplexity=look)
     equal = [torch.equal(one, other) for one, other in zip(seen[True], seen[False], strict=True)]
     assert equal == [True, False, False]
 
@@ -154,7 +154,7 @@ def test_unedited_targets_are_made_once_before_anything_is_written(
         assert editor.edits[-1].delta.provenance["targets"] == "given"
         return 1.0
 
-    run(editor, preserve=False, targets="unedited", perplexity=look)
+    run(editor, earlier_keys=False, targets="unedited", perplexity=look)
     assert states == [0, 0, 0]
     goals = {}
     for batch in BATCHES:
@@ -175,11 +175,13 @@ def test_unedited_targets_are_made_once_before_anything_is_written(
 def test_a_method_without_target_vectors_runs_in_sequence(editor: Editor) -> None:
     settings = {"layers": (0, 1), "eta": 1e-3, "tokens": "all"}
     written = iter((7.5, 6.5, 5.5))
-    found = list(run_sequential(editor, BATCHES, "ultraedit", settings, preserve=False, entropy=lambda: next(written)))
+    found = list(
+        run_sequential(editor, BATCHES, "ultraedit", settings, earlier_keys=False, entropy=lambda: next(written))
+    )
     assert [step["entropy"] for step in found] == [7.5, 6.5, 5.5]
     assert [step["facts"] for step in found] == [2, 4, 5] and found[-1]["failed"] == 0
     with pytest.raises(BadConfig, match="ultraedit has no target vectors; leave out targets='unedited'"):
-        next(run_sequential(editor, BATCHES, "ultraedit", settings, preserve=False, targets="unedited"))
+        next(run_sequential(editor, BATCHES, "ultraedit", settings, earlier_keys=False, targets="unedited"))
 
 
 def test_the_unedited_scores_and_readings_are_taken_from_outside(
@@ -199,7 +201,7 @@ def test_the_unedited_scores_and_readings_are_taken_from_outside(
 
 @pytest.mark.parametrize("when", ["edit", "score", "close"])
 def test_whatever_ends_it_the_weights_come_back(editor: Editor, when: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    steps = run_sequential(editor, BATCHES, "memit", SETTINGS, preserve=True)
+    steps = run_sequential(editor, BATCHES, "memit", SETTINGS, earlier_keys=True)
     next(steps)
     assert len(editor.edits) == 1
     if when == "close":
@@ -250,7 +252,7 @@ def test_nan_scores_and_perplexities_do_not_end_it(editor: Editor) -> None:
     text = PerplexityText("text", "0" * 64, tuple(range(20, 40)))
     before = editor.adapter.weight(0).clone()
     steps = run_sequential(
-        editor, BATCHES[:1], "memit", SETTINGS, preserve=False,
+        editor, BATCHES[:1], "memit", SETTINGS, earlier_keys=False,
         perplexity=lambda: perplexity(editor.adapter, text).perplexity,
     )  # fmt: skip
     hook = editor.model.lm_head.register_forward_hook(lambda *args: args[2] * float("nan") if editor.edits else None)
@@ -263,7 +265,7 @@ def test_nan_scores_and_perplexities_do_not_end_it(editor: Editor) -> None:
 
 def test_what_makes_no_sense_is_refused_before_anything_is_written(editor: Editor) -> None:
     def refused(error: type[Exception], match: str, batches: Any, **more: Any) -> None:
-        more = {"preserve": True, **more}
+        more = {"earlier_keys": True, **more}
         with pytest.raises(error, match=match):
             next(run_sequential(editor, batches, "memit", SETTINGS, **more))
 

@@ -92,7 +92,7 @@ def test_killed_and_continued_it_leaves_the_same_file(
     run_sequential = sequential.run_sequential
 
     def counted(*args: Any, **kwargs: Any) -> Any:
-        again.append(kwargs["preserve"])
+        again.append(kwargs["earlier_keys"])
         return run_sequential(*args, **kwargs)
 
     monkeypatch.setattr(sequential, "run_sequential", counted)
@@ -106,7 +106,7 @@ def test_killed_and_continued_it_leaves_the_same_file(
 def test_a_plan_may_grow_and_shrink(
     editor: Editor, unbroken: tuple[Path, list[dict[str, Any]]], tmp_path: Path
 ) -> None:
-    small = dataclasses.replace(PLAN, multipliers=(None,), preserve=(False,))
+    small = dataclasses.replace(PLAN, multipliers=(None,), earlier_keys=(False,))
     found = run_sequences(editor, small, inputs(tmp_path))
     # Statistics of fewer stops on the way: another order of the sum, so that last bits may differ.
     assert [line["key"] for line in found] == KEYS[6:]
@@ -120,7 +120,7 @@ def test_a_plan_may_grow_and_shrink(
 def test_perplexity_is_measured_where_there_is_a_text(editor: Editor, tmp_path: Path) -> None:
     path = tmp_path / "text.txt"
     path.write_text(" ".join(texts(20)))
-    plan = dataclasses.replace(PLAN, multipliers=(2.0,), preserve=(True,), score_every=3)
+    plan = dataclasses.replace(PLAN, multipliers=(2.0,), earlier_keys=(True,), score_every=3)
     text = read_text(path, editor.tokenizer, tokens=60, context=30)
     (line,) = run_sequences(editor, plan, inputs(tmp_path / "out", text=text))
     assert line["perplexity"] > 1
