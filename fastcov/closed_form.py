@@ -141,12 +141,7 @@ def _checked(factor: CholeskyFactor, K: Tensor, R: Tensor) -> tuple[Tensor, Tens
 
 
 def checked_edits(K: Tensor, R: Tensor, d: int, like: CholeskyFactor | Tensor) -> tuple[Tensor, Tensor]:
-    """Keys K (d_k, B) and residuals R (d, B) in the dtype and on the device of what they are combined with.
-
-    Raises:
-        BadInput: K is no dense matrix of numbers with d rows and at least one column, or R none with as many columns.
-        NonFinite: One of them holds NaN or infinity.
-    """
+    """Keys K (d_k, B) and residuals R (d, B), in dtype and device as `like`; BadInput or NonFinite for others."""
     K, R = matrix(K, "Edit keys"), matrix(R, "Residuals")
     if K.dim() != 2 or K.shape[0] != d or K.shape[1] == 0:
         whose = "null space" if isinstance(like, Tensor) else "factor"

@@ -35,11 +35,7 @@ class Division:
         self._text = b""  # a digest of all batches: whether every process reads the same
 
     def read(self, batches: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
-        """All batches as they are, remembered, with a look at the other processes before each.
-
-        Raises:
-            FailedElsewhere: Another process has failed.
-        """
+        """All batches as they are, remembered; before each a look at the other processes (FailedElsewhere)."""
         for batch in batches:
             self._processes.check()
             self._text = chained(self._text, batch)
@@ -59,15 +55,7 @@ class Division:
                 return
 
     def total(self, dtype: torch.dtype, device: torch.device, quartic: bool) -> dict[str, SecondMoment]:
-        """The moments of all processes together, the same in each of them.
-
-        Of a module of which this process ran no batch, the sum is made with this dtype, device and `quartic`.
-
-        Raises:
-            FailedElsewhere: Another process has failed.
-            FastcovError: The processes have not read the same text.
-            ProcessLost: A process has gone away.
-        """
+        """The moments of all processes together, the same in each; an empty one for a module without batches here."""
         held, processes = self._sums.moments, self._processes
         found = {name: self._sums.found(name) for name in self._sums.wanted}
         own = self._text.hex()
@@ -384,13 +372,7 @@ class Accumulator:
 
     @isolated()
     def take(self, name: str, x: Tensor) -> None:
-        """Add a module's keys x (..., d_k), as many as its budget leaves room for.
-
-        Raises:
-            BadInput: x is not as wide as the module or not floating point, or the mask does not fit it.
-            NonFinite: Keys hold NaN or infinity, or their squares overflow the sum; those of this batch or, on a device
-                that is not waited for, of one before.
-        """
+        """Add a module's keys x (..., d_k), as many as its budget has room for; errors as of `collect_moments`."""
         self._check(name, x)
         limit = self.wanted[name]
         left = None if limit is None else limit - self._found[name]
@@ -472,13 +454,7 @@ class Accumulator:
         self._answers.append(_Answer(module.name, module.moment.dtype, first, self.batches - 1, finite))
 
     def _look(self, name: str = "", x: Tensor | None = None, mask: Tensor | None = None) -> None:
-        """Read all answers, which waits once for each device; the oldest bad one names the batch.
-
-        Of a module whose keys of this batch are at hand, the message says more.
-
-        Raises:
-            NonFinite: Keys, or what they add, hold NaN or infinity.
-        """
+        """Read all answers, with one wait for each device; NonFinite names the batch of the oldest that is bad."""
         answers, self._answers = self._answers, []
         good: dict[int, bool] = {}
         for device in {answer.finite.device for answer in answers}:
@@ -494,11 +470,7 @@ class Accumulator:
 
     @isolated()
     def finish(self) -> None:
-        """Sum what still waits, and look for the last time.
-
-        Raises:
-            NonFinite: See `take`.
-        """
+        """Sum what still waits, and look for the last time; errors are those of `take`."""
         for name in list(self._earlier):  # not one key more came
             self._begin(name, self._earlier[name].moment.d, self._earlier[name].device)
         for module in self._modules.values():
@@ -507,11 +479,7 @@ class Accumulator:
 
     @isolated()
     def taken(self) -> dict[str, Taken]:
-        """What every module has given, between two batches; views, not copies.
-
-        Raises:
-            NonFinite: See `take`.
-        """
+        """What every module has given, between two batches: views, not copies; errors are those of `take`."""
         self._look()
         taken = dict(self._earlier)
         for name, module in self._modules.items():
@@ -521,10 +489,7 @@ class Accumulator:
         return taken
 
     def resume(self, batches: int, taken: Mapping[str, Taken]) -> None:
-        """Take over what `taken` gave in an earlier run after some batches; the next one is the one behind.
-
-        What follows is summed in the same order, and so to the same bits.
-        """
+        """Take over what `taken` gave in an earlier run after some batches: what follows comes to the same bits."""
         self.batches = batches
         self._earlier = {name: taken[name] for name in self.wanted}
         self._found = {name: one.found for name, one in self._earlier.items()}

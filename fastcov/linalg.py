@@ -508,14 +508,9 @@ class FactorCache(OrderedDict[tuple[int, Hashable], Any]):
     capacity: int | None = None
 
     def make_room(self, layers: Sequence[int], kind: Hashable, place: torch.device, d: int, matrices: int) -> None:
-        """Drop what there is no room for beside one more.
+        """Drop what there is no room for beside one more of width d on a device, made with these settings (`kind`).
 
-        Args:
-            layers: What an edit with these settings walks through.
-            kind: The settings.
-            place: Where the new one will lie.
-            d: Its width; it takes d * d numbers of float64.
-            matrices: How many such matrices there are while it is made.
+        An edit with them walks through `layers`; while it is made there are so many matrices (d, d) of float64.
         """
         size, there = 8 * d * d, [key for key in self if self[key].device == place]
         needed = [key for key in there if key[1] == kind and key[0] in layers]

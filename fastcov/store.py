@@ -242,12 +242,7 @@ class Taken:
 
 @isolated()
 def read_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Taken]]:
-    """Read a checkpoint, every byte verified: the state as it was written, and what each module had taken, on the CPU.
-
-    Raises:
-        StoreDamaged: The file is not what was written, or a newer version wrote it.
-        OSError: It cannot be read.
-    """
+    """A checkpoint's state, and what each module had taken, on the CPU; StoreDamaged if it is not what was written."""
     from safetensors import SafetensorError, safe_open
 
     if not os.path.isfile(path):  # to open a pipe is to wait for somebody to write into it

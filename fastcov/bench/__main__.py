@@ -94,12 +94,7 @@ def measured(given: argparse.Namespace, words: Sequence[str]) -> Run:
 
 
 def parse(words: Sequence[str], extras: suites.Extras | None = None) -> argparse.Namespace:
-    """Read the command line.
-
-    Raises:
-        BadInput: It asks for something that cannot be.
-        SystemExit: It asks for help.
-    """
+    """Read the command line; a BadInput where it asks for what cannot be, SystemExit where it asks for help."""
     extras = extras or suites.Extras()
     given = _parser(f"python {extras.program}").parse_args(words)
     given.extras = extras

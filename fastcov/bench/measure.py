@@ -75,13 +75,10 @@ class Effort:
 
 
 def measure(case: Case, contenders: Sequence[Contender], effort: Effort) -> list[Row]:
-    """Check every contender, then time those that are right, in interleaved rounds.
+    """Check every contender, then time those that are right, in interleaved rounds; a row for each, in their order.
 
     All contenders take a turn in each round, in another order each time, so that a machine that drifts, or threads and
     caches that a neighbour left busy, hit all alike.
-
-    Returns:
-        A row for each contender, in the order given.
     """
     rows = [_checked(case, contender) for contender in contenders]
     running = [one for one, row in zip(contenders, rows, strict=True) if row.status == "ok"]

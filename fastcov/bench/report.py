@@ -78,11 +78,7 @@ class Run:
 
 
 def save(run: Run, path: Path, **more: object) -> None:
-    """Write a run, and more fields beside it, to a temporary name beside `path`, and rename it.
-
-    Raises:
-        OSError: The file cannot be written.
-    """
+    """Write a run, and more fields beside it; the file is the old one or the whole new one."""
     content = {"format": FORMAT, "version": VERSION, **asdict(run), **more}
     with atomic_file(path) as file:
         file.write((json.dumps(content, indent=1) + "\n").encode())

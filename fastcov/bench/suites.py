@@ -265,17 +265,7 @@ def collect(given: Namespace) -> Iterator[list[Row]]:
 def collect_case(
     given: Namespace, model: nn.Module, modules: Sequence[str], documents: Sequence[Sequence[int]]
 ) -> Measured:
-    """Ours and the released procedure on the same tokens.
-
-    Args:
-        given: How and where.
-        model: The model on its device.
-        modules: Paths of the edited projections.
-        documents: Token ids, each document as long as the model takes.
-
-    Raises:
-        BadInput: There are fewer tokens than wanted.
-    """
+    """Ours and the released procedure on the same tokens, documents as long as the model takes; else a BadInput."""
     model.eval()
     last: Any = model.get_submodule(modules[-1])
     d_k = int(getattr(last, "in_features", last.weight.shape[0]))
