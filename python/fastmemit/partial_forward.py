@@ -242,13 +242,7 @@ class SuffixForward:
         return token_states(out, shape, self._adapter.d, type(self._module).__name__)
 
     def logits(self, value: Tensor, rows: Sequence[int], columns: Sequence[int]) -> Tensor:
-        """Logits (M, vocabulary), as the model's own code gives them, with what is put out at the subjects replaced.
-
-        Args:
-            value: (N, d) what is put out at the rows' subjects instead; carries gradients.
-            rows: M row numbers to read.
-            columns: M columns to read, counted from the row's subject.
-        """
+        """Logits (M, vocabulary) at rows and columns from the subject, with `value` (N, d) put out at the subjects."""
         entering = self._hidden
         if self._site == "block":
             assert entering is not None
@@ -447,18 +441,12 @@ class SubjectPass:
     """N rows up to their subjects, and how far up the model they have been run.
 
     Made by `SubjectPass.of`; nothing in it changes, so that one may be begun from again and again.
-
-    Attributes:
-        batches: Distinct rows of token ids, in batches of like lengths.
-        places: (N,) where each row stands among the distinct ones.
-        layer: The block that the kept states enter.
-        entering: The kept states of each batch, None where there are none.
     """
 
-    batches: tuple[tuple[tuple[int, ...], ...], ...]
-    places: Tensor
-    layer: int
-    entering: tuple[Entering | None, ...]
+    batches: tuple[tuple[tuple[int, ...], ...], ...]  # distinct rows of token ids, those of like lengths together
+    places: Tensor  # (N,) where each row stands among the distinct ones
+    layer: int  # the block that the kept states enter
+    entering: tuple[Entering | None, ...]  # the kept states of each batch, if there are any
 
     @classmethod
     @isolated()

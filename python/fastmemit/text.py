@@ -35,15 +35,10 @@ _Pair = tuple[list[int], list[tuple[int, int]]]
 
 @dataclass(frozen=True)
 class Encoded:
-    """One tokenised text.
+    """One tokenised text."""
 
-    Attributes:
-        ids: Token ids, leading special tokens (BOS) included, trailing ones (EOS) removed.
-        spans: Per token the characters ``[start, end)`` of the text that it covers; ``(-1, -1)`` for special tokens,
-            which stand for no character.
-    """
-
-    ids: tuple[int, ...]
+    ids: tuple[int, ...]  # leading special tokens (BOS) included, trailing ones (EOS) removed
+    #: The characters ``[start, end)`` of the text that each token covers; ``(-1, -1)`` for special tokens, of none.
     spans: tuple[tuple[int, int], ...]
 
     def __len__(self) -> int:
@@ -52,11 +47,7 @@ class Encoded:
 
 
 def text_tokenizer(tokenizer: Any) -> Any:
-    """The tokenizer of texts, also where a processor of texts and images is given.
-
-    Raises:
-        BadConfig: It is nothing that tokenises a text.
-    """
+    """The tokenizer of texts, also where a processor of texts and images is given; BadConfig for anything else."""
     if not hasattr(tokenizer, "convert_ids_to_tokens"):
         tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
     if not callable(tokenizer):
@@ -195,11 +186,7 @@ def _alignment(whole: str, text: str) -> list[tuple[int, int]]:
 
 
 def subject_end(encoded: Encoded, start: int, end: int) -> int:
-    """The index of the last token that overlaps the subject, which is ``text[start:end]``.
-
-    Raises:
-        BadRequest: The range is empty, or no token covers any of its characters.
-    """
+    """The index of the last token that overlaps the subject, ``text[start:end]``; a BadRequest if none does."""
     for index in range(len(encoded.spans) - 1, -1, -1):
         left, right = encoded.spans[index]
         if max(left, start) < min(right, end):
@@ -211,11 +198,7 @@ def subject_end(encoded: Encoded, start: int, end: int) -> int:
 
 
 def chat_text(tokenizer: Any, text: str) -> str:
-    """A text as a user's turn in the tokenizer's chat template, up to where the answer begins.
-
-    Raises:
-        BadConfig: The tokenizer has no chat template, or none that shows what the user writes.
-    """
+    """A text as a user's turn in the chat template, up to where the answer begins; BadConfig without a template."""
     if not getattr(tokenizer, "chat_template", None):
         raise BadConfig(
             "The tokenizer has no chat template, so nothing can be asked in chat; leave --chat (chat=True) out, or "
@@ -236,11 +219,7 @@ def chat_front(tokenizer: Any) -> str:
 
 
 def chat_request(tokenizer: Any, request: EditRequest) -> EditRequest:
-    """A fact as a question in chat: its prompt is the user's turn, its answer the beginning of the model's.
-
-    Raises:
-        BadConfig: See `chat_text`.
-    """
+    """A fact as a question in chat, its answer the beginning of the model's turn; errors as of `chat_text`."""
     return replace(
         request,
         prompt=chat_text(tokenizer, request.prompt),
@@ -280,32 +259,20 @@ LEADS = ("\n", ". ", "The ")
 
 @dataclass(frozen=True)
 class Row:
-    """One sequence that runs through the model.
+    """One sequence that runs through the model."""
 
-    Attributes:
-        ids: Token ids up to the last position that the loss reads.
-        subject: Index of the subject's last token, where the change enters.
-        reads: ``(index in ids, token id)`` pairs: the token that this position should predict.
-        stem: How many tokens at its beginning, before the subject's last one, other rows may have too: its context.
-    """
-
-    ids: tuple[int, ...]
-    subject: int
-    reads: tuple[tuple[int, int], ...] = ()
-    stem: int = field(default=0, compare=False)
+    ids: tuple[int, ...]  # up to the last position that the loss reads
+    subject: int  # index of the subject's last token, where the change enters
+    reads: tuple[tuple[int, int], ...] = ()  # index in ids, and the token id that this position should predict
+    stem: int = field(default=0, compare=False)  # tokens before the subject that other rows may have too: its context
 
 
 @dataclass(frozen=True)
 class RequestRows:
-    """All rows of one request; ``rows[0]`` is the bare prompt, behind its `lead` if it has one.
+    """All rows of one request; ``rows[0]`` is the bare prompt, behind its `lead` if it has one."""
 
-    Attributes:
-        rows: One row per context, then the row of the KL prompt unless another row serves for it.
-        kl: Which row carries the KL term, read at its subject token.
-    """
-
-    rows: tuple[Row, ...]
-    kl: int
+    rows: tuple[Row, ...]  # one a context, then that of the KL prompt unless another row serves for it
+    kl: int  # which row carries the KL term, read at its subject token
 
     @property
     def prefix(self) -> int:
@@ -319,11 +286,7 @@ class RequestRows:
 
 
 def lead(tokenizer: Any, request: EditRequest) -> str:
-    """What a request's bare prompt is read, learned and asked behind.
-
-    Returns:
-        ``""``; or one of `LEADS` if the subject's last token is otherwise the first of the row.
-    """
+    """What a bare prompt is read behind, one of `LEADS`, where its row would begin with the subject's end; else ""."""
     for front in ("", *LEADS):
         text, start = _placed(tokenizer, front, request)
         encoded = encode(tokenizer, text)
@@ -434,16 +397,9 @@ def continue_rows(
 ) -> list[list[int]]:
     """Continue rows of token ids by exactly `new_tokens` tokens each; no end-of-text ends one early, but by `stop`.
 
-    Args:
-        model: A causal language model.
-        tokenizer: Its tokenizer.
-        rows: Token ids, at least one in each row.
-        new_tokens: How many tokens to add.
-        top_k: Sample among the k most probable tokens; 0 samples among all; None takes the most probable (greedy).
-        seed: Seed for the sampling; the process's own random state is left as it was.
-        stop: End a row before the first token that ends a text.
-        past: What the model need not run again: given numbers of rows, a cache of all but the last token of each,
-            padded on the left.
+    Sampled among the `top_k` most probable tokens (0: all), with a seed, the process's own random state left as it was;
+    None takes the most probable (greedy). `stop` ends a row before the first token that ends a text. `past` is what the
+    model need not run again: given numbers of rows, a cache of all but the last token of each, padded on the left.
 
     Raises:
         BadConfig: `new_tokens` is below 1.
@@ -534,13 +490,7 @@ def continue_texts(
     seed: int = 0,
     stop: bool = False,
 ) -> list[str]:
-    """`continue_rows` on texts: the new text of each, special tokens left out.
-
-    Raises:
-        BadRequest: A text gives no token to continue from.
-        BadConfig: `new_tokens` is below 1.
-        FastmemitError: The model's logits are NaN or infinite.
-    """
+    """`continue_rows` on texts: the new text of each, special tokens left out; BadRequest if one gives no token."""
     rows = [encode(tokenizer, text).ids for text in texts]
     for text, row in zip(texts, rows, strict=True):
         if not row:
@@ -558,13 +508,7 @@ class Contexts:
 
     The first is ``""``, the bare prompt. For ROME 20 others follow, ten of 5 and ten of 10 tokens from the
     start-of-text token; else 5, of 10 tokens from fixed words. Sampled with top-k 5; each ends in ``". "``.
-
-    Args:
-        model: The model.
-        tokenizer: Its tokenizer.
-        seed: Seed for the sampling.
-        written: Those that were written before, by kind; new ones join them. None: none were.
-        any_time: Whether an edited model may write them, too.
+    New ones join those `written` before; with `any_time` an edited model may write them too.
     """
 
     def __init__(
@@ -581,11 +525,7 @@ class Contexts:
         self._written = {} if written is None else written
 
     def of(self, method: str, *, edited: bool = False) -> tuple[str, ...]:
-        """The texts of a method, for a model that is edited now or not.
-
-        Raises:
-            WrongModel: They were never written and the model is edited now.
-        """
+        """The texts of a method, for a model that is edited now or not; WrongModel if too late to write them."""
         kind: Kind = "start" if method == "rome" else "words"
         if kind in self._written:
             return self._written[kind]

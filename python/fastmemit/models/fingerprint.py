@@ -145,11 +145,7 @@ def checksum(tensor: Tensor) -> str:
 
 @isolated()
 def checksums(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
-    """The checksum of each tensor by name, with one wait for each device.
-
-    Raises:
-        WrongModel: A tensor is not in memory.
-    """
+    """The checksum of each tensor by name, with one wait for each device; WrongModel for one that is not in memory."""
     kinds: dict[str, str] = {}  # name -> dtype and shape
     pending: dict[torch.device, list[tuple[str, Tensor]]] = {}
     with _Summing() as summing:
@@ -368,12 +364,7 @@ class Watch:
         self.trust(tensors)
 
     def changed(self, model: Any, edited: Mapping[str, tuple[Tensor, str]]) -> list[str]:
-        """What is not as it was when the model was identified: fields of its config, and tensors, by name.
-
-        Args:
-            model: The model.
-            edited: Parameter -> (itself, the checksum that it shall have instead).
-        """
+        """The tensors and fields of the config that are not as identified, or as `edited` (name, checksum) says."""
         config = _essence(model.config.to_dict())
         if config != self._config:
             names = sorted({*config, *self._config})

