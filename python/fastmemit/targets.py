@@ -44,36 +44,20 @@ log = logging.getLogger(__name__)
 class TargetSettings:
     """How target vectors are optimised; everything that a vector depends on but model and request.
 
-    Attributes:
-        layer: The block at which the change enters (the last edited one).
-        site: ``"block"``: at the block's output (MEMIT, EMMET); ``"projection"``: at the edited projection's output
-            (ROME).
-        optimiser: ``"adam"`` or ``"rotate"``, see `Adam` and `Rotate`.
-        steps: Loss evaluations at most; there are at most ``steps - 1`` updates.
-        learning_rate: Adam's.
-        rho: Rotate's longest step, as a share of what `clamp` allows.
-        weight_decay: Factor of ``||delta|| / ||v0||^2``.
-        clamp: ``||delta||`` is held at most at ``clamp * ||v0||``.
-        kl_factor: Factor of the KL term.
-        early_stop: A request is finished once its loss is below this.
-        stop: ``"loss"``: as `early_stop` says; ``"nll"``: the first term of the loss, the one that can become as small
-            as one likes, is compared with it in the sum's place; ``"most-probable"``: a request is finished once every
-            token of its target is the most probable one at its place, in every context (ENCORE, arXiv 2502.01636), and
-            `early_stop` says nothing. Where a step reads some of the contexts, each of them has to say so in turn.
-        scale: ``"published"``: as above. ``"median"``: the learning rate is in typical coordinates of v0, ``m = median
-            |v0| / 0.6745``, and ``m sqrt(d)`` stands for ``||v0||``.
+    The fields are those of `fastmemit.methods.TargetConfig`, which says what they mean, with every value put in.
     """
 
-    layer: int
-    site: Literal["block", "projection"] = "block"
+    layer: int  # the block at which the change enters, the last edited one
+    site: Literal["block", "projection"] = "block"  # at the output of which (MEMIT and EMMET, or ROME)
     optimiser: Literal["adam", "rotate"] = "adam"
-    steps: int = 25
-    learning_rate: float = 0.5
+    steps: int = 25  # loss evaluations; the last one is followed by no update
+    learning_rate: float = 0.5  # v_lr there
     rho: float = 0.3
     weight_decay: float = 0.5
     clamp: float = 1.0
     kl_factor: float = 0.0625
     early_stop: float = 0.05
+    #: "most-probable" is ENCORE's (arXiv 2502.01636). Where a step reads some of the contexts, each says so in turn.
     stop: Literal["loss", "nll", "most-probable"] = "loss"
     scale: Literal["published", "median"] = "published"
 
@@ -91,17 +75,11 @@ class TargetSettings:
 
 @dataclass(frozen=True)
 class Target:
-    """One optimised vector.
+    """One optimised vector."""
 
-    Attributes:
-        vector: (d,) float32, ``v0 + delta``.
-        start: (d,) float32, ``v0``: the unedited value in the bare prompt.
-        losses: The loss at each step, the first one unedited.
-    """
-
-    vector: Tensor
-    start: Tensor
-    losses: tuple[float, ...]
+    vector: Tensor  # (d,) float32, ``v0 + delta``
+    start: Tensor  # (d,) float32, ``v0``: the unedited value in the bare prompt
+    losses: tuple[float, ...]  # at each step, the first one unedited
 
 
 @isolated(gradients=True)
@@ -115,19 +93,11 @@ def optimise(
     batch_tokens: int = 1024,
     progress: Callable[[int], None] | None = None,
 ) -> list[Target]:
-    """Optimise the target vectors of all requests on the unedited model.
+    """Optimise the target vectors of all requests on the unedited model: one each, in their order, on the CPU.
 
-    Args:
-        adapter: The model.
-        tokenizer: Its tokenizer.
-        requests: The facts.
-        contexts: Texts before the prompts, the first one ``""``.
-        settings: See `TargetSettings`.
-        batch_tokens: Most padded tokens of requests that run together; it bounds the memory. One always runs.
-        progress: Called with the number of request-steps done since the last call; in total ``len(requests) * steps``.
-
-    Returns:
-        One `Target` per request, in their order, on the CPU.
+    The first of the contexts is ``""``. Requests run together in `batch_tokens` padded tokens at most, which bounds the
+    memory; one always runs. `progress` is called with the number of request-steps done since its last call, of
+    ``len(requests) * steps`` in all.
 
     Raises:
         BadLayer: The layer does not exist.
@@ -156,13 +126,7 @@ def optimise(
 
 
 class Adam:
-    """Adam (Kingma & Ba 2015) on all prompts at once, as published (ROME, MEMIT).
-
-    Args:
-        settings: Its learning rate, and what that is measured by.
-        start: (R, d) v0.
-        contexts: How many prompts a request has, the bare one among them.
-    """
+    """Adam (Kingma & Ba 2015) on all of a request's prompts at once, as published (ROME, MEMIT), from v0 (R, d)."""
 
     BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
     turn = 1  #: steps until every context has been read
@@ -231,23 +195,14 @@ class Rotate:
 
 @dataclass(frozen=True)
 class _Step:
-    """What one step runs for the requests that go on, and where their losses are read.
+    """What one step runs for the requests that go on, and where their losses are read."""
 
-    Attributes:
-        forward: The rows that it reads.
-        owners: (N,) whose each row is, as a place among the R requests that go on.
-        reads: Rows and columns of the M answer tokens, then of the R subjects of the KL prompts.
-        tokens: (M,) the answer tokens.
-        of: (M,) whose each is.
-        weights: (M,) each token's part in the first term of the loss.
-    """
-
-    forward: SuffixForward | FullForward
-    owners: Tensor
-    reads: tuple[list[int], list[int]]
-    tokens: Tensor
-    of: Tensor
-    weights: Tensor
+    forward: SuffixForward | FullForward  # the rows that it reads
+    owners: Tensor  # (N,) whose each row is, as a place among the R requests that go on
+    reads: tuple[list[int], list[int]]  # rows and columns of the M answer tokens, then of the R KL prompts' subjects
+    tokens: Tensor  # (M,) the answer tokens
+    of: Tensor  # (M,) whose each is
+    weights: Tensor  # (M,) each token's part in the first term of the loss
 
 
 class _Group:
@@ -417,11 +372,9 @@ UNLIKELY = 1.0
 
 
 class TargetStore:
-    """A folder of target vectors, one small safetensors file each.
+    """A folder of target vectors, one small safetensors file each, the last `held` of them in memory too.
 
-    Args:
-        folder: Where; None keeps vectors in memory only.
-        held: How many of those that are in the folder are held in memory as well: the last ones.
+    Without a folder they are in memory alone.
     """
 
     def __init__(self, folder: Path | None, held: int = 256) -> None:
@@ -431,14 +384,9 @@ class TargetStore:
     def key(
         self, model: str, request: EditRequest, contexts: Sequence[str], settings: TargetSettings, front: str = ""
     ) -> TargetKey:
-        """Everything that the vector of a request depends on.
+        """Everything that the vector of a request, whose true answer does not matter, depends on.
 
-        Args:
-            model: What identifies model and tokenizer as they are now.
-            request: The fact; its true answer does not matter.
-            contexts: Texts before the prompt.
-            settings: How it is optimised.
-            front: What the bare prompt stands behind, `fastmemit.text.lead`.
+        `model` identifies model and tokenizer as they are now, `front` is what the bare prompt stands behind (`lead`).
         """
         content = {
             "recipe": RECIPE,
@@ -485,12 +433,7 @@ class TargetStore:
         return target
 
     def put(self, key: TargetKey, target: Target) -> None:
-        """Keep a target.
-
-        Raises:
-            FastmemitError: A value of it is not finite; nothing is kept.
-            OSError: The file cannot be written; the target is in memory all the same.
-        """
+        """Keep a target, in memory also where its file cannot be written (OSError); FastmemitError if not finite."""
         parts = {
             "vector": target.vector.contiguous(),
             "start": target.start.contiguous(),

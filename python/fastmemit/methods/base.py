@@ -50,19 +50,12 @@ Keys = dict[str, list[Tensor]]  # weight name -> keys (d_k, B), float64, block b
 
 @dataclass(frozen=True)
 class Reading:
-    """What was read for one layer; nobody writes into it.
+    """What was read for one layer; nobody writes into it."""
 
-    Attributes:
-        keys: (B, d_k) float64, the keys at the subject over all contexts, see `averaged_keys`.
-        outputs: (B, d) float64, what the projection puts out at the bare prompt's subject.
-        block: (B, d) float64, what the last edited block puts out there.
-        passes: Where to go on: over the bare prompts, then over the other contexts, `TOGETHER` facts each.
-    """
-
-    keys: Tensor
-    outputs: Tensor
-    block: Tensor
-    passes: tuple[SubjectPass, ...]
+    keys: Tensor  # (B, d_k) float64, at the subject over all contexts, see `averaged_keys`
+    outputs: Tensor  # (B, d) float64, what the projection puts out at the bare prompt's subject
+    block: Tensor  # (B, d) float64, what the last edited block puts out there
+    passes: tuple[SubjectPass, ...]  # where to go on: over the bare prompts, then the contexts of `TOGETHER` facts each
 
     @property
     def nbytes(self) -> int:
@@ -73,15 +66,10 @@ class Reading:
 
 @dataclass(frozen=True)
 class ContextReading:
-    """What ROME reads of a batch; nobody writes into it.
+    """What ROME reads of a batch; nobody writes into it."""
 
-    Attributes:
-        keys: (B, contexts, d_k) float64, the keys at the subject in every context.
-        outputs: (B, contexts, d) float64, what the projection puts out there.
-    """
-
-    keys: Tensor
-    outputs: Tensor
+    keys: Tensor  # (B, contexts, d_k) float64, at the subject in every context
+    outputs: Tensor  # (B, contexts, d) float64, what the projection puts out there
 
     @property
     def nbytes(self) -> int:
@@ -131,14 +119,7 @@ class ReadCache:
 
 
 class Subjects:
-    """One batch on its way up.
-
-    Args:
-        adapter: The model.
-        tokenizer: Its tokenizer.
-        requests: B facts.
-        contexts: Texts before the prompts, the first one ``""``.
-    """
+    """One batch of B facts on its way up, in contexts of which the first is ``""``."""
 
     def __init__(
         self, adapter: ModelAdapter, tokenizer: Any, requests: Sequence[EditRequest], contexts: Sequence[str]
@@ -255,15 +236,9 @@ class PreservedKeys:
         return max((sum(k.shape[1] for k in self.blocks(name)) for name in names), default=0)
 
     def factor(self, name: str, base: CholeskyFactor, written: Sequence[Tensor] = ()) -> CholeskyFactor:
-        """The factor of ``A + sum K_p K_p^T`` of a weight; only what is new since the last call is worked in.
+        """The factor of ``A + sum K_p K_p^T`` of a weight, from A's; what was worked in before is not again.
 
-        Args:
-            name: The weight's name.
-            base: The factor of A.
-            written: Further keys (d_k, B): of facts that the present batch has written already.
-
-        Raises:
-            fastcov.BadInput: Keys are of another width than A.
+        Keys (d_k, B) of facts that the present batch has `written` already are preserved as well.
         """
         blocks = (*self.blocks(name), *written)
         if not blocks:
@@ -383,17 +358,10 @@ class Workspace:
     def targets(
         self, requests: Sequence[EditRequest], config: EditConfig, *, stored: bool = True, together: bool = False
     ) -> list[Target]:
-        """Target vectors on the model as it is.
+        """Target vectors on the model as it is, one for each fact; none where the method has none.
 
-        Args:
-            requests: The facts.
-            config: The settings.
-            stored: Whether stored vectors may serve and new ones be stored. Not so between two writes of one batch,
-                when the weights are in a state that no key can name.
-            together: See `fastmemit.targets.stored_or_optimised`.
-
-        Returns:
-            A target for each fact; none where the method has no target vectors.
+        With `stored` the store serves and takes new ones: not so between two writes of one batch, when no key can name
+        the weights. For `together` see `fastmemit.targets.stored_or_optimised`.
         """
         self.adapter.look()
         settings = config.targets()
@@ -570,20 +538,7 @@ def run(
     targets: Mapping[EditRequest, Target] | None = None,
     text: PreservedText | None = None,
 ) -> Edit:
-    """Compute an edit; the weights are the same before and after. To be called inside `fastcov.hooks.isolated`.
-
-    Args:
-        config: The settings.
-        work: What it is made of.
-        facts: The facts, written together.
-        preserved: Keys of earlier edits that this one shall preserve too, which those of this one join; None stands for
-            none, but for those of all edits in the weights where they belong to the method.
-        reads: Where to cache what the unedited model shows.
-        targets: Target vectors by fact, in the place of those of the model as it is.
-        text: Text whose keys are preserved too, as they are before the edit.
-
-    Returns:
-        The edit, not applied.
+    """Compute an edit as `fastmemit.Editor.plan` does, by settings that are complete; inside `fastcov.hooks.isolated`.
 
     Raises:
         BadConfig: Targets or text are given for a method that has none.
@@ -665,14 +620,7 @@ def _given(
 
 
 def averaged_keys(keys: Tensor) -> Tensor:
-    """Half the bare prompt's key, half the mean of the other contexts' (MEMIT, equation 19).
-
-    Args:
-        keys: (B, contexts, d_k), the bare prompt first.
-
-    Returns:
-        K (d_k, B).
-    """
+    """Half the bare prompt's key, half the mean of the others' (MEMIT, equation 19): (B, contexts, d_k) to (d_k, B)."""
     bare = keys[:, 0]
     if keys.shape[1] == 1:
         return bare.T

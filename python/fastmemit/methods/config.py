@@ -17,11 +17,7 @@ from fastmemit.targets import TargetSettings
 
 
 def parse_layers(text: str) -> tuple[int, ...]:
-    """``"4-8"``, ``"4,6"`` or ``"3-5,9"`` as layer numbers, ascending as they are written.
-
-    Raises:
-        BadConfig: A part is neither a number nor a range of numbers.
-    """
+    """``"4-8"``, ``"4,6"`` or ``"3-5,9"`` as layer numbers, ascending as they are written; else a BadConfig."""
     layers: list[int] = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
@@ -112,11 +108,7 @@ class EditConfig:
 
     @classmethod
     def check_name(cls, name: str) -> None:
-        """Refuse what is not a setting of this method.
-
-        Raises:
-            BadConfig: It belongs to another method, which is named, or to none.
-        """
+        """Refuse what is not a setting of this method, by a BadConfig that names the method that it belongs to."""
         own = list(cls.settings())
         if name in own:
             return
@@ -130,11 +122,7 @@ class EditConfig:
         raise BadConfig(f"There is no setting {name!r}; {meant}{has}.")
 
     def replaced(self: Config, changes: Mapping[str, Any]) -> Config:
-        """The settings with some values replaced.
-
-        Raises:
-            BadConfig: A name that is not a setting of the method, or a value out of range.
-        """
+        """The settings with some values replaced; BadConfig for no setting of the method, or one out of range."""
         for name in changes:
             self.check_name(name)
         values = {**vars(self), **changes}
@@ -159,12 +147,7 @@ class EditConfig:
         return getattr(self, "shrinkage", "none") == "ledoit-wolf"
 
     def resolved(self: Config, multiplier: float) -> Config:
-        """The settings with what depends on the statistics put in.
-
-        Args:
-            multiplier: How many keys C has, as a multiple of their width; of the layer that has fewest
-                (`fastmemit.statistics.Statistics.resolved`).
-        """
+        """The settings with what depends on the statistics put in: on how many keys C has, over their width."""
         return self
 
     @property
@@ -461,11 +444,7 @@ CONFIGS: dict[str, type[EditConfig]] = {cls.method: cls for cls in _CLASSES}
 
 
 def config_class(method: str) -> type[EditConfig]:
-    """The class of a method's settings.
-
-    Raises:
-        BadConfig: There is no such method.
-    """
+    """The class of a method's settings; a BadConfig if there is no such method."""
     if not isinstance(method, str) or method not in CONFIGS:
         near = difflib.get_close_matches(method, METHODS, 1) if isinstance(method, str) else ()
         meant = f"did you mean {near[0]!r}? Choose" if near else "choose"
@@ -476,12 +455,9 @@ def config_class(method: str) -> type[EditConfig]:
 def find_config(
     adapter: ModelAdapter, method: str | EditConfig, changes: Mapping[str, Any] | None = None
 ) -> EditConfig:
-    """The settings for a model: its preset if there is one, else defaults made from its shape.
+    """The settings for a model: its preset if there is one, else defaults made from its shape, with changes by name.
 
-    Args:
-        adapter: The model.
-        method: One of `METHODS`, or settings, which are taken as they are but for what they leave to the model.
-        changes: Values by name that replace the preset's, or those of the settings.
+    Settings in the place of a method's name are taken as they are, but for what they leave to the model.
 
     Raises:
         BadConfig: An unknown method, a setting that is not the method's, or a value out of range.
@@ -604,11 +580,7 @@ def defaults(adapter: ModelAdapter, cls: type[EditConfig], asked: tuple[int, ...
 
 
 def candidates(adapter: ModelAdapter) -> list[int]:
-    """The layers that a default may choose from, ascending: those that can be edited.
-
-    Raises:
-        BadLayer: There is none.
-    """
+    """The layers that a default may choose from, ascending: those that can be edited; a BadLayer if none can."""
     found = list(adapter.layers)
     if not found:
         raise BadLayer(

@@ -37,17 +37,11 @@ RIDGE = 1.0  # the I of ``H^T H + I``
 
 @dataclass(frozen=True)
 class Moments:
-    """Mean and deviations of features that came in several parts.
+    """Mean and deviations of features that came in several parts."""
 
-    Attributes:
-        count: How many features there were.
-        mean: (w,) float64.
-        squares: (w,) float64, the sum of squared deviations from the mean.
-    """
-
-    count: int
-    mean: Tensor
-    squares: Tensor
+    count: int  # features
+    mean: Tensor  # (w,) float64
+    squares: Tensor  # (w,) float64, the sum of squared deviations from the mean
 
     @classmethod
     def of(cls, features: Tensor) -> Moments:
