@@ -74,12 +74,7 @@ SHAPES = {
 
 
 def shape_of(name: str) -> Shape:
-    """A shape by its name in `SHAPES`, or of a model's folder, of which only config.json is read.
-
-    Raises:
-        BadConfig: It is neither.
-        UnknownArchitecture: The edited projection of that model cannot be told.
-    """
+    """A shape by its name in `SHAPES`, or of a model's folder, of which only config.json is read; else BadConfig."""
     if name in SHAPES:
         return SHAPES[name]
     if not (Path(name) / "config.json").is_file():

@@ -89,24 +89,15 @@ def lock_of(home: Path) -> Path:
 
 @contextmanager
 def alone(path: Path, what: str, *, wait: bool = True) -> Iterator[bool]:
-    """Wait until no other process is inside with the same path, and keep the others out.
+    """Keep other processes out that come with the same path, and wait for one inside; yields whether there is a lock.
 
     The system frees the lock of a process that ends, however it ends. On a file system without locks nobody waits, nor
     where the file is one that another user let nobody read: what is written inside must be written by atomic renames,
     so that both processes finish and one of two equal files stays. Two threads of a process wait for each other as two
     processes do.
 
-    Args:
-        path: The lock's file, which only a killed process leaves behind, empty and without harm, also to other users;
-            its folder is made.
-        what: What the other process is doing, for the message of one that waits.
-        wait: Whether to wait for it; without, a lock that another process has is none.
-
-    Yields:
-        Whether there is a lock.
-
-    Raises:
-        OSError: The file cannot be made: the folder cannot be written.
+    A killed process alone leaves the file behind, empty and without harm, also to other users. Its folder is made; an
+    OSError says that it cannot be. Who waits says `what` the other does; without `wait`, a lock of another's is none.
     """
     shared_folder(path.parent)
     begun, told = time.monotonic(), False
@@ -139,15 +130,9 @@ class _NoLocks(Exception):
 
 
 def _taken(path: Path) -> Callable[[], None] | None:
-    """Take the lock if it is free; how to give it back, or None.
-
-    Unlike filelock, which keeps its file for ever and retries whatever flock says, this removes the file and tells a
-    lock that is held from a file system without locks.
-
-    Raises:
-        PermissionError: The folder cannot be written.
-        _NoLocks: There are no locks, or none for this user.
-    """
+    """Take the lock if it is free: how to give it back, or None; _NoLocks if there are none, or none for this user."""
+    # Unlike filelock, which keeps its file for ever and retries whatever flock says, this removes the file and tells a
+    # lock that is held from a file system without locks.
     if sys.platform == "win32":
         return _taken_on_windows(path)
     flags = getattr(os, "O_CLOEXEC", 0)
@@ -207,12 +192,7 @@ _ABSENT = object()
 
 
 def provenance_of(path: Path) -> dict[str, Any]:
-    """What a stored moment says that it is of, complete.
-
-    Raises:
-        FastcovError: There is no such file.
-        StoreDamaged: Its header is not what was written, or a field, which is named, is missing or something else.
-    """
+    """What a stored moment says that it is of, complete; a StoreDamaged names the field that is missing or wrong."""
     stored = fastcov.read_provenance(path)
     for field in lacking_fields(stored):
         raise fastcov.StoreDamaged(
@@ -260,12 +240,7 @@ def _is_number(value: object) -> bool:
 
 
 def is_stored(path: Path, shared: dict[str, Any], module: str, budget: int) -> bool:
-    """Whether the moment of a module with so many keys is stored already; `shared` is what all modules' are of.
-
-    Raises:
-        StoreDamaged: The file is not what was written.
-        StoreMismatch: The file of this name is of something else.
-    """
+    """Whether a module's moment of so many keys is there; StoreMismatch if it is of something else than `shared`."""
     if not path.is_file():
         return False
     stored = provenance_of(path)
@@ -280,13 +255,7 @@ def stored_modules(home: Path) -> list[str]:
 
 
 def compare_provenance(path: Path, stored: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-    """Refuse a file that is of something else than expected, field by field.
-
-    Compared is all that statistics depend on, and those of `OWN` that are expected.
-
-    Raises:
-        StoreMismatch: A field differs, or only one of them has it.
-    """  # noqa: DOC501 (by _mismatch)
+    """Refuse (StoreMismatch) a file of something else, in what statistics depend on or what is expected of `OWN`."""
     found = {**essence(stored), **{name: stored.get(name) for name in OWN if name in expected}}
     wanted = {**essence(expected), **{name: expected[name] for name in OWN if name in expected}}
     for field in (*wanted, *found):
@@ -307,13 +276,7 @@ def _mismatch(path: Path, field: str, stored: object, expected: object) -> fastc
 
 
 def provenances_in(home: Path, modules: Sequence[str], model: str) -> list[dict[str, Any]]:
-    """What the moments of some modules in a folder say that they are of: one collection, which the folder is called by.
-
-    Raises:
-        FastcovError: There is no file of a module.
-        StoreDamaged: A file's header is not what was written, or lacks a field.
-        StoreMismatch: A file is of another model, module or collection.
-    """  # noqa: DOC501 (by _mismatch)
+    """What moments in a folder say that they are of: one collection, that of its name; else a StoreMismatch."""
     stored = {name: provenance_of(home / f"{name}.safetensors") for name in modules}
     key = re.search(r"-([0-9a-f]{12})$", home.name)
     right = [p for p in stored.values() if key is not None and _digest(p) == key[1]]
@@ -343,11 +306,7 @@ def _described(provenance: Mapping[str, Any]) -> str:
 
 
 def check_moment(path: Path, provenance: Mapping[str, Any], moment: fastcov.SecondMoment) -> None:
-    """Refuse a moment that does not hold as many keys as its provenance says.
-
-    Raises:
-        StoreDamaged: The numbers contradict each other.
-    """
+    """Refuse, by a StoreDamaged, a moment that does not hold as many keys as its provenance says."""
     budget, keys = provenance["budget"], provenance.get("keys", provenance["budget"])
     numbers = [("keys", keys, moment.count)]
     if "source" not in provenance:  # other codebases count keys, and know of no budget
@@ -410,18 +369,10 @@ def write_moments(
 def copy_moments(
     paths: dict[str, Path], provenance: Mapping[str, Any], folder: Path, home: str | None = None
 ) -> dict[str, Path]:
-    """The files of some statistics in another folder of a model's statistics, where a file that is there already stays.
+    """The files of some statistics, by module, in another folder of a model's; a file that is there already stays.
 
-    Args:
-        paths: Module name -> file, all in one folder.
-        provenance: What all of them are of.
-        folder: The folder of the model's statistics.
-        home: The name for their own folder in it; None takes the one that they have.
-
-    Raises:
-        StoreDamaged: A file is not what was written.
-        StoreMismatch: A file is of something else.
-        OSError: A file cannot be written.
+    They go into `home` in it, by default called as the folder that they are in. One that is not what was written, or of
+    something else than the provenance, is refused as by `compare_provenance`.
     """
 
     def check(path: Path, name: str) -> None:

@@ -74,12 +74,7 @@ def together(*, timeout: float = TIMEOUT) -> Iterator[Processes | None]:
 
 @contextmanager
 def for_verb(verb: str, divided: Sequence[str]) -> Iterator[None]:
-    """What the command line runs a verb in; the verbs in `divided` can be divided between processes.
-
-    Raises:
-        BadConfig: torchrun started several processes for one that cannot.
-        FailedElsewhere: The same, in all processes but the first.
-    """
+    """What the command line runs a verb in; BadConfig if torchrun started several processes for one not `divided`."""
     if not started():
         yield
         return
@@ -103,21 +98,13 @@ def started() -> bool:
 
 
 def local_device(device: str | None) -> str | None:
-    """The first GPU of this process where several share a machine, if a GPU was asked for or none.
-
-    Raises:
-        BadConfig: There are more processes on this machine than GPUs.
-    """
+    """The first GPU of this process where several share a machine, if a GPU was asked for or none; else a BadConfig."""
     own = own_gpus() if device in (None, "cuda") else None
     return device if own is None else f"cuda:{own[0]}"
 
 
 def own_gpus() -> list[int] | None:
-    """The GPUs of this process: an equal share of the machine's; None where it may take all.
-
-    Raises:
-        BadConfig: There are more processes on this machine than GPUs.
-    """
+    """This process's equal share of the machine's GPUs, None where it may take all; BadConfig if they are too few."""
     if not started() or not torch.cuda.is_available():
         return None
     rank, here = (int(os.environ.get(f"LOCAL_{name}", "0")) for name in ("RANK", "WORLD_SIZE"))
@@ -132,16 +119,7 @@ def own_gpus() -> list[int] | None:
 
 
 def agreed(processes: Processes, identity: Mapping[str, Any], missing: Sequence[str]) -> list[str]:
-    """The modules that have to be collected, because some process does not find their files.
-
-    Args:
-        processes: Those that collect.
-        identity: What is collected, which must be the same for all.
-        missing: The modules whose files this process does not find, in the order of `identity`.
-
-    Raises:
-        BadConfig: The processes are about to collect different things.
-    """
+    """The modules that some process does not find files of; BadConfig if they are about to collect different things."""
     said = processes.gather("what is missing", [dict(identity), list(missing)])
     ours = said[processes.rank][0]  # as JSON gives it back
     for rank, (theirs, _) in enumerate(said):
@@ -156,14 +134,7 @@ def agreed(processes: Processes, identity: Mapping[str, Any], missing: Sequence[
 
 
 def save_once(processes: Processes, path: Path, moment: fastcov.SecondMoment, provenance: Mapping[str, Any]) -> None:
-    """Let the first process write a moment; where the others do not see it, they write their own.
-
-    So each machine has it, whether they share a disk or not.
-
-    Raises:
-        FailedElsewhere: Another process failed.
-        OSError: The file cannot be written.
-    """
+    """Let the first process write a moment; one that does not see it then, on another machine, writes its own."""
     if processes.first:
         fastcov.save_moment(path, moment, provenance)
     processes.gather(path.name)

@@ -202,14 +202,8 @@ class Statistics(Described):
 class StatisticsStore:
     """The second moments of one model in a folder, those in use, and the factors that edits solve with.
 
-    Args:
-        adapter: The model.
-        tokenizer: Its tokenizer.
-        stack: The edits that are in its weights.
-        folder: Where moments are stored, ``statistics`` and ``snapshots`` in it.
-        name: What to call the model in files; it identifies nothing.
-        seed: Seed for the order of documents where a collection has none.
-        progress: Show a bar for each long step.
+    Its folder has ``statistics`` and ``snapshots`` in it; the name there identifies nothing. The seed is for the order
+    of documents where a collection has none.
 
     Attributes:
         current: The statistics in use, if any are.
@@ -494,12 +488,7 @@ class StatisticsStore:
     def add(
         self, shared: dict[str, Any], moments: Mapping[str, tuple[fastcov.SecondMoment, dict[str, Any]]]
     ) -> Statistics:
-        """Store moments that were not collected here, over former ones of the same provenance, and use them.
-
-        Args:
-            shared: What all of them are of, beside `identity`.
-            moments: Module name -> moment, and what it alone is of.
-        """
+        """Store moments made elsewhere, by module with what each alone is of, over former ones, and use them."""
         paths = write_moments(self._home, {**self.identity, **shared}, moments)
         found = Statistics(paths, common_provenance([provenance_of(path) for path in paths.values()]))
         self.use(found)
@@ -508,11 +497,7 @@ class StatisticsStore:
     # -- using ------------------------------------------------------------------------------------
 
     def use(self, found: Statistics) -> None:
-        """Take these statistics for edits from now on.
-
-        Raises:
-            WrongModel: They are of another model.
-        """
+        """Take these statistics for edits from now on; a WrongModel if they are of another one."""
         if found is self.current:
             return
         if found.provenance.get("model") != self._stack.fingerprint:
@@ -527,12 +512,9 @@ class StatisticsStore:
     def find(
         self, layers: Sequence[int] | None, multiplier: float | None = None, *, quartic: bool = False
     ) -> Statistics | None:
-        """The newest stored statistics of this model that have all these layers (None: whichever), or None.
+        """The newest stored statistics of this model with all these layers (None: whichever), or None.
 
-        Args:
-            layers: The layers that are needed; None takes whatever is stored together.
-            multiplier: Only those of this multiplier, if given.
-            quartic: Rather older ones that were collected with fourth powers.
+        Of a multiplier, if given; with `quartic` rather older ones that were collected with fourth powers.
 
         Raises:
             StoreDamaged: A file's header is not what was written, or lacks a field.
@@ -557,11 +539,7 @@ class StatisticsStore:
 
     @isolated()
     def covering(self, layers: Sequence[int], *, quartic: bool = False) -> Statistics:
-        """The statistics in use if they cover these layers, else the newest stored ones that do, used from now on.
-
-        Raises:
-            fastcov.FastcovError: There are none.
-        """
+        """Statistics with these layers: those in use, else the newest stored, used from now on, else FastcovError."""
         names = {self._adapter.projection_name(layer) for layer in layers}
         if self.current is None or not names <= self.current.paths.keys():
             found = self.find(layers, quartic=quartic)
@@ -581,12 +559,8 @@ class StatisticsStore:
     def factor(self, config: CovarianceConfig, layer: int) -> CholeskyFactor:
         """The factor of a layer's ``A = w C + ridge I`` in float64, on the weight's device, made where it is not held.
 
-        C is shrunk first where the settings say so, and the relative ridge joins the ridge.
-
-        Raises:
-            fastcov.NotPositiveDefinite: No jitter was enough.
-            fastcov.BadInput: Ledoit-Wolf needs more than was collected.
-            fastcov.StoreDamaged: The second moment's file is not what was written.
+        C is shrunk first where the settings say so, and the relative ridge joins the ridge. Errors are those of
+        `fastcov.factorize`, of the shrinkage and of the second moment's file.
         """
         used = self.needed(config)
         d_k = self._adapter.d_k(layer)
@@ -621,9 +595,6 @@ class StatisticsStore:
 
         A symmetric eigenproblem of the key width: about a second at 1,536 on one core, and in time as the width's cube.
         It takes four to five matrices of float64 while it is made, and after that the basis, at most one.
-
-        Raises:
-            fastcov.StoreDamaged: The second moment's file is not what was written.
         """
         used, relative = self.covering(config.layers), config.null_relative
         kind = (config.null_threshold if relative is None else 0.0, relative)
