@@ -174,36 +174,21 @@ def _run(
 
 @dataclass(frozen=True)
 class Reply:
-    """What a model makes of one fact as it is now.
+    """What a model makes of one fact as it is now."""
 
-    Attributes:
-        asked: The prompt as it was put to the model, behind its lead if it has one (`fastmemit.text.lead`).
-        probability: Of the whole new answer.
-        said: Whether the new answer is what the model says: each token the most probable one.
-        says: The new answer, or what the model says instead: its most probable tokens, as many as the answer has and
-            three at least.
-        at_start: Of a prompt with a lead: whether the new answer is said without it; else None.
-    """
-
-    asked: str
-    probability: float
-    said: bool
-    says: str
-    at_start: bool | None
+    asked: str  # the prompt as it was put to the model, behind its lead if it has one (`fastmemit.text.lead`)
+    probability: float  # of the whole new answer
+    said: bool  # whether the new answer is what the model says: each token the most probable one
+    says: str  # the new answer, or the most probable tokens instead, as many as it has and three at least
+    at_start: bool | None  # of a prompt with a lead: whether the new answer is said without it
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one fact.
-
-    Attributes:
-        request: The fact.
-        before: The model's reply before the edit; its `Reply.says` is the former answer.
-        after: The reply after the edit.
-    """
+    """What became of one fact."""
 
     request: EditRequest
-    before: Reply
+    before: Reply  # without the edit; its `Reply.says` is the former answer
     after: Reply
 
     @property
@@ -221,20 +206,7 @@ class Outcome:
 
 @isolated()
 def ask(adapter: ModelAdapter, tokenizer: Any, requests: Sequence[EditRequest]) -> list[Reply]:
-    """Ask a model for facts, as it is now.
-
-    Args:
-        adapter: The model.
-        tokenizer: Its tokenizer.
-        requests: The facts; only `target_new` is looked for.
-
-    Returns:
-        A reply for each, in their order.
-
-    Raises:
-        BadRequest: No token stands before an answer, or a prompt is longer than the model's context.
-        FastmemitError: The model's logits are NaN or infinite.
-    """
+    """Ask a model for facts, as it is now: a reply for each, in their order; only `target_new` is looked for."""
     fronts = [lead(tokenizer, request) for request in requests]
     asked = [front + request.text for front, request in zip(fronts, requests, strict=True)]
     bare = [index for index, front in enumerate(fronts) if front]
@@ -271,11 +243,7 @@ def compare(requests: Sequence[EditRequest], before: Sequence[Reply], after: Seq
 
 
 def verdict(outcomes: Sequence[Outcome]) -> str:
-    """In words how many facts are now what the model says, and which are not.
-
-    Returns:
-        One line; and a second one if facts hold only behind other text.
-    """
+    """How many facts are now what the model says, and which not; in a second line those that hold behind other text."""
     missed = [each for each in outcomes if not each.said]
     count = len(outcomes)
     lines = [f"{count - len(missed)} of {count} {'fact is' if count == 1 else 'facts are'} now what the model says"]

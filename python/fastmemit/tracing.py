@@ -141,12 +141,7 @@ class Chosen(NamedTuple):
 
 
 def encode_fact(tokenizer: Any, request: EditRequest) -> TracedFact:
-    """Tokenise a fact and its true answer.
-
-    Raises:
-        BadRequest: It has no true answer; its subject shares a token with the answer; or no token stands between the
-            two, so that there is nothing to trace.
-    """
+    """Tokenise a fact and its true answer; a BadRequest where no token between subject and answer can be traced."""
     if request.target_true is None:
         raise BadRequest(
             f"The fact {request.text!r:.80} has no target_true, whose probability is traced; "
@@ -309,15 +304,9 @@ class Spot(NamedTuple):
 class Runs:
     """The clean, corrupted and restored runs of n spots, `samples` noisy rows each; those of one spot lie together.
 
-    Args:
-        adapter: The model, in evaluation mode.
-        spots: The spots, with equally many noise samples and S tokens from the restored one on, which stands in column
-            P; earlier tokens to the left of it, padded on the left.
-        kinds: What will be restored.
-
-    Attributes:
-        clean: (n,) probability of each answer in the clean run, float32.
-        corrupted: (n, samples) the same with the subject hidden by noise.
+    The spots have equally many noise samples and S tokens from the restored one on, which stands in column P; earlier
+    tokens to the left of it, padded on the left. The model is in evaluation mode. `clean` (n,), float32, are
+    probabilities of each answer, `corrupted` (n, samples) the same with the subject hidden by noise.
     """
 
     def __init__(self, adapter: ModelAdapter, spots: Sequence[Spot], kinds: Sequence[Kind]) -> None:

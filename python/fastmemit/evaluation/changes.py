@@ -29,40 +29,24 @@ KINDS = ("fact", "paraphrase", "neighbour", "prompt")
 
 @dataclass(frozen=True)
 class Watched:
-    """A prompt at which a model is watched.
+    """A prompt at which a model is watched."""
 
-    Attributes:
-        kind: One of `KINDS`.
-        prompt: The text.
-        new: The new answer of the fact that it is about, as it stands behind the prompt; None for a prompt alone.
-        front: What the prompt is asked behind; see `fastmemit.text.lead`.
-    """
-
-    kind: str
+    kind: str  # one of `KINDS`
     prompt: str
-    new: str | None = None
-    front: str = ""
+    new: str | None = None  # the new answer of its fact, as it stands behind the prompt; None for a prompt alone
+    front: str = ""  # what the prompt is asked behind; see `fastmemit.text.lead`
 
 
 @dataclass(frozen=True)
 class Change:
-    """What an edit made of one prompt.
-
-    Attributes:
-        watched: The prompt.
-        before: The unedited model's continuation, of `SHOWN` tokens.
-        after: The edited model's.
-        old: The former answer: the first words of `before`, or its first line where there is no fact.
-        old_probability: Of the former answer, before and after; None where it is no text.
-        new_probability: Of the new answer, before and after; None where there is none.
-    """
+    """What an edit made of one prompt."""
 
     watched: Watched
-    before: str
-    after: str
-    old: str
-    old_probability: tuple[float, float] | None
-    new_probability: tuple[float, float] | None
+    before: str  # the unedited model's continuation, of `SHOWN` tokens
+    after: str  # the edited model's
+    old: str  # the former answer: the first words of `before`, or its first line where there is no fact
+    old_probability: tuple[float, float] | None  # of the former answer, before and after; None where it is no text
+    new_probability: tuple[float, float] | None  # of the new answer; None where there is none
 
     @property
     def same(self) -> bool:
@@ -71,15 +55,7 @@ class Change:
 
 
 class Observer:
-    """Watches a model at some prompts: made before an edit, asked after it.
-
-    Args:
-        editor: The editor of the model, as it is before.
-        watched: The prompts.
-
-    Raises:
-        BadRequest: A prompt gives no token, or is longer than the model's context.
-    """
+    """Watches a model at some prompts: made before an edit, asked after it; a BadRequest for one that cannot run."""
 
     def __init__(self, editor: Editor, watched: Iterable[Watched]) -> None:
         self._editor = editor
@@ -151,11 +127,7 @@ def watched_facts(tokenizer: Any, records: Iterable[Record], *, facts: bool = Tr
 
 
 def read_prompts(tokenizer: Any, path: Path) -> list[Watched]:
-    """The prompts in a file: lines of text, or records, whose paraphrases and neighbours are taken.
-
-    Raises:
-        BadData: The file cannot be read, or holds no prompt.
-    """
+    """The prompts in a file: lines of text, or records' paraphrases and neighbours; a BadData if there is none."""
     check_file(path, BadData)
     lines = [line.text.strip() for line in read_lines(path, BadData) if line.text.strip()]
     if lines and lines[0].startswith(("{", "[")):

@@ -83,11 +83,7 @@ class Result(dict[str, Any]):
         ]
 
     def to_pandas(self) -> Any:
-        """A pandas data frame with a row for each record: its shares before and after, such as ``ps_after``.
-
-        Raises:
-            BadConfig: pandas is not installed.
-        """
+        """A pandas data frame with a row a record, its shares as ``ps_after``; a BadConfig without pandas."""
         return data_frame(
             {
                 "case_id": record["case_id"],
@@ -144,11 +140,7 @@ class Measures:
         return cls("attributes" in wanted, "generation" in wanted, references)
 
     def check(self, records: Sequence[Record]) -> None:
-        """See that the records have what is asked for, before any work is done.
-
-        Raises:
-            BadData: zsRE and CounterFact records are mixed, or a prompt or a text is missing.
-        """
+        """See, before any work, that the records are of one kind and have what is asked for; else BadData."""
         zsre = sum(isinstance(record, ZsreRecord) for record in records)
         if 0 < zsre < len(records):
             raise BadData(
@@ -229,11 +221,7 @@ def measure_answers(editor: Editor, records: Sequence[Record]) -> list[Record]:
 
 
 def chat_record(tokenizer: Any, record: Record) -> Record:
-    """A record whose every prompt is a question in chat; see `fastmemit.text.chat_request`.
-
-    Raises:
-        BadConfig: The tokenizer has no chat template.
-    """
+    """A record whose every prompt is a question in chat; see `fastmemit.text.chat_request`, also for its BadConfig."""
 
     def turns(prompts: Sequence[str]) -> tuple[str, ...]:
         return tuple(chat_text(tokenizer, prompt) for prompt in prompts)

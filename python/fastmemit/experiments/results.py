@@ -153,11 +153,7 @@ def as_published(method: str | EditConfig, settings: Mapping[str, Any] | None = 
 
 
 def check_header(path: Path, header: Mapping[str, Any], what: str = "a sweep") -> None:
-    """Write the header of a new folder, or see that it is that of the lines in the folder; methods may be added.
-
-    Raises:
-        BadData: The folder holds something else, or its header cannot be read.
-    """
+    """Write a new folder's header, or see that it is that of the lines there (BadData); methods may be added."""
     wanted = json.loads(json.dumps(header))
     if path.is_file():
         try:
@@ -183,13 +179,7 @@ def check_header(path: Path, header: Mapping[str, Any], what: str = "a sweep") -
 
 
 def with_defaults(method: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings that were written down, with those that there were none of at that time.
-
-    And without those of other methods, which were written down too once, and changed nothing.
-
-    Raises:
-        TypeError: They are no object.
-    """
+    """Stored settings with the defaults that were added since, without those of other methods; else a TypeError."""
     if not isinstance(settings, Mapping):
         raise TypeError(f"the settings of {method:.40} are {settings!r:.40}")
     own = {**CONFIGS[method].settings(), **as_published(method)}
@@ -220,11 +210,7 @@ def timing(editor: Editor, key: str, seconds: Any) -> dict[str, Any]:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file of lines; what a killed process left of the last one is left out.
-
-    Raises:
-        BadData: Another line is not a JSON object with a key, or this is no file.
-    """  # noqa: DOC501 (a ValueError is caught here)
+    """The objects of a file of lines, without what a killed process left of the last; a BadData names a bad line."""
     if not path.is_file():
         raise BadData(f"{str(path)!r} is not a file; put the results there that a sweep wrote.")
     lines = _content(path).split(b"\n")
@@ -263,11 +249,7 @@ def _content(path: Path) -> bytes:
 
 
 def read_results(*folders: Path, name: str = RESULTS) -> dict[str, dict[str, Any]]:
-    """The finished cells of sweeps by key, or their timings, those of shards and of compressed files included.
-
-    Raises:
-        BadData: A line is damaged, or two files have different results of one cell.
-    """
+    """Finished cells (or timings) by key, of shards and compressed files too; a BadData where two files differ."""
     found: dict[str, dict[str, Any]] = {}
     where: dict[str, Path] = {}
     stem = name.removesuffix(".jsonl")
@@ -285,11 +267,7 @@ def read_results(*folders: Path, name: str = RESULTS) -> dict[str, dict[str, Any
 
 
 def read_unedited(path: Path, fingerprint: str, cases: Sequence[int]) -> dict[int, dict[str, Any]] | None:
-    """The unedited model's scores in ``unedited.json``, by case; None if they are of another model or other cases.
-
-    Raises:
-        BadData: The file is not what was written.
-    """  # noqa: DOC501 (a ValueError is caught here)
+    """The scores in ``unedited.json`` by case, None if of another model or other cases; BadData for anything else."""
     if not path.is_file():
         return None
     try:
@@ -400,16 +378,7 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def collect(folders: Sequence[Path]) -> Collected:
-    """Read the folders of one or several sweeps of the same model.
-
-    Equal cells are merged. A last line without its end is what a killed process leaves; it is left out, with a warning.
-
-    Raises:
-        BadData: A folder does not exist or holds no sweep, no cell is finished, a line is damaged, or two files hold
-            different results of one cell.
-        DamagedFile: A cell is not what a sweep writes; the message names its key and the field.
-        WrongModel: The folders are of different models.
-    """
+    """Read the folders of one or several sweeps of the same model; for its errors see `report.write_report`."""
     if not folders:
         raise BadData("No folder to report on; name at least one that a sweep has written.")
     sweeps = tuple(_read_sweep(folder) for folder in folders)

@@ -180,12 +180,7 @@ def _entropy(editor: Editor, records: Sequence[Record]) -> Callable[[], float] |
 
 
 def read_sequences(path: Path, batches: int) -> dict[str, list[dict[str, Any]]]:
-    """The lines of the runs that have reached their last batch, by the run's name.
-
-    Raises:
-        BadData: A line is not JSON.
-        DamagedFile: A line is not what a run writes.
-    """
+    """The lines of the runs that have reached their last batch, by the run's name; errors as of `run_sequences`."""
     found: dict[str, list[dict[str, Any]]] = {}
     for line in results.read_lines(path) if path.is_file() else ():
         check_step(f"The step {line['key']!r:.80} of {str(path)!r}", line)
@@ -194,11 +189,7 @@ def read_sequences(path: Path, batches: int) -> dict[str, list[dict[str, Any]]]:
 
 
 def check_step(place: str, line: Mapping[str, Any]) -> None:
-    """Refuse what is no line of a file of steps: a `Step`, its multiplier and whether it preserves.
-
-    Raises:
-        DamagedFile: A field is missing or is something else; the message begins with `place`.
-    """
+    """Refuse, by a DamagedFile that begins with `place`, what is no `Step` beside its multiplier and `preserve`."""
     kinds = {
         **dict.fromkeys(("edits", "facts", "failed"), COUNT),
         **dict.fromkeys(("scores", "before"), Kind((dict,))),

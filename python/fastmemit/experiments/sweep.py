@@ -170,13 +170,7 @@ def parse_methods(text: str) -> tuple[str, ...]:
 
 
 def parse_batches(sizes: str | None, numbers: str | None) -> dict[int, int]:
-    """``"1,16,64"`` and ``"1000,10,5"``, one for each size or one for all, as batch sizes and how many of each.
-
-    Without sizes they are those of Table 1, and without numbers as many as there.
-
-    Raises:
-        BadConfig: A part is no whole number above 0, sizes and numbers do not go together, or Table 1 lacks the size.
-    """
+    """``"1,16"`` and ``"1000,10"``, or one for all, as batch sizes and how many; None is Table 1's; or a BadConfig."""
     wrong = "{} is not a whole number above 0; write batch sizes, and how many, as 1,16,64."
     wanted = tuple(TABLE_1) if sizes is None else _each("batch size", sizes, lambda part: _whole(part, 1), wrong)
     if numbers is None:
@@ -242,9 +236,6 @@ def precompute_multipliers(
     stored at each of them. What is stored already is not run again: a pass that was interrupted goes on at the last
     budget it met. Multipliers are in ascending order; None, which comes last, is the full precompute, or as much as the
     corpus has.
-
-    Raises:
-        BudgetNotMet: The corpus is too short for one of the numbers.
     """
     if not layers:
         return dict.fromkeys(multipliers)
@@ -317,23 +308,14 @@ class Rates:
 
 @dataclass(frozen=True)
 class Forecast:
-    """What the unfinished cells of a sweep will take, at most: early stopping and what is stored take off.
+    """What the unfinished cells of a sweep will take, at most: early stopping and what is stored take off."""
 
-    Attributes:
-        grid: The sweep, with names for methods.
-        places: The cells that are not finished.
-        targets: The settings of the target vectors of each, by its key.
-        rates: As measured.
-        full: Keys of the full precompute, as far as the corpus is known to go.
-        width: Of the widest edited layer.
-    """
-
-    grid: Grid
-    places: Sequence[Place]
-    targets: Mapping[str, TargetSettings]
-    rates: Rates
-    full: float
-    width: int
+    grid: Grid  # with names for methods
+    places: Sequence[Place]  # the cells that are not finished
+    targets: Mapping[str, TargetSettings]  # of the target vectors of each, by its key
+    rates: Rates  # as measured
+    full: float  # keys of the full precompute, as far as the corpus is known to go
+    width: int  # of the widest edited layer
 
     def seconds(self, batches: Mapping[int, int] | None = None, full: float = math.inf) -> dict[str, float]:
         """Stage -> seconds; those of other numbers of batches, by size, or of a smaller full precompute."""
@@ -389,11 +371,7 @@ def forecast(
 ) -> Forecast | None:
     """What `run_sweep` will take here, measured with a few records, steps of target vectors and tokens.
 
-    None where every cell is finished. Nothing is stored.
-
-    Raises:
-        BadData: There are too few records, or the folder holds a damaged line.
-        FastmemitError, FastcovError: What can go wrong with targets and statistics.
+    None where every cell is finished. Nothing is stored. Errors are those of `run_sweep`.
     """
     grid = grid.of_model(editor.config)
     finished = results.read_results(inputs.folder) if inputs.folder.is_dir() else {}

@@ -143,11 +143,7 @@ class Group:
 
 
 def group_cells(cells: Sequence[Cell], *, resamples: int = RESAMPLES) -> list[Group]:
-    """Sort cells of one model into groups, in their order, and work out every interval.
-
-    Raises:
-        BadData: Two cells stand in the same place under different names.
-    """
+    """Sort cells of one model into groups, in their order, with every interval; BadData for two in one place."""
 
     def place(cell: Mapping[str, Any], **other: Any) -> str:
         return json.dumps([{**cell, **other}[name] for name in _PLACE], sort_keys=True)
