@@ -305,15 +305,10 @@ def _is_entry(entry: object) -> bool:
 
 @isolated()
 def add_low_rank(weight: Tensor, left: Tensor, right: Tensor) -> None:
-    """``weight += left @ right^T`` in place, rounded once to the weight's dtype.
+    """``weight += left @ right^T`` in place, factors (rows, B) and (columns, B) float32, rounded once to its dtype.
 
     The one place where factors meet a weight, so that a delta gives the same bits whether it was just computed or comes
     from a file.
-
-    Args:
-        weight: (rows, columns), any floating dtype and device.
-        left: (rows, B) float32.
-        right: (columns, B) float32.
     """
     weight.copy_(_sum(weight, left, right))
     torch.clear_autocast_cache()  # which would go on with a copy of the former weight

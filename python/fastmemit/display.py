@@ -137,23 +137,14 @@ class Described:
 
 
 class Rows(list[Any]):
-    """A list of results with a line for each in a notebook, and as a data frame.
-
-    Args:
-        rows: The results.
-        columns: What a result shows: column -> value.
-    """
+    """A list of results with a line for each in a notebook, and as a data frame; `columns` makes a line of one."""
 
     def __init__(self, rows: Iterable[Any], columns: Callable[[Any], Mapping[str, Any]]) -> None:
         super().__init__(rows)
         self._columns = columns
 
     def to_pandas(self) -> Any:
-        """A pandas data frame with a row for each.
-
-        Raises:
-            BadConfig: pandas is not installed.
-        """
+        """A pandas data frame with a row for each; BadConfig where pandas is not installed."""
         return data_frame(map(self._columns, self))
 
     def __repr__(self) -> str:
@@ -165,11 +156,7 @@ class Rows(list[Any]):
 
 
 def data_frame(rows: Iterable[Mapping[str, Any]]) -> Any:
-    """Rows as a pandas data frame.
-
-    Raises:
-        BadConfig: pandas is not installed.
-    """
+    """Rows as a pandas data frame; BadConfig where pandas is not installed."""
     try:
         import pandas
     except ImportError:

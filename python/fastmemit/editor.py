@@ -317,19 +317,11 @@ class Editor(Described):
         strict: bool = False,
         **overrides: Any,
     ) -> Edit:
-        """Compute an edit and apply it.
+        """Compute an edit and apply it; arguments are those of `plan`, and two more.
 
-        Args:
-            facts: The facts, written together.
-            method: See `plan`, also for preserved, reads and overrides.
-            preserved: See `plan`.
-            reads: See `plan`.
-            targets: See `plan`.
-            preserve: See `plan`.
-            verify: Ask each fact before and after, as it is written: the answers are in `Edit.outcomes`, and one that
-                is not what the model says is named in a warning. False for loops that score the model themselves.
-            strict: Take the edit back if the model does not say all of its facts.
-            overrides: See `plan`.
+        With `verify` each fact is asked before and after, as it is written: the answers are in `Edit.outcomes`, and one
+        that is not what the model says is named in a warning. False is for loops that score the model themselves. With
+        `strict` the edit is taken back if the model does not say all of its facts.
 
         Raises:
             MissedFacts: `strict`, and a fact is not what the model says.

@@ -72,11 +72,7 @@ class Chain:
         return self._links[-1].checksum if self._links else checksum(self._copies[0])
 
     def covered(self, weight: Tensor) -> Tensor:
-        """A copy of the weight's bits, which another delta is about to cover.
-
-        Raises:
-            BadUndo: Adding the last delta again does not give these bits, and there are enough copies of such bits.
-        """
+        """A copy of the weight's bits, which another delta is about to cover; BadUndo if they cannot be had again."""
         place = len(self._links)
         if place in self._copies:
             return self._copies[place]
@@ -105,11 +101,7 @@ class Chain:
             self._pinned.discard(place)
 
     def before(self) -> Tensor:
-        """The bits below the last delta; the caller does not write to them.
-
-        Raises:
-            BadUndo: Adding the deltas again does not give them.
-        """
+        """The bits below the last delta, not to be written to; BadUndo where adding again does not give them."""
         place = len(self._links) - 1
         start = max(below for below in self._copies if below <= place)
         if start == place:
@@ -312,23 +304,17 @@ class _Journal:
 
 
 class EditStack:
-    """The edits that are in a model's weights, in the order in which they came.
+    """The edits that are in a model's weights, in the order in which they came; it does not keep the model alive.
 
-    Edits of the same weight are undone last first: a later one was computed on, and rounded onto,
-    what the earlier ones left.  Edits that share no weight can be undone in any order.
+    Edits of the same weight are undone last first: a later one was computed on, and rounded onto, what the earlier ones
+    left. Edits that share no weight can be undone in any order.
 
     What is written is noted down first. Whatever is raised in between, an interrupt or the lack of memory, the weights
     are those without the edit, or the edit is on record; where a second interrupt stopped that from being put right,
     the next use of the stack does it.
 
-    Threads that share a model take turns: `lock` is held while weights change.
-
-    Args:
-        model: The model whose weights are edited; it is not kept alive.
-
-    Attributes:
-        lock: Held by whoever reads or writes weights that must not change meanwhile.
-        record: What the folder that the model was loaded from says of edits in its weights; see `delta.read_record`.
+    Threads that share a model take turns: `lock` is held by whoever reads or writes weights that must not change
+    meanwhile. `record` is what the folder of the model says of edits in its weights; see `delta.read_record`.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -374,12 +360,7 @@ class EditStack:
 
     @property
     def fingerprint(self) -> str:
-        """The fingerprint of the model without any edit of this stack.
-
-        Raises:
-            WrongModel: It was never taken and edits are applied now; or something else has changed the model since it
-                was taken.
-        """
+        """The model's fingerprint without any edit of this stack; WrongModel where it cannot be known any more."""
         with self.lock:
             if self._fingerprint is None:
                 if self._layers:

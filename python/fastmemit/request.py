@@ -234,11 +234,7 @@ Fact = EditRequest | Mapping[str, Any] | tuple[str, str, str]
 
 
 def as_requests(facts: Fact | Iterable[Fact]) -> list[EditRequest]:
-    """Facts as requests, one or many.
-
-    Raises:
-        BadRequest: One cannot be read as a fact.
-    """
+    """Facts as requests, one or many; a BadRequest for what cannot be read as a fact."""
     triple = isinstance(facts, tuple) and len(facts) == 3 and all(isinstance(part, str) for part in facts)
     one = triple or isinstance(facts, EditRequest | Mapping | str) or not isinstance(facts, Iterable)
     listed = [facts] if one else facts
@@ -258,13 +254,7 @@ def _as_request(fact: Fact) -> EditRequest:
 
 
 def check_batch(facts: Fact | Iterable[Fact]) -> list[EditRequest]:
-    """The facts as requests, if they can be written together.
-
-    Raises:
-        BadRequest: There are none, or one cannot be read as a fact.
-        BadRequest: Two have the same subject and prompt; one batch cannot hold both answers, and writing the same
-            one twice makes the exact solve singular.
-    """
+    """The facts as requests, at least one, if they can be written together: no two of one prompt; else a BadRequest."""
     batch = as_requests(facts)
     if not batch:
         raise BadRequest("There is no request to edit; give at least one.")

@@ -133,11 +133,7 @@ def _metrics(text: str) -> tuple[str, ...]:
 
 
 def describe(method: str | None = None) -> str:
-    """The settings of a method, or of all, with what they are by default and what they mean.
-
-    Raises:
-        BadConfig: There is no such method.
-    """
+    """The settings of a method, or of all, with their defaults and meanings; a BadConfig for no such method."""
     from fastmemit.methods.config import CONFIGS, config_class
 
     classes = list(CONFIGS.values()) if method is None else [config_class(method)]

@@ -101,19 +101,14 @@ def _multiplier(value: Any, name: str) -> Any:
 class LiveStack(EditStack):
     """The edits in a model that others edit too, read off the weights.
 
-    Attributes:
-        written: What the weights were with an edit of ours as the last, and the edit.
-
-    Args:
-        model: The model.
-        baseline: The unedited model's fingerprint; None counts the model as it is as unedited.
+    Without a `baseline`, the unedited model's fingerprint, the model as it is counts as unedited.
     """
 
     def __init__(self, model: nn.Module, baseline: str | None) -> None:
         super().__init__(model)
         self._now = self._watch.identify(model)
         self._fingerprint = baseline or self._now
-        self.written: list[tuple[str, Edit]] = []
+        self.written: list[tuple[str, Edit]] = []  # what the weights were with an edit of ours as the last, and it
 
     def changed(self) -> list[str]:
         """Nothing: whatever changes the weights is an edit here."""
@@ -469,13 +464,7 @@ def layer_stats(
 
 
 def located(model: nn.Module, tokenizer: Any, layer_name: str) -> tuple[Live, int]:
-    """The model's memory, and the number of the layer that a projection is of.
-
-    Raises:
-        BadConfig: There is no number in the name.
-        BadLayer: There is no such layer.
-        UnknownArchitecture: The name leads to no linear map.
-    """
+    """The model's memory, and the number of the layer in a projection's name; a BadConfig if there is none in it."""
     names = layer_name.split(".")
     place = next((place for place, part in enumerate(names) if part.isdecimal()), None)
     if place is None:

@@ -177,11 +177,7 @@ def check_honoured(fields: Mapping[str, Any], name: str) -> None:
 
 
 def target_settings(fields: Mapping[str, Any], layer: int, adapter: ModelAdapter) -> TargetSettings:
-    """How MEMIT's hyper-parameters have target vectors optimised at a layer, whatever the method that asks for them.
-
-    Raises:
-        BadConfig: A value that is out of range or cannot be honoured, or the loss is not read at the last block.
-    """
+    """How MEMIT's hyper-parameters have target vectors optimised at a layer, for any method; else a BadConfig."""
     check_honoured(fields, "hparams")
     values = {setting: v for setting, v in _THEIRS.items() if setting in _OF_TARGETS}
     config = MemitConfig(layers=(layer,), **{**values, **_settings(fields, "hparams", _OF_TARGETS)})

@@ -385,12 +385,7 @@ def likeness(diagonal: Tensor, mean_squares: Tensor) -> Likeness:
 
 
 def check_likeness(editor: Editor, moments: Mapping[str, SecondMoment]) -> None:
-    """Refuse moments, by module, that are unlike those of the unedited model's own keys.
-
-    Raises:
-        WrongModel: One is of another layer, another model, or not a sum of as many keys as it says; or the model is
-            edited.
-    """
+    """Refuse moments, by module, that are unlike those of the unedited model's own keys, by a WrongModel."""
     if editor.edits:
         raise WrongModel(
             f"{counted(len(editor.edits), 'edit is', 'edits are')} in the weights, and statistics belong to the "

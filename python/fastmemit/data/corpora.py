@@ -167,11 +167,7 @@ def corpus_from_texts(name: str, texts: Iterable[str]) -> Corpus:
 
 
 def corpus_of_lines(path: Path) -> Corpus:
-    """A text file of which each line is a document, prompts for example; of a JSON file what `load_corpus` has.
-
-    Raises:
-        BadCorpus: There is no such file, it is not UTF-8, or there is no text in it.
-    """
+    """Each line of a text file as a document, prompts for example; a JSON file as by `load_corpus`, with its errors."""
     if path.suffix.lower() in _JSON:
         return load_corpus(path)
     check_file(path, BadCorpus)
@@ -362,23 +358,15 @@ def corpus_batches(
     skip: int = 0,
     reading: Callable[[int], None] | None = None,
 ) -> Iterator[Iterator[Mapping[str, Any]]]:
-    """Batches of the first tokens of a corpus, for `fastcov.collect_moments`.
+    """Batches of the first `tokens` tokens of a corpus, padding aside, for `fastcov.collect_moments`.
 
     Text is read, tokenised, padded and pinned by a thread, which is gone when the context is left; nothing else may use
     the tokenizer inside. A corpus that the model writes is read by the caller's own thread, as the batches are asked
-    for. The batches are the same either way.
+    for. The batches are the same either way; how large they are depends on the device.
 
-    Args:
-        corpus: Where the text comes from.
-        tokenizer: The model's tokenizer.
-        device: Where the model takes its input; how large the batches are depends on it.
-        tokens: How many tokens there shall be in all, padding aside, those before `start` included.
-        context: Cut documents at so many tokens.
-        seed: Seed for the document order.
-        start: How many of them to pass over: they are read and tokenised, and not in the batches but where later ones
-            of their document need them.
-        skip: How many at the beginning of each document are no keys, and not counted either.
-        reading: Called, in the caller's thread, with the number of tokens of each document read.
+    Documents are cut at `context` tokens, of which the first `skip` are no keys and do not count. Tokens before `start`
+    count and are read, but are in a batch only where later ones of their document need them. `reading` is called, in
+    the caller's thread, with the number of tokens of each document read.
     """
     ahead: Prefetcher[Mapping[str, Any]] = Prefetcher(_READ_AHEAD)
     threaded = not corpus.by_model

@@ -199,11 +199,7 @@ def load_splits(spec: str, error: type[Exception], fix: str) -> dict[str, Any]:
 
 
 def open_stream(spec: str, error: type[Exception], fix: str) -> tuple[Any, HubName, str]:
-    """One split as a stream, ``train`` where none is named; nothing is downloaded as a whole.
-
-    Returns:
-        The stream, what it is of (with its split), and the revision of the data set.
-    """
+    """One split as a stream (``train`` if none is named), what it is of, and its revision; nothing is loaded whole."""
     wanted = parse_name(spec, error)
     split = wanted.split or "train"
     try:

@@ -53,19 +53,12 @@ Asked = tuple[str, tuple[str, ...]]  # a prompt, and the answers that are right,
 
 @dataclass(frozen=True)
 class Probe:
-    """A question about what follows from an edit, or must not.
+    """A question about what follows from an edit, or must not."""
 
-    Attributes:
-        kind: What it asks, such as ``"alias"``.
-        asked: Its forms, each with all answers that count.
-        every: Whether all forms must be answered, or one.
-        conditions: What the unedited model must answer for the question to count.
-    """
-
-    kind: str
-    asked: tuple[Asked, ...]
-    every: bool = False
-    conditions: tuple[Asked, ...] = ()
+    kind: str  # what it asks, such as ``"alias"``
+    asked: tuple[Asked, ...]  # its forms, each with all answers that count
+    every: bool = False  # whether all forms must be answered, or one
+    conditions: tuple[Asked, ...] = ()  # what the unedited model must answer for the question to count
 
 
 @dataclass(frozen=True)
@@ -168,11 +161,7 @@ def load_requests(path: str | Path) -> list[EditRequest]:
 
 
 def listed_records(records: Sequence[_Some], path: str | Path) -> list[_Some]:
-    """The records that a file lists by ``case_id``, in its order: a JSON list of numbers, or a number a line.
-
-    Raises:
-        BadData: The file cannot be read or holds something else; a number is there twice, or is no record's.
-    """
+    """The records that a file lists by ``case_id``, in its order, as a JSON list or one a line; else a BadData."""
     by_case = {record.case_id: record for record in records}
     found: dict[int, _Some] = {}
     for value in read_values(Path(path), BadData):

@@ -345,11 +345,7 @@ class _Group(NamedTuple):
 
 
 class Patterns:
-    """Patterns in the order in which PEFT tries them.
-
-    Raises:
-        ValueError: One is more than is matched here, and is in the message; or all are too long.
-    """
+    """Patterns in the order in which PEFT tries them; a ValueError names one that is more than is matched here."""
 
     def __init__(self, patterns: list[str]) -> None:
         if sum(map(len, patterns)) > _MAX_TEXT:

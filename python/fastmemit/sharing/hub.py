@@ -318,13 +318,7 @@ def check_repo(repo: str) -> str:
 
 @contextmanager
 def told_plainly(repo: str, doing: str) -> Iterator[None]:
-    """Turn what the hub's library raises into one sentence; the disk's own errors pass.
-
-    `doing` is "fetched" or "written".
-
-    Raises:
-        FastmemitError: The hub refused, or cannot be reached.
-    """
+    """Turn what the hub refuses ("fetched" or "written") into one FastmemitError; the disk's own errors pass."""
     try:
         yield
     except Exception as error:
@@ -429,13 +423,7 @@ edit.undo()  # bit for bit
 
 
 def model_card(base: str, entries: Sequence[Mapping[str, Any]], source: Path | None) -> str:
-    """The card of an edited model: that of the folder it came from, if there is one, with a section of its edits.
-
-    Args:
-        base: The base model's name.
-        entries: The edits that are in the weights; see `fastmemit.delta.Delta.entries`.
-        source: The folder that the model was loaded from.
-    """
+    """The card of an edited model: that of the folder it came from, if any, with a section of its `Delta.entries`."""
     file = None if source is None else source / CARD
     if file is not None and file.is_file() and file.stat().st_size <= _CARD_BYTES:
         card = file.read_text(encoding="utf-8", errors="replace")
