@@ -29,14 +29,14 @@ bool has_amx_bf16() { return has_avx512f() && amx_bf16::supported(); }
 
 constexpr Variant kVariants[] = {
 #if defined(FASTCOV_AMX)
-    {"amx_bf16", has_amx_bf16, amx_bf16::run, amx_bf16::peak},
+    {"amx_bf16", has_amx_bf16, amx_bf16::run, amx_bf16::peak, nullptr, 0},
 #endif
 #if defined(FASTCOV_X86)
-    {"avx512_bf16", has_avx512_bf16, avx512_bf16::run, avx512_bf16::peak},
-    {"avx512f", has_avx512f, avx512f::run, avx512f::peak},
-    {"avx2", has_avx2, avx2::run, avx2::peak},
+    {"avx512_bf16", has_avx512_bf16, avx512_bf16::run, avx512_bf16::peak, nullptr, 0},
+    {"avx512f", has_avx512f, avx512f::run, avx512f::peak, avx512f::skinny, 64},
+    {"avx2", has_avx2, avx2::run, avx2::peak, avx2::skinny, 32},
 #endif
-    {"portable", always, portable::run, portable::peak},
+    {"portable", always, portable::run, portable::peak, portable::skinny, 64},
 };
 
 }  // namespace

@@ -23,6 +23,20 @@ struct Problem {
   int threads;
 };
 
+// y = x W^T, or x W where `across`, for few rows x and a matrix W (n, k) in float32.
+struct Skinny {
+  const float* x;         // (m, k), or (m, n) where `across`; columns side by side, as in W
+  std::int64_t x_stride;  // in elements, of a row
+  std::int64_t m;         // at most `skinny_most` of the variant
+  const float* w;
+  std::int64_t w_stride;
+  std::int64_t n;
+  std::int64_t k;
+  float* y;  // (m, n), or (m, k) where `across`; without gaps
+  bool across;
+  int threads;
+};
+
 // One compiled variant. `run` throws std::bad_alloc where its workspace cannot be had.
 struct Variant {
   const char* name;
@@ -32,6 +46,9 @@ struct Variant {
   // The rate of independent multiply-adds on registers alone, in GFLOP/s, over so many threads;
   // `dtype` kFloat32 or kFloat64, or kBFloat16 for the variants that multiply pairs of bf16.
   double (*peak)(Dtype dtype, int threads, double seconds);
+  // Products of few rows, up to so many; null where the variant has none of its own.
+  void (*skinny)(const Skinny&);
+  int skinny_most;
 };
 
 // All variants in this build, the fastest first.
@@ -42,14 +59,17 @@ const Variant* variants(int* count);
 namespace portable {
 void run(const Problem&);
 double peak(Dtype, int, double);
+void skinny(const Skinny&);
 }  // namespace portable
 namespace avx2 {
 void run(const Problem&);
 double peak(Dtype, int, double);
+void skinny(const Skinny&);
 }  // namespace avx2
 namespace avx512f {
 void run(const Problem&);
 double peak(Dtype, int, double);
+void skinny(const Skinny&);
 }  // namespace avx512f
 namespace avx512_bf16 {
 void run(const Problem&);

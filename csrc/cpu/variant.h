@@ -41,6 +41,8 @@ using Doubles = Plain<double, FASTCOV_VECTOR_BYTES / 8>;
 using Pairs = BfloatPairs<FASTCOV_VECTOR_BYTES / 4>;
 #endif
 
+#include "skinny.h"
+
 }  // namespace
 
 void run(const Problem& p) {
@@ -56,6 +58,17 @@ void run(const Problem& p) {
   }
 #endif
   Triangle<Floats, FASTCOV_ROWS, FASTCOV_VECTORS>::run(p);
+}
+
+void skinny(const Skinny& p) {
+  if (p.across) {
+    const std::int64_t groups = parts(p.m, kGroupMost);
+    across<2>(p, parts(p.m, groups));
+  } else if (p.m <= kDots) {
+    dots<1>(p);
+  } else {
+    along<1>(p);
+  }
 }
 
 double peak(Dtype dtype, int threads, double seconds) {

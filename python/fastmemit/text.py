@@ -20,6 +20,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from fastcov.hooks import evaluation_mode, input_device, isolated, random_state_kept
+from fastcov.skinny import skinny_products
 from fastmemit.errors import BadConfig, BadRequest, FastmemitError, WrongModel
 from fastmemit.models.running import check_lengths, pad_batch, padding, remembered
 from fastmemit.request import EditRequest
@@ -430,7 +431,7 @@ def continue_rows(
     own = model.generation_config
     model.generation_config = GenerationConfig(eos_token_id=_end(model, tokenizer))
     try:
-        with evaluation_mode(model), random_state_kept(seed):
+        with evaluation_mode(model), skinny_products(model), random_state_kept(seed):
             for group in groups:
                 batch = pad_batch([rows[number] for number in group], side="left", device=input_device(model))
                 out = model.generate(

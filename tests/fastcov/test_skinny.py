@@ -1,0 +1,173 @@
+"""Products of few rows: against float64, in both directions, and left to torch where they are not for the kernel."""
+
+import pytest
+import torch
+from torch import nn
+
+from fastcov import skinny
+from fastcov.kernels.cpu import native, native_missing
+from fastcov.skinny import SkinnyProducts, product, skinny_products
+
+pytestmark = pytest.mark.skipif(native_missing() is not None, reason="the native module is not installed")
+
+ROWS = (*range(1, 10), 12, 13, 15, 16, 17, 28, 31, 32, 33, 48, 49, 64)  # around every change of tiles
+KERNELS = [] if native() is None else native().cpu_skinny_most()
+
+
+@pytest.fixture(params=KERNELS, ids=lambda found: found[0])
+def kernel(request, monkeypatch):
+    """Each kernel of this machine in turn, for matrices of any size; (name, how many rows it takes)."""
+    monkeypatch.setattr(skinny, "_kernel", lambda: request.param)
+    monkeypatch.setattr(skinny, "_SMALLEST", 1)
+    return request.param
+
+
+@pytest.fixture(params=[1, 3])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def numbers(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def close(found, x, weight):
+    """Whether it is x times weight to the rounding of sums in float32."""
+    exact = x.double() @ weight.double()
+    size = x.double().abs() @ weight.double().abs()
+    return bool(((found - exact).abs() <= 1e-6 * size).all())
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (5, 7), (64, 64), (100, 33), (129, 200), (3, 300), (300, 3)])
+def test_every_number_of_rows(kernel, threads, shape):
+    n, k = shape
+    weight = numbers(n, k)
+    for m in (m for m in ROWS if m <= kernel[1]):
+        along, across = numbers(m, k, seed=1), numbers(m, n, seed=2)
+        assert close(product(along, weight), along, weight.T), m
+        assert close(product(across, weight, across=True), across, weight), m
+
+
+def test_rows_that_lie_apart(kernel):
+    wide = numbers(40, 50)
+    weight, x = wide[:, 3:35], numbers(6, 64)[:, ::2]
+    assert not weight.is_contiguous() and not x.is_contiguous()
+    assert close(product(x, weight), x, weight.T)
+    y = numbers(6, 80)[:, ::2]
+    assert close(product(y, weight, across=True), y, weight)
+
+
+def test_infinite_and_missing_numbers_stay(kernel):
+    x, weight = numbers(3, 40), numbers(9, 40)
+    x[1, 4], x[2, 5] = torch.inf, torch.nan
+    found = product(x, weight)
+    assert found[0].isfinite().all() and not found[1].isfinite().any() and found[2].isnan().all()
+
+
+def test_more_rows_than_it_takes(kernel):
+    name, most = kernel
+    with pytest.raises(RuntimeError, match=f"The variant '{name}' has no product of {most + 1} rows."):
+        product(numbers(most + 1, 8), numbers(4, 8))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(5, 24), (2, 3, 24), (24,)])
+def test_linear_and_its_gradient(kernel, shape, bias):
+    layer = nn.Linear(24, 40, bias=bias).requires_grad_(False)
+    x = numbers(*shape).requires_grad_()
+    expected = layer(x)
+    (wanted,) = torch.autograd.grad(expected.sin().sum(), x)
+    with SkinnyProducts():
+        found = layer(x)
+        (gradient,) = torch.autograd.grad(found.sin().sum(), x)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(gradient, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_the_products_of_gpt2(kernel):
+    bias, x, weight = numbers(40), numbers(5, 24).requires_grad_(), numbers(24, 40)
+    expected = torch.addmm(bias, x, weight)
+    (wanted,) = torch.autograd.grad(expected.sin().sum(), x)
+    with SkinnyProducts():
+        found = torch.addmm(bias, x, weight)
+        (gradient,) = torch.autograd.grad(found.sin().sum(), x)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(gradient, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The shapes of the products that the kernel was given."""
+    seen = []
+
+    def watched(x, weight, *, across=False):
+        seen.append((tuple(x.shape), tuple(weight.shape)))
+        return product(x, weight, across=across)
+
+    monkeypatch.setattr(skinny, "product", watched)
+    return seen
+
+
+def test_what_is_left_to_torch(kernel, calls):
+    x, weight = numbers(3, 24), numbers(40, 24)
+    linear = nn.functional.linear
+
+    class Own(torch.Tensor):
+        pass
+
+    with SkinnyProducts():
+        linear(x, weight)
+        assert calls == [((3, 24), (40, 24))]
+        calls.clear()
+        linear(numbers(kernel[1] + 1, 24), weight)  # many rows
+        linear(x[:0], weight)
+        linear(x.bfloat16(), weight.bfloat16())
+        linear(x.double(), weight.double())
+        linear(x, numbers(24, 40).T)  # columns apart
+        linear(x.as_subclass(Own), weight)
+        linear(x, weight, bias=numbers(40))  # by name
+        with torch.autocast("cpu"):
+            assert linear(x, weight).dtype is torch.bfloat16
+        trained = weight.clone().requires_grad_()
+        linear(x, trained).sum().backward()
+        assert trained.grad is not None and not calls
+        with torch.no_grad():
+            linear(x, trained)
+        assert len(calls) == 1
+        with pytest.raises(RuntimeError):  # what torch says of shapes that do not match
+            linear(x, numbers(40, 23))
+    assert len(calls) == 1
+    linear(x, weight)
+    assert len(calls) == 1  # after it was left
+
+
+def test_small_matrices_are_left_to_torch(calls):
+    with SkinnyProducts():
+        nn.functional.linear(numbers(2, 8), numbers(8, 8))
+    assert not calls
+
+
+def test_it_is_left_when_something_is_raised(kernel, calls):
+    with pytest.raises(KeyError), SkinnyProducts():
+        raise KeyError
+    nn.functional.linear(numbers(2, 8), numbers(8, 8))
+    assert not calls
+
+
+def test_only_for_models_that_can_use_it(kernel, monkeypatch):
+    assert isinstance(skinny_products(nn.Linear(8, 8)), SkinnyProducts)
+    assert not isinstance(skinny_products(nn.Linear(8, 8).bfloat16()), SkinnyProducts)
+    monkeypatch.setattr(skinny, "_kernel", lambda: None)
+    assert not isinstance(skinny_products(nn.Linear(8, 8)), SkinnyProducts)
+
+
+def test_without_the_native_module(monkeypatch):
+    monkeypatch.setattr(skinny, "native", lambda: None)
+    skinny._kernel.cache_clear()
+    try:
+        assert skinny._kernel() is None
+    finally:
+        skinny._kernel.cache_clear()
