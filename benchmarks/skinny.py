@@ -79,7 +79,7 @@ def whole(name: str, rounds: int) -> dict[str, Any]:
                             editor.generate([fact[0].format(fact[1])], 32)
                         else:
                             config = editor.config("memit", optimiser=optimiser)
-                            editor.targets([fact], config, store=False)
+                            editor.targets([fact], config, stored=False)
                     taken = time.perf_counter() - wall, time.process_time() - processor
                     if turn:
                         seconds.setdefault(f"{optimiser}, {'ours' if ours else 'torch'}", []).append(taken)
