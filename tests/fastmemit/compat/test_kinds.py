@@ -79,6 +79,8 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
     ("AlphaEdit/hparams/NSE", {**MANY, "alpha": 15, "upper_bound": 100, "max_iterations": 3,
                                "neuron_threshold": 0.8}),
     ("EasyEdit/hparams/UnKE", {**MANY, "fact_token": "last", "ex_data_num": 20, "optim_num_step": 50}),
+    ("EasyEdit/hparams/UltraEdit", {"alg_name": "ULTRAEDIT", "inner_params": ["model.layers.9.mlp.up_proj"], "lr": 1e-6,
+                                    "token": "mask", "batch_size_once": 10, "editor_batch_size": 1024}),
     ("EasyEdit/hparams/GRACE", {"alg_name": "GRACE", "edit_lr": 1.0}),
 ]  # fmt: skip
 
