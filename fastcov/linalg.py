@@ -31,7 +31,8 @@ def factorize(A: Tensor, *, jitters: Sequence[float] = JITTERS, in_place: bool =
 
     The jitters are tried in turn, each times the mean of the diagonal; one that was needed is logged as a warning and
     is on record in the factor, with an estimate of the rank. A matrix that is singular up to rounding counts as failed
-    too. It takes 0.3 of a matrix with `in_place`, else 1.3, jitter or not (for d from 1,024 on).
+    too. It takes 0.3 of a matrix with `in_place`, else 1.3, jitter or not (for d from 1,024 on); on a CUDA device with
+    room for it a whole one more, for one call of the library in place of blocks.
 
     Args:
         A: The matrix (d, d), float32 or float64, a tensor or a NumPy array. Only its lower triangle is read.
@@ -275,7 +276,7 @@ def cholesky_(A: Tensor) -> bool:
         L, info = torch.linalg.cholesky_ex(corner)
         if int(info) != 0:
             return False
-        corner.copy_(corner.triu(1).add_(L))
+        corner.triu_(1).add_(L)
         if stop < d:
             below = A[stop:, start:stop]  # (m, width)
             panel = torch.linalg.solve_triangular(L, below.mT, upper=False)  # (width, m)
@@ -285,9 +286,13 @@ def cholesky_(A: Tensor) -> bool:
 
 
 def block_width(d: int, device: torch.device) -> int:
-    """How many columns `cholesky_` takes at a time for a matrix of width d."""
-    # Fewer than the least leave too little to each matrix product; an accelerator waits for every
-    # block, so there are fewer of them, and nothing is packed there.
+    """How many columns `cholesky_` takes at a time for a float64 matrix of width d, or a smaller one."""
+    # An accelerator waits for every block, so all of it is one where there is room: the library's copy,
+    # and half as much to work in.
+    if device.type == "cuda" and 1.5 * 8 * d * d <= free_memory(device):
+        return d
+    # Fewer than the least leave too little to each matrix product. On an accelerator there are fewer
+    # blocks, and nothing is packed there.
     least, most, blocks = (64, 256, 16) if device.type == "cpu" else (128, 1024, 12)
     return max(least, min(most, d // blocks // 32 * 32))
 

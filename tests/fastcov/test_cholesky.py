@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fastcov import factorize, linalg
 from fastcov.linalg import block_width, cholesky_, mirror
 
 NAN, INF = float("nan"), float("inf")
@@ -77,8 +78,39 @@ def test_the_triangles_mirror_into_each_other():
         assert torch.equal(mirror(work), C.tril() + C.tril(-1).mT)
 
 
-def test_blocks_are_narrow_enough_for_the_memory_and_wide_enough_for_the_products():
+def test_a_cuda_device_with_room_takes_the_matrix_whole(monkeypatch):
+    gpu, d = torch.device("cuda"), 4096
+    free = 1.5 * 8 * d * d
+    monkeypatch.setattr(linalg, "free_memory", lambda device: free)
+    assert block_width(d, gpu) == d
+    free -= 1
+    assert block_width(d, gpu) == 320 and block_width(d, torch.device("cpu")) == 256
+
+
+@pytest.mark.parametrize("case", ["sound", "singular"])
+def test_whole_as_on_such_a_device_it_is_the_same_factor_with_the_same_jitter(monkeypatch, case):
+    """Emulated on the CPU: one call of the library for each attempt, and of what it gives one number is read."""
+    d, calls = 300, []
+    A = positive(d)
+    if case == "singular":
+        A[:, 7], A[7] = A[:, 3], A[3]  # one coordinate twice
+        A[7, 7] = A[3, 3]
+    upper = torch.ones(d, d, dtype=torch.bool).triu(1)
+    wanted = factorize(A.masked_fill(upper, NAN))
+    real = torch.linalg.cholesky_ex
+    monkeypatch.setattr(linalg, "block_width", lambda d, device: d)
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", lambda A: calls.append(len(A)) or real(A))
+    found = factorize(A.masked_fill(upper, NAN))
+    assert found.jitter == wanted.jitter and found.rank == wanted.rank
+    attempts = 1 + linalg.JITTERS.index(found.jitter)
+    assert calls == [d] * attempts and (attempts > 1) == (case == "singular")
+    assert (found.L - wanted.L).norm() <= 1e-6 * wanted.L.norm()
+    assert torch.equal(found.lower[upper], A[upper])
+
+
+def test_blocks_are_narrow_enough_for_the_memory_and_wide_enough_for_the_products(monkeypatch):
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    monkeypatch.setattr(linalg, "free_memory", lambda device: 0.0)
     assert [block_width(d, cpu) for d in (1, 1500, 3072, 16384)] == [64, 64, 192, 256]
     assert [block_width(d, gpu) for d in (1, 1500, 3072, 16384)] == [128, 128, 256, 1024]
     # What a factorisation takes besides: a panel and a copy of it, and two packed on a CPU.
