@@ -4,7 +4,7 @@
         --text wikitext2_test.txt --cells emmet emmet,iterations=3 emmet,preserve=neighbours@1 --out lines.jsonl
     python benchmarks/under_editing.py --report lines.jsonl.xz
 
-A cell is ``unedited``, or a method, settings, and what is preserved beside C with the weight of each token:
+A cell is ``unedited``, or a method, settings, and what is preserved beside C, ``@`` the weight of each token:
 ``neighbours``, neighbours' prompts of other records of the same relations, or ``articles``, as many tokens of articles.
 No prompt is preserved that shares a rare word, such as a name, with what is scored.
 
@@ -119,7 +119,7 @@ def main() -> None:
             config = editor.config(method, **parse_overrides(settings, method))
             editor.precompute(args.corpus, multiplier=10, layers=config.layers)
             named, _, weight = (kept[0] if kept else "").partition("@")
-            preserve = PreservedText.from_text(texts[named], float(weight)) if named else None
+            preserve = PreservedText.from_text(texts[named], float(weight) if weight else None) if named else None
             requests = [one.request for one in batch]
             goal = torch.stack([target.vector for target in editor.targets(requests, config)])
             asked_for = torch.linalg.vector_norm(goal - block_output(editor, config, requests))

@@ -285,8 +285,8 @@ class Editor(Described):
             targets: Target vectors by fact, in the place of those of the model as it is: those of the unedited model
                 serve every method that shares them (`targets`), however many edits lie beneath.
             preserve: Text that this edit shall preserve beside C, such as prompts about neighbours: a file (a text a
-                line), or texts, each token of which counts as much as a fact of the edit; `PreservedText.from_text(...,
-                weight=...)` for another weight.
+                line), or texts, each token of which counts as much as a fact of the edit, and all of them no more than
+                C; `PreservedText.from_text(..., weight=...)` for another weight.
             overrides: Settings of the method that replace the preset's, see `EditConfig`.
 
         Returns:

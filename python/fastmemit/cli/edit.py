@@ -90,8 +90,8 @@ def _edit(args: argparse.Namespace) -> None:
     layers = ", ".join(map(str, config.layers))
     print(f"layers {layers} of {editor.name} edited by {args.method}: {verdict(outcomes)}")
     if text is not None:
-        tokens = edit.delta.provenance["preserved_text"]["tokens"]
-        print(f"preserved beside C: {tokens} tokens of {text.corpus.name}, {text.weight:g} of a fact each")
+        about = edit.delta.provenance["preserved_text"]
+        print(f"preserved beside C: {about['tokens']} tokens of {about['name']}, {about['weight']:.3g} of a fact each")
     print("probability of the new answer, before -> after, and what was said before:")
     for outcome in outcomes:
         print(f"  {outcome.described()}")
@@ -110,7 +110,7 @@ def _preserved(args: argparse.Namespace) -> PreservedText | None:
     from fastmemit.methods import PreservedText
 
     if args.preserve is not None:
-        return PreservedText.from_text(args.preserve, 1.0 if args.preserve_weight is None else args.preserve_weight)
+        return PreservedText.from_text(args.preserve, args.preserve_weight)
     if args.preserve_weight is not None:
         raise BadConfig("--preserve-weight weighs the text of --preserve FILE; give one.")
     return None

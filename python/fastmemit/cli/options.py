@@ -221,8 +221,8 @@ FLAGS: dict[str, dict[str, dict[str, Any]]] = {
         "--check-file": _flag("FILE", "the same for prompts in a file: one a line, or facts with paraphrases and "
                               "neighbours", Path),
         "--preserve": _flag("FILE", "text that shall stay as it is: prompts or paragraphs, one a line", Path),
-        "--preserve-weight": _flag("X", "what a token of it counts, where a fact counts 1, C its weight (default: 1)",
-                                   _real),
+        "--preserve-weight": _flag("X", "what a token of it counts, where a fact counts 1, C its weight w (default: 1, "
+                                   "or less: in all no more than w)", _real),
         "--strict": _switch("if the edited model does not say every fact, save nothing and exit with 1"),
     },
     "edits": {

@@ -261,22 +261,24 @@ class PreservedText:
 
     Attributes:
         corpus: The texts, each run on its own: prompts, or paragraphs.
-        weight: What one token counts, where one fact of the edit counts 1, and all that C stands for w.
+        weight: What one token counts, where one fact of the edit counts 1, and all that C stands for w. None takes 1,
+            or what makes the whole text count w where it has more tokens than that: see `columns`.
 
     Raises:
         BadConfig: The weight is not a finite number above 0.
     """
 
     corpus: Corpus
-    weight: float = 1.0
+    weight: float | None = None
 
     def __post_init__(self) -> None:
         """Refuse a weight that counts nothing."""
-        if isinstance(self.weight, bool) or not (math.isfinite(self.weight) and self.weight > 0):
+        given = 1.0 if self.weight is None else self.weight
+        if isinstance(given, bool) or not (math.isfinite(given) and given > 0):
             raise BadConfig(f"The weight of preserved text must be a finite number above 0 but is {self.weight!r}.")
 
     @classmethod
-    def from_text(cls, text: str | os.PathLike[str] | Iterable[str], weight: float = 1.0) -> PreservedText:
+    def from_text(cls, text: str | os.PathLike[str] | Iterable[str], weight: float | None = None) -> PreservedText:
         """That of a file, see `fastmemit.data.corpora.corpus_of_lines`, or of texts.
 
         Raises:
@@ -287,18 +289,27 @@ class PreservedText:
             return cls(corpus_of_lines(Path(text)), weight)
         return cls(corpus_from_texts("the preserved text", text), weight)
 
-    def columns(self, adapter: ModelAdapter, tokenizer: Any, layers: Sequence[int]) -> tuple[dict[str, Tensor], int]:
-        """Weight name -> P (d_k, m), float64, with ``P P^T = weight * sum k k^T``; and how many keys there were.
+    def columns(
+        self, adapter: ModelAdapter, tokenizer: Any, config: EditConfig
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Weight name -> P (d_k, m), float64, with ``P P^T = weight * sum k k^T``; and the text as provenance has it.
 
-        They are those of the model as it is. There are as many columns as keys, but never more than twice d_k. A text
-        that is longer than the model's context runs in pieces.
+        The keys are those of the model as it is. There are as many columns as keys, but never more than twice d_k. A
+        text that is longer than the model's context runs in pieces.
+
+        Of n tokens each weighs ``min(1, w / n)`` where nobody says what; w is d_k where the method has none.
         """
+        # MEMIT leaves (I + K^T A^-1 K)^-1 of what is missing. A text like C's own makes A = w C (1 + n weight / w)
+        # times as large, and then at most so many times as much is left: no more than twice with n weight <= w.
         adapter.look()
         limit, rows = adapter.max_context, []
         for text in self.corpus.documents():
             ids = encode(tokenizer, text).ids
             rows += [ids[start : start + limit] for start in range(0, len(ids), limit)]
-        weights = {adapter.projection_name(layer): adapter.weight_name(layer) for layer in layers}
+        tokens = sum(map(len, rows))
+        w = getattr(config, "weight", None) or min(map(adapter.d_k, config.layers))
+        weight = min(1.0, w / max(1, tokens)) if self.weight is None else self.weight
+        weights = {adapter.projection_name(layer): adapter.weight_name(layer) for layer in config.layers}
         found: dict[str, Tensor] = {}
         mask = torch.empty(0)
 
@@ -310,14 +321,15 @@ class PreservedText:
                 # R^T R is the same sum, of d_k rows.
                 found[module] = torch.linalg.qr(all_of, mode="r").R if len(all_of) > 2 * all_of.shape[1] else all_of
 
-        tokens = 1 if adapter.right_padding == "none" else READ_TOKENS
+        together = 1 if adapter.right_padding == "none" else READ_TOKENS
         with KeyHooks(adapter.model, list(weights), take) as hooks, evaluation_mode(adapter.model):
-            for batch in length_batches(rows, tokens):
+            for batch in length_batches(rows, together):
                 inputs = pad_batch(batch, device=adapter.device)
                 mask = inputs["attention_mask"]
                 hooks.run(accepted(adapter.model, {**inputs, "use_cache": False}))
-        scale = math.sqrt(self.weight)
-        return {weights[module]: found[module].T * scale for module in weights}, sum(map(len, rows))
+        columns = {name: found[module].T * math.sqrt(weight) for module, name in weights.items()}
+        about = {"name": self.corpus.name, "fingerprint": self.corpus.fingerprint, "texts": len(self.corpus)}
+        return columns, {**about, "tokens": tokens, "weight": weight}
 
 
 @dataclass
@@ -565,7 +577,7 @@ def run(
     used = work.statistics.needed(config)
     if text is not None and not isinstance(config, TargetConfig):
         raise BadConfig(f"{config.method} preserves no keys, so those of a text neither; leave the text out.")
-    columns, tokens = ({}, 0) if text is None else text.columns(work.adapter, work.tokenizer, config.layers)
+    columns, about = ({}, None) if text is None else text.columns(work.adapter, work.tokenizer, config)
     draft: Draft[Any] = Draft(work, config, preserved, reads, columns)
     method = REGISTRY[config.method]
     trial = draft.trial()
@@ -590,9 +602,8 @@ def run(
         provenance["model_revision"] = commit
     if preserved is not None:
         provenance["preserved"] = [edit.delta.digest() for edit in earlier]
-    if text is not None:
-        about = {"name": text.corpus.name, "fingerprint": text.corpus.fingerprint}
-        provenance["preserved_text"] = {**about, "texts": len(text.corpus), "tokens": tokens, "weight": text.weight}
+    if about is not None:
+        provenance["preserved_text"] = about
     if draft.moments:
         provenance["tokens"] = draft.tokens
     if targets is not None:

@@ -9,6 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+import fastcov
+from fastcov import closed_form
+from fastcov.linalg import updated
 from fastmemit.editor import Editor
 from fastmemit.errors import BadConfig, BadCorpus
 from fastmemit.methods import PreservedKeys, PreservedText
@@ -47,8 +50,6 @@ def literal_keys(editor: Editor, layer: int, rows: list[list[int]]) -> Any:
 
 def given_to(editor: Editor, method: str, monkeypatch: pytest.MonkeyPatch, **more: Any) -> tuple[Any, Any, Any]:
     """K and R that a closed form was given, and the change that was made."""
-    from fastcov import closed_form
-
     given: list[Any] = []
     real = getattr(closed_form, method)
 
@@ -96,16 +97,50 @@ def test_the_change_equals_the_formula_with_the_keys_of_every_token(
 
 def test_a_weight_of_two_is_the_text_twice(editor: Editor) -> None:
     once = editor.plan(FACTS, "memit", preserve=PreservedText.from_text(FEW, weight=2), **SETTINGS["memit"]).delta
-    twice = editor.plan(FACTS, "memit", preserve=[*FEW, *FEW], **SETTINGS["memit"]).delta
+    text = PreservedText.from_text([*FEW, *FEW], weight=1)
+    twice = editor.plan(FACTS, "memit", preserve=text, **SETTINGS["memit"]).delta
     for name, (left, right) in once.factors.items():
         torch.testing.assert_close(twice.factors[name][0] @ twice.factors[name][1].T, left @ right.T)
+
+
+@pytest.mark.parametrize(
+    ("method", "w", "text", "weight"),
+    [("memit", 12.0, FEW, 1.0), ("memit", 5.0, FEW, 5 / 10), ("rome", None, FEW, 1.0), ("emmet", None, MANY, 64 / 311),
+     ("alphaedit", 64.0, FEW, 1.0), ("alphaedit", 64.0, MANY, 64 / 311)],
+)  # fmt: skip
+def test_a_text_counts_no_more_than_c_does(
+    editor: Editor, method: str, w: float | None, text: list[str], weight: float
+) -> None:
+    """A token counts 1, and n tokens w at most: 10 and 311 here, and d_k is 64."""
+    settings = {**SETTINGS[method], **({} if method == "alphaedit" else {"weight": w})}
+    config = editor.config(method, **settings)
+    _, about = PreservedText.from_text(text).columns(editor.adapter, editor.tokenizer, config)
+    assert about["weight"] == weight
+    columns, said = PreservedText.from_text(text, weight).columns(editor.adapter, editor.tokenizer, config)
+    assert said == about
+    for name, found in PreservedText.from_text(text).columns(editor.adapter, editor.tokenizer, config)[0].items():
+        assert torch.equal(found, columns[name])
+
+
+def test_at_most_twice_as_much_is_left_of_a_fact_with_a_text_like_c() -> None:
+    """By hand: C = diag(1, 1/4), w = 4 and k = (2, 0) give k A^-1 k = 1, so half of what is missing is left.
+
+    Eight tokens with the mean C make A = (4 + 8 weight) C: of 4/8 each two thirds are left, of 1 each three quarters.
+    """
+    C, k = torch.diag(torch.tensor([1.0, 0.25])).double(), torch.tensor([[2.0], [0.0]]).double()
+    eight = (8 * C).sqrt()  # P P^T is the sum over eight keys
+    base = fastcov.factorize(fastcov.regularised(C, 4.0, 0.0))
+    for factor, left in ((base, 1 / 2), (updated(base, eight * 0.5**0.5), 2 / 3), (updated(base, eight), 3 / 4)):
+        change = closed_form.memit(factor, k, torch.ones(1, 1).double())
+        assert 1 - float(change.left @ change.right.T @ k) == pytest.approx(left)
 
 
 def test_text_joins_the_keys_of_earlier_edits(editor: Editor) -> None:
     """In the object of one's own as in the editor's, and a later edit without the text does not have it."""
     settings, preserved = SETTINGS["memit"], PreservedKeys()
     editor.edit(FACTS[:1], "memit", preserved=preserved, **settings)
-    with_both = editor.plan(FACTS[1:], "memit", preserved=preserved, preserve=FEW, **settings).delta
+    text = PreservedText.from_text(FEW, weight=1)
+    with_both = editor.plan(FACTS[1:], "memit", preserved=preserved, preserve=text, **settings).delta
     name = editor.adapter.weight_name(0)
     (key,) = preserved.blocks(name)
     C = editor.store.covering([0]).second_moment(editor.adapter.projection_name(0)).double().numpy()
@@ -125,8 +160,9 @@ def test_text_joins_the_keys_of_earlier_edits(editor: Editor) -> None:
 def test_a_long_text_runs_in_pieces_of_the_context(editor: Editor, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(type(editor.adapter), "max_context", property(lambda _: 7))
     (ids,) = [editor.tokenizer(MANY[0])["input_ids"]]
-    columns, count = PreservedText.from_text(MANY[:1]).columns(editor.adapter, editor.tokenizer, [1])
-    assert count == len(ids) > 14
+    config = editor.config("rome", **SETTINGS["rome"])
+    columns, about = PreservedText.from_text(MANY[:1], weight=1).columns(editor.adapter, editor.tokenizer, config)
+    assert about["tokens"] == len(ids) > 14
     found = columns[editor.adapter.weight_name(1)]
     wanted = literal_keys(editor, 1, [ids[start : start + 7] for start in range(0, len(ids), 7)]).T
     assert abs((found @ found.T).numpy() - wanted @ wanted.T).max() <= 1e-5 * abs(wanted @ wanted.T).max()
