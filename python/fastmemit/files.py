@@ -338,6 +338,28 @@ def essence(provenance: Mapping[str, Any]) -> dict[str, Any]:
     return {**kept, "corpus": provenance.get("corpus", {}).get("fingerprint")}
 
 
+#: What statistics of one model are told apart by, with what is usual; how a sum was reached is none of it.
+_APART = {"multiplier": None, "context": None, "seed": None, "bos": True, "forward": None}
+
+
+def told_apart(stored: Sequence[Mapping[str, Any]]) -> str:
+    """In what the first of some statistics differ from the others, by their provenance; nothing where they do not.
+
+    Of each field that differs the first one's value is named, and behind it those of the others.
+    """
+
+    def values(one: Mapping[str, Any]) -> dict[str, str]:
+        corpus = one["corpus"]
+        kept = {name: str(one.get(name, usual)) for name, usual in _APART.items()}
+        return {"corpus": f"{corpus['name']!r:.80} ({corpus['fingerprint']:.8})", **kept}
+
+    parts = []
+    for name, value in values(stored[0]).items():
+        if others := dict.fromkeys(said for one in stored if (said := values(one)[name]) != value):
+            parts.append(f"{name} {value} (not {', '.join(others)})")
+    return "; ".join(parts)
+
+
 def _digest(provenance: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(essence(provenance), sort_keys=True).encode()).hexdigest()[:12]
 

@@ -50,6 +50,7 @@ from fastmemit.files import (
     shared_folder,
     shared_of,
     stored_modules,
+    told_apart,
     write_moments,
 )
 from fastmemit.models import ModelAdapter, tokenizer_fingerprint
@@ -172,8 +173,7 @@ class Statistics(Described):
 
     def multiplier_of(self, d_k: int) -> float:
         """How many keys there are, as a multiple of a width."""
-        wanted = fastcov.budget(float(self.provenance["multiplier"]), d_k)
-        return min(wanted, self.keys) / d_k
+        return min(fastcov.budget(float(self.provenance["multiplier"]), d_k), self.keys) / d_k
 
     def resolved(self, adapter: ModelAdapter, config: Config) -> Config:
         """The settings with the relative ridge that they come to, one for all layers.
@@ -306,18 +306,14 @@ class StatisticsStore:
         if self._stack.edits:
             raise WrongModel(
                 f"{counted(len(self._stack.edits), 'edit is', 'edits are')} in the weights, and statistics "
-                "belong to the unedited model; "
-                "undo them first."
+                "belong to the unedited model; undo them first."
             )
         if not spec.layers:
             raise BadConfig("There is no layer to precompute; name at least one.")
+        most, adapter = LIMIT if isinstance(spec.multiplier, str) else spec.multiplier, self._adapter
         for layer in spec.layers:
-            self._adapter.check_layer(layer)
-        most = LIMIT if isinstance(spec.multiplier, str) else spec.multiplier
-        return {
-            self._adapter.projection_name(layer): fastcov.budget(most, self._adapter.d_k(layer))
-            for layer in spec.layers
-        }
+            adapter.check_layer(layer)
+        return {adapter.projection_name(each): fastcov.budget(most, adapter.d_k(each)) for each in spec.layers}
 
     def _context(self, max_length: int | None) -> int:
         limit = self._adapter.max_context
@@ -510,32 +506,49 @@ class StatisticsStore:
 
     @isolated()
     def find(
-        self, layers: Sequence[int] | None, multiplier: float | None = None, *, quartic: bool = False
+        self,
+        layers: Sequence[int] | None,
+        multiplier: float | None = None,
+        *,
+        corpus: str | None = None,
+        context: int | None = None,
+        quartic: bool = False,
     ) -> Statistics | None:
         """The newest stored statistics of this model with all these layers (None: whichever), or None.
 
-        Of a multiplier, if given; with `quartic` rather older ones that were collected with fourth powers.
+        Of a multiplier, of a corpus by its fingerprint and of documents cut at `context` tokens, where they are given;
+        with `quartic` rather older ones that were collected with fourth powers. Where others would do that are of
+        something else, a warning says which are taken.
 
         Raises:
-            StoreDamaged: A file's header is not what was written, or lacks a field.
-            StoreMismatch: A file among those of this model is of something else than its place says.
+            StoreDamaged: The header of a file that would be taken is not what was written, or lacks a field.
+            StoreMismatch: A file that would be taken is of something else than its place says.
         """
         modules = None if layers is None else [*map(self._adapter.projection_name, layers)]
-        wanted = {"multiplier": multiplier, "tokenizer": self._tokenizer_is}
-        homes = [home for home in self._home.glob("*") if home.is_dir()]
-        newest: Statistics | None = None
+        wanted = {"multiplier": multiplier, "corpus": corpus, "context": context, "tokenizer": self._tokenizer_is}
+        found: list[Statistics] = []
+        homes = filter(Path.is_dir, self._home.glob("*"))
         for home in sorted(homes, key=lambda home: home.stat().st_mtime_ns, reverse=True):
             names = stored_modules(home) if modules is None else modules
             paths = {name: home / f"{name}.safetensors" for name in names}
             if not paths or not all(path.is_file() for path in paths.values()):
                 continue
-            said = provenances_in(home, names, self._stack.fingerprint)
-            if all(v is None or said[0].get(k) == v for k, v in wanted.items()):
-                found = Statistics(paths, common_provenance(said))
-                if not quartic or said[0].get("quartic"):
-                    return found
-                newest = newest or found
-        return newest
+            try:
+                said = provenances_in(home, names, self._stack.fingerprint)
+            except (fastcov.StoreDamaged, fastcov.StoreMismatch):
+                if found:  # newer ones are there, and sound
+                    continue
+                raise
+            own = essence(said[0])
+            if all(value is None or own.get(name) == value for name, value in wanted.items()):
+                found.append(Statistics(paths, common_provenance(said)))
+        found.sort(key=lambda each: quartic and not each.provenance.get("quartic"))  # else as they are
+        if found and (apart := told_apart([each.provenance for each in found])):
+            log.warning(
+                "%d stored statistics have these layers; taken are those of %s; to take others, name them "
+                "(--corpus, --multiplier, --max-length; in Python by precompute)", len(found), apart,
+            )  # fmt: skip
+        return found[0] if found else None
 
     @isolated()
     def covering(self, layers: Sequence[int], *, quartic: bool = False) -> Statistics:

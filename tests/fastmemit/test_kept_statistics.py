@@ -214,6 +214,53 @@ def test_find_takes_the_newest_that_has_all_modules(tmp_path: Path) -> None:
     assert found == Statistics(made[0].paths, made[0].provenance)
 
 
+def test_find_says_what_it_took_where_others_would_do(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    editor = tiny_editor(tmp_path, layers=None)
+    homes: list[Path] = []
+    made = [
+        editor.precompute(tiny_corpus(seed=seed), multiplier=multiplier, layers=(0, 1), **more)
+        for seed, multiplier, more in (
+            (0, 4, {}),
+            (0, 2, {"max_length": 16, "bos": False}),
+            (1, 2, {}),
+            (1, 2, {"quartic": True}),
+        )
+    ]
+    for age, each in enumerate(made):
+        homes.append(next(iter(each.paths.values())).parent)
+        os.utime(homes[-1], (1000 + age, 1000 + age))
+
+    def found(**wanted: Any) -> tuple[int | None, list[str]]:
+        """Which of those that were made, and what was said."""
+        caplog.clear()
+        taken = tiny_editor(tmp_path, layers=None).store.find((0, 1), **wanted)
+        return None if taken is None else made.index(taken), caplog.messages
+
+    one, other = ("'tiny" + f"{seed}' ({tiny_corpus(seed=seed).fingerprint:.8})" for seed in (0, 1))
+    context = editor.adapter.max_context
+    last = "; to take others, name them (--corpus, --multiplier, --max-length; in Python by precompute)"
+    assert found() == (3, [
+        f"4 stored statistics have these layers; taken are those of corpus {other} (not {one}); multiplier 2.0 "
+        f"(not 4.0); context {context} (not 16); bos True (not False){last}"
+    ])  # fmt: skip
+    assert found(multiplier=2) == (3, [
+        f"3 stored statistics have these layers; taken are those of corpus {other} (not {one}); "
+        f"context {context} (not 16); bos True (not False){last}"
+    ])  # fmt: skip
+    assert found(quartic=True)[0] == 3
+    # What is asked for is what is taken, and alone it needs no word; fourth powers change no sum.
+    assert found(context=16) == (1, []) and found(multiplier=4) == (0, [])
+    assert found(corpus=tiny_corpus(seed=1).fingerprint) == (3, [])
+    assert found(corpus=tiny_corpus(seed=1).fingerprint, context=16) == (None, []) and found(context=7) == (None, [])
+    # A damaged file is an error where it would be taken, and none behind others.
+    spoilt = next(homes[0].glob("*.safetensors"))
+    spoilt.write_bytes(b"no header")
+    assert found()[0] == 3
+    with pytest.raises(fastcov.StoreDamaged):
+        found(multiplier=4)
+    assert [found(context=16)[0], found(multiplier=2)[0]] == [1, 3]
+
+
 def test_an_edit_without_statistics_says_what_to_do(tmp_path: Path) -> None:
     editor = tiny_editor(tmp_path, layers=None, name="my-model")
     with pytest.raises(fastcov.FastcovError, match=r"\[1\] of my-model; .*fastmemit precompute"):

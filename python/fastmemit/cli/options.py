@@ -457,7 +457,7 @@ def stored_or_collected(
 ) -> Statistics:
     """The statistics of some layers that the flags ask for, used from now on."""
     if args.corpus is None and args.multiplier != "auto":
-        found = editor.store.find(layers, args.multiplier, quartic=quartic)
+        found = editor.store.find(layers, args.multiplier, context=args.max_length, quartic=quartic)
         if found is not None:
             editor.store.use(found)
             print(f"statistics: {found.describe()} (stored)")

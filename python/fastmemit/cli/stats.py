@@ -286,10 +286,11 @@ def _statistics(editor: Editor, args: argparse.Namespace, layers: tuple[int, ...
         configs = [editor.config(method) for method in METHODS]
         every = sorted({layer for config in configs if config.needs_statistics for layer in config.layers})
         return stored_or_collected(editor, layers or every, args)
-    found = editor.store.find(layers, args.multiplier)
+    found = editor.store.find(layers, args.multiplier, context=args.max_length)
     if found is not None:
         return found
     many = "" if args.multiplier is None else f" for the multiplier {args.multiplier:g}"
+    many += "" if args.max_length is None else f" for documents of {args.max_length} tokens"
     which = "" if layers is None else f" of the layers {list(layers)}"
     raise FastcovError(
         f"No second moments{which} of {editor.name} are stored{many}; name a --corpus "

@@ -273,7 +273,8 @@ class Live:
             if not self.stack.edits:  # to collect on the corpus that was named finds what is there, too
                 return None
             multiplier = None if isinstance(multiplier, str) else multiplier
-        found = self.store.find(layers, multiplier)
+        corpus = None if self.settings.corpus is None else self._corpus(self.settings.corpus).fingerprint
+        found = self.store.find(layers, multiplier, corpus=corpus, context=self.settings.max_length)
         if found is None:
             return None
         home = next(iter(found.paths.values())).parent
@@ -297,7 +298,7 @@ class Live:
                 'fastmemit.compat.configure(corpus="FILE.jsonl").'
             )
         try:
-            corpus = open_corpus(spec.corpus, self.adapter.model, self.tokenizer, self.stack.fingerprint, spec.field)
+            corpus = self._corpus(spec.corpus)
         except BadCorpus as error:
             if settings.corpus is not None:
                 raise
@@ -306,6 +307,9 @@ class Live:
                 'fastmemit.compat.configure(corpus="FILE.jsonl"), or corpus="self".'
             ) from error
         return self.store.collect(dataclasses.replace(spec, corpus=corpus))
+
+    def _corpus(self, named: str | os.PathLike[str] | Corpus) -> Corpus:
+        return open_corpus(named, self.adapter.model, self.tokenizer, self.stack.fingerprint, self.settings.field)
 
     def moment(self, layer: int) -> fastcov.SecondMoment:
         """The moment of a layer that is covered, on the CPU."""
