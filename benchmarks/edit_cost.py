@@ -32,10 +32,11 @@ from fastcov.machine import this_machine, versions  # noqa: E402
 from fastmemit import Editor  # noqa: E402
 from fastmemit.data import batches, load_records  # noqa: E402
 
-# Method, optimiser or None, facts in a batch, batches.
+# Method, optimiser or "none" where there are no target vectors, facts in a batch, batches.
 CELLS = [(method, optimiser, size, 16 // size if size > 1 else 4)
          for method in ("memit", "emmet") for optimiser in ("adam", "rotate") for size in (1, 16)]  # fmt: skip
-CELLS += [("rome", "adam", 1, 4), ("rome", "rotate", 1, 4), ("alphaedit", "adam", 16, 1)]
+CELLS += [("rome", "adam", 1, 4), ("rome", "rotate", 1, 4), ("alphaedit", "adam", 16, 1),
+          ("ultraedit", "none", 1, 4), ("ultraedit", "none", 16, 1)]  # fmt: skip
 FIRST = 1040
 
 
@@ -48,9 +49,10 @@ def measure(model: str, data: str, cache: str, method: str, optimiser: str, size
     """One cell, in this process."""
     editor = Editor.from_pretrained(model, device="cpu", dtype="float32", cache_dir=cache)
     records = [one[0] for one in batches(load_records(data), 1, seed=0)][FIRST : FIRST + size * number]
-    config = editor.config(method, optimiser=optimiser)
+    config = editor.config(method, **({} if optimiser == "none" else {"optimiser": optimiser}))
     begun = clocks()
-    editor.precompute("builtin", multiplier=10, layers=config.layers, allow_fewer=True)
+    if config.needs_statistics:
+        editor.precompute("builtin", multiplier=10, layers=config.layers, allow_fewer=True)
     collected = [after - before for before, after in zip(begun, clocks(), strict=True)]
     editor.ask([record.request for record in records[:2]])
     spent = {step: (0.0, 0.0) for step in ("targets", "edit")}
@@ -81,6 +83,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=["smollm2"])
     parser.add_argument("--data", required=True, help="CounterFact records")
+    parser.add_argument("--methods", nargs="+", help="only the cells of these (default: all)")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--cell", nargs=5, help=argparse.SUPPRESS)
     parser.add_argument("--cache", help=argparse.SUPPRESS)
@@ -96,7 +99,7 @@ def main() -> None:
     print("| --- | --- | --- | ---: | ---: | ---: | ---: |")
     for model in args.models:
         with tempfile.TemporaryDirectory() as cache:
-            for cell in CELLS:
+            for cell in [cell for cell in CELLS if args.methods is None or cell[0] in args.methods]:
                 shutil.rmtree(Path(cache) / "targets", ignore_errors=True)
                 words = [sys.executable, __file__, "--data", args.data, "--cache", cache, "--cell", model]
                 ran = subprocess.run([*words, *map(str, cell)], stdout=subprocess.PIPE, text=True, check=True)

@@ -2,12 +2,14 @@
 
     python benchmarks/many_facts.py --facts 1000 --json FILE
     python benchmarks/many_facts.py --facts 1000 --shape --json FILE
+    python benchmarks/many_facts.py --facts 1000 --each --json FILE
 
 A MEMIT edit of SmolLM2-135M's layers 4 to 8, or, with ``--shape``, of both of two blocks with random weights and
 Llama-2-7B's widths (d 4,096, d_k 11,008; SmolLM2's tokenizer, short prompts). Target vectors are drawn at random and
 given, since they cost the same a fact in a batch of any size (benchmarks/targets.py); so nothing is said of scores.
 Seconds are of the processor and of the wall. The peak is what the process held at most beyond what it held before the
-edit.
+edit. With ``--each`` every fact is an edit of its own upon the former ones, all of which are undone at the end: its
+target vector is the block's output moved by a tenth of its length, so that a thousand of them break no weight.
 """
 
 from __future__ import annotations
@@ -31,8 +33,10 @@ from fastmemit.capacity import MACHINES, SHAPES, Shape, plan_edit
 from fastmemit.data import load_records
 from fastmemit.methods.base import Draft, Subjects
 from fastmemit.models import load_model
+from fastmemit.partial_forward import read_at_subject
 from fastmemit.statistics import StatisticsStore
 from fastmemit.targets import Target, TargetStore
+from fastmemit.text import subject_row
 
 DATA = Path(os.environ.get("FASTMEMIT_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
@@ -48,6 +52,45 @@ class Given(TargetStore):
         """A random one."""
         vector = torch.randn(self._d, generator=self._draw)
         return Target(vector, torch.zeros(self._d), (1.0, 0.01))
+
+
+def together(editor: Editor, facts: list[EditRequest], layers: tuple[int, ...]) -> dict[str, Any]:
+    """One edit of all."""
+    before, begun = memory("VmRSS"), clocks()
+    edit = editor.plan(facts, "memit", layers=layers)
+    ended, peak = clocks(), memory("VmHWM")
+    with tempfile.TemporaryDirectory() as folder:
+        edit.save(Path(folder) / "edit.safetensors")
+        size = (Path(folder) / "edit.safetensors").stat().st_size
+    return {
+        "processor_s": round(ended[1] - begun[1], 2),
+        "wall_s": round(ended[0] - begun[0], 2),
+        "peak_bytes": peak - before,
+        "file_bytes": size,
+        "columns": {name: left.shape[1] for name, (left, _) in edit.delta.factors.items()},
+    }
+
+
+def one_by_one(editor: Editor, facts: list[EditRequest], layers: tuple[int, ...]) -> dict[str, Any]:
+    """Edit on edit, then undo them: after how many, what the process holds beyond what it did before, and seconds."""
+    rows = [subject_row(editor.tokenizer, "", fact) for fact in facts]
+    outputs = read_at_subject(editor.adapter, rows, outputs=[editor.adapter.block(layers[-1])])[1][0].float()
+    drawn = torch.randn(outputs.shape, generator=torch.Generator().manual_seed(0))
+    goals = outputs + 0.1 * outputs.norm(dim=1, keepdim=True) * torch.nn.functional.normalize(drawn, dim=1)
+    targets = {fact: Target(goal, start, (1.0, 0.01)) for fact, goal, start in zip(facts, goals, outputs, strict=True)}
+    unedited = [editor.adapter.weight(layer).clone() for layer in layers]
+    before, begun, held = memory("VmRSS"), clocks(), []
+    for number, fact in enumerate(facts, 1):
+        editor.edit([fact], "memit", layers=layers, targets=targets, verify=False)
+        if number in (10, 30, 100, 300, len(facts)):
+            wall, processor = (round(now - then, 2) for now, then in zip(clocks(), begun, strict=True))
+            more = memory("VmRSS") - before
+            held.append({"edits": number, "bytes": more, "processor_s": processor, "wall_s": wall})
+    peak, begun = memory("VmHWM") - before, clocks()
+    for edit in reversed(editor.edits):
+        edit.undo()
+    assert all(torch.equal(editor.adapter.weight(at), one) for at, one in zip(layers, unedited, strict=True))
+    return {"held": held, "peak_bytes": peak, "undo_processor_s": round(clocks()[1] - begun[1], 2)}
 
 
 class Steps:
@@ -100,6 +143,7 @@ def main() -> int:
     parser.add_argument("--facts", type=int, default=1000)
     parser.add_argument("--shape", action="store_true", help="two random blocks of Llama-2-7B's widths")
     parser.add_argument("--contexts", action="store_true", help="read keys in six contexts, not in the prompts alone")
+    parser.add_argument("--each", action="store_true", help="an edit for each fact, on top of one another")
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args()
     model, tokenizer = load_model("smollm2", device="cpu", dtype="float32")
@@ -129,29 +173,19 @@ def main() -> int:
     ):
         steps.wrap(place, function, step)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    before, begun = memory("VmRSS"), clocks()
-    edit = editor.plan(facts[: args.facts], "memit", layers=layers)
-    ended, peak = clocks(), memory("VmHWM")
-    with tempfile.TemporaryDirectory() as folder:
-        edit.save(Path(folder) / "edit.safetensors")
-        size = (Path(folder) / "edit.safetensors").stat().st_size
-    shape = Shape(2, 4096, 11008, 32, 32, 128, len(tokenizer), True, True)
-    if not args.shape:
-        shape = SHAPES["smollm2"]
-    rows = 6 if args.contexts else 1
-    planned = plan_edit(shape, MACHINES["2-core"], layers, args.facts, rows=rows)
     found = {
         "model": "two blocks of Llama-2-7B's widths" if args.shape else "SmolLM2-135M",
         "layers": list(layers),
         "facts": args.facts,
         "contexts": 6 if args.contexts else 1,
-        "processor_s": round(ended[1] - begun[1], 2),
-        "wall_s": round(ended[0] - begun[0], 2),
+        **(one_by_one if args.each else together)(editor, facts[: args.facts], layers),
+    }
+    if not args.each:
+        shape = Shape(2, 4096, 11008, 32, 32, 128, len(tokenizer), True, True) if args.shape else SHAPES["smollm2"]
+        rows = 6 if args.contexts else 1
+        found["planned_bytes"] = plan_edit(shape, MACHINES["2-core"], layers, args.facts, rows=rows).memory
+    found |= {
         "steps_processor_s": {step: round(spent[1], 2) for step, spent in steps.spent.items()},
-        "peak_bytes": peak - before,
-        "planned_bytes": planned.memory,
-        "file_bytes": size,
-        "columns": {name: left.shape[1] for name, (left, _) in edit.delta.factors.items()},
         "threads": torch.get_num_threads(),
         "processor": this_machine(torch.device("cpu")).cpu,
         "torch": torch.__version__,
