@@ -191,3 +191,14 @@ def test_links_between_documents_lead_somewhere(page: str | Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", path.read_text(encoding="utf-8")):
         if "://" not in target:
             assert (path.parent / target).exists(), f"{path.name} links to {target}"
+
+
+def test_no_address_of_the_repository_is_made_up() -> None:
+    """It has none yet; pyproject.toml says what waits for one."""
+    assert PROJECT["project"]["urls"].keys() == {"Paper"}
+    hosts = re.compile(r"(github|gitlab|codeberg|pages)\.\w+/[\w.-]*|\w+\.readthedocs", re.IGNORECASE)
+    known = ("github.com/huggingface", "github.com/google")  # formats and tools that pages link to
+    files = [p for p in ROOT.glob("*.*") if p.suffix in (".md", ".toml", ".cff", ".yml")]
+    files += [*(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").iterdir(), *(ROOT / ".github").rglob("*.yml")]
+    found = [(p.name, m[0]) for p in files for m in hosts.finditer(p.read_text(encoding="utf-8")) if m[0] not in known]
+    assert files and found == []

@@ -29,6 +29,7 @@ from fastmemit.files import (
 )
 from fastmemit.methods import METHODS
 from fastmemit.models import new_folder
+from fastmemit.models.loading import DEMO_MODEL
 from fastmemit.sharing.adapter import CONFIG, WEIGHTS, read_about
 from fastmemit.sharing.composition import facts_of, parts
 from fastmemit.statistics import Statistics
@@ -433,8 +434,7 @@ def model_card(base: str, entries: Sequence[Mapping[str, Any]], source: Path | N
     else:
         from huggingface_hub import ModelCardData
 
-        name = base if _HUB_MODEL.fullmatch(base) else None
-        about = ModelCardData(library_name="transformers", base_model=name, tags=["knowledge-editing"])
+        about = ModelCardData(library_name="transformers", base_model=_base(None, base), tags=["knowledge-editing"])
         card = f"---\n{about.to_yaml()}\n---"
     rows = [
         (*fact_text(fact), fact.get("former", ""), f"{entry['digest'][:12]} by {entry['method']}")
@@ -529,10 +529,11 @@ def _header(
 
 
 def _base(asked: str | None, on_record: Any) -> str | None:
-    """A name that the hub accepts for the base model, or None."""
+    """A name that the hub accepts for the base model, or None: a GGUF file and the demonstration's model have none."""
     if asked is not None and not _HUB_MODEL.fullmatch(asked):
         raise BadConfig(f"{asked!r:.80} is no name of a model on the hub; write USER/NAME.")
-    return asked or (on_record if isinstance(on_record, str) and _HUB_MODEL.fullmatch(on_record) else None)
+    named = isinstance(on_record, str) and _HUB_MODEL.fullmatch(on_record)
+    return asked or (on_record if named and on_record != DEMO_MODEL and not on_record.endswith(".gguf") else None)
 
 
 def _how(delta: Delta) -> list[tuple[str, object]]:

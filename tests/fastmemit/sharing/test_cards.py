@@ -56,6 +56,8 @@ def test_the_header_is_what_the_hub_reads() -> None:
     assert data.license == "apache-2.0" and "memit" in data.tags
     other = ModelCard(edit_card(delta(model_name="../my models"), "me/edit")).data
     assert other.base_model is None and other.license is None
+    for local in ("smollm2", "gemma-3-270m-q4_k_m.gguf"):  # which look like a name on the hub
+        assert ModelCard(edit_card(delta(model_name=local), "me/edit")).data.base_model is None
     named = ModelCard(edit_card(delta(), "me/edit", base_model="openai-community/gpt2-xl")).data
     assert named.base_model == "openai-community/gpt2-xl"
 
