@@ -45,6 +45,7 @@ from fastmemit.models.running import (
     place_rows,
     probe_ids,
     remembered,
+    replaced_output,
     token_states,
     tolerance,
     with_hidden,
@@ -113,11 +114,11 @@ def _goes_on(model: Any) -> bool:
     return False
 
 
-def as_cache(past: Past, passed: int, like: Tensor, shape: tuple[int, int]) -> Cache:
-    """A cache that hands out the past (n, P columns) of the blocks above the `passed` ones and never grows."""
+def as_cache(past: Past, passed: int, like: Tensor, columns: int) -> Cache:
+    """A cache that hands out the past (len(like), columns) of the blocks above the `passed` ones and never grows."""
     # The model asks the first layer how long the past is; the passed-through layers answer with a tensor of that length
     # that has no memory behind it.
-    empty = like.new_zeros(()).expand(shape[0], 1, shape[1], 1)
+    empty = like.new_zeros(()).expand(len(like), 1, columns, 1)
     return Cache(layers=[PrefixLayer(k, v) for k, v in [(empty, empty)] * passed + past])
 
 
@@ -147,9 +148,6 @@ class SuffixForward:
 
     The subjects of the N rows are aligned in column P, prefixes to the left of it (padded on the left), suffixes of up
     to S tokens from it on (padded on the right).
-
-    Attributes:
-        start: (N, d) what is put out at the site at the subject, unchanged, float32.
     """
 
     def __init__(self, adapter: ModelAdapter, layer: int, rows: Sequence[Row], site: Site = "block") -> None:
@@ -178,8 +176,8 @@ class SuffixForward:
                 hooks.enter_context(below.register_forward_hook(lambda _m, _a, out: seen.update(block=out)))
             hooks.enter_context(self._module.register_forward_hook(put_out))
             with suppress(Reached):
-                self._adapter.run(**self._behind(as_cache(past, 0, past[0][0], self._shape)))
-        # Copies, so that the other columns are freed.
+                self._adapter.run(**self._behind(as_cache(past, 0, past[0][0], self._prefix)))
+        # What is put out at the subject, unchanged (N, d). Copies, so that the other columns are freed.
         self.start = self._states(seen["site"])[:, 0].float().clone()
         self._hidden: Tensor | None = None
         self._in_tuple = isinstance(seen.get("block"), tuple)
@@ -224,8 +222,8 @@ class SuffixForward:
 
     @property
     def _shape(self) -> tuple[int, int]:
-        """N rows, and P columns before the subject."""
-        return len(self._lengths), self._prefix
+        """N rows, and S columns from the subject on."""
+        return len(self._lengths), self._batch["input_ids"].shape[1] - self._prefix
 
     def _behind(self, cache: Cache) -> dict[str, Any]:
         """The model's inputs for the suffixes, behind a cache of their prefixes."""
@@ -238,8 +236,7 @@ class SuffixForward:
         }
 
     def _states(self, out: Any) -> Tensor:  # (N, S, d)
-        shape = (len(self._lengths), self._batch["input_ids"].shape[1] - self._prefix)
-        return token_states(out, shape, self._adapter.d, type(self._module).__name__)
+        return token_states(out, self._shape, self._adapter.d, type(self._module).__name__)
 
     def logits(self, value: Tensor, rows: Sequence[int], columns: Sequence[int]) -> Tensor:
         """Logits (M, vocabulary) at rows and columns from the subject, with `value` (N, d) put out at the subjects."""
@@ -247,19 +244,13 @@ class SuffixForward:
         if self._site == "block":
             assert entering is not None
             entering = torch.cat([value.to(entering)[:, None], entering[:, 1:]], dim=1)  # (N, S, d)
-
-        def put(_module: nn.Module, _args: Any, out: Any) -> Any:
-            states = self._states(out)
-            changed = torch.cat([value.to(states)[:, None], states[:, 1:]], dim=1)
-            return with_hidden(out, changed.reshape(hidden_of(out).shape))
-
         like = self.start if self._hidden is None else self._hidden
         with ExitStack() as changes:
             changes.enter_context(begun_at(self._adapter, self._passed, lambda: entering, self._in_tuple))
             if self._site == "projection":
-                changes.enter_context(self._module.register_forward_hook(put))
+                changes.enter_context(replaced_output(self._module, self._shape, value))
             changes.enter_context(head_reads(self._adapter, rows, columns))
-            out = self._adapter.run(**self._behind(as_cache(self._past, self._passed, like, self._shape)))
+            out = self._adapter.run(**self._behind(as_cache(self._past, self._passed, like, self._prefix)))
         logits: Tensor = out.logits[0]
         return logits
 
@@ -279,7 +270,7 @@ class SuffixForward:
         return found
 
 
-def _run_whole(
+def run_whole(
     adapter: ModelAdapter,
     module: nn.Module,
     rows: Sequence[Row],
@@ -325,18 +316,18 @@ class FullForward:
         self._module = adapter.module_at(layer, site)
         groups = [[row] for row in rows] if alone else [self._rows]
         with torch.no_grad():
-            self.start = torch.cat([_run_whole(adapter, self._module, group, ([0], [0]))[0] for group in groups])
+            self.start = torch.cat([run_whole(adapter, self._module, group, ([0], [0]))[0] for group in groups])
 
     def logits(self, value: Tensor, rows: Sequence[int], columns: Sequence[int]) -> Tensor:
         """Logits with what is put out at the subjects replaced; see `SuffixForward.logits`."""
         if not self._alone:
-            return _run_whole(self._adapter, self._module, self._rows, (rows, columns), lambda _: value)[1]
+            return run_whole(self._adapter, self._module, self._rows, (rows, columns), lambda _: value)[1]
         found: dict[int, Tensor] = {}
         for number in sorted(set(rows)):
             reads = [place for place, row in enumerate(rows) if row == number]
             where = ([0] * len(reads), [columns[place] for place in reads])
             one, change = self._rows[number : number + 1], partial(_instead, value[number : number + 1])
-            _, logits = _run_whole(self._adapter, self._module, one, where, change)
+            _, logits = run_whole(self._adapter, self._module, one, where, change)
             found.update(zip(reads, logits, strict=True))
         return torch.stack([found[place] for place in range(len(rows))])
 
@@ -371,7 +362,7 @@ def forward_for(adapter: ModelAdapter, layer: int, rows: Sequence[Row], site: Si
         columns = range(len(rows[number].ids) - rows[number].subject)
         with torch.no_grad():
             one = ([0] * len(columns), columns)
-            whole.append(_run_whole(adapter, adapter.module_at(layer, site), [rows[number]], one, _another))
+            whole.append(run_whole(adapter, adapter.module_at(layer, site), [rows[number]], one, _another))
         reads[0].extend([place] * len(columns))
         reads[1].extend(columns)
     start, want = (torch.cat(parts) for parts in zip(*whole, strict=True))
@@ -475,18 +466,11 @@ class SubjectPass:
         keep: int = 0,
         tried: bool = False,
     ) -> tuple[list[Tensor], list[Tensor], SubjectPass]:
-        """Read activations at each row's subject.
+        """Read what enters (`inputs`) and leaves (`outputs`) some modules, not below `layer`, at each row's subject.
 
         Only the tokens up to the subject run, only from the kept states on and as far up as the last module read, and
-        equal rows run once.
-
-        Args:
-            adapter: The model, the same below block `layer` as when the states were kept.
-            inputs: Modules, not below `layer`, whose input is wanted (an edited projection's input is its key).
-            outputs: Modules, not below `layer`, whose output is wanted.
-            keep: Keep what enters this block, at or above `layer` and at or below every module read; 0 keeps nothing
-                new.
-            tried: It is known that states may be kept there.
+        equal rows run once. Below the block `layer` the model is as when the states were kept. What enters the block
+        `keep`, at or below every module read, is kept (0: nothing new); `tried`: it is known that it may be.
 
         Returns:
             Two lists of float32 tensors (N, width), in the order of `inputs` and `outputs`, and the pass to go on with:

@@ -31,17 +31,8 @@ from fastmemit.answers import judge_answers
 from fastmemit.errors import BadConfig, BadRequest, FastmemitError, UnknownArchitecture, counted
 from fastmemit.models import ModelAdapter
 from fastmemit.models.adapter import linear_shape
-from fastmemit.models.running import (
-    agrees,
-    check_lengths,
-    head_reads,
-    hidden_of,
-    pad_batch,
-    probe_ids,
-    token_states,
-    with_hidden,
-)
-from fastmemit.partial_forward import align, as_cache, begun_at, past_of
+from fastmemit.models.running import agrees, check_lengths, head_reads, hidden_of, probe_ids, replaced_output
+from fastmemit.partial_forward import align, as_cache, begun_at, past_of, run_whole
 from fastmemit.request import EditRequest
 from fastmemit.text import Row, encode_with_target, subject_end
 
@@ -274,20 +265,6 @@ def restored_module(adapter: ModelAdapter, kind: Kind, layer: int) -> nn.Module:
     return next(iter(found.values()))
 
 
-def replaced_output(
-    module: nn.Module, shape: Sequence[int], value: Tensor, column: int = 0
-) -> AbstractContextManager[Any]:
-    """Put `value` (rows, d) in place of the module's output at one token of a batch (rows, tokens) inside the block."""
-
-    def put(_module: nn.Module, _args: object, out: object) -> object:
-        hidden = hidden_of(out)
-        changed = hidden.reshape(*shape, -1).clone()  # some blocks (OPT) flatten rows and tokens before their MLP
-        changed[:, column] = value.to(changed)
-        return with_hidden(out, changed.reshape(hidden.shape))
-
-    return module.register_forward_hook(put)
-
-
 class Spot(NamedTuple):
     """A token of a fact at which states are restored, and the noise (samples, subject tokens, width) on its subject."""
 
@@ -361,7 +338,7 @@ class Runs:
         """Probabilities with the clean values of the layers `first` to `last` put back."""
         begin = first + 1 if kind == "hidden" else first  # the first block that runs
         ids, positions = self._ids[:, self._column :], self._positions[:, self._column :]
-        cache = as_cache(self._past[begin:], begin, self._hidden[0], (len(ids), self._column))
+        cache = as_cache(self._past[begin:], begin, self._hidden[0], self._column)
         with ExitStack() as changes:
             changes.enter_context(begun_at(self._adapter, begin, lambda: self._hidden[begin - 1], self._returns_tuple))
             for layer in range(first, last + 1):
@@ -410,7 +387,11 @@ def check_tracing(adapter: ModelAdapter) -> None:
     heads: list[Tensor] = []
     with adapter.lm_head.register_forward_hook(lambda _m, _a, out: heads.append(out[0, 0])):
         try:
-            _run_whole(adapter, ids, position, layer, noise)
+            # The restored run as it is defined: every token through every block.
+            row, reads = [Row(ids, position)], ([0], [len(ids) - 1 - position])
+            clean, _ = run_whole(adapter, adapter.block(layer), row, reads)
+            with added_to_embeddings(adapter, nn.functional.pad(noise, (0, 0, 0, len(ids) - noise.shape[1]))):
+                run_whole(adapter, adapter.block(layer), row, reads, lambda _: clean)
             want = heads[-1]
             Runs(adapter, spots, ("hidden",)).restored("hidden", layer, layer)
             why = "is off by more than rounding"
@@ -426,22 +407,6 @@ def check_tracing(adapter: ModelAdapter) -> None:
             "instead."
         )
     measured["traced in part"] = True
-
-
-def _run_whole(adapter: ModelAdapter, ids: tuple[int, ...], position: int, layer: int, noise: Tensor) -> None:
-    """The restored run as it is defined: every token through every block."""
-    block, shape, clean = adapter.block(layer), (1, len(ids)), []
-
-    def record(_module: nn.Module, _args: object, out: object) -> None:
-        clean.append(token_states(out, shape, adapter.d, type(block).__name__)[:, position].clone())
-
-    batch = pad_batch([ids], device=adapter.device)
-    added = nn.functional.pad(noise, (0, 0, 0, len(ids) - noise.shape[1]))
-    with head_reads(adapter, [0], [len(ids) - 1]):
-        with block.register_forward_hook(record):
-            adapter.run(**batch, use_cache=False)
-        with added_to_embeddings(adapter, added), replaced_output(block, shape, clean[0], position):
-            adapter.run(**batch, use_cache=False)
 
 
 @dataclass(frozen=True)

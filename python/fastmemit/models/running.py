@@ -12,7 +12,7 @@ import hashlib
 import inspect
 import weakref
 from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
@@ -161,6 +161,22 @@ def with_hidden(output: Any, hidden: Tensor) -> Any:
     if hasattr(output, "_replace"):  # a named tuple takes its fields one by one
         return output._replace(**{output._fields[0]: hidden})
     return type(output)((hidden, *output[1:]))
+
+
+def replaced_output(
+    module: nn.Module, shape: Sequence[int], value: Tensor, columns: int | Sequence[int] = 0
+) -> AbstractContextManager[Any]:
+    """Put `value` (rows, d) in place of a module's output at a token of each row of a batch (rows, tokens) inside."""
+    rows = slice(None) if isinstance(columns, int) else torch.arange(shape[0])
+
+    def put(_module: nn.Module, _args: object, out: object) -> object:
+        hidden = hidden_of(out)
+        changed = hidden.reshape(*shape, -1).clone()  # some blocks (OPT) flatten rows and tokens before their MLP
+        changed[rows, columns] = value.to(changed)
+        changed = changed.reshape(hidden.shape)
+        return changed if hidden is out else with_hidden(out, changed)
+
+    return module.register_forward_hook(put)
 
 
 def accepted(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -439,9 +455,8 @@ def is_causal(model: Any) -> bool:
 def padding(model: Any, side: Literal["left", "right"]) -> Padding:
     """What rows of different lengths in one batch need so that each is run as if alone.
 
-    Returns:
-        ``"unmasked"``: nothing, what pads a row is seen by none of its tokens; ``"masked"``: an attention mask;
-        ``"none"``: nothing helps, rows of different lengths do not go together.
+    Nothing (``"unmasked"``), where what pads a row is seen by none of its tokens; an attention mask (``"masked"``); or
+    nothing helps, and rows of different lengths do not go together (``"none"``).
     """
     long, short = probe_ids(model), probe_ids(model, _SHORT)
     own = slice(len(short)) if side == "right" else slice(len(long) - len(short), None)
@@ -545,18 +560,8 @@ class BlockMap:
         kwargs = dict(run.kwargs)
         if "hidden_states" in kwargs:
             kwargs["hidden_states"] = kwargs["hidden_states"].clone()
-        width = (kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]).shape[1]
-
-        def replaced(_module: nn.Module, _args: Any, out: Any) -> Tensor | None:
-            if outputs is None:
-                return None
-            states = hidden_of(out)
-            # Some blocks flatten their tokens before the projection: (N * L, d).
-            tokens = states.reshape(len(run.members), width, -1).clone()
-            tokens[rows, run.last] = outputs.to(tokens)
-            return tokens.reshape(states.shape)
-
-        with self._projection.register_forward_hook(replaced):
+        shape = (kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]).shape[:2]
+        with nullcontext() if outputs is None else replaced_output(self._projection, shape, outputs, run.last):
             states = hidden_of(self._forward(*args, **kwargs))[rows, run.last]
         return states if states.dtype == torch.float64 else states.float()
 
