@@ -181,12 +181,9 @@ def batches(
 ) -> list[list[Record]]:
     """Deal records into batches: shuffled, and one record per subject over the whole selection; or as they stand.
 
-    Args:
-        records: Where to choose from.
-        batch_size: Records in a batch.
-        n_batches: How many batches; by default all that there are, the last one maybe shorter.
-        seed: Seed for the shuffle; the same seed and records give the same batches everywhere. None deals all of them
-            as they stand, such as those of a fixed list (`listed_records`).
+    By default there are as many batches as there can be, the last one maybe shorter. The same seed and records give the
+    same batches everywhere; with None all records are dealt as they stand, such as those of a fixed list
+    (`listed_records`).
 
     Raises:
         BadData: There are too few records with different subjects, or a number is below 1.
@@ -301,11 +298,9 @@ def _record(index: int, found: Value) -> Record:
         rewrite = value["requested_rewrite"]
         if isinstance(rewrite, list):
             return _mquake_record(case_id, value, rewrite)
-        if not isinstance(rewrite, Mapping):
-            raise _Problem("requested_rewrite", f"must be an object, not {rewrite!r:.40}")
         return Record(
             case_id,
-            _request(rewrite, "requested_rewrite."),
+            _request(_object(rewrite, "requested_rewrite"), "requested_rewrite."),
             paraphrases=_prompts(value, "paraphrase_prompts"),
             neighbourhood=_prompts(value, "neighborhood_prompts"),
             attributes=_prompts(value, "attribute_prompts"),
@@ -340,9 +335,7 @@ def _mquake_record(case_id: int, value: Mapping[str, Any], rewrites: list[Any]) 
     hops = value.get("new_single_hops") or []
     for i, hop in enumerate(hops if isinstance(hops, list) else [hops]):
         place = f"new_single_hops[{i}]"
-        if not isinstance(hop, Mapping):
-            raise _Problem(place, f"must be an object, not {hop!r:.40}")
-        right = _answers(hop.get("answer"), hop.get("answer_alias"), f"{place}.answer")
+        right = _answers(_object(hop, place).get("answer"), hop.get("answer_alias"), f"{place}.answer")
         probes.append(Probe("one hop", ((_text(hop.get("cloze"), f"{place}.cloze"), right),)))
     return Record(
         case_id,
@@ -355,9 +348,7 @@ def _mquake_record(case_id: int, value: Mapping[str, Any], rewrites: list[Any]) 
 
 def _ripple_record(index: int, value: Mapping[str, Any]) -> Record:
     """An edit as a sentence, and tests of what follows from it; its number is its place."""
-    edit = value["edit"]
-    if not isinstance(edit, Mapping):
-        raise _Problem("edit", f"must be an object, not {edit!r:.40}")
+    edit = _object(value["edit"], "edit")
     said = _text(edit.get("prompt"), "edit.prompt")
     probes = [
         _ripple_probe(kind, test, f"{name}[{i}]")
@@ -395,20 +386,14 @@ def _cut(said: str, known: set[str], field: str) -> tuple[str, str, str, str]:
 
 
 def _ripple_probe(kind: str, test: Any, place: str) -> Probe:
-    if not isinstance(test, Mapping):
-        raise _Problem(place, f"must be an object, not {test!r:.40}")
-
     def asked(name: str) -> tuple[Asked, ...]:
         found = []
-        for i, query in enumerate(_list(test.get(name), f"{place}.{name}")):
+        for i, query in enumerate(_list(_object(test, place).get(name), f"{place}.{name}")):
             here = f"{place}.{name}[{i}]"
-            if not isinstance(query, Mapping):
-                raise _Problem(here, f"must be an object, not {query!r:.40}")
             right: list[str] = []
-            for j, answer in enumerate(_list(query.get("answers"), f"{here}.answers")):
-                if not isinstance(answer, Mapping):
-                    raise _Problem(f"{here}.answers[{j}]", f"must be an object, not {answer!r:.40}")
-                right += _answers(answer.get("value"), answer.get("aliases"), f"{here}.answers[{j}].value")
+            for j, answer in enumerate(_list(_object(query, here).get("answers"), f"{here}.answers")):
+                known = _object(answer, f"{here}.answers[{j}]")
+                right += _answers(known.get("value"), known.get("aliases"), f"{here}.answers[{j}].value")
             if right:  # some queries have no answer in Wikidata
                 found.append((_text(query.get("prompt"), f"{here}.prompt"), tuple(dict.fromkeys(right))))
         return tuple(found)
@@ -420,6 +405,12 @@ def _answers(answer: Any, aliases: Any, field: str) -> tuple[str, ...]:
     """An answer and its other names, each once; a name that is empty is none."""
     others = [name for name in _list(aliases, f"{field}'s aliases") if is_clean_text(name) and name.strip()]
     return tuple(dict.fromkeys([_text(answer, field), *others]))
+
+
+def _object(found: Any, field: str) -> Mapping[str, Any]:
+    if not isinstance(found, Mapping):
+        raise _Problem(field, f"must be an object, not {found!r:.40}")
+    return found
 
 
 def _list(found: Any, field: str) -> list[Any]:
@@ -480,15 +471,14 @@ class ZsreRecord(Record):
 
 
 def load_zsre(source: str | Path, *, skip_malformed: bool = False) -> list[ZsreRecord]:
-    """Read zsRE records in MEND's format, as MEMIT's evaluation reads them.
+    """Read zsRE records in MEND's format, a JSON list or JSONL file, as MEMIT's evaluation reads them.
 
     The question `src` with ``{}`` for its subject is the prompt and the first of `answers` the new answer (`alt` is not
     read); `rephrase` is the one paraphrase. `loc` is the unrelated question: it keeps its beginning "nq question: " and
     gets a "?", and `loc_ans` is its answer. A record's number is its place in the file, from 0.
 
-    Args:
-        source: A JSON list or JSONL file, with or without ``zsre:`` before its path; or ``"zsre"``, see `ADDRESSES`.
-        skip_malformed: Log records that cannot be read and go on without them.
+    The path may have ``zsre:`` before it; ``"zsre"`` is at `ADDRESSES`. With `skip_malformed` records that cannot be
+    read are logged and left out.
     """
     if str(source) == "zsre":
         path = downloaded("zsre", ADDRESSES["zsre"], BadData)
