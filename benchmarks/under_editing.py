@@ -30,7 +30,7 @@ for folder in (ROOT, ROOT / "python", ROOT / "benchmarks"):
     sys.path.insert(0, str(folder))
 
 import torch  # noqa: E402
-from what_c_is_worth import read_lines  # noqa: E402
+from what_c_is_worth import common_options, read_lines  # noqa: E402
 
 from fastcov.machine import this_machine  # noqa: E402
 from fastmemit import Editor, EditRequest  # noqa: E402
@@ -171,20 +171,12 @@ def report(lines: Iterable[dict[str, Any]]) -> None:
 
 def arguments() -> argparse.Namespace:
     """The options."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--data", help="CounterFact records")
-    parser.add_argument("--corpus", help="articles")
-    parser.add_argument("--text", help="running text for perplexity, 2,048 tokens of it")
+    parser = common_options(__doc__)
     parser.add_argument("--cells", nargs="+", default=["emmet", "emmet,iterations=3"], metavar="METHOD[,NAME=VALUE]")
-    parser.add_argument("--start", type=int, default=128, help="the first record's place in the order")
     parser.add_argument("--size", type=int, default=256, help="records in the batch")
     parser.add_argument("--scored", type=int, help="how many of them are scored (default: all)")
     parser.add_argument("--neighbours", type=int, default=10, help="of each record that are scored")
     parser.add_argument("--prompts", type=int, default=1024, help="neighbours' prompts that are preserved")
-    parser.add_argument("--cache", type=Path)
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--report", type=Path, nargs="+", help="print the table of these files")
     return parser.parse_args()
 
 

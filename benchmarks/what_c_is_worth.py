@@ -188,20 +188,26 @@ def _cell(text: str) -> tuple[str, int, int]:
     return method, int(size), int(number)
 
 
-def arguments() -> argparse.Namespace:
-    """The options."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def common_options(about: str) -> argparse.ArgumentParser:
+    """The options that this has in common with under_editing.py."""
+    parser = argparse.ArgumentParser(description=about.splitlines()[0])
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--data", help="CounterFact records")
     parser.add_argument("--corpus", help="articles")
     parser.add_argument("--text", help="running text for perplexity, 2,048 tokens of it")
-    parser.add_argument("--text-batches", type=int, default=2)
-    parser.add_argument("--cells", type=_cell, nargs="+", default=["emmet:16:4"], metavar="METHOD:SIZE:NUMBER")
-    parser.add_argument("--c", nargs="+", default=list(CS), help="names of the list above")
     parser.add_argument("--start", type=int, default=128, help="the first record's place in the order")
     parser.add_argument("--cache", type=Path)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--report", type=Path, nargs="+", help="print the tables of these files")
+    return parser
+
+
+def arguments() -> argparse.Namespace:
+    """The options."""
+    parser = common_options(__doc__)
+    parser.add_argument("--text-batches", type=int, default=2)
+    parser.add_argument("--cells", type=_cell, nargs="+", default=["emmet:16:4"], metavar="METHOD:SIZE:NUMBER")
+    parser.add_argument("--c", nargs="+", default=list(CS), help="names of the list above")
     return parser.parse_args()
 
 

@@ -8,6 +8,16 @@ import pytest
 import torch
 
 from fastmemit.editor import Editor
+from tiny_editors import tiny_editor
+
+
+@pytest.fixture(scope="module")
+def shared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Editor:
+    """An editor that knows the contexts of all methods in the module's ``SETTINGS``."""
+    editor = tiny_editor(tmp_path_factory.mktemp("editor"))
+    for method in request.module.SETTINGS:
+        editor.contexts(method)
+    return editor
 
 
 @pytest.fixture

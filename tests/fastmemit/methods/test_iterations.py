@@ -17,7 +17,7 @@ from fastmemit.methods.base import averaged_keys
 from fastmemit.partial_forward import read_at_subject
 from fastmemit.text import Contexts, subject_row
 from reference import closed_form as literal
-from tiny_editors import FACTS, tiny_editor
+from tiny_editors import FACTS
 
 A: dict[str, Any] = {"steps": 3, "weight": 20.0, "ridge": 0.01}
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -28,14 +28,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "rlsedit": {**A, "layers": (0, 1), "relative_ridge": 0.2},
     "alphaedit": {"steps": 3, "layers": (0, 1), "null_relative": 0.5, "l2": 2.0},
 }
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Editor:
-    editor = tiny_editor(tmp_path_factory.mktemp("editor"))
-    for method in SETTINGS:
-        editor.contexts(method)
-    return editor
 
 
 def block_output(editor: Editor) -> Any:

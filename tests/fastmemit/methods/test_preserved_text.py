@@ -16,7 +16,7 @@ from fastmemit.editor import Editor
 from fastmemit.errors import BadConfig, BadCorpus
 from fastmemit.methods import PreservedKeys, PreservedText
 from reference import closed_form as literal
-from tiny_editors import FACTS, texts, tiny_editor
+from tiny_editors import FACTS, texts
 
 A: dict[str, Any] = {"steps": 2, "weight": 5.0, "ridge": 0.01}
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -27,14 +27,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 FEW = ["The mother tongue of Italy is", "The piano is in"]
 MANY = texts(8, seed=3)  # more tokens than twice the width
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Editor:
-    editor = tiny_editor(tmp_path_factory.mktemp("editor"))
-    for method in SETTINGS:
-        editor.contexts(method)
-    return editor
 
 
 def literal_keys(editor: Editor, layer: int, rows: list[list[int]]) -> Any:
