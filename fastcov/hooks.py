@@ -466,9 +466,7 @@ class KeyHooks:
     def run(self, batch: Mapping[str, Any], inside: Callable[[], AbstractContextManager[Any]] = nullcontext) -> None:
         """Run the model on one batch, its keyword arguments, up to the last hooked module, without gradients.
 
-        Args:
-            batch: The keyword arguments.
-            inside: Makes a context for the forward pass alone, such as autocast, of which nothing else here has any.
+        `inside` makes a context for the forward pass alone, such as autocast, of which nothing else here has any.
 
         Raises:
             BadInput: The forward pass ended and a hooked module was never called.

@@ -504,12 +504,10 @@ class FactorCache(OrderedDict[tuple[int, Hashable], Any]):
     Edits walk through the same layers again and again, where dropping what was used longest ago would drop what is
     needed next. So what other settings need goes first, the least recently used before others; then, of the same
     settings, the most recently used, whose turn comes last. Whoever uses one moves it to the end.
-
-    Attributes:
-        capacity: Bytes held at most, of which one factor is always held; None takes what a device has free, less a
-            quarter of it and what making another factor needs.
     """
 
+    #: Bytes held at most, of which one factor is always held; None takes what a device has free, less a quarter of it
+    #: and what making another factor needs.
     capacity: int | None = None
 
     def make_room(self, layers: Sequence[int], kind: Hashable, place: torch.device, d: int, matrices: int) -> None:

@@ -33,17 +33,14 @@ _LARGEST = 8192  # width of the largest product tried
 class Throughput:
     """What one `fastcov.collect_moments` has done, in keys, operations and seconds.
 
-    Args:
-        peak: The machine's speed in operations a second (a multiply-add is two). None measures it by `measured_peak`
-            when the collect begins, which takes about 0.1 s that are not counted; it stays None where that fails.
-
-    Attributes:
-        flops: The operations that the keys cost at least: of the forward pass and the triangles.
+    The `peak` is the machine's speed in operations a second (a multiply-add is two). None measures it by
+    `measured_peak` when the collect begins, which takes about 0.1 s that are not counted; it stays None where that
+    fails.
     """
 
     def __init__(self, peak: float | None = None) -> None:
         self.peak = peak
-        self.flops = 0.0
+        self.flops = 0.0  # that the keys cost at least: of the forward pass and the triangles
         self._begun: float | None = None
         self._ended: float | None = None
         self._keys: dict[str, int] = {}

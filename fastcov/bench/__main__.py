@@ -44,15 +44,7 @@ failed its check, or 2 where the input makes no sense.
 
 
 def main(arguments: Sequence[str] | None = None, extras: suites.Extras | None = None) -> int:
-    """Run what the command line asks for.
-
-    Args:
-        arguments: Those behind the program's name; by default the process's.
-        extras: What is added to rank_k.
-
-    Returns:
-        The exit code: 0, 1 where a row failed its check, 2 where the input makes no sense.
-    """
+    """Do what the command line asks for; the code is 1 if a row failed its check, 2 if the input makes no sense."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         run = measured(parse(words, extras), words)

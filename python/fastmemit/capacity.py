@@ -161,7 +161,7 @@ def plan(
     batch_tokens: int = 16384,
     length: int = 1024,
 ) -> Plan:
-    """Count what collecting some layers takes.
+    """Count what collecting some layers takes; BadConfig for a layer that is not there, or a number below 1.
 
     A token costs ``2 run(last)`` operations in the weights' products, ``4 heads head`` in each block's attention for
     each earlier token, and ``d_k (d_k + 1)`` for one triangle of each layer. A ring of N processes sends ``2 (N - 1) /
@@ -169,9 +169,6 @@ def plan(
 
     Each of the edited `layers` gets so many `keys`. The `processes`, each with such a machine, divide the text, in
     batches of so many tokens, of documents that are `length` tokens long as the model sees them.
-
-    Raises:
-        BadConfig: A layer that the model does not have, or a number below 1.
     """
     _check(shape, layers, "Keys, processes, tokens of a batch and of a document", keys, processes, batch_tokens, length)
     last, n, size = max(layers), len(layers), machine.dtype_bytes
@@ -244,16 +241,13 @@ def plan_edit(
     tokens: int = 20,
     moving: int = 5,
 ) -> EditPlan:
-    """Count what a MEMIT edit of a batch takes whose target vectors and factors are new.
+    """Count what a MEMIT edit of a batch takes whose target vectors and factors are new; errors as of `plan`.
 
     A target is optimised in `rows` texts (the bare prompt in six contexts) of so many `tokens`, all of which run once
     up to the last edited block. Then `moving` of them, from the subject's last one on, run forward and backward in each
     of the `steps` through the blocks above, three times a forward's operations, and two of them through the head. A
     factor costs ``d_k^3 / 3`` operations, and solving with it two times ``d_k^2`` a fact. Of more facts than d_k, the
     matrix of width d_k is the smaller one (`fastcov.memit`).
-
-    Raises:
-        BadConfig: A layer that the model does not have, or a number below 1.
     """
     _check(shape, layers, "Facts, rows, steps and tokens", facts, rows, steps, tokens, moving)
     last, n, d, d_k = max(layers), len(layers), shape.d, shape.d_k

@@ -263,8 +263,7 @@ def model_record(name: str, model: str, entries: list[dict[str, Any]]) -> bytes:
 def read_record(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """What a saved model's folder says of its edits: ``base`` (name, fingerprint) and ``edits`` (see `Delta.entries`).
 
-    Returns:
-        Empty where the folder has no `RECORD`.
+    Nothing where the folder has no `RECORD`.
 
     Raises:
         DamagedFile: The record cannot be read, or is of a newer version.

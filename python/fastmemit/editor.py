@@ -122,12 +122,8 @@ class Editor(Described):
     ) -> Editor:
         """Load a model by its name and make an editor of it.
 
-        Args:
-            name: A hub name, a local folder or ``.gguf`` file, or "smollm2".
-            device: See `fastmemit.models.load_model`, also for dtype.
-            dtype: float32, bfloat16, float16 or auto.
-            trust_remote_code: Run code that comes with the model.
-            settings: ``device_map`` and ``load_in`` (see there); arguments of `Editor`.
+        See `fastmemit.models.load_model` for the arguments, and for the settings ``device_map`` and ``load_in``; other
+        settings are arguments of `Editor`.
 
         Raises:
             ModelNotFound: Nothing of this name can be loaded.
@@ -178,10 +174,8 @@ class Editor(Described):
     def config(self, method: str | EditConfig = "memit", **overrides: Any) -> EditConfig:
         """The settings that `edit` would use: the model's preset with your overrides.
 
-        Args:
-            method: One of `METHODS`; or settings such as `MemitConfig`, which are taken as they are in the place of a
-                preset.
-            overrides: Settings of the method by name.
+        The method is one of `METHODS`; or settings such as `MemitConfig`, which are taken as they are in the place of a
+        preset.
 
         Raises:
             BadConfig: An unknown method, a setting that is not the method's, a value out of range, or one that would
@@ -200,18 +194,11 @@ class Editor(Described):
         method: str | EditConfig | None = None,
         **more: Any,
     ) -> Statistics:
-        """Collect the second moments that edits need, or find them where they were stored.
+        """Collect the second moments that edits need, or find them where they were stored; edits use them from now on.
 
-        Args:
-            corpus: See `fastmemit.statistics.Collection`.
-            multiplier: See there.
-            layers: Which layers, or which one; None takes those of the method.
-            method: Whose layers, where `layers` is None: see `config`. None: all methods'.
-            more: Further fields of `Collection`: ``allow_fewer``, ``max_length``, ``field``, ``bos``, ``seed``,
-                ``quartic`` (which settings in `method` that need it switch on), ``forward``.
-
-        Returns:
-            The statistics, which edits of this editor use from now on.
+        They are those of `layers` (one, or several), or else of the layers of `method` (see `config`), or else of all
+        methods' layers. The corpus, the multiplier and `more` are fields of `fastmemit.statistics.Collection`, of which
+        ``quartic`` is set for a method that needs it.
 
         Raises:
             WrongModel: The model is edited; statistics belong to the unedited one.
@@ -374,11 +361,9 @@ class Editor(Described):
 
     @isolated()
     def load(self, path: str | os.PathLike[str], *, force: bool = False) -> Edit:
-        """Read an edit from a file; it is not applied.
+        """Read an edit from a file that `Edit.save` wrote; it is not applied.
 
-        Args:
-            path: A file that `Edit.save` wrote.
-            force: Take an edit that was made for another model, if its shapes fit.
+        With `force` also one that was made for another model, if its shapes fit.
 
         Raises:
             FileNotFoundError: There is no such file.

@@ -204,10 +204,6 @@ class StatisticsStore:
 
     Its folder has ``statistics`` and ``snapshots`` in it; the name there identifies nothing. The seed is for the order
     of documents where a collection has none.
-
-    Attributes:
-        current: The statistics in use, if any are.
-        checkpoint_seconds: Between two checkpoints of a pass, see `fastcov.Checkpoint`.
     """
 
     def __init__(
@@ -225,8 +221,8 @@ class StatisticsStore:
         self._folder, self._name, self._seed, self._progress = folder, name, seed, progress
         self._tokenizer_is = tokenizer_fingerprint(tokenizer)
         self._held = FactorCache()
-        self.current: Statistics | None = None
-        self.checkpoint_seconds: float | None = None
+        self.current: Statistics | None = None  # in use, if any are
+        self.checkpoint_seconds: float | None = None  # between two of a pass, see `fastcov.Checkpoint`
 
     @property
     def identity(self) -> dict[str, Any]:

@@ -231,13 +231,10 @@ def chat_request(tokenizer: Any, request: EditRequest) -> EditRequest:
 
 
 def encode_with_target(tokenizer: Any, text: str, target: str) -> tuple[Encoded, int]:
-    """Tokenise `text` and the `target` that follows it as one text.
+    """Tokenise `text` and the `target` that follows it as one text; and how many tokens at its end are the target's.
 
     Joint, because a model reads one text: tokens at the border may merge. A token that holds characters of both belongs
     to the target, and the text's end goes with it.
-
-    Returns:
-        The encoding of ``text + target`` and the number of tokens at its end that are the target's.
 
     Raises:
         BadRequest: The target yields no token.

@@ -64,20 +64,14 @@ def _resampled(effects: NDArray[np.float64], seed: int) -> NDArray[np.float64]:
 
 
 def propose(effects: NDArray[np.float64], seed: int = 0) -> Proposal | None:
-    """Choose layers by the MLP's effect at the subject's last token.
+    """Choose layers by the MLP's effect (facts, layers) at the subject's last token.
 
     ROME edits where this effect is largest. MEMIT edits a range of MLPs that carry the fact and writes its target at
     the last of them (its section 4.1). Here that range is: the peak and the layers below it, downwards as long as the
     averaged effect is at least half the peak's, and five layers at most.
 
-    Args:
-        effects: (facts, layers) of the kind ``"mlp"`` in the group ``"last subject"``.
-        seed: Seed for the bootstrap draws.
-
-    Returns:
-        The layers; None where there is but one fact, or the peak is not above zero: its normal interval must be, at a
-        level of 95 % over all layers together (Bonferroni), for the largest of many averages is above zero by chance
-        too.
+    None where there is but one fact, or the peak is not above zero: its normal interval must be, at a level of 95 %
+    over all layers together (Bonferroni), for the largest of many averages is above zero by chance too.
     """
     count, n_layers = effects.shape
     mean = effects.mean(0)

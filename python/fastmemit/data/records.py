@@ -96,6 +96,10 @@ _Some = TypeVar("_Some", bound=Record)
 def load_records(source: str | Path, *, skip_malformed: bool = False, own: bool = False) -> list[Record]:
     """Read CounterFact records, or own facts, from a file or the hub.
 
+    The source is a JSON list or JSONL file; ``"builtin"`` for the facts that the package ships; ``"counterfact"`` for
+    CounterFact from the hub; ``"mquake"`` or ``"rippleedits"``, see `ADDRESSES`; or ``"hub:NAME[:CONFIG][@SPLIT]"``.
+    With `skip_malformed` records that cannot be read are logged and left out; without `own` own facts are such.
+
     Two schemas are told apart record by record: ROME's, with ``requested_rewrite`` and lists of prompts, and the flat
     one, with ``subject``, ``prompt``, ``target_new`` and ``target_true`` side by side. A flat record has no
     paraphrases: what it calls ``rephrase_prompt`` is mostly an opening for free text, and is read as one; its
@@ -109,13 +113,6 @@ def load_records(source: str | Path, *, skip_malformed: bool = False, own: bool 
     Records of MQuAKE, with a list of rewrites that are edited together, and of RippleEdits are told by their fields;
     their questions are `Record.probes`. RippleEdits names subject and answer by their numbers in Wikidata alone, so
     both are read off the sentence of the edit.
-
-    Args:
-        source: A JSON list or JSONL file; ``"builtin"`` for the facts that the package ships; ``"counterfact"`` for
-            CounterFact from the hub; ``"mquake"`` or ``"rippleedits"``, see `ADDRESSES`; or
-            ``"hub:NAME[:CONFIG][@SPLIT]"``.
-        skip_malformed: Log records that cannot be read and go on without them.
-        own: Take own facts too; else they are malformed records.
     """
     spec = str(source)
     if spec == "builtin":

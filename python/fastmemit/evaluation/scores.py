@@ -161,14 +161,7 @@ def score_means(shares: Sequence[Mapping[str, float | None]], names: Sequence[st
 
 
 def summarise(records: Iterable[RecordScore | RecordAccuracy]) -> dict[str, float | None]:
-    """Average over records of one kind, each of which counts once however many prompts it has; in percent.
-
-    Returns:
-        `ALL` of CounterFact or `ACCURACIES` of zsRE; None where no record has such prompts or none was asked.
-
-    Raises:
-        BadData: There is no record.
-    """
+    """Average over records of one kind, `ALL` or `ACCURACIES` in percent; each record counts once; BadData for none."""
     known = list(records)
     if not known:
         raise BadData("There is no record to average scores over; evaluate at least one.")

@@ -234,7 +234,7 @@ def run_sequential(
     weights have their bits back, last edit first. For the method, its settings and `reads` see
     `fastmemit.Editor.plan`.
 
-    With `earlier_keys` each batch preserves the keys of the earlier ones too, ``A = w C + ridge I + sum K_p K_p^T``.
+    With `preserve` each batch preserves the keys of the earlier ones too, ``A = w C + ridge I + sum K_p K_p^T``.
     `perplexity` and `entropy` measure the model as it is; `unedited` are the unedited model's shares by case_id, if
     they were taken already; `progress` is called with the number of records written or scored since its last call.
 
@@ -242,10 +242,9 @@ def run_sequential(
         WrongModel: The model is edited already.
         BadConfig: `score_every` is below 1, or unedited targets are wanted for a method that has no target vectors.
         BadData: There is no batch, or an empty one.
-        BadRequest: A record cannot be edited, or two of a batch contradict each other.
         fastcov.FastcovError: No statistics of the edited layers were precomputed.
-        NonFinite: The first batch cannot be written, as for another `FastmemitError`; later ones are skipped.
-        FastmemitError: See above.
+        NonFinite: The first batch cannot be written; later ones are skipped.
+        FastmemitError: As NonFinite; or a record cannot be edited.
     """
     if editor.edits:
         raise WrongModel(_EDITED)

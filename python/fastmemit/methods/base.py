@@ -81,14 +81,11 @@ _Read = TypeVar("_Read", Reading, ContextReading)
 
 
 class ReadCache:
-    """What the unedited model shows, kept over several plans.
+    """What the unedited model shows, kept over several plans: `capacity` bytes of it, the last used.
 
     What a method reads before it has written anything depends on the weights and the requests, not on the statistics:
     all that EMMET reads, MEMIT's first layer, ROME's first fact. A sweep over multipliers that hands the same cache to
     each `fastmemit.Editor.plan` or `edit` reads it once, and gets the same bits. Nothing of an edited model is kept.
-
-    Args:
-        capacity: Bytes to hold at most; the least recently used go first.
     """
 
     def __init__(self, capacity: int = 1 << 30) -> None:

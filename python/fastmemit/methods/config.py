@@ -477,13 +477,9 @@ def find_config(
 
 
 def parse_overrides(pairs: Iterable[str], methods: str | Sequence[str]) -> dict[str, Any]:
-    """``["clamp=0.75", "layers=4,5,6"]`` as values for `find_config`.
+    """``["clamp=0.75", "layers=4,5,6"]`` as values for `find_config`; of several methods, settings that all have.
 
     ``layers`` takes numbers and ranges (``4-8`` or ``4,6,8``); ``weight=none`` takes the default.
-
-    Args:
-        pairs: As people write them.
-        methods: The method, or several, all of which must have each of the settings.
 
     Raises:
         BadConfig: No ``=``, a name that is not a setting of a method, or a value that is not of the setting's kind.

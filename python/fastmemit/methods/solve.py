@@ -38,9 +38,8 @@ def write_rome(draft: Draft[RomeConfig], requests: list[EditRequest], goal: Tens
     """Write one fact, on the model with the earlier ones of its batch written.
 
     ``Delta = (v* - W k)(C^-1 k)^T / (k^T C^-1 k)`` with one key k everywhere, which is what r-ROME (arXiv 2403.07175)
-    repairs in ROME. ``keys`` chooses it: ``"consistent"`` is the key of MEMIT and EMMET, half the bare prompt's, so
-    that ROME is EMMET with one fact; ``"mean"`` is r-ROME's own, the mean over contexts; ``"original"`` is ROME as
-    first released: the mean, but the bare prompt's key in the denominator and in ``W k``.
+    repairs in ROME; `RomeConfig.keys` chooses it. The default, the key of MEMIT and EMMET, makes ROME EMMET with one
+    fact; ``"original"`` has the bare prompt's key in the denominator and in ``W k``.
 
     In a model without a BOS token a subject that begins its prompt has nothing before it, and is often cut into other
     tokens than inside a text: its key there can be far from the mean over 21 contexts, in which it all but vanishes.
@@ -68,10 +67,7 @@ def _mean(values: Tensor) -> Tensor:
 
 
 def share(spread: str, left: int) -> float:
-    """By what a layer divides the residual while so many layers are left, itself among them.
-
-    ``"linear"``: by their number, L - i (MEMIT); ``"sqrt"``: by its square root (PMET).
-    """
+    """By what a layer divides the residual with so many layers left, itself one: L - i (MEMIT) or its root (PMET)."""
     return math.sqrt(left) if spread == "sqrt" else left
 
 
@@ -80,14 +76,11 @@ def residuals(
     requests: list[EditRequest],
     goal: Tensor,  # (B, d)
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """The edited layers from the lowest up, each with its keys and its share of what is still missing.
+    """The edited layers from the lowest up, each with its keys K (d_k, B) and its share R (d, B) of what is missing.
 
     The activations of a layer are read after the layers below it were written. With ``iterations`` above 1 the layers
     come again, each time for what the model as it is then still lacks: the keys of the lowest one are the same ones,
     those of the others have moved with what was written below them.
-
-    Yields:
-        The layer, K (d_k, B) and R (d, B).
     """
     adapter, config = draft.adapter, draft.config
     layers, spread = config.layers, getattr(config, "spread", "linear")  # one layer takes all

@@ -104,13 +104,10 @@ def write_ultraedit(draft: Draft[UltraEditConfig], requests: list[EditRequest], 
 def read_features(
     adapter: ModelAdapter, tokenizer: Any, requests: Sequence[EditRequest], config: UltraEditConfig, batch_tokens: int
 ) -> dict[int, tuple[Tensor, Tensor]]:
-    """What enters each edited projection, and the gradient of each fact's loss by what it puts out, at the same tokens.
+    """By layer, keys (n, d_k) and the gradients (n, d) of facts' losses by what the projection puts out, in float64.
 
     A fact's loss is the mean cost of its answer's tokens after the bare prompt, which is read behind its
     `fastmemit.text.lead` if it has one; no fact's gradient depends on what it runs beside.
-
-    Returns:
-        Layer -> keys (n, d_k) and gradients (n, d), float64, in the order of the facts.
 
     Raises:
         BadRequest: Subject and target cannot be told apart in tokens, or a request is longer than the model's context.

@@ -272,15 +272,9 @@ class ModelAdapter:
     ) -> torch.Tensor:  # (B, d)
         """What to add to the projection's output (B, d) so that the block's output moves by `residual` (B, d).
 
-        For most architectures the residual itself, which is measured once a layer; see
-        `inverse`.
-
-        Args:
-            layer: The edited layer.
-            output: The projection's output now.
-            residual: By how much the block's output shall move.
-            rows: The token ids up to where each output is of; None takes arbitrary ones, which is right as long as what
-                the block does behind its MLP does not depend on them.
+        For most architectures the residual itself, which is measured once a layer; see `inverse`. `output` is the
+        projection's output now, and the rows are the token ids up to where each is of; None takes arbitrary ones, which
+        is right as long as what the block does behind its MLP does not depend on them.
 
         Raises:
             BadLayer: The block's output cannot be moved so, not even by a tenth; or it depends on tokens that were not
@@ -462,7 +456,7 @@ def _no_gradient(adapter: ModelAdapter, layer: int, site: Site) -> UnknownArchit
 
 @isolated()
 def inverse(f: BlockMap, outputs: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-    """The change of the projection's output that moves the block's output by `residual`.
+    """The change ``y' - y`` (B, d) of the projection's output y that moves a block's output by the residual r (B, d).
 
     Three kinds of map are told apart by what comes out. A block that adds the output as it is: the change is the
     residual. One that scales it by s: the residual over s. One that normalises it: with u = y / rms(y) and gains g,
@@ -471,15 +465,9 @@ def inverse(f: BlockMap, outputs: Tensor, residual: Tensor) -> tuple[Tensor, Ten
     is added to c and solved for again. Where a norm alone does not explain what comes out (Gemma 4 goes on with the
     sum), descent along the block's own gradients follows. Of each row the best y' is taken.
 
-    Args:
-        f: The block, at the rows that the outputs are of.
-        outputs: y (B, d), what leaves the projection now.
-        residual: r (B, d), by how much the block's output shall move.
-
-    Returns:
-        ``y' - y`` (B, d) in the dtype of `residual`, and the share of r that it reaches (B,): the projection of the
-        block's measured move on r, as a multiple of r. Both are zero for a row of which nothing better than no change
-        was found, and the share is 1 where nothing is wanted.
+    The block is at the rows that the outputs y are of. Also given is the share of r that the change reaches (B,): the
+    projection of the block's measured move on r, as a multiple of r. Both are zero for a row of which nothing better
+    than no change was found, and the share is 1 where nothing is wanted.
     """
     h = f(outputs.float())
     y, r = outputs.to(h), residual.to(h)

@@ -226,13 +226,9 @@ def load_model(
 def load_skeleton(name: str, *, trust_remote_code: bool = False) -> Any:
     """A model without its weights: every module and shape, nothing to compute with, and no memory taken.
 
-    Args:
-        name: As for `load_model`.
-        trust_remote_code: Run Python code that comes with the model.
-
     Raises:
-        ModelNotFound: Nothing of this name can be loaded, its configuration describes no model, or it needs code that
-            is not there.
+        ModelNotFound: Nothing of this name (see `load_model`) can be loaded, its configuration describes no model, or
+            it needs code that is not there.
     """
     source = str(_source(name))
     from transformers import AutoConfig, AutoModelForCausalLM
