@@ -146,6 +146,20 @@ def test_kept_statistics_serve_an_edited_model(model: Any, tok: Any, tmp_path: P
     assert torch.equal(get_cov(model, tok, 2), get_cov(tiny_model("llama"), tok, 2))
 
 
+@pytest.mark.parametrize("asked", [{"corpus": tiny_corpus(seed=1)}, {"corpus": None, "max_length": 16}])
+def test_no_other_text_stands_in_for_what_an_edited_model_was_configured_with(
+    model: Any, tok: Any, tmp_path: Path, asked: dict[str, Any]
+) -> None:
+    tiny_editor(tmp_path / "cache", layers=(0, 1, 2))  # of tiny_corpus(), in documents of the model's context
+    compat.configure(layers=[0], **asked)
+    compat.configure(corpus=asked["corpus"] or tiny_corpus())
+    get_cov(model, tok, 0)
+    write(model, 0)
+    compat.configure(**asked)
+    with pytest.raises(WrongModel, match=r"were not among those collected"):
+        get_cov(model, tok, 2)
+
+
 def test_layers_can_be_named_beforehand(model: Any, tok: Any) -> None:
     compat.configure(layers=[0, 2])
     compat.get_inv_cov(model, tok, NAME.format(0), *ARGS)
