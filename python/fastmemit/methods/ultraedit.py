@@ -92,12 +92,12 @@ def write_ultraedit(draft: Draft[UltraEditConfig], requests: list[EditRequest], 
             stored, count = edit.delta.moments.get(name), edit.delta.provenance.get("tokens")
             if stored is not None and type(count) is int and count > 0:
                 moments = Moments.read(count, stored.to(keys.device)).joined(moments)
-        if moments.count == 1:
-            log.warning("There is one token, with nothing to normalise it by, so the edit changes nothing; add a fact.")
         h, g = moments.normalised(features).split([keys.shape[1], gradients.shape[1]], 1)
         steps = -config.eta * h.square().sum(1, keepdim=True) * g  # (n, d)
         draft.write(layer, closed_form.ridge(keys.T, steps.T, RIDGE), keys.T)
     draft.tokens = len(keys)
+    if moments.count == 1:  # in every layer
+        log.warning("There is one token, with nothing to normalise it by, so the edit changes nothing; add a fact.")
 
 
 @isolated(gradients=True)
