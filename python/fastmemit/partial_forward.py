@@ -470,11 +470,8 @@ class SubjectPass:
 
         Only the tokens up to the subject run, only from the kept states on and as far up as the last module read, and
         equal rows run once. Below the block `layer` the model is as when the states were kept. What enters the block
-        `keep`, at or below every module read, is kept (0: nothing new); `tried`: it is known that it may be.
-
-        Returns:
-            Two lists of float32 tensors (N, width), in the order of `inputs` and `outputs`, and the pass to go on with:
-            this one, or one that begins at the block `keep`.
+        `keep`, at or below every module read, is kept (0: nothing new); `tried`: it is known to be right. Both are
+        float32 (N, width) in the order of the modules; the pass is that to go on with, this one or one from `keep` on.
 
         Raises:
             ValueError: `keep` lies below this pass.

@@ -237,13 +237,8 @@ class Live:
     def cover(
         self, layers: Sequence[int], dataset: str, multiplier: float | None = None, needed: Sequence[int] | None = None
     ) -> None:
-        """Have statistics of the unedited model with these layers, or at least those `needed`.
-
-        `dataset` is what the caller would collect them on, `multiplier` its d_m where the settings do not say it.
-
-        Raises:
-            WrongModel: There are none of these layers, and the model is edited.
-        """
+        """Have statistics of these layers or those `needed` of the unedited model; WrongModel on an edited one."""
+        # The dataset is what the caller would collect them on, the multiplier its d_m where the settings do not say it.
         if self._statistics is not None and self.covers(layers):
             self.store.use(self._statistics)
             return
