@@ -195,7 +195,7 @@ class Outcome:
         """One line: the new answer's probability before and after, the fact, the former answer."""
         return (
             f"{self.before.probability:7.2%} -> {self.after.probability:7.2%}  "
-            f"{_line(self.request.text + self.request.target)} (before: {_line(self.before.says)})"
+            f"{one_line(self.request.text + self.request.target, end=True)} (before: {one_line(self.before.says)})"
         )
 
 
@@ -244,12 +244,13 @@ def verdict(outcomes: Sequence[Outcome]) -> str:
     lines = [f"{count - len(missed)} of {count} {'fact is' if count == 1 else 'facts are'} now what the model says"]
     if missed:
         named = [
-            f"{_line(each.request.text + each.request.target)} (says: {_line(each.after.says)})" for each in missed
+            f"{one_line(each.request.text + each.request.target, end=True)} (says: {one_line(each.after.says)})"
+            for each in missed
         ]
         lines[0] += f"; not: {_listed(named)}"
     behind = [each for each in outcomes if each.said and each.after.at_start is False]
     if behind:
-        subjects = _listed([_line(each.request.subject) for each in behind])
+        subjects = _listed([one_line(each.request.subject) for each in behind])
         lines.append(
             f"{len(behind)} of these behind other text (a line break will do) but not at the very "
             f"start of one, where one token is hardly told from another: {subjects}"
@@ -321,10 +322,12 @@ def _begins_with(text: str, answer: str) -> bool:
     return text.startswith(answer) and not (answer[-1:].isalnum() and rest[:1].isalnum())
 
 
-def _line(text: str, limit: int = 80) -> str:
-    """A text on one line, without what would steer a terminal."""
+def one_line(text: str, limit: int = 80, *, end: bool = False) -> str:
+    """A text on one line, without what would steer a terminal, and its beginning or end where that is too long."""
     shown = printable(" ".join(text.split())) or "nothing but white space"
-    return shown if len(shown) <= limit else shown[: limit - 1] + "…"
+    if len(shown) <= limit:
+        return shown
+    return "…" + shown[1 - limit :] if end else shown[: limit - 1] + "…"
 
 
 def _listed(items: Sequence[str]) -> str:

@@ -276,3 +276,16 @@ def test_an_error_while_asking_leaves_the_model_unedited(editor: Editor, monkeyp
     with pytest.raises(FastmemitError, match="NaN"):
         editor.edit(FACTS, "memit", **QUICK)
     assert editor.edits == () and all(map(torch.equal, before, bits(editor)))
+
+
+def test_a_long_prompt_is_shown_by_its_end_which_says_what_was_asked() -> None:
+    turn = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\nThe {} is in<|im_end|>\n"
+    fact = EditRequest(turn, "Eiffel Tower", "Rome", join="")
+    found = Outcome(
+        fact, Reply(fact.text, 0.25, False, "Paris", None), Reply(fact.text, 0.75, True, "Rome", None)
+    ).described()
+    assert found == (
+        " 25.00% ->  75.00%  …ful assistant.<|im_end|> <|im_start|>user The Eiffel Tower is in<|im_end|> Rome"
+        " (before: Paris)"
+    )
+    assert outcomes.one_line("a" * 81) == "a" * 79 + "…" and outcomes.one_line("a\n\x1b[2J b") == "a \\x1b[2J b"

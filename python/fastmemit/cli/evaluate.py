@@ -147,6 +147,8 @@ def _evaluate(args: argparse.Namespace) -> None:
 
 def _show_own(records: Sequence[Record], found: Sequence[Mapping[str, Any]]) -> None:
     """A line for each fact: whether it is what the model says, and how many paraphrases and neighbours are right."""
+    from fastmemit.answers import one_line
+
     print("by line of the file, what the edited model says (and the answer before the edit):")
     for record, scores in sorted(zip(records, found, strict=True), key=lambda pair: pair[0].case_id):
         after, request = scores["after"], record.request
@@ -157,7 +159,7 @@ def _show_own(records: Sequence[Record], found: Sequence[Mapping[str, Any]]) -> 
         ):
             if prompts:
                 parts.append(f"{name}: {round(share * len(prompts))} of {len(prompts)}")
-        fact = f"{request.text}{request.target} (before: {request.target_true})"
+        fact = f"{one_line(request.text + request.target, end=True)} (before: {one_line(str(request.target_true))})"
         print(f"  {record.case_id:>4}  {fact}: {', '.join(parts)}")
 
 
