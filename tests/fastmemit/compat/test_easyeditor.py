@@ -158,6 +158,8 @@ def test_one_target_alone(model: Any, tok: Any) -> None:
     request = {"prompt": FACTS[0].prompt, "subject": FACTS[0].subject, "target_new": " " + FACTS[0].target_new}
     z = compat.compute_z(model, tok, request, hparams("MEMIT"), 1, TEMPLATES)
     again = compat.compute_z(model, tok, request, hparams("SPHERE", cumulative_ratio=0.5), 1, TEMPLATES)
+    memits = {**request, "case_id": 0, "target_new": {"str": request["target_new"]}}  # MEMIT's own spelling
+    assert torch.equal(compat.compute_z(model, tok, memits, hparams("MEMIT"), 1, TEMPLATES), z)
     assert z.shape == (32,) and torch.equal(z, again) and z.data_ptr() != again.data_ptr()
     for changed, match in [
         ({"v_loss_layer": 31}, "v_loss_layer is 31 but the last block of this model is 2"),
