@@ -9,6 +9,8 @@ constexpr int kSums = FASTCOV_ROWS * FASTCOV_VECTORS;  // vectors of sums that t
 constexpr int kGroupMost = (kSums + kSums / 6) / 4 * 2;  // rows of x, two vectors of sums each
 constexpr int kDots = 4;                               // rows of x whose products are summed across lanes
 constexpr int kAhead = 64;                             // rows of W in a piece
+// Sums are of so many numbers at most, and then of sums: rounding grows with their length.
+constexpr std::int64_t kShort = 128, kPieces = 16;
 
 // y (m, n) = x (m, k) W^T. The rows of x are the lanes of kVectors vectors, so that a number of W
 // is broadcast into one product with all of them, and nothing is summed across lanes.
@@ -21,28 +23,31 @@ struct Along {
   template <int kTile>
   static inline void tile(const float* x, std::int64_t k, const float* w, std::int64_t stride,
                           const float* next, std::int64_t m, float* y, std::int64_t y_stride) {
-    V sum[kTile][kVectors] = {};
-    std::int64_t c = 0;
-    const auto step = [&] {
-      V right[kVectors];
-#pragma GCC unroll 8
-      for (int v = 0; v < kVectors; ++v) right[v] = Numbers::load(x + c * kLanes + v * Numbers::kWidth);
+    V total[kTile][kVectors] = {};
+    for (std::int64_t c = 0; c < k;) {
+      V sum[kTile][kVectors] = {};
+      for (const std::int64_t end = least(c + kShort, k); c < end;) {
 #pragma GCC unroll 16
-      for (int r = 0; r < kTile; ++r) {
+        for (int r = 0; r < kTile; ++r) __builtin_prefetch(next + r * stride + c, 0, 2);
+        for (const std::int64_t line = least(c + 16, end); c < line; ++c) {
+          V right[kVectors];
 #pragma GCC unroll 8
-        for (int v = 0; v < kVectors; ++v) {
-          sum[r][v] = Numbers::multiply_add(w[r * stride + c], right[v], sum[r][v]);
+          for (int v = 0; v < kVectors; ++v) right[v] = Numbers::load(x + c * kLanes + v * Numbers::kWidth);
+#pragma GCC unroll 16
+          for (int r = 0; r < kTile; ++r) {
+#pragma GCC unroll 8
+            for (int v = 0; v < kVectors; ++v) {
+              sum[r][v] = Numbers::multiply_add(w[r * stride + c], right[v], sum[r][v]);
+            }
+          }
         }
       }
-    };
-    for (; c + 16 <= k;) {
-#pragma GCC unroll 16
-      for (int r = 0; r < kTile; ++r) __builtin_prefetch(next + r * stride + c, 0, 2);
-      for (const std::int64_t end = c + 16; c < end; ++c) step();
+      for (int r = 0; r < kTile; ++r) {
+        for (int v = 0; v < kVectors; ++v) total[r][v] += sum[r][v];
+      }
     }
-    for (; c < k; ++c) step();
     float lanes[kTile][kLanes];
-    __builtin_memcpy(lanes, sum, sizeof(lanes));
+    __builtin_memcpy(lanes, total, sizeof(lanes));
     for (std::int64_t i = 0; i < m; ++i) {
       for (int r = 0; r < kTile; ++r) y[i * y_stride + r] = lanes[r][i];
     }
@@ -90,29 +95,35 @@ struct Dots {
 
   template <int kCount>
   static inline void tile(const Skinny& p, const float* w, float* y) {
-    V sum[kCount][kRows] = {};
+    V total[kCount][kRows] = {};
     std::int64_t c = 0;
-    for (; c + Floats::kWidth <= p.k; c += Floats::kWidth) {
-      V right[kRows];
+    for (const std::int64_t full = p.k / Floats::kWidth * Floats::kWidth; c < full;) {
+      V sum[kCount][kRows] = {};
+      for (const std::int64_t end = least(c + kShort * Floats::kWidth, full); c < end; c += Floats::kWidth) {
+        V right[kRows];
 #pragma GCC unroll 4
-      for (int i = 0; i < kRows; ++i) right[i] = Floats::load(p.x + i * p.x_stride + c);
+        for (int i = 0; i < kRows; ++i) right[i] = Floats::load(p.x + i * p.x_stride + c);
 #pragma GCC unroll 4
+        for (int r = 0; r < kCount; ++r) {
+          const V left = Floats::load(w + r * p.w_stride + c);
+          __builtin_prefetch(w + (r + kCount) * p.w_stride + c, 0, 2);
+#pragma GCC unroll 4
+          for (int i = 0; i < kRows; ++i) sum[r][i] += left * right[i];
+        }
+      }
       for (int r = 0; r < kCount; ++r) {
-        const V left = Floats::load(w + r * p.w_stride + c);
-        __builtin_prefetch(w + (r + kCount) * p.w_stride + c, 0, 2);
-#pragma GCC unroll 4
-        for (int i = 0; i < kRows; ++i) sum[r][i] += left * right[i];
+        for (int i = 0; i < kRows; ++i) total[r][i] += sum[r][i];
       }
     }
     for (int r = 0; r < kCount; ++r) {
       for (int i = 0; i < kRows; ++i) {
-        float lanes[Floats::kWidth], total = 0.0f;
-        __builtin_memcpy(lanes, &sum[r][i], sizeof(lanes));
+        float lanes[Floats::kWidth], tail = 0.0f;
+        __builtin_memcpy(lanes, &total[r][i], sizeof(lanes));
         for (int width = Floats::kWidth / 2; width > 0; width /= 2) {
           for (int lane = 0; lane < width; ++lane) lanes[lane] += lanes[lane + width];
         }
-        for (std::int64_t rest = c; rest < p.k; ++rest) total += w[r * p.w_stride + rest] * p.x[i * p.x_stride + rest];
-        y[i * p.n + r] = lanes[0] + total;
+        for (std::int64_t rest = c; rest < p.k; ++rest) tail += w[r * p.w_stride + rest] * p.x[i * p.x_stride + rest];
+        y[i * p.n + r] = lanes[0] + tail;
       }
     }
   }
@@ -143,12 +154,7 @@ struct Across {
 
   static inline void tile(const float* x, int rows, const float* w, std::int64_t stride,
                           float* sums, std::int64_t sums_stride) {
-    V sum[kGroup][2];
-#pragma GCC unroll 16
-    for (int i = 0; i < kGroup; ++i) {
-      sum[i][0] = Floats::load(sums + i * sums_stride);
-      sum[i][1] = Floats::load(sums + i * sums_stride + Floats::kWidth);
-    }
+    V sum[kGroup][2] = {};
     for (int r = 0; r < rows; ++r) {
       const float* const row = w + r * stride;
       const V first = Floats::load(row), second = Floats::load(row + Floats::kWidth);
@@ -162,6 +168,8 @@ struct Across {
     }
 #pragma GCC unroll 16
     for (int i = 0; i < kGroup; ++i) {
+      sum[i][0] += Floats::load(sums + i * sums_stride);
+      sum[i][1] += Floats::load(sums + i * sums_stride + Floats::kWidth);
       __builtin_memcpy(sums + i * sums_stride, &sum[i][0], sizeof(V));
       __builtin_memcpy(sums + i * sums_stride + Floats::kWidth, &sum[i][1], sizeof(V));
     }
@@ -172,7 +180,8 @@ struct Across {
     const std::int64_t full = p.k / kColumns * kColumns;  // columns that fill tiles
     const std::int64_t threads = least(p.threads, pieces);
     const std::int64_t sums_size = groups * kGroup * p.k, x_size = groups * kGroup * kAhead;
-    Workspace workspace(threads * (sums_size + x_size) * sizeof(float));
+    const std::int64_t part_size = 2 * sums_size + x_size;
+    Workspace workspace(threads * part_size * sizeof(float));
     float* const all = static_cast<float*>(workspace.data());
 #ifdef _OPENMP
 #pragma omp parallel num_threads(static_cast<int>(threads))
@@ -183,10 +192,12 @@ struct Across {
 #pragma omp for schedule(static, 1)
 #endif
       for (std::int64_t part = 0; part < threads; ++part) {
-        float* const sums = all + part * (sums_size + x_size);
+        float* const total = all + part * part_size;
+        float* const sums = total + sums_size;
         float* const x = sums + sums_size;
-        for (std::int64_t i = 0; i < sums_size; ++i) sums[i] = 0.0f;
-        for (std::int64_t piece = part * pieces / threads; piece < (part + 1) * pieces / threads; ++piece) {
+        for (std::int64_t i = 0; i < 2 * sums_size; ++i) total[i] = 0.0f;
+        const std::int64_t begin = part * pieces / threads, end = (part + 1) * pieces / threads;
+        for (std::int64_t piece = begin; piece < end; ++piece) {
           const std::int64_t first = piece * kAhead;
           const int rows = static_cast<int>(least(kAhead, p.n - first));
           const float* const w = p.w + first * p.w_stride;
@@ -205,6 +216,9 @@ struct Across {
               for (std::int64_t c = full; c < p.k; ++c) sums[i * p.k + c] += left * w[r * p.w_stride + c];
             }
           }
+          if ((piece - begin) % kPieces == kPieces - 1 || piece == end - 1) {
+            for (std::int64_t i = 0; i < sums_size; ++i) total[i] += sums[i], sums[i] = 0.0f;
+          }
         }
       }
 #ifdef _OPENMP
@@ -212,7 +226,7 @@ struct Across {
 #endif
       for (std::int64_t i = 0; i < p.m * p.k; ++i) {
         float sum = 0.0f;
-        for (std::int64_t part = 0; part < threads; ++part) sum += all[part * (sums_size + x_size) + i];
+        for (std::int64_t part = 0; part < threads; ++part) sum += all[part * part_size + i];
         p.y[i] = sum;
       }
     }

@@ -150,3 +150,11 @@ def _offsets(X: Tensor, mask: Tensor | None) -> Tensor:
     if stride == 0:  # one row, expanded
         return torch.zeros(n, dtype=torch.int64, device=X.device)
     return torch.arange(0, n * stride, stride, dtype=torch.int64, device=X.device)
+
+
+@functools.cache
+def skinny_kernel() -> tuple[str, int] | None:
+    """The fastest kernel of this machine and how many rows it takes; None where there is none."""
+    module = native()
+    found = [] if module is None else module.cpu_skinny_most()
+    return next(((name, most) for name, most in found if name != "portable"), None)

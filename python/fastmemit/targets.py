@@ -29,7 +29,6 @@ from torch import Tensor
 
 from fastcov.files import atomic_file, parse_json, write_safetensors
 from fastcov.hooks import evaluation_mode, isolated
-from fastcov.skinny import skinny_products
 from fastmemit.errors import FastmemitError
 from fastmemit.files import shared_folder
 from fastmemit.models import ModelAdapter
@@ -113,7 +112,7 @@ def optimise(
         rows.append(request_rows(tokenizer, request, contexts))
     check_lengths(adapter.model, [row.ids for each in rows for row in each.rows])
     targets: dict[int, Target] = {}
-    with evaluation_mode(adapter.model, frozen=True), skinny_products(adapter.model):
+    with evaluation_mode(adapter.model, frozen=True):
         for group in like_lengths(rows, batch_tokens):
             log.debug("targets: a group of %d requests", len(group))
             members = [rows[index] for index in group]

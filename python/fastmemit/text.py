@@ -19,8 +19,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from fastcov.hooks import evaluation_mode, input_device, isolated, random_state_kept
-from fastcov.skinny import skinny_products
+from fastcov.hooks import evaluation_mode, input_device, isolated, random_state_kept, skinny_products
 from fastmemit.errors import BadConfig, BadRequest, FastmemitError, WrongModel
 from fastmemit.models.running import check_lengths, pad_batch, padding, remembered
 from fastmemit.request import EditRequest

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from fastcov import skinny
-from fastcov.kernels.cpu import native, native_missing
-from fastcov.skinny import SkinnyProducts, product, skinny_products
+from fastcov import hooks as skinny
+from fastcov.hooks import SkinnyProducts, product, skinny_products
+from fastcov.kernels.cpu import native, native_missing, skinny_kernel
 
 pytestmark = pytest.mark.skipif(native_missing() is not None, reason="the native module is not installed")
 
@@ -17,7 +17,7 @@ KERNELS = [] if native() is None else native().cpu_skinny_most()
 @pytest.fixture(params=KERNELS, ids=lambda found: found[0])
 def kernel(request, monkeypatch):
     """Each kernel of this machine in turn, for matrices of any size; (name, how many rows it takes)."""
-    monkeypatch.setattr(skinny, "_kernel", lambda: request.param)
+    monkeypatch.setattr(skinny, "skinny_kernel", lambda: request.param)
     monkeypatch.setattr(skinny, "_SMALLEST", 1)
     return request.param
 
@@ -49,6 +49,17 @@ def test_every_number_of_rows(kernel, threads, shape):
         along, across = numbers(m, k, seed=1), numbers(m, n, seed=2)
         assert close(product(along, weight), along, weight.T), m
         assert close(product(across, weight, across=True), across, weight), m
+
+
+@pytest.mark.parametrize("m", [2, 7, 14])
+def test_long_sums_are_as_close_as_the_librarys(kernel, m):
+    weight, x = numbers(20_000, 64), numbers(m, 20_000, seed=1)
+    for found, left, right in (
+        (product(x, weight, across=True), x, weight),
+        (product(x, weight.T.contiguous()), x, weight),
+    ):
+        exact = left.double() @ right.double()
+        assert (found - exact).norm() < 4e-7 * exact.norm()  # 2e-6 and more, if summed one after another
 
 
 def test_rows_that_lie_apart(kernel):
@@ -160,14 +171,14 @@ def test_it_is_left_when_something_is_raised(kernel, calls):
 def test_only_for_models_that_can_use_it(kernel, monkeypatch):
     assert isinstance(skinny_products(nn.Linear(8, 8)), SkinnyProducts)
     assert not isinstance(skinny_products(nn.Linear(8, 8).bfloat16()), SkinnyProducts)
-    monkeypatch.setattr(skinny, "_kernel", lambda: None)
+    monkeypatch.setattr(skinny, "skinny_kernel", lambda: None)
     assert not isinstance(skinny_products(nn.Linear(8, 8)), SkinnyProducts)
 
 
 def test_without_the_native_module(monkeypatch):
-    monkeypatch.setattr(skinny, "native", lambda: None)
-    skinny._kernel.cache_clear()
+    monkeypatch.setattr("fastcov.kernels.cpu.native", lambda: None)
+    skinny_kernel.cache_clear()
     try:
-        assert skinny._kernel() is None
+        assert skinny_kernel() is None
     finally:
-        skinny._kernel.cache_clear()
+        skinny_kernel.cache_clear()

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fastcov.hooks import evaluation_mode, input_device, isolated
+from fastcov.hooks import evaluation_mode, input_device, isolated, skinny_products
 from fastmemit.errors import BadLayer, FastmemitError, UnknownArchitecture, WrongModel
 from fastmemit.models.running import (
     BlockMap,
@@ -336,7 +336,8 @@ class ModelAdapter:
 
     def run(self, **inputs: Any) -> Any:
         """The model's output, without the optional inputs that it does not know."""
-        return self.model(**accepted(self.model, inputs))
+        with skinny_products(self.model):
+            return self.model(**accepted(self.model, inputs))
 
     @property
     def is_causal(self) -> bool:
