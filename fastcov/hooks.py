@@ -37,6 +37,8 @@ _HOOKS = (
 )  # fmt: skip
 
 _cuda: Any = torch.cuda  # in part untyped
+_C: Any = torch._C
+_overrides: Any = torch.overrides
 _AUTOCAST = tuple(
     kind for kind in ("cpu", "cuda", "mps", "xpu", "hpu", "mtia", "xla") if torch.amp.is_autocast_available(kind)
 )
@@ -192,7 +194,8 @@ class evaluation_mode:
     """No submodule trains inside, and, frozen, no parameter asks for a gradient; afterwards each is as it was before.
 
     Where something is raised inside, hooks that are new go (those of somebody else as well), a replaced ``forward``
-    goes, and modules, parameters and gradients have the modes that they had.
+    goes, and so does a `SkinnyProducts` that an interrupt left; modules, parameters and gradients have the modes that
+    they had.
     """
 
     # An interrupt can come between the registration of a hook and the note of how to remove it, or just as a
@@ -202,6 +205,7 @@ class evaluation_mode:
     def __init__(self, model: nn.Module, *, frozen: bool = False) -> None:
         self._frozen = frozen
         self._first = RemovableHandle.next_id  # hooks are numbered in the order in which they come
+        self._modes = _C._len_torch_function_stack()
         self._gradients = torch.is_grad_enabled()
         self._modules = [(m, m.training, m.__dict__.get("forward")) for m in model.modules()]
         # Read off the modules, a shared one twice: model.parameters() takes several times as long.
@@ -225,6 +229,10 @@ class evaluation_mode:
     ) -> None:
         if error is not None:
             torch.set_grad_enabled(self._gradients)  # torch.no_grad may be stopped as it is left
+            while _C._len_torch_function_stack() > self._modes and isinstance(
+                _overrides._get_current_function_mode(), SkinnyProducts
+            ):
+                _overrides._pop_mode()
             for module, _, forward in self._modules:
                 for name in _HOOKS:
                     hooks: dict[int, object] = module.__dict__.get(name) or {}

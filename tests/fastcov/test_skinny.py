@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from fastcov import hooks as skinny
-from fastcov.hooks import SkinnyProducts, product, skinny_products
+from fastcov.hooks import SkinnyProducts, evaluation_mode, product, skinny_products
 from fastcov.kernels.cpu import native, native_missing, skinny_kernel
 
 pytestmark = pytest.mark.skipif(native_missing() is not None, reason="the native module is not installed")
@@ -166,6 +166,16 @@ def test_it_is_left_when_something_is_raised(kernel, calls):
         raise KeyError
     nn.functional.linear(numbers(2, 8), numbers(8, 8))
     assert not calls
+
+
+def test_what_an_interrupt_leaves_goes(kernel, calls):
+    with SkinnyProducts():
+        with pytest.raises(KeyboardInterrupt), evaluation_mode(nn.Linear(8, 8)):
+            SkinnyProducts().__enter__()
+            raise KeyboardInterrupt
+        assert torch._C._len_torch_function_stack() == 1  # the outer one stays
+    nn.functional.linear(numbers(2, 8), numbers(8, 8))
+    assert not calls and torch._C._len_torch_function_stack() == 0
 
 
 def test_only_for_models_that_can_use_it(kernel, monkeypatch):
