@@ -20,8 +20,8 @@ namespace py = pybind11;
 namespace {
 
 using fastcov::cpu::Dtype;
-using fastcov::cpu::Skinny;
 using fastcov::cpu::Problem;
+using fastcov::cpu::Skinny;
 using fastcov::cpu::Variant;
 
 const Variant& supported(const std::string& name) {
@@ -67,22 +67,23 @@ void rank_k(const std::string& name, std::uintptr_t x, int x_dtype, std::int64_t
 }
 
 void skinny(const std::string& name, std::uintptr_t x, std::int64_t x_stride, std::int64_t m,
-              std::uintptr_t w, std::int64_t w_stride, std::int64_t n, std::int64_t k,
-              std::uintptr_t y, bool across, int threads) {
+            std::uintptr_t w, std::int64_t w_stride, std::int64_t n, std::int64_t k,
+            std::uintptr_t y, bool across, int threads) {
   const Variant& variant = supported(name);
   if (variant.skinny == nullptr || m > variant.skinny_most) {
-    throw std::runtime_error("The variant '" + name + "' has no product of " + std::to_string(m) + " rows.");
+    throw std::runtime_error("The variant '" + name + "' has no product of " + std::to_string(m) +
+                             " rows.");
   }
   const Skinny problem{reinterpret_cast<const float*>(x),
-                        x_stride,
-                        m,
-                        reinterpret_cast<const float*>(w),
-                        w_stride,
-                        n,
-                        k,
-                        reinterpret_cast<float*>(y),
-                        across,
-                        threads < 1 ? 1 : threads};
+                       x_stride,
+                       m,
+                       reinterpret_cast<const float*>(w),
+                       w_stride,
+                       n,
+                       k,
+                       reinterpret_cast<float*>(y),
+                       across,
+                       threads < 1 ? 1 : threads};
   const py::gil_scoped_release released;
   variant.skinny(problem);
 }
@@ -92,7 +93,8 @@ std::vector<std::pair<std::string, int>> skinny_most() {
   const Variant* const all = fastcov::cpu::variants(&count);
   std::vector<std::pair<std::string, int>> found;
   for (int i = 0; i < count; ++i) {
-    if (all[i].skinny != nullptr && all[i].supported()) found.emplace_back(all[i].name, all[i].skinny_most);
+    if (all[i].skinny != nullptr && all[i].supported())
+      found.emplace_back(all[i].name, all[i].skinny_most);
   }
   return found;
 }
@@ -136,10 +138,12 @@ PYBIND11_MODULE(_native, m) {
         py::arg("threads"),
         "Lower triangle of c (d, d) += alpha * X^T X over the rows of x at these offsets.");
   m.def("cpu_skinny", &skinny, py::arg("variant"), py::arg("x"), py::arg("x_stride"), py::arg("m"),
-        py::arg("w"), py::arg("w_stride"), py::arg("n"), py::arg("k"), py::arg("y"), py::arg("across"),
-        py::arg("threads"), "y (m, n) = x W^T, or y (m, k) = x W where across, for a matrix W (n, k) of float32.");
+        py::arg("w"), py::arg("w_stride"), py::arg("n"), py::arg("k"), py::arg("y"),
+        py::arg("across"), py::arg("threads"),
+        "y (m, n) = x W^T, or y (m, k) = x W where across, for a matrix W (n, k) of float32.");
   m.def("cpu_skinny_most", &skinny_most,
-        "(name, how many rows it takes) of the variants that have such products here, the fastest first.");
+        "(name, how many rows it takes) of the variants that have such products here, the fastest "
+        "first.");
   m.def("cpu_peak", &peak, py::arg("variant"), py::arg("dtype"), py::arg("threads"),
         py::arg("seconds"), "GFLOP/s of multiply-adds on registers alone.");
   // A call holds the lock for as long as it computes.

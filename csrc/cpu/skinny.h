@@ -5,10 +5,10 @@
 //
 // Included once by each variant, inside its namespace and with its instruction set.
 
-constexpr int kSums = FASTCOV_ROWS * FASTCOV_VECTORS;  // vectors of sums that the registers hold
+constexpr int kSums = FASTCOV_ROWS * FASTCOV_VECTORS;    // vectors of sums that the registers hold
 constexpr int kGroupMost = (kSums + kSums / 6) / 4 * 2;  // rows of x, two vectors of sums each
-constexpr int kDots = 4;                               // rows of x whose products are summed across lanes
-constexpr int kAhead = 64;                             // rows of W in a piece
+constexpr int kDots = 4;    // rows of x whose products are summed across lanes
+constexpr int kAhead = 64;  // rows of W in a piece
 // Sums are of so many numbers at most, and then of sums: rounding grows with their length.
 constexpr std::int64_t kShort = 128, kPieces = 16;
 
@@ -18,7 +18,8 @@ template <class Numbers, int kVectors>
 struct Along {
   using V = typename Numbers::V;
   static constexpr int kLanes = Numbers::kWidth * kVectors;
-  static constexpr int kFull = kSums / kVectors < 12 ? kSums / kVectors : 12;  // rows of W in a tile
+  static constexpr int kFull =
+      kSums / kVectors < 12 ? kSums / kVectors : 12;  // rows of W in a tile
 
   template <int kTile>
   static inline void tile(const float* x, std::int64_t k, const float* w, std::int64_t stride,
@@ -32,7 +33,8 @@ struct Along {
         for (const std::int64_t line = least(c + 16, end); c < line; ++c) {
           V right[kVectors];
 #pragma GCC unroll 8
-          for (int v = 0; v < kVectors; ++v) right[v] = Numbers::load(x + c * kLanes + v * Numbers::kWidth);
+          for (int v = 0; v < kVectors; ++v)
+            right[v] = Numbers::load(x + c * kLanes + v * Numbers::kWidth);
 #pragma GCC unroll 16
           for (int r = 0; r < kTile; ++r) {
 #pragma GCC unroll 8
@@ -65,7 +67,8 @@ struct Along {
 #pragma omp for schedule(static)
 #endif
       for (std::int64_t c = 0; c < p.k; ++c) {
-        for (int i = 0; i < kLanes; ++i) x[c * kLanes + i] = i < p.m ? p.x[i * p.x_stride + c] : 0.0f;
+        for (int i = 0; i < kLanes; ++i)
+          x[c * kLanes + i] = i < p.m ? p.x[i * p.x_stride + c] : 0.0f;
       }
 #ifdef _OPENMP
 #pragma omp for schedule(static)
@@ -99,7 +102,8 @@ struct Dots {
     std::int64_t c = 0;
     for (const std::int64_t full = p.k / Floats::kWidth * Floats::kWidth; c < full;) {
       V sum[kCount][kRows] = {};
-      for (const std::int64_t end = least(c + kShort * Floats::kWidth, full); c < end; c += Floats::kWidth) {
+      for (const std::int64_t end = least(c + kShort * Floats::kWidth, full); c < end;
+           c += Floats::kWidth) {
         V right[kRows];
 #pragma GCC unroll 4
         for (int i = 0; i < kRows; ++i) right[i] = Floats::load(p.x + i * p.x_stride + c);
@@ -122,7 +126,8 @@ struct Dots {
         for (int width = Floats::kWidth / 2; width > 0; width /= 2) {
           for (int lane = 0; lane < width; ++lane) lanes[lane] += lanes[lane + width];
         }
-        for (std::int64_t rest = c; rest < p.k; ++rest) tail += w[r * p.w_stride + rest] * p.x[i * p.x_stride + rest];
+        for (std::int64_t rest = c; rest < p.k; ++rest)
+          tail += w[r * p.w_stride + rest] * p.x[i * p.x_stride + rest];
         y[i * p.n + r] = lanes[0] + tail;
       }
     }
@@ -139,7 +144,8 @@ struct Dots {
       if (first + kTile <= p.n) {
         tile<kTile>(p, w, p.y + first);
       } else {
-        for (std::int64_t r = 0; first + r < p.n; ++r) tile<1>(p, w + r * p.w_stride, p.y + first + r);
+        for (std::int64_t r = 0; first + r < p.n; ++r)
+          tile<1>(p, w + r * p.w_stride, p.y + first + r);
       }
     }
   }
@@ -203,17 +209,20 @@ struct Across {
           const float* const w = p.w + first * p.w_stride;
           for (std::int64_t i = 0; i < groups * kGroup; ++i) {
             float* const to = x + i / kGroup * kGroup * kAhead + i % kGroup;
-            for (int r = 0; r < rows; ++r) to[r * kGroup] = i < p.m ? p.x[i * p.x_stride + first + r] : 0.0f;
+            for (int r = 0; r < rows; ++r)
+              to[r * kGroup] = i < p.m ? p.x[i * p.x_stride + first + r] : 0.0f;
           }
           for (std::int64_t c = 0; c < full; c += kColumns) {
             for (std::int64_t group = 0; group < groups; ++group) {
-              tile(x + group * kGroup * kAhead, rows, w + c, p.w_stride, sums + group * kGroup * p.k + c, p.k);
+              tile(x + group * kGroup * kAhead, rows, w + c, p.w_stride,
+                   sums + group * kGroup * p.k + c, p.k);
             }
           }
           for (std::int64_t i = 0; i < p.m; ++i) {
             for (int r = 0; r < rows; ++r) {
               const float left = p.x[i * p.x_stride + first + r];
-              for (std::int64_t c = full; c < p.k; ++c) sums[i * p.k + c] += left * w[r * p.w_stride + c];
+              for (std::int64_t c = full; c < p.k; ++c)
+                sums[i * p.k + c] += left * w[r * p.w_stride + c];
             }
           }
           if ((piece - begin) % kPieces == kPieces - 1 || piece == end - 1) {
