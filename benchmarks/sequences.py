@@ -58,12 +58,15 @@ def table(runs: dict[str, Steps]) -> str:
 
 
 def differences(runs: dict[str, Steps]) -> str:
-    """What each run has at its end beyond the first, in points, paired by record."""
+    """What each run has beyond the first, after the most facts that both were scored at; in points, paired by record."""
     names = list(runs)
-    rows = [f"| beyond {names[0]}, at the end | S | EA | PA | NA |", "| --- | --- | --- | --- | --- |"]
+    rows = [f"| beyond {names[0]} | facts | S | EA | PA | NA |", "| --- | ---: | --- | --- | --- | --- |"]
+    first = {step["facts"]: step["records"] for step in runs[names[0]]}
     for name in names[1:]:
-        found = difference_intervals(runs[name][-1]["records"], runs[names[0]][-1]["records"])
-        rows.append(f"| {name} | {' | '.join(_text(found[score], '+.1f') for score in SHOWN)} |")
+        for step in [step for step in runs[name] if step["facts"] in first][-1:]:
+            found = difference_intervals(step["records"], first[step["facts"]])
+            scores = " | ".join(_text(found[score], "+.1f") for score in SHOWN)
+            rows.append(f"| {name} | {step['facts']} | {scores} |")
     return "\n".join(rows)
 
 

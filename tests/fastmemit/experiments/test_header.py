@@ -39,7 +39,7 @@ def as_published(method: str, **settings: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    "path", ["smollm2/sweep.json", "smollm2-orders/sweep.json", "smollm2-sequential/sequential.json"]
+    "path", ["smollm2/sweep.json", "smollm2-orders/sweep.json", "smollm2-sequential-methods/sequential.json"]
 )
 def test_recorded_settings_are_those_of_today(path: str) -> None:
     for method, settings in recorded(path)["methods"].items():
