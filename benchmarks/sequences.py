@@ -58,7 +58,7 @@ def table(runs: dict[str, Steps]) -> str:
 
 
 def differences(runs: dict[str, Steps]) -> str:
-    """What each run has beyond the first, after the most facts that both were scored at; in points, paired by record."""
+    """What each run has beyond the first where both were scored last; in points, paired by record."""
     names = list(runs)
     rows = [f"| beyond {names[0]} | facts | S | EA | PA | NA |", "| --- | ---: | --- | --- | --- | --- |"]
     first = {step["facts"]: step["records"] for step in runs[names[0]]}
