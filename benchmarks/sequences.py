@@ -25,6 +25,7 @@ from fastmemit.experiments.results import read_lines  # noqa: E402
 from fastmemit.experiments.sequential import STEPS  # noqa: E402
 
 SHOWN = ("s", "ea", "pa", "na")
+DRAWN = ("ea", "pa", "na")
 
 Steps = list[dict[str, Any]]
 
@@ -87,8 +88,9 @@ def figure(runs: dict[str, Steps], title: str) -> bytes:
         points: dict[float | None, dict[str, Estimate | None]] = {}
         for step in steps:
             cost = step["perplexity"]
-            points[step["facts"]] = {**score_intervals(step["records"]), PERPLEXITY: Estimate(cost, cost, cost)}
-        before = score_intervals(steps[-1]["records"], when="before")
+            scores = score_intervals(step["records"], names=DRAWN)
+            points[step["facts"]] = {**scores, PERPLEXITY: Estimate(cost, cost, cost)}
+        before = score_intervals(steps[-1]["records"], when="before", names=DRAWN)
         points[steps[-1]["facts"]] |= {f"unedited {score}": value for score, value in before.items()}
         lines.append(Line(name, points, colour))
     return render(Drawing(title, tuple(lines), facts=True))["svg"]
