@@ -38,7 +38,7 @@ def as_published(method: str, **settings: Any) -> dict[str, Any]:
     return cast(dict[str, Any], json.loads(json.dumps(config.as_dict())))
 
 
-@pytest.mark.parametrize("path", ["smollm2/sweep.json", "smollm2-sequential-methods/sequential.json"])
+@pytest.mark.parametrize("path", ["smollm2/sweep.json", "smollm2-256/sweep.json", "smollm2-layers/sweep.json"])
 def test_recorded_settings_are_those_of_today(path: str) -> None:
     for method, settings in recorded(path)["methods"].items():
         assert with_defaults(method, settings) == as_published(method)
