@@ -25,7 +25,7 @@ for folder in (ROOT, ROOT / "python"):
 
 import torch  # noqa: E402
 
-from fastcov import skinny  # noqa: E402
+from fastcov import hooks  # noqa: E402
 from fastcov.machine import this_machine, versions  # noqa: E402
 
 MATRICES = ((49152, 576), (1536, 576), (576, 1536), (2048, 640), (2560, 2560))
@@ -54,9 +54,9 @@ def products(seconds: float) -> list[dict[str, Any]]:
         for m in ROWS:
             x, g = torch.randn(m, k), torch.randn(m, n)
             found = best({
-                "torch_along": lambda: x @ weight.T, "ours_along": lambda: skinny.product(x, weight),  # noqa: B023
+                "torch_along": lambda: x @ weight.T, "ours_along": lambda: hooks.product(x, weight),  # noqa: B023
                 "torch_across": lambda: g @ weight,  # noqa: B023
-                "ours_across": lambda: skinny.product(g, weight, across=True),  # noqa: B023
+                "ours_across": lambda: hooks.product(g, weight, across=True),  # noqa: B023
             }, seconds)  # fmt: skip
             print(f"({n}, {k}) by {m:2}: " + ", ".join(f"{name} {ms:.3f}" for name, ms in found.items()), flush=True)
             lines.append({"n": n, "k": k, "m": m, **found})
@@ -74,7 +74,7 @@ def whole(name: str, rounds: int) -> dict[str, Any]:
         for fact in FACTS:
             for optimiser in ("adam", "rotate", "text"):
                 for ours in (False, True):
-                    kernels = nullcontext() if ours else mock.patch.object(skinny, "skinny_kernel", lambda: None)
+                    kernels = nullcontext() if ours else mock.patch.object(hooks, "skinny_kernel", lambda: None)
                     wall, processor = time.perf_counter(), time.process_time()
                     with kernels:
                         if optimiser == "text":
