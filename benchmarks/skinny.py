@@ -1,8 +1,8 @@
 """Products of few rows by our kernels and by torch, and what they make of one fact: ``python benchmarks/skinny.py``.
 
 For each matrix and number of rows, milliseconds of torch's product and of ours, along (x W^T, a layer forwards) and
-across (x W, the same backwards), the best of many in turns. Then, with ``--model``, seconds of one fact's target vector
-and of 32 tokens of greedy text, by both in turns. ``--json FILE`` writes them.
+across (x W, the same backwards), and of adding up the matrix, which reads it once; the best of many in turns. With
+``--models`` first, in seconds, one fact's target vector and 32 tokens of greedy text, by both in turns.
 """
 
 from __future__ import annotations
@@ -57,6 +57,7 @@ def products(seconds: float) -> list[dict[str, Any]]:
                 "torch_along": lambda: x @ weight.T, "ours_along": lambda: hooks.product(x, weight),  # noqa: B023
                 "torch_across": lambda: g @ weight,  # noqa: B023
                 "ours_across": lambda: hooks.product(g, weight, across=True),  # noqa: B023
+                "sum": lambda: weight.sum(),  # noqa: B023
             }, seconds)  # fmt: skip
             print(f"({n}, {k}) by {m:2}: " + ", ".join(f"{name} {ms:.3f}" for name, ms in found.items()), flush=True)
             lines.append({"n": n, "k": k, "m": m, **found})
@@ -64,7 +65,7 @@ def products(seconds: float) -> list[dict[str, Any]]:
 
 
 def whole(name: str, rounds: int) -> dict[str, Any]:
-    """Seconds of a target vector by each rule and of a text, with and without the kernels; the wall's and ours."""
+    """Seconds of a target vector by each rule and of a text, with and without the kernels, on both clocks."""
     from fastmemit import Editor
 
     folder = tempfile.TemporaryDirectory()
@@ -72,19 +73,19 @@ def whole(name: str, rounds: int) -> dict[str, Any]:
     seconds: dict[str, list[tuple[float, float]]] = {}
     for turn in range(rounds + 1):  # the first warms up
         for fact in FACTS:
-            for optimiser in ("adam", "rotate", "text"):
+            for task in ("adam", "rotate", "text"):
                 for ours in (False, True):
                     kernels = nullcontext() if ours else mock.patch.object(hooks, "skinny_kernel", lambda: None)
                     wall, processor = time.perf_counter(), time.process_time()
                     with kernels:
-                        if optimiser == "text":
+                        if task == "text":
                             editor.generate([fact[0].format(fact[1])], 32)
                         else:
-                            config = editor.config("memit", optimiser=optimiser)
+                            config = editor.config("memit", optimiser=task)
                             editor.targets([fact], config, stored=False)
                     taken = time.perf_counter() - wall, time.process_time() - processor
                     if turn:
-                        seconds.setdefault(f"{optimiser}, {'ours' if ours else 'torch'}", []).append(taken)
+                        seconds.setdefault(f"{task}, {'ours' if ours else 'torch'}", []).append(taken)
     found = {task: [round(statistics.median(clock), 3) for clock in zip(*runs, strict=True)]
              for task, runs in seconds.items()}  # fmt: skip
     print(editor.name, found, flush=True)

@@ -34,8 +34,11 @@ _PANEL_ROWS = 256  # and its rows at least: smaller sums are one panel
 class Processes:
     """This process and the others that do the same work; all must make the same calls of `gather` in the same order.
 
-    It is number `rank`, from 0, of `size`. The store is that of `torch.distributed`, under a prefix of its own; for the
-    timeout see `TIMEOUT`.
+    Args:
+        store: What `torch.distributed` keeps its keys in, under a prefix of its own.
+        rank: Which one this is, from 0, of `size`.
+        size: How many there are.
+        timeout: See `TIMEOUT`.
 
     Raises:
         ValueError: A rank outside of ``[0, size)``.

@@ -5,7 +5,7 @@ hooks the projections' inputs, and lets no forward pass run further than the las
 
 What is computed must not depend on where it was called from: a moment summed under autocast, or an edit written with
 TF32 on, would be stored under the name of the right one. So `isolated` stands at every public entry point; nested, it
-costs a few reads.
+costs a few reads. `SkinnyProducts` is the one thing of torch that is not left as it is: products of few rows are ours.
 """
 
 from __future__ import annotations
@@ -476,7 +476,9 @@ class KeyHooks:
     def run(self, batch: Mapping[str, Any], inside: Callable[[], AbstractContextManager[Any]] = nullcontext) -> None:
         """Run the model on one batch, its keyword arguments, up to the last hooked module, without gradients.
 
-        `inside` makes a context for the forward pass alone, such as autocast, of which nothing else here has any.
+        Args:
+            batch: The keyword arguments.
+            inside: Makes a context for the forward pass alone, such as autocast, of which nothing else here has any.
 
         Raises:
             BadInput: The forward pass ended and a hooked module was never called.
@@ -559,7 +561,7 @@ class SkinnyProducts(TorchFunctionMode):
     """Inside, ``linear`` and ``addmm`` of few rows of float32 on a CPU are computed by our kernels.
 
     Matrices that ask for a gradient are left to torch, and so is whatever the kernels do not take. Results differ from
-    torch's by rounding. Of the running thread alone.
+    torch's by rounding, and there is no gradient of a gradient. Of the running thread alone.
     """
 
     def __torch_function__(
@@ -569,12 +571,12 @@ class SkinnyProducts(TorchFunctionMode):
         if not kwargs:
             if func is nn.functional.linear and len(args) in (2, 3):
                 x, weight, bias = (*args, None)[:3]
-                if _takes(x, weight, weight.shape[-1], bias):
+                if _takes(x, weight, bias, across=False):
                     y = _multiplied(x.reshape(-1, x.shape[-1]), weight, False).reshape(*x.shape[:-1], -1)
                     return y if bias is None else y + bias
             elif func is torch.addmm and len(args) == 3:
                 bias, x, weight = args
-                if x.dim() == 2 and bias.dim() == 1 and _takes(x, weight, weight.shape[0], bias):
+                if _takes(x, weight, bias, across=True) and x.dim() == 2:
                     return _multiplied(x, weight, True) + bias
         return func(*args, **(kwargs or {}))
 
@@ -584,13 +586,15 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, across: bool) -> Tensor:
-        ctx.weight, ctx.across = weight, across
+        ctx.save_for_backward(weight)  # so that torch refuses to go back through one that was changed meanwhile
+        ctx.across = across
         return product(x, weight, across=across)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return product(gradient, ctx.weight, across=not ctx.across), None, None
+        (weight,) = ctx.saved_tensors
+        return product(gradient, weight, across=not ctx.across), None, None
 
 
 _multiplied: Callable[[Tensor, Tensor, bool], Tensor] = _Product.apply
@@ -599,7 +603,8 @@ _multiplied: Callable[[Tensor, Tensor, bool], Tensor] = _Product.apply
 def product(x: Tensor, weight: Tensor, *, across: bool = False) -> Tensor:
     """``x W^T`` (m, n) of x (m, k) and W (n, k), or ``x W`` (m, k) of x (m, n) where `across`; float32, on the CPU.
 
-    x has at least one row and at most those that the kernel takes; W's columns lie side by side.
+    x has at least one row and at most those that the kernel takes; W's columns lie side by side. Nothing is checked but
+    the number of rows: `SkinnyProducts` asks what fits before it calls.
 
     Raises:
         RuntimeError: x has more rows than the kernel takes.
@@ -608,7 +613,7 @@ def product(x: Tensor, weight: Tensor, *, across: bool = False) -> Tensor:
     assert kernel is not None and module is not None
     x = x.contiguous()
     n, k = weight.shape
-    y = torch.empty(len(x), k if across else n)
+    y = x.new_empty(len(x), k if across else n)  # whatever torch's default dtype and device are
     module.cpu_skinny(
         variant=kernel[0], x=x.data_ptr(), x_stride=x.stride(0), m=len(x), w=weight.data_ptr(),
         w_stride=weight.stride(0), n=n, k=k, y=y.data_ptr(), across=across, threads=torch.get_num_threads(),
@@ -616,23 +621,22 @@ def product(x: Tensor, weight: Tensor, *, across: bool = False) -> Tensor:
     return y
 
 
-def _takes(x: Any, weight: Any, width: int, bias: Any) -> bool:
+def _takes(x: Any, weight: Any, bias: Any, *, across: bool) -> bool:
     """Whether the kernel takes the product of x (..., width) with this matrix, and a bias behind it."""
     kernel = skinny_kernel()
+    if kernel is None or type(x) not in _PLAIN or type(weight) not in _PLAIN or weight.dim() != 2 or not x.dim():
+        return False
+    out, width = reversed(weight.shape) if across else weight.shape
+    plain = [x, weight] if bias is None else [x, weight, bias]
     return (
-        kernel is not None
-        and type(x) in _PLAIN
-        and type(weight) in _PLAIN
-        and (bias is None or (type(bias) in _PLAIN and bias.dtype is torch.float32))
-        and x.dim() > 0
+        all(type(each) in _PLAIN and each.dtype is torch.float32 and each.device.type == "cpu" for each in plain)
+        and (bias is None or bias.shape == (out,))
         and x.shape[-1] == width
         and 0 < x.numel() <= kernel[1] * width
-        and weight.dim() == 2
         and weight.numel() >= _SMALLEST
-        and x.dtype is weight.dtype is torch.float32
-        and x.device.type == weight.device.type == "cpu"
         and weight.stride(1) == 1
         and weight.stride(0) >= weight.shape[1]
         and not (torch.is_grad_enabled() and weight.requires_grad)
         and not torch.is_autocast_enabled("cpu")
+        and not _C._are_functorch_transforms_active()
     )

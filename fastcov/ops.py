@@ -77,7 +77,11 @@ def not_preferred() -> dict[str, str]:
 
 
 def chosen(C: Tensor, X: Tensor) -> str:
-    """The name of the kernel that an update of C (d, d) by keys X (..., d) would take, or KernelUnavailable."""
+    """The name of the kernel that an update of C (d, d) by keys X (..., d) would take.
+
+    Raises:
+        KernelUnavailable: None takes them.
+    """
     return _choice(C, X.reshape(-1, X.shape[-1])[:1], None).name
 
 

@@ -107,9 +107,10 @@ class StoppingRule:
 
     @isolated()
     def update(self, moment: SecondMoment) -> bool:
-        """Look at a moment that has grown, the keys of the last look its first; whether it is enough.
+        """Look at a moment that has grown: the keys of the last look are its first.
 
-        It is where the excess is within the tolerance, or the limit is reached.
+        Returns:
+            True where it is enough: the excess is within the tolerance, or the limit is reached.
 
         Raises:
             BadInput: It is no moment, is of another width than the one before, or has no more keys than at the last

@@ -1,4 +1,5 @@
-// The symmetric rank-k update on a CPU: lower triangle of C += alpha * X^T X over given rows.
+// What the variants compute on a CPU: the symmetric rank-k update, lower triangle of C += alpha *
+// X^T X over given rows; and products of few rows.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-"""The rank-k update on a CPU, in C++ (csrc/cpu): one kernel for each instruction set.
+"""The kernels of a CPU, in C++ (csrc/cpu): the rank-k update, one for each instruction set; which multiplies few rows.
 
 Rows are read where they lie, through a list of offsets: what a mask leaves out is neither copied nor looked at. Keys
 are converted while they are packed into panels, products are summed in the dtype of C, and only tiles that reach the
@@ -154,7 +154,7 @@ def _offsets(X: Tensor, mask: Tensor | None) -> Tensor:
 
 @functools.cache
 def skinny_kernel() -> tuple[str, int] | None:
-    """The fastest kernel of this machine and how many rows it takes; None where there is none."""
+    """The fastest kernel of this machine for products of few rows, and how many it takes; None where there is none."""
     module = native()
     found = [] if module is None else module.cpu_skinny_most()
     return next(((name, most) for name, most in found if name != "portable"), None)

@@ -75,14 +75,19 @@ def judge_answers(
 ) -> list[Answer]:
     """Cost and accuracy of each answer after its prompt, under teacher forcing; in the order of the questions.
 
-    Questions are pairs of a prompt and an answer, which brings its leading space. Sequences are run sorted by length,
-    and what several questions share runs once: the answers " Rome" and " Paris" of one prompt are read from the same
-    forward, because an answer's last token is never an input; and a sequence that begins another one is read from that
-    one, because no token depends on a later one.
+    Sequences are run sorted by length, and what several questions share runs once: the answers " Rome" and " Paris" of
+    one prompt are read from the same forward, because an answer's last token is never an input; and a sequence that
+    begins another one is read from that one, because no token depends on a later one.
 
-    A forward takes `batch_tokens` padded tokens at most (one sequence always runs); None is 512 on a CPU, else 8192.
-    `progress` is called with the number of questions done since its last call. `kept` takes the model's keys and values
-    of each prompt and answer, but for its last token, of the first `KEPT` padded tokens.
+    Args:
+        adapter: The model.
+        tokenizer: Its tokenizer.
+        questions: (prompt, answer) pairs; the answer brings its leading space.
+        batch_tokens: Padded tokens a forward takes at most (one sequence always runs); None takes 512 on a CPU and 8192
+            elsewhere.
+        progress: Called with the number of questions done since the last call.
+        kept: Where to keep the model's keys and values of each prompt and answer, but for its last token, of the first
+            `KEPT` padded tokens.
 
     Raises:
         UnknownArchitecture: The model is not causal.

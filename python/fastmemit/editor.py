@@ -122,8 +122,12 @@ class Editor(Described):
     ) -> Editor:
         """Load a model by its name and make an editor of it.
 
-        See `fastmemit.models.load_model` for the arguments, and for the settings ``device_map`` and ``load_in``; other
-        settings are arguments of `Editor`.
+        Args:
+            name: A hub name, a local folder or ``.gguf`` file, or "smollm2".
+            device: See `fastmemit.models.load_model`, also for dtype.
+            dtype: float32, bfloat16, float16 or auto.
+            trust_remote_code: Run code that comes with the model.
+            settings: ``device_map`` and ``load_in`` (see there); arguments of `Editor`.
 
         Raises:
             ModelNotFound: Nothing of this name can be loaded.
@@ -174,8 +178,10 @@ class Editor(Described):
     def config(self, method: str | EditConfig = "memit", **overrides: Any) -> EditConfig:
         """The settings that `edit` would use: the model's preset with your overrides.
 
-        The method is one of `METHODS`; or settings such as `MemitConfig`, which are taken as they are in the place of a
-        preset.
+        Args:
+            method: One of `METHODS`; or settings such as `MemitConfig`, which are taken as they are in the place of a
+                preset.
+            overrides: Settings of the method by name.
 
         Raises:
             BadConfig: An unknown method, a setting that is not the method's, a value out of range, or one that would
@@ -194,11 +200,18 @@ class Editor(Described):
         method: str | EditConfig | None = None,
         **more: Any,
     ) -> Statistics:
-        """Collect the second moments that edits need, or find them where they were stored; edits use them from now on.
+        """Collect the second moments that edits need, or find them where they were stored.
 
-        They are those of `layers` (one, or several), or else of the layers of `method` (see `config`), or else of all
-        methods' layers. The corpus, the multiplier and `more` are fields of `fastmemit.statistics.Collection`, of which
-        ``quartic`` is set for a method that needs it.
+        Args:
+            corpus: See `fastmemit.statistics.Collection`.
+            multiplier: See there.
+            layers: Which layers, or which one; None takes those of the method.
+            method: Whose layers, where `layers` is None: see `config`. None: all methods'.
+            more: Further fields of `Collection`: ``allow_fewer``, ``max_length``, ``field``, ``bos``, ``seed``,
+                ``quartic`` (which settings in `method` that need it switch on), ``forward``.
+
+        Returns:
+            The statistics, which edits of this editor use from now on.
 
         Raises:
             WrongModel: The model is edited; statistics belong to the unedited one.
@@ -304,11 +317,19 @@ class Editor(Described):
         strict: bool = False,
         **overrides: Any,
     ) -> Edit:
-        """Compute an edit and apply it; arguments are those of `plan`, and two more.
+        """Compute an edit and apply it.
 
-        With `verify` each fact is asked before and after, as it is written: the answers are in `Edit.outcomes`, and one
-        that is not what the model says is named in a warning. False is for loops that score the model themselves. With
-        `strict` the edit is taken back if the model does not say all of its facts.
+        Args:
+            facts: The facts, written together.
+            method: See `plan`, also for preserved, reads and overrides.
+            preserved: See `plan`.
+            reads: See `plan`.
+            targets: See `plan`.
+            preserve: See `plan`.
+            verify: Ask each fact before and after, as it is written: the answers are in `Edit.outcomes`, and one that
+                is not what the model says is named in a warning. False for loops that score the model themselves.
+            strict: Take the edit back if the model does not say all of its facts.
+            overrides: See `plan`.
 
         Raises:
             MissedFacts: `strict`, and a fact is not what the model says.
@@ -361,9 +382,11 @@ class Editor(Described):
 
     @isolated()
     def load(self, path: str | os.PathLike[str], *, force: bool = False) -> Edit:
-        """Read an edit from a file that `Edit.save` wrote; it is not applied.
+        """Read an edit from a file; it is not applied.
 
-        With `force` also one that was made for another model, if its shapes fit.
+        Args:
+            path: A file that `Edit.save` wrote.
+            force: Take an edit that was made for another model, if its shapes fit.
 
         Raises:
             FileNotFoundError: There is no such file.

@@ -155,6 +155,45 @@ def test_what_is_left_to_torch(kernel, calls):
     assert len(calls) == 1  # after it was left
 
 
+@pytest.mark.parametrize("shape", [(1,), (2, 40), (1, 40)])
+def test_a_bias_of_another_shape_is_left_to_torch(kernel, calls, shape):
+    x, weight, bias = numbers(2, 24), numbers(40, 24), numbers(*shape)
+    with SkinnyProducts():
+        torch.testing.assert_close(torch.addmm(bias, x, weight.T.contiguous()), x @ weight.T + bias)
+    assert not calls
+
+
+def test_what_the_caller_has_set_changes_nothing(kernel):
+    x, weight = numbers(3, 24), numbers(40, 24)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"), SkinnyProducts():
+            found = nn.functional.linear(x, weight)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.dtype is torch.float32 and found.device.type == "cpu"
+    assert close(found, x, weight.T)
+
+
+def test_transforms_of_functions_are_left_to_torch(kernel, calls):
+    x, weight = numbers(3, 24), numbers(40, 24)
+    with SkinnyProducts():
+        rows = torch.func.vmap(lambda row: nn.functional.linear(row, weight))(x)
+        slope = torch.func.jacrev(lambda row: nn.functional.linear(row, weight))(x[0])
+    torch.testing.assert_close(rows, x @ weight.T)
+    torch.testing.assert_close(slope, weight)
+    assert not calls
+
+
+def test_a_matrix_that_was_changed_meanwhile_is_refused_as_torch_does(kernel):
+    x, weight = numbers(3, 24).requires_grad_(), numbers(40, 24)
+    with SkinnyProducts():
+        y = nn.functional.linear(x, weight)
+    weight.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
 def test_small_matrices_are_left_to_torch(calls):
     with SkinnyProducts():
         nn.functional.linear(numbers(2, 8), numbers(8, 8))

@@ -340,10 +340,12 @@ def _shown(value: Any) -> str:
 
 
 def open_hparams(path: str | os.PathLike[str], method: str | None = None) -> Hparams:
-    """Read a .json, .yaml or .yml file of hyper-parameters: JSON (ROME, MEMIT, EMMET) or YAML (EasyEdit).
+    """Read a file of hyper-parameters: JSON (ROME, MEMIT, EMMET) or YAML (EasyEdit).
 
-    The method that they are for is, where it is not given, ``alg_name``, else the folder's name
-    (``hparams/MEMIT/gpt2-xl.json``), else what the fields tell.
+    Args:
+        path: A .json, .yaml or .yml file.
+        method: Which method they are for; None takes ``alg_name``, else the folder's name
+            (``hparams/MEMIT/gpt2-xl.json``), else what the fields tell.
 
     Raises:
         BadConfig: The file is not there, too large, or not an object of names and values; its folder and its

@@ -136,8 +136,14 @@ def export_statistics(
 
     Each file has the full symmetric sum of ``k k^T``, the number of keys and the sample size that the codebase is
     configured with. The number of keys is ours, not what that sample would have had: their loaders divide by it, so C
-    is the mean over the keys that were collected here. None for modules takes all; files that are there, which may be
-    what took somebody days, are replaced with `overwrite` alone. `progress` is called after each file with 1.
+    is the mean over the keys that were collected here.
+
+    Args:
+        found: What to write.
+        place: Where to.
+        modules: Which of them; None takes all.
+        overwrite: Replace files that are there. They may be what took somebody days.
+        progress: Called after each file with how many it is, 1.
     """
     for name in modules or ():
         if name not in found.paths:
@@ -165,11 +171,18 @@ def export_null_space(
 ) -> dict[str, int]:
     """Write AlphaEdit's projectors onto the null space of C (arXiv 2410.02355), layer by layer, as EasyEdit reads them.
 
-    The file, ``P_loc`` of EasyEdit's settings, is one float32 tensor (layers, d_k, d_k) of ``P = U U^T``, U the
-    eigenvectors of C with an eigenvalue below a threshold (see `fastcov.null_space`; `relative` is a multiple of the
-    mean of C's diagonal instead). ``torch.load`` reads it with ``weights_only=True``. The modules, None for all as they
-    are, must be in the order of the settings' ``layers``. `progress` is called after each layer with 1. AlphaEdit's own
-    code writes such a file and never reads it.
+    The file is one float32 tensor (layers, d_k, d_k) of ``P = U U^T``, U the eigenvectors of C with an eigenvalue below
+    a threshold, in the order of the modules; ``torch.load`` reads it with ``weights_only=True``.
+
+    Args:
+        found: The second moments.
+        path: The file, ``P_loc`` of EasyEdit's settings. AlphaEdit's own code writes one and never reads it.
+        modules: Which of them and in which order, which must be that of the settings' ``layers``; None takes all as
+            they are.
+        threshold: See `fastcov.null_space`.
+        relative: Instead of `threshold`, a multiple of the mean of C's diagonal.
+        overwrite: Replace a file that is there.
+        progress: Called after each layer with how many it is, 1.
 
     Returns:
         Module name -> how many directions its null space has. None at all makes AlphaEdit change nothing, and all of
@@ -243,9 +256,13 @@ def import_statistics(editor: Editor, files: Mapping[str, Path] | Sequence[Path]
     """Take second moments that another codebase collected, and use them from now on.
 
     They are stored beside the ones collected here, as the newest, with where they came from on record, so that edits in
-    later processes find them too. They are given by module name, or as files alone, whose names say the modules. A file
-    does not say which model it is of. So it is compared with the editor's, unedited and in the dtype that it will be
-    edited in, unless `check` is False: see `check_likeness`.
+    later processes find them too. A file does not say which model it is of. So it is compared with the model: see
+    `check_likeness`.
+
+    Args:
+        editor: An editor of the model that they are of, unedited, in the dtype that it will be edited in.
+        files: Module name -> file; or files alone, whose names say which module they are of.
+        check: Compare them with the model's own keys; False takes them as they are.
 
     Raises:
         BadConfig: There is no file, a name says no module of this model, two files are of one module or the same for

@@ -96,10 +96,6 @@ _Some = TypeVar("_Some", bound=Record)
 def load_records(source: str | Path, *, skip_malformed: bool = False, own: bool = False) -> list[Record]:
     """Read CounterFact records, or own facts, from a file or the hub.
 
-    The source is a JSON list or JSONL file; ``"builtin"`` for the facts that the package ships; ``"counterfact"`` for
-    CounterFact from the hub; ``"mquake"`` or ``"rippleedits"``, see `ADDRESSES`; or ``"hub:NAME[:CONFIG][@SPLIT]"``.
-    With `skip_malformed` records that cannot be read are logged and left out; without `own` own facts are such.
-
     Two schemas are told apart record by record: ROME's, with ``requested_rewrite`` and lists of prompts, and the flat
     one, with ``subject``, ``prompt``, ``target_new`` and ``target_true`` side by side. A flat record has no
     paraphrases: what it calls ``rephrase_prompt`` is mostly an opening for free text, and is read as one; its
@@ -113,6 +109,13 @@ def load_records(source: str | Path, *, skip_malformed: bool = False, own: bool 
     Records of MQuAKE, with a list of rewrites that are edited together, and of RippleEdits are told by their fields;
     their questions are `Record.probes`. RippleEdits names subject and answer by their numbers in Wikidata alone, so
     both are read off the sentence of the edit.
+
+    Args:
+        source: A JSON list or JSONL file; ``"builtin"`` for the facts that the package ships; ``"counterfact"`` for
+            CounterFact from the hub; ``"mquake"`` or ``"rippleedits"``, see `ADDRESSES`; or
+            ``"hub:NAME[:CONFIG][@SPLIT]"``.
+        skip_malformed: Log records that cannot be read and go on without them.
+        own: Take own facts too; else they are malformed records.
     """
     spec = str(source)
     if spec == "builtin":
@@ -178,9 +181,12 @@ def batches(
 ) -> list[list[Record]]:
     """Deal records into batches: shuffled, and one record per subject over the whole selection; or as they stand.
 
-    By default there are as many batches as there can be, the last one maybe shorter. The same seed and records give the
-    same batches everywhere; with None all records are dealt as they stand, such as those of a fixed list
-    (`listed_records`).
+    Args:
+        records: Where to choose from.
+        batch_size: Records in a batch.
+        n_batches: How many batches; by default all that there are, the last one maybe shorter.
+        seed: Seed for the shuffle; the same seed and records give the same batches everywhere. None deals all of them
+            as they stand, such as those of a fixed list (`listed_records`).
 
     Raises:
         BadData: There are too few records with different subjects, or a number is below 1.
@@ -468,14 +474,15 @@ class ZsreRecord(Record):
 
 
 def load_zsre(source: str | Path, *, skip_malformed: bool = False) -> list[ZsreRecord]:
-    """Read zsRE records in MEND's format, a JSON list or JSONL file, as MEMIT's evaluation reads them.
+    """Read zsRE records in MEND's format, as MEMIT's evaluation reads them.
 
     The question `src` with ``{}`` for its subject is the prompt and the first of `answers` the new answer (`alt` is not
     read); `rephrase` is the one paraphrase. `loc` is the unrelated question: it keeps its beginning "nq question: " and
     gets a "?", and `loc_ans` is its answer. A record's number is its place in the file, from 0.
 
-    The path may have ``zsre:`` before it; ``"zsre"`` is at `ADDRESSES`. With `skip_malformed` records that cannot be
-    read are logged and left out.
+    Args:
+        source: A JSON list or JSONL file, with or without ``zsre:`` before its path; or ``"zsre"``, see `ADDRESSES`.
+        skip_malformed: Log records that cannot be read and go on without them.
     """
     if str(source) == "zsre":
         path = downloaded("zsre", ADDRESSES["zsre"], BadData)

@@ -83,7 +83,11 @@ class Result(dict[str, Any]):
         ]
 
     def to_pandas(self) -> Any:
-        """A pandas data frame with a row a record, its shares as ``ps_after``; a BadConfig without pandas."""
+        """A pandas data frame with a row for each record: its shares before and after, such as ``ps_after``.
+
+        Raises:
+            BadConfig: pandas is not installed.
+        """
         return data_frame(
             {
                 "case_id": record["case_id"],

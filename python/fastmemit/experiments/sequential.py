@@ -243,8 +243,9 @@ def run_sequential(
         BadConfig: `score_every` is below 1, or unedited targets are wanted for a method that has no target vectors.
         BadData: There is no batch, or an empty one.
         fastcov.FastcovError: No statistics of the edited layers were precomputed.
-        NonFinite: The first batch cannot be written; later ones are skipped.
-        FastmemitError: As NonFinite; or a record cannot be edited.
+        BadRequest: A record cannot be edited, or two of a batch contradict each other.
+        NonFinite: The first batch cannot be written, as for another `FastmemitError`; later ones are skipped.
+        FastmemitError: See above.
     """
     if editor.edits:
         raise WrongModel(_EDITED)

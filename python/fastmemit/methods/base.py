@@ -81,11 +81,14 @@ _Read = TypeVar("_Read", Reading, ContextReading)
 
 
 class ReadCache:
-    """What the unedited model shows, kept over several plans: `capacity` bytes of it, the last used.
+    """What the unedited model shows, kept over several plans.
 
     What a method reads before it has written anything depends on the weights and the requests, not on the statistics:
     all that EMMET reads, MEMIT's first layer, ROME's first fact. A sweep over multipliers that hands the same cache to
     each `fastmemit.Editor.plan` or `edit` reads it once, and gets the same bits. Nothing of an edited model is kept.
+
+    Args:
+        capacity: Bytes to hold at most; the least recently used go first.
     """
 
     def __init__(self, capacity: int = 1 << 30) -> None:
@@ -233,9 +236,15 @@ class PreservedKeys:
         return max((sum(k.shape[1] for k in self.blocks(name)) for name in names), default=0)
 
     def factor(self, name: str, base: CholeskyFactor, written: Sequence[Tensor] = ()) -> CholeskyFactor:
-        """The factor of ``A + sum K_p K_p^T`` of a weight, from A's; what was worked in before is not again.
+        """The factor of ``A + sum K_p K_p^T`` of a weight; only what is new since the last call is worked in.
 
-        Keys (d_k, B) of facts that the present batch has `written` already are preserved as well.
+        Args:
+            name: The weight's name.
+            base: The factor of A.
+            written: Further keys (d_k, B): of facts that the present batch has written already.
+
+        Raises:
+            fastcov.BadInput: Keys are of another width than A.
         """
         blocks = (*self.blocks(name), *written)
         if not blocks:
@@ -367,10 +376,17 @@ class Workspace:
     def targets(
         self, requests: Sequence[EditRequest], config: EditConfig, *, stored: bool = True, together: bool = False
     ) -> list[Target]:
-        """Target vectors on the model as it is, one for each fact; none where the method has none.
+        """Target vectors on the model as it is.
 
-        With `stored` the store serves and takes new ones: not so between two writes of one batch, when no key can name
-        the weights. For `together` see `fastmemit.targets.stored_or_optimised`.
+        Args:
+            requests: The facts.
+            config: The settings.
+            stored: Whether stored vectors may serve and new ones be stored. Not so between two writes of one batch,
+                when the weights are in a state that no key can name.
+            together: See `fastmemit.targets.stored_or_optimised`.
+
+        Returns:
+            A target for each fact; none where the method has no target vectors.
         """
         self.adapter.look()
         settings = config.targets()
@@ -547,7 +563,20 @@ def run(
     targets: Mapping[EditRequest, Target] | None = None,
     text: PreservedText | None = None,
 ) -> Edit:
-    """Compute an edit as `fastmemit.Editor.plan` does, by settings that are complete; inside `fastcov.hooks.isolated`.
+    """Compute an edit; the weights are the same before and after. To be called inside `fastcov.hooks.isolated`.
+
+    Args:
+        config: The settings.
+        work: What it is made of.
+        facts: The facts, written together.
+        preserved: Keys of earlier edits that this one shall preserve too, which those of this one join; None stands for
+            none, but for those of all edits in the weights where they belong to the method.
+        reads: Where to cache what the unedited model shows.
+        targets: Target vectors by fact, in the place of those of the model as it is.
+        text: Text whose keys are preserved too, as they are before the edit.
+
+    Returns:
+        The edit, not applied.
 
     Raises:
         BadConfig: Targets or text are given for a method that has none.

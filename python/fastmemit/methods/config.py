@@ -108,7 +108,11 @@ class EditConfig:
 
     @classmethod
     def check_name(cls, name: str) -> None:
-        """Refuse what is not a setting of this method, by a BadConfig that names the method that it belongs to."""
+        """Refuse what is not a setting of this method.
+
+        Raises:
+            BadConfig: It belongs to another method, which is named, or to none.
+        """
         own = list(cls.settings())
         if name in own:
             return
@@ -122,7 +126,11 @@ class EditConfig:
         raise BadConfig(f"There is no setting {name!r}; {meant}{has}.")
 
     def replaced(self: Config, changes: Mapping[str, Any]) -> Config:
-        """The settings with some values replaced; BadConfig for no setting of the method, or one out of range."""
+        """The settings with some values replaced.
+
+        Raises:
+            BadConfig: A name that is not a setting of the method, or a value out of range.
+        """
         for name in changes:
             self.check_name(name)
         values = {**vars(self), **changes}
@@ -147,7 +155,12 @@ class EditConfig:
         return getattr(self, "shrinkage", "none") == "ledoit-wolf"
 
     def resolved(self: Config, multiplier: float) -> Config:
-        """The settings with what depends on the statistics put in: on how many keys C has, over their width."""
+        """The settings with what depends on the statistics put in.
+
+        Args:
+            multiplier: How many keys C has, as a multiple of their width; of the layer that has fewest
+                (`fastmemit.statistics.Statistics.resolved`).
+        """
         return self
 
     @property
@@ -455,9 +468,12 @@ def config_class(method: str) -> type[EditConfig]:
 def find_config(
     adapter: ModelAdapter, method: str | EditConfig, changes: Mapping[str, Any] | None = None
 ) -> EditConfig:
-    """The settings for a model: its preset if there is one, else defaults made from its shape, with changes by name.
+    """The settings for a model: its preset if there is one, else defaults made from its shape.
 
-    Settings in the place of a method's name are taken as they are, but for what they leave to the model.
+    Args:
+        adapter: The model.
+        method: One of `METHODS`, or settings, which are taken as they are but for what they leave to the model.
+        changes: Values by name that replace the preset's, or those of the settings.
 
     Raises:
         BadConfig: An unknown method, a setting that is not the method's, or a value out of range.
@@ -477,9 +493,13 @@ def find_config(
 
 
 def parse_overrides(pairs: Iterable[str], methods: str | Sequence[str]) -> dict[str, Any]:
-    """``["clamp=0.75", "layers=4,5,6"]`` as values for `find_config`; of several methods, settings that all have.
+    """``["clamp=0.75", "layers=4,5,6"]`` as values for `find_config`.
 
     ``layers`` takes numbers and ranges (``4-8`` or ``4,6,8``); ``weight=none`` takes the default.
+
+    Args:
+        pairs: As people write them.
+        methods: The method, or several, all of which must have each of the settings.
 
     Raises:
         BadConfig: No ``=``, a name that is not a setting of a method, or a value that is not of the setting's kind.

@@ -142,7 +142,12 @@ class ModelAdapter:
         return {id(part) for part in (module, module._parameters.get("weight")) if part is not None}
 
     def check_layer(self, layer: int) -> None:
-        """Refuse, by a BadLayer, what is not in ``[0, n_layers)``, or a block without a projection of its own."""
+        """Refuse a layer that cannot be edited.
+
+        Raises:
+            BadLayer: `layer` is no integer in ``[0, n_layers)``, that block has no projection of this name, or another
+                block has the same one.
+        """
         self._check_number(layer)
         if self._shape(layer) is None:
             raise BadLayer(
@@ -196,7 +201,11 @@ class ModelAdapter:
         return is_transposed(self.projection(layer))
 
     def weight(self, layer: int) -> torch.Tensor:  # (d, d_k)
-        """The projection's weight (d, d_k), a view to be written to; WrongModel if it is packed or not in memory."""
+        """The projection's weight as (d, d_k): a view, so that writing to it changes the model.
+
+        Raises:
+            WrongModel: It is not stored as a plain floating-point matrix, or not in memory.
+        """
         module, name = self.projection(layer), self.projection_name(layer)
         stored = {**module._parameters, **module._buffers}.get("weight")
         shape = self._shape(layer)
@@ -272,9 +281,15 @@ class ModelAdapter:
     ) -> torch.Tensor:  # (B, d)
         """What to add to the projection's output (B, d) so that the block's output moves by `residual` (B, d).
 
-        For most architectures the residual itself, which is measured once a layer; see `inverse`. `output` is the
-        projection's output now, and the rows are the token ids up to where each is of; None takes arbitrary ones, which
-        is right as long as what the block does behind its MLP does not depend on them.
+        For most architectures the residual itself, which is measured once a layer; see
+        `inverse`.
+
+        Args:
+            layer: The edited layer.
+            output: The projection's output now.
+            residual: By how much the block's output shall move.
+            rows: The token ids up to where each output is of; None takes arbitrary ones, which is right as long as what
+                the block does behind its MLP does not depend on them.
 
         Raises:
             BadLayer: The block's output cannot be moved so, not even by a tenth; or it depends on tokens that were not
@@ -312,7 +327,11 @@ class ModelAdapter:
 
     @property
     def lm_head(self) -> nn.Module:
-        """The map from hidden states to logits, tied to the embeddings or not; UnknownArchitecture if none."""
+        """The map from hidden states to logits, tied to the embeddings or not.
+
+        Raises:
+            UnknownArchitecture: The model has none.
+        """
         head = getattr(self.model, "get_output_embeddings", lambda: None)()
         if not isinstance(head, nn.Module):
             raise UnknownArchitecture(
@@ -357,7 +376,11 @@ class ModelAdapter:
         return found
 
     def check_constant(self) -> None:
-        """Refuse, by UnknownArchitecture, a model whose forward changes its own weights, as RWKV's first does."""
+        """Refuse a model whose forward changes its own weights, as RWKV's first one does.
+
+        Raises:
+            UnknownArchitecture: It does.
+        """
         if torch.is_inference_mode_enabled():
             return
         name = traits(self.model).changed
@@ -371,7 +394,11 @@ class ModelAdapter:
             )
 
     def check_causal(self) -> None:
-        """Refuse, by UnknownArchitecture, a model of which a later token changes what it says at an earlier one."""
+        """Refuse a model that cannot be scored or edited as one that predicts the next token.
+
+        Raises:
+            UnknownArchitecture: A later token changes what the model says at an earlier one.
+        """
         self.look()
         if self.is_causal:
             return

@@ -126,7 +126,7 @@ _PROBE = "The 3 quick brown foxes, naïve 日本 🙂\n"
 
 
 def checksum(tensor: Tensor) -> str:
-    """A text that changes with any bit of a tensor, its shape or its dtype; a WrongModel where it is not in memory.
+    """A text that changes with any bit of a tensor, its shape or its dtype.
 
     The tensor's bytes, in the order of its elements, are read as 64-bit words ``x_i`` in blocks of 131,072. With a
     fixed word ``k_i`` for each place in a block and ``y_i = x_i xor k_i``, a block has two sums modulo 2^64: ``sum y_i
@@ -136,13 +136,20 @@ def checksum(tensor: Tensor) -> str:
     Two tensors that differ in several words have the same checksum with a probability of about 2^-32 for each block in
     which they differ. It is no protection against someone who constructs a collision. The sums are computed on the
     tensor's own device and do not depend on it.
+
+    Raises:
+        WrongModel: The tensor is not in memory.
     """
     return checksums([("", tensor)])[""]
 
 
 @isolated()
 def checksums(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
-    """The checksum of each tensor by name, with one wait for each device; WrongModel for one that is not in memory."""
+    """The checksum of each tensor by name, with one wait for each device.
+
+    Raises:
+        WrongModel: A tensor is not in memory.
+    """
     kinds: dict[str, str] = {}  # name -> dtype and shape
     pending: dict[torch.device, list[tuple[str, Tensor]]] = {}
     with _Summing() as summing:
@@ -329,7 +336,10 @@ class Watch:
         """The fingerprint of the model as it is, which is the one to be watched from now on.
 
         Read are all its tensors; or, where some are `doubted`, those of these names and what was written or replaced
-        since the last time. Errors are those of `fingerprint`.
+        since the last time.
+
+        Raises:
+            WrongModel: A weight is neither in memory nor where accelerate offloads to.
         """
         tensors, named = _tensors(model), {}
 
@@ -358,7 +368,12 @@ class Watch:
         self.trust(tensors)
 
     def changed(self, model: Any, edited: Mapping[str, tuple[Tensor, str]]) -> list[str]:
-        """The tensors and fields of the config that are not as identified, or as `edited` (name, checksum) says."""
+        """What is not as it was when the model was identified: fields of its config, and tensors, by name.
+
+        Args:
+            model: The model.
+            edited: Parameter -> (itself, the checksum that it shall have instead).
+        """
         config = _essence(model.config.to_dict())
         if config != self._config:
             names = sorted({*config, *self._config})

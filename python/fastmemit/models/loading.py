@@ -163,7 +163,7 @@ def load_model(
     device_map: str | Mapping[str, Any] | None = None,
     load_in: str | None = None,
 ) -> tuple[Any, Any]:
-    """Load a causal language model, in evaluation mode, and its tokenizer.
+    """Load a causal language model and its tokenizer.
 
     Args:
         name: A name on the hub, a local folder, a ``.gguf`` file, or "smollm2": the SmolLM2-135M inside the installed
@@ -177,6 +177,9 @@ def load_model(
             each module (see accelerate). Under torchrun each process spreads its model over its own share of the GPUs.
         load_in: "8bit" or "4bit" to quantise the weights as they are loaded, by bitsandbytes. Statistics can be
             collected so, edits cannot be written.
+
+    Returns:
+        The model in evaluation mode, and the tokenizer.
 
     Raises:
         ModelNotFound: Nothing of this name can be loaded, or it needs a package or code that is not there.
@@ -223,9 +226,13 @@ def load_model(
 def load_skeleton(name: str, *, trust_remote_code: bool = False) -> Any:
     """A model without its weights: every module and shape, nothing to compute with, and no memory taken.
 
+    Args:
+        name: As for `load_model`.
+        trust_remote_code: Run Python code that comes with the model.
+
     Raises:
-        ModelNotFound: Nothing of this name (see `load_model`) can be loaded, its configuration describes no model, or
-            it needs code that is not there.
+        ModelNotFound: Nothing of this name can be loaded, its configuration describes no model, or it needs code that
+            is not there.
     """
     source = str(_source(name))
     from transformers import AutoConfig, AutoModelForCausalLM

@@ -47,8 +47,10 @@ def unwrapped(model: Any) -> Any:
 def find_adapter(model: nn.Module, module: str | None = None) -> ModelAdapter:
     """The adapter of a model, found by the model's structure.
 
-    What torch.compile, PEFT or a parallel wrapper puts around a model is taken off, so that weights have the names that
-    the model itself gives them. Where the structure leaves doubt, `module` is the projection with ``{}`` for the layer.
+    Args:
+        model: A causal language model; what torch.compile, PEFT or a parallel wrapper puts around one is taken off, so
+            that weights have the names that the model itself gives them.
+        module: The projection to edit with ``{}`` for the layer, where its structure leaves doubt.
 
     Raises:
         UnknownArchitecture: The blocks or the projection cannot be told; the message lists what was found. Or `module`

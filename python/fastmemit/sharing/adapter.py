@@ -57,12 +57,18 @@ _Path = str | os.PathLike[str]
 def save_adapter(
     delta: Delta, model: nn.Module | ModelAdapter, folder: _Path, *, base_model: str | None = None, pad: bool = True
 ) -> Path:
-    """Write a delta as a LoRA adapter for ``PeftModel.from_pretrained(model, folder)``, into a new or empty folder.
+    """Write a delta as a LoRA adapter for ``PeftModel.from_pretrained(model, folder)``.
 
-    The model, or one of the same structure without weights (`fastmemit.models.load_skeleton`), tells which way round
-    each weight is stored. All ranks are padded with zeros to the largest, so that one rank and one scaling hold for
-    every module: not every server reads the patterns, ``rank_pattern`` and ``alpha_pattern``, with which PEFT says it
-    per module where `pad` is False. The base model's name in the config is by default the one on record.
+    All ranks are padded with zeros to the largest, so that one rank and one scaling hold for every module: not every
+    server reads the patterns with which PEFT says it per module.
+
+    Args:
+        delta: The edit.
+        model: The model that it is of, or one of the same structure without weights (`fastmemit.models.load_skeleton`):
+            it tells which way round each weight is stored.
+        folder: Where to; it must not exist, or be empty.
+        base_model: The base model's name in the adapter's config; None takes the name on record.
+        pad: Pad ranks; else modules have their own ranks in ``rank_pattern`` and ``alpha_pattern``.
 
     Raises:
         BadData: The delta changes nothing, a weight of no linear map, or one that several modules share.
@@ -143,10 +149,15 @@ def _module_of(model: nn.Module, name: str) -> str:
 
 @isolated()
 def load_adapter(folder: _Path, model: nn.Module) -> Delta:
-    """Read a LoRA adapter's folder as the change that it makes to the weights of the unedited model that it is for.
+    """Read a LoRA adapter as the change that it makes to a model's weights.
 
-    The delta is not applied. From `save_adapter` it comes back bit for bit with its provenance, from elsewhere it says
-    that it is of this model.
+    Args:
+        folder: With ``adapter_config.json`` and ``adapter_model.safetensors``.
+        model: The unedited model that the adapter is for.
+
+    Returns:
+        A delta; not applied. From `save_adapter` it comes back bit for bit with its provenance, from elsewhere it says
+        that it is of this model.
     """
     config, tensors, ours = _read(Path(folder))
     _check_config(folder, config)

@@ -30,13 +30,16 @@ _DIGITS = 8  # fewer digits of a digest than this name nothing for sure
 
 @isolated()
 def compose(deltas: Sequence[Delta], *, allow_conflicts: bool = False) -> Delta:
-    """One delta that makes the changes of several of one model, in the order in which they count as applied.
+    """One delta that makes the changes of several.
 
     A part that is a composition itself is taken apart, so that each edit can be removed alone. What a delta changes was
     computed on one state of the weights: the model's own, or with other edits on it (``on_top_of``). Their sum does not
     depend on their order, but it is what was meant only where each later edit was computed on top of the earlier ones,
-    or they share no weight; the more facts computed apart are added, the more they disturb each other. With
-    `allow_conflicts` two may write the same fact.
+    or they share no weight; the more facts computed apart are added, the more they disturb each other.
+
+    Args:
+        deltas: At least one, of one model, in the order in which they count as applied.
+        allow_conflicts: Add edits of which two write the same fact.
 
     Returns:
         The composition, with method ``"composition"``, the facts of all parts, and under ``parts`` each part's digest,
@@ -101,9 +104,14 @@ def parts(delta: Delta) -> tuple[Delta, ...]:
 
 @isolated()
 def remove(delta: Delta, digest: str) -> Delta:
-    """A composition without one of its parts, with the very numbers of the others; of one that is left, that one.
+    """A composition without one of its parts, with the very numbers of the others.
 
-    The part is named by its `Delta.digest`, or the first 8 digits or more of it.
+    Args:
+        delta: The composition.
+        digest: The part's `Delta.digest`, or the first 8 digits or more of it.
+
+    Returns:
+        The composition of the rest; where one part is left, that part as it was.
 
     Raises:
         BadConfig: No part, or no single one, has this digest; or it is the only part.
@@ -227,9 +235,13 @@ def compressed(delta: Delta, *, rank: int | None = None, tolerance: float = ROUN
     """The same change with as few columns as it needs.
 
     ``left = Q_l R_l`` and ``right = Q_r R_r``; the singular values of ``R_l R_r^T``, at most as many as the weight's
-    smaller side, are those of the change (Golub and Van Loan, section 5.4). Those up to the part `tolerance` of the
-    largest are dropped. With `rank` at most so many columns of each weight are kept, with loss: the best change of that
-    rank. All in float64, rounded to float32 at the end.
+    smaller side, are those of the change (Golub and Van Loan, section 5.4). All in float64, rounded to float32 at the
+    end.
+
+    Args:
+        delta: A delta whose factors have more columns than they need.
+        rank: Keep at most so many columns of each weight, with loss: the best change of that rank.
+        tolerance: Drop singular values up to this part of the largest.
 
     Returns:
         The delta; weights that need all of their columns keep the very same factors. What was done is in its provenance

@@ -198,9 +198,11 @@ def _push(
 def pull_edit(repo: str, *, revision: str | None = None, model: str | None = None, token: str | None = None) -> Delta:
     """Fetch an edit from the hub, verified; a copy that was fetched before serves without a network.
 
-    The repository is ``USER/NAME``; the revision a branch, a tag or a commit, None for the newest. `model` is the
-    fingerprint that it must be of (`fastmemit.Editor.fingerprint`); None takes any. Without a token of the hub the one
-    serves that you are logged in with.
+    Args:
+        repo: ``USER/NAME``.
+        revision: A branch, a tag or a commit; None takes the newest.
+        model: The fingerprint that it must be of (`fastmemit.Editor.fingerprint`); None takes any.
+        token: A token of the hub; None takes the one that you are logged in with.
 
     Raises:
         FastmemitError: It cannot be fetched, or the repository holds no edit.
