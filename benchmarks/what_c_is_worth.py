@@ -47,6 +47,7 @@ from fastmemit.evaluation.scores import SCORES, score_records  # noqa: E402
 from fastmemit.experiments.intervals import difference_intervals, score_intervals  # noqa: E402
 from fastmemit.statistics import Statistics, versions  # noqa: E402
 
+PAIRED = ("s", "ea", "pa", "ns", "na")  # what is compared with ten widths, record by record
 CS = ("10", "identity", "diagonal", "31", "1", "5@128", "shuffled", "self", "100")
 
 
@@ -117,7 +118,7 @@ def main() -> None:
     before: dict[int, dict[str, Any]] = {}
     with open(args.out, "a", encoding="utf-8") as out:
         for method, size, number in args.cells:
-            config = editor.config(method)
+            config = editor.config(method, **dict(args.set))
             moments = Moments(editor, args.corpus, config.layers)
             dealt = [records[at : at + size] for at in range(0, size * number, size)]
             todo = [name for name in args.c if (editor.name, method, size, number, name) not in there]
@@ -162,15 +163,20 @@ def report(lines: Iterable[dict[str, Any]]) -> None:
             costs[(*place, line["C"])] = line["nll"]
     for place, found in cells.items():
         print(f"\n{place[0]}, {place[1]}, batches of {place[2]}, {len(next(iter(found.values())))} records\n")
-        print("| C |", " | ".join(SCORES).upper(), "| perplexity | S, to 10 | PA, to 10 | NS, to 10 |")
-        print("| --- |" + " ---: |" * (len(SCORES) + 4))
+        columns = [
+            "C",
+            *(score.upper() for score in SCORES),
+            "perplexity",
+            *(f"{one.upper()}, to 10" for one in PAIRED),
+        ]
+        print("|", " | ".join(columns), "|\n| --- |" + " ---: |" * (len(columns) - 1))
         for name in sorted(found, key=lambda each: CS.index(each) if each in CS else len(CS)):
             scores = score_intervals(found[name], names=SCORES)
             row = [f"{scores[each].value:.1f}" if scores[each] else "-" for each in SCORES]
             cost = costs.get((*place, name)) or []
             row.append(f"{math.exp(sum(cost) / len(cost)):.2f}" if cost else "-")
             other = difference_intervals(found[name], found["10"]) if name != "10" and "10" in found else {}
-            for each in ("s", "pa", "ns"):
+            for each in PAIRED:
                 gap = other.get(each)
                 row.append("" if gap is None else f"{gap.value:+.1f} ({gap.low:.1f}, {gap.high:.1f})")
             print(f"| {name} |", " | ".join(row), "|")
@@ -186,6 +192,11 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 def _cell(text: str) -> tuple[str, int, int]:
     method, size, number = text.split(":")
     return method, int(size), int(number)
+
+
+def _setting(text: str) -> tuple[str, str]:
+    name, _, value = text.partition("=")
+    return name, value
 
 
 def common_options(about: str) -> argparse.ArgumentParser:
@@ -208,6 +219,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--text-batches", type=int, default=2)
     parser.add_argument("--cells", type=_cell, nargs="+", default=["emmet:16:4"], metavar="METHOD:SIZE:NUMBER")
     parser.add_argument("--c", nargs="+", default=list(CS), help="names of the list above")
+    about = "settings of all edits, such as optimiser=rotate"
+    parser.add_argument("--set", type=_setting, nargs="+", default=[], metavar="NAME=VALUE", help=about)
     return parser.parse_args()
 
 
