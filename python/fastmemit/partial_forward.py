@@ -154,10 +154,10 @@ class SuffixForward:
         self._adapter, self._site = adapter, site
         self._module = adapter.module_at(layer, site)
         self._passed = layer + 1 if site == "block" else layer  # blocks that do not run
-        self._lengths = torch.tensor([len(row.ids) - row.subject for row in rows])
+        self._lengths = [len(row.ids) - row.subject for row in rows]
         # One column at least: from an empty past nobody could tell its shape.
         self._prefix = max(1, *(row.subject for row in rows))
-        batch = align(rows, self._prefix, int(self._lengths.max()))
+        batch = align(rows, self._prefix, max(self._lengths))
         self._batch = {name: part.to(adapter.device) for name, part in batch.items()}
         self._run_once(self._prefill(rows))
 
@@ -238,7 +238,7 @@ class SuffixForward:
     def _states(self, out: Any) -> Tensor:  # (N, S, d)
         return token_states(out, self._shape, self._adapter.d, type(self._module).__name__)
 
-    def logits(self, value: Tensor, rows: Sequence[int], columns: Sequence[int]) -> Tensor:
+    def logits(self, value: Tensor, rows: Sequence[int] | Tensor, columns: Sequence[int] | Tensor) -> Tensor:
         """Logits (M, vocabulary) at rows and columns from the subject, with `value` (N, d) put out at the subjects."""
         entering = self._hidden
         if self._site == "block":
@@ -254,18 +254,21 @@ class SuffixForward:
         logits: Tensor = out.logits[0]
         return logits
 
-    def select(self, rows: Sequence[int]) -> SuffixForward:
-        """The same forward of these rows alone (numbers of this one's), without the columns that nobody needs then."""
-        index = torch.tensor(rows)
+    def select(self, rows: Sequence[int], index: Tensor | None = None) -> SuffixForward:
+        """The same forward of these rows alone (numbers of this one's), without the columns that nobody needs then.
+
+        With the rows as an `index` on the device of `start` too, nothing is copied to it.
+        """
+        index = torch.tensor(rows, device=self.start.device) if index is None else index
         found = copy.copy(self)
-        found._lengths = self._lengths[index]
-        suffix = int(found._lengths.max())
+        found._lengths = [self._lengths[row] for row in rows]
+        suffix = max(found._lengths)
         found._batch = {
             name: part[index.to(part.device), : self._prefix + suffix] for name, part in self._batch.items()
         }
         if self._hidden is not None:
             found._hidden = self._hidden[index.to(self._hidden.device), :suffix]
-        found.start = self.start[index.to(self.start.device)]
+        found.start = self.start[index]
         found._past = [(k[index.to(k.device)], v[index.to(v.device)]) for k, v in self._past]
         return found
 
@@ -307,7 +310,10 @@ def _instead(new: Tensor, _start: Tensor) -> Tensor:
 
 
 class FullForward:
-    """The whole model on N whole rows, `alone` one by one without padding, with the same face as `SuffixForward`."""
+    """The whole model on N whole rows, `alone` one by one without padding, with the same face as `SuffixForward`.
+
+    Each call puts its rows together anew, so on a GPU it waits for several copies.
+    """
 
     def __init__(
         self, adapter: ModelAdapter, layer: int, rows: Sequence[Row], site: Site = "block", *, alone: bool = False
@@ -318,8 +324,9 @@ class FullForward:
         with torch.no_grad():
             self.start = torch.cat([run_whole(adapter, self._module, group, ([0], [0]))[0] for group in groups])
 
-    def logits(self, value: Tensor, rows: Sequence[int], columns: Sequence[int]) -> Tensor:
+    def logits(self, value: Tensor, rows: Sequence[int] | Tensor, columns: Sequence[int] | Tensor) -> Tensor:
         """Logits with what is put out at the subjects replaced; see `SuffixForward.logits`."""
+        rows, columns = (part.tolist() if isinstance(part, Tensor) else part for part in (rows, columns))
         if not self._alone:
             return run_whole(self._adapter, self._module, self._rows, (rows, columns), lambda _: value)[1]
         found: dict[int, Tensor] = {}
@@ -331,11 +338,11 @@ class FullForward:
             found.update(zip(reads, logits, strict=True))
         return torch.stack([found[place] for place in range(len(rows))])
 
-    def select(self, rows: Sequence[int]) -> FullForward:
+    def select(self, rows: Sequence[int], index: Tensor | None = None) -> FullForward:
         """The same forward of these rows alone; see `SuffixForward.select`."""
         found = copy.copy(self)
         found._rows = [self._rows[number] for number in rows]
-        found.start = self.start[torch.tensor(rows, device=self.start.device)]
+        found.start = self.start[torch.tensor(rows, device=self.start.device) if index is None else index]
         return found
 
 

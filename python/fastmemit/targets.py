@@ -148,7 +148,7 @@ class Adam:
         scale = (self._second / (1 - self.BETA2**self._steps)).sqrt() + self.EPSILON
         return -self._rate / (1 - self.BETA1**self._steps) * self._first / scale
 
-    def keep(self, going: list[int]) -> None:
+    def keep(self, going: Tensor) -> None:
         """Only these of the R requests go on."""
         self._rate, self._first, self._second = (t[going] for t in (self._rate, self._first, self._second))
 
@@ -188,18 +188,23 @@ class Rotate:
         length = self._longest * (1 - torch.exp(-2 * nll)).clamp_min(self.LEAST)[:, None]
         return length * torch.nn.functional.normalize(self._velocity / scale, dim=1)
 
-    def keep(self, going: list[int]) -> None:
+    def keep(self, going: Tensor) -> None:
         """See `Adam.keep`."""
         self._longest, self._velocity, self._second = (t[going] for t in (self._longest, self._velocity, self._second))
 
 
 @dataclass(frozen=True)
 class _Step:
-    """What one step runs for the requests that go on, and where their losses are read."""
+    """Which rows a step reads for the R requests that go on, and where their losses are, on the device.
 
-    forward: SuffixForward | FullForward  # the rows that it reads
-    owners: Tensor  # (N,) whose each row is, as a place among the R requests that go on
-    reads: tuple[list[int], list[int]]  # rows and columns of the M answer tokens, then of the R KL prompts' subjects
+    Made once for the prompts that it reads, as long as the requests are the same ones: a tensor that is made of a list
+    in a step would make a GPU wait.
+    """
+
+    chosen: list[int]  # the N rows of the group's forward
+    index: Tensor  # (N,) the same
+    owners: Tensor  # (N,) whose each row is, as a place among the R requests
+    reads: tuple[Tensor, Tensor]  # rows and columns of the M answer tokens, then of the R KL prompts' subjects
     tokens: Tensor  # (M,) the answer tokens
     of: Tensor  # (M,) whose each is
     weights: Tensor  # (M,) each token's part in the first term of the loss
@@ -226,16 +231,13 @@ class _Group:
     def _index(self) -> None:
         """Where each request's rows begin in the forward."""
         self._firsts = [0, *itertools.accumulate(len(member.rows) for member in self._members[:-1])]
-        self._made: tuple[tuple[int, ...], _Step] | None = None
+        self._steps: dict[tuple[int, ...], _Step] = {}
+        self._part: tuple[_Step, SuffixForward | FullForward] | None = None
 
     def _step(self, prompts: tuple[int, ...]) -> _Step:
-        """The step that reads these prompts of every request.
-
-        The last one is held, and no other: each has a copy of its rows' part of the prefix.
-        """
-        if self._made is not None and self._made[0] == prompts:
-            return self._made[1]
-        self._made = None
+        """The step that reads these prompts of every request."""
+        if prompts in self._steps:
+            return self._steps[prompts]
         chosen: list[int] = []
         whose, kl_rows = [], []
         rows, columns, tokens, of, weights = [], [], [], [], []
@@ -253,17 +255,24 @@ class _Group:
                         weights.append(1.0 / (len(row.reads) * len(prompts)))
                 chosen.append(base + number)
                 whose.append(owner)
-        everything = len(chosen) == len(self._forward.start)
-        step = _Step(
-            self._forward if everything else self._forward.select(chosen),
-            torch.tensor(whose, device=self._device),
-            (rows + kl_rows, columns + [0] * len(kl_rows)),
-            torch.tensor(tokens, device=self._device),
-            torch.tensor(of, device=self._device),
-            torch.tensor(weights, device=self._device),
+        numbers, owners, rows_of, columns_of, read, asked, parts = (
+            torch.tensor(each, device=self._device)
+            for each in (chosen, whose, rows + kl_rows, columns + [0] * len(kl_rows), tokens, of, weights)
         )
-        self._made = prompts, step
+        step = _Step(chosen, numbers, owners, (rows_of, columns_of), read, asked, parts)
+        self._steps[prompts] = step
         return step
+
+    def _rows_of(self, step: _Step) -> SuffixForward | FullForward:
+        """The forward of a step's rows.
+
+        The last one is held, and no other: each has a copy of its rows' part of the prefix.
+        """
+        if self._part is None or self._part[0] is not step:
+            self._part = None
+            everything = len(step.chosen) == len(self._forward.start)
+            self._part = step, self._forward if everything else self._forward.select(step.chosen, step.index)
+        return self._part[1]
 
     def optimise(self, progress: Callable[[int], None] | None) -> list[Target]:
         """Run all members to their ends; in the members' order."""
@@ -277,9 +286,9 @@ class _Group:
         done: dict[int, Tensor] = {}
         for step in range(1, settings.steps + 1):
             reads = self._step(rule.prompts(step))
+            forward = self._rows_of(reads)
             delta.requires_grad_(True)
-            value = reads.forward.start + delta[reads.owners]  # (N, d)
-            logits = reads.forward.logits(value, *reads.reads)
+            logits = forward.logits(forward.start + delta[reads.owners], *reads.reads)
             log_p = torch.log_softmax(logits.to(self._device, torch.float32), dim=-1)
             answers, log_q = log_p[: len(reads.tokens)], log_p[len(reads.tokens) :]
             costs = -answers.gather(1, reads.tokens[:, None])[:, 0] * reads.weights
@@ -298,25 +307,26 @@ class _Group:
             last = step == settings.steps
             going = [i for i, number in enumerate(active) if not last and met[number] < rule.turn]
             for i in set(range(len(active))).difference(going):
-                done[active[i]] = (start[i] + delta[i]).detach().cpu()
+                done[active[i]] = (start[i] + delta[i]).detach()
             if progress is not None:
                 progress(len(active) + (len(active) - len(going)) * (settings.steps - step))
             if not going:
                 break
-            (gradient,) = torch.autograd.grad(losses[going].sum(), delta)
+            (gradient,) = torch.autograd.grad(losses.sum(), delta)  # each row's of its own loss
             delta = delta.detach()
-            del reads  # the next step copies rows of its own
+            del forward  # the next step copies rows of its own
             if len(going) < len(active):
-                self._drop(going)
+                kept = self._drop(going)
                 active = [active[i] for i in going]
                 delta, gradient, start, length, nll, log_p0 = (
-                    t[going] for t in (delta, gradient, start, length, nll, log_p0)
+                    t[kept] for t in (delta, gradient, start, length, nll, log_p0)
                 )
             delta = delta + rule.move(gradient, nll)
             norm, limit = torch.linalg.vector_norm(delta, dim=1, keepdim=True), settings.clamp * length
             delta = torch.where(norm > limit, delta * (limit / norm), delta)
-        starts = self._start.cpu()
-        return [Target(done[number], starts[number], tuple(history[number])) for number in range(len(history))]
+        vectors, starts = torch.stack([done[number] for number in range(len(history))]).cpu(), self._start.cpu()
+        ends = zip(vectors, starts, history, strict=True)
+        return [Target(vector.clone(), start.clone(), tuple(losses)) for vector, start, losses in ends]
 
     def _looked_at(self, losses: Tensor, nll: Tensor, answers: Tensor, step: _Step) -> tuple[list[float], list[bool]]:
         """The loss of each request, and whether it could stop where it is now: one copy from the device."""
@@ -336,13 +346,15 @@ class _Group:
                 "the model in float32 or bfloat16, or lower v_lr or clamp."
             )
 
-    def _drop(self, going: list[int]) -> None:
-        """Finished requests leave the batch with their rows."""
+    def _drop(self, going: list[int]) -> Tensor:
+        """Finished requests leave the batch with their rows; the others' numbers, on the device."""
         rows = [self._firsts[i] + offset for i in going for offset in range(len(self._members[i].rows))]
         self._forward = self._forward.select(rows)
         self._members = [self._members[i] for i in going]
-        self._rule.keep(going)
+        kept = torch.tensor(going, device=self._device)
+        self._rule.keep(kept)
         self._index()
+        return kept
 
 
 # Part of every key: raise it when the computation or the file changes, so that nothing stale is

@@ -591,22 +591,23 @@ def _in_float32(value: Any) -> Any:
 
 
 @contextmanager
-def head_reads(adapter: ModelAdapter, rows: Sequence[int], columns: Sequence[int]) -> Iterator[None]:
+def head_reads(adapter: ModelAdapter, rows: Sequence[int] | Tensor, columns: Sequence[int] | Tensor) -> Iterator[None]:
     """Let the model's output head see M positions, in these rows and columns of the batch, instead of every one.
 
     Inside, a forward returns logits (1, M, vocabulary), with whatever the model does to logits after its head (scaling,
-    soft caps) done to them.
+    soft caps) done to them. Tensors on the head's device are read without waiting for it.
 
     Raises:
         UnknownArchitecture: The model does not call its output head.
     """
-    chosen = (list(rows), list(columns))
+    chosen = [torch.as_tensor(places, dtype=torch.int64) for places in (rows, columns)]
     called = False
 
     def gather(_module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
         nonlocal called
         called = True
-        return (args[0][chosen][None], *args[1:])
+        row, column = (places.to(args[0].device) for places in chosen)
+        return (args[0][row, column][None], *args[1:])
 
     with adapter.lm_head.register_forward_pre_hook(gather):
         yield

@@ -1,10 +1,12 @@
 """Batched target vectors against the literal one-at-a-time computation, on every architecture."""
 
 import dataclasses
+import traceback
 import weakref
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from fastmemit.errors import BadLayer, BadRequest, FastmemitError
 from fastmemit.models import find_adapter
@@ -104,8 +106,8 @@ def test_a_group_holds_one_part_of_the_prefix_beside_the_whole(monkeypatch):
     alive, most = weakref.WeakSet(), []
     plain = SuffixForward.select
 
-    def select(self, rows):
-        made = plain(self, rows)
+    def select(self, rows, index=None):
+        made = plain(self, rows, index)
         alive.add(made)
         most.append(len(alive))
         return made
@@ -114,6 +116,64 @@ def test_a_group_holds_one_part_of_the_prefix_beside_the_whole(monkeypatch):
     settings = dataclasses.replace(SETTINGS, optimiser="rotate", early_stop=0.0)
     optimise(find_adapter(tiny_model("llama")), tiny_tokenizer("byte_bpe"), REQUESTS[:2], CONTEXTS, settings)
     assert len(most) == 1 + settings.steps and max(most) == 1  # one trial; the contexts take turns
+
+
+class Blocking(TorchFunctionMode):
+    """Notes what makes a GPU wait: numbers read from a tensor, and tensors or indices made of lists or masks.
+
+    Not what transformers does by itself inside a forward.
+    """
+
+    READS = (
+        "item",
+        "tolist",
+        "cpu",
+        "numpy",
+        "nonzero",
+        "masked_select",
+        "__bool__",
+        "__int__",
+        "__float__",
+        "__index__",
+    )
+    MAKES = ("tensor", "as_tensor")
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        name = func.__name__
+        parts = args[1] if name in ("__getitem__", "__setitem__") else ()
+        listed = [
+            p for p in (parts if isinstance(parts, tuple) else (parts,)) if isinstance(p, list | torch.BoolTensor)
+        ]
+        made = name in self.MAKES and not isinstance(args[0], torch.Tensor)
+        if name in self.READS or made or listed:
+            callers = (frame.f_code.co_filename for frame, _ in traceback.walk_stack(None))
+            if "/transformers/" not in next(file for file in callers if file != __file__ and "/torch/" not in file):
+                self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("site", ["block", "projection"])
+@pytest.mark.parametrize("optimiser", ["adam", "rotate"])
+def test_a_step_waits_for_nothing_but_the_losses(optimiser, site):
+    adapter, tokenizer = find_adapter(tiny_model("llama")), tiny_tokenizer("byte_bpe")
+    settings = dataclasses.replace(SETTINGS, optimiser=optimiser, site=site, steps=8)
+    seen = Blocking()
+    steps = []  # how many were seen before the end of each
+
+    def note(_done):
+        steps.append(len(seen.seen))
+
+    with seen:
+        optimise(adapter, tokenizer, REQUESTS, CONTEXTS, settings, progress=note)
+    made = 2 if optimiser == "rotate" else 1  # steps that read what none before has read
+    later = [seen.seen[begin:end] for begin, end in zip(steps[made - 1 :], steps[made:], strict=False)]
+    assert later == [["tolist"]] * (settings.steps - made)
+    assert "tensor" in seen.seen[: steps[0]]  # such calls are seen
+    assert seen.seen[steps[-1] :] == ["cpu", "cpu"]  # all vectors at once, and their starts
 
 
 def test_rotate_stops_where_every_context_has_agreed_in_turn():
