@@ -215,7 +215,7 @@ class EditPlan:
     factors: int  # bytes of the factors of all layers, float64, held for the next edit
     making: int  # bytes beside them while one is made: half of it for the triangle, a third to work in
     reading: int  # bytes that a batch of texts needs while keys are read
-    keys: int  # bytes of the keys of all layers: one in float64, and in float32 what a later edit may ask for
+    keys: int  # bytes of one layer's keys, float64
     targets: int  # bytes of the target vectors and of what is read beside them
     solve: int  # bytes of what one layer's closed form makes
     copies: int  # bytes of weights as they were: for trial writes, and for the undo
@@ -265,7 +265,7 @@ def plan_edit(
         making=d_k**2 * _F64 * 5 // 6,
         # A batch of `fastmemit.partial_forward.READ_TOKENS`, with the widths that `plan` counts.
         reading=min(facts * rows * tokens, 8192) * ((3 if shape.gated else 2) * d_k + 3 * d) * machine.dtype_bytes,
-        keys=facts * d_k * (_F64 + n * _F32),
+        keys=facts * d_k * _F64,
         targets=facts * d * (2 * _F64 + 2 * _F32),
         solve=(2 * facts * d_k + small**2 * (3 if wide else 1) + facts * d) * _F64,
         copies=2 * n * d * d_k * machine.dtype_bytes,

@@ -152,18 +152,18 @@ def test_an_edit_by_hand() -> None:
     # two triangles and a gram by half of one; a factor of 3 and what it is multiplied with
     assert made.seconds["solving"] == 2 * (2 * 3 * 64 + 9 * 8 + 9 + 4 * 9) / 100
     assert (made.factors, made.making) == (512, 426)
-    assert made.keys == 3 * 8 * (8 + 4) and made.targets == 3 * 4 * 24
+    assert made.keys == 3 * 8 * 8 and made.targets == 3 * 4 * 24
     assert made.solve == (2 * 3 * 8 + 9 + 3 * 4) * 8
     assert made.copies == 2 * 4 * 8 * 2 and made.delta == 3 * 12 * 4
     assert made.reading == 30 * (3 * 8 + 3 * 4) * 2
-    assert made.memory == 512 + 288 + 288 + 128 + 144 + max(2160, 426, 552)
+    assert made.memory == 512 + 192 + 288 + 128 + 144 + max(2160, 426, 552)
 
 
 def test_an_edit_of_more_facts_than_a_side() -> None:
     made = plan_edit(SMALL, ROUND, [0, 1], 100)
     assert made.delta == 2 * 4 * 12 * 4  # four columns, not a hundred
     assert made.solve == (2 * 100 * 8 + 3 * 64 + 400) * 8
-    assert made.keys == 100 * 8 * (8 + 2 * 4)
+    assert made.keys == 100 * 8 * 8
     assert made.reading == 8192 * 36 * 2  # of 12,000 tokens
     for wrong in ({"facts": 0}, {"facts": 1, "steps": 0}):
         with pytest.raises(BadConfig, match="at least 1, but one is 0"):

@@ -353,7 +353,7 @@ class Workspace:
             little padding is worth more than large products (8192 of ``"rotate"``, a step of which runs a third of
             them), else 16384.
         progress: Show a bar for each long step.
-        preserved: The keys of all edits that were computed here, for methods to which they belong.
+        preserved: The keys of edits that were computed here and preserve keys, for methods to which they belong.
     """
 
     adapter: ModelAdapter
@@ -424,7 +424,7 @@ class Draft(Generic[Config]):
         texts: Columns of text that is preserved too, by weight name, see `PreservedText.columns`.
         contexts: Texts before the prompts, the first one ``""``.
         factors: What has been written so far, by weight name, in the weights' own orientation.
-        keys: The keys of what has been written so far, by weight name; where nobody preserves keys, in half the memory.
+        keys: The keys of what has been written so far, by weight name; none where nothing preserves keys.
         moments: Of what the edit was normalised by, its own share, see `fastmemit.delta.Delta`; UltraEdit's alone.
         tokens: How many tokens `moments` are of.
     """
@@ -472,13 +472,13 @@ class Draft(Generic[Config]):
     def _beside(self, name: str) -> Blocks:
         """What is preserved beside the keys of earlier edits."""
         text = (self.texts[name],) if name in self.texts else ()
-        return (*text, *(() if self.preserved is None else self.keys.get(name, ())))
+        return (*text, *self.keys.get(name, ()))
 
     def write(self, layer: int, change: LowRank, keys: Tensor) -> None:
-        """Add a change (d, d_k) to a layer's weight, and put it on record with its keys (d_k, B)."""
-        # Nobody asks for these keys before a later edit does, and perhaps no edit ever.
+        """Add a change (d, d_k) to a layer's weight, and put it on record, with its keys (d_k, B) where any count."""
         name = self.adapter.weight_name(layer)
-        self.keys.setdefault(name, []).append(keys.to("cpu", torch.float32) if self.preserved is None else keys)
+        if self.preserved is not None:
+            self.keys.setdefault(name, []).append(keys)
         left, right = change.left, change.right
         transposed = self.adapter.weight_is_transposed(layer)
         if transposed:
@@ -592,8 +592,9 @@ def run(
         unknown = len(stack.edits) - len(preserved.edits)
         if unknown:
             log.warning(
-                "%s from files or from others, without keys, which %s does not preserve",
-                *(counted(unknown, "edit in the weights comes", "edits in the weights come"), config.method),
+                "%s without keys, from files, from others or of a method that keeps keys only where it is given "
+                "preserved=PreservedKeys(), and %s does not preserve them",
+                *(counted(unknown, "edit in the weights is", "edits in the weights are"), config.method),
             )
     earlier = () if preserved is None else preserved.edits
     for edit in earlier:
@@ -637,8 +638,8 @@ def run(
     edit = Edit(Delta(draft.factors, provenance, draft.moments), stack)
     if own is not None:
         own.add(edit, draft.keys)
-    # In the computer's memory: most edits are never followed by one that asks for their keys.
-    work.preserved.add(edit, {name: [k.cpu() for k in blocks] for name, blocks in draft.keys.items()})
+    if preserved is not None:  # in the computer's memory: most are never asked for
+        work.preserved.add(edit, {name: [k.cpu() for k in blocks] for name, blocks in draft.keys.items()})
     return edit
 
 

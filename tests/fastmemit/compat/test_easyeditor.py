@@ -253,7 +253,7 @@ def test_what_others_write_upon_an_edit_does_not_take_its_keys_out(
     with torch.no_grad():
         model.get_parameter("model.norm.weight")[...] *= 1.5
     alphaedit(model, tok, FACTS[2])
-    assert "1 edit in the weights comes from files or from others" in caplog.text
+    assert "1 edit in the weights is without keys, from files, from others" in caplog.text
     first, second = drop_in.live(model, tok, None).stack.edits
     assert second.delta.provenance["preserved"] == [first.delta.digest()]
 

@@ -130,12 +130,25 @@ def test_keys_of_an_undone_edit_do_not_count(editor: Editor, method: str) -> Non
 
 @pytest.mark.parametrize("method", PRESERVING)
 def test_earlier_edits_count_whatever_method_they_are_of(editor: Editor, method: str) -> None:
-    first = editor.edit(FACTS[:1], "memit", **SETTINGS["memit"])
+    first = editor.edit(FACTS[:1], "memit", preserved=PreservedKeys(), **SETTINGS["memit"])
     second = editor.edit(FACTS[1:2], method, **SETTINGS[method])
     third = editor.plan(FACTS[2:], method, **SETTINGS[method]).delta
     assert third.provenance["preserved"] == [first.delta.digest(), second.delta.digest()]
     plain = editor.plan(FACTS[2:], "memit", **SETTINGS["memit"]).delta
     assert "preserved" not in plain.provenance
+
+
+def test_keys_are_kept_only_where_a_method_asks_for_them(editor: Editor, caplog: pytest.LogCaptureFixture) -> None:
+    kept = editor.workspace.preserved
+    first = editor.edit(FACTS[:1], "memit", **SETTINGS["memit"])
+    assert kept.of(first) == {} and kept.edits == ()
+    second = editor.edit(FACTS[1:2], "encore", **SETTINGS["encore"])
+    assert "1 edit in the weights is without keys" in caplog.text
+    assert "given preserved=PreservedKeys(), and encore does not preserve them" in caplog.text
+    assert second.delta.provenance["preserved"] == []
+    assert {len(blocks) for blocks in kept.of(second).values()} == {1} and len(kept.of(second)) == len(LAYERS)
+    third = editor.edit(FACTS[2:], "memit", preserved=PreservedKeys(), **SETTINGS["memit"])
+    assert kept.edits == (second, third)
 
 
 def test_edits_from_files_bring_no_keys_and_that_is_said(
@@ -147,7 +160,7 @@ def test_edits_from_files_bring_no_keys_and_that_is_said(
     first.undo()
     editor.load(tmp_path / "first.safetensors").apply()
     upon = editor.plan(FACTS[1:], "encore", **SETTINGS["encore"]).delta
-    assert "1 edit in the weights comes from files or" in caplog.text
+    assert "1 edit in the weights is without keys, from files" in caplog.text
     assert upon.provenance["preserved"] == [] and len(upon.provenance["on_top_of"]) == 1
 
 
