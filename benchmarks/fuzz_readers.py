@@ -34,6 +34,7 @@ from fastmemit.compat import load_hparams
 from fastmemit.data import load_corpus, load_records, load_requests, load_zsre
 from fastmemit.delta import Delta
 from fastmemit.evaluation.perplexity import read_text
+from fastmemit.experiments.frame import measure
 from fastmemit.experiments.report import page
 from fastmemit.experiments.results import check_header, collect, read_lines, read_unedited
 from fastmemit.experiments.sequential import STEPS, read_sequences
@@ -42,7 +43,6 @@ from fastmemit.experiments.tables import (
     cells_table,
     comparison_tables,
     difference_tables,
-    group_cells,
     latex,
     markdown,
     sequence_table,
@@ -272,7 +272,7 @@ def _packed(folder: Path) -> Path:
 
 def _read_report(path: Path) -> Any:
     found = collect([path.parent])
-    groups = group_cells(found.cells, resamples=20)
+    groups = measure(found.cells, resamples=20)
     tables = [*comparison_tables(groups), *difference_tables(groups)]
     html = page(found, [], {"comparisons": tables, "differences": [], "paper": [], "all": [cells_table(groups)]})
     return html, markdown(tables), latex(tables), cells_csv(groups)

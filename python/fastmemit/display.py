@@ -12,7 +12,6 @@ from typing import Any, ClassVar
 from tqdm import tqdm
 
 from fastcov.files import printable
-from fastmemit.errors import BadConfig
 
 #: Seconds between two lines about progress where nothing can be drawn over.
 EVERY = 30.0
@@ -144,7 +143,7 @@ class Rows(list[Any]):
         self._columns = columns
 
     def to_pandas(self) -> Any:
-        """A pandas data frame with a row for each; BadConfig where pandas is not installed."""
+        """A pandas data frame with a row for each."""
         return data_frame(map(self._columns, self))
 
     def __repr__(self) -> str:
@@ -156,11 +155,9 @@ class Rows(list[Any]):
 
 
 def data_frame(rows: Iterable[Mapping[str, Any]]) -> Any:
-    """Rows as a pandas data frame; BadConfig where pandas is not installed."""
-    try:
-        import pandas
-    except ImportError:
-        raise BadConfig("A data frame is one of pandas, which is not installed; pip install pandas.") from None
+    """Rows as a pandas data frame."""
+    import pandas  # not at the top: it takes longer to load than all else here
+
     return pandas.DataFrame(list(rows))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
 import io
 import sys
 import time
@@ -13,7 +12,6 @@ import pytest
 
 from fastmemit import display
 from fastmemit.display import Rows, bar, duration, html_table
-from fastmemit.errors import BadConfig
 from fastmemit.evaluation.runner import Result
 from fastmemit.evaluation.scores import Exact, score_record
 from fastmemit.experiments.results import cell_columns
@@ -168,16 +166,3 @@ def test_a_cell_and_a_step_show_their_place_and_scores() -> None:
     assert cell_columns(cell) == shown
     step = {"key": "k/1", "edits": 1, "scores": {"es": 1.0}, "before": {}, "perplexity": None, "by_batch": []}
     assert cell_columns(step) == {"key": "k/1", "edits": 1, "es": 1.0, "perplexity": None}
-
-
-def test_without_pandas_it_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = builtins.__import__
-
-    def refuse(name: str, *more: Any) -> Any:
-        if name == "pandas":
-            raise ImportError(name)
-        return real(name, *more)
-
-    monkeypatch.setattr(builtins, "__import__", refuse)
-    with pytest.raises(BadConfig, match="pandas, which is not installed; pip install pandas"):
-        Rows([score(1)], dict).to_pandas()

@@ -156,9 +156,10 @@ def _sequential(args: argparse.Namespace) -> None:
     from fastcov.files import atomic_file
     from fastmemit.data import batches
     from fastmemit.experiments.plots import check_matplotlib, sequence_figure
+    from fastmemit.experiments.results import method_title
     from fastmemit.experiments.sequential import Plan, run_sequences
     from fastmemit.experiments.sweep import parse_multipliers
-    from fastmemit.experiments.tables import method_title, sequence_table
+    from fastmemit.experiments.tables import sequence_table
 
     check_matplotlib()
     multipliers = parse_multipliers(args.multipliers)
@@ -202,13 +203,13 @@ def _report(args: argparse.Namespace) -> None:
       fastmemit experiment report results/smollm2 results/smollm2-below-the-minimum --out report
     """
     from fastcov.files import printable
+    from fastmemit.experiments.frame import summary
     from fastmemit.experiments.report import write_report
-    from fastmemit.experiments.tables import summary
 
     report = write_report(args.folders, args.out)
-    write_json(args.json, report)
+    write_json(args.json, {**vars(report), "cells": report.cells.to_dict("records")})
     print(printable(report.model))
-    print(summary(report.groups))
+    show_table(summary(report.cells))
     for path in report.files:
         print(f"written to {path}")
 

@@ -83,11 +83,7 @@ class Result(dict[str, Any]):
         ]
 
     def to_pandas(self) -> Any:
-        """A pandas data frame with a row for each record: its shares before and after, such as ``ps_after``.
-
-        Raises:
-            BadConfig: pandas is not installed.
-        """
+        """A pandas data frame with a row for each record: its shares before and after, such as ``ps_after``."""
         return data_frame(
             {
                 "case_id": record["case_id"],

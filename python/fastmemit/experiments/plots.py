@@ -17,11 +17,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fastmemit.errors import BadConfig
+from fastmemit.experiments.frame import KEPT, SIZE, head, multiplier_text
 from fastmemit.experiments.intervals import PERPLEXITY, Estimate, score_intervals
+from fastmemit.experiments.results import method_title
 from fastmemit.experiments.sweep import multiplier_name
-from fastmemit.experiments.tables import KEPT, Group, Measured, method_title, multiplier_text, slug, unique
+from fastmemit.experiments.tables import slug, unique
 
 if TYPE_CHECKING:
+    import pandas
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -68,8 +71,8 @@ class Line:
     """One line, in every panel."""
 
     label: str
-    points: Mapping[float | None, Mapping[str, Estimate | None]]  # multiplier (None: full) or facts -> panel -> value;
-    # "unedited PANEL" is the value before the edits
+    #: Multiplier (infinity: full) or facts -> panel -> value; "unedited PANEL" is the value before the edits.
+    points: Mapping[float, Mapping[str, Estimate | None]]
     colour: int  # which colour and marker it has, counted from 0
     dashed: bool = False
     kept: bool = True  # whether a dashed line stands at 95 % of its full precompute
@@ -104,37 +107,33 @@ def check_matplotlib() -> None:
         raise BadConfig('Figures need the package matplotlib; pip install "fastmemit[report]".') from None
 
 
-def pictures(groups: Sequence[Group], model: str) -> list[Picture]:
-    """Every figure of a report on a model.
+def pictures(cells: pandas.DataFrame, model: str) -> list[Picture]:
+    """Every figure of a report on the cells of a model, as `frame.measure` has them.
 
     For each method, with the settings of its preset, a line for each size; for each size of a method with several
     groups, a line for each group. Every figure has all scores and perplexity, as far as a cell has them. A figure
     without a line, because every multiplier is alone, is left out.
     """
     found: list[tuple[str, str, list[Line]]] = []
-    bare = {group.method for group in groups if not group.settings}
-    for group in groups:
-        if not group.settings or group.method not in bare:  # overrides alone, or the preset's settings
-            sizes = sorted(group.cells.items())
-            lines = [Line(str(size), _points(cells), index) for index, (size, cells) in enumerate(sizes)]
-            found.append((slug(group.title), group.title, lines))
-    for method in dict.fromkeys(group.method for group in groups):
-        mine = [group for group in groups if group.method == method]
-        for size in sorted({size for group in mine for size in group.cells}):
-            chosen = [group for group in mine if size in group.cells]
+    bare = set(cells["method"][cells["settings"] == "{}"])
+    for _, group in cells.groupby("group"):
+        method, settings, title = group[["method", "settings", "title"]].iloc[0]
+        if settings == "{}" or method not in bare:  # overrides alone, or the preset's settings
+            sizes = [part for _, part in group.groupby(SIZE)]
+            lines = [Line(part["size"].iat[0], _points(part), index) for index, part in enumerate(sizes)]
+            found.append((slug(title), title, lines))
+    for method, mine in cells.groupby("method", sort=False):
+        for _, chosen in mine.groupby(SIZE):
             # A colour for each of the settings, broken without BOS; 95 % of the first one alone.
-            looks = list(dict.fromkeys((group.settings, group.seed) for group in chosen))
-            lines = [
-                Line(
-                    group.variant or "settings of the preset",
-                    _points(group.cells[size]),
-                    looks.index((group.settings, group.seed)),
-                    dashed=not group.bos,
-                    kept=group is chosen[0],
-                )
-                for group in chosen
-            ]
+            looks = list(dict.fromkeys(zip(chosen["settings"], chosen["seed"], strict=True)))
+            lines = []
+            for _, part in chosen.groupby("group"):
+                first = part.iloc[0]
+                look = looks.index((first["settings"], first["seed"]))
+                label = first["variant"] or "settings of the preset"
+                lines.append(Line(label, _points(part), look, dashed=not first["bos"], kept=not lines))
             if len(lines) > 1:
+                size = chosen["size"].iat[0]
                 title = f"{method_title(method)}, {size}: settings compared"
                 found.append((slug(f"{method} {size} settings"), title, lines))
     found = [each for each in found if any(len(line.points) > 1 for line in each[2])]
@@ -146,16 +145,17 @@ def pictures(groups: Sequence[Group], model: str) -> list[Picture]:
     ]
 
 
-def _points(cells: Mapping[float | None, Measured]) -> dict[float | None, Mapping[str, Estimate | None]]:
+def _points(cells: pandas.DataFrame, over: str = "multiplier") -> dict[float, Mapping[str, Estimate | None]]:
+    ends = {"": "", "unedited ": "_before"}
     return {
-        m: {**cell.after, **{f"unedited {panel}": value for panel, value in cell.before.items()}}
-        for m, cell in cells.items()
+        row[over]: {f"{when}{panel}": row[panel + end] for when, end in ends.items() for panel in PANELS}
+        for row in cells.to_dict("records")
     }
 
 
 def _alt(drawing: Drawing) -> str:
     """The figure in words: its panels, and the numbers of S, EA and perplexity."""
-    sentences = [f"{', '.join(map(_panel_name, drawing.panels))} against the multiplier."]
+    sentences = [f"{', '.join(map(head, drawing.panels))} against the multiplier."]
     for panel in (panel for panel in drawing.panels if panel in ("s", "ea", PERPLEXITY)):
         parts = []
         for line in drawing.lines:
@@ -165,7 +165,7 @@ def _alt(drawing: Drawing) -> str:
                 if (found := point.get(panel)) is not None
             ]
             parts.append(f"{line.label}: {', '.join(values) or 'none'}")
-        sentences.append(f"{_panel_name(panel)} of {'; '.join(parts)}.")
+        sentences.append(f"{head(panel)} of {'; '.join(parts)}.")
     return " ".join(sentences)
 
 
@@ -182,7 +182,7 @@ def sequence_figure(lines: Sequence[Mapping[str, Any]], title: str) -> dict[str,
     drawn = []
     for preserve in (True, False):
         for number, (method, multiplier) in enumerate(looks):
-            points: dict[float | None, Mapping[str, Estimate | None]] = {}
+            points: dict[float, Mapping[str, Estimate | None]] = {}
             for line in lines:
                 if (line.get("method", ""), line["multiplier"], line["preserve"]) == (method, multiplier, preserve):
                     values = {**line["scores"], PERPLEXITY: line["perplexity"]}
@@ -255,8 +255,8 @@ class _Axis:
 
     def __init__(self, drawing: Drawing) -> None:
         found = {place for line in drawing.lines for place in line.points}
-        self.facts, self.has_full = drawing.facts, None in found
-        self.values = sorted(value for value in found if value is not None)
+        self.facts, self.has_full = drawing.facts, math.inf in found
+        self.values = sorted(found - {math.inf})
         self.logarithmic = bool(self.values) and (len(self.values) > _EVENLY or self.values[0] < 1) and not self.facts
         places = [self._finite(value) for value in self.values]
         self.first = places[0] if places else 0.0
@@ -271,8 +271,8 @@ class _Axis:
             return value
         return math.log10(value) if self.logarithmic else self.values.index(value)
 
-    def at(self, value: float | None) -> float:
-        return self.end if value is None else self._finite(value)
+    def at(self, value: float) -> float:
+        return self.end if value == math.inf else self._finite(value)
 
     def label(self, axes: Axes) -> None:
         """Ticks for all multipliers, labels for those that have room."""
@@ -283,11 +283,11 @@ class _Axis:
             else:
                 axes.set_xlim(left=0)
             return
-        ticks: list[float | None] = [*self.values, *([None] if self.has_full else [])]
+        ticks = [*self.values, *([math.inf] if self.has_full else [])]
         labels, kept = [], math.inf
         for tick in reversed(ticks):  # from the right, where the full precompute has its label
             roomy = kept - self.at(tick) >= _LABEL * self.width or not self.logarithmic
-            labels.append(("\u221e" if tick is None else multiplier_text(tick)) if roomy else "")
+            labels.append(("\u221e" if tick == math.inf else multiplier_text(tick)) if roomy else "")
             kept = self.at(tick) if roomy else kept
         axes.set_xticks([self.at(tick) for tick in ticks], labels[::-1])
         margin = 0.05 * self.width + (0 if self.logarithmic else 0.1)
@@ -316,12 +316,12 @@ def _draw_panel(axes: Axes, panel: str, lines: Sequence[Line], axis: _Axis) -> N
         else:
             axes.fill_between(places, lows, highs, color=line.look["color"], alpha=0.12, lw=0)
         heights += [*lows, *highs]
-        full = line.points[None].get(panel) if None in line.points else None
+        full = line.points.get(math.inf, {}).get(panel)
         if line.kept and full is not None and math.isfinite(full.value):
             kept = full.value / KEPT if panel == PERPLEXITY else KEPT * full.value
             axes.axhline(kept, color=line.look["color"], ls=(0, (5, 3)), lw=0.7)
             heights.append(kept)
-    axes.set_title(_panel_name(panel))
+    axes.set_title(head(panel))
     axis.label(axes)
     points = [point for line in lines for point in line.points.values()]
     unedited = {found.value for point in points if (found := point.get(f"unedited {panel}")) is not None}
@@ -338,10 +338,6 @@ def _draw_panel(axes: Axes, panel: str, lines: Sequence[Line], axis: _Axis) -> N
         room = max(0.06 * (high - low), 1.0)
         axes.set_ylim(max(-1.5, low - room), min(101.5, high + room))
         axes.set_ylabel("% (dotted: unedited)" if unedited and low - room <= max(unedited) else "%")
-
-
-def _panel_name(panel: str) -> str:
-    return panel if panel == PERPLEXITY else panel.upper()
 
 
 def log_heights(axes: Axes) -> None:

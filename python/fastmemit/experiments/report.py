@@ -15,14 +15,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas
+
 from fastcov.files import atomic_file
 from fastmemit.errors import BadConfig, counted
 from fastmemit.evaluation.changes import render
 from fastmemit.experiments import tables
+from fastmemit.experiments.frame import answers, measure
 from fastmemit.experiments.intervals import RESAMPLES
 from fastmemit.experiments.plots import Picture, check_matplotlib, pictures
 from fastmemit.experiments.results import Collected, collect
-from fastmemit.experiments.tables import Group, Table, group_cells, markdown_text
+from fastmemit.experiments.tables import Table, markdown_text
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class Report:
     """What a report was made of and where it lies."""
 
     model: str
-    groups: tuple[Group, ...]  # the cells with their intervals
+    cells: pandas.DataFrame  # a row each, with intervals; for the columns see `fastmemit.experiments.frame`
     files: tuple[Path, ...]  # what was written, in this order
 
 
@@ -54,28 +57,28 @@ def write_report(folders: Sequence[Path], out: Path | None = None, *, resamples:
         raise BadConfig(f"{str(target)!r} is a file; name a folder with --out.")
     check_matplotlib()
     model = found.sweeps[0]["model"]
-    groups = group_cells(found.cells, resamples=resamples)
-    drawn = pictures(groups, model)
+    cells = measure(found.cells, resamples=resamples)
+    drawn = pictures(cells, model)
     parts = {
-        "comparisons": tables.comparison_tables(groups),
-        "differences": tables.difference_tables(groups),
-        "paper": tables.paper_tables(groups),
-        "all": [tables.cells_table(groups)],
+        "comparisons": tables.comparison_tables(cells),
+        "differences": tables.difference_tables(cells),
+        "paper": tables.paper_tables(cells),
+        "all": [tables.cells_table(cells)],
     }
     shown = [table for part in parts.values() for table in part]
     contents = {
-        "report.html": page(found, drawn, parts, tables.answers(groups)).encode(),
+        "report.html": page(found, drawn, parts, answers(cells)).encode(),
         "tables.md": f"# {markdown_text(model)}\n\n{tables.markdown(shown)}".encode(),
         "tables.tex": tables.latex(shown).encode(),
-        "tables.csv": tables.comparison_csv(groups, model).encode(),
-        "cells.csv": tables.cells_csv(groups).encode(),
+        "tables.csv": tables.comparison_csv(cells, model).encode(),
+        "cells.csv": tables.cells_csv(cells).encode(),
     }
     for picture in drawn:
         contents |= {f"figures/{picture.name}.{ending}": content for ending, content in picture.files.items()}
     for name, content in contents.items():
         with atomic_file(target / name) as file:
             file.write(content)
-    return Report(model, tuple(groups), tuple(target / name for name in contents))
+    return Report(model, cells, tuple(target / name for name in contents))
 
 
 def page(

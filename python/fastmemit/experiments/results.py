@@ -120,7 +120,7 @@ class Collected:
     timings: tuple[dict[str, Any], ...]  # what is known of their cost and of the machines
 
     def to_pandas(self) -> Any:
-        """The cells as a pandas data frame, a row each; BadConfig where pandas is not installed."""
+        """The cells as a pandas data frame, a row each."""
         return data_frame(map(cell_columns, self.cells))
 
 
@@ -398,6 +398,11 @@ def collect(folders: Sequence[Path]) -> Collected:
         raise BadData(f"No finished cell in {names}; run the sweep until there is one.")
     known = tuple(timings[cell["key"]] for cell in cells if cell["key"] in timings)
     return Collected(tuple(folders), sweeps, tuple(cells), known)
+
+
+def method_title(method: str) -> str:
+    """A method's name as it is written in titles."""
+    return {"alphaedit": "AlphaEdit", "ultraedit": "UltraEdit", "rlsedit": "RLSEdit"}.get(method, method.upper())
 
 
 def settings_name(settings: Mapping[str, Any]) -> str:

@@ -1,46 +1,31 @@
-"""Cells put side by side, and a report's tables: each multiplier in the paper's shape, the paper's own, every cell.
+"""A report's tables: each multiplier in the paper's shape, the paper's own, every cell; and how tables are written.
 
-A group is what one of the paper's figures shows: one method with its settings, over multipliers and batch sizes. Cells
-are compared only where all but the multiplier is equal. The paper's shape is one table for each method and multiplier,
-one row for each batch size, and for each score a column for the full precompute ("full") and one for few keys ("fast").
-The paper has ES, PS, NS and S. A model that is broken keeps half of these, so EA, PA, NA and perplexity stand beside
-them everywhere.
+The paper's shape is one table for each method and multiplier, one row for each batch size, and for each score a column
+for the full precompute ("full") and one for few keys ("fast"). The paper has ES, PS, NS and S. A model that is broken
+keeps half of these, so EA, PA, NA and perplexity stand beside them everywhere. Cells come as `frame.measure` has them.
 """
 
 from __future__ import annotations
 
 import csv
 import functools
-import io
-import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from itertools import groupby
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
-from fastmemit.errors import BadData, counted
-from fastmemit.evaluation.scores import SCORES, SHARES, score_means
-from fastmemit.experiments.intervals import (
-    PERPLEXITY,
-    RESAMPLES,
-    Estimate,
-    Kept,
-    difference_intervals,
-    kept_share,
-    score_intervals,
-)
-from fastmemit.experiments.results import Cell, settings_name
+import pandas
+
+from fastmemit.errors import counted
+from fastmemit.evaluation.scores import SCORES, score_means
+from fastmemit.experiments.frame import KEPT, MARGIN, MEASURED, PLACE, further_means, head, multiplier_text
+from fastmemit.experiments.intervals import PERPLEXITY, Estimate, score_intervals
+from fastmemit.experiments.results import method_title
 from fastmemit.experiments.sweep import FULL, multiplier_name
 
-#: Quality counts as kept from this share of the full precompute's on, as in the paper's figures, in each of ES, PS, NS,
-#: EA, PA, NA and perplexity.
-KEPT = 0.95
-#: A cell is not worse than another where each score's interval of the difference ends above this many points below
-#: zero. One of 64 facts is 1.6 points of EA.
-MARGIN = 2.0
 _LEAST = "least share of full"
 _LEAST_NOTE = (
     "Least share of full: the smallest of ES, PS, NS, EA, PA and NA over the full precompute's, and of its perplexity "
@@ -49,151 +34,10 @@ _LEAST_NOTE = (
 _PRINTED = ("es", "ps", "ns", "s")  # the paper's scores
 #: The columns of the paper's tables.
 NAMES = tuple(f"{score}_{side}" for score in _PRINTED for side in ("full", "fast"))
-_PLACE = ("method", "settings", "bos", "seed", "multiplier", "batch_size", "batches")
 #: What a spreadsheet begins a formula with, in every width; white space is dropped before it.
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")
 FIRST = 100  # facts whose fate a sequence's table follows
 _NARROW = 9  # a table of more columns does not fit the width of a page
-
-Estimates = Mapping[str, Estimate | None]
-
-
-class Size(NamedTuple):
-    """How many records were edited: batches of a size, each on the unedited weights."""
-
-    batch_size: int
-    batches: int
-
-    def __str__(self) -> str:
-        return f"{counted(self.batches, 'batch', 'batches')} of {self.batch_size}"
-
-
-@dataclass(frozen=True)
-class Against:
-    """A cell compared with another one, paired by case."""
-
-    other: str  # the name of the other cell
-    kept: Kept | None  # the smallest share of the other's scores and perplexity
-    differences: Estimates  # each score minus the other's, in points; None where one lacks it
-    perplexity: float | None  # after the edits, divided by the other's. One text has no interval
-
-    @property
-    def verdict(self) -> str:
-        """Which scores are worse by more than the margin, and for which that is open."""
-        found = {name: d for name in SHARES if (d := self.differences.get(name)) is not None}
-        worse = [name.upper() for name, d in found.items() if d.high < -MARGIN]
-        unsure = [name.upper() for name, d in found.items() if d.low < -MARGIN <= d.high]
-        if self.perplexity is not None and not self.perplexity * KEPT <= 1:
-            worse.append(PERPLEXITY)
-        parts = [f"worse: {', '.join(worse)}"] if worse else []
-        parts += [f"open: {', '.join(unsure)}"] if unsure else []
-        return "; ".join(parts) or ("not worse" if found else "-")
-
-
-@dataclass(frozen=True)
-class Measured:
-    """A cell with intervals."""
-
-    cell: Cell
-    after: Estimates  # every score after the edits, in percent, and the perplexity, which has no interval
-    before: Estimates  # the same of the unedited model
-    full: Against | None = None  # against the full precompute; None for itself and where it was not run
-    plain: Against | None = None  # against the same cell with the settings of the preset; None where there is none
-
-    @property
-    def size(self) -> Size:
-        """Batch size and number of batches."""
-        return Size(self.cell["batch_size"], self.cell["batches"])
-
-
-@dataclass(frozen=True)
-class Group:
-    """One method with its settings."""
-
-    method: str
-    settings: str  # the overrides, as ``name=value``; "" where there are none
-    bos: bool  # whether the first position of a document is a key
-    seed: int  # seed for the order of the corpus
-    cells: dict[Size, dict[float | None, Measured]] = field(default_factory=dict)  # None: the full precompute
-
-    @property
-    def title(self) -> str:
-        """``MEMIT, relative_ridge=0.01, without BOS, seed 1``."""
-        return ", ".join([method_title(self.method), *([self.variant] if self.variant else [])])
-
-    @property
-    def variant(self) -> str:
-        """What tells the group from the plain one of its method; "" for that one."""
-        parts = (self.settings, "" if self.bos else "without BOS", f"seed {self.seed}" if self.seed else "")
-        return ", ".join(part for part in parts if part)
-
-    @property
-    def multipliers(self) -> list[float]:
-        """The multipliers of any size, ascending, without the full precompute."""
-        return sorted({m for row in self.cells.values() for m in row if m is not None})
-
-    @property
-    def has_full(self) -> bool:
-        """Whether the full precompute was run for any size."""
-        return any(None in row for row in self.cells.values())
-
-    def row(self, multiplier: float | None) -> list[Measured]:
-        """The cells of one multiplier, ordered by size."""
-        return [row[multiplier] for _, row in sorted(self.cells.items()) if multiplier in row]
-
-
-def group_cells(cells: Sequence[Cell], *, resamples: int = RESAMPLES) -> list[Group]:
-    """Sort cells of one model into groups, in their order, with every interval; BadData for two in one place."""
-
-    def place(cell: Mapping[str, Any], **other: Any) -> str:
-        return json.dumps([{**cell, **other}[name] for name in _PLACE], sort_keys=True)
-
-    known = {place(cell): cell for cell in cells}
-    groups: dict[str, Group] = {}
-    for cell in cells:
-        multiplier, size = cell["multiplier"], Size(cell["batch_size"], cell["batches"])
-        identity = place(cell, multiplier=None, batch_size=None, batches=None)
-        fresh = Group(cell["method"], settings_name(cell["settings"]), cell["bos"], cell["seed"])
-        row = groups.setdefault(identity, fresh).cells.setdefault(size, {})
-        if multiplier in row:
-            raise BadData(
-                f"The cells {row[multiplier].cell['key']!r} and {cell['key']!r} have the same method, settings, "
-                "batches and multiplier; remove one of them."
-            )
-        full = None if multiplier is None else known.get(place(cell, multiplier=None))
-        plain = known.get(place(cell, settings={})) if cell["settings"] else None
-        estimates = []
-        for when in ("after", "before"):
-            cost = cell["perplexity"] and Estimate(*[cast(Any, cell["perplexity"])[when]] * 3)
-            scores = score_intervals(cell["records"], when=when, resamples=resamples)
-            estimates.append({**scores, PERPLEXITY: cost})
-        compared = [None if other is None else against(cell, other, resamples=resamples) for other in (full, plain)]
-        row[multiplier] = Measured(cell, estimates[0], estimates[1], *compared)
-    return list(groups.values())
-
-
-def against(cell: Cell, other: Cell, *, resamples: int = RESAMPLES) -> Against:
-    """Compare a cell with one that it shall not be worse than, on the cases that both have."""
-    ours, theirs = cell["perplexity"], other["perplexity"]
-    pair = None if ours is None or theirs is None else (ours["after"], theirs["after"])
-    return Against(
-        other["key"],
-        kept_share(cell["records"], other["records"], pair, resamples=resamples),
-        difference_intervals(cell["records"], other["records"], resamples=resamples),
-        None if pair is None else pair[0] / pair[1],
-    )
-
-
-def further_means(cell: Cell) -> dict[str, float]:
-    """Means over records of what was measured besides `SHARES`, as ``before NAME``; of the numbers among it."""
-    means: dict[str, float] = {}
-    for when in ("before", "after"):
-        sides = [record[when] for record in cell["records"]]
-        for name in sorted({name for side in sides for name in side} - {*SHARES}):
-            numbers = [side[name] for side in sides if isinstance(side.get(name), (int, float))]
-            if numbers:
-                means[f"{when} {name}"] = math.fsum(numbers) / len(numbers)
-    return means
 
 
 @functools.cache
@@ -238,6 +82,15 @@ class Table:
     rows: tuple[tuple[str, ...], ...]  # as many values a row as columns; a value that does not exist is "-"
     note: str = ""  # a sentence under the table
 
+    @classmethod
+    def of(cls, name: str, title: str, columns: Mapping[Column, Iterable[str]], note: str) -> Table:
+        """A table by its columns; without those of perplexity where none was measured."""
+        texts = {column: tuple(values) for column, values in columns.items()}
+        costs = [column for column in texts if column.over == PERPLEXITY or column.name.startswith(PERPLEXITY)]
+        if all(text == "-" for column in costs for text in texts[column]):
+            texts = {column: values for column, values in texts.items() if column not in costs}
+        return cls(name, title, tuple(texts), tuple(zip(*texts.values(), strict=True)), note)
+
     @property
     def spans(self) -> list[tuple[str, int, int]]:
         """The upper heads, where each begins (from 1), and how many columns it covers; empty where there are none."""
@@ -251,11 +104,6 @@ class Table:
     def wide(self) -> bool:
         """Whether it does not fit a page."""
         return len(self.columns) > _NARROW
-
-
-def method_title(method: str) -> str:
-    """A method's name as it is written in titles."""
-    return {"alphaedit": "AlphaEdit", "ultraedit": "UltraEdit", "rlsedit": "RLSEdit"}.get(method, method.upper())
 
 
 def slug(text: str) -> str:
@@ -322,120 +170,102 @@ def _tex(text: str) -> str:
     return "--" if text == "-" else "".join(_TEX.get(character, character) for character in " ".join(text.split()))
 
 
-def _table(name: str, title: str, rows: Sequence[Mapping[Column, str]], note: str) -> Table:
-    """A table of rows with the same columns; without those of perplexity where none was measured."""
-    costs = [column for column in rows[0] if column.over == PERPLEXITY or column.name.startswith(PERPLEXITY)]
-    unmeasured = costs if all(row[column] == "-" for row in rows for column in costs) else []
-    columns = tuple(column for column in rows[0] if column not in unmeasured)
-    return Table(name, title, columns, tuple(tuple(row[column] for column in columns) for row in rows), note)
-
-
-def comparison_tables(groups: Sequence[Group]) -> list[Table]:
+def comparison_tables(cells: pandas.DataFrame) -> list[Table]:
     """Every group against its full precompute: a table a multiplier, with a row for each size.
 
     A group of one size alone is one table, with a row for each multiplier.
     """
     titles, tables = [], []
-    for group in groups:
-        alone = len(group.cells) == 1
-        if alone:
-            ((size, found),) = group.cells.items()
-            sets = [(f", {size}", [(multiplier_text(m), found[m]) for m in group.multipliers])]
-        else:
-            rows = [(multiplier_text(m), group.row(m)) for m in group.multipliers]
-            sets = [(f": multiplier {m}", [(str(cell.size), cell) for cell in cells]) for m, cells in rows]
-        for text, cells in sets:
+    for _, group in cells.groupby("group"):
+        alone = group["size"].nunique() == 1
+        few = group[group["multiplier"] < math.inf]
+        for _, part in few.groupby("group" if alone else "multiplier"):
+            part = part.sort_values("multiplier", kind="stable")
+            at, size = multiplier_text(part["multiplier"].iat[0]), part["size"].iat[0]
+            titles.append(part["title"].iat[0] + (f", {size}" if alone else f": multiplier {at}"))
+            columns = {Column("batches", text=True): part["size"]}
+            if alone:
+                columns = {Column("multiplier", text=True): part["multiplier"].map(multiplier_text)}
             # Without a full precompute there are no columns for it, which would hold nothing but dashes.
-            compared = any(None in group.cells[fast.size] for _, fast in cells)
-            body = []
-            for label, fast in cells:
-                full = group.cells[fast.size].get(None)
-                row = {Column("multiplier" if alone else "batches", text=True): label}
-                for score in (*SCORES, PERPLEXITY):
-                    over = score if score == PERPLEXITY else score.upper()
-                    if score == PERPLEXITY:
-                        row[Column("before", over)] = _value(fast.before[score])
-                    if compared:
-                        row[Column(FULL, over)] = _value(full.after[score] if full else None)
-                    row[Column("fast", over)] = _value(fast.after[score])
-                row |= {Column(_LEAST): _least(fast.full)} if compared else {}
-                body.append({**row, Column("keys"): f"{fast.cell['keys']:,}"})
-            if body:
-                titles.append(group.title + text)
-                title = f"{titles[-1]} against the full precompute" if compared else titles[-1]
-                note = _LEAST_NOTE if compared else "The full precompute has not been run."
-                tables.append(_table("", title, body, f"Scores in percent; keys: preserved keys a layer. {note}"))
+            compared = part[FULL].notna().any()
+            for name in MEASURED:
+                ends = {"before": "_before"} if name == PERPLEXITY else {}
+                ends |= {FULL: "_full"} if compared else {}
+                for side, end in {**ends, "fast": ""}.items():
+                    columns[Column(side, head(name))] = part[name + end].map(_value)
+            columns |= {Column(_LEAST): _least(part)} if compared else {}
+            columns[Column("keys")] = part["keys"].map("{:,}".format)
+            title = f"{titles[-1]} against the full precompute" if compared else titles[-1]
+            note = _LEAST_NOTE if compared else "The full precompute has not been run."
+            tables.append(Table.of("", title, columns, f"Scores in percent; keys: preserved keys a layer. {note}"))
     return [replace(table, name=name) for name, table in zip(unique(map(slug, titles)), tables, strict=True)]
 
 
-def paper_tables(groups: Sequence[Group]) -> list[Table]:
-    """The paper's tables of the methods and multipliers that the groups have, one for each."""
+def paper_tables(cells: pandas.DataFrame) -> list[Table]:
+    """The paper's tables of the methods and multipliers that the cells have, one for each."""
     tables = []
-    for method, multiplier in sorted({(group.method, m) for group in groups for m in group.multipliers}):
+    for method, multiplier in sorted(set(zip(cells["method"], cells["multiplier"], strict=True))):
         rows = rows_for(method, multiplier)
         if not rows:
             continue
-        body = []
-        for row in rows:
-            shown = {Column("model", text=True): row["model"], Column("table"): str(row["table"])}
-            shown[Column("batch size")] = str(row["batch_size"])
-            for name in NAMES:
-                score, side = name.split("_")
-                shown[Column(side, score.upper())] = f"{row[name]:.2f}{'*' if name in row['corrected'] else ''}"
-            body.append({**shown, Column("fast / full", "S"): f"{row['s_fast'] / row['s_full']:.3f}"})
+        columns = {Column("model", text=True): [row["model"] for row in rows]}
+        columns |= {
+            Column(name.replace("_", " ")): [str(row[name]) for row in rows] for name in ("table", "batch_size")
+        }
+        for name in NAMES:
+            score, side = name.split("_")
+            marked = [f"{row[name]:.2f}{'*' if name in row['corrected'] else ''}" for row in rows]
+            columns[Column(side, score.upper())] = marked
+        columns[Column("fast / full", "S")] = [f"{row['s_fast'] / row['s_full']:.3f}" for row in rows]
         note = "From arXiv 2506.04226."
         if any(row["corrected"] for row in rows):
             note += " * misprinted there, corrected from its other columns and tables."
         note += "".join(f" {doubt}." for doubt in dict.fromkeys(row["note"] for row in rows if row["note"]))
         title = f"The paper's {method.upper()}: multiplier {multiplier:g}"
-        tables.append(_table(slug(f"paper {method} x{multiplier:g}"), title, body, note))
+        tables.append(Table.of(slug(f"paper {method} x{multiplier:g}"), title, columns, note))
     return tables
 
 
-def cells_table(groups: Sequence[Group]) -> Table:
+def cells_table(cells: pandas.DataFrame) -> Table:
     """Every cell with the 95 % intervals of its scores, under the unedited model."""
-    before: list[dict[Column, str]] = []
-    after: list[dict[Column, str]] = []
-    compared = any(measured.full for measured in _cells(groups))
-    for measured in _cells(groups):
-        cell, count = measured.cell, str(len(measured.cell["records"]))
-        for rows, name, keys, found, least in (
-            (before, "unedited", "-", measured.before, "-"),
-            (after, cell["key"], f"{cell['keys']:,}", measured.after, _least(measured.full)),
-        ):
-            row = {Column("cell", text=True): name, Column("keys"): keys, Column("records"): count}
-            row |= {Column(score.upper()): _interval(found[score]) for score in SCORES}
-            row |= {Column(PERPLEXITY): _value(found[PERPLEXITY])} | ({Column(_LEAST): least} if compared else {})
-            if rows is after or row not in rows:  # the unedited model once for each set of records
-                rows.append(row)
+    rows: dict[tuple[str, ...], None] = {}  # the unedited model once for each set of records
+    columns: dict[Column, Iterable[str]] = {}
+    compared = cells[FULL].notna().any()
+    for end, nothing in (("_before", ["-"] * len(cells)), ("", None)):
+        columns = {Column("cell", text=True): cells["key"] if nothing is None else ["unedited"] * len(cells)}
+        columns[Column("keys")] = nothing or cells["keys"].map("{:,}".format)
+        columns[Column("records")] = cells["records"].map(len).map(str)
+        columns |= {Column(head(score)): cells[score + end].map(_interval) for score in SCORES}
+        columns[Column(PERPLEXITY)] = cells[PERPLEXITY + end].map(_value)
+        columns |= {Column(_LEAST): nothing or _least(cells)} if compared else {}
+        rows |= dict.fromkeys(zip(*columns.values(), strict=True))
     note = "In brackets the 95 % bootstrap interval over records. keys: preserved keys a layer."
     note += f" {_LEAST_NOTE}" if compared else ""
-    return _table("cells", "Every cell, with intervals", before + after, note)
+    texts = dict(zip(columns, zip(*rows, strict=True), strict=True))
+    return Table.of("cells", "Every cell, with intervals", texts, note)
 
 
-def difference_tables(groups: Sequence[Group]) -> list[Table]:
+def difference_tables(cells: pandas.DataFrame) -> list[Table]:
     """Cells minus the full precompute, and settings minus those of the preset, paired by case."""
-    against_full: list[dict[Column, str]] = []
-    against_preset: list[dict[Column, str]] = []
-    for cell in _cells(groups):
-        for rows, other in ((against_full, cell.full), (against_preset, cell.plain)):
-            if other is not None:
-                row = {Column("cell", text=True): cell.cell["key"], Column("minus", text=True): other.other}
-                row |= {Column(score.upper()): _interval(other.differences[score], 1, "+") for score in SCORES}
-                cost = other.perplexity
-                row[Column(f"{PERPLEXITY}, times")] = "-" if cost is None else f"{cost:,.2f}"
-                rows.append({**row, Column("verdict", text=True): other.verdict})
     note = (
         "Differences in points, with the 95 % bootstrap interval over the records that both cells have. Not worse: no "
         f"interval ends lower than {MARGIN:g} points below zero, and perplexity is at most {1 / KEPT:.2f} times the "
         "other's. Worse: an interval lies lower than that as a whole. Open: it reaches to both sides. S is not judged, "
         "its parts are."
     )
-    titles = {
-        "against-full": ("Against the full precompute, paired", against_full),
-        "against-preset": ("Against the settings of the preset", against_preset),
-    }
-    return [_table(name, title, rows, note) for name, (title, rows) in titles.items() if rows]
+    titles = {FULL: "Against the full precompute, paired", "preset": "Against the settings of the preset"}
+    tables = []
+    for side, title in titles.items():
+        part = cells[cells[side].notna()]
+        if len(part):
+            columns = {Column("cell", text=True): part["key"], Column("minus", text=True): part[side]}
+            for score in SCORES:
+                columns[Column(head(score))] = [_interval(found, 1, "+") for found in part[f"{score}_minus_{side}"]]
+            times = part[f"{PERPLEXITY}_over_{side}"]
+            columns[Column(f"{PERPLEXITY}, times")] = ["-" if cost is None else f"{cost:,.2f}" for cost in times]
+            columns[Column("verdict", text=True)] = part[f"verdict_{side}"]
+            tables.append(Table.of(f"against-{side}", title, columns, note))
+    return tables
 
 
 def sequence_table(lines: Sequence[Mapping[str, Any]]) -> str:
@@ -478,133 +308,61 @@ def sequence_table(lines: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join([*rows, "", note, ""])
 
 
-def answers(groups: Sequence[Group]) -> list[str]:
-    """What a sweep says, in sentences: the unedited levels, and from which multiplier on the full precompute is kept.
-
-    One for each size, whose records are others, and one for each group and size. Where full was not run, the scores at
-    the largest multiplier.
-    """
-    found: list[str] = []
-    unedited: dict[Size, str] = {}
-    for group in groups:
-        for size, row in sorted(group.cells.items()):
-            most = row[None] if None in row else row[max(m for m in row if m is not None)]
-            unedited[size] = f"Unedited, {size}: {_scores(most.before)}."
-            shares: dict[float, Kept] = {}
-            for m in sorted(m for m in row if m is not None):
-                full = row[m].full
-                if full is not None and full.kept is not None:
-                    shares[m] = full.kept
-            tried = ", ".join(map(multiplier_text, shares))
-            enough = [m for m in shares if all(shares[n].share.value >= KEPT for n in shares if n >= m)]
-            if not shares:
-                at = multiplier_text(most.cell["multiplier"])
-                text = f"at {at} {_scores(most.after)}"
-            elif enough:
-                first = multiplier_text(enough[0])
-                text = f"from {first} on (of {tried}) at least {100 * KEPT:g} % of every score of full"
-            else:
-                last = shares[max(shares)]
-                name = last.by if last.by == PERPLEXITY else last.by.upper()
-                text = (
-                    f"no multiplier of {tried} keeps {100 * KEPT:g} % of every score of full; "
-                    f"{multiplier_text(max(shares))} keeps {100 * last.share.value:.1f} % of {name}"
-                )
-            found.append(f"{group.title}, {size}: {text}.")
-    return [*(unedited[size] for size in sorted(unedited)), *found]
-
-
-def _scores(values: Estimates) -> str:
-    shown = [f"{name if name == PERPLEXITY else name.upper()} {found.value:.1f}"
-             for name in (*("s", "ea", "pa", "na"), PERPLEXITY) if (found := values.get(name)) is not None]  # fmt: skip
-    return ", ".join(shown) or "no score"
-
-
 def first_facts(line: Mapping[str, Any]) -> Mapping[str, Any]:
     """Scores of the first `FIRST` facts of a step, or of the first batch where that is longer or alone on record."""
     size = max(FIRST, sum(row["batch"] == 0 for row in line.get("records", ())))
     return score_means([row["after"] for row in line["records"][:size]]) if line.get("records") else line["by_batch"][0]
 
 
-def summary(groups: Sequence[Group]) -> str:
-    """Cells for a terminal: S, EA and the least share of full, a line for each group and size."""
-    multipliers: list[float | None] = [*sorted({m for group in groups for m in group.multipliers})]
-    multipliers += [None] if any(group.has_full for group in groups) else []
-    shown: list[tuple[str, Callable[[Measured], str]]] = [
-        ("S", lambda cell: _value(cell.after["s"])),
-        ("EA", lambda cell: _value(cell.after["ea"])),
-    ]
-    if any(cell.full for cell in _cells(groups)):
-        shown.append((
-            f"{_LEAST}, %",
-            lambda cell: f"{100 * cell.full.kept.share.value:.1f}" if cell.full and cell.full.kept else "",
-        ))  # fmt: skip
-    lines = []
-    for name, text in shown:
-        lines.append([f"{name}, at multiplier", *map(multiplier_text, multipliers)])
-        for group in groups:
-            for size, row in sorted(group.cells.items()):
-                values = [text(row[m]) if m in row else "" for m in multipliers]
-                lines.append([f"{group.title}, {size}", *values])
-    width = max(len(line[0]) for line in lines)
-    return "\n".join((f"{line[0]:<{width}}" + "".join(f"{text:>8}" for text in line[1:])).rstrip() for line in lines)
-
-
-def comparison_csv(groups: Sequence[Group], model: str) -> str:
+def comparison_csv(cells: pandas.DataFrame, model: str) -> str:
     """All comparisons, measured on a model and the paper's, one row each, with every number unrounded."""
-    rows: list[dict[str, Any]] = []
-    for group in groups:
-        for multiplier in group.multipliers:
-            for fast in group.row(multiplier):
-                full = group.cells[fast.size].get(None)
-                row = {"source": "measured", "model": model, **_place_of(fast.cell), "settings": group.settings}
-                for side, found in (("full", full and full.after), ("fast", fast.after), ("before", fast.before)):
-                    for score in (*SCORES, PERPLEXITY):
-                        if found and (estimate := found[score]) is not None:
-                            row[f"{'ppl' if score == PERPLEXITY else score}_{side}"] = estimate.value
-                rows.append(row | _kept(fast.full))
-    wanted = {(group.method, m) for group in groups for m in group.multipliers}
+    ends = {"before": "_before", "full": "_full", "fast": ""}
+    rows = []
+    for row in _spread(cells[cells["multiplier"] < math.inf].sort_values(["group", "multiplier"], kind="stable")):
+        row |= {f"{score}_{side}": row.get(score + ends[side]) for score in SCORES for side in ("full", "fast")}
+        row |= {f"ppl_{side}": row.get(PERPLEXITY + end) for side, end in ends.items()}
+        rows.append({**row, "source": "measured", "model": model, "settings": row["settings_name"]})
+    wanted = set(zip(cells["method"], cells["multiplier"], strict=True))
     for row in paper_rows():
         if (row["method"], row["multiplier"]) in wanted:
             marks = [f"{name} printed as {row['printed'][name]:.2f}" for name in row["corrected"]]
             shown = {"source": f"paper, table {row['table']}", "multiplier": multiplier_text(row["multiplier"])}
             rows.append({**row, **shown, "note": "; ".join([*marks, *([row["note"]] if row["note"] else [])])})
     values = [f"{score}_{side}" for score in SCORES for side in ("full", "fast")]
-    ends = ["kept", "kept_low", "kept_high", "kept_by", "ppl_before", "ppl_full", "ppl_fast"]
-    return _csv(["source", "model", *_PLACE, *values, *ends, "note"], rows)
+    last = ["kept", "kept_low", "kept_high", "kept_by", "ppl_before", "ppl_full", "ppl_fast", "note"]
+    return _csv(["source", "model", *PLACE, *values, *last], rows)
 
 
-def cells_csv(groups: Sequence[Group]) -> str:
+def cells_csv(cells: pandas.DataFrame) -> str:
     """Every cell with its intervals and the means of everything that was measured, unrounded."""
-    rows: list[dict[str, Any]] = []
-    further: dict[str, None] = {}
-    for measured in _cells(groups):
-        cell = measured.cell
-        settings = json.dumps(cell["settings"], sort_keys=True)
-        row = {"key": cell["key"], **_place_of(cell), "settings": settings, "keys": cell["keys"]}
-        row["records"] = len(cell["records"])
-        for name in SCORES:
-            row |= _ends(name, measured.after[name]) | _ends(f"{name}_before", measured.before[name])
-            if measured.full:
-                row |= _ends(f"{name}_minus_full", measured.full.differences[name])
-        row |= _kept(measured.full)
-        if cell["perplexity"]:
-            row |= {"ppl_before": cell["perplexity"]["before"], "ppl_after": cell["perplexity"]["after"]}
-        row["jitter"] = max(cell["jitter"].values(), default=0.0) if "jitter" in cell else None
-        means = further_means(cell)
+    rows, further = [], dict[str, None]()
+    for row in _spread(cells):
+        means = further_means(row["records"])
         further |= dict.fromkeys(means)
-        rows.append(row | means)
+        costs = {"ppl_before": row[f"{PERPLEXITY}_before"], "ppl_after": row[PERPLEXITY]}
+        rows.append({**row, **means, **costs, "records": len(row["records"])})
     scores = [*SCORES, *(f"{score}_before" for score in SCORES), "kept", *(f"{score}_minus_full" for score in SCORES)]
-    names = ["key", *_PLACE, "keys", "records", *(f"{score}{end}" for score in scores for end in ("", "_low", "_high"))]
+    names = ["key", *PLACE, "keys", "records", *(f"{score}{end}" for score in scores for end in ("", "_low", "_high"))]
     return _csv([*names, "kept_by", "ppl_before", "ppl_after", "jitter", *further], rows)
 
 
+def _spread(cells: pandas.DataFrame) -> list[dict[str, Any]]:
+    """Cells with each estimate as three numbers, and multipliers in words."""
+    rows = []
+    for cell in cells.to_dict("records"):
+        row: dict[str, Any] = {"multiplier": multiplier_text(cell.pop("multiplier"))}
+        for name, value in cell.items():
+            if isinstance(value, Estimate):
+                row |= {name: value.value, f"{name}_low": value.low, f"{name}_high": value.high}
+            else:
+                row[name] = value
+        rows.append(row)
+    return rows
+
+
 def _csv(names: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, names, restval="", extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({name: _csv_cell(value) for name, value in row.items()} for row in rows)
-    return text.getvalue()
+    values = [[_csv_cell(row.get(name)) for name in names] for row in rows]
+    return pandas.DataFrame(values, columns=names, dtype=object).to_csv(index=False, lineterminator="\n")
 
 
 def _csv_cell(value: Any) -> Any:
@@ -616,28 +374,6 @@ def _csv_cell(value: Any) -> Any:
     except ValueError:
         return f"'{value}"
     return value
-
-
-def multiplier_text(multiplier: float | None) -> str:
-    """``2``, ``0.5``, or ``full`` for the full precompute."""
-    return FULL if multiplier is None else f"{multiplier:g}"
-
-
-def _cells(groups: Sequence[Group]) -> list[Measured]:
-    return [cell for group in groups for _, row in sorted(group.cells.items()) for cell in row.values()]
-
-
-def _place_of(cell: Cell) -> dict[str, Any]:
-    place = {name: cast(Any, cell)[name] for name in _PLACE}
-    return {**place, "multiplier": multiplier_text(cell["multiplier"])}
-
-
-def _ends(name: str, found: Estimate | None) -> dict[str, float]:
-    return {} if found is None else {name: found.value, f"{name}_low": found.low, f"{name}_high": found.high}
-
-
-def _kept(found: Against | None) -> dict[str, Any]:
-    return {} if found is None or found.kept is None else {**_ends("kept", found.kept.share), "kept_by": found.kept.by}
 
 
 def _value(found: Estimate | None) -> str:
@@ -659,9 +395,10 @@ def _interval(found: Estimate | None, digits: int = 2, sign: str = "") -> str:
     return "{} [{}, {}]".format(*numbers)
 
 
-def _least(found: Against | None) -> str:
+def _least(cells: pandas.DataFrame) -> list[str]:
     """``0.62 (EA) [0.55, 0.69]``: which score it is, and the interval."""
-    if found is None or found.kept is None:
-        return "-"
-    share, by = found.kept.share, found.kept.by
-    return f"{share.value:.3f} ({by if by == PERPLEXITY else by.upper()}) [{share.low:.3f}, {share.high:.3f}]"
+    pairs = zip(cells["kept"], cells["kept_by"], strict=True)
+    return [
+        "-" if share is None else f"{share.value:.3f} ({head(by)}) [{share.low:.3f}, {share.high:.3f}]"
+        for share, by in pairs
+    ]

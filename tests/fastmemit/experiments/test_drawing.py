@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from fastmemit.experiments import plots as module
+from fastmemit.experiments.frame import measure
 from fastmemit.experiments.intervals import Estimate
 from fastmemit.experiments.plots import COLOURS, MARKERS, Drawing, Line
-from fastmemit.experiments.tables import group_cells
 from tiny_sweeps import cell
 
 pytest.importorskip("matplotlib")
@@ -20,8 +20,7 @@ pytest.importorskip("matplotlib")
 
 def line(*multipliers: float | None, label: str = "a", colour: int = 0, worse: bool = False, **more: Any) -> Line:
     cells = [cell(multiplier=m, size=(4, 4), perplexity=worse) for m in multipliers]
-    (group,) = group_cells(cells, resamples=20)
-    return Line(label, module._points(next(iter(group.cells.values()))), colour, **more)
+    return Line(label, module._points(measure(cells, resamples=20)), colour, **more)
 
 
 def drawn(*lines: Line, panels: tuple[str, ...] = ("s",)) -> Any:
@@ -39,7 +38,7 @@ def drawing(*lines: Line, panels: tuple[str, ...] = ("s",)) -> Drawing:
     return Drawing("title", tuple(shown))
 
 
-def estimate(found: Line, multiplier: float | None, panel: str = "s") -> Estimate:
+def estimate(found: Line, multiplier: float, panel: str = "s") -> Estimate:
     value = found.points[multiplier][panel]
     assert value is not None
     return value
@@ -62,12 +61,12 @@ def test_the_points_are_the_scores_and_dashes_are_at_95_percent() -> None:
     found = line(1.0, 2.0, None)
     axes = drawn(found).axes[0]
     plotted, dashed = axes.lines[0], axes.lines[1]
-    values = [estimate(found, m).value for m in (1.0, 2.0, None)]
+    values = [estimate(found, m).value for m in (1.0, 2.0, math.inf)]
     assert list(plotted.get_ydata()) == pytest.approx(values)
     assert list(plotted.get_xdata()) == [0, 1, 2]
     assert list(dashed.get_ydata()) == pytest.approx([0.95 * values[-1]] * 2)
     (bars,) = axes.collections
-    for path, multiplier in zip(bars.get_paths(), (1.0, 2.0, None), strict=True):
+    for path, multiplier in zip(bars.get_paths(), (1.0, 2.0, math.inf), strict=True):
         ends = estimate(found, multiplier)
         assert list(path.vertices[:, 1]) == pytest.approx([ends.low, ends.high])
     low, high = axes.get_ylim()
@@ -77,7 +76,7 @@ def test_the_points_are_the_scores_and_dashes_are_at_95_percent() -> None:
 def test_the_line_at_95_percent_can_be_left_out_and_needs_a_full_precompute() -> None:
     for found in (line(1.0, 2.0, None, kept=False), line(1.0, 2.0)):
         # The line itself, the unedited level and, where there is a full precompute, the divider before infinity.
-        assert len(drawn(found).axes[0].lines) == 2 + (None in found.points)
+        assert len(drawn(found).axes[0].lines) == 2 + (math.inf in found.points)
 
 
 def test_what_an_edit_should_leave_as_it_was_has_the_unedited_level_in_sight() -> None:
@@ -117,7 +116,7 @@ def test_perplexity_has_the_unedited_model_and_a_logarithmic_axis_where_it_explo
     axes = drawn(found, panels=panels).axes[1]
     assert axes.get_yscale() == "linear"
     assert any(list(each.get_ydata()) == [36.5, 36.5] for each in axes.lines)
-    kept = estimate(found, None, "perplexity").value / 0.95
+    kept = estimate(found, math.inf, "perplexity").value / 0.95
     assert any(list(each.get_ydata()) == pytest.approx([kept, kept]) for each in axes.lines)
     assert drawn(times(100.0), panels=panels).axes[1].get_yscale() == "log"
     infinite = drawn(times(math.inf), panels=panels).axes[1]

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from fastmemit.experiments.frame import measure
 from fastmemit.experiments.plots import Picture
 from fastmemit.experiments.report import page, runs, write_report
 from fastmemit.experiments.results import collect
-from fastmemit.experiments.tables import cells_table, comparison_tables, difference_tables, group_cells, paper_tables
+from fastmemit.experiments.tables import cells_table, comparison_tables, difference_tables, paper_tables
 from headless_browser import figures_seen, open_page
 from tiny_sweeps import cell, write
 
@@ -172,7 +173,7 @@ def test_the_page_says_what_was_run(tmp_path: Path) -> None:
 
 def test_every_table_and_picture_is_on_the_page(tmp_path: Path) -> None:
     found = collect([write(tmp_path, [cell(), cell(multiplier=None)])])
-    groups = group_cells(found.cells, resamples=50)
+    groups = measure(found.cells, resamples=50)
     comparisons, paper = comparison_tables(groups), paper_tables(groups)
     differences = difference_tables(groups)
     pictures = [Picture("a", "A picture", "seen", {"svg": b"<svg/>", "png": b""})]

@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from fastmemit.experiments.tables import Column, Table, latex, markdown, markdown_text, method_title, slug, unique
+from fastmemit.experiments.results import method_title
+from fastmemit.experiments.tables import Column, Table, latex, markdown, markdown_text, slug, unique
 
 TABLE = Table(
     "a-table",

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import builtins
+import math
 import re
 from typing import Any
 from xml.etree import ElementTree
@@ -9,14 +10,14 @@ import pytest
 
 from fastmemit.errors import BadConfig
 from fastmemit.experiments import plots
+from fastmemit.experiments.frame import measure
 from fastmemit.experiments.plots import COLOURS, Drawing, check_matplotlib
 from fastmemit.experiments.results import Cell
-from fastmemit.experiments.tables import Group, Size, group_cells
 from tiny_sweeps import cell, grid, made, record, study
 
 
-def groups(cells: list[Cell]) -> list[Group]:
-    return group_cells(cells, resamples=20)
+def groups(cells: list[Cell]) -> Any:
+    return measure(cells, resamples=20)
 
 
 @pytest.fixture
@@ -48,13 +49,13 @@ def test_each_method_has_every_score_and_a_line_for_each_size(drawings: list[Dra
         assert len({line.colour for line in drawing.lines}) == 3
         assert all(line.kept for line in drawing.lines)
         for line in drawing.lines:
-            assert list(line.points) == [1, 2, 3, 4, 10, None]
+            assert list(line.points) == [1, 2, 3, 4, 10, math.inf]
 
 
 def test_a_panel_reads_its_own_score(drawings: list[Drawing]) -> None:
     found = groups(grid())
     plots.pictures(found, "tiny")
-    scores = found[0].cells[Size(1, 40)][2.0].cell["scores"]
+    scores = cell("emmet", 2.0, (1, 40))["scores"]
     for panel in drawings[0].panels:
         estimate = drawings[0].lines[0].points[2.0][panel]
         assert estimate is not None
@@ -145,5 +146,5 @@ def test_without_matplotlib_the_mend_is_said(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_sizes_are_ordered_by_number() -> None:
-    (group,) = groups([cell(size=s) for s in ((16, 1), (4, 1), (1, 1))])
-    assert [found.size for found in group.row(2.0)] == [Size(1, 1), Size(4, 1), Size(16, 1)]
+    found = groups([cell(size=s) for s in ((16, 1), (4, 1), (1, 1))])
+    assert found["batch_size"].tolist() == [1, 4, 16]

@@ -30,7 +30,7 @@ def test_a_report_is_written_and_again_the_same(tmp_path: Path) -> None:
         "figures/memit.pdf",
         "figures/memit.png",
     }
-    assert report.model == "tiny-model" and [group.title for group in report.groups] == ["MEMIT"]
+    assert report.model == "tiny-model" and set(report.cells["title"]) == {"MEMIT"}
     write(folder, cells[::-1], shards=2)  # the same cells, as two processes leave them
     (folder / "results.jsonl").unlink()
     write_report([folder], tmp_path / "elsewhere", resamples=50)
@@ -65,8 +65,8 @@ def test_nothing_is_written_where_there_is_nothing_to_report(tmp_path: Path) -> 
 
 def test_more_draws_are_other_intervals(tmp_path: Path) -> None:
     folder = write(tmp_path, [cell()])
-    found = [write_report([folder], resamples=n).groups[0] for n in (50, 500)]
-    first, second = (group.row(2.0)[0].after["s"] for group in found)
+    found = [write_report([folder], resamples=n).cells for n in (50, 500)]
+    first, second = (cells["s"].iat[0] for cells in found)
     assert first is not None and second is not None
     assert first.value == second.value and first != second
     assert json.loads((tmp_path / "sweep.json").read_text())["model"] == "tiny-model"

@@ -5,19 +5,17 @@ import io
 
 import pytest
 
+from fastmemit.experiments.frame import answers, measure, summary
 from fastmemit.experiments.tables import (
     NAMES,
     _csv_cell,
-    answers,
     cells_csv,
     cells_table,
     comparison_csv,
     comparison_tables,
     difference_tables,
-    group_cells,
     paper_rows,
     paper_tables,
-    summary,
 )
 from tiny_sweeps import cell, grid, made, record, study
 
@@ -29,7 +27,7 @@ def _rows(text: str) -> list[dict[str, str]]:
 def test_a_comparison_has_the_paper_s_shape_and_what_the_paper_leaves_out() -> None:
     full = [record(0, 1.0, ea=1.0), record(1, 1.0, ea=1.0)]
     fast = [record(0, 1.0, ea=0.0), record(1, 0.0, 0.5, None, ea=0.0)]
-    groups = group_cells(
+    groups = measure(
         [
             made("memit", None, (1, 2), full),
             made("memit", 2.0, (1, 2), fast),
@@ -61,7 +59,7 @@ def test_differences_are_paired_and_judged() -> None:
     full = [record(i, 1.0, 1.0, 0.8, ea=1.0, pa=0.5, na=0.1) for i in range(4)]
     fast = [record(i, 1.0, 1.0, 0.7, ea=1.0, pa=0.5, na=0.1) for i in range(4)]
     tables = difference_tables(
-        group_cells(
+        measure(
             [
                 made("memit", None, (2, 2), full, worse=1.0),
                 made("memit", 2.0, (2, 2), fast, worse=1.5),
@@ -83,11 +81,11 @@ def test_differences_are_paired_and_judged() -> None:
     assert (name, other) == ("memit/b2x2/x2+ridge=0.1", "memit/b2x2/x2")
     assert values[2] == "+10.0 [+10.0, +10.0]" and values[-1] == "not worse"
     assert "lower than 2 points below zero" in tables[0].note and "1.05 times" in tables[0].note
-    assert difference_tables(group_cells([cell()], resamples=20)) == []
+    assert difference_tables(measure([cell()], resamples=20)) == []
 
 
 def test_a_group_of_one_size_is_one_table_over_multipliers() -> None:
-    tables = comparison_tables(group_cells(study(), resamples=20))
+    tables = comparison_tables(measure(study(), resamples=20))
     assert len(tables) == 6
     assert tables[0].title == "MEMIT, 2 batches of 16 against the full precompute"
     assert [row[0] for row in tables[0].rows][:4] == ["0.02", "0.1", "0.5", "0.8"]
@@ -95,19 +93,19 @@ def test_a_group_of_one_size_is_one_table_over_multipliers() -> None:
 
 
 def test_what_was_not_run_is_said() -> None:
-    (table,) = comparison_tables(group_cells([cell()], resamples=20))
+    (table,) = comparison_tables(measure([cell()], resamples=20))
     assert table.note.endswith("The full precompute has not been run.") and table.title == "MEMIT, 10 batches of 4"
     heads = [f"{column.over} {column.name}".strip() for column in table.columns]
     assert heads == ["multiplier", *(f"{name} fast" for name in ("ES", "PS", "NS", "S", "EA", "PA", "NA")), "keys"]
     assert "-" not in table.rows[0]
-    every = cells_table(group_cells([cell()], resamples=20))
+    every = cells_table(measure([cell()], resamples=20))
     assert every.columns[-1].name == "NA" and "share of full" not in every.note
-    assert comparison_tables(group_cells([cell(multiplier=None)], resamples=20)) == []
+    assert comparison_tables(measure([cell(multiplier=None)], resamples=20)) == []
 
 
 def test_the_paper_stands_beside_the_methods_and_multipliers_that_were_run() -> None:
     cells = [cell("emmet", 2.0), cell("memit", 2.0), cell("memit", 0.5), cell("rome", 2.0)]
-    tables = paper_tables(group_cells(cells, resamples=20))
+    tables = paper_tables(measure(cells, resamples=20))
     assert [table.title for table in tables] == ["The paper's EMMET: multiplier 2", "The paper's MEMIT: multiplier 2"]
     gpt2_xl = tables[1].rows[1]
     assert gpt2_xl == (
@@ -117,29 +115,29 @@ def test_the_paper_stands_beside_the_methods_and_multipliers_that_were_run() -> 
 
 
 def test_misprints_of_the_paper_are_marked() -> None:
-    (table,) = paper_tables(group_cells([cell("emmet", 1.0)], resamples=20))
+    (table,) = paper_tables(measure([cell("emmet", 1.0)], resamples=20))
     row = next(row for row in table.rows if row[:3] == ("GPT2-XL", "2", "1024"))
     assert row[3:] == (
         "99.32", "86.72", "92.15", "68.25*", "62.68*", "54.11", "81.35", "67.17", "0.826",
     )  # fmt: skip
     assert "* misprinted there" in table.note
-    (last,) = paper_tables(group_cells([cell("memit", 10.0)], resamples=20))
+    (last,) = paper_tables(measure([cell("memit", 10.0)], resamples=20))
     assert "Tables 30 and 31 print the same" in last.note
 
 
 def test_every_cell_has_its_intervals_and_the_unedited_model_is_there_once() -> None:
     chosen = [cell(), cell(multiplier=None), cell("rome", size=(1, 5), perplexity=True)]
-    groups = group_cells(chosen)
+    groups = measure(chosen)
     table = cells_table(groups)
     names = [found["key"] for found in chosen]
     assert [row[0] for row in table.rows] == ["unedited", "unedited", *names]
     assert [row[1:3] for row in table.rows] == [
         ("-", "40"), ("-", "5"), ("3,072", "40"), ("67,000", "40"), ("3,072", "5"),
     ]  # fmt: skip
-    measured = groups[0].cells[(4, 10)][2.0]  # type: ignore[index]  # a Size is this pair
+    measured = groups.set_index("key").loc["memit/b4x10/x2"]
     for column, name in enumerate(("es", "ps", "ns", "s", "ea", "pa", "na"), 3):
-        for row, estimates in ((table.rows[0], measured.before), (table.rows[2], measured.after)):
-            found = estimates[name]
+        for row, end in ((table.rows[0], "_before"), (table.rows[2], "")):
+            found = measured[name + end]
             assert found is not None and found.low <= found.value <= found.high
             assert row[column] == f"{found.value:.2f} [{found.low:.2f}, {found.high:.2f}]"
     assert [row[10] for row in table.rows] == ["-", "36.50", "-", "-", table.rows[4][10]]
@@ -148,7 +146,7 @@ def test_every_cell_has_its_intervals_and_the_unedited_model_is_there_once() -> 
 
 
 def test_the_csv_has_measured_and_printed_rows_unrounded() -> None:
-    groups = group_cells(grid(), resamples=50)
+    groups = measure(grid(), resamples=50)
     rows = _rows(comparison_csv(groups, "tiny"))
     measured = [row for row in rows if row["source"] == "measured"]
     assert len(measured) == 2 * 3 * 5
@@ -169,7 +167,7 @@ def test_the_csv_of_cells_has_all_that_was_measured() -> None:
     records = [record(i, 1.0) for i in range(4)]
     for found in records:
         found["after"] |= {"ea": 0.25, "em": 0.125}
-    groups = group_cells([made("memit", None, (2, 2), records, {"ridge": 0.1}, worse=2.0)])
+    groups = measure([made("memit", None, (2, 2), records, {"ridge": 0.1}, worse=2.0)])
     (row,) = _rows(cells_csv(groups))
     assert row["key"] == "memit/b2x2/full+ridge=0.1" and row["settings"] == '{"ridge": 0.1}'
     assert (row["multiplier"], row["records"], row["ppl_after"]) == ("full", "4", "73.0")
@@ -181,7 +179,7 @@ def test_the_csv_of_cells_has_all_that_was_measured() -> None:
 
 def test_the_csv_of_cells_has_the_paired_differences() -> None:
     full, fast = [record(0, 1.0, ea=1.0)], [record(0, 1.0, 0.75, ea=0.5)]
-    groups = group_cells([made("memit", None, (1, 1), full), made("memit", 1.0, (1, 1), fast)])
+    groups = measure([made("memit", None, (1, 1), full), made("memit", 1.0, (1, 1), fast)])
     row = _rows(cells_csv(groups))[1]
     assert (row["ea_minus_full"], row["ea_minus_full_low"]) == ("-50.0", "-50.0")
     assert (row["ps_minus_full"], row["na_minus_full"]) == ("-25.0", "")
@@ -192,14 +190,14 @@ def test_the_answer_is_where_all_larger_multipliers_keep_every_score() -> None:
     full = made("memit", None, (1, 1), [record(0, 1.0, ea=1.0)])
     half, whole = [record(0, 1.0, ea=0.5)], [record(0, 1.0, ea=1.0)]
     cells = [made("memit", m, (1, 1), scores) for m, scores in ((1.0, whole), (2.0, half), (3.0, whole), (10.0, whole))]
-    first, second = answers(group_cells([full, *cells], resamples=20))
+    first, second = answers(measure([full, *cells], resamples=20))
     assert first.startswith("Unedited, 1 batch of 1: S ")
     assert second == "MEMIT, 1 batch of 1: from 3 on (of 1, 2, 3, 10) at least 95 % of every score of full."
-    (_, none) = answers(group_cells([full, *cells[:2]], resamples=20))
+    (_, none) = answers(measure([full, *cells[:2]], resamples=20))
     assert none.endswith("no multiplier of 1, 2 keeps 95 % of every score of full; 2 keeps 50.0 % of EA.")
-    (_, alone) = answers(group_cells(cells[:2], resamples=20))
+    (_, alone) = answers(measure(cells[:2], resamples=20))
     assert alone.startswith("MEMIT, 1 batch of 1: at 2 S ") and "EA 50.0" in alone
-    two = answers(group_cells([cell(size=(1, 4)), cell(size=(4, 1))], resamples=20))
+    two = answers(measure([cell(size=(1, 4)), cell(size=(4, 1))], resamples=20))
     assert [sentence.partition(":")[0] for sentence in two[:2]] == [
         f"Unedited, {s}" for s in ("4 batches of 1", "1 batch of 4")
     ]
@@ -207,19 +205,17 @@ def test_the_answer_is_where_all_larger_multipliers_keep_every_score() -> None:
 
 def test_the_summary_has_s_exact_matches_and_what_is_kept() -> None:
     cells = [cell("emmet", 2.0), cell("emmet", None), cell("memit", 0.5, size=(1, 4))]
-    groups = group_cells(cells, resamples=20)
-    lines = summary(groups).splitlines()
-    assert lines[0].split() == ["S,", "at", "multiplier", "0.5", "2", "full"]
+    groups = measure(cells, resamples=20)
+    lines = summary(groups)
+    assert lines[0] == ["S, at multiplier", "0.5", "2", "full"]
     for at, name in ((0, "s"), (3, "ea")):
-        scores = [found["scores"][name] for found in cells]
-        assert lines[at + 1].startswith("EMMET, 10 batches of 4")
-        assert lines[at + 1].split()[-2:] == [f"{score:.2f}" for score in scores[:2]]
-        assert lines[at + 2].split() == ["MEMIT,", "4", "batches", "of", "1", f"{scores[2]:.2f}"]
-    assert lines[6].startswith("least share of full, %, at multiplier")
-    against = groups[0].row(2.0)[0].full
-    assert against is not None and against.kept is not None
-    assert lines[7].split()[-1] == f"{100 * against.kept.share.value:.1f}"
-    assert "least share" not in summary(group_cells([cell()], resamples=20))
+        scores = [f"{found['scores'][name]:.2f}" for found in cells]
+        assert lines[at + 1] == ["EMMET, 10 batches of 4", "", *scores[:2]]
+        assert lines[at + 2] == ["MEMIT, 4 batches of 1", scores[2], "", ""]
+    assert lines[6][0] == "least share of full, %, at multiplier"
+    kept = groups["kept"].dropna().iat[0]
+    assert lines[7][2] == f"{100 * kept.value:.1f}"
+    assert len(summary(measure([cell()], resamples=20))) == 4, "nothing was compared"
 
 
 @pytest.mark.parametrize(
@@ -250,7 +246,7 @@ def test_every_text_of_both_csv_files_is_kept_from_being_a_formula() -> None:
     cells = [cell(evil, d, (2, 2), settings={"=x": "@y"}) for d in (2.0, None)]
     for found in cells:
         found["key"] = f"={found['key']}"
-    groups = group_cells(cells, resamples=20)
+    groups = measure(cells, resamples=20)
     for text in (comparison_csv(groups, evil), cells_csv(groups)):
         values = [value for row in csv.reader(io.StringIO(text)) for value in row]
         assert not [value for value in values if value.startswith(("=", "+", "@"))]

@@ -1,0 +1,220 @@
+"""Cells as a data frame, a row each: where it stands, its scores with intervals, and what it is compared with.
+
+A group is what one of the paper's figures shows: one method with its settings, over multipliers and batch sizes. A cell
+is compared with the full precompute of its place, and one with settings with that of the preset, where all else is
+equal, paired by case.
+
+Columns are those of `Cell`, its scores and perplexity as `Estimate` (``es``, and ``es_before`` of the unedited
+model), and further:
+
+* ``title`` of the group, and ``variant``, what tells it from the plain one of its method; ``size``, in words.
+* ``full`` and ``preset``, the keys of the other ones; with each, as with ``full``, the other's scores ``es_full``, and
+  ``es_minus_full``, ``perplexity_over_full`` and ``verdict_full``.
+* ``kept``, the least share of the full precompute's scores and perplexity, and ``kept_by``, whose it is.
+
+The full precompute has the multiplier infinity. What does not exist is None.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import pandas
+
+from fastmemit.errors import BadData, counted
+from fastmemit.evaluation.scores import SCORES, SHARES
+from fastmemit.experiments.intervals import (
+    PERPLEXITY,
+    RESAMPLES,
+    Estimate,
+    difference_intervals,
+    kept_share,
+    score_intervals,
+)
+from fastmemit.experiments.results import Cell, method_title, settings_name
+from fastmemit.experiments.sweep import FULL
+
+#: Quality counts as kept from this share of the full precompute's on, as in the paper's figures, in each of ES, PS, NS,
+#: EA, PA, NA and perplexity.
+KEPT = 0.95
+#: A cell is not worse than another where each score's interval of the difference ends above this many points below
+#: zero. One of 64 facts is 1.6 points of EA.
+MARGIN = 2.0
+#: What tells groups from one another, and in a group the records.
+GROUP, SIZE = ["method", "settings", "bos", "seed"], ["batch_size", "batches"]
+PLACE = [*GROUP, "multiplier", *SIZE]
+#: All that is measured of a cell, in the order in which it is shown.
+MEASURED = (*SCORES, PERPLEXITY)
+
+Row = dict[str, Any]
+
+
+def measure(cells: Sequence[Cell], *, resamples: int = RESAMPLES) -> pandas.DataFrame:
+    """Cells of one model, those of a group together and ordered by size; for the columns see above.
+
+    Raises:
+        BadData: Two cells stand in one place.
+    """
+    rows: dict[tuple[Any, ...], Row] = {}
+    for cell in cells:
+        settings = settings_name(cell["settings"])
+        parts = (settings, "" if cell["bos"] else "without BOS", f"seed {cell['seed']}" if cell["seed"] else "")
+        variant = ", ".join(filter(None, parts))
+        row = {
+            **_scored(cell, resamples),
+            "settings_name": settings,
+            "settings": json.dumps(cell["settings"], sort_keys=True),
+            "multiplier": math.inf if cell["multiplier"] is None else cell["multiplier"],
+            "title": ", ".join(filter(None, (method_title(cell["method"]), variant))),
+            "variant": variant,
+            "jitter": max(cell["jitter"].values(), default=0.0) if "jitter" in cell else None,
+            "kept": None,
+            "kept_by": None,
+            "size": f"{counted(cell['batches'], 'batch', 'batches')} of {cell['batch_size']}",
+        }
+        other = rows.setdefault(_place(row), row)
+        if other is not row:
+            raise BadData(
+                f"The cells {other['key']!r} and {cell['key']!r} have the same method, settings, batches and "
+                "multiplier; remove one of them."
+            )
+    for row in rows.values():
+        full, plain = rows.get(_place(row, multiplier=math.inf)), rows.get(_place(row, settings="{}"))
+        compare(row, "full", None if full is row else full, resamples)
+        compare(row, "preset", None if plain is row else plain, resamples)
+    frame = _frame(rows.values())
+    order = frame.groupby(GROUP, sort=False).ngroup()
+    return frame.assign(group=order).sort_values(["group", *SIZE], kind="stable", ignore_index=True)
+
+
+def compare(row: Row, side: str, other: Row | None, resamples: int) -> None:
+    """Give a row its columns of one that it shall not be worse than, on the cases that both have."""
+    row[side] = None
+    if other is None:
+        return
+    found = difference_intervals(row["records"], other["records"], resamples=resamples)
+    costs = [each[PERPLEXITY] and each[PERPLEXITY].value for each in (row, other)]
+    times = None if None in costs else costs[0] / costs[1]
+    row |= {side: other["key"], **{f"{name}_{side}": other[name] for name in MEASURED}}
+    row |= {f"{name}_minus_{side}": difference for name, difference in found.items()}
+    row |= {f"{PERPLEXITY}_over_{side}": times, f"verdict_{side}": verdict(found, times)}
+    if side == FULL:
+        pair = None if times is None else (costs[0], costs[1])
+        kept = kept_share(row["records"], other["records"], pair, resamples=resamples)
+        row |= {"kept": kept and kept.share, "kept_by": kept and kept.by}
+
+
+def verdict(differences: Mapping[str, Estimate | None], perplexity: float | None) -> str:
+    """Which scores are worse by more than the margin, and for which that is open.
+
+    `perplexity` is after the edits, divided by the other's; one text has no interval.
+    """
+    found = {name: d for name in SHARES if (d := differences.get(name)) is not None}
+    worse = [name.upper() for name, d in found.items() if d.high < -MARGIN]
+    unsure = [name.upper() for name, d in found.items() if d.low < -MARGIN <= d.high]
+    if perplexity is not None and not perplexity * KEPT <= 1:
+        worse.append(PERPLEXITY)
+    parts = [f"worse: {', '.join(worse)}"] if worse else []
+    parts += [f"open: {', '.join(unsure)}"] if unsure else []
+    return "; ".join(parts) or ("not worse" if found else "-")
+
+
+def _scored(line: Mapping[str, Any], resamples: int) -> Row:
+    """A cell or step with its scores, those before the edits, and its perplexity as estimates."""
+    row = {name: value for name, value in line.items() if name not in ("scores", "before")}
+    cost = line[PERPLEXITY]
+    costs = {"": cost["after"], "_before": cost["before"]} if isinstance(cost, Mapping) else {"": cost}
+    for end, when, scores in (("", "after", "scores"), ("_before", "before", "before")):
+        values = {**line[scores], PERPLEXITY: costs.get(end)}
+        sure = score_intervals(line["records"], when=when, resamples=resamples) if line.get("records") else {}
+        for name in MEASURED:  # lines of earlier versions have no records, and so no intervals
+            value = values.get(name)
+            row[name + end] = sure[name] if name in sure else None if value is None else Estimate(*[value] * 3)
+    return {"records": [], **row}
+
+
+def _place(row: Mapping[str, Any], **other: Any) -> tuple[Any, ...]:
+    return tuple({**row, **other}[name] for name in PLACE)
+
+
+def _frame(rows: Iterable[Row]) -> pandas.DataFrame:
+    """Rows with the columns of any of them; values stay what they are, and None where a row has none."""
+    found = list(rows)
+    names = dict.fromkeys(name for row in found for name in row)
+    return pandas.DataFrame([{**dict.fromkeys(names), **row} for row in found], dtype=object)
+
+
+def answers(cells: pandas.DataFrame) -> list[str]:
+    """What a sweep says, in sentences: the unedited levels, and from which multiplier on the full precompute is kept.
+
+    One for each size, whose records are others, and one for each group and size. Where full was not run, the scores at
+    the largest multiplier.
+    """
+    unedited, found = {}, []
+    for (_, *size), part in cells.groupby(["group", *SIZE]):
+        part = part.sort_values("multiplier", kind="stable")
+        most = part.iloc[-1]
+        unedited[tuple(size)] = f"Unedited, {most['size']}: {_said(most, '_before')}."
+        part = part[part["kept"].notna()]
+        shares = [share.value for share in part["kept"]]
+        texts = part["multiplier"].map(multiplier_text).tolist()
+        # The multipliers above the last one that does not keep enough.
+        enough = 1 + max((at for at, share in enumerate(shares) if share < KEPT), default=-1)
+        if not shares:
+            text = f"at {multiplier_text(most['multiplier'])} {_said(most)}"
+        elif enough < len(shares):
+            text = f"from {texts[enough]} on (of {', '.join(texts)}) at least {100 * KEPT:g} % of every score of full"
+        else:
+            text = (
+                f"no multiplier of {', '.join(texts)} keeps {100 * KEPT:g} % of every score of full; {texts[-1]} keeps "
+                f"{100 * shares[-1]:.1f} % of {head(part['kept_by'].iat[-1])}"
+            )
+        found.append(f"{most['title']}, {most['size']}: {text}.")
+    return [*(unedited[size] for size in sorted(unedited)), *found]
+
+
+def _said(row: Mapping[str, Any], end: str = "") -> str:
+    names = ("s", "ea", "pa", "na", PERPLEXITY)
+    shown = [f"{head(name)} {found.value:.1f}" for name in names if (found := row[name + end]) is not None]
+    return ", ".join(shown) or "no score"
+
+
+def summary(cells: pandas.DataFrame) -> list[list[str]]:
+    """Cells for a terminal: S, EA and the least share of full, a line for each group and size under heads."""
+    shown = {"S": ("s", 1, 2), "EA": ("ea", 1, 2)}
+    if cells[FULL].notna().any():
+        shown["least share of full, %"] = ("kept", 100, 1)
+    multipliers = sorted(set(cells["multiplier"]))
+    lines = []
+    for name, (column, times, digits) in shown.items():
+        lines.append([f"{name}, at multiplier", *map(multiplier_text, multipliers)])
+        for _, part in cells.groupby(["group", *SIZE]):
+            values = dict(zip(part["multiplier"], part[column], strict=True))
+            texts = [f"{times * found.value:.{digits}f}" if (found := values.get(m)) else "" for m in multipliers]
+            lines.append([f"{part['title'].iat[0]}, {part['size'].iat[0]}", *texts])
+    return lines
+
+
+def further_means(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Means over records of what was measured besides `SHARES`, as ``before NAME``; of the numbers among it."""
+    means: dict[str, float] = {}
+    for when in ("before", "after"):
+        sides = [record[when] for record in records]
+        for name in sorted({name for side in sides for name in side} - {*SHARES}):
+            numbers = [side[name] for side in sides if isinstance(side.get(name), (int, float))]
+            if numbers:
+                means[f"{when} {name}"] = math.fsum(numbers) / len(numbers)
+    return means
+
+
+def multiplier_text(multiplier: float | None) -> str:
+    """``2``, ``0.5``, or ``full`` for the full precompute."""
+    return FULL if multiplier in (None, math.inf) else f"{multiplier:g}"
+
+
+def head(name: str) -> str:
+    """A score as it is written: ``EA``, or ``perplexity``."""
+    return name if name == PERPLEXITY else name.upper()
