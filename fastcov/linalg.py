@@ -510,20 +510,34 @@ class FactorCache(OrderedDict[tuple[int, Hashable], Any]):
     #: and what making another factor needs.
     capacity: int | None = None
 
-    def make_room(self, layers: Sequence[int], kind: Hashable, place: torch.device, d: int, matrices: int) -> None:
+    def make_room(
+        self, layers: Sequence[int], kind: Hashable, place: torch.device, d: int, matrices: int
+    ) -> torch.device:
         """Drop what there is no room for beside one more of width d on a device, made with these settings (`kind`).
 
         An edit with them walks through `layers`; while it is made there are so many matrices (d, d) of float64.
+
+        Returns:
+            Where to make it: that device or, where it is no CPU and has not the room for even one, the CPU. What is
+            solved there has the digits of float64 as well, which a factor of half the size in float32 would not have.
         """
         size, there = 8 * d * d, [key for key in self if self[key].device == place]
         needed = [key for key in there if key[1] == kind and key[0] in layers]
         for key in [*(key for key in there if key not in needed), *reversed(needed)]:
             held = sum(self[key].nbytes for key in there if key in self)
             if self.capacity is not None and held + size <= self.capacity:
-                return
+                return place
             if self.capacity is None and held + matrices * size <= 0.75 * (free_memory(place) + held):
-                return
+                return place
             del self[key]
+        if place.type == "cpu" or self.capacity is not None or matrices * size <= (free := free_memory(place)):
+            return place
+        logger.warning(
+            "%s has %.2f GB free, and a factor of width %d takes %.2f GB while it is made; it is made on the CPU, "
+            "where solving takes longer; for more room, load the model in fewer bytes or on more devices",
+            *(place, free / 1e9, d, matrices * size / 1e9),
+        )
+        return self.make_room(layers, kind, torch.device("cpu"), d, matrices)
 
 
 def free_memory(device: torch.device) -> float:

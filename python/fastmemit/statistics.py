@@ -566,26 +566,27 @@ class StatisticsStore:
         return self.covering(config.layers, quartic=config.quartic) if config.needs_statistics else Statistics({}, {})
 
     def factor(self, config: CovarianceConfig, layer: int) -> CholeskyFactor:
-        """The factor of a layer's ``A = w C + ridge I`` in float64, on the weight's device, made where it is not held.
+        """The factor of a layer's ``A = w C + ridge I`` in float64, made where it is not held.
 
-        C is shrunk first where the settings say so, and the relative ridge joins the ridge. Errors are those of
-        `fastcov.factorize`, of the shrinkage and of the second moment's file.
+        It is on the weight's device or, where that has no room, on the CPU. C is shrunk first where the settings say
+        so, and the relative ridge joins the ridge. Errors are those of `fastcov.factorize`, of the shrinkage and of the
+        second moment's file.
         """
         used = self.needed(config)
         d_k = self._adapter.d_k(layer)
         weight = float(d_k) if config.weight is None else config.weight
         relative = used.resolved(self._adapter, config).relative_ridge or 0.0
         kind = (config.weight, config.ridge, relative, config.shrinkage, config.covariance)
-        found = self._held.get((layer, kind))
+        found, place = self._held.get((layer, kind)), self._place(layer)
         if found is None:
-            self._held.make_room(config.layers, kind, self._place(layer), d_k, 2)  # beside A a triangle in float32
+            place = self._held.make_room(config.layers, kind, place, d_k, 2)  # beside A a triangle in float32
         if not isinstance(found, CholeskyFactor) and not config.needs_statistics:
-            eye = torch.eye(d_k, dtype=torch.float64, device=self._place(layer))
+            eye = torch.eye(d_k, dtype=torch.float64, device=place)
             scaled = fastcov.regularised(eye, weight, config.ridge, relative_ridge=relative)
             found = CholeskyFactor(scaled.sqrt_(), 0.0)
         elif not isinstance(found, CholeskyFactor):
             moment = used.moment(self._adapter.projection_name(layer))
-            shrinkage, moved = SHRINKAGES[config.shrinkage](moment), moment.to(self._place(layer))
+            shrinkage, moved = SHRINKAGES[config.shrinkage](moment), moment.to(place)
             matrix = fastcov.regularised(moved, weight, config.ridge, relative_ridge=relative, shrinkage=shrinkage)
             del moment, moved  # its sum is not held beside the factorisation
             if relative and config.relative_ridge is None:
@@ -600,7 +601,7 @@ class StatisticsStore:
         return found
 
     def null_space(self, config: AlphaEditConfig, layer: int) -> NullSpace:
-        """The null space of a layer's C in float64, on the weight's device, for AlphaEdit.
+        """The null space of a layer's C in float64, for AlphaEdit: on the weight's device, or as in `factor`.
 
         A symmetric eigenproblem of the key width: about a second at 1,536 on one core, and in time as the width's cube.
         It takes four to five matrices of float64 while it is made, and after that the basis, at most one.
@@ -609,9 +610,9 @@ class StatisticsStore:
         kind = (config.null_threshold if relative is None else 0.0, relative)
         found = self._held.get((layer, kind))
         if not isinstance(found, NullSpace):
-            self._held.make_room(config.layers, kind, self._place(layer), self._adapter.d_k(layer), 5)
+            place = self._held.make_room(config.layers, kind, self._place(layer), self._adapter.d_k(layer), 5)
             C = used.second_moment(self._adapter.projection_name(layer))
-            found = fastcov.null_space(C.to(self._place(layer)), threshold=config.null_threshold, relative=relative)
+            found = fastcov.null_space(C.to(place), threshold=config.null_threshold, relative=relative)
             d_k = found.basis.shape[0]
             say = log.warning if found.rank == d_k else log.info
             say(

@@ -12,6 +12,7 @@ import torch
 
 import fastcov
 from fastcov.errors import BadInput
+from fastcov.linalg import FactorCache
 from fastmemit.errors import BadConfig
 from fastmemit.methods import MemitConfig, find_config
 from fastmemit.methods.base import Draft, averaged_keys
@@ -112,6 +113,25 @@ def test_room_is_what_the_device_has_free(editor, made, monkeypatch):
     free = 0
     factor(editor, store)
     assert len(store._held) == 1
+
+
+def test_a_factor_for_which_a_device_has_no_room_is_made_on_the_cpu(editor, monkeypatch, caplog):
+    """The device meta holds no numbers, so what is solved with was made elsewhere."""
+    size, free = 64 * 64 * 8, {"meta": 2 * 64 * 64 * 8 - 1, "cpu": 1e9}
+    monkeypatch.setattr("fastcov.linalg.free_memory", lambda place: free[place.type])
+    store = fresh(editor)
+    monkeypatch.setattr(store, "_place", lambda layer: torch.device("meta"))
+    found = factor(editor, store)
+    assert found.device.type == "cpu" and torch.equal(found.L, factor(editor).L)
+    assert "meta has 0.00 GB free, and a factor of width 64 takes 0.00 GB while it is made" in caplog.text
+    assert factor(editor, store) is found  # held there
+    space = store.null_space(find_config(editor.adapter, "alphaedit", {"layers": (1,), "null_relative": 0.5}), 1)
+    assert space.device.type == "cpu"
+    for capacity, room in ((None, 2 * size), (1, 0)):  # room for one; or whoever set a limit has chosen the device
+        free["meta"] = room
+        cache = FactorCache()
+        cache.capacity = capacity
+        assert cache.make_room((1,), "kind", torch.device("meta"), 64, 2) == torch.device("meta")
 
 
 def test_each_kind_is_made_once_and_held_until_there_is_no_room(editor, made):
