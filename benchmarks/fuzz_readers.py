@@ -34,10 +34,10 @@ from fastmemit.compat import load_hparams
 from fastmemit.data import load_corpus, load_records, load_requests, load_zsre
 from fastmemit.delta import Delta
 from fastmemit.evaluation.perplexity import read_text
-from fastmemit.experiments.frame import measure
+from fastmemit.experiments.frame import measure, measure_steps
 from fastmemit.experiments.report import page
-from fastmemit.experiments.results import check_header, collect, read_lines, read_unedited
-from fastmemit.experiments.sequential import STEPS, read_sequences
+from fastmemit.experiments.results import STEPS, check_header, collect, read_lines, read_unedited
+from fastmemit.experiments.sequential import read_sequences
 from fastmemit.experiments.tables import (
     cells_csv,
     cells_table,
@@ -45,7 +45,7 @@ from fastmemit.experiments.tables import (
     difference_tables,
     latex,
     markdown,
-    sequence_table,
+    step_tables,
 )
 from fastmemit.models import fingerprint
 from fastmemit.sharing import load_adapter, save_adapter
@@ -578,4 +578,5 @@ def _read_steps(path: Path) -> Any:
     found = read_sequences(path, _BATCHES)
     if not found:
         raise Absent
-    return found, sequence_table([line for lines in found.values() for line in lines])
+    steps = measure_steps([line for lines in found.values() for line in lines], resamples=20)
+    return found, markdown(step_tables(steps))

@@ -155,11 +155,12 @@ def _sequential(args: argparse.Namespace) -> None:
     """
     from fastcov.files import atomic_file
     from fastmemit.data import batches
-    from fastmemit.experiments.plots import check_matplotlib, sequence_figure
+    from fastmemit.experiments.frame import measure_steps
+    from fastmemit.experiments.plots import check_matplotlib, sequence_picture
     from fastmemit.experiments.results import method_title
     from fastmemit.experiments.sequential import Plan, run_sequences
     from fastmemit.experiments.sweep import parse_multipliers
-    from fastmemit.experiments.tables import sequence_table
+    from fastmemit.experiments.tables import markdown, step_tables
 
     check_matplotlib()
     multipliers = parse_multipliers(args.multipliers)
@@ -180,7 +181,9 @@ def _sequential(args: argparse.Namespace) -> None:
     )
     lines = run_sequences(editor, plan, _inputs(args, editor, corpus), progress=not args.quiet)
     title = f"{editor.name}: {method_title(args.method)}, batches of {args.batch_size} in sequence"
-    for ending, content in {"md": sequence_table(lines).encode(), **sequence_figure(lines, title)}.items():
+    steps = measure_steps(lines)
+    files = {"md": markdown(step_tables(steps)).encode(), **sequence_picture(steps, title).files}
+    for ending, content in files.items():
         with atomic_file(args.out / f"sequential.{ending}") as file:
             file.write(content)
     last = [line for line in lines if line["edits"] == len(chosen)]
@@ -196,7 +199,7 @@ def _sequential(args: argparse.Namespace) -> None:
 
 @verb("experiment report", "folders --out")
 def _report(args: argparse.Namespace) -> None:
-    """Write the tables and figures of a sweep, and one page with all of it.
+    """Write the tables and figures of a sweep or of sequences, and one page with all of it.
 
     Examples:
       fastmemit experiment report results/smollm2

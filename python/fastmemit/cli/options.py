@@ -202,7 +202,7 @@ FLAGS: dict[str, dict[str, dict[str, Any]]] = {
     "arguments": {
         "paths": _flag("PATH", "a saved edit, an adapter, statistics, or a model's folder", Path, nargs="+"),
         "shell": {"choices": ("bash", "zsh", "fish"), "help": "whose completion"},
-        "folders": _flag("DIR", "of a sweep; several of one model make one report", Path, nargs="+"),
+        "folders": _flag("DIR", "of a sweep or sequences; several of one model make one report", Path, nargs="+"),
     },
     "facts": {
         "--facts": _flag("FACTS", "requests or records: a file (JSON or JSONL; of zsRE also as zsre:FILE), counterfact "

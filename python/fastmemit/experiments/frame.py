@@ -2,14 +2,15 @@
 
 A group is what one of the paper's figures shows: one method with its settings, over multipliers and batch sizes. A cell
 is compared with the full precompute of its place, and one with settings with that of the preset, where all else is
-equal, paired by case.
+equal, paired by case. So is the last step of a sequence with the first sequence's after as many facts.
 
-Columns are those of `Cell`, its scores and perplexity as `Estimate` (``es``, and ``es_before`` of the unedited
-model), and further:
+Columns are those of `Cell` or `Step`, its scores and perplexity as `Estimate` (``es``, and ``es_before`` of the
+unedited model), and further:
 
 * ``title`` of the group, and ``variant``, what tells it from the plain one of its method; ``size``, in words.
-* ``full`` and ``preset``, the keys of the other ones; with each, as with ``full``, the other's scores ``es_full``, and
-  ``es_minus_full``, ``perplexity_over_full`` and ``verdict_full``.
+* ``run`` of a sequence, ``title``, what of it is not about earlier keys, and ``key``, its name after so many facts.
+* ``full``, ``preset`` and ``first``, the keys of the other ones; with each, as with ``full``, the other's scores
+  ``es_full``, and ``es_minus_full``, ``perplexity_over_full`` and ``verdict_full``.
 * ``kept``, the least share of the full precompute's scores and perplexity, and ``kept_by``, whose it is.
 
 The full precompute has the multiplier infinity. What does not exist is None.
@@ -35,7 +36,7 @@ from fastmemit.experiments.intervals import (
     score_intervals,
 )
 from fastmemit.experiments.results import Cell, method_title, settings_name
-from fastmemit.experiments.sweep import FULL
+from fastmemit.experiments.sweep import FULL, multiplier_name
 
 #: Quality counts as kept from this share of the full precompute's on, as in the paper's figures, in each of ES, PS, NS,
 #: EA, PA, NA and perplexity.
@@ -88,6 +89,49 @@ def measure(cells: Sequence[Cell], *, resamples: int = RESAMPLES) -> pandas.Data
     frame = _frame(rows.values())
     order = frame.groupby(GROUP, sort=False).ngroup()
     return frame.assign(group=order).sort_values(["group", *SIZE], kind="stable", ignore_index=True)
+
+
+def measure_steps(lines: Sequence[Mapping[str, Any]], *, resamples: int = RESAMPLES) -> pandas.DataFrame:
+    """Steps of sequences (`Step`), in their order; the last of each run is compared with the first run's.
+
+    A run's name is ``run`` of its lines, or what tells it from the others: method, settings, multiplier, whether the
+    keys of earlier edits are preserved, batches and targets, as far as they differ.
+
+    Raises:
+        BadData: Two runs have the same name.
+    """
+    names = ("method", "multiplier", "batch_size")
+    several = {name for name in names if len({line.get(name) for line in lines}) > 1}
+    targets = {(line.get("method"), line.get("targets")) for line in lines}
+    rows: dict[tuple[str, int], Row] = {}
+    for line in lines:
+        alone, preserve = "method" not in several, line["preserve"]
+        parts = [
+            "" if alone else method_title(line.get("method", "")),
+            settings_name(line.get("settings", {})),
+            multiplier_name(line["multiplier"]) if line.get("keys", 1) and (alone or "multiplier" in several) else "",
+            f"batches of {line['batch_size']}" if "batch_size" in several else "",
+            f"targets of the {line['targets']} model"
+            if [method for method, _ in targets].count(line.get("method")) > 1
+            else "",
+        ]
+        title = line.get("run") or ", ".join(filter(None, parts))
+        keys = f"edit keys {'' if preserve else 'not '}preserved" if alone or preserve else ""
+        run = line.get("run") or ", ".join(filter(None, (title, keys)))
+        row = {
+            **_scored(line, resamples),
+            "run": run,
+            "title": title,
+            "key": f"{run}, {counted(line['facts'], 'fact')}",
+        }
+        row["settings"] = json.dumps(line.get("settings", {}), sort_keys=True)
+        if rows.setdefault((run, line["facts"]), row) is not row:
+            raise BadData(f"There are two sequences of {row['key']}; remove one of them, or report on them apart.")
+    first = next(iter(rows))[0]
+    last = {run: facts for run, facts in rows if (first, facts) in rows}
+    for (run, facts), row in rows.items():
+        compare(row, "first", rows[first, facts] if run != first and facts == last.get(run) else None, resamples)
+    return _frame(rows.values())
 
 
 def compare(row: Row, side: str, other: Row | None, resamples: int) -> None:
@@ -151,8 +195,13 @@ def answers(cells: pandas.DataFrame) -> list[str]:
     """What a sweep says, in sentences: the unedited levels, and from which multiplier on the full precompute is kept.
 
     One for each size, whose records are others, and one for each group and size. Where full was not run, the scores at
-    the largest multiplier.
+    the largest multiplier. Of sequences, the scores after the last step of each.
     """
+    if "run" in cells:
+        most = cells.loc[cells["facts"].astype(int).idxmax()]
+        ended = cells.drop_duplicates("run", keep="last").to_dict("records")
+        level = f"Unedited, {counted(most['facts'], 'fact')}: {_said(most, '_before')}."
+        return [level, *(f"{row['key']}: {_said(row)}." for row in ended)]
     unedited, found = {}, []
     for (_, *size), part in cells.groupby(["group", *SIZE]):
         part = part.sort_values("multiplier", kind="stable")
@@ -183,7 +232,15 @@ def _said(row: Mapping[str, Any], end: str = "") -> str:
 
 
 def summary(cells: pandas.DataFrame) -> list[list[str]]:
-    """Cells for a terminal: S, EA and the least share of full, a line for each group and size under heads."""
+    """Cells for a terminal: S, EA and the least share of full, a line for each group and size under heads.
+
+    Of sequences, the scores after the last step of each.
+    """
+    if "run" in cells:
+        ended = cells.drop_duplicates("run", keep="last").to_dict("records")
+        scores = [[f"{found.value:.2f}" if (found := row[name]) else "-" for name in MEASURED] for row in ended]
+        rows = [[row["key"], *texts] for row, texts in zip(ended, scores, strict=True)]
+        return [["after the last batch", *map(head, MEASURED)], *rows]
     shown = {"S": ("s", 1, 2), "EA": ("ea", 1, 2)}
     if cells[FULL].notna().any():
         shown["least share of full, %"] = ("kept", 100, 1)

@@ -18,9 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from fastmemit.errors import BadConfig
 from fastmemit.experiments.frame import KEPT, SIZE, head, multiplier_text
-from fastmemit.experiments.intervals import PERPLEXITY, Estimate, score_intervals
+from fastmemit.experiments.intervals import PERPLEXITY, Estimate
 from fastmemit.experiments.results import method_title
-from fastmemit.experiments.sweep import multiplier_name
 from fastmemit.experiments.tables import slug, unique
 
 if TYPE_CHECKING:
@@ -155,7 +154,9 @@ def _points(cells: pandas.DataFrame, over: str = "multiplier") -> dict[float, Ma
 
 def _alt(drawing: Drawing) -> str:
     """The figure in words: its panels, and the numbers of S, EA and perplexity."""
-    sentences = [f"{', '.join(map(head, drawing.panels))} against the multiplier."]
+    sentences = [
+        f"{', '.join(map(head, drawing.panels))} against {'facts written' if drawing.facts else 'the multiplier'}."
+    ]
     for panel in (panel for panel in drawing.panels if panel in ("s", "ea", PERPLEXITY)):
         parts = []
         for line in drawing.lines:
@@ -169,36 +170,22 @@ def _alt(drawing: Drawing) -> str:
     return " ".join(sentences)
 
 
-def sequence_figure(lines: Sequence[Mapping[str, Any]], title: str) -> dict[str, bytes]:
-    """Scores and perplexity of sequences against the number of facts written; as svg, pdf and png.
+def sequence_picture(steps: pandas.DataFrame, title: str) -> Picture:
+    """Scores and perplexity of sequences, as `frame.measure_steps` has them, against the number of facts written.
 
-    A colour and marker for each method and multiplier; solid where the keys of earlier edits are preserved, dashed
-    where they are not; dotted the unedited model on all facts. A score that no line has gets no panel. The lines are
-    those of `run_sequences`, at least one.
+    A line for each run, solid where the keys of earlier edits are preserved, else dashed; what is the same otherwise
+    has one colour and marker. Dotted is the unedited model on all facts. A score that no step has gets no panel.
     """
-    looks = list(dict.fromkeys((line.get("method", ""), line["multiplier"]) for line in lines))
-    methods = {method for method, _ in looks}
-    end = max(line["facts"] for line in lines)
-    drawn = []
-    for preserve in (True, False):
-        for number, (method, multiplier) in enumerate(looks):
-            points: dict[float, Mapping[str, Estimate | None]] = {}
-            for line in lines:
-                if (line.get("method", ""), line["multiplier"], line["preserve"]) == (method, multiplier, preserve):
-                    values = {**line["scores"], PERPLEXITY: line["perplexity"]}
-                    if line["facts"] == end:  # of the same facts, so it is one level
-                        values |= {f"unedited {name}": value for name, value in line["before"].items()}
-                    sure = score_intervals(line["records"]) if line.get("records") else {}
-                    points[line["facts"]] = {
-                        name: None if value is None else sure.get(name) or Estimate(value, value, value)
-                        for name, value in values.items()
-                    }
-            if len(methods) > 1:
-                label = f"{method_title(method)}{', edit keys preserved' if preserve else ''}"
-            else:
-                label = f"{multiplier_name(multiplier)}, edit keys {'preserved' if preserve else 'not preserved'}"
-            drawn += [Line(label, points, number, dashed=not preserve)] if points else []
-    return render(Drawing(title, tuple(drawn), facts=True))
+    lines: list[Line] = []
+    titles, end = list(steps["title"].unique()), steps["facts"].max()
+    for run, part in steps.groupby("run", sort=False):
+        points = _points(part, "facts")
+        for facts in points.keys() - {end}:  # the level of all facts alone is drawn
+            points[facts] = {panel: points[facts][panel] for panel in PANELS}
+        first = part.iloc[0]
+        lines.append(Line(run, points, titles.index(first["title"]), dashed=not first["preserve"]))
+    drawing = Drawing(title, tuple(lines), facts=True)
+    return Picture("sequences", title, _alt(drawing), render(drawing))
 
 
 def render(drawing: Drawing) -> dict[str, bytes]:

@@ -1,4 +1,4 @@
-"""From the folders of sweeps to a report: tables, figures and one page with all of it.
+"""From the folders of sweeps or sequences to a report: tables, figures and one page with all of it.
 
 The page needs nothing else: no network, no script, no file beside it. Figures are images inside it, so that their
 identifiers do not meet and nothing in them can run. A Content-Security-Policy forbids the browser to load anything. The
@@ -21,10 +21,10 @@ from fastcov.files import atomic_file
 from fastmemit.errors import BadConfig, counted
 from fastmemit.evaluation.changes import render
 from fastmemit.experiments import tables
-from fastmemit.experiments.frame import answers, measure
+from fastmemit.experiments.frame import answers, measure, measure_steps
 from fastmemit.experiments.intervals import RESAMPLES
-from fastmemit.experiments.plots import Picture, check_matplotlib, pictures
-from fastmemit.experiments.results import Collected, collect
+from fastmemit.experiments.plots import Picture, check_matplotlib, pictures, sequence_picture
+from fastmemit.experiments.results import Collected, collect, line_of
 from fastmemit.experiments.tables import Table, markdown_text
 
 
@@ -38,15 +38,16 @@ class Report:
 
 
 def write_report(folders: Sequence[Path], out: Path | None = None, *, resamples: int = RESAMPLES) -> Report:
-    """Read sweeps and write their report; the same results give the same bytes.
+    """Read sweeps, or sequences, and write their report; the same results give the same bytes.
 
-    Writes ``report.html``, ``tables.md``, ``tables.tex``, ``tables.csv`` (full against fast, the paper's numbers among
-    them), ``cells.csv`` (every cell, unrounded, with intervals) and ``figures/NAME.svg``, ``.pdf`` and ``.png`` into
-    `out`, or into ``report`` in the first folder. Behind every interval are `resamples` draws.
+    Writes ``report.html``, ``tables.md``, ``tables.tex``, ``cells.csv`` (every cell or step, unrounded, with intervals)
+    and ``figures/NAME.svg``, ``.pdf`` and ``.png`` into `out`, or into ``report`` in the first folder; of sweeps
+    ``tables.csv`` (full against fast, the paper's numbers among them), of sequences ``sequential.jsonl``, all steps
+    with the names of their runs. Behind every interval are `resamples` draws.
 
     Raises:
-        BadData: A folder holds no results, or results that contradict one another.
-        DamagedFile: A file is not what a sweep writes.
+        BadData: A folder holds no results, or results that contradict one another or cannot be compared.
+        DamagedFile: A file is not what a sweep or a sequence writes.
         WrongModel: The folders are of different models.
         BadConfig: matplotlib is not installed, or `out` is a file.
         OSError: A file cannot be written.
@@ -56,21 +57,25 @@ def write_report(folders: Sequence[Path], out: Path | None = None, *, resamples:
     if target.exists() and not target.is_dir():
         raise BadConfig(f"{str(target)!r} is a file; name a folder with --out.")
     check_matplotlib()
-    model = found.sweeps[0]["model"]
-    cells = measure(found.cells, resamples=resamples)
-    drawn = pictures(cells, model)
-    parts = {
-        "comparisons": tables.comparison_tables(cells),
-        "differences": tables.difference_tables(cells),
-        "paper": tables.paper_tables(cells),
-        "all": [tables.cells_table(cells)],
-    }
+    model = found.headers[0]["model"]
+    if found.sequential:
+        cells = measure_steps(found.cells, resamples=resamples)
+        drawn = [sequence_picture(cells, f"{model}: facts written in sequence")]
+        comparisons, paper, every = [], [], tables.step_tables(cells)
+        lines = [{**line, "run": run} for line, run in zip(found.cells, cells["run"], strict=True)]
+        more = {"sequential.jsonl": b"".join(map(line_of, lines))}
+    else:
+        cells = measure(found.cells, resamples=resamples)
+        drawn = pictures(cells, model)
+        comparisons, paper = tables.comparison_tables(cells), tables.paper_tables(cells)
+        every, more = [tables.cells_table(cells)], {"tables.csv": tables.comparison_csv(cells, model).encode()}
+    parts = {"comparisons": comparisons, "differences": tables.difference_tables(cells), "paper": paper, "all": every}
     shown = [table for part in parts.values() for table in part]
     contents = {
         "report.html": page(found, drawn, parts, answers(cells)).encode(),
         "tables.md": f"# {markdown_text(model)}\n\n{tables.markdown(shown)}".encode(),
         "tables.tex": tables.latex(shown).encode(),
-        "tables.csv": tables.comparison_csv(cells, model).encode(),
+        **more,
         "cells.csv": tables.cells_csv(cells).encode(),
     }
     for picture in drawn:
@@ -88,8 +93,9 @@ def page(
     return render(
         "experiments/report.html",
         {"base64": lambda content: base64.b64encode(content).decode()},
-        model=found.sweeps[0]["model"],
-        cells=len(found.cells),
+        model=found.headers[0]["model"],
+        sequential=found.sequential,
+        cells=counted(len(found.cells), "step" if found.sequential else "cell"),
         answers=answers,
         pictures=drawn,
         runs=runs(found),
@@ -100,7 +106,7 @@ def page(
 def runs(found: Collected) -> list[tuple[str, list[tuple[str, str]]]]:
     """What was run, as names and values under titles: each ``sweep.json``, then machines, versions and seconds."""
     parts = []
-    for folder, sweep in zip(found.folders, found.sweeps, strict=True):
+    for folder, sweep in zip(found.folders, found.headers, strict=True):
         rows = [(name.replace("_", " "), _text(value)) for name, value in sweep.items()
                 if name != "methods" and value is not None]  # fmt: skip
         rows += [(f"settings of {method}", _text(settings)) for method, settings in sweep["methods"].items()]

@@ -3,7 +3,7 @@
 ``sweep.json`` and ``sequential.json`` (`make_header`) say what all lines of a folder share. ``results.jsonl`` holds one
 finished cell (`Cell`) a line, and nothing that differs from run to run: the same plan gives the same lines. What
 differs, the seconds and the machine, is in ``timings.jsonl`` (`timing`). Shares of a sweep that several processes
-divide are in ``results-1of4.jsonl`` and so on. ``sequential.jsonl`` has the steps of sequences (`sequential.Step`).
+divide are in ``results-1of4.jsonl`` and so on. ``sequential.jsonl`` has the steps of sequences (`Step`).
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from fastmemit.statistics import versions
 log = printable_logger(__name__)
 
 SWEEP, RESULTS, TIMINGS = "sweep.json", "results.jsonl", "timings.jsonl"
+SEQUENTIAL, STEPS, STEP_TIMINGS = "sequential.json", "sequential.jsonl", "sequential-timings.jsonl"
 _UNBOUNDED = "inf"  # in files for a perplexity without bound, for which JSON has no number
 _MAX_BYTES = 1 << 28  # of lines in a compressed file; 80 times the largest recorded
 _LARGEST = 2**53  # of whole numbers: all up to it are floats as well
@@ -85,6 +86,21 @@ class Cell(TypedDict):
     jitter: dict[str, float]  # layer -> what its factor had to add, relative to the diagonal
 
 
+class Step(TypedDict):
+    """The state of a run after some batches; scores in percent, over all facts so far."""
+
+    edits: int  # batches so far
+    facts: int  # records in them
+    failed: int  # batches that could not be written, because the model had broken down before
+    preserved: int  # keys of earlier edits that the next batch would preserve at a layer
+    scores: ScoreTable  # of the model as it is now
+    before: ScoreTable  # of the unedited model on the same records
+    by_batch: list[ScoreTable]  # `scores` of each batch alone, the oldest first
+    perplexity: float | None  # of the model as it is now; None where it was not asked for
+    entropy: float | None  # n-gram entropy of what it writes, in bits; None where it was not asked for
+    records: list[dict[str, Any]]  # see `Cell`; of all facts so far; earlier versions wrote none
+
+
 def cell_columns(line: Mapping[str, Any]) -> dict[str, Any]:
     """What a table shows of a cell, or of a step of a sequence: its place and its scores in percent."""
     place = {name: line[name] for name in line if name in _PLACE}
@@ -112,12 +128,14 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Collected:
-    """The cells of one model, from one folder or several."""
+    """The cells or steps of one model, from one folder or several."""
 
     folders: tuple[Path, ...]
-    sweeps: tuple[dict[str, Any], ...]  # sweep.json of each folder
-    cells: tuple[Cell, ...]  # every finished cell once, ordered by where it stands in the grid
+    headers: tuple[dict[str, Any], ...]  # sweep.json or sequential.json of each folder
+    #: Every finished cell once, ordered by where it stands in the grid; or each `Step` of sequences, as it was written.
+    cells: tuple[Any, ...]
     timings: tuple[dict[str, Any], ...]  # what is known of their cost and of the machines
+    sequential: bool = False  # whether they are sequences
 
     def to_pandas(self) -> Any:
         """The cells as a pandas data frame, a row each."""
@@ -378,26 +396,58 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def collect(folders: Sequence[Path]) -> Collected:
-    """Read the folders of one or several sweeps of the same model; for its errors see `report.write_report`."""
+    """Read the folders of sweeps, or of sequences, of the same model; for its errors see `report.write_report`."""
     if not folders:
         raise BadData("No folder to report on; name at least one that a sweep has written.")
-    sweeps = tuple(_read_sweep(folder) for folder in folders)
-    for folder, sweep in zip(folders[1:], sweeps[1:], strict=True):
-        _check_same(folders[0], sweeps[0], folder, sweep)
+    names = ", ".join(repr(str(folder)) for folder in folders)
+    headers = tuple(_read_header(folder) for folder in folders)
+    kinds = {(folder / SWEEP).is_file() for folder in folders}
+    if len(kinds) > 1:
+        raise BadData(f"Of {names} some are of sweeps and some of sequences; report on these apart.")
+    sequential = kinds == {False}
+    for folder, header in zip(folders[1:], headers[1:], strict=True):
+        _check_same(folders[0], headers[0], folder, header, settings=not sequential)
+    cells, timings = _read_steps(folders, headers) if sequential else _read_cells(folders)
+    if not cells:
+        what = "step of a sequence" if sequential else "cell"
+        raise BadData(f"No finished {what} in {names}; run the sweep or the sequences until there is one.")
+    return Collected(tuple(folders), headers, tuple(cells), tuple(timings), sequential)
+
+
+def _read_cells(folders: Sequence[Path]) -> tuple[list[Any], list[dict[str, Any]]]:
+    """The cells of sweeps in the order of a grid, and the timings that there are of them."""
     for folder in folders:  # each for itself, so that an error names it
         for key, value in read_results(folder).items():
             _check_cell(f"The cell {key!r} of {str(folder)!r}", value)
         for key, value in read_results(folder, name=TIMINGS).items():
-            place = f"The timing of {key!r} in {str(folder)!r}"
-            check_fields(place, value, {"hardware": _TEXT, "versions": _OBJECT, "seconds": _OBJECT})
-            _check_numbers(place, "seconds", value["seconds"])
+            _check_timing(f"The timing of {key!r} in {str(folder)!r}", value)
     cells = sorted(_cleaned(read_results(*folders)).values(), key=_order)
     timings = _cleaned(read_results(*folders, name=TIMINGS))
-    if not cells:
-        names = ", ".join(repr(str(folder)) for folder in folders)
-        raise BadData(f"No finished cell in {names}; run the sweep until there is one.")
-    known = tuple(timings[cell["key"]] for cell in cells if cell["key"] in timings)
-    return Collected(tuple(folders), sweeps, tuple(cells), known)
+    return cells, [timings[cell["key"]] for cell in cells if cell["key"] in timings]
+
+
+def _read_steps(
+    folders: Sequence[Path], headers: Sequence[Mapping[str, Any]]
+) -> tuple[list[Any], list[dict[str, Any]]]:
+    """The steps of sequences, with the settings by which the folders differ for a method, and the timings."""
+    steps: list[Any] = []
+    timings: list[dict[str, Any]] = []
+    for folder, header in zip(folders, headers, strict=True):
+        lines, times = (
+            [line for end in ("", ".xz") if (path := folder / f"{name}{end}").is_file() for line in read_lines(path)]
+            for name in (STEPS, STEP_TIMINGS)
+        )
+        for line in lines:
+            check_step(f"The step {line['key']!r:.80} of {str(folder)!r}", line)
+            own = header["methods"].get(line.get("method"), {})
+            others = [other["methods"].get(line.get("method"), own) for other in headers]
+            differing = {name: own[name] for name in own if any(other.get(name) != own[name] for other in others)}
+            steps.append(_cleaned({**line, "settings": differing}))
+        for line in times:
+            line = {**line, "seconds": {"sequences": line.get("seconds")}}
+            _check_timing(f"The timing of {line['key']!r} in {str(folder)!r}", line)
+            timings.append(_cleaned(line))
+    return steps, timings
 
 
 def method_title(method: str) -> str:
@@ -428,12 +478,15 @@ def _order(cell: Cell) -> tuple[Any, ...]:
     return (*group, cell["batch_size"], cell["batches"], multiplier, cell["key"])
 
 
-def _read_sweep(folder: Path) -> dict[str, Any]:
-    path = folder / SWEEP
+def _read_header(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise BadData(f"The folder {str(folder)!r} does not exist; name one that a sweep wrote.")
-    if not path.is_file():
-        raise BadData(f"{str(folder)!r} holds no sweep.json; name a folder that a sweep wrote.")
+    path = next((folder / name for name in (SWEEP, SEQUENTIAL) if (folder / name).is_file()), None)
+    if path is None:
+        raise BadData(
+            f"{str(folder)!r} holds neither sweep.json nor sequential.json; name a folder that a sweep or sequences "
+            "wrote."
+        )
     try:
         found = _cleaned(parse_json(path.read_bytes()))
     except ValueError as bad:
@@ -445,14 +498,14 @@ def _read_sweep(folder: Path) -> dict[str, Any]:
     return found
 
 
-def _check_same(first: Path, one: Mapping[str, Any], second: Path, other: Mapping[str, Any]) -> None:
+def _check_same(first: Path, one: Mapping[str, Any], second: Path, other: Mapping[str, Any], *, settings: bool) -> None:
     if one["fingerprint"] != other["fingerprint"]:
         raise WrongModel(
             f"{str(first)!r} is of the model {one['model']} and {str(second)!r} of {other['model']}, whose weights "
             "differ; report on each model apart."
         )
     pairs = [(name, one.get(name), other.get(name)) for name in _SHARED]
-    both = [method for method in one["methods"] if method in other["methods"]]
+    both = [method for method in one["methods"] if method in other["methods"]] if settings else []
     pairs += [(f"settings of {method}", one["methods"][method], other["methods"][method]) for method in both]
     for name, a, b in pairs:
         if a != b:
@@ -489,6 +542,8 @@ _RECORD = {"case_id": Kind((int,)), "before": _OBJECT, "after": _OBJECT}
 # The exponential of a mean cost is never below 1.
 _COST = Kind((int, float), 1.0)
 _FIX = "delete the line, and the sweep will run its cell again"
+_PLACE_OF_RUN = {**dict.fromkeys(("method", "run", "targets"), _TEXT), **dict.fromkeys(("batch_size", "keys"), COUNT)}
+_AGAIN = "delete the lines of its run, which is then run again"
 
 
 def check_fields(place: str, value: Any, kinds: Mapping[str, Kind], fix: str = _FIX) -> None:
@@ -552,6 +607,35 @@ def _check_cell(place: str, value: dict[str, Any]) -> None:
     if found is not None:
         counts = dict.fromkeys((name for name in ("batches", "tokens") if name in found), COUNT_FROM_1)
         check_fields(f"{place}, perplexity,", found, dict.fromkeys(("before", "after"), _COST) | counts)
+
+
+def check_step(place: str, line: Mapping[str, Any]) -> None:
+    """Refuse, by a DamagedFile that begins with `place`, what is no `Step` beside its multiplier and `preserve`."""
+    kinds = {
+        **dict.fromkeys(("edits", "facts", "failed"), COUNT),
+        **dict.fromkeys(("scores", "before"), Kind((dict,))),
+        "perplexity": Kind((int, float, type(None)), 1.0),
+        **({"entropy": Kind((int, float, type(None)), 0.0)} if "entropy" in line else {}),
+        "multiplier": MULTIPLIER,
+        "preserve": Kind((bool,)),
+        **{name: kind for name, kind in _PLACE_OF_RUN.items() if name in line},
+        "by_batch": Kind((list,)),
+        **({"records": Kind((list,))} if "records" in line else {}),
+    }
+    check_fields(place, line, kinds, _AGAIN)
+    if not line["by_batch"]:
+        raise DamagedFile(f"{place} has no by_batch; {_AGAIN}.")
+    for name in ("scores", "before", "by_batch"):
+        for table in line[name] if name == "by_batch" else [line[name]]:
+            # Lines of earlier versions have no exact matches.
+            known = ("es", "ps", "ns", "s", *(score for score in SHARES if isinstance(table, dict) and score in table))
+            check_fields(f"{place} in {name}", table, dict.fromkeys(known, PERCENT), _AGAIN)
+    check_records(place, line.get("records", ()), _AGAIN)
+
+
+def _check_timing(place: str, value: Mapping[str, Any]) -> None:
+    check_fields(place, value, {"hardware": _TEXT, "versions": _OBJECT, "seconds": _OBJECT})
+    _check_numbers(place, "seconds", value["seconds"])
 
 
 def _check_numbers(place: str, name: str, values: Any) -> None:

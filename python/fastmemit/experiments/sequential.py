@@ -18,18 +18,18 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal
 
 from fastcov.errors import NonFinite
 from fastmemit.data import Record
 from fastmemit.display import Rows, bar
 from fastmemit.editor import Editor
-from fastmemit.errors import BadConfig, BadData, DamagedFile, FastmemitError, WrongModel
+from fastmemit.errors import BadConfig, BadData, FastmemitError, WrongModel
 from fastmemit.evaluation.generation import check_generations, generate_records
 from fastmemit.evaluation.perplexity import perplexity
-from fastmemit.evaluation.scores import SHARES, ScoreTable, score_records
+from fastmemit.evaluation.scores import SHARES, score_records
 from fastmemit.experiments import results
-from fastmemit.experiments.results import COUNT, Inputs, Kind, as_published
+from fastmemit.experiments.results import Inputs, Step, as_published
 from fastmemit.experiments.sweep import (
     multiplier_name,
     precompute_multipliers,
@@ -45,24 +45,7 @@ from fastmemit.text import request_rows
 
 log = logging.getLogger(__name__)
 
-STEPS, TIMINGS, HEADER = "sequential.jsonl", "sequential-timings.jsonl", "sequential.json"
 _EDITED = "The model is edited already; undo its edits before a sequence."
-_FIX = "delete the lines of its run, which is then run again"
-
-
-class Step(TypedDict):
-    """The state of a run after some batches; scores in percent, over all facts so far."""
-
-    edits: int  # batches so far
-    facts: int  # records in them
-    failed: int  # batches that could not be written, because the model had broken down before
-    preserved: int  # keys of earlier edits that the next batch would preserve at a layer
-    scores: ScoreTable  # of the model as it is now
-    before: ScoreTable  # of the unedited model on the same records
-    by_batch: list[ScoreTable]  # `scores` of each batch alone, the oldest first
-    perplexity: float | None  # of the model as it is now; None where it was not asked for
-    entropy: float | None  # n-gram entropy of what it writes, in bits; None where it was not asked for
-    records: list[dict[str, Any]]  # see `Cell`; of all facts so far; earlier versions wrote none
 
 
 @dataclass(frozen=True)
@@ -117,12 +100,12 @@ def run_sequences(editor: Editor, plan: Plan, inputs: Inputs, *, progress: bool 
         raise WrongModel(_EDITED)
     folder, runs, text = inputs.folder, plan.runs(), inputs.text
     folder.mkdir(parents=True, exist_ok=True)
-    lines, timings = results.ResultsFile(folder / STEPS), results.ResultsFile(folder / TIMINGS)
+    lines, timings = (results.ResultsFile(folder / name) for name in (results.STEPS, results.STEP_TIMINGS))
     config = editor.config(plan.method, **as_published(plan.method, plan.settings))
     cases = [[record.case_id for record in batch] for batch in plan.batches]
     header = {**results.make_header(editor, inputs, [config]), "batches": cases, "score_every": plan.score_every}
     with results.locked(lines.path):
-        results.check_header(folder / HEADER, header, "sequences")
+        results.check_header(folder / results.SEQUENTIAL, header, "sequences")
         lines.repair()
         timings.repair()
         finished = read_sequences(lines.path, len(cases))
@@ -183,32 +166,9 @@ def read_sequences(path: Path, batches: int) -> dict[str, list[dict[str, Any]]]:
     """The lines of the runs that have reached their last batch, by the run's name; errors as of `run_sequences`."""
     found: dict[str, list[dict[str, Any]]] = {}
     for line in results.read_lines(path) if path.is_file() else ():
-        check_step(f"The step {line['key']!r:.80} of {str(path)!r}", line)
+        results.check_step(f"The step {line['key']!r:.80} of {str(path)!r}", line)
         found.setdefault(line["key"].rpartition("/")[0], []).append(line)
     return {key: lines for key, lines in found.items() if lines[-1]["edits"] == batches}
-
-
-def check_step(place: str, line: Mapping[str, Any]) -> None:
-    """Refuse, by a DamagedFile that begins with `place`, what is no `Step` beside its multiplier and `preserve`."""
-    kinds = {
-        **dict.fromkeys(("edits", "facts", "failed"), COUNT),
-        **dict.fromkeys(("scores", "before"), Kind((dict,))),
-        "perplexity": Kind((int, float, type(None)), 1.0),
-        **({"entropy": Kind((int, float, type(None)), 0.0)} if "entropy" in line else {}),
-        "multiplier": results.MULTIPLIER,
-        "preserve": Kind((bool,)),
-        "by_batch": Kind((list,)),
-        **({"records": Kind((list,))} if "records" in line else {}),
-    }
-    results.check_fields(place, line, kinds, _FIX)
-    if not line["by_batch"]:
-        raise DamagedFile(f"{place} has no by_batch; {_FIX}.")
-    for name in ("scores", "before", "by_batch"):
-        for table in line[name] if name == "by_batch" else [line[name]]:
-            # Lines of earlier versions have no exact matches.
-            known = ("es", "ps", "ns", "s", *(score for score in SHARES if isinstance(table, dict) and score in table))
-            results.check_fields(f"{place} in {name}", table, dict.fromkeys(known, results.PERCENT), _FIX)
-    results.check_records(place, line.get("records", ()), _FIX)
 
 
 def run_sequential(

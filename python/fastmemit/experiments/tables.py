@@ -1,4 +1,4 @@
-"""A report's tables: each multiplier in the paper's shape, the paper's own, every cell; and how tables are written.
+"""A report's tables and how they are written: each multiplier in the paper's shape, the paper's own, cells and steps.
 
 The paper's shape is one table for each method and multiplier, one row for each batch size, and for each score a column
 for the full precompute ("full") and one for few keys ("fast"). The paper has ES, PS, NS and S. A model that is broken
@@ -22,9 +22,8 @@ import pandas
 from fastmemit.errors import counted
 from fastmemit.evaluation.scores import SCORES, score_means
 from fastmemit.experiments.frame import KEPT, MARGIN, MEASURED, PLACE, further_means, head, multiplier_text
-from fastmemit.experiments.intervals import PERPLEXITY, Estimate, score_intervals
-from fastmemit.experiments.results import method_title
-from fastmemit.experiments.sweep import FULL, multiplier_name
+from fastmemit.experiments.intervals import PERPLEXITY, Estimate
+from fastmemit.experiments.sweep import FULL
 
 _LEAST = "least share of full"
 _LEAST_NOTE = (
@@ -246,7 +245,7 @@ def cells_table(cells: pandas.DataFrame) -> Table:
 
 
 def difference_tables(cells: pandas.DataFrame) -> list[Table]:
-    """Cells minus the full precompute, and settings minus those of the preset, paired by case."""
+    """Cells minus the full precompute, settings minus those of the preset, runs minus the first one; paired by case."""
     note = (
         "Differences in points, with the 95 % bootstrap interval over the records that both cells have. Not worse: no "
         f"interval ends lower than {MARGIN:g} points below zero, and perplexity is at most {1 / KEPT:.2f} times the "
@@ -254,9 +253,10 @@ def difference_tables(cells: pandas.DataFrame) -> list[Table]:
         "its parts are."
     )
     titles = {FULL: "Against the full precompute, paired", "preset": "Against the settings of the preset"}
+    titles["first"] = "Against the first sequence, paired"
     tables = []
     for side, title in titles.items():
-        part = cells[cells[side].notna()]
+        part = cells[cells[side].notna()] if side in cells else cells[:0]
         if len(part):
             columns = {Column("cell", text=True): part["key"], Column("minus", text=True): part[side]}
             for score in SCORES:
@@ -268,50 +268,56 @@ def difference_tables(cells: pandas.DataFrame) -> list[Table]:
     return tables
 
 
-def sequence_table(lines: Sequence[Mapping[str, Any]]) -> str:
-    """Sequences in Markdown, a row for each step: the scores over all facts, of the first hundred and the newest batch.
+def step_tables(steps: pandas.DataFrame) -> list[Table]:
+    """Sequences: a row for each step, and what becomes of the oldest facts, a row for each run.
 
-    Scores have their 95 % intervals where a line has its records, as lines of this version have. The lines are those of
-    `run_sequences`, at least one.
+    The steps, at least one, have the scores over all facts, of the first hundred and of the newest batch.
     """
-    measured = any(line["perplexity"] is not None for line in lines)
-    written = any(line.get("entropy") is not None for line in lines)
-    methods = list(dict.fromkeys(str(line["method"]) for line in lines if "method" in line))
-    names = [*(["method"] if len(methods) > 1 else []), "multiplier", "edit keys", "facts"]
-    names += [name.upper() for name in SCORES]
-    names += [f"{name} {batch}" for batch in ("first", "newest") for name in ("S", "EA")]
-    names += [*([PERPLEXITY] if measured else []), *(["entropy, bits"] if written else [])]
-    rows = ["| " + " | ".join(names) + " |"]
-    rows.append("|" + "---|" * (rows[0].count("|") - 1))
-    for line in lines:
-        sure = score_intervals(line["records"]) if line.get("records") else {}
-        ends = {name: f" [{found.low:.2f}, {found.high:.2f}]" for name, found in sure.items() if found}
-        cells = [method_title(line["method"])] if len(methods) > 1 else []
-        cells += [multiplier_name(line["multiplier"]) if line.get("keys", 1) else "-"]
-        cells += ["preserved" if line["preserve"] else "not preserved"]
-        cells += [str(line["facts"]), *(_plain(line["scores"].get(name)) + ends.get(name, "") for name in SCORES)]
-        cells += [
-            _plain(scores.get(name)) for scores in (first_facts(line), line["by_batch"][-1]) for name in ("s", "ea")
-        ]
-        cells += [_plain(line["perplexity"])] if measured else []
-        cells += [_plain(line.get("entropy"))] if written else []
-        rows.append("| " + " | ".join(cells) + " |")
-    last = max(lines, key=lambda line: line["facts"])
-    before = ", ".join(f"{name.upper()} {_plain(last['before'].get(name))}" for name in SCORES)
-    failed = sum(line["failed"] for line in lines if line["edits"] == last["edits"])
+    rows = steps.to_dict("records")
+    columns = {Column("run", text=True): steps["run"], Column("facts"): steps["facts"].map("{:,}".format)}
+    for score in SCORES:  # lines of earlier versions have no records, and no intervals
+        columns[Column(head(score))] = [(_interval if row["records"] else _value)(row[score]) for row in rows]
+    for age, parts in (("first", map(_first_facts, rows)), ("newest", (row["by_batch"][-1] for row in rows))):
+        scores = list(parts)
+        columns |= {Column(f"{head(name)} {age}"): [_plain(part.get(name)) for part in scores] for name in ("s", "ea")}
+    columns[Column(PERPLEXITY)] = steps[PERPLEXITY].map(_value)
+    if any(row.get("entropy") is not None for row in rows):
+        columns[Column("entropy, bits")] = [_plain(row.get("entropy")) for row in rows]
+    last = max(rows, key=lambda row: row["facts"])
+    before = ", ".join(f"{head(name)} {_value(last[f'{name}_before'])}" for name in SCORES)
     note = f"The unedited model on the same {counted(last['facts'], 'fact')}: {before}. "
     note += f"first: the first {FIRST} facts or batch."
-    if any("records" in line for line in lines):
+    if any(row["records"] for row in rows):
         note += " In brackets the 95 % bootstrap interval over records."
-    if failed:
+    if failed := sum(row["failed"] for row in rows if row["edits"] == last["edits"]):
         note += f" {counted(failed, 'batch', 'batches')} could not be written, because the model had broken down."
-    return "\n".join([*rows, "", note, ""])
+    newest = Column("EA of each batch at the end, the oldest first", text=True)
+    ages: dict[Column, list[str]] = {
+        Column("run", text=True): [],
+        newest: [],
+        Column("EA of the first batch, step by step", text=True): [],
+    }
+    for run, part in steps.groupby("run", sort=False):
+        by_batch = part["by_batch"].tolist()
+        texts = (
+            run,
+            *(
+                " ".join(_plain(one.get("ea"), 0) for one in found)
+                for found in (by_batch[-1], [b[0] for b in by_batch])
+            ),
+        )
+        for values, text in zip(ages.values(), texts, strict=True):
+            values.append(text)
+    return [
+        Table.of("steps", "Every step, with intervals", columns, note),
+        Table.of("ages", "What becomes of the oldest facts", ages, "In percent."),
+    ]
 
 
-def first_facts(line: Mapping[str, Any]) -> Mapping[str, Any]:
+def _first_facts(row: Mapping[str, Any]) -> Mapping[str, Any]:
     """Scores of the first `FIRST` facts of a step, or of the first batch where that is longer or alone on record."""
-    size = max(FIRST, sum(row["batch"] == 0 for row in line.get("records", ())))
-    return score_means([row["after"] for row in line["records"][:size]]) if line.get("records") else line["by_batch"][0]
+    size = max(FIRST, sum(record.get("batch") == 0 for record in row["records"]))
+    return score_means([record["after"] for record in row["records"][:size]]) if row["records"] else row["by_batch"][0]
 
 
 def comparison_csv(cells: pandas.DataFrame, model: str) -> str:
@@ -341,7 +347,13 @@ def cells_csv(cells: pandas.DataFrame) -> str:
         further |= dict.fromkeys(means)
         costs = {"ppl_before": row[f"{PERPLEXITY}_before"], "ppl_after": row[PERPLEXITY]}
         rows.append({**row, **means, **costs, "records": len(row["records"])})
-    scores = [*SCORES, *(f"{score}_before" for score in SCORES), "kept", *(f"{score}_minus_full" for score in SCORES)]
+    other = "first" if "run" in cells else FULL
+    scores = [
+        *SCORES,
+        *(f"{score}_before" for score in SCORES),
+        "kept",
+        *(f"{score}_minus_{other}" for score in SCORES),
+    ]
     names = ["key", *PLACE, "keys", "records", *(f"{score}{end}" for score in scores for end in ("", "_low", "_high"))]
     return _csv([*names, "kept_by", "ppl_before", "ppl_after", "jitter", *further], rows)
 
@@ -377,13 +389,11 @@ def _csv_cell(value: Any) -> Any:
 
 
 def _value(found: Estimate | None) -> str:
-    return "-" if found is None else f"{found.value:,.2f}"
+    return "-" if found is None else _plain(found.value)
 
 
-def _plain(value: float | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.2f}" if abs(value) < 1e5 else f"{value:.3g}"
+def _plain(value: float | None, digits: int = 2) -> str:
+    return "-" if value is None else f"{value:,.{digits}f}"
 
 
 def _interval(found: Estimate | None, digits: int = 2, sign: str = "") -> str:

@@ -41,7 +41,7 @@ def test_what_a_sweep_writes_is_reported(place: Place, capsys: pytest.CaptureFix
     ("names", "said"),
     [
         (["nowhere"], "does not exist; name one that a sweep wrote."),
-        (["bare"], "holds no sweep.json; name a folder that a sweep wrote."),
+        (["bare"], "holds neither sweep.json nor sequential.json; name a folder that a sweep or sequences wrote."),
         (["sweep", "other"], "whose weights differ; report on each model apart."),
         ([], "the following arguments are required: DIR; see fastmemit experiment report --help."),
     ],

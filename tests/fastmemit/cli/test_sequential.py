@@ -31,7 +31,7 @@ def test_from_records_to_table_and_figure(place: Place, capsys: pytest.CaptureFi
     names = ("es", "ps", "ns", "s", "ea", "pa", "na")
     values = [*(lines[-1]["scores"][name] for name in names), lines[-1]["perplexity"]]
     assert shown[1:] == [f"{value:.2f}" for value in values]
-    assert (out / "sequential.md").read_text().count("\n| x") == 8
+    assert (out / "sequential.md").read_text().count("\n| x") == 8 + 4
     assert (out / "sequential.svg").is_file() and (out / "sequential.png").is_file()
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     assert run(capsys, *argv(place, out, *more)) == said

@@ -9,7 +9,7 @@ import pytest
 
 from fastmemit.errors import BadData, DamagedFile, FastmemitError, WrongModel
 from fastmemit.experiments.results import collect, settings_name
-from tiny_sweeps import cell, grid, record, write
+from tiny_sweeps import SWEEP, cell, grid, record, write
 
 
 def test_shards_and_folders_become_one_ordered_set(tmp_path: Path) -> None:
@@ -84,7 +84,7 @@ def test_folders_without_results_are_refused(tmp_path: Path) -> None:
     for folders, message in (
         ([], "No folder to report on"),
         ([tmp_path / "nowhere"], "nowhere' does not exist"),
-        ([tmp_path], "holds no sweep.json"),
+        ([tmp_path], "holds neither sweep.json nor sequential.json"),
         ([write(tmp_path / "empty", [])], "No finished cell in"),
     ):
         with pytest.raises(BadData, match=message):
@@ -155,6 +155,46 @@ def test_a_perplexity_without_bound_is_read(tmp_path: Path) -> None:
     write(tmp_path, [cell() | {"perplexity": {"before": 36.5, "after": "inf"}}])
     found = collect([tmp_path]).cells[0]["perplexity"]
     assert found == {"before": 36.5, "after": float("inf")}
+
+
+def sequences(folder: Path, settings: dict[str, Any], **more: Any) -> Path:
+    """A folder of one sequence of two facts in one batch."""
+    folder.mkdir()
+    scores = {"es": 50.0, "ps": None, "ns": None, "s": None}
+    line = {
+        "key": "memit/b2x1/x2/plain/1", "method": "memit", "multiplier": 2.0, "preserve": False, "edits": 1, "facts": 2,
+        "failed": 0, "scores": scores, "before": scores, "by_batch": [scores], "perplexity": None,
+    }  # fmt: skip
+    header = {**SWEEP, "methods": {"memit": settings}, "batches": [[1, 2]], "score_every": 1}
+    (folder / "sequential.json").write_text(json.dumps(header))
+    (folder / "sequential.jsonl").write_text(json.dumps({**line, **more}) + "\n")
+    timing = {"key": "memit/b2x1/x2/plain", "seconds": 1.5, "hardware": "a CPU", "versions": {}}
+    (folder / "sequential-timings.jsonl").write_text(json.dumps(timing) + "\n")
+    return folder
+
+
+def test_sequences_of_several_folders_are_told_apart_by_their_settings(tmp_path: Path) -> None:
+    folders = [sequences(tmp_path / name, {"ridge": ridge, "clamp": 1}) for name, ridge in (("a", 0.0), ("b", 0.1))]
+    found = collect(folders)
+    assert found.sequential and [line["settings"] for line in found.cells] == [{"ridge": 0.0}, {"ridge": 0.1}]
+    assert [timing["seconds"] for timing in found.timings] == [{"sequences": 1.5}] * 2
+    assert collect(folders[:1]).cells[0]["settings"] == {}
+    with pytest.raises(BadData, match="some are of sweeps and some of sequences; report on these apart"):
+        collect([folders[0], write(tmp_path / "sweep", [cell()])])
+
+
+@pytest.mark.parametrize(("name", "value"), [("failed", "0"), ("method", {}), ("run", 5), ("keys", -1)])
+def test_a_step_that_no_run_writes_is_refused(tmp_path: Path, name: str, value: Any) -> None:
+    folder = sequences(tmp_path / "a", {}, **{name: value})
+    with pytest.raises(DamagedFile, match=rf"The step 'memit/b2x1/x2/plain/1' of .* has {name} = .*; delete the lines"):
+        collect([folder])
+
+
+def test_sequences_without_a_step_are_refused(tmp_path: Path) -> None:
+    folder = sequences(tmp_path / "a", {})
+    (folder / "sequential.jsonl").unlink()
+    with pytest.raises(BadData, match="No finished step of a sequence in"):
+        collect([folder])
 
 
 def test_settings_have_one_name_in_any_order() -> None:

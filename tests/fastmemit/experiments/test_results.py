@@ -158,3 +158,11 @@ def test_the_recorded_sweeps_can_be_read(folder: str) -> None:
 def test_what_is_recorded_stays_small() -> None:
     files = [path for path in ROOT.glob("docs/results/*/**/*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 2_000_000
+
+
+@pytest.mark.parametrize(
+    "folder", sorted({path.parent.name for path in ROOT.glob("docs/results/*/sequential.jsonl.xz")})
+)
+def test_the_recorded_sequences_can_be_read(folder: str) -> None:
+    found = collect([ROOT / "docs" / "results" / folder])
+    assert found.sequential and found.cells and found.timings

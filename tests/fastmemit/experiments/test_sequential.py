@@ -14,7 +14,8 @@ from fastmemit.editor import Editor
 from fastmemit.errors import BadConfig, BadData, BadRequest, WrongModel
 from fastmemit.evaluation import score_records
 from fastmemit.evaluation.scores import RecordScore, summarise
-from fastmemit.experiments.sequential import Step, run_sequential
+from fastmemit.experiments.results import Step
+from fastmemit.experiments.sequential import run_sequential
 from fastmemit.methods import PreservedKeys, ReadCache
 from fastmemit.request import EditRequest
 from tiny_editors import FACTS, record, tiny_editor

@@ -14,8 +14,8 @@ from fastmemit.editor import Editor
 from fastmemit.errors import BadData, DamagedFile, WrongModel
 from fastmemit.evaluation.perplexity import read_text
 from fastmemit.experiments import sequential
-from fastmemit.experiments.results import Inputs, ResultsFile
-from fastmemit.experiments.sequential import Plan, Step, check_step, run_sequences
+from fastmemit.experiments.results import Inputs, ResultsFile, Step, check_step
+from fastmemit.experiments.sequential import Plan, run_sequences
 from fastmemit.request import EditRequest
 from tiny_editors import FACTS, record, texts, tiny_corpus, tiny_editor
 
