@@ -148,7 +148,7 @@ def compare(row: Row, side: str, other: Row | None, resamples: int) -> None:
     if side == FULL:
         pair = None if times is None else (costs[0], costs[1])
         kept = kept_share(row["records"], other["records"], pair, resamples=resamples)
-        row |= {"kept": kept and kept.share, "kept_by": kept and kept.by}
+        row["kept"], row["kept_by"] = kept or (None, None)
 
 
 def verdict(differences: Mapping[str, Estimate | None], perplexity: float | None) -> str:

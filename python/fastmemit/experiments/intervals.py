@@ -45,14 +45,6 @@ class Estimate:
     high: float
 
 
-@dataclass(frozen=True)
-class Kept:
-    """How much of another cell's quality a cell has: the smallest of its shares."""
-
-    share: Estimate  # 1 where nothing is worse. A draw takes the smallest of its own shares
-    by: str  # which score is the smallest one, or "perplexity"
-
-
 def score_intervals(
     records: Records, *, when: str = "after", names: Sequence[str] = SCORES, resamples: int = RESAMPLES
 ) -> dict[str, Estimate | None]:
@@ -82,13 +74,14 @@ def difference_intervals(
 
 def kept_share(
     fast: Records, full: Records, perplexities: tuple[float, float] | None = None, *, resamples: int = RESAMPLES
-) -> Kept | None:
-    """The smallest share of another cell's scores and perplexity, paired by case.
+) -> tuple[Estimate, str] | None:
+    """The smallest share of another cell's scores and perplexity, paired by case, and which score or perplexity it is.
 
-    ES, PS, NS, EA, PA and NA are divided by the other cell's, and the other cell's perplexity by this one's. S is not
-    among them: three of these are what it is made of. The smallest of several noisy shares lies below the smallest of
-    the true ones, so where nothing is lost at all this is a little below 1. `perplexities` are the first cell's and the
-    second's, where both were measured. There is no share without a case that both have and a score above zero.
+    It is 1 where nothing is worse, and a draw takes the smallest of its own shares. ES, PS, NS, EA, PA and NA are
+    divided by the other cell's, and the other cell's perplexity by this one's. S is not among them: three of these are
+    what it is made of. The smallest of several noisy shares lies below the smallest of the true ones, so where nothing
+    is lost at all this is a little below 1. `perplexities` are the first cell's and the second's, where both were
+    measured. There is no share without a case that both have and a score above zero.
     """
     pair = _paired(fast, full, ("after", "after"))
     if pair is None:
@@ -109,7 +102,7 @@ def kept_share(
     with warnings.catch_warnings():  # of a draw in which there is no share at all
         warnings.simplefilter("ignore", RuntimeWarning)
         found = _estimate(np.nanmin(np.stack(list(shares.values())), axis=0))
-    return None if found is None else Kept(found, min(known, key=lambda name: float(known[name][0])))
+    return None if found is None else (found, min(known, key=lambda name: float(known[name][0])))
 
 
 def _paired(these: Records, others: Records, whens: tuple[str, str]) -> list[Array] | None:

@@ -47,22 +47,6 @@ _LARGEST = 2**53  # of whole numbers: all up to it are floats as well
 _PRINTED = 0.005  # stored scores and those of the records may differ by rounding, not in what is printed (0.01)
 # What must be equal for cells of two folders to stand in one table.
 _SHARED = ("format", "tokenizer", "dtype", "data", "corpus", "seed", "max_length")
-# What tells lines from one another.
-_PLACE = (
-    "key",
-    "method",
-    "batch_size",
-    "batches",
-    "edits",
-    "facts",
-    "multiplier",
-    "settings",
-    "bos",
-    "seed",
-    "preserve",
-    "keys",
-    "targets",
-)
 
 
 class Cell(TypedDict):
@@ -102,10 +86,10 @@ class Step(TypedDict):
 
 
 def cell_columns(line: Mapping[str, Any]) -> dict[str, Any]:
-    """What a table shows of a cell, or of a step of a sequence: its place and its scores in percent."""
-    place = {name: line[name] for name in line if name in _PLACE}
-    if isinstance(place.get("settings"), Mapping):
-        place["settings"] = settings_name(place["settings"])
+    """What a table shows of a cell or step: its scores in percent, and all of it that has no parts."""
+    place = {name: value for name, value in line.items() if not isinstance(value, (list, Mapping))}
+    if "settings" in line:
+        place["settings"] = settings_name(line["settings"])
     cost = line["perplexity"]
     after = cost["after"] if isinstance(cost, Mapping) else cost
     before = {f"{name}_before": value for name, value in line["before"].items()}

@@ -131,7 +131,8 @@ def test_after_minus_before() -> None:
 def _kept(fast: list, full: list, *more: Any) -> tuple[float, float, float, str]:
     found = kept_share(fast, full, *more)
     assert found is not None
-    return found.share.low, found.share.value, found.share.high, found.by
+    share, by = found
+    return share.low, share.value, share.high, by
 
 
 def test_what_is_kept_is_the_smallest_share() -> None:
