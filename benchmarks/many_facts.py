@@ -9,12 +9,14 @@ Llama-2-7B's widths (d 4,096, d_k 11,008; SmolLM2's tokenizer, short prompts). T
 given, since they cost the same a fact in a batch of any size (benchmarks/targets.py); so nothing is said of scores.
 Seconds are of the processor and of the wall. The peak is what the process held at most beyond what it held before the
 edit. With ``--each`` every fact is an edit of its own upon the former ones, all of which are undone at the end: its
-target vector is the block's output moved by a tenth of its length, so that a thousand of them break no weight.
+target vector is the block's output moved by a tenth of its length, so that a thousand of them break no weight. Beside
+what the process holds stands what malloc has handed out, and what is held once malloc has given back what is free.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import sys
@@ -72,25 +74,31 @@ def together(editor: Editor, facts: list[EditRequest], layers: tuple[int, ...]) 
 
 
 def one_by_one(editor: Editor, facts: list[EditRequest], layers: tuple[int, ...]) -> dict[str, Any]:
-    """Edit on edit, then undo them: after how many, what the process holds beyond what it did before, and seconds."""
+    """Edit on edit, then undo them: after how many, what is held beyond what was before, and seconds."""
     rows = [subject_row(editor.tokenizer, "", fact) for fact in facts]
     outputs = read_at_subject(editor.adapter, rows, outputs=[editor.adapter.block(layers[-1])])[1][0].float()
     drawn = torch.randn(outputs.shape, generator=torch.Generator().manual_seed(0))
     goals = outputs + 0.1 * outputs.norm(dim=1, keepdim=True) * torch.nn.functional.normalize(drawn, dim=1)
     targets = {fact: Target(goal, start, (1.0, 0.01)) for fact, goal, start in zip(facts, goals, outputs, strict=True)}
     unedited = [editor.adapter.weight(layer).clone() for layer in layers]
-    before, begun, held = memory("VmRSS"), clocks(), []
+    before, asked, begun, held = memory("VmRSS"), allocated(), clocks(), []
     for number, fact in enumerate(facts, 1):
         editor.edit([fact], "memit", layers=layers, targets=targets, verify=False)
         if number in (10, 30, 100, 300, len(facts)):
             wall, processor = (round(now - then, 2) for now, then in zip(clocks(), begun, strict=True))
-            more = memory("VmRSS") - before
-            held.append({"edits": number, "bytes": more, "processor_s": processor, "wall_s": wall})
-    peak, begun = memory("VmHWM") - before, clocks()
+            sizes = {"bytes": memory("VmRSS") - before, "allocated_bytes": allocated() - asked}
+            held.append({"edits": number, **sizes, "processor_s": processor, "wall_s": wall})
+    ctypes.CDLL(None).malloc_trim(0)
+    trimmed, peak, begun = memory("VmRSS") - before, memory("VmHWM") - before, clocks()
     for edit in reversed(editor.edits):
         edit.undo()
     assert all(torch.equal(editor.adapter.weight(at), one) for at, one in zip(layers, unedited, strict=True))
-    return {"held": held, "peak_bytes": peak, "undo_processor_s": round(clocks()[1] - begun[1], 2)}
+    return {
+        "held": held,
+        "trimmed_bytes": trimmed,
+        "peak_bytes": peak,
+        "undo_processor_s": round(clocks()[1] - begun[1], 2),
+    }
 
 
 class Steps:
@@ -113,6 +121,19 @@ class Steps:
                     spent[number] += one - other
 
         setattr(place, function, timed)
+
+
+class _Mallinfo(ctypes.Structure):
+    _names = ("arena", "blocks", "small", "maps", "mapped", "none", "kept", "used", "free", "top")
+    _fields_ = [(name, ctypes.c_size_t) for name in _names]
+
+
+def allocated() -> int:
+    """Bytes that malloc has handed out and not got back, of all arenas and maps (glibc 2.33 or newer)."""
+    library = ctypes.CDLL(None)
+    library.mallinfo2.restype = _Mallinfo
+    found = library.mallinfo2()
+    return int(found.used + found.mapped)
 
 
 def memory(name: str) -> int:
