@@ -571,6 +571,7 @@ def _steps(folder: Path) -> Path:
         for edits in range(1, _BATCHES + 1)
     ]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    (folder / "sequential.json").write_text(json.dumps(_SEQUENCE), encoding="utf-8")
     return path
 
 
@@ -578,5 +579,5 @@ def _read_steps(path: Path) -> Any:
     found = read_sequences(path, _BATCHES)
     if not found:
         raise Absent
-    steps = measure_steps([line for lines in found.values() for line in lines], resamples=20)
-    return found, markdown(step_tables(steps))
+    steps = measure_steps(collect([path.parent]).cells, resamples=20)
+    return found, markdown([*step_tables(steps), *difference_tables(steps)]), cells_csv(steps)

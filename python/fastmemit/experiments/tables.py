@@ -287,6 +287,8 @@ def step_tables(steps: pandas.DataFrame) -> list[Table]:
     before = ", ".join(f"{head(name)} {_value(last[f'{name}_before'])}" for name in SCORES)
     note = f"The unedited model on the same {counted(last['facts'], 'fact')}: {before}. "
     note += f"first: the first {FIRST} facts or batch."
+    if len(multipliers := set(map(multiplier_text, steps["multiplier"]))) == 1:
+        note += f" The multiplier is {multipliers.pop()}."  # not in a name where methods are
     if any(row["records"] for row in rows):
         note += " In brackets the 95 % bootstrap interval over records."
     if failed := sum(row["failed"] for row in rows if row["edits"] == last["edits"]):

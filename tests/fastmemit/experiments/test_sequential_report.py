@@ -62,6 +62,7 @@ def test_perplexity_and_broken_models_are_said() -> None:
     assert " 1 batch could not be written" in found
     missing = {"es": 90.0, "ps": None, "ns": None, "s": None}
     assert "| 90.00 | - | - | - |" in sequence_table([line(scores=missing)])
+    assert "The multiplier is 2." in sequence_table([line(), line(preserve=False)])
 
 
 def test_a_line_with_its_records_has_intervals() -> None:
