@@ -102,18 +102,17 @@ def measure_steps(lines: Sequence[Mapping[str, Any]], *, resamples: int = RESAMP
     """
     names = ("method", "multiplier", "batch_size")
     several = {name for name in names if len({line.get(name) for line in lines}) > 1}
-    targets = {(line.get("method"), line.get("targets")) for line in lines}
+    # Once for each kind of targets that a method has.
+    methods = [method for method, _ in {(line.get("method"), line.get("targets")) for line in lines}]
     rows: dict[tuple[str, int], Row] = {}
     for line in lines:
-        alone, preserve = "method" not in several, line["preserve"]
+        alone, method, preserve = "method" not in several, line.get("method"), line["preserve"]
         parts = [
-            "" if alone else method_title(line.get("method", "")),
+            "" if alone else method_title(method or ""),
             settings_name(line.get("settings", {})),
             multiplier_name(line["multiplier"]) if line.get("keys", 1) and (alone or "multiplier" in several) else "",
-            f"batches of {line['batch_size']}" if "batch_size" in several else "",
-            f"targets of the {line['targets']} model"
-            if [method for method, _ in targets].count(line.get("method")) > 1
-            else "",
+            f"batches of {size}" if (size := line.get("batch_size")) and "batch_size" in several else "",
+            f"targets of the {source} model" if (source := line.get("targets")) and methods.count(method) > 1 else "",
         ]
         title = line.get("run") or ", ".join(filter(None, parts))
         keys = f"edit keys {'' if preserve else 'not '}preserved" if alone or preserve else ""

@@ -86,6 +86,8 @@ def test_a_run_is_named_by_what_tells_it_from_the_others() -> None:
         "x2, batches of 1, targets of the edited model, edit keys preserved",
         "x2, batches of 2, targets of the unedited model, edit keys preserved",
     ]
+    lacking = [line(), line(batch_size=2, targets="edited", preserve=False)]
+    assert measure_steps(lacking)["run"].str.startswith("x2, ").all(), "lines of earlier versions have less"
     with pytest.raises(BadData, match="two sequences of x2, edit keys preserved, 16 facts; remove one of them"):
         measure_steps([line(), line()])
 
