@@ -273,11 +273,30 @@ class SuffixForward:
         return found
 
 
+@dataclass(frozen=True)
+class Whole:
+    """n whole rows, padded on the right, on the model's device."""
+
+    batch: dict[str, Tensor]  # the model's inputs (n, L)
+    subjects: Tensor  # (n,) the column of each row's subject
+
+    @classmethod
+    def of(cls, adapter: ModelAdapter, rows: Sequence[Row]) -> Whole:
+        """These rows."""
+        subjects = torch.tensor([row.subject for row in rows], device=adapter.device)
+        return cls(pad_batch([row.ids for row in rows], device=adapter.device), subjects)
+
+    def select(self, index: Tensor, width: int) -> Whole:
+        """Some of them (their numbers), without the columns beyond a width."""
+        index = index.to(self.subjects.device)
+        return Whole({name: part[index, :width] for name, part in self.batch.items()}, self.subjects[index])
+
+
 def run_whole(
     adapter: ModelAdapter,
     module: nn.Module,
-    rows: Sequence[Row],
-    reads: tuple[Sequence[int], Sequence[int]],
+    rows: Sequence[Row] | Whole,
+    reads: tuple[Sequence[int] | Tensor, Sequence[int] | Tensor],
     change: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Run n whole rows through the whole model, with `change` made to what the module puts out at the subjects (n, d).
@@ -285,23 +304,23 @@ def run_whole(
     Returns what is put out there unchanged, float32, and the logits (M, vocabulary) at `reads`: numbers of rows, and
     columns counted from the row's subject.
     """
-    subjects = torch.tensor([row.subject for row in rows])
-    shape = (len(rows), max(len(row.ids) for row in rows))
+    whole = rows if isinstance(rows, Whole) else Whole.of(adapter, rows)
+    count, width = whole.batch["input_ids"].shape
     starts: list[Tensor] = []
 
     def put(_module: nn.Module, _args: Any, out: Any) -> Any:
-        states = token_states(out, shape, adapter.d, type(module).__name__)
-        starts.append(states[torch.arange(len(rows)), subjects].float())
+        states = token_states(out, (count, width), adapter.d, type(module).__name__)
+        subjects = whole.subjects.to(states.device)
+        starts.append(states[torch.arange(count, device=states.device), subjects].float())
         if change is None:
             return None
-        here = (torch.arange(shape[1]) == subjects[:, None]).to(states.device)[..., None]  # (n, L, 1)
+        here = (torch.arange(width, device=states.device) == subjects[:, None])[..., None]  # (n, L, 1)
         changed = torch.where(here, change(starts[0]).to(states)[:, None], states)
         return with_hidden(out, changed.reshape(hidden_of(out).shape))
 
-    batch = pad_batch([row.ids for row in rows], device=adapter.device)
-    columns = [rows[row].subject + column for row, column in zip(*reads, strict=True)]
-    with module.register_forward_hook(put), head_reads(adapter, reads[0], columns):
-        logits: Tensor = adapter.run(**batch, use_cache=False).logits[0]
+    read, columns = (torch.as_tensor(each, dtype=torch.int64, device=whole.subjects.device) for each in reads)
+    with module.register_forward_hook(put), head_reads(adapter, read, whole.subjects[read] + columns):
+        logits: Tensor = adapter.run(**whole.batch, use_cache=False).logits[0]
     return starts[0], logits
 
 
@@ -310,25 +329,26 @@ def _instead(new: Tensor, _start: Tensor) -> Tensor:
 
 
 class FullForward:
-    """The whole model on N whole rows, `alone` one by one without padding, with the same face as `SuffixForward`.
+    """The whole model on N whole rows, with the same face as `SuffixForward`.
 
-    Each call puts its rows together anew, so on a GPU it waits for several copies.
+    `alone` they run one by one without padding, each put together anew in every step.
     """
 
     def __init__(
         self, adapter: ModelAdapter, layer: int, rows: Sequence[Row], site: Site = "block", *, alone: bool = False
     ) -> None:
-        self._adapter, self._alone, self._rows = adapter, alone, list(rows)
+        self._adapter, self._rows = adapter, list(rows)
         self._module = adapter.module_at(layer, site)
-        groups = [[row] for row in rows] if alone else [self._rows]
+        self._whole = None if alone else Whole.of(adapter, rows)
+        groups = [Whole.of(adapter, [row]) for row in rows] if self._whole is None else [self._whole]
         with torch.no_grad():
             self.start = torch.cat([run_whole(adapter, self._module, group, ([0], [0]))[0] for group in groups])
 
     def logits(self, value: Tensor, rows: Sequence[int] | Tensor, columns: Sequence[int] | Tensor) -> Tensor:
         """Logits with what is put out at the subjects replaced; see `SuffixForward.logits`."""
+        if self._whole is not None:
+            return run_whole(self._adapter, self._module, self._whole, (rows, columns), lambda _: value)[1]
         rows, columns = (part.tolist() if isinstance(part, Tensor) else part for part in (rows, columns))
-        if not self._alone:
-            return run_whole(self._adapter, self._module, self._rows, (rows, columns), lambda _: value)[1]
         found: dict[int, Tensor] = {}
         for number in sorted(set(rows)):
             reads = [place for place, row in enumerate(rows) if row == number]
@@ -341,8 +361,10 @@ class FullForward:
     def select(self, rows: Sequence[int], index: Tensor | None = None) -> FullForward:
         """The same forward of these rows alone; see `SuffixForward.select`."""
         found = copy.copy(self)
-        found._rows = [self._rows[number] for number in rows]
-        found.start = self.start[torch.tensor(rows, device=self.start.device) if index is None else index]
+        index = torch.tensor(rows, device=self.start.device) if index is None else index
+        found._rows, found.start = [self._rows[number] for number in rows], self.start[index]
+        if self._whole is not None:
+            found._whole = self._whole.select(index, max(len(row.ids) for row in found._rows))
         return found
 
 

@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 
 from fastmemit.errors import BadLayer, BadRequest, FastmemitError
 from fastmemit.models import find_adapter
-from fastmemit.partial_forward import SuffixForward
+from fastmemit.partial_forward import FullForward, SuffixForward
 from fastmemit.request import EditRequest
 from fastmemit.targets import TargetSettings, optimise
 from reference.literal_targets import literal_target
@@ -156,9 +156,11 @@ class Blocking(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize("form", [SuffixForward, FullForward])
 @pytest.mark.parametrize("site", ["block", "projection"])
 @pytest.mark.parametrize("optimiser", ["adam", "rotate"])
-def test_a_step_waits_for_nothing_but_the_losses(optimiser, site):
+def test_a_step_waits_for_nothing_but_the_losses(optimiser, site, form, monkeypatch):
+    monkeypatch.setattr("fastmemit.targets.forward_for", form)
     adapter, tokenizer = find_adapter(tiny_model("llama")), tiny_tokenizer("byte_bpe")
     settings = dataclasses.replace(SETTINGS, optimiser=optimiser, site=site, steps=8)
     seen = Blocking()
