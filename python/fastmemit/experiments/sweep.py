@@ -53,7 +53,7 @@ MULTIPLIERS: tuple[float | None, ...] = (1.0, 2.0, 3.0, 4.0, 10.0, None)
 FULL = "full"
 _TARGETS_TOGETHER = 64  # requests between two times that target vectors are stored
 _TRIED = 4  # records of a forecast
-_EDITING = 0.2  # what writing a record takes beside scoring it; 0.1 to 0.2 in docs/results/smollm2
+_EDITING = 0.2  # what writing a record takes beside scoring it; 0.1 to 0.2 in docs/results/smollm2-held-out
 
 
 @dataclass(frozen=True)

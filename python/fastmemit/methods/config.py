@@ -47,7 +47,7 @@ METHODS: tuple[Method, ...] = get_args(Method)
 PRESERVING = ("encore", "rlsedit", "alphaedit")
 #: With fewer keys than this many widths the smallest eigenvalues of C are noise, worst at 1. A
 #: ridge of this share of the diagonal's mean is above that noise; where it is not needed it moved S
-#: by less than the interval of S (docs/results/below-minimum.md).
+#: by less than the interval of S; from three widths on it costs some models paraphrases (docs/results/ridge.md).
 SMALL_BUDGET = 3.0
 SMALL_BUDGET_RIDGE = 0.1
 
@@ -264,7 +264,7 @@ class CovarianceConfig(TargetConfig):
         ridge: Added to the diagonal of ``w C``.
         relative_ridge: Added to it as well, as a multiple of the diagonal's mean. None takes `SMALL_BUDGET_RIDGE` where
             C has fewer keys than `SMALL_BUDGET` times the width, `ridge` is 0 and nothing is shrunk, else 0
-            (docs/results/below-minimum.md).
+            (docs/results/ridge.md).
         shrinkage: How C is moved towards a multiple of the identity before: ``"none"``, ``"ledoit-wolf"`` or ``"oas"``
             (see `fastcov.linalg`).
         covariance: ``"collected"``; or ``"identity"``, which puts I in the place of C: nothing is collected, and what

@@ -38,14 +38,13 @@ def as_published(method: str, **settings: Any) -> dict[str, Any]:
     return cast(dict[str, Any], json.loads(json.dumps(config.as_dict())))
 
 
-@pytest.mark.parametrize("path", ["smollm2/sweep.json", "smollm2-256/sweep.json", "smollm2-layers/sweep.json"])
-def test_recorded_settings_are_those_of_today(path: str) -> None:
-    for method, settings in recorded(path)["methods"].items():
+def test_recorded_settings_are_those_of_today() -> None:
+    for method, settings in recorded("smollm2-layers/sweep.json")["methods"].items():
         assert with_defaults(method, settings) == as_published(method)
 
 
 def test_settings_of_other_methods_that_were_recorded_changed_nothing() -> None:
-    settings = recorded("smollm2/sweep.json")["methods"]["emmet"]
+    settings = recorded("smollm2-layers/sweep.json")["methods"]["emmet"]
     assert settings["keys"] == "consistent" and "keys" not in with_defaults("emmet", settings)
     wanted = with_defaults("emmet", settings)
     assert with_defaults("emmet", {**settings, "keys": "mean"}) == wanted
@@ -53,7 +52,7 @@ def test_settings_of_other_methods_that_were_recorded_changed_nothing() -> None:
 
 
 def test_a_recorded_sweep_goes_on_and_another_ridge_is_refused(tmp_path: Path) -> None:
-    header = recorded("smollm2/sweep.json")
+    header = recorded("smollm2-layers/sweep.json")
     (tmp_path / "sweep.json").write_text(json.dumps(header))
     methods = {method: as_published(method) for method in ("memit", "rome")}
     check_header(tmp_path / "sweep.json", {**header, "methods": methods})
@@ -66,7 +65,7 @@ def test_a_recorded_sweep_goes_on_and_another_ridge_is_refused(tmp_path: Path) -
 
 @pytest.mark.parametrize("settings", ["x", [], None, 5])
 def test_settings_that_are_no_object_are_refused(tmp_path: Path, settings: Any) -> None:
-    header = recorded("smollm2/sweep.json")
+    header = recorded("smollm2-layers/sweep.json")
     (tmp_path / "sweep.json").write_text(json.dumps({**header, "methods": {"memit": settings}}))
     with pytest.raises(BadData, match=r"not the header of a sweep \(the settings of memit are"):
         check_header(tmp_path / "sweep.json", header)
