@@ -279,8 +279,8 @@ class Editor(Described):
             method: One of `METHODS`; or settings such as `MemitConfig`, which are taken as they are in the place of the
                 model's preset.
             preserved: Keys of earlier edits that this one shall preserve too, which those of this one join. None stands
-                for none; for ENCORE and AlphaEdit, to which they belong, for those of all edits that are in the weights
-                now, and an empty object for none.
+                for none; for ENCORE, RLSEdit and AlphaEdit, to which they belong, for those of the edits in the weights
+                that were computed here by one of these, or with such an object, and an empty object for none.
             reads: Where to cache what the unedited model shows, for further plans of these facts.
             targets: Target vectors by fact, in the place of those of the model as it is: those of the unedited model
                 serve every method that shares them (`targets`), however many edits lie beneath.

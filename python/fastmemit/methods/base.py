@@ -570,7 +570,7 @@ def run(
         work: What it is made of.
         facts: The facts, written together.
         preserved: Keys of earlier edits that this one shall preserve too, which those of this one join; None stands for
-            none, but for those of all edits in the weights where they belong to the method.
+            none, but for those of the edits in the weights that keep any where they belong to the method.
         reads: Where to cache what the unedited model shows.
         targets: Target vectors by fact, in the place of those of the model as it is.
         text: Text whose keys are preserved too, as they are before the edit.
