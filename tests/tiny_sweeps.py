@@ -158,3 +158,19 @@ def write(folder: Path, cells: Iterable[Cell], *, shards: int = 1, **sweep: Any)
     ]
     (folder / "timings.jsonl").write_text("".join(json.dumps(t) + "\n" for t in timings))
     return folder
+
+
+def sequences(folder: Path, settings: dict[str, Any], **more: Any) -> Path:
+    """A folder of one sequence of two facts in one batch."""
+    folder.mkdir()
+    scores = {"es": 50.0, "ps": None, "ns": None, "s": None}
+    line = {
+        "key": "memit/b2x1/x2/plain/1", "method": "memit", "multiplier": 2.0, "preserve": False, "edits": 1, "facts": 2,
+        "failed": 0, "scores": scores, "before": scores, "by_batch": [scores], "perplexity": None,
+    }  # fmt: skip
+    header = {**SWEEP, "methods": {"memit": settings}, "batches": [[1, 2]], "score_every": 1}
+    (folder / "sequential.json").write_text(json.dumps(header))
+    (folder / "sequential.jsonl").write_text(json.dumps({**line, **more}) + "\n")
+    timing = {"key": "memit/b2x1/x2/plain", "seconds": 1.5, "hardware": "a CPU", "versions": {}}
+    (folder / "sequential-timings.jsonl").write_text(json.dumps(timing) + "\n")
+    return folder

@@ -35,7 +35,7 @@ from fastmemit.experiments.intervals import (
     kept_share,
     score_intervals,
 )
-from fastmemit.experiments.results import Cell, method_title, settings_name
+from fastmemit.experiments.results import Cell, Step, method_title, settings_name
 from fastmemit.experiments.sweep import FULL, multiplier_name
 
 #: Quality counts as kept from this share of the full precompute's on, as in the paper's figures, in each of ES, PS, NS,
@@ -47,6 +47,8 @@ MARGIN = 2.0
 #: What tells groups from one another, and in a group the records.
 GROUP, SIZE = ["method", "settings", "bos", "seed"], ["batch_size", "batches"]
 PLACE = [*GROUP, "multiplier", *SIZE]
+#: What a row takes over from a line, beside its scores; what else is there may have the name of another column.
+FIELDS = {*Cell.__annotations__, *Step.__annotations__, "preserve", "targets"} - {"scores", "before"}
 #: All that is measured of a cell, in the order in which it is shown.
 MEASURED = (*SCORES, PERPLEXITY)
 
@@ -125,7 +127,10 @@ def measure_steps(lines: Sequence[Mapping[str, Any]], *, resamples: int = RESAMP
         }
         row["settings"] = json.dumps(line.get("settings", {}), sort_keys=True)
         if rows.setdefault((run, line["facts"]), row) is not row:
-            raise BadData(f"There are two sequences of {row['key']}; remove one of them, or report on them apart.")
+            raise BadData(
+                f"There are two sequences of {row['key']}, with the same settings; delete the lines of one of them, or "
+                "report on them apart."
+            )
     first = next(iter(rows))[0]
     last = {run: facts for run, facts in rows if (first, facts) in rows}
     for (run, facts), row in rows.items():
@@ -167,7 +172,7 @@ def verdict(differences: Mapping[str, Estimate | None], perplexity: float | None
 
 def _scored(line: Mapping[str, Any], resamples: int) -> Row:
     """A cell or step with its scores, those before the edits, and its perplexity as estimates."""
-    row = {name: value for name, value in line.items() if name not in ("scores", "before")}
+    row = {name: value for name, value in line.items() if name in FIELDS}
     cost = line[PERPLEXITY]
     costs = {"": cost["after"], "_before": cost["before"]} if isinstance(cost, Mapping) else {"": cost}
     for end, when, scores in (("", "after", "scores"), ("_before", "before", "before")):

@@ -49,13 +49,15 @@ def write_report(folders: Sequence[Path], out: Path | None = None, *, resamples:
         BadData: A folder holds no results, or results that contradict one another or cannot be compared.
         DamagedFile: A file is not what a sweep or a sequence writes.
         WrongModel: The folders are of different models.
-        BadConfig: matplotlib is not installed, or `out` is a file.
+        BadConfig: matplotlib is not installed, or `out` is a file or a folder of sequences that it reports on.
         OSError: A file cannot be written.
     """
     found = collect(folders)
     target = folders[0] / "report" if out is None else out
     if target.exists() and not target.is_dir():
         raise BadConfig(f"{str(target)!r} is a file; name a folder with --out.")
+    if found.sequential and target.resolve() in {folder.resolve() for folder in found.folders}:
+        raise BadConfig(f"{str(target)!r} holds the sequences, and their steps would be replaced; name another --out.")
     check_matplotlib()
     model = found.headers[0]["model"]
     if found.sequential:

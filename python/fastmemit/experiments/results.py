@@ -214,7 +214,7 @@ def timing(editor: Editor, key: str, seconds: Any) -> dict[str, Any]:
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a file of lines, without what a killed process left of the last; a BadData names a bad line."""
     if not path.is_file():
-        raise BadData(f"{str(path)!r} is not a file; put the results there that a sweep wrote.")
+        raise BadData(f"{str(path)!r} is not a file; put the results there that a sweep or sequences wrote.")
     lines = _content(path).split(b"\n")
     found = []
     for number, line in enumerate(lines, 1):
@@ -227,10 +227,8 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
             found.append(_with_perplexity(value, _UNBOUNDED, math.inf))
         except ValueError as error:
             if number < len(lines):
-                raise BadData(
-                    f"Line {number} of {str(path)!r} is not a result ({error}); delete the line, and the sweep will "
-                    "run its cell again."
-                ) from error
+                fix = _AGAIN if path.name.startswith(SEQUENTIAL.removesuffix(".json")) else _FIX
+                raise BadData(f"Line {number} of {str(path)!r} is not a result ({error}); {fix}.") from error
             log.warning("%s ends in the middle of a line, which is left out", path)  # no end of line behind it
     return found
 
@@ -383,6 +381,8 @@ def collect(folders: Sequence[Path]) -> Collected:
     """Read the folders of sweeps, or of sequences, of the same model; for its errors see `report.write_report`."""
     if not folders:
         raise BadData("No folder to report on; name at least one that a sweep has written.")
+    places = [folder.resolve() for folder in folders]  # one that is named twice is read once
+    folders = [folder for at, folder in enumerate(folders) if places[at] not in places[:at]]
     names = ", ".join(repr(str(folder)) for folder in folders)
     headers = tuple(_read_header(folder) for folder in folders)
     kinds = {(folder / SWEEP).is_file() for folder in folders}
@@ -491,6 +491,10 @@ def _check_same(first: Path, one: Mapping[str, Any], second: Path, other: Mappin
     pairs = [(name, one.get(name), other.get(name)) for name in _SHARED]
     both = [method for method in one["methods"] if method in other["methods"]] if settings else []
     pairs += [(f"settings of {method}", one["methods"][method], other["methods"][method]) for method in both]
+    texts = [found for header in (one, other) if isinstance(found := header.get("perplexity"), dict)]
+    if len(texts) == 2:  # where one has none there is nothing to compare
+        ours, theirs = ({name: text.get(name) for name in ("sha256", "tokens")} for text in texts)
+        pairs.append(("text of perplexity", ours, theirs))
     for name, a, b in pairs:
         if a != b:
             raise BadData(

@@ -80,6 +80,14 @@ def test_one_place_under_two_names_is_refused() -> None:
         measure([cell(), again], resamples=20)
 
 
+def test_further_fields_of_a_cell_take_no_column() -> None:
+    """A field `run` would make sequences of a sweep."""
+    named, plain = cell(), cell()
+    named |= {"run": "x", "first": "x", "facts": 3, "group": "x"}
+    found = measure([named], resamples=20).drop(columns="facts")
+    assert found.equals(measure([plain], resamples=20))
+
+
 def test_further_metrics_are_averaged_over_the_records_that_have_them() -> None:
     records = [record(i, 1.0) for i in range(3)]
     for found, value in zip(records, (0.5, None, 1.0), strict=True):

@@ -9,7 +9,7 @@ import pytest
 
 from fastmemit.errors import BadData, DamagedFile, FastmemitError, WrongModel
 from fastmemit.experiments.results import collect, settings_name
-from tiny_sweeps import SWEEP, cell, grid, record, write
+from tiny_sweeps import cell, grid, record, sequences, write
 
 
 def test_shards_and_folders_become_one_ordered_set(tmp_path: Path) -> None:
@@ -157,22 +157,6 @@ def test_a_perplexity_without_bound_is_read(tmp_path: Path) -> None:
     assert found == {"before": 36.5, "after": float("inf")}
 
 
-def sequences(folder: Path, settings: dict[str, Any], **more: Any) -> Path:
-    """A folder of one sequence of two facts in one batch."""
-    folder.mkdir()
-    scores = {"es": 50.0, "ps": None, "ns": None, "s": None}
-    line = {
-        "key": "memit/b2x1/x2/plain/1", "method": "memit", "multiplier": 2.0, "preserve": False, "edits": 1, "facts": 2,
-        "failed": 0, "scores": scores, "before": scores, "by_batch": [scores], "perplexity": None,
-    }  # fmt: skip
-    header = {**SWEEP, "methods": {"memit": settings}, "batches": [[1, 2]], "score_every": 1}
-    (folder / "sequential.json").write_text(json.dumps(header))
-    (folder / "sequential.jsonl").write_text(json.dumps({**line, **more}) + "\n")
-    timing = {"key": "memit/b2x1/x2/plain", "seconds": 1.5, "hardware": "a CPU", "versions": {}}
-    (folder / "sequential-timings.jsonl").write_text(json.dumps(timing) + "\n")
-    return folder
-
-
 def test_sequences_of_several_folders_are_told_apart_by_their_settings(tmp_path: Path) -> None:
     folders = [sequences(tmp_path / name, {"ridge": ridge, "clamp": 1}) for name, ridge in (("a", 0.0), ("b", 0.1))]
     found = collect(folders)
@@ -188,6 +172,33 @@ def test_a_step_that_no_run_writes_is_refused(tmp_path: Path, name: str, value: 
     folder = sequences(tmp_path / "a", {}, **{name: value})
     with pytest.raises(DamagedFile, match=rf"The step 'memit/b2x1/x2/plain/1' of .* has {name} = .*; delete the lines"):
         collect([folder])
+
+
+def test_a_bad_line_of_a_sequence_names_its_run_as_what_goes(tmp_path: Path) -> None:
+    """Without the one step its run would count as finished."""
+    folder = sequences(tmp_path / "a", {}, perplexity="HERE")
+    path = folder / "sequential.jsonl"
+    path.write_text(path.read_text().replace('"HERE"', "NaN"))
+    said = r"Line 1 of .* is not a result \(NaN is no number\); delete the lines of its run, which is then run again"
+    with pytest.raises(BadData, match=said):
+        collect([folder])
+
+
+def test_a_folder_that_is_named_twice_is_read_once(tmp_path: Path) -> None:
+    for folder in (sequences(tmp_path / "a", {}), write(tmp_path / "sweep", [cell()])):
+        found = collect([folder, folder / ".." / folder.name])
+        assert len(found.headers) == len(found.cells) == 1 and found.folders == (folder,)
+
+
+def test_perplexities_on_unlike_texts_are_not_compared(tmp_path: Path) -> None:
+    text = {"name": "text", "sha256": "a" * 64, "tokens": 512}
+    one = write(tmp_path / "a", [cell()], perplexity={**text, "batches": 1})
+    same = write(tmp_path / "b", [cell(multiplier=None)], perplexity={**text, "name": "renamed", "batches": 2})
+    none = write(tmp_path / "c", [cell(multiplier=4.0)])
+    assert len(collect([one, same, none]).cells) == 3
+    other = write(tmp_path / "d", [cell(multiplier=4.0)], perplexity={**text, "tokens": 1024})
+    with pytest.raises(BadData, match=r"The text of perplexity of .*'tokens': 512} and of .*'tokens': 1024}, so their"):
+        collect([one, other])
 
 
 def test_sequences_without_a_step_are_refused(tmp_path: Path) -> None:

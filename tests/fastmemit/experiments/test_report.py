@@ -7,7 +7,7 @@ import pytest
 
 from fastmemit.errors import BadConfig, BadData
 from fastmemit.experiments.report import write_report
-from tiny_sweeps import cell, write
+from tiny_sweeps import cell, sequences, write
 
 
 def _files(folder: Path) -> dict[str, bytes]:
@@ -50,6 +50,14 @@ def test_several_folders_make_one_report(tmp_path: Path) -> None:
     assert full is not None and f"| {full:.2f} |" in text
     assert not (tmp_path / "b" / "report").exists()
     assert str(folders[1]) in (tmp_path / "a" / "report" / "report.html").read_text()
+
+
+def test_a_report_does_not_replace_the_steps_that_it_is_made_of(tmp_path: Path) -> None:
+    folders = [sequences(tmp_path / name, {"ridge": ridge}) for name, ridge in (("a", 0.0), ("b", 0.1))]
+    before = _files(folders[1])
+    with pytest.raises(BadConfig, match="b' holds the sequences, and their steps would be replaced"):
+        write_report(folders, tmp_path / "a" / ".." / "b", resamples=50)
+    assert _files(folders[1]) == before
 
 
 def test_nothing_is_written_where_there_is_nothing_to_report(tmp_path: Path) -> None:

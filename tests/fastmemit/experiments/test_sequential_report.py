@@ -88,8 +88,15 @@ def test_a_run_is_named_by_what_tells_it_from_the_others() -> None:
     ]
     lacking = [line(), line(batch_size=2, targets="edited", preserve=False)]
     assert measure_steps(lacking)["run"].str.startswith("x2, ").all(), "lines of earlier versions have less"
-    with pytest.raises(BadData, match="two sequences of x2, edit keys preserved, 16 facts; remove one of them"):
+    with pytest.raises(BadData, match="two sequences of x2, edit keys preserved, 16 facts, with the same"):
         measure_steps([line(), line()])
+
+
+def test_further_fields_of_a_line_take_no_column() -> None:
+    """One that is named as a column would be taken for what it is compared with."""
+    named = {"full": "x", "preset": "x", "first": "x", "verdict_full": "x", "es_minus_full": "x", "kept": 1, "title": 1}
+    found, plain = (measure_steps([line(**more), line(edits=2, **more)], resamples=20) for more in (named, {}))
+    assert found.equals(plain) and list(found) == list(plain) and difference_tables(found) == []
 
 
 def test_the_last_step_is_compared_with_the_first_run_after_as_many_facts_and_the_oldest_are_followed() -> None:
