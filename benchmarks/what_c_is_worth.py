@@ -45,6 +45,7 @@ from fastmemit.data.corpora import corpus_from_texts  # noqa: E402
 from fastmemit.evaluation.perplexity import edited_nll, read_text  # noqa: E402
 from fastmemit.evaluation.scores import SCORES, score_records  # noqa: E402
 from fastmemit.experiments.intervals import difference_intervals, score_intervals  # noqa: E402
+from fastmemit.methods import parse_overrides  # noqa: E402
 from fastmemit.statistics import Statistics, versions  # noqa: E402
 
 PAIRED = ("s", "ea", "pa", "ns", "na")  # what is compared with ten widths, record by record
@@ -118,10 +119,10 @@ def main() -> None:
     before: dict[int, dict[str, Any]] = {}
     with open(args.out, "a", encoding="utf-8") as out:
         for method, size, number in args.cells:
-            config = editor.config(method, **dict(args.set))
+            config = editor.config(method, **parse_overrides(args.set, method))
             moments = Moments(editor, args.corpus, config.layers)
             dealt = [records[at : at + size] for at in range(0, size * number, size)]
-            todo = [name for name in args.c if (editor.name, method, size, number, name) not in there]
+            todo = [name for name in args.c if (editor.name, method, size, number, name, *args.set) not in there]
             if not todo:
                 continue
             new = [one for batch in dealt for one in batch if one.case_id not in before]
@@ -140,7 +141,7 @@ def main() -> None:
                     edit.undo()
                 about = {"model": editor.name, "method": method, "batch": size, "C": name}
                 here = this_machine(torch.device("cpu")).cpu
-                cell = [editor.name, method, size, number, name]
+                cell = [editor.name, method, size, number, name, *args.set]
                 took = round(time.process_time() - begun, 1)
                 for case, after in lines:
                     out.write(json.dumps({**about, "cell": cell, "case_id": case, "before": before[case],
@@ -152,17 +153,18 @@ def main() -> None:
 
 
 def report(lines: Iterable[dict[str, Any]]) -> None:
-    """Print a table for each model, method and batch size; differences are to multiplier 10, paired."""
+    """Print a table for each model, method, settings and batch size; differences are to multiplier 10, paired."""
     cells: dict[tuple[Any, ...], dict[str, list[dict[str, Any]]]] = {}
     costs: dict[tuple[Any, ...], list[Any]] = {}
     for line in lines:
-        place = (line["model"], line["method"], line["batch"])
+        place = (line["model"], line["method"], line["batch"], *line["cell"][5:])
         if "case_id" in line:
             cells.setdefault(place, {}).setdefault(line["C"], []).append(line)
         else:
             costs[(*place, line["C"])] = line["nll"]
     for place, found in cells.items():
-        print(f"\n{place[0]}, {place[1]}, batches of {place[2]}, {len(next(iter(found.values())))} records\n")
+        settings, count = "".join(f", {setting}" for setting in place[3:]), len(next(iter(found.values())))
+        print(f"\n{place[0]}, {place[1]}{settings}, batches of {place[2]}, {count} records\n")
         columns = [
             "C",
             *(score.upper() for score in SCORES),
@@ -194,11 +196,6 @@ def _cell(text: str) -> tuple[str, int, int]:
     return method, int(size), int(number)
 
 
-def _setting(text: str) -> tuple[str, str]:
-    name, _, value = text.partition("=")
-    return name, value
-
-
 def common_options(about: str) -> argparse.ArgumentParser:
     """The options that this has in common with under_editing.py."""
     parser = argparse.ArgumentParser(description=about.splitlines()[0])
@@ -220,7 +217,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--cells", type=_cell, nargs="+", default=["emmet:16:4"], metavar="METHOD:SIZE:NUMBER")
     parser.add_argument("--c", nargs="+", default=list(CS), help="names of the list above")
     about = "settings of all edits, such as optimiser=rotate"
-    parser.add_argument("--set", type=_setting, nargs="+", default=[], metavar="NAME=VALUE", help=about)
+    parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help=about)
     return parser.parse_args()
 
 

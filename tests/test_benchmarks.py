@@ -66,3 +66,29 @@ def test_a_figure_of_kernels_is_a_table_of_panels_whose_labels_stand_before_the_
     *labels, peak = figure.axes[9].texts
     assert peak.get_text() == "peak 226" and all(label.get_bbox_patch() is not None for label in labels)
     assert line.get_zorder() < min(label.get_zorder() for label in labels)
+
+
+def test_what_c_is_worth_with_other_settings_is_a_table_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        from what_c_is_worth import report
+    finally:
+        sys.path.remove(str(ROOT / "benchmarks"))
+    shares = dict.fromkeys(("es", "ps", "ns", "ea", "pa", "na"), 0.5)
+    lines = []
+    for settings, value in (([], 0.25), (["optimiser=rotate"], 0.75)):
+        one = {
+            "model": "tiny",
+            "method": "memit",
+            "batch": 1,
+            "C": "10",
+            "cell": ["tiny", "memit", 1, 1, "10", *settings],
+        }
+        lines += [{**one, "case_id": 0, "before": shares, "after": {**shares, "ea": value}}, {**one, "nll": []}]
+    report(lines)
+    tables = capsys.readouterr().out.strip().split("\n\n")
+    assert tables[::2] == [
+        "tiny, memit, batches of 1, 1 records",
+        "tiny, memit, optimiser=rotate, batches of 1, 1 records",
+    ]
+    assert ["| 25.0 |" in tables[1], "| 75.0 |" in tables[3]] == [True, True]
