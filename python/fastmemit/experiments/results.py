@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from itertools import chain
+from itertools import chain, combinations
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
@@ -389,8 +389,8 @@ def collect(folders: Sequence[Path]) -> Collected:
     if len(kinds) > 1:
         raise BadData(f"Of {names} some are of sweeps and some of sequences; report on these apart.")
     sequential = kinds == {False}
-    for folder, header in zip(folders[1:], headers[1:], strict=True):
-        _check_same(folders[0], headers[0], folder, header, settings=not sequential)
+    for (first, one), (second, other) in combinations(zip(folders, headers, strict=True), 2):
+        _check_same(first, one, second, other, settings=not sequential)
     cells, timings = _read_steps(folders, headers) if sequential else _read_cells(folders)
     if not cells:
         what = "step of a sequence" if sequential else "cell"

@@ -201,6 +201,18 @@ def test_perplexities_on_unlike_texts_are_not_compared(tmp_path: Path) -> None:
         collect([one, other])
 
 
+def test_each_folder_is_held_against_every_other(tmp_path: Path) -> None:
+    """The first one may have nothing of what two others have unlike."""
+    memit, (few, more) = {"clamp": 1.0}, ({"layers": [5]}, {"layers": [6]})
+    every = [
+        write(tmp_path / "a", [cell()], methods={"memit": memit}),
+        write(tmp_path / "b", [cell("emmet", 2.0)], methods={"emmet": few}),
+        write(tmp_path / "c", [cell("emmet", None)], methods={"emmet": more}),
+    ]
+    with pytest.raises(BadData, match=r"The settings of emmet of .*b' is .*\[5\].* and of .*c' .*\[6\]"):
+        collect(every)
+
+
 def test_sequences_without_a_step_are_refused(tmp_path: Path) -> None:
     folder = sequences(tmp_path / "a", {})
     (folder / "sequential.jsonl").unlink()
