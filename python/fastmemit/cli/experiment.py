@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import re
 import sys
 import time
@@ -210,7 +211,8 @@ def _report(args: argparse.Namespace) -> None:
     from fastmemit.experiments.report import write_report
 
     report = write_report(args.folders, args.out)
-    write_json(args.json, {**vars(report), "cells": report.cells.to_dict("records")})
+    cells = [{**row, "settings": json.loads(row["settings"])} for row in report.cells.to_dict("records")]
+    write_json(args.json, {**vars(report), "cells": cells})
     print(printable(report.model))
     show_table(summary(report.cells))
     for path in report.files:

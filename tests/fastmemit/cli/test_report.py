@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -30,8 +31,10 @@ def test_what_a_sweep_writes_is_reported(place: Place, capsys: pytest.CaptureFix
     run(capsys, "experiment", "sweep", *place.model, "--facts", place.records, "--corpus", place.corpus,
         "--methods", "emmet", "--multipliers", "2,full", "--batch-sizes", "1", "--num-batches", "2",
         "--vary", "layers=1,steps=3", "--only-varied", "--out", out)  # fmt: skip
-    lines = run(capsys, "experiment", "report", out).splitlines()
+    lines = run(capsys, "experiment", "report", out, "--json", place.at / "cells.json").splitlines()
     assert lines[2].startswith("EMMET, layers=[1], steps=3, 2 batches of 1 ")
+    found = json.loads((place.at / "cells.json").read_text(encoding="utf-8"))
+    assert [one["settings"] for one in found["cells"]] == [{"layers": [1], "steps": 3}] * 2
     html = (out / "report" / "report.html").read_text(encoding="utf-8")
     assert place.records.name in html and "emmet/b1x2/full" in html
     assert (out / "report" / "figures" / "emmet-layers-1-steps-3.svg").is_file()
