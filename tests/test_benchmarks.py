@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+import fastcov
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = [path for path in sorted((ROOT / "benchmarks").glob("*.py")) if "__main__" in path.read_text()]
@@ -92,3 +96,31 @@ def test_what_c_is_worth_with_other_settings_is_a_table_of_its_own(capsys: pytes
         "tiny, memit, optimiser=rotate, batches of 1, 1 records",
     ]
     assert ["| 25.0 |" in tables[1], "| 75.0 |" in tables[3]] == [True, True]
+
+
+def test_how_a_ridge_fits_and_what_an_edit_disturbs() -> None:
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        from ridge import disturbed, fit, rows
+    finally:
+        sys.path.remove(str(ROOT / "benchmarks"))
+    draw = torch.Generator().manual_seed(0)
+    d, X = 12, torch.randn(60, 12, generator=draw, dtype=torch.float64)
+    A = X.T @ X / 60 + 0.3 * torch.eye(d, dtype=torch.float64)
+    fresh = torch.randn(40, d, generator=draw, dtype=torch.float64)
+    R = torch.linalg.cholesky(A)
+    gaussian = torch.distributions.MultivariateNormal(torch.zeros(d, dtype=torch.float64), A)
+    constant = math.log(2 * math.pi) / 2
+    assert fit(R, fresh.T @ fresh / 40) == pytest.approx(float(gaussian.log_prob(fresh).mean()) / d + constant)
+    # The exact edit with residuals I, one batch after the other: Delta = (K^T A^-1 K)^-1 K^T A^-1.
+    F, K = fresh.T @ fresh / 40, torch.randn(2, d, 3, generator=draw, dtype=torch.float64)
+    edits = [torch.linalg.inv(k.T @ torch.linalg.inv(A) @ k) @ k.T @ torch.linalg.inv(A) for k in K]
+    assert disturbed(R, F, K) == pytest.approx(sum(float((delta @ F @ delta.T).trace()) for delta in edits))
+    # No ridge can do better than all keys themselves, and with as many keys as dimensions one is needed.
+    keys = torch.randn(600, d, generator=draw)
+    moments = {m: fastcov.SecondMoment(d).update(keys[: int(m * d)]) for m in (1.0, 4.0, 50.0)}
+    found = rows(moments)
+    assert all(row["excess"][1] >= 1 for row in found)
+    assert {row["d_m"] for row in found if row["ridge"] == 0} == {4.0}
+    best = max((row for row in found if row["d_m"] == 1), key=lambda row: row["likelihood"])
+    assert best["ridge"] >= 0.1
