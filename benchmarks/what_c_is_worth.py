@@ -13,6 +13,7 @@ The second moments that are compared:
     self        multiplier 10 of text that the model writes
     5, 10, ...  these multipliers, the defaults
     5@128       this multiplier, documents cut at so many tokens
+    10+bfloat16 this multiplier, the model run in bfloat16 as keys are collected
 
 A line is one record after one edit: model, method, batch size, C, its scores. A killed run goes on where it was.
 Records are those of `fastmemit.data.batches(records, 1, seed=0)` from --start on.
@@ -49,7 +50,7 @@ from fastmemit.methods import parse_overrides  # noqa: E402
 from fastmemit.statistics import Statistics, versions  # noqa: E402
 
 PAIRED = ("s", "ea", "pa", "ns", "na")  # what is compared with ten widths, record by record
-CS = ("10", "identity", "diagonal", "31", "1", "5@128", "shuffled", "self", "100")
+CS = ("10", "identity", "diagonal", "31", "1", "5@128", "10+bfloat16", "shuffled", "self", "100")
 
 
 class Moments:
@@ -76,9 +77,14 @@ class Moments:
             return collect(self._corpus, multiplier=31 / width, layers=self._layers)
         if name in ("identity", "diagonal"):
             return self._replaced(name)
-        multiplier, _, length = name.partition("@")
+        keys, _, forward = name.partition("+")
+        multiplier, _, length = keys.partition("@")
         return collect(
-            self._corpus, multiplier=float(multiplier), layers=self._layers, max_length=int(length) if length else None
+            self._corpus,
+            multiplier=float(multiplier),
+            layers=self._layers,
+            max_length=int(length) if length else None,
+            forward=forward or None,
         )
 
     def _replaced(self, name: str) -> Statistics:

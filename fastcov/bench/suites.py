@@ -25,6 +25,7 @@ from fastcov import closed_form, ops
 from fastcov.bench import measure as m
 from fastcov.bench.measure import Case, Contender, Probe, Verdict, measure
 from fastcov.bench.report import BadInput, Row
+from fastcov.kernels.cpu import why_no_bfloat
 from fastcov.linalg import factorize
 from fastcov.throughput import Throughput
 
@@ -280,9 +281,11 @@ def collect_case(
         )
     counted: list[float] = []
 
-    def ours(throughput: Throughput | None = None) -> dict[str, Tensor]:
+    def ours(throughput: Throughput | None = None, forward: torch.dtype | None = None) -> dict[str, Tensor]:
         batches = fastcov.bucket(fastcov.take(texts, budget, max(map(len, texts))), given.batch_tokens)
-        moments = fastcov.collect_moments(model, modules, batches, budget, causal=True, throughput=throughput)
+        moments = fastcov.collect_moments(
+            model, modules, batches, budget, causal=True, throughput=throughput, forward=forward
+        )
         return {path: moment.lower for path, moment in moments.items()}
 
     def theirs(sums: torch.dtype = torch.float32) -> dict[str, Tensor]:
@@ -296,10 +299,19 @@ def collect_case(
         counted.append(throughput.flops)
         return _agreement(sums, expected(), _AGREE[dtype])
 
+    narrow = functools.partial(ours, forward=torch.bfloat16)
+    cannot = "the model is not in float32 on a CPU" if dtype != torch.float32 or device.type != "cpu" else None
     # The released procedure takes many times as long as ours where its products in float32 are slow.
     rounds = 1 if device.type == "cuda" else None
     contenders = [
         Contender("fastcov.collect_moments", "ours", check_ours, ours),
+        Contender(
+            "the same, forward bfloat16",
+            "ours",
+            lambda: _agreement(narrow(), expected(), _AGREE[torch.bfloat16]),
+            narrow,
+            cannot=cannot or why_no_bfloat(),
+        ),
         Contender(
             "released procedure", "released", lambda: _agreement(theirs(), expected(), 1e-5), theirs, rounds=rounds
         ),

@@ -204,7 +204,7 @@ def settings():
 
 def test_both_agree_and_the_limit_is_counted(settings):
     case, contenders = suites.collect_case(settings, *settings.load())
-    ours, released = measure(case, contenders, Effort(0.01, 3, 3))
+    ours, _, released = measure(case, contenders, Effort(0.01, 3, 3))
     assert [ours.status, released.status] == ["ok", "ok"]
     assert (case.n, case.d) == (256, 128)
     shape = SHAPES["tiny"]
@@ -223,9 +223,18 @@ def test_both_agree_and_the_limit_is_counted(settings):
 
 
 def test_rows_have_tokens_per_second(settings):
-    ((ours, released),) = suites.collect(settings)
+    ((ours, _, released),) = suites.collect(settings)
     assert ours.tokens_per_second == pytest.approx(256 / ours.p50)
     assert released.ratio == 1.0
+
+
+def test_forward_passes_in_bfloat16_are_tried_where_they_are_faster(settings, monkeypatch):
+    monkeypatch.setattr(suites, "why_no_bfloat", lambda: None)
+    ((ours, narrow, _),) = suites.collect(settings)
+    assert narrow.status == "ok" and ours.error < 1e-5 < narrow.error < 2e-2
+    monkeypatch.setattr(suites, "why_no_bfloat", lambda: "slow")
+    ((_, narrow, _),) = suites.collect(settings)
+    assert narrow.p50 is None and "slow" in str(narrow)
 
 
 def test_ours_is_held_against_the_released_sums(settings, monkeypatch):
@@ -237,7 +246,7 @@ def test_ours_is_held_against_the_released_sums(settings, monkeypatch):
         return moments
 
     monkeypatch.setattr(fastcov, "collect_moments", wrong)
-    ((ours, released),) = suites.collect(settings)
+    ((ours, _, released),) = suites.collect(settings)
     assert (ours.status, released.status, ours.p50) == ("failed", "ok", None)
     assert ours.error == pytest.approx(1e-4, rel=0.01)
 
@@ -249,7 +258,7 @@ def test_the_released_sums_are_held_against_float64(settings, monkeypatch):
         return right(model, path, documents, sums) * (1 + 1e-4 * (sums == torch.float32))
 
     monkeypatch.setattr(suites, "released_covariance", wrong)
-    ((_, released),) = suites.collect(settings)
+    ((*_, released),) = suites.collect(settings)
     assert released.status == "failed"
 
 
