@@ -66,12 +66,10 @@ class TraceSettings:
         object.__setattr__(self, "kinds", tuple(self.kinds))
         for name in ("samples", "hidden_window", "window", "limit", "batch_tokens"):
             value = getattr(self, name)
-            if value is None and name not in ("samples", "hidden_window"):
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            unset = value is None and name not in ("samples", "hidden_window")
+            if not unset and (type(value) is not int or value < 1):
                 raise BadConfig(f"{name} must be a whole number above 0 but is {value!r}.")
-        number = isinstance(self.noise, int | float) and not isinstance(self.noise, bool)
-        if not number or not math.isfinite(self.noise) or self.noise <= 0:
+        if isinstance(self.noise, bool) or not isinstance(self.noise, int | float) or not 0 < self.noise < math.inf:
             raise BadConfig(f"noise must be a finite number above 0 but is {self.noise!r}.")
         if self.positions not in POSITIONS:
             raise BadConfig(f"positions must be one of {', '.join(POSITIONS)} but is {self.positions!r}.")
@@ -266,11 +264,12 @@ def restored_module(adapter: ModelAdapter, kind: Kind, layer: int) -> nn.Module:
 
 
 class Spot(NamedTuple):
-    """A token of a fact at which states are restored, and the noise (samples, subject tokens, width) on its subject."""
+    """A token at which states are restored, of the fact with this number."""
 
     fact: TracedFact
     position: int
-    noise: Tensor
+    number: int = 0
+    group: str = "last subject"
 
     @property
     def suffix(self) -> int:
@@ -279,83 +278,77 @@ class Spot(NamedTuple):
 
 
 class Runs:
-    """The clean, corrupted and restored runs of n spots, `samples` noisy rows each; those of one spot lie together.
+    """The clean, corrupted and restored runs of n spots, a clean row and `samples` noisy ones of each together.
 
-    The spots have equally many noise samples and S tokens from the restored one on, which stands in column P; earlier
-    tokens to the left of it, padded on the left. The model is in evaluation mode. `clean` (n,), float32, are
-    probabilities of each answer, `corrupted` (n, samples) the same with the subject hidden by noise.
+    The spots have equally many tokens from the restored one on, which stands in column P; earlier tokens to the left of
+    it, padded on the left. `noises` are of their subjects' tokens, (samples, subject tokens, width) each. The model is
+    in evaluation mode. `clean` (n,), float32, are probabilities of each answer, `corrupted` (n, samples) the same with
+    the subject hidden by noise.
     """
 
-    def __init__(self, adapter: ModelAdapter, spots: Sequence[Spot], kinds: Sequence[Kind]) -> None:
+    def __init__(
+        self, adapter: ModelAdapter, spots: Sequence[Spot], noises: Sequence[Tensor], kinds: Sequence[Kind]
+    ) -> None:
         self._adapter = adapter
-        self._samples = samples = spots[0].noise.shape[0]
+        self._samples = samples = len(noises[0])
         self._column = column = max(spot.position for spot in spots)
-        rows = [Row(spot.fact.ids, spot.position) for spot in spots]
-        batch = align(rows, column, spots[0].suffix)
-        ids, mask, positions = (part.to(adapter.device) for part in batch.values())
-        self._answers = torch.tensor([spot.fact.answer for spot in spots])
-        self.clean = self._run_clean(ids, mask, positions, kinds)
-        self._ids, self._mask, self._positions = (part.repeat_interleave(samples, 0) for part in (ids, mask, positions))
-        self._answers = self._answers.repeat_interleave(samples)
-        noise = torch.zeros(*self._ids.shape, spots[0].noise.shape[-1])  # (rows, P + S, width)
-        for number, spot in enumerate(spots):
+        batch = align([Row(spot.fact.ids, spot.position) for spot in spots], column, spots[0].suffix)
+        ids, self._mask, positions = (
+            part.to(adapter.device).repeat_interleave(1 + samples, 0) for part in batch.values()
+        )
+        self._answers = torch.tensor([spot.fact.answer for spot in spots]).repeat_interleave(1 + samples)
+        noise = torch.zeros(len(spots), 1 + samples, ids.shape[1], noises[0].shape[-1])
+        for row, spot, own in zip(noise, spots, noises, strict=True):
             begin = column - spot.position + spot.fact.first
-            noise[number * samples : (number + 1) * samples, begin : begin + spot.noise.shape[1]] = spot.noise
-        self._noise = noise.to(self._ids.device)
-        self.corrupted = self._run_corrupted()
-
-    def _run_clean(self, ids: Tensor, mask: Tensor, positions: Tensor, kinds: Sequence[Kind]) -> Tensor:
-        """Probabilities; and what each module puts out at the restored token, in `_values`."""
-        self._values: dict[tuple[Kind, int], Tensor] = {}  # (n, d) each
+            row[1:, begin : begin + own.shape[1]] = own
+        self._noise = noise.flatten(0, 1).to(ids.device)  # (rows, P + S, width)
+        # What restored runs begin with: clean values (n, d) of each module at the restored token; of the noisy rows
+        # what each block puts out (rows, S, d), copied, so that the columns before are freed; and the cache.
+        self._values: dict[tuple[Kind, int], Tensor] = {}
+        self._hidden: list[Tensor] = []
+        cache = DynamicCache()
+        noisy = torch.arange(len(ids)).view(-1, 1 + samples)[:, 1:].flatten()
 
         def record(place: tuple[Kind, int], _module: nn.Module, _args: object, out: object) -> None:
-            self._values[place] = hidden_of(out).reshape(*ids.shape, -1)[:, self._column].clone()
+            self._values[place] = hidden_of(out).reshape(*ids.shape, -1)[:: 1 + samples, column].clone()
 
-        with ExitStack() as hooks:
-            for place in product(kinds, range(self._adapter.n_layers)):
-                module = restored_module(self._adapter, *place)
-                hooks.enter_context(module.register_forward_hook(partial(record, place)))
-            return self._probability(ids, mask, positions)
-
-    def _run_corrupted(self) -> Tensor:
-        """Probabilities; and the states that restored runs begin with, in `_hidden` and `_past`."""
-        self._hidden: list[Tensor] = []  # per block its output, (rows, S, d)
-        cache, column = DynamicCache(), self._column
-
-        def record(_module: nn.Module, _args: object, out: object) -> None:
+        def keep(_module: nn.Module, _args: object, out: object) -> None:
             self._returns_tuple = isinstance(out, tuple)
-            self._hidden.append(hidden_of(out)[:, column:].clone())  # copied, so that the columns before it are freed
+            self._hidden.append(hidden_of(out)[noisy, column:])
 
         with ExitStack() as hooks:
-            for layer in range(self._adapter.n_layers):
-                hooks.enter_context(self._adapter.block(layer).register_forward_hook(record))
-            hooks.enter_context(added_to_embeddings(self._adapter, self._noise))
-            found = self._probability(self._ids, self._mask, self._positions, cache)
+            for place in product(kinds, range(adapter.n_layers)):
+                hooks.enter_context(restored_module(adapter, *place).register_forward_hook(partial(record, place)))
+            for layer in range(adapter.n_layers):
+                hooks.enter_context(adapter.block(layer).register_forward_hook(keep))
+            found = self._probability(ids, positions, cache).view(-1, 1 + samples)
+        self.clean, self.corrupted = found[:, 0], found[:, 1:]
+        cache.batch_select_indices(noisy.to(ids.device))
         self._past = past_of(cache, column)
-        return found.reshape(-1, self._samples)
+        self._ids, self._positions = ids[noisy, column:], positions[noisy, column:]
+        self._mask, self._answers, self._noise = self._mask[noisy], self._answers[noisy], self._noise[noisy, column:]
 
     def restored(self, kind: Kind, first: int, last: int) -> Tensor:  # (n, samples)
         """Probabilities with the clean values of the layers `first` to `last` put back."""
         begin = first + 1 if kind == "hidden" else first  # the first block that runs
-        ids, positions = self._ids[:, self._column :], self._positions[:, self._column :]
         cache = as_cache(self._past[begin:], begin, self._hidden[0], self._column)
         with ExitStack() as changes:
             changes.enter_context(begun_at(self._adapter, begin, lambda: self._hidden[begin - 1], self._returns_tuple))
             for layer in range(first, last + 1):
                 value = self._values[kind, layer].repeat_interleave(self._samples, 0)  # (rows, d)
-                changes.enter_context(replaced_output(restored_module(self._adapter, kind, layer), ids.shape, value))
-            changes.enter_context(added_to_embeddings(self._adapter, self._noise[:, self._column :]))
-            found = self._probability(ids, self._mask, positions, cache)
-        return found.reshape(-1, self._samples)
+                module = restored_module(self._adapter, kind, layer)
+                changes.enter_context(replaced_output(module, self._ids.shape, value))
+            return self._probability(self._ids, self._positions, cache).view(-1, self._samples)
 
-    def _probability(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Cache | None = None) -> Tensor:
-        """Run the model; float32 probabilities (rows,) of the answers, read at the last column."""
+    def _probability(self, ids: Tensor, positions: Tensor, cache: Cache) -> Tensor:
+        """Run the model with the noise; float32 probabilities (rows,) of the answers, read at the last column."""
         rows, columns = ids.shape
-        call = {"attention_mask": mask, "position_ids": positions, "use_cache": cache is not None}
-        if cache is not None:
-            call["past_key_values"] = cache
-        with head_reads(self._adapter, range(rows), [columns - 1] * rows):
-            logits = self._adapter.run(input_ids=ids, **call).logits[0].float()
+        call = {"input_ids": ids, "attention_mask": self._mask, "position_ids": positions, "past_key_values": cache}
+        with (
+            added_to_embeddings(self._adapter, self._noise),
+            head_reads(self._adapter, range(rows), [columns - 1] * rows),
+        ):
+            logits = self._adapter.run(**call, use_cache=True).logits[0].float()
         wanted = logits.gather(1, self._answers.to(logits.device)[:, None])[:, 0]
         return (wanted - logits.logsumexp(1)).exp().cpu()
 
@@ -371,8 +364,7 @@ def check_tracing(adapter: ModelAdapter) -> None:
         FastmemitError: Its input cannot be read or its blocks not be run.
         torch.OutOfMemoryError: There is no memory for that.
     """
-    measured = adapter.measured
-    if measured.get("traced in part"):
+    if adapter.measured.get("traced in part"):
         return
     adapter.check_causal()
     ids = probe_ids(adapter.model)
@@ -381,9 +373,8 @@ def check_tracing(adapter: ModelAdapter) -> None:
     wave = torch.linspace(-1, 1, embeddings.shape[1]) * float(embeddings.float().std())
     noise = wave.repeat(1, 2, 1)  # (1 sample, 2 tokens, width)
     request = EditRequest("{}", "a", "b")  # a fact's words are not read here, its tokens are
-    spots = [
-        Spot(TracedFact(request, row, 0, 1, ids[-1]), position - len(ids) + len(row), noise) for row in (ids, ids[2:])
-    ]
+    rows = (ids, ids[2:])
+    spots = [Spot(TracedFact(request, row, 0, 1, ids[-1]), position - len(ids) + len(row)) for row in rows]
     heads: list[Tensor] = []
     with adapter.lm_head.register_forward_hook(lambda _m, _a, out: heads.append(out[0, 0])):
         try:
@@ -393,7 +384,7 @@ def check_tracing(adapter: ModelAdapter) -> None:
             with added_to_embeddings(adapter, nn.functional.pad(noise, (0, 0, 0, len(ids) - noise.shape[1]))):
                 run_whole(adapter, adapter.block(layer), row, reads, lambda _: clean)
             want = heads[-1]
-            Runs(adapter, spots, ("hidden",)).restored("hidden", layer, layer)
+            Runs(adapter, spots, [noise, noise], ("hidden",)).restored("hidden", layer, layer)
             why = "is off by more than rounding"
             same = agrees(adapter.model, heads[-1][None], want[None])
         except (FastmemitError, torch.OutOfMemoryError):
@@ -406,7 +397,7 @@ def check_tracing(adapter: ModelAdapter) -> None:
             f"{type(adapter.model).__name__} {why}, so it cannot be traced; choose layers by the scores of edits "
             "instead."
         )
-    measured["traced in part"] = True
+    adapter.measured["traced in part"] = True
 
 
 @dataclass(frozen=True)
@@ -446,63 +437,50 @@ def trace(
         raise BadRequest("There is no fact to trace; give at least one.")
     n_layers = adapter.n_layers
     windows = {kind: settings.window_of(kind, n_layers) for kind in settings.kinds}
-    places = _places(facts, settings)
+    spots = _spots(facts, settings)
     clean, corrupted = np.zeros(len(facts)), np.zeros(len(facts))
-    found = {kind: np.zeros((len(places), n_layers)) for kind in windows}
+    found = {kind: np.zeros((len(spots), n_layers)) for kind in windows}
     with evaluation_mode(adapter.model):
         check_tracing(adapter)
         embedding_std, width = subject_embeddings(adapter, facts)
         std = settings.noise * embedding_std
-        for batch in _batches(facts, places, settings.samples, settings.tokens_on(adapter.device)):
-            numbers = [places[index].number for index in batch]
-            noises = [subject_noise(facts[n], settings.samples, width, std, settings.seed) for n in numbers]
-            spots = [
-                Spot(facts[n], places[i].position, noise) for i, n, noise in zip(batch, numbers, noises, strict=True)
-            ]
-            runs = Runs(adapter, spots, settings.kinds)
-            clean[numbers] = _finite(runs.clean, "the clean run", spots)
-            base = _finite(runs.corrupted, "the corrupted run", spots).mean(1)
-            corrupted[numbers] = base
+        for batch in _batches(spots, settings.samples, settings.tokens_on(adapter.device)):
+            some = [spots[index] for index in batch]
+            noises = [subject_noise(spot.fact, settings.samples, width, std, settings.seed) for spot in some]
+            runs = Runs(adapter, some, noises, settings.kinds)
+            numbers = [spot.number for spot in some]
+            clean[numbers] = _finite(runs.clean, "the clean run", some)
+            corrupted[numbers] = base = _finite(runs.corrupted, "the corrupted run", some).mean(1)
             for kind, layer in product(windows, range(n_layers)):
                 restored = runs.restored(kind, *window_at(layer, windows[kind], n_layers))
                 what = f"the run with {kind} restored at layer {layer}"
-                found[kind][batch, layer] = _finite(restored, what, spots).mean(1) - base
+                found[kind][batch, layer] = _finite(restored, what, some).mean(1) - base
                 if progress is not None:
                     progress(len(batch))
-    effects = {kind: _grouped(places, values) for kind, values in found.items()}
+    effects = {kind: _grouped(spots, values) for kind, values in found.items()}
     return Trace(tuple(facts), windows, std, clean, corrupted, effects)
 
 
 def count_states(adapter: ModelAdapter, facts: Sequence[TracedFact], settings: TraceSettings) -> int:
     """How many states `trace` restores, each for all noise samples."""
-    return len(_places(facts, settings)) * adapter.n_layers * len(settings.kinds)
+    return len(_spots(facts, settings)) * adapter.n_layers * len(settings.kinds)
 
 
-class _Place(NamedTuple):
-    """A token at which states are restored, of the fact with this number."""
-
-    number: int
-    position: int
-    group: str
-
-
-def _places(facts: Sequence[TracedFact], settings: TraceSettings) -> list[_Place]:
+def _spots(facts: Sequence[TracedFact], settings: TraceSettings) -> list[Spot]:
     return [
-        _Place(number, position, group)
+        Spot(fact, position, number, group)
         for number, fact in enumerate(facts)
         for position, group in fact.groups().items()
         if settings.positions == "all" or group == "last subject"
     ]
 
 
-def _batches(
-    facts: Sequence[TracedFact], places: Sequence[_Place], samples: int, batch_tokens: int
-) -> Iterator[list[int]]:
-    """Indices of places that run together."""
+def _batches(spots: Sequence[Spot], samples: int, batch_tokens: int) -> Iterator[list[int]]:
+    """Indices of spots that run together."""
     # From the restored token on they are equally long: these tokens run for every state and padding would too, while
     # the tokens before it run once.
-    shapes = [(len(facts[place.number].ids) - place.position, place.position) for place in places]  # from it on, before
-    for _, equal in groupby(sorted(range(len(places)), key=shapes.__getitem__), key=lambda index: shapes[index][0]):
+    shapes = [(spot.suffix, spot.position) for spot in spots]
+    for _, equal in groupby(sorted(range(len(spots)), key=shapes.__getitem__), key=lambda index: shapes[index][0]):
         batch: list[int] = []
         for index in equal:  # the tokens before it grow
             if batch and (len(batch) + 1) * samples * sum(shapes[index]) > batch_tokens:
@@ -524,11 +502,11 @@ def _finite(values: Tensor, what: str, spots: Sequence[Spot]) -> NDArray[np.floa
     return found
 
 
-def _grouped(places: Sequence[_Place], values: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
+def _grouped(spots: Sequence[Spot], values: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
     """Averages over each fact's tokens of a group; groups that no fact has are left out."""
     rows: dict[str, dict[int, list[int]]] = {group: {} for group in GROUPS}
-    for index, place in enumerate(places):
-        rows[place.group].setdefault(place.number, []).append(index)
+    for index, spot in enumerate(spots):
+        rows[spot.group].setdefault(spot.number, []).append(index)
     return {
         group: np.stack([values[i].mean(0) for i in by_fact.values()]) for group, by_fact in rows.items() if by_fact
     }

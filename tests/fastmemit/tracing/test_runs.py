@@ -24,11 +24,11 @@ REQUESTS = (
 def test_only_later_tokens_and_blocks_run(kind: str, first: int, last: int, begin: int) -> None:
     adapter = find_adapter(tiny_model("llama"))
     facts = [encode_fact(tiny_tokenizer(), request) for request in REQUESTS]
-    spots = [Spot(f, f.last, subject_noise(f, 3, 32, 1.0, 0)) for f in facts]
+    spots = [Spot(f, f.last) for f in facts]
     suffix = spots[0].suffix
     assert spots[1].suffix == suffix and spots[0].position != spots[1].position
     with torch.no_grad():
-        runs = Runs(adapter, spots, KINDS)
+        runs = Runs(adapter, spots, [subject_noise(f, 3, 32, 1.0, 0) for f in facts], KINDS)
         assert runs.clean.shape == (2,) and runs.corrupted.shape == (2, 3)
         seen: list[tuple[int, tuple[int, ...]]] = []
         for layer in range(LAYERS):
