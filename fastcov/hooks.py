@@ -609,12 +609,12 @@ def product(x: Tensor, weight: Tensor, *, across: bool = False) -> Tensor:
     Raises:
         RuntimeError: x has more rows than the kernel takes.
     """
-    kernel, module = skinny_kernel(), native()
-    assert kernel is not None and module is not None
+    kernel = skinny_kernel()
+    assert kernel is not None
     x = x.contiguous()
     n, k = weight.shape
     y = x.new_empty(len(x), k if across else n)  # whatever torch's default dtype and device are
-    module.cpu_skinny(
+    native().cpu_skinny(
         variant=kernel[0], x=x.data_ptr(), x_stride=x.stride(0), m=len(x), w=weight.data_ptr(),
         w_stride=weight.stride(0), n=n, k=k, y=y.data_ptr(), across=across, threads=torch.get_num_threads(),
     )  # fmt: skip

@@ -25,8 +25,8 @@ _RATE_SECONDS = 3e-4
 
 
 @functools.cache
-def native() -> Any | None:
-    """The module ``fastcov._native``, or None where it is not there or does not load."""
+def native() -> Any:
+    """The module ``fastcov._native``, or None where it is not there or does not load (`native_missing`)."""
     return None if native_missing() else importlib.import_module("fastcov._native")
 
 
@@ -73,9 +73,7 @@ class CpuKernel:
     def update(self, C: Tensor, X: Tensor, mask: Tensor | None, alpha: float) -> None:
         """Lower triangle of C (d, d) += alpha * X^T X over the kept rows of X (n, d), in place."""
         offsets = _offsets(X, mask)  # (m,)
-        module = native()
-        assert module is not None
-        module.cpu_rank_k(
+        native().cpu_rank_k(
             variant=self.name, x=X.data_ptr(), x_dtype=_CODES[X.dtype], x_column_stride=X.stride(1),
             offsets=offsets.data_ptr(), rows=offsets.shape[0], d=X.shape[1],
             c=C.data_ptr(), c_dtype=_CODES[C.dtype], c_row_stride=C.stride(0), c_column_stride=C.stride(1),
@@ -109,12 +107,8 @@ def fma_peak(
     reason = _missing(kernel)
     if reason is not None:
         raise ValueError(f"The peak of {kernel!r} cannot be measured: {reason}; name another.")
-    module = native()
-    assert module is not None
-    rate: float = module.cpu_peak(
-        variant=kernel, dtype=_CODES[dtype], threads=threads or torch.get_num_threads(), seconds=seconds
-    )
-    return rate
+    threads = threads or torch.get_num_threads()
+    return float(native().cpu_peak(variant=kernel, dtype=_CODES[dtype], threads=threads, seconds=seconds))
 
 
 @functools.cache
@@ -131,9 +125,7 @@ def _rate_of_pairs() -> float:
 def _missing(name: str) -> str | None:
     if (reason := native_missing()) is not None:
         return reason
-    module = native()
-    assert module is not None
-    supported = dict(module.cpu_variants())
+    supported = dict(native().cpu_variants())
     if name not in supported:
         return "this build of the native module does not have it"
     if supported[name]:

@@ -10,7 +10,6 @@ every 1024 rows, because tensor cores round towards zero. Results are the same i
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,9 +56,9 @@ def _unfit(index: int) -> str | None:
     if reason is not None:
         return reason
     with torch.cuda.device(index):
-        error = _module().cuda_check_device(device=index)
+        error = cpu.native().cuda_check_device(device=index)
     if error != 0:
-        return f"its code does not load on cuda:{index} ({_module().cuda_error(error=error)})"
+        return f"its code does not load on cuda:{index} ({cpu.native().cuda_error(error=error)})"
     return None
 
 
@@ -97,21 +96,21 @@ def update(C: Tensor, X: Tensor, mask: Tensor | None, alpha: float, route: str =
         turns = torch.zeros(_TURNS * processors, dtype=torch.int32, device=C.device)
         if mask is not None:
             mask = mask.to(torch.bool).contiguous()  # (n,)
-        error = _module().cuda_rank_k(**_arguments(C, X, mask, alpha, turns, route))
+        error = cpu.native().cuda_rank_k(**_arguments(C, X, mask, alpha, turns, route))
     if error != 0:
         raise RuntimeError(
             f"The CUDA kernel failed for {X.dtype} keys {tuple(X.shape)} on {X.device} by route "
-            f"{route!r}: {_module().cuda_error(error=error)}; name another kernel."
+            f"{route!r}: {cpu.native().cuda_error(error=error)}; name another kernel."
         )
 
 
 def route(C: Tensor, X: Tensor) -> str:
     """Which of the two kernels these tensors take on their device: "mma" or "wgmma"."""
     with torch.cuda.device(C.device):
-        code = _module().cuda_route(**_arguments(C, X, None, 1.0, None, "auto"))
+        code = cpu.native().cuda_route(**_arguments(C, X, None, 1.0, None, "auto"))
     if code < 0:
         raise RuntimeError(
-            f"The device {C.device} could not be asked: {_module().cuda_error(error=-code)}; see python -m fastcov."
+            f"The device {C.device} could not be asked: {cpu.native().cuda_error(error=-code)}; see python -m fastcov."
         )
     return next(name for name, number in _ROUTES.items() if number == code)
 
@@ -135,9 +134,3 @@ def _arguments(
 
 def _index(C: Tensor) -> int:
     return torch.cuda.current_device() if C.device.index is None else C.device.index
-
-
-def _module() -> Any:
-    module = cpu.native()
-    assert module is not None
-    return module
