@@ -27,6 +27,8 @@ from torch import Tensor
 
 #: What a safetensors file calls each dtype that is written.
 DTYPE_NAMES = {torch.float32: "F32", torch.float64: "F64", torch.float16: "F16", torch.bfloat16: "BF16"}
+#: A place in the file system, as every public function takes it.
+StrPath = str | os.PathLike[str]
 _WRITE_BYTES = 16 << 20  # written and digested at a time
 
 #: Lists and objects inside one another at most. Python's own limit is met in different places by
@@ -168,7 +170,7 @@ def write_safetensors(
 
 
 @contextlib.contextmanager
-def atomic_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+def atomic_file(path: StrPath) -> Iterator[BinaryIO]:
     """A file to write that takes its name only when all is written and on the disk; missing folders are made.
 
     On any exception the temporary file beside it is removed, and a former file stays as it was. A file that is replaced

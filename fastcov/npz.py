@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fastcov.errors import BadInput, FastcovError, NonFinite, StoreDamaged
-from fastcov.files import atomic_file
+from fastcov.files import StrPath, atomic_file
 from fastcov.hooks import isolated
 from fastcov.linalg import non_finite
 from fastcov.moments import SecondMoment, check_moment
@@ -98,9 +98,7 @@ class NpzMoment:
 
 
 @isolated()
-def save_npz(
-    path: str | os.PathLike[str], moment: SecondMoment, *, sample_size: int, dtype: torch.dtype = torch.float32
-) -> None:
+def save_npz(path: StrPath, moment: SecondMoment, *, sample_size: int, dtype: torch.dtype = torch.float32) -> None:
     """Write a moment so that the loaders of other codebases take it as their own; equal moments give equal files.
 
     The sum is written as float32 or float64. `sample_size` is what the loader is configured with (``mom2_n_samples``):
@@ -130,7 +128,7 @@ def save_npz(
 
 
 @isolated()
-def load_npz(path: str | os.PathLike[str], *, width: int | None = None) -> NpzMoment:
+def load_npz(path: StrPath, *, width: int | None = None) -> NpzMoment:
     """Read a moment that another codebase wrote, on the CPU and in the dtype of the file.
 
     Its keys must have this width; None takes any up to `MAX_WIDTH`.
@@ -172,7 +170,7 @@ def load_npz(path: str | os.PathLike[str], *, width: int | None = None) -> NpzMo
     return NpzMoment(SecondMoment.from_lower(matrix, count), sample_size)
 
 
-def _members(path: str | os.PathLike[str], archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
+def _members(path: StrPath, archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
     """The archive's arrays by name."""
     found: dict[str, zipfile.ZipInfo] = {}
     for info in archive.infolist():
@@ -185,9 +183,7 @@ def _members(path: str | os.PathLike[str], archive: zipfile.ZipFile) -> dict[str
     return found
 
 
-def _check_sum(
-    path: str | os.PathLike[str], archive: zipfile.ZipFile, members: dict[str, zipfile.ZipInfo], width: int | None
-) -> None:
+def _check_sum(path: StrPath, archive: zipfile.ZipFile, members: dict[str, zipfile.ZipInfo], width: int | None) -> None:
     """Compare what the sum's header and the archive declare with what the width needs."""
     info = members[SUM]
     shape, dtype, header = _header(path, archive, info)
@@ -214,7 +210,7 @@ def _check_sum(
         raise StoreDamaged(_damaged(path, f"expands {info.compress_size} bytes to {info.file_size}"))
 
 
-def _scalar(path: str | os.PathLike[str], archive: zipfile.ZipFile, info: zipfile.ZipInfo, name: str) -> int:
+def _scalar(path: StrPath, archive: zipfile.ZipFile, info: zipfile.ZipInfo, name: str) -> int:
     """A whole number that is an array of one entry."""
     shape, dtype, header = _header(path, archive, info)
     if shape not in ((), (1,)) or dtype.kind not in "iuf":
@@ -227,9 +223,7 @@ def _scalar(path: str | os.PathLike[str], archive: zipfile.ZipFile, info: zipfil
     return int(value)
 
 
-def _header(
-    path: str | os.PathLike[str], archive: zipfile.ZipFile, info: zipfile.ZipInfo
-) -> tuple[tuple[int, ...], Any, int]:
+def _header(path: StrPath, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> tuple[tuple[int, ...], Any, int]:
     """Shape and dtype of an array, and how many bytes come before its numbers."""
     from numpy.lib import format as npy
 
@@ -252,5 +246,5 @@ def _read(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Any:
         return npy.read_array(stream, allow_pickle=False, max_header_size=_HEADER)
 
 
-def _damaged(path: str | os.PathLike[str], what: str) -> str:
+def _damaged(path: StrPath, what: str) -> str:
     return f"The file {os.fspath(path)!r} {what}; get it again, or precompute the moment here."

@@ -26,7 +26,16 @@ from torch import Tensor
 
 from fastcov.batching import chained
 from fastcov.errors import FastcovError, StaleCheckpoint, StoreDamaged, StoreMismatch
-from fastcov.files import DTYPE_NAMES, Later, atomic_file, parse_json, printable_logger, raw_bytes, write_safetensors
+from fastcov.files import (
+    DTYPE_NAMES,
+    Later,
+    StrPath,
+    atomic_file,
+    parse_json,
+    printable_logger,
+    raw_bytes,
+    write_safetensors,
+)
 from fastcov.hooks import isolated
 from fastcov.moments import SecondMoment, check_moment
 from fastcov.ops import kernels
@@ -41,7 +50,7 @@ _DTYPES = {"F32": torch.float32, "F64": torch.float64}
 
 
 @isolated()
-def save_moment(path: str | os.PathLike[str], moment: SecondMoment, provenance: Mapping[str, Any]) -> None:
+def save_moment(path: StrPath, moment: SecondMoment, provenance: Mapping[str, Any]) -> None:
     """Write a moment without rounding; the file under this name is either the old one or the whole new one.
 
     The provenance is what the moment belongs to (model, module, corpus, ...), as JSON values. Missing folders are made.
@@ -70,9 +79,7 @@ def save_moment(path: str | os.PathLike[str], moment: SecondMoment, provenance: 
 
 
 @isolated()
-def load_moment(
-    path: str | os.PathLike[str], expect: Mapping[str, Any] | None = None
-) -> tuple[SecondMoment, dict[str, Any]]:
+def load_moment(path: StrPath, expect: Mapping[str, Any] | None = None) -> tuple[SecondMoment, dict[str, Any]]:
     """Read a moment, on the CPU, and its provenance, every byte verified.
 
     `expect` is provenance that the file must have, compared before the sum is read; other fields may be anything.
@@ -103,7 +110,7 @@ def load_moment(
     return SecondMoment.from_lower(unpacked(triangle, d), count, quartic), provenance
 
 
-def read_provenance(path: str | os.PathLike[str]) -> dict[str, Any]:
+def read_provenance(path: StrPath) -> dict[str, Any]:
     """What a stored moment belongs to, from the header alone.
 
     Raises:
@@ -130,7 +137,7 @@ def unpacked(triangle: Tensor, d: int) -> Tensor:
 
 
 @contextlib.contextmanager
-def _opened(path: str | os.PathLike[str]) -> Iterator[tuple[Any, dict[str, str]]]:
+def _opened(path: StrPath) -> Iterator[tuple[Any, dict[str, str]]]:
     """The open file and its metadata, checked; the sum is not read yet."""
     from safetensors import SafetensorError, safe_open
 
@@ -159,7 +166,7 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[tuple[Any, dict[str, str]]
         raise StoreDamaged(_damaged(path, f"is not a readable safetensors file ({error!s:.120})")) from error
 
 
-def _provenance(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> dict[str, Any]:
+def _provenance(path: StrPath, metadata: Mapping[str, str]) -> dict[str, Any]:
     try:
         value = parse_json(metadata["provenance"])
     except (KeyError, ValueError) as error:
@@ -169,7 +176,7 @@ def _provenance(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> di
     return value
 
 
-def _number(path: str | os.PathLike[str], metadata: Mapping[str, str], name: str) -> int:
+def _number(path: StrPath, metadata: Mapping[str, str], name: str) -> int:
     value = _whole(metadata.get(name, ""))
     if value is None:
         raise StoreDamaged(_damaged(path, f"says {metadata.get(name)!r:.40} for its {name}"))
@@ -181,7 +188,7 @@ def _whole(text: str) -> int | None:
     return int(text) if text.isascii() and text.isdecimal() and len(text) <= 18 else None
 
 
-def _compare(path: str | os.PathLike[str], provenance: Mapping[str, Any], expect: Mapping[str, Any]) -> None:
+def _compare(path: StrPath, provenance: Mapping[str, Any], expect: Mapping[str, Any]) -> None:
     for field, value in json.loads(_json(expect)).items():
         stored = provenance.get(field)
         if field not in provenance or stored != value:
@@ -211,7 +218,7 @@ def _digest(metadata: Mapping[str, str]) -> str:
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
-def _damaged(path: str | os.PathLike[str], what: str) -> str:
+def _damaged(path: StrPath, what: str) -> str:
     return f"The file {os.fspath(path)!r} {what}; delete it and precompute the moment again."
 
 
@@ -241,7 +248,7 @@ class Taken:
 
 
 @isolated()
-def read_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Taken]]:
+def read_checkpoint(path: StrPath) -> tuple[dict[str, Any], dict[str, Taken]]:
     """A checkpoint's state, and what each module had taken, on the CPU; StoreDamaged if it is not what was written."""
     from safetensors import SafetensorError, safe_open
 
@@ -317,7 +324,7 @@ def write_checkpoint(file: BinaryIO, state: Mapping[str, Any], taken: Mapping[st
     write_safetensors(file, tensors, {"format": CHECKPOINT, "version": str(VERSION), "state": text}, digest=True)
 
 
-def _spoilt(path: str | os.PathLike[str], what: str) -> str:
+def _spoilt(path: StrPath, what: str) -> str:
     return f"The checkpoint {os.fspath(path)!r} {what}; it may be deleted."
 
 
@@ -345,7 +352,7 @@ class Checkpoint:
         ValueError: `seconds` is negative or NaN.
     """
 
-    def __init__(self, path: str | os.PathLike[str], identity: Mapping[str, Any], seconds: float | None = None) -> None:
+    def __init__(self, path: StrPath, identity: Mapping[str, Any], seconds: float | None = None) -> None:
         if seconds is not None and not seconds >= 0:
             raise ValueError(
                 f"The seconds between two checkpoints must be 0 or more but are {seconds!r}; {SECONDS:g} is usual."

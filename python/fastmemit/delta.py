@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastcov.files import atomic_file, parse_json, write_safetensors
+from fastcov.files import StrPath, atomic_file, parse_json, write_safetensors
 from fastcov.hooks import isolated
 from fastmemit.errors import DamagedFile, NonFiniteEdit, WrongModel
 
@@ -98,7 +98,7 @@ class Delta:
         self.__dict__["_digest"] = ((names, marks), digest.hexdigest(), sides)
         return digest.hexdigest()
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: StrPath) -> None:
         """Write the delta as safetensors; a file of this name is replaced only by a whole one.
 
         The same delta gives the same bytes.
@@ -120,7 +120,7 @@ class Delta:
             write_safetensors(file, tensors, {**about, "sha256": _seal(self.digest(), provenance)})
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Delta:
+    def load(cls, path: StrPath) -> Delta:
         """Read a delta, every byte verified.
 
         Raises:
@@ -260,7 +260,7 @@ def model_record(name: str, model: str, entries: list[dict[str, Any]]) -> bytes:
     return (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode()
 
 
-def read_record(folder: str | os.PathLike[str]) -> dict[str, Any]:
+def read_record(folder: StrPath) -> dict[str, Any]:
     """What a saved model's folder says of its edits: ``base`` (name, fingerprint) and ``edits`` (see `Delta.entries`).
 
     Nothing where the folder has no `RECORD`.
@@ -384,7 +384,7 @@ def _seal(digest: str, provenance: str) -> str:
     return hashlib.sha256(f"{digest}{provenance}".encode()).hexdigest()
 
 
-def _pairs(path: str | os.PathLike[str], tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+def _pairs(path: StrPath, tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
     names = sorted({name.rpartition(":")[0] for name in tensors})
     factors = {}
     for name in names:
@@ -398,5 +398,5 @@ def _pairs(path: str | os.PathLike[str], tensors: Mapping[str, Tensor]) -> dict[
     return factors
 
 
-def _damaged(path: str | os.PathLike[str], what: str) -> str:
+def _damaged(path: StrPath, what: str) -> str:
     return f"The file {os.fspath(path)!r} {what}; get or make the edit again."

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import torch
 
-from fastcov.files import printable_logger
+from fastcov.files import StrPath, printable_logger
 from fastcov.hooks import isolated
 from fastmemit.answers import Reply, ask, compare, verdict
 from fastmemit.data.corpora import Corpus
@@ -71,7 +71,7 @@ class Editor(Described):
         *,
         module: str | None = None,
         seed: int = 0,
-        cache_dir: str | os.PathLike[str] | None = None,
+        cache_dir: StrPath | None = None,
         target_batch_tokens: int | None = None,
         progress: bool = False,
         name: str | None = None,
@@ -113,7 +113,7 @@ class Editor(Described):
     @isolated()
     def from_pretrained(
         cls,
-        name: str | os.PathLike[str],
+        name: StrPath,
         *,
         device: str | None = None,
         dtype: str | torch.dtype | None = None,
@@ -193,7 +193,7 @@ class Editor(Described):
     @isolated()
     def precompute(
         self,
-        corpus: str | os.PathLike[str] | Corpus = "wikipedia",
+        corpus: StrPath | Corpus = "wikipedia",
         *,
         multiplier: float | Literal["auto"] = 10.0,
         layers: int | Sequence[int] | None = None,
@@ -269,7 +269,7 @@ class Editor(Described):
         preserved: PreservedKeys | None = None,
         reads: ReadCache | None = None,
         targets: Mapping[EditRequest, Target] | None = None,
-        preserve: PreservedText | str | os.PathLike[str] | Iterable[str] | None = None,
+        preserve: PreservedText | StrPath | Iterable[str] | None = None,
         **overrides: Any,
     ) -> Edit:
         """Compute an edit and apply nothing; the weights are the same before and after.
@@ -312,7 +312,7 @@ class Editor(Described):
         preserved: PreservedKeys | None = None,
         reads: ReadCache | None = None,
         targets: Mapping[EditRequest, Target] | None = None,
-        preserve: PreservedText | str | os.PathLike[str] | Iterable[str] | None = None,
+        preserve: PreservedText | StrPath | Iterable[str] | None = None,
         verify: bool = True,
         strict: bool = False,
         **overrides: Any,
@@ -381,7 +381,7 @@ class Editor(Described):
         return [known[request] for request in requests]
 
     @isolated()
-    def load(self, path: str | os.PathLike[str], *, force: bool = False) -> Edit:
+    def load(self, path: StrPath, *, force: bool = False) -> Edit:
         """Read an edit from a file; it is not applied.
 
         Args:
@@ -423,7 +423,7 @@ class Editor(Described):
             return continue_texts(self.model, self.tokenizer, texts, new_tokens, stop=chat)
 
     @isolated()
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+    def save_pretrained(self, folder: StrPath) -> None:
         """Write the model as it is now into a folder that ``from_pretrained`` loads.
 
         With an edited model go ``fastmemit.json``, which has the digests and facts of the edits in its weights, and a
@@ -446,7 +446,7 @@ class Editor(Described):
             save_model(self.model, self.tokenizer, folder, beside)
 
 
-def _preserved(text: PreservedText | str | os.PathLike[str] | Iterable[str] | None) -> PreservedText | None:
+def _preserved(text: PreservedText | StrPath | Iterable[str] | None) -> PreservedText | None:
     return text if text is None or isinstance(text, PreservedText) else PreservedText.from_text(text)
 
 

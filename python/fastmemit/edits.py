@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import threading
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from fastcov.files import StrPath
 from fastcov.hooks import isolated
 from fastmemit.answers import Outcome, Reply
 from fastmemit.delta import Delta, add_low_rank, restore
@@ -231,7 +231,7 @@ class Edit(Described):
         about = {**self.delta.provenance, "former": [reply.says for reply in former]}
         self.delta = replace(self.delta, provenance=about)
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: StrPath) -> None:
         """Write the delta to a safetensors file.
 
         Raises:
@@ -239,7 +239,7 @@ class Edit(Described):
         """
         self.delta.save(path)
 
-    def save_adapter(self, folder: str | os.PathLike[str], **settings: Any) -> Path:
+    def save_adapter(self, folder: StrPath, **settings: Any) -> Path:
         """Write the edit as a LoRA adapter for PEFT; see `fastmemit.sharing.save_adapter`, also for the settings."""
         from fastmemit.sharing import save_adapter
 

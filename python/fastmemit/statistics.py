@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
-import os
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -21,6 +20,7 @@ from torch import Tensor
 
 import fastcov
 from fastcov import CholeskyFactor, NullSpace
+from fastcov.files import StrPath
 from fastcov.hooks import isolated
 from fastcov.kernels.cpu import why_no_bfloat
 from fastcov.linalg import FactorCache, place_of_float64
@@ -100,7 +100,7 @@ class Collection:
             something else.
     """
 
-    corpus: str | os.PathLike[str] | Corpus
+    corpus: StrPath | Corpus
     layers: Sequence[int]
     multiplier: float | Literal["auto"] = 10.0
     allow_fewer: bool = False
@@ -211,14 +211,14 @@ class StatisticsStore:
         adapter: ModelAdapter,
         tokenizer: Any,
         stack: EditStack,
-        folder: Path,
+        folder: StrPath,
         *,
         name: str = "model",
         seed: int = 0,
         progress: bool = False,
     ) -> None:
         self._adapter, self._tokenizer, self._stack = adapter, tokenizer, stack
-        self._folder, self._name, self._seed, self._progress = folder, name, seed, progress
+        self._folder, self._name, self._seed, self._progress = Path(folder), name, seed, progress
         self._tokenizer_is = tokenizer_fingerprint(tokenizer)
         self._held = FactorCache()
         self.current: Statistics | None = None  # in use, if any are

@@ -27,7 +27,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fastcov.files import atomic_file, parse_json, write_safetensors
+from fastcov.files import StrPath, atomic_file, parse_json, write_safetensors
 from fastcov.hooks import evaluation_mode, isolated
 from fastmemit.errors import FastmemitError
 from fastmemit.files import shared_folder
@@ -389,8 +389,8 @@ class TargetStore:
     Without a folder they are in memory alone.
     """
 
-    def __init__(self, folder: Path | None, held: int = 256) -> None:
-        self._folder, self._held = folder, held
+    def __init__(self, folder: StrPath | None, held: int = 256) -> None:
+        self._folder, self._held = None if folder is None else Path(folder), held
         self._memory: dict[TargetKey, Target] = {}
 
     def key(

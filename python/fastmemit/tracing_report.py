@@ -12,7 +12,7 @@ from typing import Any, TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
-from fastcov.files import atomic_file
+from fastcov.files import StrPath, atomic_file
 from fastmemit.errors import BadConfig, counted
 from fastmemit.tracing import GROUPS, Trace
 
@@ -135,10 +135,11 @@ def located(
 _UNDATED: dict[str, tuple[str, ...]] = {".svg": ("Date",), ".pdf": ("CreationDate",), ".png": ()}
 
 
-def check_figure(path: Path | None) -> None:
+def check_figure(path: StrPath | None) -> None:
     """Refuse a picture that cannot be drawn, by its name or without matplotlib, before anything is traced."""
     if path is None:
         return
+    path = Path(path)
     if path.suffix.lower() not in _UNDATED:
         raise BadConfig(f"The figure {path.name!r} must end in .svg, .pdf or .png; rename it.")
     try:
@@ -150,12 +151,13 @@ def check_figure(path: Path | None) -> None:
         ) from error
 
 
-def draw(result: dict[str, Any], path: Path) -> None:
+def draw(result: dict[str, Any], path: StrPath) -> None:
     """Draw a line per kind at the subject's last token, with 95 % bands.
 
     Where all positions were traced, a map of positions and layers for each kind stands below. The path's ending chooses
     SVG, PDF or PNG.
     """
+    path = Path(path)
     check_figure(path)
     import matplotlib
     from matplotlib.figure import Figure

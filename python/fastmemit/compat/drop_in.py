@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 import fastcov
+from fastcov.files import StrPath
 from fastcov.hooks import isolated
 from fastcov.linalg import FactorCache, place_of_float64
 from fastmemit.compat.hparams import Hparams, device_of, fields_of, multiplier_of, read_hparams, whole_numbers
@@ -54,10 +55,10 @@ class Settings:
 
     #: As for `fastmemit.Editor.precompute`: a file, "self", "builtin", a hub name. None: $FASTMEMIT_CORPUS, else the
     #: newest statistics that are cached of the model, else the data set that the caller names, from the hub.
-    corpus: str | os.PathLike[str] | Corpus | None = None
+    corpus: StrPath | Corpus | None = None
     #: None: $FASTMEMIT_MULTIPLIER, else that of the hparams where they are `dynamic`, else 10.
     multiplier: float | Literal["auto"] | None = None
-    cache: str | os.PathLike[str] | None = None  # for statistics and targets; None: `fastmemit.files.cache_dir`
+    cache: StrPath | None = None  # for statistics and targets; None: `fastmemit.files.cache_dir`
     layers: tuple[int, ...] | None = None  # collected together, where the caller passes no hparams; see `get_cov`
     max_length: int | None = None  # cut documents at so many tokens
     allow_fewer: bool = False  # take a corpus that ends early for what it has
@@ -303,7 +304,7 @@ class Live:
             ) from error
         return self.store.collect(dataclasses.replace(spec, corpus=corpus))
 
-    def _corpus(self, named: str | os.PathLike[str] | Corpus) -> Corpus:
+    def _corpus(self, named: StrPath | Corpus) -> Corpus:
         return open_corpus(named, self.adapter.model, self.tokenizer, self.stack.fingerprint, self.settings.field)
 
     def moment(self, layer: int) -> fastcov.SecondMoment:
@@ -431,7 +432,7 @@ def layer_stats(
     model: nn.Module,
     tokenizer: Any,
     layer_name: str,
-    stats_dir: str | os.PathLike[str] | None,
+    stats_dir: StrPath | None,
     ds_name: str,
     to_collect: Sequence[str],
     model_name: str | None = None,
@@ -562,7 +563,7 @@ def applying(
         hparams: Any,
         copy: bool = False,
         return_orig_weights: bool = False,
-        cache_template: str | os.PathLike[str] | None = None,
+        cache_template: StrPath | None = None,
         keep_original_weight: bool = False,
         **kwargs: Any,
     ) -> tuple[Any, ...]:

@@ -11,7 +11,6 @@ the model as it is for unedited.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastcov.files import StrPath
 from fastcov.hooks import isolated
 from fastmemit.compat.drop_in import Applied, applying, covered, located
 from fastmemit.compat.drop_in import layer_stats as layer_stats_alone
@@ -96,7 +96,7 @@ def layer_stats(
     model: nn.Module,
     tokenizer: Any,
     layer_name: str,
-    stats_dir: str | os.PathLike[str] | None,
+    stats_dir: StrPath | None,
     ds_name: str,
     to_collect: Sequence[str],
     *_: Any,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fastcov.files import printable_logger
+from fastcov.files import StrPath, printable_logger
 from fastmemit.data.reading import check_file, decode, parse_json
 from fastmemit.errors import BadConfig
 from fastmemit.methods import CONFIGS, EditConfig, MemitConfig
@@ -339,7 +338,7 @@ def _shown(value: Any) -> str:
     return f"{value!r:.60}"
 
 
-def open_hparams(path: str | os.PathLike[str], method: str | None = None) -> Hparams:
+def open_hparams(path: StrPath, method: str | None = None) -> Hparams:
     """Read a file of hyper-parameters: JSON (ROME, MEMIT, EMMET) or YAML (EasyEdit).
 
     Args:
@@ -373,7 +372,7 @@ def open_hparams(path: str | os.PathLike[str], method: str | None = None) -> Hpa
     return read_hparams(values, method, path.name)
 
 
-def load_hparams(path: str | os.PathLike[str], method: str | None = None) -> EditConfig:
+def load_hparams(path: StrPath, method: str | None = None) -> EditConfig:
     """The settings in a file of hyper-parameters; see `open_hparams`."""
     return open_hparams(path, method).config
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from torch import Tensor
 import fastcov
 from fastcov import KeyHooks, SecondMoment
 from fastcov.closed_form import THRESHOLD
-from fastcov.files import atomic_file
+from fastcov.files import StrPath, atomic_file
 from fastcov.hooks import evaluation_mode, isolated, key_rows
 from fastcov.npz import NpzMoment, load_npz, save_npz
 from fastmemit.data import load_corpus
@@ -102,9 +101,9 @@ class StatsPlace:
         return self.folder / f"{module}_{self.precision}_mom2_{self.sample_size}.npz"
 
 
-def module_of(path: Path) -> str | None:
+def module_of(path: StrPath) -> str | None:
     """The module that a file's name says it is of, or None for another name."""
-    named = _NAMED.fullmatch(path.name)
+    named = _NAMED.fullmatch(Path(path).name)
     return None if named is None else named["module"]
 
 
@@ -161,7 +160,7 @@ def export_statistics(
 @isolated()
 def export_null_space(
     found: Statistics,
-    path: str | os.PathLike[str],
+    path: StrPath,
     modules: Sequence[str] | None = None,
     *,
     threshold: float = THRESHOLD,
@@ -252,7 +251,9 @@ def files_of(editor: Editor, place: StatsPlace, layers: Sequence[int] | None = N
 
 
 @isolated()
-def import_statistics(editor: Editor, files: Mapping[str, Path] | Sequence[Path], *, check: bool = True) -> Statistics:
+def import_statistics(
+    editor: Editor, files: Mapping[str, StrPath] | Sequence[StrPath], *, check: bool = True
+) -> Statistics:
     """Take second moments that another codebase collected, and use them from now on.
 
     They are stored beside the ones collected here, as the newest, with where they came from on record, so that edits in
@@ -307,7 +308,7 @@ def import_statistics(editor: Editor, files: Mapping[str, Path] | Sequence[Path]
     return editor.store.add(shared, moments)
 
 
-def _named(editor: Editor, files: Mapping[str, Path] | Sequence[Path]) -> dict[str, Path]:
+def _named(editor: Editor, files: Mapping[str, StrPath] | Sequence[StrPath]) -> dict[str, Path]:
     """The files by module, which this model must have."""
     adapter = editor.adapter
     mine = layers_by_name(adapter)

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import fastcov
 from fastcov.batching import Prefetcher, pinned
-from fastcov.files import printable_logger
+from fastcov.files import StrPath, printable_logger
 from fastmemit import parallel
 from fastmemit.data.reading import (
     MAX_LINE,
@@ -109,7 +109,7 @@ class Corpus:
         return True
 
 
-def load_corpus(spec: str | Path, *, field: str = "text") -> Corpus:
+def load_corpus(spec: StrPath, *, field: str = "text") -> Corpus:
     """Open a corpus.
 
     Args:
@@ -125,7 +125,7 @@ def load_corpus(spec: str | Path, *, field: str = "text") -> Corpus:
         BadCorpus: There is no such corpus, it is not UTF-8 (the byte is named), a line has no such field (the line and
             its fields are named), or there is no text in it.
     """
-    name = str(spec)
+    name = os.fspath(spec)
     if name == "builtin":
         folder = files("fastmemit.data") / "corpus"
         texts = sorted((entry for entry in folder.iterdir() if entry.name.endswith(".txt")), key=lambda e: e.name)
@@ -138,12 +138,13 @@ def load_corpus(spec: str | Path, *, field: str = "text") -> Corpus:
         )
     if not is_at_hand(name):
         return _from_hub(name, WIKIPEDIA_HUB if name == "wikipedia" else name, field)
-    return _from_file(name, Path(spec), field)
+    return _from_file(name, Path(name), field)
 
 
-def is_at_hand(spec: str | Path) -> bool:
+def is_at_hand(spec: StrPath) -> bool:
     """Whether a corpus of this name needs neither a model nor the hub: a file, or ``"builtin"``."""
-    return str(spec) not in ("self", "wikipedia") and not str(spec).startswith(PREFIX)
+    name = os.fspath(spec)
+    return name not in ("self", "wikipedia") and not name.startswith(PREFIX)
 
 
 def corpus_from_texts(name: str, texts: Iterable[str]) -> Corpus:
@@ -324,14 +325,12 @@ def self_written(model: Any, tokenizer: Any, fingerprint: str) -> Corpus:
     return Corpus("self", hashlib.sha256(json.dumps(recipe).encode()).hexdigest(), read, by_model=True)
 
 
-def open_corpus(
-    corpus: str | os.PathLike[str] | Corpus, model: Any, tokenizer: Any, fingerprint: str, field: str
-) -> Corpus:
+def open_corpus(corpus: StrPath | Corpus, model: Any, tokenizer: Any, fingerprint: str, field: str) -> Corpus:
     """A corpus by its name as `load_corpus` takes it, or ``"self"``; one that is open already is given back."""
     if isinstance(corpus, Corpus):
         return corpus
     if corpus != "self":
-        return load_corpus(str(corpus), field=field)
+        return load_corpus(corpus, field=field)
     if parallel.CURRENT.get() is not None:
         raise BadCorpus(
             "The corpus 'self' is written by one model as it goes and cannot be divided "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -10,7 +11,7 @@ from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fastcov.files import printable_logger
+from fastcov.files import StrPath, printable_logger
 from fastmemit.data.corpora import is_clean_text
 from fastmemit.data.reading import PREFIX, Value, downloaded, load_splits, read_values
 from fastmemit.errors import BadData, BadRequest, counted
@@ -93,7 +94,7 @@ class _Problem(Exception):
 _Some = TypeVar("_Some", bound=Record)
 
 
-def load_records(source: str | Path, *, skip_malformed: bool = False, own: bool = False) -> list[Record]:
+def load_records(source: StrPath, *, skip_malformed: bool = False, own: bool = False) -> list[Record]:
     """Read CounterFact records, or own facts, from a file or the hub.
 
     Two schemas are told apart record by record: ROME's, with ``requested_rewrite`` and lists of prompts, and the flat
@@ -117,7 +118,7 @@ def load_records(source: str | Path, *, skip_malformed: bool = False, own: bool 
         skip_malformed: Log records that cannot be read and go on without them.
         own: Take own facts too; else they are malformed records.
     """
-    spec = str(source)
+    spec = os.fspath(source)
     if spec == "builtin":
         return builtin_facts()
     if spec == "counterfact":
@@ -126,7 +127,7 @@ def load_records(source: str | Path, *, skip_malformed: bool = False, own: bool 
         splits = load_splits(spec, BadData, _OFFLINE).items()
         rows = (Value(f"{split} row {i}", row) for split, rows in splits for i, row in enumerate(rows))
         return _read_all(spec, rows, _record, skip_malformed)
-    path = downloaded(spec, ADDRESSES[spec], BadData) if spec in ADDRESSES else Path(source)
+    path = downloaded(spec, ADDRESSES[spec], BadData) if spec in ADDRESSES else Path(spec)
     values = list(read_values(path, BadData))
     _refuse_wrapped(spec, values)
     return _read_all(spec, values, _record_or_fact if own else _record, skip_malformed)
@@ -138,14 +139,15 @@ def builtin_facts() -> list[Record]:
         return _read_all("builtin", read_values(path, BadData), _record, skip_malformed=False)
 
 
-def load_requests(path: str | Path) -> list[EditRequest]:
+def load_requests(path: StrPath) -> list[EditRequest]:
     """Read edit requests from a JSON list or a JSONL file, in any spelling `EditRequest` knows.
 
     Raises:
         BadData: The file is not readable, or requests in it are malformed: the message lists the first ten with their
             index, and says how many there are.
     """
-    values = list(read_values(Path(path), BadData))
+    path = Path(path)
+    values = list(read_values(path, BadData))
     _refuse_wrapped(str(path), values)
     requests, problems = [], []
     for index, (place, value) in enumerate(values):
@@ -160,11 +162,12 @@ def load_requests(path: str | Path) -> list[EditRequest]:
     return requests
 
 
-def listed_records(records: Sequence[_Some], path: str | Path) -> list[_Some]:
+def listed_records(records: Sequence[_Some], path: StrPath) -> list[_Some]:
     """The records that a file lists by ``case_id``, in its order, as a JSON list or one a line; else a BadData."""
+    path = Path(path)
     by_case = {record.case_id: record for record in records}
     found: dict[int, _Some] = {}
-    for value in read_values(Path(path), BadData):
+    for value in read_values(path, BadData):
         case = value.value
         if type(case) is not int or case not in by_case:
             raise BadData(f"{str(path)!r}, {value.place}: {case!r} is not the case_id of a record of the facts.")
@@ -473,7 +476,7 @@ class ZsreRecord(Record):
     """One question to answer anew, a rephrased one, and an unrelated one with an answer of its own."""
 
 
-def load_zsre(source: str | Path, *, skip_malformed: bool = False) -> list[ZsreRecord]:
+def load_zsre(source: StrPath, *, skip_malformed: bool = False) -> list[ZsreRecord]:
     """Read zsRE records in MEND's format, as MEMIT's evaluation reads them.
 
     The question `src` with ``{}`` for its subject is the prompt and the first of `answers` the new answer (`alt` is not
@@ -484,18 +487,19 @@ def load_zsre(source: str | Path, *, skip_malformed: bool = False) -> list[ZsreR
         source: A JSON list or JSONL file, with or without ``zsre:`` before its path; or ``"zsre"``, see `ADDRESSES`.
         skip_malformed: Log records that cannot be read and go on without them.
     """
-    if str(source) == "zsre":
-        path = downloaded("zsre", ADDRESSES["zsre"], BadData)
-    else:
-        path = Path(str(source).removeprefix(ZSRE_PREFIX))
+    spec = os.fspath(source)
+    path = Path(spec.removeprefix(ZSRE_PREFIX))
+    if spec == "zsre":
+        path = downloaded(spec, ADDRESSES[spec], BadData)
     return _read_all(str(path), list(read_values(path, BadData)), _zsre_record, skip_malformed)
 
 
-def is_zsre(source: str | Path) -> bool:
+def is_zsre(source: StrPath) -> bool:
     """Whether records are asked for as zsRE, or their file's first one has zsRE's fields."""
-    if str(source) == "zsre" or str(source).startswith(ZSRE_PREFIX):
+    spec = os.fspath(source)
+    if spec == "zsre" or spec.startswith(ZSRE_PREFIX):
         return True
-    path = Path(source)
+    path = Path(spec)
     if not path.is_file() or path.stat().st_size == 0:
         return False  # a name, or a file that is refused elsewhere
     first = next(read_values(path, BadData), None)

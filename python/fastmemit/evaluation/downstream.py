@@ -19,6 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypedDict
 
+from fastcov.files import StrPath
 from fastcov.hooks import evaluation_mode, isolated, random_state_kept
 from fastmemit.display import bar
 from fastmemit.editor import Editor
@@ -76,9 +77,7 @@ class Downstream(TypedDict):
     versions: dict[str, str]
 
 
-def find_tasks(
-    names: Sequence[str], *, include_path: str | os.PathLike[str] | None = None, progress: bool = False
-) -> Tasks:
+def find_tasks(names: Sequence[str], *, include_path: StrPath | None = None, progress: bool = False) -> Tasks:
     """Find tasks, groups or tags of lm-evaluation-harness by name, and fetch their data.
 
     ``*`` and ``?`` match as in file names. `include_path` is a folder with task files (YAML) of your own, whose names
@@ -172,7 +171,7 @@ def evaluate_tasks(
     *,
     limit: int | None = None,
     num_fewshot: int | None = None,
-    include_path: str | os.PathLike[str] | None = None,
+    include_path: StrPath | None = None,
     batch_size: int | str = 1,
     seed: int = 1234,
     progress: bool = False,

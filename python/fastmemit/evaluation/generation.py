@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastcov.files import StrPath
 from fastmemit.data import Record
 from fastmemit.data.corpora import is_clean_text
 from fastmemit.data.reading import read_values
@@ -129,7 +130,7 @@ class References:
         return self.likeness(" ".join(texts), " ".join(self._texts[_place(record)]))
 
 
-def load_references(path: str | Path) -> References:
+def load_references(path: StrPath) -> References:
     """Read reference texts: a JSON list or JSONL file of ``{"relation_id": ..., "target_new": ..., "text": ...}``.
 
     Several items of one relation and answer are several texts. Texts about things whose answer is ``target_new`` serve
@@ -139,8 +140,9 @@ def load_references(path: str | Path) -> References:
         BadConfig: scikit-learn is not installed.
         BadData: The file cannot be read, or an item lacks a field.
     """
+    path = Path(path)
     texts: dict[tuple[str, str], list[str]] = {}
-    for index, (place, value) in enumerate(read_values(Path(path), BadData)):
+    for index, (place, value) in enumerate(read_values(path, BadData)):
         where = f"Reference {index} of {path} ({place})"
         if not isinstance(value, Mapping):
             raise BadData(f"{where} is {value!r:.40}; write an object with relation_id, target_new and text.")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from typing import Any, NamedTuple, TypedDict
 import torch
 from torch import Tensor
 
+from fastcov.files import StrPath
 from fastcov.hooks import evaluation_mode, isolated
 from fastmemit.data.reading import decode, read_whole
 from fastmemit.errors import BadConfig, BadData, FastmemitError, UnknownArchitecture
@@ -113,12 +113,7 @@ class PerplexityText:
 
 
 def read_text(
-    path: str | os.PathLike[str],
-    tokenizer: Any,
-    *,
-    tokens: int | None = None,
-    context: int | None = None,
-    stride: int | None = None,
+    path: StrPath, tokenizer: Any, *, tokens: int | None = None, context: int | None = None, stride: int | None = None
 ) -> PerplexityText:
     """Read and tokenise a UTF-8 file, so many tokens from its beginning; line ends become one line feed each.
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import pandas
 
-from fastcov.files import atomic_file
+from fastcov.files import StrPath, atomic_file
 from fastmemit.errors import BadConfig, counted
 from fastmemit.evaluation.changes import render
 from fastmemit.experiments import tables
@@ -37,7 +37,9 @@ class Report:
     files: tuple[Path, ...]  # what was written, in this order
 
 
-def write_report(folders: Sequence[Path], out: Path | None = None, *, resamples: int = RESAMPLES) -> Report:
+def write_report(
+    folders: StrPath | Sequence[StrPath], out: StrPath | None = None, *, resamples: int = RESAMPLES
+) -> Report:
     """Read sweeps, or sequences, and write their report; the same results give the same bytes.
 
     Writes ``report.html``, ``tables.md``, ``tables.tex``, ``cells.csv`` (every cell or step, unrounded, with intervals)
@@ -53,7 +55,7 @@ def write_report(folders: Sequence[Path], out: Path | None = None, *, resamples:
         OSError: A file cannot be written.
     """
     found = collect(folders)
-    target = folders[0] / "report" if out is None else out
+    target = found.folders[0] / "report" if out is None else Path(out)
     if target.exists() and not target.is_dir():
         raise BadConfig(f"{str(target)!r} is a file; name a folder with --out.")
     if found.sequential and target.resolve() in {folder.resolve() for folder in found.folders}:

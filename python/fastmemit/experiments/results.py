@@ -17,13 +17,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from itertools import chain, combinations
+from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
 import torch
 
-from fastcov.files import atomic_file, parse_json, printable, printable_logger
+from fastcov.files import StrPath, atomic_file, parse_json, printable, printable_logger
 from fastcov.machine import this_machine
 from fastmemit.capacity import FULL_KEYS
 from fastmemit.data import Corpus
@@ -101,13 +101,16 @@ class Inputs:
     """What a sweep or sequences run on, and where their results go."""
 
     corpus: Corpus  # where the statistics come from
-    folder: Path  # where the results go
+    folder: Path  # where the results go; given as any `StrPath`
     data: Mapping[str, Any]  # name and sha256 of the records, see `file_identity`
     cases: Mapping[str, Any] | None = None  # the same of a fixed list of them, whose order is kept; None shuffles
     full_keys: int = FULL_KEYS  # keys of the full precompute, if the corpus has so many
     max_length: int | None = None  # cut documents at so many tokens
     text: PerplexityText | None = None  # what perplexity is measured on; None measures none
     perplexity_batches: int = 1  # measured after so many of a cell's batches, at most
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "folder", Path(self.folder))
 
 
 @dataclass(frozen=True)
@@ -191,11 +194,11 @@ def with_defaults(method: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     return {"method": method, **known, "preset": settings.get("preset", "default")}
 
 
-def file_identity(path: str | Path) -> dict[str, str]:
+def file_identity(path: StrPath) -> dict[str, str]:
     """Name and sha256 of a file, for a header; of what is no file the name alone."""
     found = Path(path)
     if not found.is_file():
-        return {"name": str(path)}
+        return {"name": os.fspath(path)}
     return {"name": found.name, "sha256": sha256_of(found)}
 
 
@@ -249,21 +252,30 @@ def _content(path: Path) -> bytes:
 
 
 def read_results(*folders: Path, name: str = RESULTS) -> dict[str, dict[str, Any]]:
-    """Finished cells (or timings) by key, of shards and compressed files too; a BadData where two files differ."""
+    """Finished cells, steps or timings by key, of shards and compressed files too; BadData where two results differ."""
     found: dict[str, dict[str, Any]] = {}
     where: dict[str, Path] = {}
-    stem = name.removesuffix(".jsonl")
-    paths = (sorted(folder.glob(f"{stem}*.jsonl{end}")) for folder in folders for end in ("", ".xz"))
-    for path in chain.from_iterable(paths):
+    for path in (path for folder in folders for path in _files(folder, name)):
         for value in read_lines(path):
-            key = value["key"]
-            if found.setdefault(key, value) != value and name == RESULTS:
+            key = value["key"] if "run" not in value else f"{value['run']}: {value['key']}"  # of several in one file
+            if found.setdefault(key, value) != value and name in (RESULTS, STEPS):
                 raise BadData(
-                    f"{str(where[key])!r} and {str(path)!r} have different results of {key}; delete the line that is "
-                    "not of this sweep, or report on them apart."
+                    f"{str(where[key])!r} and {str(path)!r} have different results of {key}; delete the line that does "
+                    "not belong there, or report on them apart."
                 )
             where.setdefault(key, path)
     return found
+
+
+def _files(folder: Path, name: str) -> list[Path]:
+    """A file of lines as it may lie in a folder: whole, in shards, and both compressed."""
+    stem = name.removesuffix(".jsonl")
+    return [
+        path
+        for end in ("", ".xz")
+        for which in ("", "-*of*")
+        for path in sorted(folder.glob(f"{stem}{which}.jsonl{end}"))
+    ]
 
 
 def read_unedited(path: Path, fingerprint: str, cases: Sequence[int]) -> dict[int, dict[str, Any]] | None:
@@ -377,31 +389,36 @@ def locked(path: Path) -> Iterator[None]:
         yield
 
 
-def collect(folders: Sequence[Path]) -> Collected:
+def collect(folders: StrPath | Sequence[StrPath]) -> Collected:
     """Read the folders of sweeps, or of sequences, of the same model; for its errors see `report.write_report`."""
-    if not folders:
+    places: dict[Path, Path] = {}
+    for folder in map(Path, [folders] if isinstance(folders, str | os.PathLike) else folders):
+        places.setdefault(folder.resolve(), folder)  # one that is named twice is read once
+    paths = tuple(places.values())
+    if not paths:
         raise BadData("No folder to report on; name at least one that a sweep has written.")
-    places = [folder.resolve() for folder in folders]  # one that is named twice is read once
-    folders = [folder for at, folder in enumerate(folders) if places[at] not in places[:at]]
-    names = ", ".join(repr(str(folder)) for folder in folders)
-    headers = tuple(_read_header(folder) for folder in folders)
-    kinds = {(folder / SWEEP).is_file() for folder in folders}
+    names = ", ".join(repr(str(folder)) for folder in paths)
+    headers = tuple(_read_header(folder) for folder in paths)
+    kinds = {(folder / SWEEP).is_file() for folder in paths}
     if len(kinds) > 1:
         raise BadData(f"Of {names} some are of sweeps and some of sequences; report on these apart.")
     sequential = kinds == {False}
-    for (first, one), (second, other) in combinations(zip(folders, headers, strict=True), 2):
+    for (first, one), (second, other) in combinations(zip(paths, headers, strict=True), 2):
         _check_same(first, one, second, other, settings=not sequential)
-    cells, timings = _read_steps(folders, headers) if sequential else _read_cells(folders)
-    if not cells:
-        what = "step of a sequence" if sequential else "cell"
+    lines = [read_results(folder, name=STEPS if sequential else RESULTS) for folder in paths]
+    what = "step of a sequence" if sequential else "cell"
+    if not any(lines):
         raise BadData(f"No finished {what} in {names}; run the sweep or the sequences until there is one.")
-    return Collected(tuple(folders), headers, tuple(cells), tuple(timings), sequential)
+    for folder in (folder for folder, found in zip(paths, lines, strict=True) if not found):
+        log.warning("There is no finished %s in %r, so the report has nothing of it.", what, str(folder))
+    cells, timings = _read_steps(paths, headers, lines) if sequential else _read_cells(paths, lines)
+    return Collected(paths, headers, tuple(cells), tuple(timings), sequential)
 
 
-def _read_cells(folders: Sequence[Path]) -> tuple[list[Any], list[dict[str, Any]]]:
+def _read_cells(folders: Sequence[Path], lines: Sequence[Mapping[str, Any]]) -> tuple[list[Any], list[dict[str, Any]]]:
     """The cells of sweeps in the order of a grid, and the timings that there are of them."""
-    for folder in folders:  # each for itself, so that an error names it
-        for key, value in read_results(folder).items():
+    for folder, found in zip(folders, lines, strict=True):  # each for itself, so that an error names it
+        for key, value in found.items():
             _check_cell(f"The cell {key!r} of {str(folder)!r}", value)
         for key, value in read_results(folder, name=TIMINGS).items():
             _check_timing(f"The timing of {key!r} in {str(folder)!r}", value)
@@ -411,23 +428,21 @@ def _read_cells(folders: Sequence[Path]) -> tuple[list[Any], list[dict[str, Any]
 
 
 def _read_steps(
-    folders: Sequence[Path], headers: Sequence[Mapping[str, Any]]
+    folders: Sequence[Path], headers: Sequence[Mapping[str, Any]], lines: Sequence[Mapping[str, Any]]
 ) -> tuple[list[Any], list[dict[str, Any]]]:
     """The steps of sequences, with the settings by which the folders differ for a method, and the timings."""
     steps: list[Any] = []
     timings: list[dict[str, Any]] = []
-    for folder, header in zip(folders, headers, strict=True):
-        lines, times = (
-            [line for end in ("", ".xz") if (path := folder / f"{name}{end}").is_file() for line in read_lines(path)]
-            for name in (STEPS, STEP_TIMINGS)
-        )
-        for line in lines:
+    for folder, header, found in zip(folders, headers, lines, strict=True):
+        for line in found.values():
             check_step(f"The step {line['key']!r:.80} of {str(folder)!r}", line)
             own = header["methods"].get(line.get("method"), {})
             others = [other["methods"].get(line.get("method"), own) for other in headers]
             differing = {name: own[name] for name in own if any(other.get(name) != own[name] for other in others)}
             steps.append(_cleaned({**line, "settings": differing}))
-        for line in times:
+        # By the whole line, since runs that a report has named may share a key.
+        times = {line_of(line): line for path in _files(folder, STEP_TIMINGS) for line in read_lines(path)}
+        for line in times.values():
             line = {**line, "seconds": {"sequences": line.get("seconds")}}
             _check_timing(f"The timing of {line['key']!r} in {str(folder)!r}", line)
             timings.append(_cleaned(line))

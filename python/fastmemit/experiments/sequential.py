@@ -165,7 +165,7 @@ def _entropy(editor: Editor, records: Sequence[Record]) -> Callable[[], float] |
 def read_sequences(path: Path, batches: int) -> dict[str, list[dict[str, Any]]]:
     """The lines of the runs that have reached their last batch, by the run's name; errors as of `run_sequences`."""
     found: dict[str, list[dict[str, Any]]] = {}
-    for line in results.read_lines(path) if path.is_file() else ():
+    for line in results.read_results(path.parent, name=path.name).values():
         results.check_step(f"The step {line['key']!r:.80} of {str(path)!r}", line)
         found.setdefault(line["key"].rpartition("/")[0], []).append(line)
     return {key: lines for key, lines in found.items() if lines[-1]["edits"] == batches}

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from fastcov import CholeskyFactor, LowRank
+from fastcov.files import StrPath
 from fastcov.hooks import KeyHooks, evaluation_mode, key_rows
 from fastcov.linalg import UpdatedFactor, place_of_float64, updated
 from fastmemit.data.corpora import Corpus, corpus_from_texts, corpus_of_lines
@@ -284,7 +285,7 @@ class PreservedText:
             raise BadConfig(f"The weight of preserved text must be a finite number above 0 but is {self.weight!r}.")
 
     @classmethod
-    def from_text(cls, text: str | os.PathLike[str] | Iterable[str], weight: float | None = None) -> PreservedText:
+    def from_text(cls, text: StrPath | Iterable[str], weight: float | None = None) -> PreservedText:
         """That of a file, see `fastmemit.data.corpora.corpus_of_lines`, or of texts.
 
         Raises:

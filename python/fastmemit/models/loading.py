@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from fastcov.files import StrPath
 from fastcov.hooks import isolated, random_state_kept
 from fastmemit import parallel
 from fastmemit.errors import BadConfig, DamagedFile, ModelNotFound
@@ -155,7 +157,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @isolated()
 def load_model(
-    name: str,
+    name: StrPath,
     *,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
@@ -196,6 +198,7 @@ def load_model(
     precision = _dtype(dtype, place)
     if load_in is not None:
         settings["quantization_config"] = quantised(load_in, precision)
+    name = os.fspath(name)
     source = str(_source(name))
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -223,7 +226,7 @@ def load_model(
 
 
 @isolated()
-def load_skeleton(name: str, *, trust_remote_code: bool = False) -> Any:
+def load_skeleton(name: StrPath, *, trust_remote_code: bool = False) -> Any:
     """A model without its weights: every module and shape, nothing to compute with, and no memory taken.
 
     Args:
@@ -234,6 +237,7 @@ def load_skeleton(name: str, *, trust_remote_code: bool = False) -> Any:
         ModelNotFound: Nothing of this name can be loaded, its configuration describes no model, or it needs code that
             is not there.
     """
+    name = os.fspath(name)
     source = str(_source(name))
     from transformers import AutoConfig, AutoModelForCausalLM
 

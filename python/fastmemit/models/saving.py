@@ -13,14 +13,13 @@ from typing import Any
 
 from torch import nn
 
+from fastcov.files import StrPath
 from fastcov.hooks import isolated
 from fastmemit.errors import WrongModel
 
 
 @isolated()
-def save_model(
-    model: Any, tokenizer: Any, folder: str | os.PathLike[str], beside: Mapping[str, bytes] | None = None
-) -> Path:
+def save_model(model: Any, tokenizer: Any, folder: StrPath, beside: Mapping[str, bytes] | None = None) -> Path:
     """Write a model and its tokenizer, if it is not None, to `folder`, which must not exist or be empty.
 
     `beside` are further files, by name.
@@ -55,7 +54,7 @@ def save_model(
 
 
 @contextlib.contextmanager
-def new_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
+def new_folder(folder: StrPath) -> Iterator[Path]:
     """A folder to write into that takes its name, where nothing is yet, only when the block ends well.
 
     Raises:

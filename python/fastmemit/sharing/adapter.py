@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastcov.files import parse_json, write_safetensors
+from fastcov.files import StrPath, parse_json, write_safetensors
 from fastcov.hooks import isolated
 from fastmemit.delta import Delta
 from fastmemit.errors import BadData, DamagedFile
@@ -50,12 +50,11 @@ _KNOWN = {
 #: Ways of starting a training that leave the base model as it is; the others move part of its
 #: weights into the adapter, which then means nothing without the rest.
 _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
-_Path = str | os.PathLike[str]
 
 
 @isolated()
 def save_adapter(
-    delta: Delta, model: nn.Module | ModelAdapter, folder: _Path, *, base_model: str | None = None, pad: bool = True
+    delta: Delta, model: nn.Module | ModelAdapter, folder: StrPath, *, base_model: str | None = None, pad: bool = True
 ) -> Path:
     """Write a delta as a LoRA adapter for ``PeftModel.from_pretrained(model, folder)``.
 
@@ -148,7 +147,7 @@ def _module_of(model: nn.Module, name: str) -> str:
 
 
 @isolated()
-def load_adapter(folder: _Path, model: nn.Module) -> Delta:
+def load_adapter(folder: StrPath, model: nn.Module) -> Delta:
     """Read a LoRA adapter as the change that it makes to a model's weights.
 
     Args:
@@ -184,7 +183,7 @@ def load_adapter(folder: _Path, model: nn.Module) -> Delta:
     return Delta(factors, about)
 
 
-def read_about(folder: _Path) -> tuple[dict[str, Any], dict[str, int], dict[str, Any]]:
+def read_about(folder: StrPath) -> tuple[dict[str, Any], dict[str, int], dict[str, Any]]:
     """What an adapter's folder says without its model: its config, rank by module, and a delta's record if it is ours.
 
     The record (``digest``, ``provenance``) is as it stands there; `load_adapter` compares it with the numbers.
@@ -224,7 +223,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, An
     return config, tensors, ours if isinstance(ours, dict) else {}
 
 
-def _check_config(folder: _Path, config: Mapping[str, Any]) -> None:
+def _check_config(folder: StrPath, config: Mapping[str, Any]) -> None:
     """Refuse what changes more, or otherwise, than ``scaling B A`` on linear maps."""
     if config.get("peft_type") != "LORA":
         raise BadData(_bad(folder, f"is of the type {config.get('peft_type')!r:.40} and not LoRA"))
@@ -239,7 +238,7 @@ def _check_config(folder: _Path, config: Mapping[str, Any]) -> None:
         raise BadData(_bad(folder, f"uses {strange[0]}, which is more than plain LoRA"))
 
 
-def _pairs(folder: _Path, tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+def _pairs(folder: StrPath, tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
     """Module -> A (r, in) and B (out, r) in float32."""
     found: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
@@ -258,7 +257,7 @@ def _pairs(folder: _Path, tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tens
     return {module: (pair["A"], pair["B"]) for module, pair in sorted(found.items())}
 
 
-def _scalings(folder: _Path, config: Mapping[str, Any], ranks: Mapping[str, int]) -> dict[str, float]:
+def _scalings(folder: StrPath, config: Mapping[str, Any], ranks: Mapping[str, int]) -> dict[str, float]:
     """The factors before B A: alpha / r, or alpha / sqrt(r) in rank-stabilised LoRA."""
     own = config.get("alpha_pattern") or {}
     if not isinstance(own, dict):
@@ -278,7 +277,7 @@ def _scalings(folder: _Path, config: Mapping[str, Any], ranks: Mapping[str, int]
     return found
 
 
-def _linear(folder: _Path, model: nn.Module, module: str) -> nn.Module:
+def _linear(folder: StrPath, model: nn.Module, module: str) -> nn.Module:
     try:
         part = model.get_submodule(module)
     except AttributeError:
@@ -290,7 +289,7 @@ def _linear(folder: _Path, model: nn.Module, module: str) -> nn.Module:
     return part
 
 
-def _as_written(folder: _Path, factors: Mapping[str, tuple[Tensor, Tensor]], ours: Mapping[str, Any]) -> Delta:
+def _as_written(folder: StrPath, factors: Mapping[str, tuple[Tensor, Tensor]], ours: Mapping[str, Any]) -> Delta:
     """The delta that was exported: without the padding, and checked by its digest."""
     ranks, provenance = ours.get("ranks"), ours.get("provenance")
     if not (isinstance(ranks, dict) and isinstance(provenance, dict) and ranks.keys() == factors.keys()):
@@ -307,11 +306,11 @@ def _as_written(folder: _Path, factors: Mapping[str, tuple[Tensor, Tensor]], our
     return delta
 
 
-def _bad(folder: _Path, what: str) -> str:
+def _bad(folder: StrPath, what: str) -> str:
     return f"The adapter {os.fspath(folder)!r} {what}, so it cannot be read as an edit."
 
 
-def _damaged(folder: _Path, what: str) -> str:
+def _damaged(folder: StrPath, what: str) -> str:
     return f"The adapter {os.fspath(folder)!r} {what}; get or export it again."
 
 

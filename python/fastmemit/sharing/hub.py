@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import fastcov
+from fastcov.files import StrPath
 from fastmemit.delta import RECORD, Delta, fact_text
 from fastmemit.errors import BadConfig, DamagedFile, FastmemitError, WrongModel, counted
 from fastmemit.files import (
@@ -50,7 +51,6 @@ _MODULE = re.compile(r"\w+(\.\w+)*", re.ASCII)
 _ACTIVE = re.compile(r"[\\`*_\[\]|~$:@!^=+]|(?<=www)\.|^[-#]", re.IGNORECASE)
 _UNSEEN = ("Cc", "Cs", "Co", "Cn")
 _TURNS = set("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")  # turn the direction of everything after them
-_Path = str | os.PathLike[str]
 
 
 def push_edit(
@@ -61,7 +61,7 @@ def push_edit(
     base_model: str | None = None,
     scores: Mapping[str, float] | None = None,
     private: bool = False,
-    dry_run: _Path | None = None,
+    dry_run: StrPath | None = None,
     token: str | None = None,
 ) -> str:
     """Put an edit on the hub, ``edit.safetensors`` and a card that says what it changes; returns where it is.
@@ -86,13 +86,13 @@ def push_edit(
 
 
 def push_adapter(
-    folder: _Path,
+    folder: StrPath,
     repo: str,
     *,
     license: str | None = None,
     base_model: str | None = None,
     private: bool = False,
-    dry_run: _Path | None = None,
+    dry_run: StrPath | None = None,
     token: str | None = None,
 ) -> str:
     """Put a LoRA adapter in PEFT's format on the hub, its two files and a card; see `push_edit`.
@@ -134,13 +134,13 @@ model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}")
 
 
 def push_statistics(
-    found: Statistics | _Path,
+    found: Statistics | StrPath,
     repo: str,
     *,
     license: str | None = None,
     base_model: str | None = None,
     private: bool = False,
-    dry_run: _Path | None = None,
+    dry_run: StrPath | None = None,
     token: str | None = None,
 ) -> str:
     """Put second moments, a folder of them or what `fastmemit.Editor.precompute` gave, on the hub; see `push_edit`."""
@@ -152,7 +152,7 @@ def push_statistics(
 
 
 def _push(
-    files: Mapping[str, Path], card: str, repo: str, private: bool, dry_run: _Path | None, token: str | None
+    files: Mapping[str, Path], card: str, repo: str, private: bool, dry_run: StrPath | None, token: str | None
 ) -> str:
     if dry_run is not None:
         with new_folder(dry_run) as partial:
@@ -227,7 +227,7 @@ def pull_statistics(
     revision: str | None = None,
     model: str | None = None,
     tokenizer: str | None = None,
-    cache: _Path | None = None,
+    cache: StrPath | None = None,
     token: str | None = None,
 ) -> Statistics:
     """Fetch second moments from the hub to where edits of their model find them.
@@ -268,7 +268,7 @@ def _fetched(repo: str, revision: str | None, token: str | None, files: str) -> 
         return Path(huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=wanted, token=token))
 
 
-def open_statistics(folder: _Path) -> Statistics:
+def open_statistics(folder: StrPath) -> Statistics:
     """The moments in a folder that ``fastmemit precompute`` made; every byte is verified, and there must be one."""
     files = sorted(Path(folder).glob("*.safetensors"))
     if not files:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import logging
+import lzma
 from pathlib import Path
 from typing import Any
 
@@ -218,6 +219,41 @@ def test_sequences_without_a_step_are_refused(tmp_path: Path) -> None:
     (folder / "sequential.jsonl").unlink()
     with pytest.raises(BadData, match="No finished step of a sequence in"):
         collect([folder])
+
+
+@pytest.mark.parametrize("kind", ["cell", "step of a sequence"])
+def test_a_folder_without_results_beside_one_with_some_is_named(
+    tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    if kind == "cell":
+        folders = [write(tmp_path / "a", [cell()]), write(tmp_path / "b", [])]
+    else:
+        folders = [sequences(tmp_path / name, {}) for name in "ab"]
+        (folders[1] / "sequential.jsonl").write_bytes(b"")
+    assert len(collect(folders).cells) == 1
+    assert f"There is no finished {kind} in '{folders[1]}', so the report has nothing of it." in caplog.text
+    assert f"'{folders[0]}'" not in caplog.text
+
+
+@pytest.mark.parametrize("name", ["sequential", "results"])
+def test_a_file_and_the_same_compressed_are_one(tmp_path: Path, name: str) -> None:
+    folder = sequences(tmp_path / "a", {}) if name == "sequential" else write(tmp_path / "a", [cell()])
+    alone = collect([folder])
+    for path in list(folder.glob("*.jsonl")):
+        path.with_suffix(".jsonl.xz").write_bytes(lzma.compress(path.read_bytes()))
+    both = collect([folder])
+    assert len(both.cells) == 1 and both == alone
+    path = folder / f"{name}.jsonl"
+    path.write_text(path.read_text().replace('"before"', '"was": 1, "before"', 1))
+    with pytest.raises(BadData, match=rf"{name}.jsonl' and .*{name}.jsonl.xz' have different results of memit/"):
+        collect([folder])
+
+
+def test_runs_that_a_report_has_named_may_share_a_key(tmp_path: Path) -> None:
+    folder = sequences(tmp_path / "a", {}, run="first")
+    path = folder / "sequential.jsonl"
+    path.write_text(path.read_text() + path.read_text().replace('"first"', '"second"'))
+    assert [line["run"] for line in collect([folder]).cells] == ["first", "second"]
 
 
 def test_settings_have_one_name_in_any_order() -> None:
