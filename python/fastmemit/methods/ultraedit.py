@@ -78,26 +78,35 @@ def write_ultraedit(draft: Draft[UltraEditConfig], requests: list[EditRequest], 
     """Write a batch into ``config.layers``, all of which are read before any is written.
 
     A token that stands alone, in a first edit of one fact with an answer of one token, has no deviation: it changes
-    nothing, and is what the next edit is normalised by.
+    nothing, which is said before it is read, and is what the next edit is normalised by.
     """
     config, work = draft.config, draft.work
+    names = {layer: draft.adapter.weight_name(layer) for layer in config.layers}
+    counts = [(edit.delta.moments, edit.delta.provenance.get("tokens")) for edit in work.stack.edits]
+    earlier = [(stored, count) for stored, count in counts if type(count) is int and count > 0]
+    alone = len(requests) == 1 and config.tokens == "answer"
+    if alone and not any(name in stored for stored, _ in earlier for name in names.values()):
+        row = request_rows(work.tokenizer, requests[0], ("",)).rows[0]
+        if len(row.reads) == 1:
+            log.warning(
+                "The answer %r of %r is one token, which has no deviation to be normalised by, so this edit changes "
+                "nothing; pass tokens='all' (--set tokens=all), or write several facts together.",
+                requests[0].target,
+                requests[0].text,
+            )
     room = work.batch_tokens or (1024 if draft.adapter.device.type == "cpu" else 16384)
     read = read_features(draft.adapter, work.tokenizer, requests, config, room)
     for layer, (keys, gradients) in read.items():
-        name, features = draft.adapter.weight_name(layer), torch.cat([keys, gradients], 1)
-        own = Moments.of(features)
-        draft.moments[name] = own.stored()
-        moments = own
-        for edit in work.stack.edits:
-            stored, count = edit.delta.moments.get(name), edit.delta.provenance.get("tokens")
-            if stored is not None and type(count) is int and count > 0:
-                moments = Moments.read(count, stored.to(keys.device)).joined(moments)
+        features = torch.cat([keys, gradients], 1)
+        moments = Moments.of(features)
+        draft.moments[names[layer]] = moments.stored()
+        for stored, count in earlier:
+            if names[layer] in stored:
+                moments = Moments.read(count, stored[names[layer]].to(keys.device)).joined(moments)
         h, g = moments.normalised(features).split([keys.shape[1], gradients.shape[1]], 1)
         steps = -config.eta * h.square().sum(1, keepdim=True) * g  # (n, d)
         draft.write(layer, closed_form.ridge(keys.T, steps.T, RIDGE), keys.T)
     draft.tokens = len(keys)
-    if moments.count == 1:  # in every layer
-        log.warning("There is one token, with nothing to normalise it by, so the edit changes nothing; add a fact.")
 
 
 @isolated(gradients=True)
@@ -130,8 +139,8 @@ def read_features(
                     )
             for layer, (keys, gradients) in states.items():
                 for at, (index, row) in enumerate(zip(group, bare, strict=True)):
-                    tokens = [t for t, _ in row.reads] if config.tokens == "answer" else list(range(len(row.ids)))
-                    found[layer][index] = keys[at, tokens].double(), gradients[at, tokens].double()
+                    places = [t for t, _ in row.reads] if config.tokens == "answer" else list(range(len(row.ids)))
+                    found[layer][index] = keys[at, places].double(), gradients[at, places].double()
     return {
         layer: (torch.cat([by[i][0] for i in range(len(rows))]), torch.cat([by[i][1] for i in range(len(rows))]))
         for layer, by in found.items()

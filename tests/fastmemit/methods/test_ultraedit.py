@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from fastmemit.answers import judge_answers
 from fastmemit.delta import Delta
 from fastmemit.editor import Editor
 from fastmemit.errors import BadConfig, DamagedFile, FastmemitError, UnknownArchitecture
-from fastmemit.methods import UltraEditConfig
+from fastmemit.methods import UltraEditConfig, ultraedit
 from fastmemit.methods.ultraedit import Moments, read_features
 from reference import literal_ultraedit as literal
 from tiny_editors import FACTS, tiny_corpus, tiny_editor
@@ -137,13 +136,31 @@ def test_moments_that_do_not_fit_are_refused(tmp_path: Path, editor: Editor) -> 
     assert other.digest() != delta.digest() != Delta(delta.factors, delta.provenance).digest()
 
 
-def test_one_token_alone_changes_nothing_and_says_so(editor: Editor, caplog: pytest.LogCaptureFixture) -> None:
+def test_one_token_alone_changes_nothing_which_is_said_before_it_is_read(
+    editor: Editor, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fact = next(fact for fact in FACTS if len(read_one(editor, fact)) == 1)
-    with caplog.at_level(logging.WARNING):
-        delta = editor.plan(fact, "ultraedit", **SETTINGS).delta
-    (said,) = caplog.messages  # once, whatever the number of layers
-    assert "There is one token, with nothing to normalise it by" in said
-    assert all(not (left @ right.T).any() for left, right in delta.factors.values())
+    other = next(other for other in FACTS if other != fact)
+    said: list[str] = []
+    monkeypatch.setattr(
+        ultraedit, "read_features", lambda *given: said.extend(caplog.messages) or read_features(*given)
+    )
+    delta = editor.plan(fact, "ultraedit", **SETTINGS).delta
+    assert not written(delta)
+    (sentence,) = said  # once, whatever the number of layers
+    assert sentence.startswith(f"The answer {fact.target!r} of {fact.text!r} is one token, which has no deviation")
+    assert sentence.endswith("pass tokens='all' (--set tokens=all), or write several facts together.")
+    caplog.clear()
+    for facts, settings in ((fact, WIDE), ([fact, other], SETTINGS)):
+        assert written(editor.plan(facts, "ultraedit", **settings).delta)
+    first = editor.edit(fact, "ultraedit", verify=False, **WIDE)
+    assert written(editor.plan(fact, "ultraedit", **SETTINGS).delta)
+    first.undo()
+    assert caplog.messages == [], "where something is written"
+
+
+def written(delta: Delta) -> bool:
+    return any(bool((left @ right.T).any()) for left, right in delta.factors.values())
 
 
 def read_one(editor: Editor, fact: Any) -> torch.Tensor:
