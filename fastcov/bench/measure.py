@@ -42,8 +42,8 @@ class Contender:
 
     name: str
     kind: str  # "ours", "library" or "released"
-    check: Callable[[], Verdict] | None = None  # runs it once and compares the result with float64
-    run: Callable[[], object] | None = None  # what is timed
+    check: Callable[[], Verdict]  # runs it once and compares the result with float64
+    run: Callable[[], object]  # what is timed
     prepare: Callable[[], object] = lambda: None  # called before each timed run, untimed
     kernel: str | None = None  # name in `fastcov.ops.kernels`, where it is one of them
     cannot: str | None = None  # why it cannot run
@@ -116,8 +116,8 @@ def _checked(case: Case, contender: Contender) -> Row:
     """The row of a contender before it is timed."""
     about = case.suite, case.name, contender.name, contender.kind, case.device.type, case.dtype, case.n, case.d
     row = Row(*about, status="cannot", kernel=contender.kernel)
-    if contender.cannot is not None or contender.check is None:
-        return replace(row, reason=contender.cannot or "it has no check")
+    if contender.cannot is not None:
+        return replace(row, reason=contender.cannot)
     try:
         verdict = contender.check()
     except KernelUnavailable as error:
@@ -153,7 +153,6 @@ def _rounds(running: Sequence[Contender], device: torch.device, effort: Effort) 
 
 def clock(contender: Contender, device: torch.device) -> float:
     """Seconds of one call, the wait for the device included."""
-    assert contender.run is not None
     contender.prepare()
     _wait(device)
     begun = time.perf_counter()

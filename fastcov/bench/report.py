@@ -86,8 +86,7 @@ def save(run: Run, path: Path, **more: object) -> None:
 
 # -- the table: under 120 columns, units in the header ------------------------------------------------------------
 
-_BASELINE = {"rank_k": "addmm", "factor": "base", "collect": "base"}
-_LAST = {"rank_k": "diag bias", "factor": "memory", "collect": "tokens/s"}
+_NAMED = {"rank_k": ("x addmm", "diag bias"), "factor": ("x base", "memory"), "collect": ("x base", "tokens/s")}
 _SIZES = (10, 10, 10, 10, 9, 8, 8, 10, 11)  # of the columns behind the name
 
 
@@ -105,14 +104,11 @@ def heading(run: Run) -> str:
 
 def table(rows: Sequence[Row]) -> str:
     """The rows of one case."""
-    suite = rows[0].suite
     width = max(22, *(len(row.contender) + 2 for row in rows))
-    names = ("p20 ms", "p50 ms", "p80 ms", "GFLOP/s", f"x {_BASELINE[suite]}", "x lib", "% peak", "error", _LAST[suite])
-    lines = [
-        f"{rows[0].suite}: {rows[0].case}, on {rows[0].device}",
-        _peaks(rows),
-        _line(f"{'contender':{width}}", names),
-    ]
+    baseline, last = _NAMED[rows[0].suite]
+    names = ("p20 ms", "p50 ms", "p80 ms", "GFLOP/s", baseline, "x lib", "% peak", "error", last)
+    title = f"{rows[0].suite}: {rows[0].case}, on {rows[0].device}"
+    lines = [title, _peaks(rows), _line(f"{'contender':{width}}", names)]
     for row in rows:
         mark = "=" if row.ratio == 1.0 else "~" if row.inexact else " "
         name = f"{mark}{row.contender:{width - 1}}"

@@ -29,6 +29,7 @@ from fastcov.kernels.cpu import why_no_bfloat
 from fastcov.linalg import factorize
 from fastcov.throughput import Throughput
 
+Runs = dict[str, Callable[[], Any]]  # by who does it
 Measured = tuple[Case, list[Contender]]
 Update = Callable[[Tensor, Tensor], object]  # adds X^T X to the lower triangle of C (d, d) for X (n, d)
 Routes = dict[str, "Update | str"]  # by name; the text says why one is not to be had
@@ -175,24 +176,21 @@ def factor_cases(given: Namespace, A: Tensor, batches: Edits) -> Iterator[Measur
     L = factored.L
 
     def case(
-        name: str,
-        n: int,
-        flops: float,
-        runs: dict[str, Callable[[], Any]],
-        error: Callable[[Any], Any],  # of what a run gives, a number
-        allowed: float = SOLVE_GATE,
-        prepare: Callable[[], object] = lambda: None,
+        name: str, n: int, flops: float, runs: Runs, error: Callable[[Any], Any], gate: float, copied: bool = False
     ) -> Measured:
+        def prepare() -> object:  # untimed
+            return work.copy_(A) if copied else None
+
         def contender(who: str, run: Callable[[], Any]) -> Contender:
             def check() -> Verdict:
                 prepare()
-                return _verdict(float(error(run())), allowed)
+                return _verdict(float(error(run())), gate)
 
             kind = "ours" if who.startswith("fastcov") else "library" if who.startswith("torch") else "released"
             return Contender(who, kind, check, run, prepare)
 
-        title = f"{name}, float64, d {d}"
-        found = Case("factor", title, "float64", n, d, given.device, lambda: flops, m.peak_probe(A.dtype, A.device))
+        about = "factor", f"{name}, float64, d {d}", "float64", n, d, given.device
+        found = Case(*about, lambda: flops, m.peak_probe(A.dtype, A.device))
         return found, [contender(who, run) for who, run in runs.items()]
 
     def residual(lower: Tensor) -> Any:
@@ -212,17 +210,16 @@ def factor_cases(given: Namespace, A: Tensor, batches: Edits) -> Iterator[Measur
             errors += [(found - wanted).norm() / wanted.norm(), (update - other).norm() / other.norm()]
         return torch.stack(errors).max()
 
-    # In place for ours: each call gets a fresh copy, untimed.
-    runs: dict[str, Callable[[], Any]] = {
+    runs: Runs = {  # in place for ours, so each call gets a fresh copy
         "fastcov factorize": lambda: factorize(work, in_place=True).lower,
         "torch.linalg.cholesky": lambda: torch.linalg.cholesky(work),
     }
-    yield case("A = L L^T", d, d**3 / 3, runs, residual, FACTOR_GATE, lambda: work.copy_(A))
+    yield case("A = L L^T", d, d**3 / 3, runs, residual, FACTOR_GATE, copied=True)
     runs = {"fastcov solve": lambda: factored.solve(K), "torch.cholesky_solve": lambda: torch.cholesky_solve(K, L)}
-    yield case(f"A^-1 K, {B} columns", B, 2.0 * d * d * B, runs, lambda X: (A @ X - K).norm() / K.norm())
+    yield case(f"A^-1 K, {B} columns", B, 2.0 * d * d * B, runs, lambda X: (A @ X - K).norm() / K.norm(), SOLVE_GATE)
     runs = {"fastcov factor once": edits, "fresh LU per batch": lambda: released_memit(A, batches)}
     flops = d**3 / 3 + len(batches) * (2.0 * d * d * B + 2.0 * d * B * (B + R.shape[0]))
-    yield case(f"factor + {len(batches)} batches of {B} edits", B * len(batches), flops, runs, worst)
+    yield case(f"factor + {len(batches)} batches of {B} edits", B * len(batches), flops, runs, worst, SOLVE_GATE)
 
 
 def released_memit(A: Tensor, batches: Edits) -> list[Tensor]:
@@ -236,7 +233,7 @@ def with_memory(row: Row, contender: Contender, case: Case) -> Row:
     Small matrices on a CPU are not measured: they come from memory that the process has already.
     """
     matrix = case.d * case.d * 8
-    if row.status != "ok" or contender.run is None or (case.device.type == "cpu" and matrix < _SMALL):
+    if row.status != "ok" or (case.device.type == "cpu" and matrix < _SMALL):
         return row
     contender.prepare()
     peak = m.peak_beyond(contender.run, case.device)
@@ -299,26 +296,23 @@ def collect_case(
         counted.append(throughput.flops)
         return _agreement(sums, expected(), _AGREE[dtype])
 
+    def check_narrow() -> Verdict:
+        return _agreement(narrow(), expected(), _AGREE[torch.bfloat16])
+
+    def check_theirs() -> Verdict:
+        return _agreement(theirs(), expected(), 1e-5)
+
     narrow = functools.partial(ours, forward=torch.bfloat16)
     cannot = "the model is not in float32 on a CPU" if dtype != torch.float32 or device.type != "cpu" else None
     # The released procedure takes many times as long as ours where its products in float32 are slow.
     rounds = 1 if device.type == "cuda" else None
-    contenders = [
-        Contender("fastcov.collect_moments", "ours", check_ours, ours),
-        Contender(
-            "the same, forward bfloat16",
-            "ours",
-            lambda: _agreement(narrow(), expected(), _AGREE[torch.bfloat16]),
-            narrow,
-            cannot=cannot or why_no_bfloat(),
-        ),
-        Contender(
-            "released procedure", "released", lambda: _agreement(theirs(), expected(), 1e-5), theirs, rounds=rounds
-        ),
-    ]
     title = f"{given.load_name}, {word(dtype)}, {n} keys a layer, d_k {d_k}"
-    probe = m.peak_probe(dtype, device)
-    return Case("collect", title, word(dtype), n, d_k, device, lambda: counted[-1], probe), contenders
+    about = "collect", title, word(dtype), n, d_k, device
+    return Case(*about, lambda: counted[-1], m.peak_probe(dtype, device)), [
+        Contender("fastcov.collect_moments", "ours", check_ours, ours),
+        Contender("the same, forward bfloat16", "ours", check_narrow, narrow, cannot=cannot or why_no_bfloat()),
+        Contender("released procedure", "released", check_theirs, theirs, rounds=rounds),
+    ]
 
 
 class _Stop(Exception):
@@ -343,18 +337,14 @@ def released_covariance(
         inputs.append(args[0])
         raise _Stop
 
-    handle = module.register_forward_hook(take_input)
-    try:
-        with torch.no_grad():
-            for document in documents:
-                ids = torch.tensor([list(document)], device=device)  # (1, L)
-                mask = torch.ones_like(ids)
-                with contextlib.suppress(_Stop):
-                    model(input_ids=ids, attention_mask=mask)
-                keys = inputs.pop()[mask.bool()].to(sums)  # (L, d_k)
-                total.addmm_(keys.mT, keys)
-    finally:
-        handle.remove()
+    with module.register_forward_hook(take_input), torch.no_grad():
+        for document in documents:
+            ids = torch.tensor([list(document)], device=device)  # (1, L)
+            mask = torch.ones_like(ids)
+            with contextlib.suppress(_Stop):
+                model(input_ids=ids, attention_mask=mask)
+            keys = inputs.pop()[mask.bool()].to(sums)  # (L, d_k)
+            total.addmm_(keys.mT, keys)
     return total
 
 

@@ -259,7 +259,7 @@ def test_preparation_comes_before_each_call(seconds):
 def test_the_clock_counts_the_call_and_not_the_preparation():
     import time
 
-    c = Contender("a", "ours", run=lambda: time.sleep(0.02), prepare=lambda: time.sleep(0.5))
+    c = Contender("a", "ours", lambda: RIGHT, lambda: time.sleep(0.02), prepare=lambda: time.sleep(0.5))
     assert 0.02 <= measuring.clock(c, CPU) < 0.4
 
 
