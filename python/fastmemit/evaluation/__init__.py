@@ -6,14 +6,6 @@ from fastmemit.evaluation.runner import Result, evaluate, measure_answers
 from fastmemit.evaluation.scores import judge_zsre, score_records
 
 __all__ = [
-    "Answer",
-    "References",
-    "Result",
-    "evaluate",
-    "generate_records",
-    "judge_answers",
-    "judge_zsre",
-    "load_references",
-    "measure_answers",
-    "score_records",
-]
+    "Answer", "References", "Result", "evaluate", "generate_records", "judge_answers", "judge_zsre", "load_references",
+    "measure_answers", "score_records",
+]  # fmt: skip

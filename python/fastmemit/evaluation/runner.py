@@ -28,7 +28,6 @@ from fastmemit.evaluation.scores import (
     RecordAccuracy,
     RecordScore,
     count_questions,
-    count_zsre_questions,
     judge_probes,
     judge_zsre,
     portability,
@@ -160,11 +159,10 @@ class Measures:
     def take(self, editor: Editor, records: Sequence[Record], what: str, progress: bool) -> list[Measured]:
         """Measure the editor's model as it is now on checked records, with a progress bar of that name."""
         model = (editor.adapter, editor.tokenizer)
-        if records and isinstance(records[0], ZsreRecord):
-            questions = cast(Sequence[ZsreRecord], records)
-            with bar(what, count_zsre_questions(questions), progress) as advance:
-                return [Measured(a) for a in judge_zsre(*model, questions, progress=advance)]
         with bar(what, count_questions(records, self.attributes), progress) as advance:
+            if records and isinstance(records[0], ZsreRecord):
+                zsre = cast(Sequence[ZsreRecord], records)
+                return [Measured(a) for a in judge_zsre(*model, zsre, progress=advance)]
             scores = score_records(*model, records, attributes=self.attributes, progress=advance)
         if not self.generation:
             return [Measured(score) for score in scores]

@@ -301,8 +301,11 @@ def score_records(
 
 
 def count_questions(records: Sequence[Record], attributes: bool = False) -> int:
-    """How many questions `score_records` asks: two for each prompt."""
-    return sum(2 * len(_asked(record, attributes)) for record in records)
+    """How many questions `score_records`, which asks two for each prompt, or `judge_zsre` asks."""
+    return sum(
+        len(_zsre_questions(each)) if isinstance(each, ZsreRecord) else 2 * len(_asked(each, attributes))
+        for each in records
+    )
 
 
 def _asked(record: Record, attributes: bool) -> list[tuple[str, str | None]]:
@@ -394,11 +397,6 @@ def judge_zsre(
 
 def _columns(score: RecordScore | RecordAccuracy) -> dict[str, Any]:
     return {"case_id": score.case_id, **score.shares()}
-
-
-def count_zsre_questions(records: Sequence[ZsreRecord]) -> int:
-    """How many questions `judge_zsre` asks."""
-    return sum(len(_zsre_questions(record)) for record in records)
 
 
 def _zsre_questions(record: ZsreRecord) -> list[Question]:

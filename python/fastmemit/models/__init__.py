@@ -7,15 +7,6 @@ from fastmemit.models.saving import new_folder, save_model
 from fastmemit.models.structure import find_adapter
 
 __all__ = [
-    "ModelAdapter",
-    "Watch",
-    "checksum",
-    "checksums",
-    "find_adapter",
-    "fingerprint",
-    "load_model",
-    "load_skeleton",
-    "new_folder",
-    "save_model",
-    "tokenizer_fingerprint",
-]
+    "ModelAdapter", "Watch", "checksum", "checksums", "find_adapter", "fingerprint", "load_model", "load_skeleton",
+    "new_folder", "save_model", "tokenizer_fingerprint",
+]  # fmt: skip

@@ -322,8 +322,6 @@ def _dtype(dtype: str | torch.dtype | None, device: str) -> str | torch.dtype:
     """A floating-point dtype, or "auto" for the checkpoint's own."""
     if dtype is None:
         return torch.float32 if device == "cpu" else "auto"
-    if isinstance(dtype, torch.dtype) and dtype in DTYPES.values():
-        return dtype
     if dtype == "auto":
         return "auto"
     name = str(dtype).removeprefix("torch.")

@@ -141,8 +141,7 @@ def token_states(output: Any, shape: tuple[int, int], d: int, of: str) -> Tensor
     Raises:
         UnknownArchitecture: There are several states a token (Gemma 3n), or not one for every token (a routed expert).
     """
-    hidden = output if isinstance(output, Tensor) else hidden_of(output)
-    rows, length = shape
+    hidden, (rows, length) = hidden_of(output), shape
     if tuple(hidden.shape) not in {(rows, length, d), (rows * length, d)}:
         raise UnknownArchitecture(
             f"{of} handles a tensor of shape {tuple(hidden.shape)} for {rows} rows of {length} tokens, not one state "
@@ -547,9 +546,7 @@ class BlockMap:
 
     def __call__(self, outputs: Tensor | None) -> Tensor:
         """What leaves the block (B, d), in float32 or wider, with these outputs (B, d) of its projection or its own."""
-        parts = []
-        for run in self._runs:
-            parts.append(self._run(run, None if outputs is None else outputs[run.members]))
+        parts = [self._run(run, None if outputs is None else outputs[run.members]) for run in self._runs]
         order = torch.tensor([n for run in self._runs for n in run.members])
         return torch.cat(parts)[torch.argsort(order).to(parts[0].device)]
 

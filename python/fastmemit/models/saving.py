@@ -102,38 +102,30 @@ def _disk_error(error: BaseException, folder: Path) -> OSError:
 @contextlib.contextmanager
 def _as_plain(model: Any) -> Iterator[None]:
     """Hide from transformers that weights which are plain by now were read from GGUF: it would not save them."""
-    quantizer = getattr(model, "hf_quantizer", None)
-    config = model.config
-    remembered = getattr(config, "quantization_config", None)
-    if quantizer is None and remembered is None:
-        yield
-        return
-    if not _expanded(model, remembered):
-        serializable = getattr(quantizer, "is_serializable", False)
-        if callable(serializable):
-            try:
-                serializable = serializable()
-            except TypeError:  # transformers 4 asked with an argument
-                serializable = True
-        if quantizer is not None and not serializable:
-            raise WrongModel(
-                f"{type(model).__name__} holds quantised weights that cannot be saved; load the "
-                "model in floating point to save it."
-            )
-        yield
-        return
-    places = (
-        (model, "hf_quantizer"),
-        (model, "is_quantized"),
-        (model, "quantization_method"),
-        (config, "quantization_config"),
-    )
-    hidden = [(owner, name, vars(owner).pop(name)) for owner, name in places if name in vars(owner)]
+    quantizer, config = getattr(model, "hf_quantizer", None), model.config
+    hidden = []
+    if _expanded(model):
+        places = [(model, name) for name in ("hf_quantizer", "is_quantized", "quantization_method")]
+        places.append((config, "quantization_config"))
+        hidden = [(owner, name, vars(owner).pop(name)) for owner, name in places if name in vars(owner)]
+    elif quantizer is not None and not _can_be_saved(quantizer):
+        raise WrongModel(
+            f"{type(model).__name__} holds quantised weights that cannot be saved; load the "
+            "model in floating point to save it."
+        )
     try:
         yield
     finally:
         for owner, name, value in hidden:
             setattr(owner, name, value)
+
+
+def _can_be_saved(quantizer: Any) -> bool:
+    serializable = getattr(quantizer, "is_serializable", False)
+    try:
+        return bool(serializable() if callable(serializable) else serializable)
+    except TypeError:  # transformers 4 asked with an argument
+        return True
 
 
 @contextlib.contextmanager
@@ -154,12 +146,10 @@ def _without_check(model: Any, folder: Path) -> Iterator[None]:
     own.to_json_file(folder / "generation_config.json", keys_to_pop=["compile_config"])
 
 
-def _expanded(model: nn.Module, remembered: Any) -> bool:
+def _expanded(model: Any) -> bool:
     """Whether all weights are plain floating-point tensors although they were quantised once."""
-    if isinstance(remembered, dict):
-        method = remembered.get("quant_method")
-    else:
-        method = getattr(remembered, "quant_method", None)
+    config = getattr(model.config, "quantization_config", None)
+    method = config.get("quant_method") if isinstance(config, dict) else getattr(config, "quant_method", None)
     if str(getattr(method, "value", method)) != "gguf":
         return False
     return all(type(parameter) is nn.Parameter and parameter.is_floating_point() for parameter in model.parameters())

@@ -7,6 +7,7 @@ recurrence). Where this leaves no or several answers the user names the module.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from torch import nn
@@ -214,16 +215,8 @@ def _advice(path: str, projection: str) -> str:
 
 
 def linear_maps(model: nn.Module) -> str:
-    """The model's linear maps as a user would name them, a few of them."""
+    """The model's linear maps as a user would name them, {} for their first number, a few of them."""
     names = (name for name, part in model.named_modules() if linear_shape(part) is not None)
-    found = sorted({form for name in names if (form := _numbered(name))})
+    forms = {re.sub(r"(^|\.)\d+(?=\.)", r"\1{}", name, count=1) for name in names}
+    found = sorted(form for form in forms if "{}" in form)
     return f"this model has {', '.join(found[:12])}" if found else "this model has no linear map"
-
-
-def _numbered(name: str) -> str:
-    """A module name with its first number replaced by {}: the form in which users name it."""
-    parts = name.split(".")
-    for index, part in enumerate(parts[:-1]):
-        if part.isdigit():
-            return ".".join([*parts[:index], "{}", *parts[index + 1 :]])
-    return ""

@@ -11,7 +11,7 @@ from fastmemit.answers import Answer
 from fastmemit.data import ZsreRecord
 from fastmemit.evaluation import judge_zsre
 from fastmemit.evaluation import scores as module
-from fastmemit.evaluation.scores import count_zsre_questions
+from fastmemit.evaluation.scores import count_questions
 from fastmemit.models import find_adapter
 from fastmemit.request import EditRequest
 from fastmemit.text import encode_with_target
@@ -71,7 +71,7 @@ def test_it_is_the_accuracy_token_by_token() -> None:
     done: list[int] = []
     adapter = find_adapter(model)
     found = judge_zsre(adapter, tokenizer, RECORDS, batch_tokens=30, progress=done.append)
-    assert sum(done) == count_zsre_questions(RECORDS) == 4
+    assert sum(done) == count_questions(RECORDS) == 4
     for got, record in zip(found, RECORDS, strict=True):
         target = record.request.target
         assert got.ea == pytest.approx(literal(model, tokenizer, record.request.text, target))
