@@ -30,7 +30,7 @@ from fastmemit.data import Corpus
 from fastmemit.data.corpora import open_corpus
 from fastmemit.delta import Delta
 from fastmemit.edits import Edit, EditStack
-from fastmemit.errors import BadConfig, BadCorpus, BadLayer, WrongModel, counted
+from fastmemit.errors import BadConfig, BadCorpus, WrongModel, counted
 from fastmemit.files import cache_dir, stored_modules
 from fastmemit.methods import PRESERVING, PreservedKeys, Workspace, find_config, run
 from fastmemit.models import ModelAdapter, find_adapter
@@ -501,14 +501,7 @@ def _together(found: Live, layer: int, fields: dict[str, Any], alone: bool) -> l
     usual = find_config(found.adapter, "memit")
     if usual.preset != "default" and layer in usual.layers:
         return list(usual.layers)
-    row = []
-    for other in range(layer, min(layer + IN_A_ROW, found.adapter.n_layers)):
-        try:
-            found.adapter.check_layer(other)
-        except BadLayer:  # a block without this projection
-            continue
-        row.append(other)
-    return row
+    return [other for other in found.adapter.layers if layer <= other < layer + IN_A_ROW]
 
 
 class Applied(NamedTuple):
@@ -517,38 +510,6 @@ class Applied(NamedTuple):
     model: nn.Module
     before: dict[str, Tensor]  # weight name -> the weight before; empty unless asked for
     delta: Delta
-
-
-def write_facts(
-    method: str,
-    model: nn.Module,
-    tok: Any,
-    requests: Fact | Sequence[Fact],
-    hparams: Any,
-    *,
-    copy: bool = False,
-    keep: bool = False,
-) -> Applied:
-    """Write facts into a model, or a copy of it, by a method's name; see `apply_memit_to_model`."""
-    theirs = read_hparams(hparams, method)
-    batch = check_batch(requests)
-    found = _ready(model, tok, theirs)
-    if copy:  # with all that is remembered, so that both have the same contexts
-        found.workspace.contexts_of(theirs.config.method)
-        model = copying.deepcopy(model)
-        found = _ready(model, tok, theirs)
-    config = find_config(found.adapter, theirs.config)
-    found.stack.look(map(found.adapter.weight_name, config.layers))
-    made = isolated()(run)(config, found.workspace, batch)
-    before = {}
-    if keep:
-        weights = dict(model.named_parameters(remove_duplicate=False))
-        before = {name: weights[name].detach().clone() for name in made.delta.factors}
-    made.delta.add_to(model)
-    if config.method in PRESERVING:  # so that the next edit knows its keys
-        found.stack.wrote(made)
-    log.info("%s written by %s into %s", counted(len(batch), "fact"), method, ", ".join(made.delta.factors))
-    return Applied(model, before, made.delta)
 
 
 def applying(
@@ -569,8 +530,25 @@ def applying(
     ) -> tuple[Any, ...]:
         if kwargs:
             log.info("not used here: %s", ", ".join(sorted(kwargs)))
-        keep = return_orig_weights or keep_original_weight
-        return returned(write_facts(method, model, tok, requests, hparams, copy=copy, keep=keep))
+        theirs = read_hparams(hparams, method)
+        batch = check_batch(requests)
+        found = _ready(model, tok, theirs)
+        if copy:  # with all that is remembered, so that both have the same contexts
+            found.workspace.contexts_of(theirs.config.method)
+            model = copying.deepcopy(model)
+            found = _ready(model, tok, theirs)
+        config = find_config(found.adapter, theirs.config)
+        found.stack.look(map(found.adapter.weight_name, config.layers))
+        made = isolated()(run)(config, found.workspace, batch)
+        before = {}
+        if return_orig_weights or keep_original_weight:
+            weights = dict(model.named_parameters(remove_duplicate=False))
+            before = {name: weights[name].detach().clone() for name in made.delta.factors}
+        made.delta.add_to(model)
+        if config.method in PRESERVING:  # so that the next edit knows its keys
+            found.stack.wrote(made)
+        log.info("%s written by %s into %s", counted(len(batch), "fact"), method, ", ".join(made.delta.factors))
+        return returned(Applied(model, before, made.delta))
 
     apply.__name__ = apply.__qualname__ = f"apply_{method.replace('-', '_')}_to_model"
     apply.__doc__ = about

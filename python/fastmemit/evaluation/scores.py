@@ -226,11 +226,7 @@ def accuracy_record(
     paraphrases: Iterable[Sequence[bool]] = (),
     neighbourhood: Iterable[Sequence[bool]] = (),
 ) -> RecordAccuracy:
-    """Judge one zsRE record by which tokens of its answers, question by question, are the most probable ones.
-
-    Raises:
-        BadData: An answer has no token.
-    """
+    """Judge one zsRE record by which tokens of its answers are the most probable ones; BadData for an answer of none."""
 
     def share(where: str, tokens: Sequence[bool]) -> float:
         found = mean([float(token) for token in tokens])

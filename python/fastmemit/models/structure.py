@@ -139,11 +139,7 @@ def find_blocks(model: nn.Module) -> str:
 
 
 def find_projection(block: nn.Module, width: int, inner: set[int], path: str) -> str:
-    """The projection to `width` that writes the result of a block's MLP, whose widths `inner` choose among several.
-
-    Raises:
-        UnknownArchitecture: There is none, several could be it, or it is one of experts side by side.
-    """
+    """The one projection to `width` that writes a block's MLP, of these `inner` widths; else an UnknownArchitecture."""
     shapes = {name: shape for name, module in block.named_modules() if (shape := linear_shape(module)) is not None}
     # A map inside another one is a part of it: the weights of an adapter, what it was put around.
     shapes = {n: s for n, s in shapes.items() if not any(n.startswith(f"{o}.") for o in shapes)}
