@@ -140,7 +140,12 @@ def builtin_facts() -> list[Record]:
 
 
 def load_requests(path: StrPath) -> list[EditRequest]:
-    """Read a JSON list or JSONL file of requests in any spelling of `EditRequest`; else a BadData names the first ten."""
+    """Read edit requests from a JSON list or a JSONL file, in any spelling `EditRequest` knows.
+
+    Raises:
+        BadData: The file is not readable, or requests in it are malformed: the message lists the first ten with their
+            index, and says how many there are.
+    """
     path = Path(path)
     values = list(read_values(path, BadData))
     _refuse_wrapped(str(path), values)

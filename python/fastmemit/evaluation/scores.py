@@ -226,7 +226,7 @@ def accuracy_record(
     paraphrases: Iterable[Sequence[bool]] = (),
     neighbourhood: Iterable[Sequence[bool]] = (),
 ) -> RecordAccuracy:
-    """Judge one zsRE record by which tokens of its answers are the most probable ones; BadData for an answer of none."""
+    """Judge one zsRE record by which tokens of its answers are most probable; BadData for an answer without any."""
 
     def share(where: str, tokens: Sequence[bool]) -> float:
         found = mean([float(token) for token in tokens])

@@ -142,7 +142,12 @@ class ModelAdapter:
         return {id(part) for part in (module, module._parameters.get("weight")) if part is not None}
 
     def check_layer(self, layer: int) -> None:
-        """Refuse, by a BadLayer, a number out of range, a block without this projection, or one that shares it."""
+        """Refuse a layer that cannot be edited.
+
+        Raises:
+            BadLayer: `layer` is no integer in ``[0, n_layers)``, that block has no projection of this name, or another
+                block has the same one.
+        """
         self._check_number(layer)
         if self._shape(layer) is None:
             raise BadLayer(
@@ -196,7 +201,11 @@ class ModelAdapter:
         return is_transposed(self.projection(layer))
 
     def weight(self, layer: int) -> torch.Tensor:  # (d, d_k)
-        """The weight as (d, d_k), a view into the model; a WrongModel if it is no plain matrix of floats in memory."""
+        """The projection's weight as (d, d_k): a view, so that writing to it changes the model.
+
+        Raises:
+            WrongModel: It is not stored as a plain floating-point matrix, or not in memory.
+        """
         module, name = self.projection(layer), self.projection_name(layer)
         stored = {**module._parameters, **module._buffers}.get("weight")
         shape = self._shape(layer)
@@ -318,7 +327,11 @@ class ModelAdapter:
 
     @property
     def lm_head(self) -> nn.Module:
-        """The map from hidden states to logits, tied to the embeddings or not; UnknownArchitecture without one."""
+        """The map from hidden states to logits, tied to the embeddings or not.
+
+        Raises:
+            UnknownArchitecture: The model has none.
+        """
         head = getattr(self.model, "get_output_embeddings", lambda: None)()
         if not isinstance(head, nn.Module):
             raise UnknownArchitecture(
@@ -363,7 +376,11 @@ class ModelAdapter:
         return found
 
     def check_constant(self) -> None:
-        """Refuse, by an UnknownArchitecture, a model whose forward changes its own weights, as RWKV's first does."""
+        """Refuse a model whose forward changes its own weights, as RWKV's first one does.
+
+        Raises:
+            UnknownArchitecture: It does.
+        """
         if torch.is_inference_mode_enabled():
             return
         name = traits(self.model).changed
@@ -377,7 +394,11 @@ class ModelAdapter:
             )
 
     def check_causal(self) -> None:
-        """Refuse, by an UnknownArchitecture, a model of which a later token changes what it says at an earlier one."""
+        """Refuse a model that cannot be scored or edited as one that predicts the next token.
+
+        Raises:
+            UnknownArchitecture: A later token changes what the model says at an earlier one.
+        """
         self.look()
         if self.is_causal:
             return

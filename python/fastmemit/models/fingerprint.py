@@ -145,7 +145,11 @@ def checksum(tensor: Tensor) -> str:
 
 @isolated()
 def checksums(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
-    """The checksum of each tensor by name, with one wait for each device; a WrongModel for one that is not in memory."""
+    """The checksum of each tensor by name, with one wait for each device.
+
+    Raises:
+        WrongModel: A tensor is not in memory.
+    """
     kinds: dict[str, str] = {}  # name -> dtype and shape
     pending: dict[torch.device, list[tuple[str, Tensor]]] = {}
     with _Summing() as summing:
