@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from itertools import chain
-from types import TracebackType
 from typing import Any, TypeVar, cast
 
 import torch
@@ -93,9 +92,7 @@ class isolated:
             self._restore()
             raise
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self._restore()
         if error is not None and self._before is not None:  # torch.no_grad may have been stopped as it was left
             torch.set_grad_enabled(self._before)
@@ -224,9 +221,7 @@ class evaluation_mode:
             self.__exit__(type(error), error, None)
             raise
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if error is not None:
             torch.set_grad_enabled(self._gradients)  # torch.no_grad may be stopped as it is left
             while _C._len_torch_function_stack() > self._modes and isinstance(
@@ -466,9 +461,7 @@ class KeyHooks:
             self._handles.append(hook)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         while self._handles:
             self._handles.pop().remove()
 

@@ -83,8 +83,7 @@ class CpuKernel:
 
 #: The fastest first; two of them multiply bfloat16 as it is.
 FAST = tuple(CpuKernel(name) for name in ("amx_bf16", "avx512_bf16", "avx512f", "avx2"))
-#: Slow, and there for tests alone.
-PORTABLE = CpuKernel("portable")
+PORTABLE = CpuKernel("portable")  # slow, and there for tests alone
 
 
 def why_no_bfloat() -> str | None:

@@ -197,10 +197,12 @@ def _settings(fields: Mapping[str, Any], name: str, wanted: Collection[str]) -> 
 
 def _loss_layer(fields: Mapping[str, Any], name: str) -> int | None:
     value = fields.get("v_loss_layer")
-    number = None if value is None else finite(value, "v_loss_layer", name)
-    if number is not None and not number.is_integer():
+    if value is None:
+        return None
+    number = finite(value, "v_loss_layer", name)
+    if not number.is_integer():
         raise BadConfig(f"v_loss_layer of {name} must be a whole number but is {_shown(value)}; name the last block.")
-    return None if number is None else int(number)
+    return int(number)
 
 
 def fields_of(hparams: Any) -> dict[str, Any]:

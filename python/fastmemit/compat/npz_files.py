@@ -41,12 +41,10 @@ IMPORTED = "imported:"
 #: What the paper's own code looks for in a model's name, the first that is in it, and the folder that it goes to then.
 _EFFICIENT = {"Llama-2": "Llama-2-7b-hf", "Llama-3": "Llama-3-8b-hf", "gpt-j": "EleutherAI_gpt-j-6B"}
 
-# The check of imported files: tokens of prose that are read, and how long a text is.
-TOKENS, LENGTH = 2048, 128
+TOKENS, LENGTH = 2048, 128  # the check of imported files: tokens of prose that are read, and how long a text is
 #: Below this correlation the keys are of another layer or model; see docs/guide/other-codebases.md.
 LEAST_CORRELATION = 0.3
-#: A sum that was divided already, or a count of something else, is wrong by more than this.
-MOST_TIMES = 10.0
+MOST_TIMES = 10.0  # a sum that was divided already, or a count of something else, is wrong by more than this
 
 _NAMED = re.compile(r"(?P<module>.+)_(?P<precision>[a-z0-9]+)_mom2_(?P<size>\d+)\.npz")
 _SHOWN = 6

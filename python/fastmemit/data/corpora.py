@@ -8,10 +8,10 @@ import os
 import random
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from importlib.resources import files
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +42,8 @@ logger = printable_logger(__name__)
 
 #: English Wikipedia as the hub has it today; the older ``wikipedia`` data set is gone.
 WIKIPEDIA_HUB = "hub:wikimedia/wikipedia:20231101.en"
-#: Tokens of a batch, padding included: on a CPU, and elsewhere, where a batch feeds one launch.
-BATCH_TOKENS = 4096
-DEVICE_BATCH_TOKENS = 16384
+BATCH_TOKENS = 4096  # of a batch, padding included
+DEVICE_BATCH_TOKENS = 16384  # on an accelerator, where a batch feeds one launch
 
 # Beginnings that lead to different subjects and kinds of text.
 OPENINGS = (
@@ -284,23 +283,20 @@ def _from_hub(name: str, spec: str, field: str) -> Corpus:
     recipe = {"hub": found.spec, "revision": revision, "split": found.split, "field": field}
 
     def read(seed: int) -> Iterator[str]:
-        rows = enumerate(stream.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER))
-        done = 0
-        while True:
-            try:
-                index, row = next(rows)
-            except StopIteration:
-                return
-            except Exception as bad:  # whatever a download may raise
-                reason = str(bad).strip().partition("\n")[0][:160]
-                raise BadCorpus(
-                    f"The corpus {name} broke off after {done} documents "
-                    f"({type(bad).__name__}: {reason}); run it again, or {_OFFLINE}"
-                ) from bad
-            done = index + 1
-            text = _text_of(dict(row), field, f"Row {index} of {name}").strip()
-            if text:
-                yield text
+        index = -1
+        try:
+            for index, row in enumerate(stream.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER)):
+                text = _text_of(dict(row), field, f"Row {index} of {name}").strip()
+                if text:
+                    yield text
+        except BadCorpus:
+            raise
+        except Exception as bad:  # whatever a download may raise
+            reason = str(bad).strip().partition("\n")[0][:160]
+            raise BadCorpus(
+                f"The corpus {name} broke off after {index + 1} documents "
+                f"({type(bad).__name__}: {reason}); run it again, or {_OFFLINE}"
+            ) from bad
 
     return Corpus(name, hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest(), read)
 
@@ -313,14 +309,12 @@ def self_written(model: Any, tokenizer: Any, fingerprint: str) -> Corpus:
     recipe = [fingerprint, OPENINGS, WRITTEN_TOKENS, WRITTEN_TOGETHER, TOP_K]
 
     def read(seed: int) -> Iterator[str]:
-        number = 0
-        while True:
+        for number in count(0, WRITTEN_TOGETHER):
             openings = [OPENINGS[(number + i) % len(OPENINGS)] for i in range(WRITTEN_TOGETHER)]
             # A seed of its own for each batch, so that a corpus can be read on at any place.
             batch_seed = (seed * 1_000_003 + number) % 2**63
             new = continue_texts(model, tokenizer, openings, WRITTEN_TOKENS, top_k=TOP_K, seed=batch_seed)
             yield from (begin + rest for begin, rest in zip(openings, new, strict=True))
-            number += WRITTEN_TOGETHER
 
     return Corpus("self", hashlib.sha256(json.dumps(recipe).encode()).hexdigest(), read, by_model=True)
 
@@ -381,8 +375,5 @@ def corpus_batches(
 
     taken = fastcov.between(tokenised(), start, tokens, context, skip)
     batches = pinned(fastcov.bucket(taken, tokens_per_batch(device)), device)
-    if threaded:
-        with ahead.read(batches) as read:
-            yield read
-    else:
-        yield batches
+    with ahead.read(batches) if threaded else nullcontext(batches) as read:
+        yield read

@@ -21,8 +21,7 @@ from fastmemit.files import cache_dir, shared_folder
 
 MAX_WHOLE_FILE = 1 << 30  # bytes of a file that must be read whole: a JSON list, a text for perplexity
 MAX_LINE = 1 << 28  # bytes of one line or one document
-#: How a hub data set is named where a file could stand too.
-PREFIX = "hub:"
+PREFIX = "hub:"  # how a hub data set is named where a file could stand too
 #: What may stand in the place of a file.
 NAMES = ("builtin", "counterfact", "mquake", "rippleedits", "self", "wikipedia", "zsre")
 

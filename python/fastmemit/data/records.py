@@ -19,10 +19,8 @@ from fastmemit.request import EditRequest
 
 logger = printable_logger(__name__)
 
-#: All 21,919 cases with the full ROME schema, in the splits train and test.
-COUNTERFACT_HUB = "hub:azhx/counterfact"
-#: How a zsRE file is named where another file could stand too.
-ZSRE_PREFIX = "zsre:"
+COUNTERFACT_HUB = "hub:azhx/counterfact"  # All 21,919 cases with the full ROME schema, in the splits train and test
+ZSRE_PREFIX = "zsre:"  # how a zsRE file is named where another file could stand too
 #: Where data that are on no hub lie, by name: MEMIT's zsRE, MQuAKE-CF-3k, and the popular part of RippleEdits.
 ADDRESSES = {
     "zsre": "https://rome.baulab.info/data/dsets/zsre_mend_eval.json",
@@ -216,12 +214,10 @@ def batches(
 
 def _refuse_wrapped(source: str, values: Sequence[Value]) -> None:
     """A file with one object around the list, such as {"data": [...]}, is not a record."""
-    if len(values) != 1 or not isinstance(values[0].value, Mapping):
-        return
-    if values[0].place.startswith("item"):  # it is a list; what its one record lacks is said there
-        return
-    fields = values[0].value
-    if not {"requested_rewrite", "prompt", "subject"} & set(fields):
+    # What the one record of a list lacks is said where it is read.
+    alone = values[0] if len(values) == 1 and not values[0].place.startswith("item") else None
+    fields = alone and alone.value
+    if isinstance(fields, Mapping) and not {"requested_rewrite", "prompt", "subject"} & set(fields):
         raise BadData(
             f"{source} holds one JSON object at {values[0].place} (fields: {_fields(fields)}), "
             "not records; write a list, [ ... ], or one record a line."

@@ -22,8 +22,7 @@ from fastmemit.evaluation.runner import first_words
 from fastmemit.request import joined_answer
 from fastmemit.text import lead
 
-#: Tokens that are shown of what a model says.
-SHOWN = 6
+SHOWN = 6  # tokens that are shown of what a model says
 KINDS = ("fact", "paraphrase", "neighbour", "prompt")
 
 

@@ -20,8 +20,7 @@ from fastmemit.text import continue_texts
 
 NEW_TOKENS = 100
 TOP_K = 5
-#: Weights of the bigram and the trigram entropy, whose mean is the entropy of a text.
-WEIGHTS = {2: 2 / 3, 3: 4 / 3}
+WEIGHTS = {2: 2 / 3, 3: 4 / 3}  # weights of the bigram and the trigram entropy, whose mean is the entropy of a text
 # A word with its apostrophes and hyphens, or one other character that is not white space.
 _TOKEN = re.compile(r"\w+(?:['\u2019-]\w+)*|[^\w\s]")
 _FIELDS = ("relation_id", "target_new", "text")

@@ -29,10 +29,8 @@ from fastmemit.text import encode
 
 log = logging.getLogger(__name__)
 
-#: Tokens in a window where nothing else is asked for and the model takes so many.
-DEFAULT_CONTEXT = 1024
-# A cut text may differ from the whole one in its last tokens; so many are read and not used.
-_SLACK = 256
+DEFAULT_CONTEXT = 1024  # tokens in a window where nothing else is asked for and the model takes so many
+_SLACK = 256  # a cut text may differ from the whole one in its last tokens; so many are read and not used
 # Size of one block of logits in float32; their log-sum-exp needs as much again. Larger is not faster.
 _LOGIT_BYTES = 1 << 26
 

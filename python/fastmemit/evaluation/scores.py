@@ -19,8 +19,7 @@ from fastmemit.errors import BadData
 from fastmemit.models import ModelAdapter
 from fastmemit.request import joined_answer
 
-#: What a record of CounterFact is scored by, each a share of its prompts.
-SHARES = ("es", "ps", "ns", "ea", "pa", "na")
+SHARES = ("es", "ps", "ns", "ea", "pa", "na")  # what a record of CounterFact is scored by, each a share of its prompts
 #: The scores in the order in which they are shown: S beside what it is made of.
 SCORES = ("es", "ps", "ns", "s", "ea", "pa", "na")
 #: Harmonic means of the others: S of CounterFact, A of zsRE.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Hashable, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any, Literal
 
@@ -37,22 +38,14 @@ log = logging.getLogger(__name__)
 Site = Literal["block", "projection"]
 
 CONTEXT_LIMIT = 2048
-#: Mean shares of a wanted change, below which a layer is refused or warned of.
-REFUSED, WARNED = 0.1, 0.5
-#: Share of a move by which it may be another one among other tokens.
-ROWS_MATTER = 0.1
-#: How far from a straight line a response may be before the map counts as bent, beside rounding.
-STRAIGHT = 1e-3
-#: Corrections of a bent map, each by one run of the block.
-CORRECTIONS = 6
-#: By what share of a wanted move a prediction may be off before a norm does not explain a block.
-UNEXPLAINED = 0.05
-#: Steps of descent where no norm explains it.
-DESCENT = 30
-#: A probe is this long in every coordinate: any epsilon of a norm is negligible against it.
-PROBE = 16.0
-#: How much staying near the present u counts beside the wanted output, in median squared gains.
-NEAR = 0.1
+REFUSED, WARNED = 0.1, 0.5  # mean shares of a wanted change, below which a layer is refused or warned of
+ROWS_MATTER = 0.1  # share of a move by which it may be another one among other tokens
+STRAIGHT = 1e-3  # how far from a straight line a response may be before the map counts as bent, beside rounding
+CORRECTIONS = 6  # corrections of a bent map, each by one run of the block
+UNEXPLAINED = 0.05  # by what share of a wanted move a prediction may be off before a norm does not explain a block
+DESCENT = 30  # steps of descent where no norm explains it
+PROBE = 16.0  # a probe is this long in every coordinate: any epsilon of a norm is negligible against it
+NEAR = 0.1  # how much staying near the present u counts beside the wanted output, in median squared gains
 
 
 def is_transposed(module: nn.Module) -> bool:
@@ -438,22 +431,26 @@ class ModelAdapter:
 
 
 def _try_out(adapter: ModelAdapter, layer: int) -> None:
-    why = _refusal(adapter, layer, "block")
-    if why is not None:
-        if _refusal(adapter, layer, "projection") is not None:
-            raise why
+    try:
+        _check_change(adapter, layer, "block")
+    except UnknownArchitecture as why:
+        try:
+            _check_change(adapter, layer, "projection")
+        except UnknownArchitecture:
+            raise why from why.__cause__
         log.warning("%s Only method rome can edit this layer.", why)
 
 
-def _refusal(adapter: ModelAdapter, layer: int, site: Site) -> UnknownArchitecture | None:
-    """Why no change can enter at a layer, or None; where one block of each kind refuses, the whole model decides."""
-    with one_of_each_kind(adapter.model, also=[layer]):
-        why = _no_gradient(adapter, layer, site)
-    return why and _no_gradient(adapter, layer, site)
+def _check_change(adapter: ModelAdapter, layer: int, site: Site) -> None:
+    """Refuse a layer where no change can enter; where one block of each kind refuses, the whole model decides."""
+    with suppress(UnknownArchitecture), one_of_each_kind(adapter.model, also=[layer]):
+        _check_gradient(adapter, layer, site)
+        return
+    _check_gradient(adapter, layer, site)
 
 
-def _no_gradient(adapter: ModelAdapter, layer: int, site: Site) -> UnknownArchitecture | None:
-    """Why the logits of a few tokens have no gradient for what a site puts out, or None where they have one."""
+def _check_gradient(adapter: ModelAdapter, layer: int, site: Site) -> None:
+    """Refuse a site for whose output the logits of a few tokens have no gradient."""
     ids = probe_ids(adapter.model)[:6]
     module, what = adapter.module_at(layer, site), f"A change of what the {site} of layer {layer}"
     what = f"{what} of {type(adapter.model).__name__} puts out"
@@ -468,18 +465,13 @@ def _no_gradient(adapter: ModelAdapter, layer: int, site: Site) -> UnknownArchit
         with torch.enable_grad(), module.register_forward_hook(put), head_reads(adapter, [0], [len(ids) // 2]):
             logits = adapter.run(**pad_batch([ids], device=adapter.device), use_cache=False).logits
             (gradient,) = torch.autograd.grad(logits.float().square().sum(), entered)
-        if bool((gradient[0, len(ids) // 2] == 0).all()):
-            return UnknownArchitecture(f"{what} does not reach the logits; edit another model.")
-    except UnknownArchitecture as error:
-        return error
     except (FastmemitError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         why = f"{type(error).__name__}: {str(error)[:200]}"
-        found = UnknownArchitecture(f"{what} cannot be tried out ({why}); edit another model.")
-        found.__cause__ = error
-        return found
-    return None
+        raise UnknownArchitecture(f"{what} cannot be tried out ({why}); edit another model.") from error
+    if bool((gradient[0, len(ids) // 2] == 0).all()):
+        raise UnknownArchitecture(f"{what} does not reach the logits; edit another model.")
 
 
 @isolated()

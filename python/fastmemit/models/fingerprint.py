@@ -100,8 +100,7 @@ def _value(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
     return tensor
 
 
-#: Goes up with every change of how a fingerprint is computed.
-RECIPE = 2
+RECIPE = 2  # goes up with every change of how a fingerprint is computed
 _WORDS = 1 << 17  # 64-bit words in a block: 1 MB, which stays in the caches
 _CPU = torch.device("cpu")
 _TOGETHER = 32  # blocks that an accelerator takes at a time
@@ -159,18 +158,14 @@ def checksums(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
                     f"A tensor {name!r} on the device meta has no values to identify; load it without offloading."
                 )
             sums = summing(_words(tensor))
-            shape = "x".join(map(str, tensor.shape))
-            dtype = str(tensor.dtype).removeprefix("torch.")
-            kinds[name] = f"{dtype}[{shape}]"
+            kinds[name] = f"{str(tensor.dtype).removeprefix('torch.')}[{'x'.join(map(str, tensor.shape))}]"
             pending.setdefault(sums.device, []).append((name, sums))
     digests: dict[str, str] = {}
     for parts in pending.values():
-        values = torch.cat([sums for _, sums in parts]).cpu().numpy().astype("<i8")
-        start = 0
-        for name, sums in parts:
-            end = start + len(sums)
-            digests[name] = hashlib.blake2b(values[start:end].tobytes(), digest_size=16).hexdigest()
-            start = end
+        together = torch.cat([sums for _, sums in parts]).cpu().split([len(sums) for _, sums in parts])
+        for (name, _), values in zip(parts, together, strict=True):
+            content = values.numpy().astype("<i8").tobytes()
+            digests[name] = hashlib.blake2b(content, digest_size=16).hexdigest()
     return {name: f"{kind}:{digests[name]}" for name, kind in kinds.items()}
 
 

@@ -101,8 +101,7 @@ def _tokenizer(file: Path, converted: Any) -> Any:
     return tokenizer
 
 
-#: What accelerate can be asked to work out by itself.
-MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+MAPS = ("auto", "balanced", "balanced_low_0", "sequential")  # what accelerate can be asked to work out by itself
 LOAD_IN = ("8bit", "4bit")
 
 

@@ -289,13 +289,13 @@ def test_the_check_refuses_what_no_change_can_enter(monkeypatch: pytest.MonkeyPa
 
 def test_the_check_runs_once_for_each_kind_of_block(monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[int] = []
-    original = adapter_module._refusal
+    original = adapter_module._check_change
 
     def counted(adapter: Any, layer: int, *args: Any) -> Any:
         tried.append(layer)
         return original(adapter, layer, *args)
 
-    monkeypatch.setattr(adapter_module, "_refusal", counted)
+    monkeypatch.setattr(adapter_module, "_check_change", counted)
     adapter = find_adapter(tiny_model("llama"))
     adapter.check_targets([0, 1, 2])
     adapter.check_targets([0, 1, 2])
