@@ -8,15 +8,19 @@ everywhere in this project.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fastcov.hooks import isolated
 from fastmemit.errors import BadConfig, ModelNotFound
 from fastmemit.models import find_adapter
 from fastmemit.models.loading import load_skeleton
 from fastmemit.models.running import text_config
+from fastmemit.request import EditRequest
+from fastmemit.text import request_rows
 
 #: What MEMIT's authors ran for each layer (100,000 Wikipedia articles), the full precompute of arXiv 2506.04226.
 FULL_KEYS = 44_000_000
@@ -218,9 +222,10 @@ class EditPlan:
     keys: int  # bytes of one layer's keys, float64
     targets: int  # bytes of the target vectors and of what is read beside them
     solve: int  # bytes of what one layer's closed form makes
-    copies: int  # bytes of weights as they were: for trial writes, and for the undo
+    copies: int  # bytes of weights as they were: for trial writes, later for the undo; more edits hold up to four
     delta: int  # bytes of the change of all layers
     seconds: dict[str, float]  # by step
+    counted_with: dict[str, int]  # `rows`, `steps`, `tokens` and `moving` of `plan_edit`
 
     @property
     def memory(self) -> int:
@@ -268,7 +273,7 @@ def plan_edit(
         keys=facts * d_k * _F64,
         targets=facts * d * (2 * _F64 + 2 * _F32),
         solve=(2 * facts * d_k + small**2 * (3 if wide else 1) + facts * d) * _F64,
-        copies=2 * n * d * d_k * machine.dtype_bytes,
+        copies=n * d * d_k * machine.dtype_bytes,
         delta=n * min(facts, d, d_k) * (d + d_k) * _F32,
         seconds={
             "targets": facts * target / (machine.flops * machine.share),
@@ -276,7 +281,19 @@ def plan_edit(
             "reading keys": facts * rows * tokens * 2.0 * below / (machine.flops * machine.share),
             "solving": n * 2 * solve / machine.float64,
         },
+        counted_with={"rows": rows, "steps": steps, "tokens": tokens, "moving": moving},
     )
+
+
+def tokens_of(tokenizer: Any, requests: Sequence[EditRequest]) -> dict[str, int]:
+    """What `plan_edit` takes as `tokens` and `moving`, as facts have it on average; errors as of `request_rows`.
+
+    Contexts, which a model writes, are not known: five texts of six have one of 12 tokens before the prompt.
+    """
+    rows = [request_rows(tokenizer, request, ("",)).rows[0] for request in requests]
+    prompts = sum(len(row.ids) for row in rows) / len(rows)
+    moving = sum(len(row.ids) - row.subject for row in rows) / len(rows)
+    return {"tokens": math.ceil(prompts + 10), "moving": math.ceil(moving)}
 
 
 def _check(shape: Shape, layers: Sequence[int], what: str, *numbers: int) -> None:

@@ -154,9 +154,9 @@ def test_an_edit_by_hand() -> None:
     assert (made.factors, made.making) == (512, 426)
     assert made.keys == 3 * 8 * 8 and made.targets == 3 * 4 * 24
     assert made.solve == (2 * 3 * 8 + 9 + 3 * 4) * 8
-    assert made.copies == 2 * 4 * 8 * 2 and made.delta == 3 * 12 * 4
+    assert made.copies == 4 * 8 * 2 and made.delta == 3 * 12 * 4
     assert made.reading == 30 * (3 * 8 + 3 * 4) * 2
-    assert made.memory == 512 + 192 + 288 + 128 + 144 + max(2160, 426, 552)
+    assert made.memory == 512 + 192 + 288 + 64 + 144 + max(2160, 426, 552)
 
 
 def test_an_edit_of_more_facts_than_a_side() -> None:

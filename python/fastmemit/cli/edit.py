@@ -124,9 +124,6 @@ def _save(args: argparse.Namespace, editor: Editor, edit: Edit) -> None:
 
 
 def _requests(args: argparse.Namespace) -> list[EditRequest]:
-    from fastmemit.data import load_records, load_requests, load_zsre
-    from fastmemit.data.records import is_zsre
-
     single = (args.prompt, args.subject, args.target)
     complete = None not in single
     given = any(single) or args.join is not None
@@ -140,11 +137,19 @@ def _requests(args: argparse.Namespace) -> list[EditRequest]:
     if args.facts is None:
         fact = {"prompt": args.prompt, "subject": args.subject, "target_new": args.target}
         return [EditRequest.from_dict({**fact, "join": args.join})]
-    if is_zsre(args.facts):
-        return check_batch([record.request for record in load_zsre(args.facts)])
-    if args.facts in ("builtin", "counterfact") or args.facts.startswith("hub:"):
-        return check_batch([record.request for record in load_records(args.facts)])
-    return check_batch(load_requests(args.facts))
+    return check_batch(named_requests(args.facts))
+
+
+def named_requests(facts: str) -> list[EditRequest]:
+    """The requests that ``--facts`` names."""
+    from fastmemit.data import load_records, load_requests, load_zsre
+    from fastmemit.data.records import is_zsre
+
+    if is_zsre(facts):
+        return [record.request for record in load_zsre(facts)]
+    if facts in ("builtin", "counterfact") or facts.startswith("hub:"):
+        return [record.request for record in load_records(facts)]
+    return load_requests(facts)
 
 
 def _observer(args: argparse.Namespace, editor: Editor, facts: Sequence[EditRequest]) -> Observer:

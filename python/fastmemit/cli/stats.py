@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fastmemit.cli import options
 from fastmemit.cli.options import make_editor, statistics_found, stored_or_collected, verb, write_json
@@ -65,8 +65,12 @@ def _precompute(args: argparse.Namespace) -> None:
 
 @verb(
     "stats plan",
-    "--shape! --layers=4-8 --multipliers --machine --flops --share --processes --batch-tokens --length --batch-size",
-    {"--multipliers": {"help": "keys as multiples of their width, beside 44 million"}},
+    "--shape! --layers=4-8 --multipliers --machine --flops --share --processes --batch-tokens --length --batch-size "
+    "--facts",
+    {
+        "--multipliers": {"help": "keys as multiples of their width, beside 44 million"},
+        "--batch-size": {"default": None, "help": "facts of the edit (default: 16, or as many as --facts has)"},
+    },
 )
 def _plan(args: argparse.Namespace) -> None:
     """Count the memory, time and bytes that a model's statistics and an edit take, and load nothing.
@@ -75,17 +79,24 @@ def _plan(args: argparse.Namespace) -> None:
       fastmemit stats plan --shape llama-3-70b --layers 4-8 --processes 8
       fastmemit stats plan --shape ./my-model --layers 4-8 --multipliers 2,10 --machine h100 --share 0.4
       fastmemit stats plan --shape gpt-j-6b --layers 3-8 --batch-size 10000
+      fastmemit stats plan --shape ./my-model --facts facts.jsonl
 
     Operations and bytes are counted as the code does them. Seconds divide them by a machine's rates;
-    the last line says which of these were measured and which are assumed.
+    the last lines say what was assumed of facts, and which rates were measured. With --facts, those
+    are counted in tokens of the model whose folder --shape names.
     """
     import dataclasses
 
     import fastcov
-    from fastmemit.capacity import FULL_KEYS, MACHINES, plan, plan_edit, shape_of
+    from fastmemit.capacity import FULL_KEYS, MACHINES, plan, plan_edit, shape_of, tokens_of
+    from fastmemit.cli.edit import named_requests
     from fastmemit.methods.config import parse_layers
 
-    shape = shape_of(args.shape)
+    shape, facts, lengths = shape_of(args.shape), args.batch_size or 16, {}
+    if args.facts is not None:
+        requests = named_requests(args.facts)
+        lengths = tokens_of(_tokenizer(args.shape), requests)
+        facts = args.batch_size or len(requests)
     machine = MACHINES[args.machine]
     for name in ("flops", "share"):
         value = getattr(args, name)
@@ -104,7 +115,7 @@ def _plan(args: argparse.Namespace) -> None:
         plan(shape, machine, layers, keys, processes=args.processes, batch_tokens=args.batch_tokens, length=args.length)
         for keys in dict.fromkeys([*wanted, FULL_KEYS])
     ]
-    edit = plan_edit(shape, machine, layers, args.batch_size)
+    edit = plan_edit(shape, machine, layers, facts, **lengths)
     write_json(
         args.json,
         {
@@ -113,7 +124,7 @@ def _plan(args: argparse.Namespace) -> None:
             "layers": layers,
             "processes": args.processes,
             "plans": [{**dataclasses.asdict(p), "memory": p.memory, "total_seconds": p.total} for p in plans],
-            "edit": {"facts": args.batch_size, **dataclasses.asdict(edit), "memory": edit.memory},
+            "edit": {"facts": facts, **dataclasses.asdict(edit), "memory": edit.memory},
         },
     )
     print(
@@ -148,7 +159,7 @@ def _plan(args: argparse.Namespace) -> None:
             f"what runs does not fit into the {byte_size(machine.memory)} of one device: spread the "
             "model (--device auto), or take fewer layers or a smaller batch"
         )
-    print(f"\nthen a MEMIT edit of {counted(args.batch_size, 'fact')}, beside the model")
+    print(f"\nthen a MEMIT edit of {counted(facts, 'fact')}, beside the model")
     rows = [
         ("memory", []),
         ("  factors of all layers", [byte_size(edit.factors)]),
@@ -164,9 +175,32 @@ def _plan(args: argparse.Namespace) -> None:
         *((f"  {step}", [_seconds(seconds)]) for step, seconds in edit.seconds.items()),
     ]
     show_table([[name, *cells] for name, cells in rows])
+    known = "tokens are these facts', the rest is assumed" if args.facts is not None else "all of it assumed"
+    print(
+        "a fact: {rows} texts of {tokens} tokens, {moving} from the subject's last on, {steps} steps;".format_map(
+            edit.counted_with
+        ),
+        known,
+    )
     print(f"rates: {machine.source}")
     if args.flops is not None or args.share is not None:
         print("rates given on the command line replace those")
+
+
+def _tokenizer(folder: str) -> Any:
+    """That of the model whose folder is the plan's shape."""
+    from transformers import AutoTokenizer
+
+    if not Path(folder).is_dir():
+        raise BadConfig(
+            f"--facts are counted in a model's tokens, and {folder!r} is no folder of one; name it as --shape."
+        )
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise BadConfig(
+            f"The folder {folder!r} has no tokenizer that can be loaded ({error!s:.120}); leave out --facts."
+        ) from error
 
 
 def _seconds(number: float) -> str:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 
 from fastmemit.cli import main
 from tiny_commands import Place, refused, run
+from tiny_editors import FACTS
+from tiny_tokenizers import tiny_tokenizer
 
 
 def columns(out: str) -> dict[str, list[str]]:
-    rows = (line for line in out.splitlines()[1:] if not line.startswith(("rates", "what runs d")))
+    rows = (line for line in out.splitlines()[1:] if not line.startswith(("rates", "what runs d", "a fact: ")))
     return {name: cells for name, *cells in (re.split(" {2,}", line.strip()) for line in rows)}
 
 
@@ -53,6 +57,24 @@ def test_the_plan_of_an_edit_is_written_too(capsys: pytest.CaptureFixture[str], 
     assert edit["facts"] == 16 and edit["factors"] == 6 * 8 * 16384**2  # six layers, float64
     held = sum(edit[name] for name in ("factors", "keys", "targets", "copies", "delta"))
     assert edit["memory"] == held + max(edit[name] for name in ("reading", "making", "solve"))
+
+
+def test_facts_are_counted_in_tokens_of_the_model(capsys: pytest.CaptureFixture[str], place: Place) -> None:
+    model, out = place.model[1], place.at / "plan.json"
+    said = run(capsys, "stats", "plan", "--shape", model, "--layers", "0", "--facts", place.requests, "--json", out)
+    edit, tokenizer = json.loads(out.read_text())["edit"], tiny_tokenizer()
+    # All but the answer's last token; the mean of two facts, rounded up, and 10 more for contexts.
+    lengths = [len(tokenizer(fact.text + fact.target)["input_ids"]) - 1 for fact in FACTS[:2]]
+    tokens = 10 + math.ceil(sum(lengths) / 2)
+    assert edit["facts"] == 2 and edit["counted_with"]["tokens"] == tokens
+    assert "a MEMIT edit of 2 facts" in said and f"6 texts of {tokens} tokens" in said and "these facts'" in said
+    assert "all of it assumed" in run(capsys, "stats", "plan", "--shape", model, "--layers", "0")
+    more = ("--shape", "gpt2-xl", "--facts", place.requests)
+    assert "'gpt2-xl' is no folder of one; name it as --shape" in refused(capsys, place, "stats", "plan", *more)
+    (place.at / "bare").mkdir()
+    shutil.copy(Path(model) / "config.json", place.at / "bare")
+    more = ("--shape", place.at / "bare", "--layers", "0", "--facts", place.requests)
+    assert "has no tokenizer that can be loaded" in refused(capsys, place, "stats", "plan", *more)
 
 
 def test_several_multipliers_and_given_rates(capsys: pytest.CaptureFixture[str]) -> None:
