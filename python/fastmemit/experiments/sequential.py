@@ -16,7 +16,7 @@ import math
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,7 +37,7 @@ from fastmemit.experiments.sweep import (
     table_of,
     unedited_scores,
 )
-from fastmemit.methods import PRESERVING, EditConfig, PreservedKeys, ReadCache, TargetConfig
+from fastmemit.methods import PRESERVING, PreservedKeys, ReadCache, TargetConfig
 from fastmemit.methods.config import config_class
 from fastmemit.request import EditRequest, check_batch
 from fastmemit.targets import Target
@@ -54,8 +54,8 @@ class Plan:
 
     batches: Sequence[Sequence[Record]]  # records to be edited together, in the order in which they are written
     method: str  # one of `fastmemit.methods.METHODS`
-    settings: Mapping[str, Any]  # what replaces the preset's settings
-    multipliers: Sequence[float | None]  # in ascending order; None, which comes last, is the full precompute
+    settings: Mapping[str, Any] = field(default_factory=dict)  # what replaces the preset's settings
+    multipliers: Sequence[float | None] = (10.0,)  # in ascending order; None, which comes last, is the full precompute
     earlier_keys: Sequence[bool] = (True, False)  # with the keys of earlier edits preserved, without, or both
     score_every: int = 1  # after how many batches scores are taken
     targets: Literal["edited", "unedited"] = "edited"  # of which model: as it is when a batch is written, or before all
@@ -126,14 +126,10 @@ def run_sequences(editor: Editor, plan: Plan, inputs: Inputs, *, progress: bool 
                     begun = time.perf_counter()
                     run = run_sequential(
                         editor,
-                        plan.batches,
-                        plan.method,
-                        plan.settings,
-                        earlier_keys=preserve,
-                        score_every=plan.score_every,
+                        plan,
+                        preserve,
                         perplexity=None if text is None else lambda: perplexity(editor.adapter, text).perplexity,
                         entropy=_entropy(editor, records[: plan.generations]),
-                        targets=plan.targets,
                         unedited=unedited,
                         reads=reads,
                         progress=advance,
@@ -173,26 +169,21 @@ def read_sequences(path: Path, batches: int) -> dict[str, list[dict[str, Any]]]:
 
 def run_sequential(
     editor: Editor,
-    batches: Sequence[Sequence[Record]],
-    method: str | EditConfig,
-    settings: Mapping[str, Any] | None = None,
+    plan: Plan,
+    preserve: bool,
     *,
-    earlier_keys: bool,
-    score_every: int = 1,
     perplexity: Callable[[], float] | None = None,
     entropy: Callable[[], float] | None = None,
-    targets: Literal["edited", "unedited"] = "edited",
     unedited: Mapping[int, Mapping[str, Any]] | None = None,
     reads: ReadCache | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Generator[Step]:
-    """Write batches one after the other, and yield a `Step` after every k-th and after the last.
+    """Write a plan's batches one after the other, and yield a `Step` after every k-th and after the last.
 
-    Target vectors are those of the model as it is when a batch is written, with the earlier edits in it, or, where
-    `targets` is ``"unedited"``, those of the unedited model, which are the same for all methods that share them.
-    Contexts are those of the unedited model. All edits are undone when the iterator ends, is closed or fails: the
-    weights have their bits back, last edit first. For the method, its settings and `reads` see
-    `fastmemit.Editor.plan`.
+    Target vectors are those of the model as it is when a batch is written, with the earlier edits in it, or, where the
+    plan's `targets` are ``"unedited"``, those of the unedited model, which are the same for all methods that share
+    them. Contexts are those of the unedited model. All edits are undone when the iterator ends, is closed or fails: the
+    weights have their bits back, last edit first. For `reads` see `fastmemit.Editor.plan`.
 
     With `preserve` each batch preserves the keys of the earlier ones too, ``A = w C + ridge I + sum K_p K_p^T``.
     `perplexity` and `entropy` measure the model as it is; `unedited` are the unedited model's shares by case_id, if
@@ -209,12 +200,13 @@ def run_sequential(
     """
     if editor.edits:
         raise WrongModel(_EDITED)
-    if score_every < 1:
-        raise BadConfig(f"Scores are taken after every {score_every} batches; give 1 or more.")
+    batches = plan.batches
+    if plan.score_every < 1:
+        raise BadConfig(f"Scores are taken after every {plan.score_every} batches; give 1 or more.")
     if not batches or not all(batches):
         raise BadData("A sequence needs batches with at least one record each; give some.")
-    config = editor.config(method, **as_published(method, settings))
-    if targets == "unedited" and not isinstance(config, TargetConfig):
+    config = editor.config(plan.method, **as_published(plan.method, plan.settings))
+    if plan.targets == "unedited" and not isinstance(config, TargetConfig):
         raise BadConfig(f"{config.method} has no target vectors; leave out targets='unedited' (--targets).")
     editor.store.needed(config)
     contexts = editor.contexts(config.method)  # written by the unedited model
@@ -225,12 +217,12 @@ def run_sequential(
         records = [record for batch in batches for record in batch]
         unedited = {s.case_id: s.shares() for s in score_records(editor.adapter, editor.tokenizer, records)}
     given: dict[EditRequest, Target] | None = None
-    if targets == "unedited":
+    if plan.targets == "unedited":
         given = {}
         for batch in batches:
             requests = [record.request for record in batch]
             given |= zip(requests, editor.targets(requests, config, together=True), strict=True)
-    preserved = PreservedKeys() if earlier_keys else None
+    preserved = PreservedKeys() if preserve else None
     failed = 0
     try:
         for number, batch in enumerate(batches, 1):
@@ -252,7 +244,7 @@ def run_sequential(
                 failed += 1
             if progress is not None:
                 progress(len(batch))
-            if number % score_every == 0 or number == len(batches):
+            if number % plan.score_every == 0 or number == len(batches):
                 written = [(at, record) for at, batch in enumerate(batches[:number]) for record in batch]
                 scores = scored_or_failed(editor, [record for _, record in written])
                 scored = [

@@ -230,8 +230,9 @@ def cells_table(cells: pandas.DataFrame) -> Table:
     rows: dict[tuple[str, ...], None] = {}  # the unedited model once for each set of records
     columns: dict[Column, Iterable[str]] = {}
     compared = cells[FULL].notna().any()
-    for end, nothing in (("_before", ["-"] * len(cells)), ("", None)):
-        columns = {Column("cell", text=True): cells["key"] if nothing is None else ["unedited"] * len(cells)}
+    for end in ("_before", ""):
+        nothing = ["-"] * len(cells) if end else []
+        columns = {Column("cell", text=True): ["unedited"] * len(cells) if end else cells["key"]}
         columns[Column("keys")] = nothing or cells["keys"].map("{:,}".format)
         columns[Column("records")] = cells["records"].map(len).map(str)
         columns |= {Column(head(score)): cells[score + end].map(_interval) for score in SCORES}
@@ -293,23 +294,18 @@ def step_tables(steps: pandas.DataFrame) -> list[Table]:
         note += " In brackets the 95 % bootstrap interval over records."
     if failed := sum(row["failed"] for row in rows if row["edits"] == last["edits"]):
         note += f" {counted(failed, 'batch', 'batches')} could not be written, because the model had broken down."
-    newest = Column("EA of each batch at the end, the oldest first", text=True)
-    ages: dict[Column, list[str]] = {
-        Column("run", text=True): [],
-        newest: [],
-        Column("EA of the first batch, step by step", text=True): [],
+
+    def matches(scores: Iterable[Mapping[str, Any]]) -> str:
+        return " ".join(_plain(one.get("ea"), 0) for one in scores)
+
+    batches = {run: part["by_batch"].tolist() for run, part in steps.groupby("run", sort=False)}
+    ages: dict[Column, Iterable[str]] = {
+        Column("run", text=True): batches,
+        Column("EA of each batch at the end, the oldest first", text=True): [matches(b[-1]) for b in batches.values()],
+        Column("EA of the first batch, step by step", text=True): [
+            matches(at_step[0] for at_step in b) for b in batches.values()
+        ],
     }
-    for run, part in steps.groupby("run", sort=False):
-        by_batch = part["by_batch"].tolist()
-        texts = (
-            run,
-            *(
-                " ".join(_plain(one.get("ea"), 0) for one in found)
-                for found in (by_batch[-1], [b[0] for b in by_batch])
-            ),
-        )
-        for values, text in zip(ages.values(), texts, strict=True):
-            values.append(text)
     return [
         Table.of("steps", "Every step, with intervals", columns, note),
         Table.of("ages", "What becomes of the oldest facts", ages, "In percent."),
@@ -350,12 +346,8 @@ def cells_csv(cells: pandas.DataFrame) -> str:
         costs = {"ppl_before": row[f"{PERPLEXITY}_before"], "ppl_after": row[PERPLEXITY]}
         rows.append({**row, **means, **costs, "records": len(row["records"])})
     other = "first" if "run" in cells else FULL
-    scores = [
-        *SCORES,
-        *(f"{score}_before" for score in SCORES),
-        "kept",
-        *(f"{score}_minus_{other}" for score in SCORES),
-    ]
+    scores = [score + end for end in ("", "_before") for score in SCORES]
+    scores += ["kept", *(f"{score}_minus_{other}" for score in SCORES)]
     names = ["key", *PLACE, "keys", "records", *(f"{score}{end}" for score in scores for end in ("", "_low", "_high"))]
     return _csv([*names, "kept_by", "ppl_before", "ppl_after", "jitter", *further], rows)
 
@@ -401,16 +393,13 @@ def _plain(value: float | None, digits: int = 2) -> str:
 def _interval(found: Estimate | None, digits: int = 2, sign: str = "") -> str:
     if found is None:
         return "-"
-    numbers = (
-        f"{round(end, digits) + 0.0:{sign}.{digits}f}" for end in (found.value, found.low, found.high)
-    )  # no -0.0
-    return "{} [{}, {}]".format(*numbers)
+    ends = (round(end, digits) + 0.0 for end in (found.value, found.low, found.high))  # no -0.0
+    return "{} [{}, {}]".format(*(f"{end:{sign}.{digits}f}" for end in ends))
 
 
 def _least(cells: pandas.DataFrame) -> list[str]:
     """``0.62 (EA) [0.55, 0.69]``: which score it is, and the interval."""
-    pairs = zip(cells["kept"], cells["kept_by"], strict=True)
     return [
         "-" if share is None else f"{share.value:.3f} ({head(by)}) [{share.low:.3f}, {share.high:.3f}]"
-        for share, by in pairs
+        for share, by in zip(cells["kept"], cells["kept_by"], strict=True)
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from fastmemit.errors import BadConfig, BadData, BadRequest, WrongModel
 from fastmemit.evaluation import score_records
 from fastmemit.evaluation.scores import RecordScore, summarise
 from fastmemit.experiments.results import Step
-from fastmemit.experiments.sequential import run_sequential
+from fastmemit.experiments.sequential import Plan, run_sequential
 from fastmemit.methods import PreservedKeys, ReadCache
 from fastmemit.request import EditRequest
 from tiny_editors import FACTS, record, tiny_editor
@@ -45,9 +46,11 @@ def table(scores: list[RecordScore]) -> dict[str, Any]:
     return {name: found[name] for name in ("es", "ps", "ns", "s", "ea", "pa", "na")}
 
 
-def run(editor: Editor, **more: Any) -> list[Step]:
-    more = {"earlier_keys": True, **more}
-    return list(run_sequential(editor, BATCHES, "memit", SETTINGS, **more))
+PLAN = Plan(BATCHES, "memit", SETTINGS)
+
+
+def run(editor: Editor, preserve: bool = True, plan: Plan = PLAN, **more: Any) -> list[Step]:
+    return list(run_sequential(editor, plan, preserve, **more))
 
 
 @pytest.mark.parametrize("preserve", [True, False])
@@ -59,7 +62,7 @@ def test_a_run_is_edits_on_top_of_each_other_written_out(editor: Editor, preserv
         return 30.0 + len(costs)
 
     counted: list[int] = []
-    found = run(editor, earlier_keys=preserve, perplexity=perplexity, progress=counted.append)
+    found = run(editor, preserve, perplexity=perplexity, progress=counted.append)
     assert [step["edits"] for step in found] == [1, 2, 3] == costs
     assert [step["perplexity"] for step in found] == [31.0, 32.0, 33.0]
     assert sum(counted) == 5 + 2 + 4 + 5
@@ -96,7 +99,7 @@ def test_methods_of_earlier_keys_go_without_them_where_that_is_asked_for(editor:
         return 1.0
 
     for preserve in (True, False):
-        steps = list(run_sequential(editor, BATCHES[:2], method, settings, earlier_keys=preserve, perplexity=look))
+        steps = run(editor, preserve, Plan(BATCHES[:2], method, settings), perplexity=look)
         assert [step["preserved"] for step in steps] == ([2, 4] if preserve else [0, 0])
     (first, _), (with_keys, named), (same, _), (without, none) = seen
     assert torch.equal(first, same) and not torch.equal(with_keys, without)
@@ -112,14 +115,14 @@ def test_preserved_keys_make_another_model_from_the_second_batch_on(editor: Edit
             weights.append(editor.adapter.weight(0).clone())
             return 1.0
 
-        run(editor, earlier_keys=preserve, perplexity=look)
+        run(editor, preserve, perplexity=look)
     equal = [torch.equal(one, other) for one, other in zip(seen[True], seen[False], strict=True)]
     assert equal == [True, False, False]
 
 
 def test_scores_are_taken_after_every_kth_batch_and_the_last(editor: Editor) -> None:
-    assert [step["edits"] for step in run(editor, score_every=2)] == [2, 3]
-    assert [step["edits"] for step in run(editor, score_every=7)] == [3]
+    assert [step["edits"] for step in run(editor, plan=replace(PLAN, score_every=2))] == [2, 3]
+    assert [step["edits"] for step in run(editor, plan=replace(PLAN, score_every=7))] == [3]
 
 
 def test_targets_are_those_of_the_edited_model(editor: Editor, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,7 +158,7 @@ def test_unedited_targets_are_made_once_before_anything_is_written(
         assert editor.edits[-1].delta.provenance["targets"] == "given"
         return 1.0
 
-    run(editor, earlier_keys=False, targets="unedited", perplexity=look)
+    run(editor, False, replace(PLAN, targets="unedited"), perplexity=look)
     assert states == [0, 0, 0]
     goals = {}
     for batch in BATCHES:
@@ -176,13 +179,11 @@ def test_unedited_targets_are_made_once_before_anything_is_written(
 def test_a_method_without_target_vectors_runs_in_sequence(editor: Editor) -> None:
     settings = {"layers": (0, 1), "eta": 1e-3, "tokens": "all"}
     written = iter((7.5, 6.5, 5.5))
-    found = list(
-        run_sequential(editor, BATCHES, "ultraedit", settings, earlier_keys=False, entropy=lambda: next(written))
-    )
+    found = list(run_sequential(editor, Plan(BATCHES, "ultraedit", settings), False, entropy=lambda: next(written)))
     assert [step["entropy"] for step in found] == [7.5, 6.5, 5.5]
     assert [step["facts"] for step in found] == [2, 4, 5] and found[-1]["failed"] == 0
     with pytest.raises(BadConfig, match="ultraedit has no target vectors; leave out targets='unedited'"):
-        next(run_sequential(editor, BATCHES, "ultraedit", settings, earlier_keys=False, targets="unedited"))
+        run(editor, False, Plan(BATCHES, "ultraedit", settings, targets="unedited"))
 
 
 def test_the_unedited_scores_and_readings_are_taken_from_outside(
@@ -202,7 +203,7 @@ def test_the_unedited_scores_and_readings_are_taken_from_outside(
 
 @pytest.mark.parametrize("when", ["edit", "score", "close"])
 def test_whatever_ends_it_the_weights_come_back(editor: Editor, when: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    steps = run_sequential(editor, BATCHES, "memit", SETTINGS, earlier_keys=True)
+    steps = run_sequential(editor, PLAN, True)
     next(steps)
     assert len(editor.edits) == 1
     if when == "close":
@@ -253,7 +254,7 @@ def test_nan_scores_and_perplexities_do_not_end_it(editor: Editor) -> None:
     text = PerplexityText("text", "0" * 64, tuple(range(20, 40)))
     before = editor.adapter.weight(0).clone()
     steps = run_sequential(
-        editor, BATCHES[:1], "memit", SETTINGS, earlier_keys=False,
+        editor, replace(PLAN, batches=BATCHES[:1]), False,
         perplexity=lambda: perplexity(editor.adapter, text).perplexity,
     )  # fmt: skip
     hook = editor.model.lm_head.register_forward_hook(lambda *args: args[2] * float("nan") if editor.edits else None)
@@ -266,9 +267,8 @@ def test_nan_scores_and_perplexities_do_not_end_it(editor: Editor) -> None:
 
 def test_what_makes_no_sense_is_refused_before_anything_is_written(editor: Editor) -> None:
     def refused(error: type[Exception], match: str, batches: Any, **more: Any) -> None:
-        more = {"earlier_keys": True, **more}
         with pytest.raises(error, match=match):
-            next(run_sequential(editor, batches, "memit", SETTINGS, **more))
+            next(run_sequential(editor, replace(PLAN, batches=batches, **more), True))
 
     refused(BadConfig, "after every 0 batches", BATCHES, score_every=0)
     refused(BadData, "at least one record each", [])

@@ -92,7 +92,7 @@ def test_killed_and_continued_it_leaves_the_same_file(
     run_sequential = sequential.run_sequential
 
     def counted(*args: Any, **kwargs: Any) -> Any:
-        again.append(kwargs["earlier_keys"])
+        again.append(args[2])
         return run_sequential(*args, **kwargs)
 
     monkeypatch.setattr(sequential, "run_sequential", counted)
