@@ -144,6 +144,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("cpu_skinny_most", &skinny_most,
         "(name, how many rows it takes) of the variants that have such products here, the fastest "
         "first.");
+  m.def("cpu_is_intel", &fastcov::cpu::is_intel, "Whether Intel made this processor.");
   m.def("cpu_peak", &peak, py::arg("variant"), py::arg("dtype"), py::arg("threads"),
         py::arg("seconds"), "GFLOP/s of multiply-adds on registers alone.");
   // A call holds the lock for as long as it computes.

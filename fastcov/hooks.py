@@ -587,7 +587,9 @@ class _Product(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         (weight,) = ctx.saved_tensors
-        return product(gradient, weight, across=not ctx.across), None, None
+        if len(gradient) in _rows(across=not ctx.across):
+            return product(gradient, weight, across=not ctx.across), None, None
+        return gradient @ (weight.T if ctx.across else weight), None, None
 
 
 _multiplied: Callable[[Tensor, Tensor, bool], Tensor] = _Product.apply
@@ -596,7 +598,7 @@ _multiplied: Callable[[Tensor, Tensor, bool], Tensor] = _Product.apply
 def product(x: Tensor, weight: Tensor, *, across: bool = False) -> Tensor:
     """``x W^T`` (m, n) of x (m, k) and W (n, k), or ``x W`` (m, k) of x (m, n) where `across`; float32, on the CPU.
 
-    x has at least one row and at most those that the kernel takes; W's columns lie side by side. Nothing is checked but
+    x has at least one row, and no more than the kernel can take; W's columns lie side by side. Nothing is checked but
     the number of rows: `SkinnyProducts` asks what fits before it calls.
 
     Raises:
@@ -608,16 +610,21 @@ def product(x: Tensor, weight: Tensor, *, across: bool = False) -> Tensor:
     n, k = weight.shape
     y = x.new_empty(len(x), k if across else n)  # whatever torch's default dtype and device are
     native().cpu_skinny(
-        variant=kernel[0], x=x.data_ptr(), x_stride=x.stride(0), m=len(x), w=weight.data_ptr(),
+        variant=kernel.name, x=x.data_ptr(), x_stride=x.stride(0), m=len(x), w=weight.data_ptr(),
         w_stride=weight.stride(0), n=n, k=k, y=y.data_ptr(), across=across, threads=torch.get_num_threads(),
     )  # fmt: skip
     return y
 
 
+def _rows(*, across: bool) -> range:
+    """How many rows a product may have that is faster by our kernel."""
+    kernel = skinny_kernel()
+    return range(0) if kernel is None else kernel.across if across else kernel.along
+
+
 def _takes(x: Any, weight: Any, bias: Any, *, across: bool) -> bool:
     """Whether the kernel takes the product of x (..., width) with this matrix, and a bias behind it."""
-    kernel = skinny_kernel()
-    if kernel is None or type(x) not in _PLAIN or type(weight) not in _PLAIN or weight.dim() != 2 or not x.dim():
+    if type(x) not in _PLAIN or type(weight) not in _PLAIN or weight.dim() != 2 or not x.dim():
         return False
     out, width = reversed(weight.shape) if across else weight.shape
     plain = [x, weight] if bias is None else [x, weight, bias]
@@ -625,8 +632,8 @@ def _takes(x: Any, weight: Any, bias: Any, *, across: bool) -> bool:
         all(type(each) in _PLAIN and each.dtype is torch.float32 and each.device.type == "cpu" for each in plain)
         and (bias is None or bias.shape == (out,))
         and x.shape[-1] == width
-        and 0 < x.numel() <= kernel[1] * width
         and weight.numel() >= _SMALLEST
+        and x.numel() // width in _rows(across=across)
         and weight.stride(1) == 1
         and weight.stride(0) >= weight.shape[1]
         and not (torch.is_grad_enabled() and weight.requires_grad)

@@ -41,6 +41,14 @@ constexpr Variant kVariants[] = {
 
 }  // namespace
 
+bool is_intel() {
+#if defined(FASTCOV_X86)
+  return __builtin_cpu_is("intel");
+#else
+  return false;
+#endif
+}
+
 const Variant* variants(int* count) {
   *count = static_cast<int>(sizeof(kVariants) / sizeof(kVariants[0]));
   return kVariants;

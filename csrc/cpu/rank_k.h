@@ -55,6 +55,8 @@ struct Variant {
 // All variants in this build, the fastest first.
 const Variant* variants(int* count);
 
+bool is_intel();  // who made this processor
+
 // Instances of the variants, each compiled for its own instructions. Nothing of them may be called
 // before `supported` said so.
 namespace portable {

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 # torch first: the native module then shares the OpenMP runtime that torch has loaded, and with it torch's threads.
 import torch
@@ -143,9 +143,22 @@ def _offsets(X: Tensor, mask: Tensor | None) -> Tensor:
     return torch.arange(0, n * stride, stride, dtype=torch.int64, device=X.device)
 
 
+class SkinnyKernel(NamedTuple):
+    """A kernel for products of few rows, and how many rows it takes of x W^T (`along`) and of x W (`across`)."""
+
+    name: str
+    along: range
+    across: range
+
+
 @functools.cache
-def skinny_kernel() -> tuple[str, int] | None:
-    """The fastest kernel of this machine for products of few rows, and how many it takes; None where there is none."""
+def skinny_kernel() -> SkinnyKernel | None:
+    """The fastest kernel of this machine for products of few rows; None where there is none."""
     module = native()
-    found = [] if module is None else module.cpu_skinny_most()
-    return next(((name, most) for name, most in found if name != "portable"), None)
+    for name, most in [] if module is None else module.cpu_skinny_most():
+        if name != "portable":
+            # MKL knows Intel's processors better than others: what is left out it multiplies as fast or faster there
+            # (measured: docs/results/performance.md).
+            along, across = (range(3, most + 1), range(2, 17)) if module.cpu_is_intel() else (range(1, most + 1),) * 2
+            return SkinnyKernel(name, along, across)
+    return None

@@ -1,22 +1,27 @@
 """Products of few rows: against float64, in both directions, and left to torch where they are not for the kernel."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 
 from fastcov import hooks as skinny
 from fastcov.hooks import SkinnyProducts, evaluation_mode, product, skinny_products
-from fastcov.kernels.cpu import native, native_missing, skinny_kernel
+from fastcov.kernels.cpu import SkinnyKernel, native, native_missing, skinny_kernel
 
 pytestmark = pytest.mark.skipif(native_missing() is not None, reason="the native module is not installed")
 
 ROWS = (*range(1, 10), 12, 13, 15, 16, 17, 28, 31, 32, 33, 48, 49, 64)  # around every change of tiles
-KERNELS = [] if native() is None else native().cpu_skinny_most()
+KERNELS = [
+    SkinnyKernel(name, range(1, most + 1), range(1, most + 1))
+    for name, most in ([] if native() is None else native().cpu_skinny_most())
+]
 
 
 @pytest.fixture(params=KERNELS, ids=lambda found: found[0])
 def kernel(request, monkeypatch):
-    """Each kernel of this machine in turn, for matrices of any size; (name, how many rows it takes)."""
+    """Each kernel of this machine in turn, for matrices of any size and all rows that it can take."""
     monkeypatch.setattr(skinny, "skinny_kernel", lambda: request.param)
     monkeypatch.setattr(skinny, "_SMALLEST", 1)
     return request.param
@@ -45,7 +50,7 @@ def close(found, x, weight):
 def test_every_number_of_rows(kernel, threads, shape):
     n, k = shape
     weight = numbers(n, k)
-    for m in (m for m in ROWS if m <= kernel[1]):
+    for m in (m for m in ROWS if m in kernel.along):
         along, across = numbers(m, k, seed=1), numbers(m, n, seed=2)
         assert close(product(along, weight), along, weight.T), m
         assert close(product(across, weight, across=True), across, weight), m
@@ -79,8 +84,8 @@ def test_infinite_and_missing_numbers_stay(kernel):
 
 
 def test_more_rows_than_it_takes(kernel):
-    name, most = kernel
-    with pytest.raises(RuntimeError, match=f"The variant '{name}' has no product of {most + 1} rows."):
+    most = kernel.along[-1]
+    with pytest.raises(RuntimeError, match=f"The variant '{kernel.name}' has no product of {most + 1} rows."):
         product(numbers(most + 1, 8), numbers(4, 8))
 
 
@@ -133,7 +138,7 @@ def test_what_is_left_to_torch(kernel, calls):
         linear(x, weight)
         assert calls == [((3, 24), (40, 24))]
         calls.clear()
-        linear(numbers(kernel[1] + 1, 24), weight)  # many rows
+        linear(numbers(kernel.along.stop, 24), weight)  # many rows
         linear(x[:0], weight)
         linear(x.bfloat16(), weight.bfloat16())
         linear(x.double(), weight.double())
@@ -222,6 +227,33 @@ def test_only_for_models_that_can_use_it(kernel, monkeypatch):
     assert not isinstance(skinny_products(nn.Linear(8, 8).bfloat16()), SkinnyProducts)
     monkeypatch.setattr(skinny, "skinny_kernel", lambda: None)
     assert not isinstance(skinny_products(nn.Linear(8, 8)), SkinnyProducts)
+
+
+@pytest.mark.parametrize("intel", [False, True])
+def test_what_the_library_multiplies_faster_is_left_to_it(monkeypatch, intel):
+    module = SimpleNamespace(cpu_skinny_most=lambda: [("avx512f", 64), ("portable", 64)], cpu_is_intel=lambda: intel)
+    monkeypatch.setattr("fastcov.kernels.cpu.native", lambda: module)
+    skinny_kernel.cache_clear()
+    try:
+        found = skinny_kernel()
+    finally:
+        skinny_kernel.cache_clear()
+    assert (3 in found.along, 64 in found.along, 16 in found.across, 65 in found.along) == (True, True, True, False)
+    assert (1 in found.along, 1 in found.across, 17 in found.across) == (not intel,) * 3
+
+
+@pytest.mark.parametrize("rows", [4, 5])
+def test_a_gradient_of_more_rows_than_the_kernel_is_for_is_the_librarys(kernel, monkeypatch, rows):
+    monkeypatch.setattr(skinny, "skinny_kernel", lambda: kernel._replace(across=range(1, 5)))
+    calls = []
+    monkeypatch.setattr(
+        skinny, "product", lambda *args, across=False: calls.append(across) or product(*args, across=across)
+    )
+    x, weight = numbers(rows, 24).requires_grad_(), numbers(40, 24, seed=1)
+    with SkinnyProducts():
+        nn.functional.linear(x, weight).sum().backward()
+    assert calls == [False, True][: 2 if rows == 4 else 1]
+    assert torch.allclose(x.grad, weight.sum(0).expand(rows, -1), rtol=1e-5, atol=1e-5)
 
 
 def test_without_the_native_module(monkeypatch):
