@@ -113,7 +113,7 @@ def judge_answers(
     room = KEPT
     with evaluation_mode(adapter.model):
         # A row that padding changes runs alone.
-        together = batch_tokens if adapter.right_padding != "none" else 1
+        together = batch_tokens if adapter.traits.right_padding != "none" else 1
         for chunk in length_batches(reads, together):
             here = [(row, read) for row, ids in enumerate(chunk) for read in reads[ids]]
             room -= len(chunk) * len(chunk[-1])  # the longest comes last
@@ -141,7 +141,7 @@ def _run(
 ) -> list[tuple[int, Answer]]:
     check_lengths(adapter.model, chunk)
     batch = pad_batch(chunk, device=adapter.device)
-    if adapter.right_padding == "unmasked":  # attention without a mask is faster
+    if adapter.traits.right_padding == "unmasked":  # attention without a mask is faster
         del batch["attention_mask"]
     # A position is read once, however many answers are read from it: the head is a large part of a
     # small model's work, and rows of a product may differ in their last bit.

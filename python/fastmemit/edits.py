@@ -593,9 +593,7 @@ class Writing:
             self._stack._journal = None
             raise
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         try:
             self._journal.open = False
             self._stack.settle()

@@ -472,7 +472,7 @@ class SubjectPass:
     @isolated()
     def of(cls, adapter: ModelAdapter, rows: Sequence[Row], batch_tokens: int = READ_TOKENS) -> SubjectPass:
         """N rows that have not been run yet, in batches of `batch_tokens` padded tokens (one always runs)."""
-        if adapter.right_padding == "none":
+        if adapter.traits.right_padding == "none":
             batch_tokens = 1
         wanted = [row.ids[: row.subject + 1] for row in rows]
         batches = length_batches(dict.fromkeys(wanted), batch_tokens)

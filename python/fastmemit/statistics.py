@@ -384,12 +384,12 @@ class StatisticsStore:
         """Module -> moment of so many keys; nothing where the corpus ends just where the keys do that are held."""
         adapter, allow_fewer = self._adapter, shared["allow_fewer"]
         adapter.look()
-        if adapter.right_padding == "none":
+        if adapter.traits.right_padding == "none":
             raise UnknownArchitecture(
                 f"{type(adapter.model).__name__} gives a text other keys where it stands beside longer ones in a "
                 "batch, so its statistics cannot be collected in batches."
             )
-        causal = adapter.is_causal and adapter.right_padding == "unmasked"
+        causal = adapter.traits.causal and adapter.traits.right_padding == "unmasked"
         forward = torch.bfloat16 if "forward" in shared else None
         if throughput is not None:
             throughput.measure(adapter.model, adapter.device, forward)  # before a thread begins to read

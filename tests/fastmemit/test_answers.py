@@ -12,6 +12,7 @@ from fastmemit import answers as module
 from fastmemit.answers import judge_answers
 from fastmemit.errors import BadRequest, UnknownArchitecture
 from fastmemit.models import ModelAdapter, find_adapter
+from fastmemit.models.running import Traits
 from fastmemit.text import encode_with_target
 from tiny_models import tiny_model, tiny_tokenizer
 
@@ -61,14 +62,14 @@ def bigrams(table: torch.Tensor) -> Any:
     model = Bigrams(table)
     return SimpleNamespace(
         model=model, lm_head=model.head, device=torch.device("cpu"), run=model,
-        check_causal=lambda: None, right_padding="unmasked",
+        check_causal=lambda: None, traits=Traits(None, True, "unmasked"),
     )  # fmt: skip
 
 
 def measured(model: Any) -> ModelAdapter:
     """An adapter that need not run its model to know what it is."""
     adapter = find_adapter(model)
-    assert adapter.is_causal and adapter.right_padding == "unmasked"
+    assert adapter.traits.causal and adapter.traits.right_padding == "unmasked"
     return adapter
 
 
@@ -181,7 +182,7 @@ def test_rows_are_masked_or_run_alone_where_padding_needs_it(given: Any, monkeyp
     assert calls and not any("attention_mask" in call for call in calls)
     calls.clear()
     for padding in ("masked", "none"):
-        monkeypatch.setattr(ModelAdapter, "right_padding", padding)  # as if it had been measured so
+        monkeypatch.setattr(ModelAdapter, "traits", Traits(None, True, padding))  # as if it had been measured so
         got = answer_nlls(adapter, tiny_tokenizer(), QUESTIONS)
         assert got == pytest.approx(plain, abs=1e-5)
         masks = [call["attention_mask"] for call in calls]

@@ -59,7 +59,7 @@ def run(folder: Path, kill_after: float = math.inf, seconds: float = 0, **more: 
     settings = {"layers": (0, 1), "multiplier": 6, "corpus": tiny_corpus(), **more}
     hook = ADAPTER.model.register_forward_pre_hook(count)
     ADAPTER.look()
-    assert ADAPTER.is_causal  # measured before runs are counted
+    assert ADAPTER.traits.causal  # measured before runs are counted
     counting = True
     try:
         after = settings.pop("after", None)
@@ -275,7 +275,7 @@ def test_two_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, locks_ther
 
         made[number][0].model.register_forward_pre_hook(counted)
         made[number][0].look()
-        assert made[number][0].is_causal
+        assert made[number][0].traits.causal
         counts[number] = 0  # what is measured is not counted
         gate.wait()
         store(tmp_path / "two", 0, *made[number]).collect(Collection(tiny_corpus(), (0, 1), 6))

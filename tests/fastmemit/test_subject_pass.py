@@ -113,7 +113,7 @@ def test_a_row_that_padding_changes_is_a_batch_of_its_own():
     model = tiny_model("llama")
     model.model.layers[0].mlp.register_forward_hook(lambda _m, _a, out: out + out.mean((0, 1)))
     adapter = find_adapter(model)
-    assert adapter.right_padding == "none"
+    assert adapter.traits.right_padding == "none"
     assert [len(batch) for batch in SubjectPass.of(adapter, ROWS).batches] == [1, 1, 1, 1]
 
 

@@ -328,7 +328,7 @@ class PreservedText:
                 # R^T R is the same sum, of d_k rows.
                 found[module] = torch.linalg.qr(all_of, mode="r").R if len(all_of) > 2 * all_of.shape[1] else all_of
 
-        together = 1 if adapter.right_padding == "none" else READ_TOKENS
+        together = 1 if adapter.traits.right_padding == "none" else READ_TOKENS
         with KeyHooks(adapter.model, list(weights), take) as hooks, evaluation_mode(adapter.model):
             for batch in length_batches(rows, together):
                 inputs = pad_batch(batch, device=adapter.device)

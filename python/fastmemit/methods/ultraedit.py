@@ -129,7 +129,7 @@ def read_features(
     check_lengths(adapter.model, [each.rows[0].ids for each in rows])
     found: dict[int, dict[int, tuple[Tensor, Tensor]]] = {layer: {} for layer in config.layers}  # by layer and fact
     with evaluation_mode(adapter.model, frozen=True):
-        for group in like_lengths(rows, batch_tokens if adapter.right_padding != "none" else 1):
+        for group in like_lengths(rows, batch_tokens if adapter.traits.right_padding != "none" else 1):
             bare = [rows[index].rows[0] for index in group]
             losses, states = _run(adapter, bare, config.layers)
             for index, value in zip(group, losses.tolist(), strict=True):

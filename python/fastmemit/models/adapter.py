@@ -16,7 +16,6 @@ from fastmemit.errors import BadLayer, FastmemitError, UnknownArchitecture, Wron
 from fastmemit.models.running import (
     BlockMap,
     ModelState,
-    Padding,
     Traits,
     accepted,
     context_limit,
@@ -352,17 +351,8 @@ class ModelAdapter:
             return self.model(**accepted(self.model, inputs))
 
     @property
-    def is_causal(self) -> bool:
-        """Whether no token's output depends on later tokens, as measured on the model."""
-        return self._traits.causal
-
-    @property
-    def right_padding(self) -> Padding:
-        """What rows padded on the right need; see `fastmemit.models.running.padding`."""
-        return self._traits.right_padding
-
-    @property
-    def _traits(self) -> Traits:
+    def traits(self) -> Traits:
+        """What batched and shortened runs of the model may rely on, as measured on it."""
         if "traits" not in self.measured:
             self.measured["traits"] = traits(self.model)
         found: Traits = self.measured["traits"]
@@ -393,7 +383,7 @@ class ModelAdapter:
             UnknownArchitecture: A later token changes what the model says at an earlier one.
         """
         self.look()
-        if self.is_causal:
+        if self.traits.causal:
             return
         config = text_config(self.model)
         fix = "use a model that predicts the next token"

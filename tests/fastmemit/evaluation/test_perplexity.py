@@ -79,7 +79,7 @@ def test_batches_keep_to_their_bound_and_have_no_mask(
     )
     model.lm_head.register_forward_hook(lambda _, args, out: heads.append(tuple(out.shape)))
     adapter.look()
-    assert adapter.is_causal  # measured before what is run is counted
+    assert adapter.traits.causal  # measured before what is run is counted
     for seen in (inputs, heads, masks):
         seen.clear()
     got = perplexity(adapter, text_of(ids, context=40), batch_tokens=batch_tokens)

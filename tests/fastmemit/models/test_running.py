@@ -30,8 +30,8 @@ def bert(**fields: Any) -> Any:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_usual_models_are_causal_and_right_padding_needs_no_mask(architecture: str) -> None:
     adapter = find_adapter(tiny_model(architecture))
-    assert adapter.is_causal
-    assert adapter.right_padding == "unmasked"
+    assert adapter.traits.causal
+    assert adapter.traits.right_padding == "unmasked"
     assert padding(adapter.model, "left") != "none"
     adapter.check_causal()
 
@@ -40,8 +40,8 @@ def test_a_config_that_says_nothing_of_attention_is_not_believed() -> None:
     model = bert()
     adapter = find_adapter(model, "bert.encoder.layer.{}.output.dense")
     assert not hasattr(model.config, "use_bidirectional_attention")
-    assert not adapter.is_causal
-    assert adapter.right_padding == "masked"
+    assert not adapter.traits.causal
+    assert adapter.traits.right_padding == "masked"
     with pytest.raises(UnknownArchitecture, match=r"BertLMHeadModel is not causal.*is_decoder=True"):
         adapter.check_causal()
     assert is_causal(bert(is_decoder=True))
@@ -212,7 +212,7 @@ def test_tolerance_follows_the_dtype_and_bfloat16_is_no_disagreement() -> None:
     rounded = half(IDS).logits[0].float()
     assert 1e-3 < difference(rounded, exact) < tolerance(half)
     assert agrees(half, rounded, exact) and not agrees(half, rounded[1:], exact)
-    assert find_adapter(half).right_padding == "unmasked" and find_adapter(half).is_causal
+    assert find_adapter(half).traits.right_padding == "unmasked" and find_adapter(half).traits.causal
 
 
 def test_names_that_a_forward_does_not_know_are_left_out() -> None:
@@ -311,7 +311,7 @@ def test_what_was_measured_holds_for_as_long_as_the_model_is_what_it_was(change:
 def test_an_adapter_follows_its_model() -> None:
     model = tiny_model("llama")
     adapter = find_adapter(model)
-    assert adapter.is_causal and adapter.adds_plainly(1) and adapter.measured
+    assert adapter.traits.causal and adapter.adds_plainly(1) and adapter.measured
     model.model.layers[1].mlp.register_forward_hook(lambda _m, _a, out: 2.0 * out)
     adapter.look()
     assert not adapter.measured and not adapter.adds_plainly(1)
