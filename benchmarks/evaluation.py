@@ -109,14 +109,14 @@ def _compare(ours: list[RecordScore], literal: list[Any]) -> float:
         rewrite, paraphrases, neighbourhood = (
             [(new[0] < true[0], true[0] < new[0], new[1], true[1]) for new, true in part] for part in parts
         )
-        exact = score.exact
+        exact = tuple(tuple(pair.exact for pair in pairs) for pairs in mine)
         expected = (
             float(rewrite[0][0]),
             sum(new for new, *_ in paraphrases) / len(paraphrases) if paraphrases else None,
             sum(row[1] for row in neighbourhood) / len(neighbourhood) if neighbourhood else None,
-            (rewrite[0][2], tuple(r[2] for r in paraphrases), tuple(r[3] for r in neighbourhood)),
+            ((rewrite[0][2],), tuple(r[2] for r in paraphrases), tuple(r[3] for r in neighbourhood)),
         )
-        if (score.es, score.ps, score.ns, tuple(exact or ())) != expected:
+        if (score.es, score.ps, score.ns, exact) != expected:
             sys.exit(f"Case {score.case_id}: {score} against {expected}.")
     return worst
 

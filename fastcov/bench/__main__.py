@@ -20,6 +20,7 @@ from fastcov.bench import suites
 from fastcov.bench.measure import Effort
 from fastcov.bench.report import LEGEND, BadInput, Run, heading, save, table
 from fastcov.files import printable
+from fastcov.linalg import free_memory
 from fastcov.machine import this_machine, versions
 
 SUITES = {"rank_k": suites.rank_k, "factor": suites.factor, "collect": suites.collect}
@@ -193,20 +194,15 @@ def _provider(name: str) -> Callable[[], Any]:
 
 
 def _check_memory(given: argparse.Namespace) -> None:
-    """Refuse sizes whose matrices alone are more than the memory there is."""
-    if given.device.type == "cuda":
-        total = torch.cuda.get_device_properties(given.device).total_memory
-    elif hasattr(os, "sysconf"):
-        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    else:
-        return
+    """Refuse sizes whose matrices alone are more than the memory that is free."""
+    free = free_memory(given.device)
     wide, factored = max(given.rank_k_sizes), max(given.factor_sizes)
     needs = {"rank_k": (wide, 40 * wide**2 + 14 * given.rows * wide), "factor": (factored, 56 * factored**2)}
     for suite, (d, size) in needs.items():
-        if suite in given.suites and size > total:
+        if suite in given.suites and size > free:
             raise BadInput(
                 f"The suite {suite} at d = {d} needs {size / 2**30:.0f} GiB and there are "
-                f"{total / 2**30:.0f}; pass smaller --sizes or --rows."
+                f"{free / 2**30:.0f}; pass smaller --sizes or --rows."
             )
 
 

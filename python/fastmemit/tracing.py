@@ -13,11 +13,11 @@ from __future__ import annotations
 import hashlib
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby, product
+from itertools import product
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
@@ -31,7 +31,7 @@ from fastmemit.answers import judge_answers
 from fastmemit.errors import BadConfig, BadRequest, FastmemitError, UnknownArchitecture, counted
 from fastmemit.models import ModelAdapter
 from fastmemit.models.adapter import linear_shape
-from fastmemit.models.running import agrees, check_lengths, head_reads, hidden_of, probe_ids, replaced_output
+from fastmemit.models.running import agrees, check_lengths, head_reads, hidden_of, packed, probe_ids, replaced_output
 from fastmemit.partial_forward import align, as_cache, begun_at, past_of, run_whole
 from fastmemit.request import EditRequest
 from fastmemit.text import Row, encode_with_target, subject_end
@@ -475,19 +475,16 @@ def _spots(facts: Sequence[TracedFact], settings: TraceSettings) -> list[Spot]:
     ]
 
 
-def _batches(spots: Sequence[Spot], samples: int, batch_tokens: int) -> Iterator[list[int]]:
+def _batches(spots: Sequence[Spot], samples: int, batch_tokens: int) -> list[list[int]]:
     """Indices of spots that run together."""
+
     # From the restored token on they are equally long: these tokens run for every state and padding would too, while
-    # the tokens before it run once.
-    shapes = [(spot.suffix, spot.position) for spot in spots]
-    for _, equal in groupby(sorted(range(len(spots)), key=shapes.__getitem__), key=lambda index: shapes[index][0]):
-        batch: list[int] = []
-        for index in equal:  # the tokens before it grow
-            if batch and (len(batch) + 1) * samples * sum(shapes[index]) > batch_tokens:
-                yield batch
-                batch = []
-            batch.append(index)
-        yield batch
+    # the tokens before it, which grow, run once.
+    def tokens(batch: list[int]) -> float:
+        first, last = spots[batch[0]], spots[batch[-1]]
+        return len(batch) * samples * len(last.fact.ids) if first.suffix == last.suffix else math.inf
+
+    return packed(sorted(range(len(spots)), key=lambda i: (spots[i].suffix, spots[i].position)), tokens, batch_tokens)
 
 
 def _finite(values: Tensor, what: str, spots: Sequence[Spot]) -> NDArray[np.float64]:

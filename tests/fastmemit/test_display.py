@@ -13,7 +13,7 @@ import pytest
 from fastmemit import display
 from fastmemit.display import Rows, bar, duration, html_table
 from fastmemit.evaluation.runner import Result
-from fastmemit.evaluation.scores import Exact, score_record
+from fastmemit.evaluation.scores import score_record
 from fastmemit.experiments.results import cell_columns
 
 
@@ -126,9 +126,7 @@ def test_a_table_escapes_what_is_in_it() -> None:
 
 
 def score(case: int) -> Any:
-    return score_record(
-        case, (1.0, 2.0), [(1.0, 2.0), (2.0, 1.0)], [(3.0, 1.0)], exact=Exact(True, (True, False), (True,))
-    )
+    return score_record(case, (1.0, 2.0, True), [(1.0, 2.0, True), (2.0, 1.0, False)], [(3.0, 1.0, True)])
 
 
 def test_scores_are_short_and_become_a_data_frame() -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypedDict
 
-from fastmemit.answers import Answer, Question, judge_answers
+from fastmemit.answers import Question, judge_answers
 from fastmemit.data import Record, ZsreRecord
 from fastmemit.data.records import Asked, Probe
 from fastmemit.display import Described, Rows
@@ -48,19 +48,12 @@ class NllPair(NamedTuple):
 
     new: float  # of " " + target_new
     true: float  # of " " + target_true
+    exact: bool | None = None  # whether the model itself says the one that is wanted, where that is known
 
     @property
     def magnitude(self) -> float:
         """``p(new) - p(true)`` with p = exp(-NLL), the geometric mean probability of a token."""
         return math.exp(-self.new) - math.exp(-self.true)
-
-
-class Exact(NamedTuple):
-    """Whether each prompt's wanted answer is the model's own, every token the most probable one."""
-
-    rewrite: bool  # of target_new
-    paraphrases: tuple[bool, ...] = ()  # of target_new
-    neighbourhood: tuple[bool, ...] = ()  # of target_true
 
 
 @dataclass(frozen=True, repr=False)
@@ -71,11 +64,13 @@ class RecordScore(Described):
     es: float  # efficacy: 1.0 if the rewrite prompt gives the new answer
     ps: float | None  # share of the paraphrases that give the new answer
     ns: float | None  # share of the neighbourhood prompts that keep the true answer
-    rewrite: NllPair  # the costs behind es, ps and ns
+    ea: float | None  # the same by exact match: every token of the wanted answer is the most probable one
+    pa: float | None
+    na: float | None
+    rewrite: NllPair  # what is behind them
     paraphrases: tuple[NllPair, ...] = ()
     neighbourhood: tuple[NllPair, ...] = ()
     attributes: tuple[NllPair, ...] = ()  # of the attribute prompts, where they were asked
-    exact: Exact | None = None  # which answers are exact, where that is known
 
     def describe(self) -> str:
         """One line for people: the record and its shares."""
@@ -83,17 +78,12 @@ class RecordScore(Described):
 
     def shares(self) -> dict[str, float | None]:
         """Every score by name: successes, magnitudes (in [-1, 1]), exact matches and the attribute score."""
-        exact = self.exact
         return {
-            "es": self.es,
-            "ps": self.ps,
-            "ns": self.ns,
+            **{name: getattr(self, name) for name in ("es", "ps", "ns")},
             "em": self.rewrite.magnitude,
             "pm": mean([costs.magnitude for costs in self.paraphrases]),
             "nm": mean([-costs.magnitude for costs in self.neighbourhood]),
-            "ea": None if exact is None else float(exact.rewrite),
-            "pa": None if exact is None else mean([float(found) for found in exact.paraphrases]),
-            "na": None if exact is None else mean([float(found) for found in exact.neighbourhood]),
+            **{name: getattr(self, name) for name in ("ea", "pa", "na")},
             "as": mean([float(costs.new < costs.true) for costs in self.attributes]),
         }
 
@@ -101,7 +91,7 @@ class RecordScore(Described):
         """The score for a JSON file; a pair becomes ``[new, true]``, a cost without bound None."""
 
         def pair(costs: NllPair) -> list[float | None]:
-            return [cost if math.isfinite(cost) else None for cost in costs]
+            return [cost if math.isfinite(cost) else None for cost in (costs.new, costs.true)]
 
         groups = ("paraphrases", "neighbourhood", "attributes")
         nll = {"rewrite": pair(self.rewrite), **{name: [pair(x) for x in getattr(self, name)] for name in groups}}
@@ -170,24 +160,23 @@ def summarise(records: Iterable[RecordScore | RecordAccuracy]) -> dict[str, floa
 
 def score_record(
     case_id: int,
-    rewrite: Sequence[float],
-    paraphrases: Iterable[Sequence[float]] = (),
-    neighbourhood: Iterable[Sequence[float]] = (),
+    rewrite: Sequence[Any],
+    paraphrases: Iterable[Sequence[Any]] = (),
+    neighbourhood: Iterable[Sequence[Any]] = (),
     *,
-    attributes: Iterable[Sequence[float]] = (),
-    exact: Exact | None = None,
+    attributes: Iterable[Sequence[Any]] = (),
 ) -> RecordScore:
-    """Judge one record of CounterFact by the costs of its prompts, each ``(NLL(new), NLL(true))`` in nats a token.
+    """Judge one record of CounterFact by its prompts, each ``(NLL(new), NLL(true))`` in nats a token or an `NllPair`.
 
     A rewrite prompt or paraphrase succeeds when NLL(new) < NLL(true), a neighbourhood prompt when NLL(true) < NLL(new).
     Both are strict: a tie is a failure, so a model that has collapsed to one output for everything scores nothing.
 
     Raises:
-        BadData: A cost is NaN, or `exact` is not of these prompts.
+        BadData: A cost is NaN.
     """
 
-    def pair(prompt: str, costs: Sequence[float]) -> NllPair:
-        found = NllPair(*map(float, costs))
+    def pair(prompt: str, costs: Sequence[Any]) -> NllPair:
+        found = NllPair(*costs)
         for name, cost in (("target_new", found.new), ("target_true", found.true)):
             if math.isnan(cost):
                 raise BadData(
@@ -196,26 +185,26 @@ def score_record(
                 )
         return found
 
-    def pairs(prompt: str, costs: Iterable[Sequence[float]]) -> tuple[NllPair, ...]:
+    def pairs(prompt: str, costs: Iterable[Sequence[Any]]) -> tuple[NllPair, ...]:
         return tuple(pair(f"{prompt} {index}", each) for index, each in enumerate(costs))
+
+    def exact(found: Iterable[NllPair]) -> float | None:
+        return mean([float(each.exact) for each in found if each.exact is not None])
 
     asked, said_otherwise = pair("the rewrite prompt", rewrite), pairs("paraphrase", paraphrases)
     nearby = pairs("neighbourhood prompt", neighbourhood)
-    if exact is not None and (len(exact.paraphrases), len(exact.neighbourhood)) != (len(said_otherwise), len(nearby)):
-        raise BadData(
-            f"Case {case_id} has {len(said_otherwise)} paraphrases and {len(nearby)} neighbourhood prompts, but exact "
-            f"answers of {len(exact.paraphrases)} and {len(exact.neighbourhood)}; give one for each prompt."
-        )
     return RecordScore(
         case_id,
         es=float(asked.new < asked.true),
         ps=mean([float(costs.new < costs.true) for costs in said_otherwise]),
         ns=mean([float(costs.true < costs.new) for costs in nearby]),
+        ea=exact([asked]),
+        pa=exact(said_otherwise),
+        na=exact(nearby),
         rewrite=asked,
         paraphrases=said_otherwise,
         neighbourhood=nearby,
         attributes=pairs("attribute prompt", attributes),
-        exact=exact,
     )
 
 
@@ -270,28 +259,20 @@ def score_records(
             ]
     judged = iter(judge_answers(adapter, tokenizer, questions, batch_tokens=batch_tokens, progress=progress))
 
-    def take(prompts: Sequence[str]) -> list[tuple[Answer, Answer]]:  # new and true, of each prompt
-        return [(next(judged), next(judged)) for _ in prompts]
+    def take(prompts: Sequence[str], *, keep: bool = False) -> list[NllPair]:  # the true answer is wanted, or the new
+        pairs = [(next(judged), next(judged)) for _ in prompts]
+        return [NllPair(new.nll, true.nll, (true if keep else new).exact) for new, true in pairs]
 
-    def costs(pairs: Sequence[tuple[Answer, Answer]]) -> list[tuple[float, float]]:
-        return [(new.nll, true.nll) for new, true in pairs]
-
-    scores = []
-    for record in records:
-        ((new, true),) = take([record.request.text])
-        said_otherwise, nearby = take(record.paraphrases), take(record.neighbourhood)
-        related = take(record.attributes) if attributes else []
-        exact = Exact(new.exact, tuple(n.exact for n, _ in said_otherwise), tuple(t.exact for _, t in nearby))
-        scores.append(
-            score_record(
-                record.case_id,
-                (new.nll, true.nll),
-                costs(said_otherwise),
-                costs(nearby),
-                attributes=costs(related),
-                exact=exact,
-            )
+    scores = [
+        score_record(
+            record.case_id,
+            take([record.request.text])[0],
+            take(record.paraphrases),
+            take(record.neighbourhood, keep=True),
+            attributes=take(record.attributes if attributes else ()),
         )
+        for record in records
+    ]
     return Rows(scores, _columns)
 
 

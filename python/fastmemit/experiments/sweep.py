@@ -29,15 +29,7 @@ from fastmemit.editor import Editor
 from fastmemit.errors import BadConfig, BadData, WrongModel
 from fastmemit.evaluation.perplexity import PerplexityResult, before_and_after, edited_nll, perplexity
 from fastmemit.evaluation.runner import edited, stage
-from fastmemit.evaluation.scores import (
-    Exact,
-    NllPair,
-    RecordScore,
-    ScoreTable,
-    count_questions,
-    score_means,
-    score_records,
-)
+from fastmemit.evaluation.scores import NllPair, RecordScore, ScoreTable, count_questions, score_means, score_records
 from fastmemit.experiments import results
 from fastmemit.experiments.results import Cell, Inputs, as_published
 from fastmemit.methods import METHODS, EditConfig, ReadCache
@@ -289,8 +281,10 @@ def scored_or_failed(editor: Editor, batch: Sequence[Record]) -> list[RecordScor
                 es=0.0,
                 ps=0.0 if record.paraphrases else None,
                 ns=0.0 if record.neighbourhood else None,
-                rewrite=NllPair(math.inf, math.inf),
-                exact=Exact(False, (False,) * len(record.paraphrases), (False,) * len(record.neighbourhood)),
+                ea=0.0,
+                pa=0.0 if record.paraphrases else None,
+                na=0.0 if record.neighbourhood else None,
+                rewrite=NllPair(math.inf, math.inf, False),
             )
             for record in batch
         ]

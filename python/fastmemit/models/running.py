@@ -103,18 +103,22 @@ def place_rows(rows: Sequence[Sequence[int]], starts: Sequence[int], width: int)
     return {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
 
 
-def length_batches(rows: Iterable[Ids], batch_tokens: int) -> list[list[Ids]]:
-    """Rows of like lengths together, so that padding costs little.
+def packed(items: Iterable[Found], size: Callable[[list[Found]], float], most: float) -> list[list[Found]]:
+    """Items in their order, in batches whose size is `most` at most; one item always goes."""
+    batches: list[list[Found]] = [[]]
+    for item in items:
+        batches[-1].append(item)
+        if len(batches[-1]) > 1 and size(batches[-1]) > most:
+            batches.append([batches[-1].pop()])
+    return batches if batches[0] else []
 
-    Batches hold at most `batch_tokens` tokens, padding included, but one row always goes; they come shortest first, and
-    rows of equal length keep their order.
+
+def length_batches(rows: Iterable[Ids], batch_tokens: int) -> list[list[Ids]]:
+    """Rows of like lengths together, so that padding costs little, `batch_tokens` padded tokens in each at most.
+
+    They come shortest first, and rows of equal length keep their order.
     """
-    batches: list[list[Ids]] = []
-    for row in sorted(rows, key=len):  # ascending lengths: the newest is the longest
-        if not batches or (len(batches[-1]) + 1) * len(row) > batch_tokens:
-            batches.append([])
-        batches[-1].append(row)
-    return batches
+    return packed(sorted(rows, key=len), lambda batch: len(batch) * len(batch[-1]), batch_tokens)
 
 
 def hidden_of(output: Any) -> Tensor:

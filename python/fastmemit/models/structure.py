@@ -58,9 +58,7 @@ def find_adapter(model: nn.Module, module: str | None = None) -> ModelAdapter:
             names nothing that can be edited.
     """
     model = unwrapped(model)
-    if module is not None:
-        return ModelAdapter(model, _checked(model, module))
-    return ModelAdapter(model, find_template(model))
+    return ModelAdapter(model, find_template(model) if module is None else _checked(model, module))
 
 
 def _checked(model: nn.Module, module: str) -> str:

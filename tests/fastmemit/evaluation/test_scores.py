@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastmemit.errors import BadData
-from fastmemit.evaluation.scores import Exact, NllPair, score_record, summarise
+from fastmemit.evaluation.scores import NllPair, score_record, summarise
 
 
 def test_one_record_by_hand() -> None:
@@ -107,21 +107,16 @@ def test_a_cost_without_bound_has_no_probability() -> None:
 
 
 def test_exact_match_by_hand() -> None:
-    prompts = ((1.0, 2.0), [(1.0, 2.0)] * 2, [(2.0, 1.0)] * 4)
-    exact = Exact(True, (True, False), (True, False, False, False))
-    score = score_record(1, *prompts, exact=exact)
+    new, true = (1.0, 2.0), (2.0, 1.0)
+    nearby = [(*true, True), *[(*true, False)] * 3]
+    score = score_record(1, (*new, True), [(*new, True), (*new, False)], nearby)
     assert (score.shares()["ea"], score.shares()["pa"], score.shares()["na"]) == (1.0, 0.5, 0.25)
-    none = score_record(2, (1.0, 2.0), exact=Exact(False))
+    none = score_record(2, (*new, False))
     total = summarise([score, none])
     assert (total["ea"], total["pa"], total["na"]) == (50.0, 50.0, 25.0)
-    unknown = score_record(3, *prompts)
+    unknown = score_record(3, new, [new] * 2, [true] * 4)
     assert (unknown.shares()["ea"], unknown.shares()["pa"], unknown.shares()["na"]) == (None, None, None)
     assert summarise([score, unknown])["ea"] == 100.0
-
-
-def test_exact_answers_of_other_prompts_are_refused() -> None:
-    with pytest.raises(BadData, match=r"Case 5 has 1 paraphrases .* exact answers of 0 and 0"):
-        score_record(5, (1, 2), [(1, 2)], exact=Exact(True))
 
 
 def test_attribute_prompts_are_a_score_of_their_own() -> None:
@@ -133,8 +128,7 @@ def test_attribute_prompts_are_a_score_of_their_own() -> None:
 
 
 def test_every_score_has_its_place_in_json() -> None:
-    score = score_record(7, (1, 2), [(1, 2)], [(2, 1)], attributes=[(1, 3)],
-                         exact=Exact(True, (False,), (True,)))  # fmt: skip
+    score = score_record(7, (1, 2, True), [(1, 2, False)], [(2, 1, True)], attributes=[(1, 3)])
     found = json.loads(json.dumps(score.as_dict(), allow_nan=False))
     names = ["es", "ps", "ns", "em", "pm", "nm", "ea", "pa", "na", "as"]
     assert list(found) == ["case_id", *names, "nll"]
