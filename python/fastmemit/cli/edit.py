@@ -203,13 +203,13 @@ def _apply(args: argparse.Namespace) -> None:
     edits = [editor.load(path, force=args.force) for path in args.edit]
     facts = _facts([edit.delta for edit in edits])
     replies = editor.ask(facts)
-    before = editor.generate(args.prompt, args.max_new_tokens, chat=args.chat) if args.prompt else []
+    before = editor.generate(args.prompt, args.max_new_tokens, chat=args.chat)
     observer = _observer(args, editor, facts)
     for edit in edits:
         edit.apply()
     if args.save_model is not None:  # before anything that may fail
         editor.save_pretrained(args.save_model)
-    after = editor.generate(args.prompt, args.max_new_tokens, chat=args.chat) if args.prompt else []
+    after = editor.generate(args.prompt, args.max_new_tokens, chat=args.chat)
     outcomes, changes = compare(facts, replies, editor.ask(facts)), observer.changes()
     said = [
         {"prompt": prompt, "before": old, "after": new}
@@ -295,23 +295,15 @@ def _is_moment(path: Path) -> bool:
 
 def _edit_shown(path: Path) -> tuple[str, list[tuple[str, object]]]:
     from fastmemit.delta import Delta
-
-    shown = _delta_shown(Delta.load(path))
-    return f"an edit, {byte_size(path.stat().st_size)}", shown
-
-
-def _delta_shown(delta: Delta) -> list[tuple[str, object]]:
     from fastmemit.sharing import parts
 
-    found = parts(delta)
-    about = delta.provenance
+    delta = Delta.load(path)
+    found, about = parts(delta), delta.provenance
     layers = {int(number[1]) for number in (re.search(r"\.(\d+)\.", name) for name in delta.factors) if number}
     revision = f", revision {about['model_revision']!s:.12}" if about.get("model_revision") else ""
-    shown: list[tuple[str, object]] = [
-        (
-            "model",
-            f"{about.get('model_name', 'unknown')!s:.200} ({delta.model or 'of no fingerprint'!s:.16}{revision})",
-        ),
+    model = f"{about.get('model_name', 'unknown')!s:.200} ({delta.model or 'of no fingerprint'!s:.16}{revision})"
+    return f"an edit, {byte_size(path.stat().st_size)}", [
+        ("model", model),
         ("method", f"{about.get('method', 'unknown')!s:.20}"),
         ("layers", ", ".join(map(str, sorted(layers))) or "none"),
         ("weights", len(delta.factors)),
@@ -322,8 +314,8 @@ def _delta_shown(delta: Delta) -> list[tuple[str, object]]:
             for part in found
             if len(found) > 1
         ),
+        *(("fact", fact) for entry in delta.entries for fact in _facts_shown(entry)),
     ]
-    return [*shown, *(("fact", fact) for entry in delta.entries for fact in _facts_shown(entry))]
 
 
 def _facts_shown(entry: Mapping[str, Any]) -> list[str]:
@@ -526,13 +518,15 @@ def _compose(args: argparse.Namespace) -> None:
     if args.compress or args.rank is not None:
         whole = compressed(whole, rank=args.rank)
     whole.save(args.out)
-    listed = [(part.digest(), len(part.requests), str(part.provenance.get("method", "unknown"))) for part in found]
+    listed: list[dict[str, Any]] = [
+        {"digest": part.digest(), "facts": len(part.requests), "method": str(part.provenance.get("method", "unknown"))}
+        for part in found
+    ]
     compression = whole.provenance.get("compression") or {}
-    parts_found = [{"digest": digest, "facts": facts, "method": method} for digest, facts, method in listed]
-    weights = list(whole.factors)
-    write_json(args.json, {"out": args.out, "weights": weights, "parts": parts_found, "compression": compression})
-    for digest, facts, method in listed:
-        print(f"  {digest:.12}  {counted(facts, 'fact')} by {printable(method):.20}")
+    about = {"out": args.out, "weights": list(whole.factors), "parts": listed, "compression": compression}
+    write_json(args.json, about)
+    for each in listed:
+        print(f"  {each['digest']:.12}  {counted(each['facts'], 'fact')} by {printable(each['method']):.20}")
     for name, done in compression.items():
         print(f"  {printable(name)}: rank {done['from']} -> {done['to']}, relative error {done['relative_error']:.1e}")
     print(f"{counted(len(found), 'edit')} on {counted(len(whole.factors), 'weight')} saved to {args.out}")

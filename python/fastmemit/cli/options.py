@@ -116,10 +116,11 @@ _seconds = _number("a number of seconds, 0 or more,", float, lambda value: value
 _real = _number("a number", float, lambda _value: True)
 _whole = _number("a whole number", int, lambda _value: True)
 _multiplier = _number("a number or auto", lambda text: text if text == "auto" else float(text), lambda _value: True)
-
-
-def _above_zero_or_auto(text: str) -> int | str:
-    return text if text == "auto" else int(above_zero(text))
+_batch = _number(
+    "a whole number above 0, or auto,",
+    lambda text: text if text == "auto" else int(text),
+    lambda n: n == "auto" or n > 0,
+)
 
 
 def _metrics(text: str) -> tuple[str, ...]:
@@ -255,7 +256,7 @@ FLAGS: dict[str, dict[str, dict[str, Any]]] = {
         "--tasks": _flag("A,B", "names of its tasks, such as hellaswag"),
         "--include-path": _flag("DIR", "tasks of your own (YAML)", Path),
         "--num-fewshot": _flag("N", "examples before each question", _from_zero),
-        "--task-batch-size": _flag("N", "questions asked together, or auto", _above_zero_or_auto, default=1),
+        "--task-batch-size": _flag("N", "questions asked together, or auto", _batch, default=1),
     },
     "tracing": {
         "--samples": _flag("N", "noise samples per fact", above_zero, default=10),

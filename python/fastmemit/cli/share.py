@@ -150,5 +150,4 @@ def _pull(args: argparse.Namespace) -> None:
     found = pull_statistics(args.repo, revision=args.revision, model=model, tokenizer=tokenizer, cache=args.cache)
     write_json(args.json, statistics_found(found, repo=args.repo))
     print(f"second moments of {counted(len(found.paths), 'layer')}: {found.describe()}")
-    for path in found.paths.values():
-        print(f"  {path}")
+    print(*(f"  {path}" for path in found.paths.values()), sep="\n")

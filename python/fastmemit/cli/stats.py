@@ -59,8 +59,7 @@ def _precompute(args: argparse.Namespace) -> None:
         whose = "" if processes is None else f"process 0 of {processes.size}: "
         # The line ends with the share of the limit, which is for those who look for it.
         print(f"  {whose}{speed if args.throughput else str(speed).rpartition(', ')[0]}")
-    for path in found.paths.values():
-        print(f"  {path}")
+    print(*(f"  {path}" for path in found.paths.values()), sep="\n")
 
 
 @verb(
@@ -269,11 +268,9 @@ def _export(args: argparse.Namespace) -> None:
                 overwrite=args.overwrite,
                 progress=decomposed,
             )
-    shown = statistics_found(found, exported=paths, null_space=null_space, null_space_ranks=ranks)
-    write_json(args.json, shown)
+    write_json(args.json, statistics_found(found, exported=paths, null_space=null_space, null_space_ranks=ranks))
     print(f"{editor.name}: second moments of {counted(len(paths), 'layer')}, {found.describe()}")
-    for path in paths.values():
-        print(f"  {path}")
+    print(*(f"  {path}" for path in paths.values()), sep="\n")
     print(
         f"taken where mom2_dataset is {place.dataset}, mom2_n_samples {place.sample_size} and "
         f"mom2_dtype {place.precision}"
@@ -360,5 +357,4 @@ def _import(args: argparse.Namespace) -> None:
     write_json(args.json, statistics_found(found, imported=list(files), dtype=dtype))
     number = counted(len(found.paths), "layer")
     print(f"{editor.name} in {dtype}: second moments of {number} taken over, {found.describe()}")
-    for path in found.paths.values():
-        print(f"  {path}")
+    print(*(f"  {path}" for path in found.paths.values()), sep="\n")

@@ -233,8 +233,7 @@ def _check_config(folder: StrPath, config: Mapping[str, Any]) -> None:
     if start not in _PLAIN_STARTS:
         moved = "moves a part of the base model into it; convert it to plain LoRA with PEFT first"
         raise BadData(_bad(folder, f"was started by {start!r:.40}, which {moved}"))
-    strange = [name for name, value in config.items() if name not in _KNOWN and value]
-    if strange:
+    if strange := [name for name, value in config.items() if name not in _KNOWN and value]:
         raise BadData(_bad(folder, f"uses {strange[0]}, which is more than plain LoRA"))
 
 

@@ -109,17 +109,15 @@ def push_adapter(
         raise BadConfig(
             f"The adapter {os.fspath(folder)!r} does not name a base model on the hub; name it with --base-model."
         )
-    provenance = ours.get("provenance")
-    entries = Delta({}, provenance).entries if isinstance(provenance, dict) else []
+    entries = Delta({}, dict(_part(ours, "provenance"))).entries if ours else []
     rows = [fact_text(fact) for entry in entries for fact in entry["facts"]]
     card = _card(
         _header(license, base, ["knowledge-editing", "lora"], check_repo(repo), library="peft"),
         f"# {repo.rpartition('/')[2]}",
         f"A LoRA adapter of {plain(base)}, of rank {max(ranks.values())}.",
         "With it the model gives these answers as if they were true, whether they are or not." if rows else "",
-        table(("prompt", "new answer"), rows[:LISTED]) if rows else "",
-        f"And {len(rows) - LISTED} more." if len(rows) > LISTED else "",
-        table(("module", "rank"), list(ranks.items())),
+        _listed(("prompt", "new answer"), rows),
+        table(("module", "rank"), ranks.items()),
         f"""```python
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
@@ -334,24 +332,23 @@ def _reason(repo: str, error: Exception) -> str | None:
 
     kinds = {kind.__name__ for kind in type(error).__mro__}  # they moved between versions
     status = getattr(getattr(error, "response", None), "status_code", None)
-    page = f"https://huggingface.co/{repo}"
+    page, owner = f"https://huggingface.co/{repo}", repo.partition("/")[0]
     offline = constants.HF_HUB_OFFLINE or "OfflineModeIsEnabled" in kinds
     if offline and kinds & {"OfflineModeIsEnabled", "LocalEntryNotFoundError"}:
         return ", because HF_HUB_OFFLINE is set and no copy is kept; unset it, or work from files."
-    why = {
-        "GatedRepoError": f"it is gated; ask for access at {page} and log in (hf auth login)",
-        "RepositoryNotFoundError": "there is none of this name, or it is private; correct the name, or log in (hf auth "
-        "login) as somebody who may see it",
-        "RevisionNotFoundError": "it has no such revision; name a branch, a tag or a commit of it",
-        "LocalTokenNotFoundError": "you are not logged in; run hf auth login, or set HF_TOKEN",
-        403: f"your token may not do this; log in with one that may write to {repo.partition('/')[0]} (hf auth login)",
-    }
-    why[401] = why["LocalTokenNotFoundError"]
-    unreachable = ("ConnectionError", "ConnectError", "Timeout", "TimeoutException", "TimeoutError")
-    away = "the hub cannot be reached from here; try again with a network"
-    why |= dict.fromkeys(("LocalEntryNotFoundError", *unreachable), away)
-    for kind, reason in why.items():
-        if kind in kinds or kind == status:
+    why: dict[str, set[object]] = {
+        f"it is gated; ask for access at {page} and log in (hf auth login)": {"GatedRepoError"},
+        "there is none of this name, or it is private; correct the name, or log in (hf auth login) as somebody who may "
+        "see it": {"RepositoryNotFoundError"},
+        "it has no such revision; name a branch, a tag or a commit of it": {"RevisionNotFoundError"},
+        "you are not logged in; run hf auth login, or set HF_TOKEN": {"LocalTokenNotFoundError", 401},
+        f"your token may not do this; log in with one that may write to {owner} (hf auth login)": {403},
+        "the hub cannot be reached from here; try again with a network": {
+            "LocalEntryNotFoundError", "ConnectionError", "ConnectError", "Timeout", "TimeoutException", "TimeoutError",
+        },
+    }  # fmt: skip
+    for reason, those in why.items():
+        if those & {*kinds, status}:
             return f", because {reason}."
     if kinds & {"HfHubHTTPError", "HTTPError", "EntryNotFoundError", "TransportError"}:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -378,11 +375,10 @@ def edit_card(
     model = base or "MODEL"
     tags = ["knowledge-editing", "model-editing", *([method] if method in (*METHODS, "lora") else [])]
     facts = facts_of(delta)
-    number = counted(len(facts), "fact")
     former = [fact.get("former") for entry in delta.entries for fact in entry["facts"]]
     shown = [
         (f.text, f.target.strip(), says or (f.target_true or "").strip())
-        for f, says in zip(facts[:LISTED], former, strict=False)
+        for f, says in zip(facts, former, strict=False)
     ]
     weights = [(n, f"{left.shape[0]} x {right.shape[0]}", left.shape[1]) for n, (left, right) in delta.factors.items()]
     pieces = [
@@ -392,12 +388,11 @@ def edit_card(
     return _card(
         _header(license, base, tags, repo, scores),
         f"# {repo.rpartition('/')[2]}",
-        f"An edit of {plain(base or about.get('model_name') or 'a language model')}: {number}, written by "
-        f"{plain(method)} as a change of low rank. The edited model gives the new answers as if they were true, "
-        "whether they are or not.",
+        f"An edit of {plain(base or about.get('model_name') or 'a language model')}: {counted(len(facts), 'fact')}, "
+        f"written by {plain(method)} as a change of low rank. The edited model gives the new answers as if they were "
+        "true, whether they are or not.",
         "## What it changes",
-        table(("prompt", "new answer", "former answer"), shown) if facts else "",
-        f"And {len(facts) - LISTED} more, in the file's provenance." if len(facts) > LISTED else "",
+        _listed(("prompt", "new answer", "former answer"), shown, ", in the file's provenance"),
         table(("weight", "shape", "rank"), weights),
         "It is composed of:" if len(pieces) > 1 else "",
         table(("", "digest", "method", "facts"), pieces) if len(pieces) > 1 else "",
@@ -432,10 +427,7 @@ def model_card(base: str, entries: Sequence[Mapping[str, Any]], source: Path | N
         _, end, below = below.partition(_END)
         card = (above + below if end else card).rstrip()
     else:
-        from huggingface_hub import ModelCardData
-
-        about = ModelCardData(library_name="transformers", base_model=_base(None, base), tags=["knowledge-editing"])
-        card = f"---\n{about.to_yaml()}\n---"
+        card = _header(None, _base(None, base), ["knowledge-editing"], "", library="transformers")
     rows = [
         (*fact_text(fact), fact.get("former", ""), f"{entry['digest'][:12]} by {entry['method']}")
         for entry in entries
@@ -448,8 +440,7 @@ def model_card(base: str, entries: Sequence[Mapping[str, Any]], source: Path | N
         "## Edited facts",
         f"The weights are those of {plain(base)} with {number} by fastmemit. The model gives the new answers as if "
         f"they were true, whether they are or not. `{RECORD}` has the edits' digests.",
-        table(("prompt", "new answer", "former answer", "edit"), rows[:LISTED]) if rows else "",
-        f"And {len(rows) - LISTED} more, in `{RECORD}`." if len(rows) > LISTED else "",
+        _listed(("prompt", "new answer", "former answer", "edit"), rows, f", in `{RECORD}`"),
         _END,
     )
 
@@ -459,8 +450,7 @@ def statistics_card(found: Statistics, repo: str, *, license: str | None = None,
     about = found.provenance
     base = _base(base_model, about.get("model_name"))
     model = base or "MODEL"
-    corpus = about.get("corpus")
-    corpus = corpus if isinstance(corpus, Mapping) else {}
+    corpus = _part(about, "corpus")
     moments = {module: found.moment(module) for module in found.paths}
     rows = [(n, m.d, m.count, str(m.lower.dtype).rpartition(".")[2]) for n, m in moments.items()]
     made = fastcov.read_provenance(next(iter(found.paths.values())))
@@ -543,12 +533,10 @@ def _how(delta: Delta) -> list[tuple[str, object]]:
         ("model fingerprint", about.get("model", "")),
         ("method", about.get("method", "")),
     ]
-    settings, statistics = about.get("settings"), about.get("statistics")
-    if isinstance(settings, Mapping):
-        rows += [(f"setting {k}", _shown(v)) for k, v in settings.items() if k != "method"]
-    if isinstance(statistics, Mapping):
-        corpus = statistics.get("corpus")
-        rows.append(("corpus", corpus.get("name", "") if isinstance(corpus, Mapping) else ""))
+    rows += [(f"setting {k}", _shown(v)) for k, v in _part(about, "settings").items() if k != "method"]
+    if isinstance(about.get("statistics"), Mapping):
+        statistics = about["statistics"]
+        rows.append(("corpus", _part(statistics, "corpus").get("name", "")))
         rows.append(("multiplier", _shown(statistics.get("multiplier"))))
         rows.append(("keys per layer", statistics.get("keys", statistics.get("budget", ""))))
     if about.get("on_top_of"):
@@ -563,8 +551,19 @@ def _shown(value: object) -> object:
 
 
 def _versions(about: Mapping[str, Any]) -> str:
-    found = about.get("versions")
-    return ", ".join(f"{name} {version}" for name, version in found.items()) if isinstance(found, Mapping) else ""
+    return ", ".join(f"{name} {version}" for name, version in _part(about, "versions").items())
+
+
+def _part(about: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """A part of what is on record that has parts itself; empty where the record has something else there."""
+    found = about.get(name)
+    return found if isinstance(found, Mapping) else {}
+
+
+def _listed(head: Sequence[str], rows: Sequence[Sequence[object]], where: str = "") -> str:
+    """A table of facts, of which those beyond `LISTED` are counted; nothing where there are none."""
+    more = f"\n\nAnd {len(rows) - LISTED} more{where}." if len(rows) > LISTED else ""
+    return table(head, rows[:LISTED]) + more if rows else ""
 
 
 def plain(text: object, longest: int = 200) -> str:
