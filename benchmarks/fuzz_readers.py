@@ -537,14 +537,14 @@ _SEQUENCE = {**samples.HEADER, "batches": [[1, 2], [3]], "score_every": 1}
 
 def _sequence_header(folder: Path) -> Path:
     path = folder / "sequential.json"
-    check_header(path, _SEQUENCE, "sequences")
+    check_header(path, _SEQUENCE)
     return path
 
 
 def _read_sequence_header(path: Path) -> Any:
     if not path.is_file():
         raise FileNotFoundError(path)  # a header would be written, and none was read
-    check_header(path, _SEQUENCE, "sequences")
+    check_header(path, _SEQUENCE)
     return json.loads(path.read_text(encoding="utf-8"))
 
 

@@ -157,8 +157,9 @@ def as_published(method: str | EditConfig, settings: Mapping[str, Any] | None = 
     return {**({"relative_ridge": 0.0} if default is None else {}), **(settings or {})}
 
 
-def check_header(path: Path, header: Mapping[str, Any], what: str = "a sweep") -> None:
+def check_header(path: Path, header: Mapping[str, Any]) -> None:
     """Write a new folder's header, or see that it is that of the lines there (BadData); methods may be added."""
+    what = "a sweep" if path.name == SWEEP else "sequences"
     wanted = json.loads(json.dumps(header))
     if path.is_file():
         try:
@@ -325,6 +326,22 @@ class ResultsFile:
                 with suppress(OSError):
                     file.truncate(before)
                 raise
+
+
+@contextmanager
+def written(folder: Path, header: Mapping[str, Any], names: Sequence[str]) -> Iterator[list[ResultsFile]]:
+    """The files of lines that only this process writes inside, whole, in a folder of these results; else a BadData.
+
+    Of the names the header's comes first.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    of_header, *of_lines = names
+    with locked(folder / of_lines[0]):
+        check_header(folder / of_header, header)
+        files = [ResultsFile(folder / name) for name in of_lines]
+        for file in files:
+            file.repair()
+        yield files
 
 
 def line_of(value: Mapping[str, Any]) -> bytes:

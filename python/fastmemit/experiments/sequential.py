@@ -99,15 +99,11 @@ def run_sequences(editor: Editor, plan: Plan, inputs: Inputs, *, progress: bool 
     if editor.edits:
         raise WrongModel(_EDITED)
     folder, runs, text = inputs.folder, plan.runs(), inputs.text
-    folder.mkdir(parents=True, exist_ok=True)
-    lines, timings = (results.ResultsFile(folder / name) for name in (results.STEPS, results.STEP_TIMINGS))
     config = editor.config(plan.method, **as_published(plan.method, plan.settings))
     cases = [[record.case_id for record in batch] for batch in plan.batches]
     header = {**results.make_header(editor, inputs, [config]), "batches": cases, "score_every": plan.score_every}
-    with results.locked(lines.path):
-        results.check_header(folder / results.SEQUENTIAL, header, "sequences")
-        lines.repair()
-        timings.repair()
+    names = (results.SEQUENTIAL, results.STEPS, results.STEP_TIMINGS)
+    with results.written(folder, header, names) as (lines, timings):
         finished = read_sequences(lines.path, len(cases))
         results.write_in_order(lines.path, list(runs), finished)  # without the steps of a run that was killed
         todo = {key: run for key, run in runs.items() if key not in finished}

@@ -71,6 +71,10 @@ class Place:
         """The place as the results file has it."""
         return {**vars(self), "settings": dict(self.settings)}
 
+    def config(self, editor: Editor) -> EditConfig:
+        """The cell's settings on a model."""
+        return editor.config(self.method, **as_published(self.method, dict(self.settings)))
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -371,7 +375,7 @@ def forecast(
     finished = results.read_results(inputs.folder) if inputs.folder.is_dir() else {}
     places, configs, targets = [], [], {}
     for place in grid.places()[shard[0] - 1 :: shard[1]]:
-        config = editor.config(place.method, **as_published(place.method, dict(place.settings)))
+        config = place.config(editor)
         settings = config.targets()
         if place.key not in finished and settings is not None:  # without target vectors a cell costs little
             places.append(place)
@@ -456,30 +460,28 @@ def run_sweep(
     order = editor.seed if inputs.cases is None else None
     dealt = {size: batches(records, size, count, seed=order) for size, count in grid.batches.items()}
     folder = inputs.folder
-    folder.mkdir(parents=True, exist_ok=True)
     configs = [editor.config(method, **as_published(method)) for method in map(_name, grid.methods)]
     header = results.make_header(editor, inputs, configs)
     if header["perplexity"] is not None:
         header["perplexity"]["batches"] = inputs.perplexity_batches
     number, of = shard
     suffix = "" if of == 1 else f"-{number}of{of}"
-    lines, timings = (results.ResultsFile(folder / f"{name}{suffix}.jsonl") for name in ("results", "timings"))
-    with results.locked(lines.path):
-        results.check_header(folder / results.SWEEP, header)
-        lines.repair()
-        timings.repair()
+    names = (results.SWEEP, f"results{suffix}.jsonl", f"timings{suffix}.jsonl")
+    with results.written(folder, header, names) as (lines, timings):
         finished = results.read_results(folder)
         todo = [place for place in places[number - 1 :: of] if place.key not in finished]
         if todo:
+            every = [place.config(editor) for place in places]  # whose layers a C is collected of
+            layers = sorted({layer for config in every if config.needs_statistics for layer in config.layers})
+            quartic = any(config.quartic for config in every)
             run = _Run(editor, inputs, dealt, places, progress)
             run.prepare(todo)
             with bar("records", sum(place.batch_size * place.batches for place in todo), progress) as advance:
                 for (seed, bos, multiplier), cells in groupby(todo, lambda p: (p.seed, p.bos, p.multiplier)):
                     # Collected no further than the next cells need.
                     way = grid.way(multiplier)
-                    used = precompute_multipliers(
-                        editor, inputs, way, run.layers, bos=bos, seed=seed, quartic=run.quartic
-                    )[multiplier]
+                    found = precompute_multipliers(editor, inputs, way, layers, bos=bos, seed=seed, quartic=quartic)
+                    used = found[multiplier]
                     if used is not None:
                         editor.store.use(used)
                     for place in cells:
@@ -506,19 +508,6 @@ class _Run:
     unedited: PerplexityResult | None = None  # of the unedited model
     reads: ReadCache = field(default_factory=ReadCache)  # of the unedited weights, the same at every multiplier
 
-    def config(self, place: Place) -> EditConfig:
-        return self.editor.config(place.method, **as_published(place.method, dict(place.settings)))
-
-    @property
-    def layers(self) -> list[int]:
-        """Those of which there has to be a C."""
-        configs = [self.config(place) for place in self.places]
-        return sorted({layer for config in configs if config.needs_statistics for layer in config.layers})
-
-    @property
-    def quartic(self) -> bool:
-        return any(self.config(place).quartic for place in self.places)
-
     def prepare(self, todo: Sequence[Place]) -> None:
         """Unedited scores and target vectors, for the records of the whole grid.
 
@@ -533,21 +522,21 @@ class _Run:
         self.before = unedited_scores(self.editor, self.inputs.folder, distinct(self.dealt), self.progress)
         if self.inputs.text is not None:
             self.unedited = perplexity(self.editor.adapter, self.inputs.text)
-        for settings in dict.fromkeys(self.config(place).targets() for place in todo):
+        for settings in dict.fromkeys(place.config(self.editor).targets() for place in todo):
             if settings is None:
                 continue  # a method without target vectors
             # The batch sizes of the whole grid: ROME, for one, edits no batches but those of one.
-            using = [place for place in self.places if self.config(place).targets() == settings]
+            using = [place for place in self.places if place.config(self.editor).targets() == settings]
             wanted = distinct({place.batch_size for place in using})
             with bar("target vectors", len(wanted), self.progress) as advance:
                 for start in range(0, len(wanted), _TARGETS_TOGETHER):
                     requests = [record.request for record in wanted[start : start + _TARGETS_TOGETHER]]
-                    self.editor.targets(requests, self.config(using[0]), together=True)
+                    self.editor.targets(requests, using[0].config(self.editor), together=True)
                     advance(len(requests))
 
     def cell(self, place: Place, keys: int, advance: Callable[[int], None]) -> tuple[dict[str, Any], dict[str, float]]:
         """Edit and score the batches of a cell, each on the unedited weights; also the seconds of each stage."""
-        editor, text, config = self.editor, self.inputs.text, self.config(place)
+        editor, text, config = self.editor, self.inputs.text, place.config(self.editor)
         seconds: dict[str, float] = {}
         records: list[dict[str, Any]] = []
         costs: list[float] = []
