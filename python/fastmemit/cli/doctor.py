@@ -107,10 +107,8 @@ def completion_script(shell: str) -> str:
 
 def _bash(typed: Mapping[str, Sequence[str]], known: Mapping[str, Sequence[str]], files: Sequence[str]) -> str:
     lines = [f'    {flag}) words="{" ".join(words)}" ;;' for flag, words in known.items()]
-    cases = []
-    for text, words in typed.items():
-        begun = "*" if text.endswith("*") else ""
-        cases.append(f'    "{text.removesuffix("*")}"{begun}) words="{" ".join(words)}" ;;')
+    cases = [f'    "{text.removesuffix("*")}"{"*" * text.endswith("*")}) words="{" ".join(words)}" ;;'
+             for text, words in typed.items()]  # fmt: skip
     return f"""\
 _fastmemit() {{
   local words="" typed="${{COMP_WORDS[*]:1:$((COMP_CWORD-1))}}"

@@ -131,7 +131,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     count = sum(map(len, chosen))
     print(f"{editor.name}, {args.method}, {counted(count, 'record')} in {counted(len(chosen), 'batch', 'batches')}")
     names = ZSRE_COLUMNS if zsre else [name for m in args.metrics for name in COLUMNS[m]]
-    show_changes(_changes(result, result["records"], list(dict.fromkeys(names)), result["perplexity"]))
+    show_changes(_changes(result, list(dict.fromkeys(names))))
     print(ZSRE_MEANING if zsre else MEANING)
     if result["portability"]:
         rows = [["what follows", "questions", "counted", "before", "after"]]
@@ -163,9 +163,7 @@ def _show_own(records: Sequence[Record], found: Sequence[Mapping[str, Any]]) -> 
         print(f"  {record.case_id:>4}  {fact}: {', '.join(parts)}")
 
 
-def _changes(
-    result: Mapping[str, Any], records: Any, names: Sequence[str], perplexity: Mapping[str, Any] | None
-) -> dict[str, dict[str, Estimate | float | None]]:
+def _changes(result: Mapping[str, Any], names: Sequence[str]) -> dict[str, dict[str, Estimate | float | None]]:
     """What is shown: before, after and the paired change of every score, for `show_changes`.
 
     Intervals are made of the records' shares; scores without one are those of the result.
@@ -173,6 +171,7 @@ def _changes(
     from fastmemit.evaluation.scores import HARMONIC, SHARES
     from fastmemit.experiments.intervals import difference_intervals, score_intervals
 
+    records, perplexity = result["records"], result["perplexity"]
     sure = [name for name in names if name in SHARES or name in HARMONIC]
     before, after = ({name: result[when].get(name) for name in names} for when in ("before", "after"))
     change: dict[str, Any] = {
@@ -226,8 +225,8 @@ def _demo(args: argparse.Namespace) -> None:
         overrides = {"optimiser": "rotate", **overrides}
     config = editor.config(args.method, **overrides)
     if config.needs_statistics:
-        found = editor.precompute(args.corpus, multiplier=args.multiplier, method=config)
-        say(f"second moments of layers {', '.join(map(str, config.layers))}: {found.describe()}")
+        collected = editor.precompute(args.corpus, multiplier=args.multiplier, method=config)
+        say(f"second moments of layers {', '.join(map(str, config.layers))}: {collected.describe()}")
 
     facts = builtin_facts()
     requests = [fact.request for fact in facts]
@@ -263,21 +262,12 @@ def _demo(args: argparse.Namespace) -> None:
         {"case_id": old.case_id, "before": old.shares(), "after": new.shares()}
         for old, new in zip(before, after, strict=True)
     ]
-    columns = _changes({"before": {}, "after": {}}, records, SCORES, cost)
+    columns = _changes({"before": {}, "after": {}, "records": records, "perplexity": cost}, SCORES)
     continued = [
         {"prompt": prompt, "before": old, "after": new} for prompt, old, new in zip(prompts, said, says, strict=True)
     ]
-    write_json(
-        args.json,
-        {
-            "model": editor.name,
-            "method": args.method,
-            "out": args.out,
-            "facts": outcomes,
-            "scores": columns,
-            "prompts": continued,
-        },
-    )
+    found = {"model": editor.name, "method": args.method, "out": args.out, "facts": outcomes}
+    write_json(args.json, {**found, "scores": columns, "prompts": continued})
     print(f"\n{verdict(outcomes)}\n")
     show_changes(columns)
     print(MEANING)

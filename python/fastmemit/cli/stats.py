@@ -97,12 +97,11 @@ def _plan(args: argparse.Namespace) -> None:
         lengths = tokens_of(_tokenizer(args.shape), requests)
         facts = args.batch_size or len(requests)
     machine = MACHINES[args.machine]
-    for name in ("flops", "share"):
-        value = getattr(args, name)
-        if value is not None:
-            if not 0 < value < float("inf"):
-                raise BadConfig(f"--{name} must be above 0 but is {value:g}; give what is real.")
-            machine = dataclasses.replace(machine, **{name: value})
+    given = {name: value for name in ("flops", "share") if (value := getattr(args, name)) is not None}
+    for name, value in given.items():
+        if not 0 < value < float("inf"):
+            raise BadConfig(f"--{name} must be above 0 but is {value:g}; give what is real.")
+    machine = dataclasses.replace(machine, **given)
     layers = parse_layers(args.layers)
     try:
         wanted = [fastcov.budget(float(m), shape.d_k) for m in args.multipliers.split(",")]
@@ -182,7 +181,7 @@ def _plan(args: argparse.Namespace) -> None:
         known,
     )
     print(f"rates: {machine.source}")
-    if args.flops is not None or args.share is not None:
+    if given:
         print("rates given on the command line replace those")
 
 
