@@ -20,7 +20,8 @@ for folder in (ROOT, ROOT / "python"):
     sys.path.insert(0, str(folder))
 
 from benchmarks.recorded import load  # noqa: E402
-from fastcov.bench.report import BadInput, Row, Run, number  # noqa: E402
+from fastcov.bench.report import Row, Run, number  # noqa: E402
+from fastcov.errors import BadInput  # noqa: E402
 from fastmemit.experiments.plots import COLOURS, paper_style  # noqa: E402
 
 _KINDS = {"ours": COLOURS[0], "library": "#a0aec0", "released": "#a0aec0"}

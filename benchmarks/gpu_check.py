@@ -32,7 +32,8 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.recorded import load  # noqa: E402
 from fastcov.bench.__main__ import new_run  # noqa: E402
-from fastcov.bench.report import BadInput, Row, Run, save  # noqa: E402
+from fastcov.bench.report import Row, Run, save  # noqa: E402
+from fastcov.errors import BadInput  # noqa: E402
 from fastcov.files import atomic_file, parse_json, printable  # noqa: E402
 
 WIDTHS = (6400, 11008, 14336, 16384)

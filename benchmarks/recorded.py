@@ -15,7 +15,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from fastcov.bench.report import FORMAT, VERSION, BadInput, Row, Run  # noqa: E402
+from fastcov.bench.report import FORMAT, VERSION, Row, Run  # noqa: E402
+from fastcov.errors import BadInput  # noqa: E402
 from fastcov.files import parse_json, printable  # noqa: E402
 from fastcov.machine import Machine  # noqa: E402
 

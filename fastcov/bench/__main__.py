@@ -18,8 +18,8 @@ from fastcov import ops
 from fastcov.__main__ import until_reader_goes
 from fastcov.bench import suites
 from fastcov.bench.measure import Effort
-from fastcov.bench.report import LEGEND, BadInput, Run, heading, save, table
-from fastcov.files import printable
+from fastcov.bench.report import LEGEND, Run, heading, save, table
+from fastcov.errors import BadInput
 from fastcov.linalg import free_memory
 from fastcov.machine import this_machine, versions
 
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None, extras: suites.Extras | None = 
     try:
         run = measured(parse(words, extras), words)
     except BadInput as error:
-        print(printable(f"error: {error}"), file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("error: interrupted; cases that were finished are printed above.", file=sys.stderr)

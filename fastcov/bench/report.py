@@ -28,10 +28,6 @@ memory: peak beyond the input, in matrices.
 ~: the result of a library is beyond the gate that ours has to pass; it is timed all the same."""
 
 
-class BadInput(ValueError):
-    """What was asked for cannot be run; the message is one sentence for the person who asked."""
-
-
 @dataclass(frozen=True)
 class Row:
     """One contender in one case."""

@@ -24,7 +24,8 @@ import fastcov
 from fastcov import closed_form, ops
 from fastcov.bench import measure as m
 from fastcov.bench.measure import Case, Contender, Probe, Verdict, measure
-from fastcov.bench.report import BadInput, Row
+from fastcov.bench.report import Row
+from fastcov.errors import BadInput
 from fastcov.kernels.cpu import why_no_bfloat
 from fastcov.linalg import factorize
 from fastcov.throughput import Throughput

@@ -87,7 +87,7 @@ class Editor(Described):
         self.tokenizer = tokenizer = text_tokenizer(tokenizer)
         origin = str(getattr(model.config, "_name_or_path", "") or "model")
         path = name or origin
-        self.name = _shared_name(path)
+        self.name = shared_name(path)
         self.seed = seed
         self._stack = EditStack.of(model)
         self._folder = next((Path(each) for each in (path, origin) if Path(each).is_dir()), None)
@@ -450,7 +450,7 @@ def _preserved(text: PreservedText | StrPath | Iterable[str] | None) -> Preserve
     return text if text is None or isinstance(text, PreservedText) else PreservedText.from_text(text)
 
 
-def _shared_name(path: str) -> str:
+def shared_name(path: str) -> str:
     """What a model is called in files that people share; folders are nobody else's business."""
     place = Path(path)
     if not place.exists():

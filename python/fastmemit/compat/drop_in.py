@@ -29,6 +29,7 @@ from fastmemit.compat.npz_files import layers_by_name
 from fastmemit.data import Corpus
 from fastmemit.data.corpora import open_corpus
 from fastmemit.delta import Delta
+from fastmemit.editor import shared_name
 from fastmemit.edits import Edit, EditStack
 from fastmemit.errors import BadConfig, BadCorpus, WrongModel, counted
 from fastmemit.files import cache_dir, stored_modules
@@ -211,8 +212,7 @@ class Live:
                 edit = Edit(delta, self.stack)
                 self.stack.written.append((state, edit))
                 self._preserved.add(edit, keys)
-        name = str(getattr(model.config, "_name_or_path", "") or "model")
-        self.name = Path(name).resolve().name if Path(name).is_dir() else name
+        self.name = shared_name(str(getattr(model.config, "_name_or_path", "") or "model"))
         folder = cache_dir() if settings.cache is None else Path(settings.cache)
         self.store = StatisticsStore(
             self.adapter, tokenizer, self.stack, folder, name=self.name, seed=settings.seed, progress=settings.progress

@@ -273,14 +273,13 @@ def import_statistics(
     digests: dict[str, str] = {}
     for name, path in named.items():
         _check_sample_size(path, read[name])
-        digest = sha256_of(path)
-        for other, theirs in digests.items():
-            if theirs == digest:
-                raise BadConfig(
-                    f"{str(named[other])!r} and {str(path)!r} are the same file, but {other} and {name} have "
-                    "different keys; get the right one for each."
-                )
-        digests[name] = digest
+        digests[name] = sha256_of(path)
+        other = next(each for each, digest in digests.items() if digest == digests[name])
+        if other != name:
+            raise BadConfig(
+                f"{str(named[other])!r} and {str(path)!r} are the same file, but {other} and {name} have "
+                "different keys; get the right one for each."
+            )
     widest = max((found.moment for found in read.values()), key=lambda moment: moment.d)
     multiplier = widest.count / widest.d
     for name, found in read.items():

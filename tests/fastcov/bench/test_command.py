@@ -11,7 +11,7 @@ from benchmarks.recorded import load
 from fastcov.bench import __main__ as command
 from fastcov.bench.__main__ import main, parse
 from fastcov.bench.measure import Effort
-from fastcov.bench.report import BadInput
+from fastcov.errors import BadInput
 
 ROOT = Path(__file__).parents[3]
 

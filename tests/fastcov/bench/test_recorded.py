@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 
 from benchmarks.recorded import comparison, differences, load, main
-from fastcov.bench.report import BadInput, Row, Run, save
+from fastcov.bench.report import Row, Run, save
+from fastcov.errors import BadInput
 from fastcov.machine import Machine
 
 MACHINE = Machine(cpu="a CPU", cores=2, isa=("avx2", "fma"), system="Linux x86_64")

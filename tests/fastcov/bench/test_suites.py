@@ -11,7 +11,7 @@ from fastcov import ops
 from fastcov.bench import suites
 from fastcov.bench.__main__ import main, parse
 from fastcov.bench.measure import Effort, measure
-from fastcov.bench.report import BadInput
+from fastcov.errors import BadInput
 from fastcov.kernels import plain
 
 CPU = torch.device("cpu")
