@@ -271,7 +271,7 @@ def test_a_real_model_is_loaded_by_its_provider(monkeypatch, tmp_path):
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     arguments = ["collect", "--quick", "--threads", "1", "--multiplier", "1"]
-    ((ours, released),) = suites.collect(parse([*arguments, "--load", "own_model:load"]))
+    ((ours, _, released),) = suites.collect(parse([*arguments, "--load", "own_model:load"]))
     assert ours.case == "own_model:load, float32, 128 keys a layer, d_k 128"
     assert (ours.status, released.status) == ("ok", "ok")
     with pytest.raises(BadInput, match="--load own_model:wrong must return"):
