@@ -242,6 +242,7 @@ class TargetConfig(EditConfig):
             early_stop=self.early_stop,
             stop=self.stop,
             scale=self.scale,
+            site=getattr(self, "site", "projection"),  # ROME's has no other
         )
 
     @classmethod
@@ -315,10 +316,6 @@ class RomeConfig(CovarianceConfig):
     clamp: float = 4.0
     keys: Keys = "consistent"
 
-    def targets(self) -> TargetSettings:
-        """As in `EditConfig.targets`, at the projection's output."""
-        return dataclasses.replace(super().targets(), site="projection")
-
 
 @dataclass(frozen=True, kw_only=True)
 class EmmetConfig(CovarianceConfig):
@@ -326,9 +323,9 @@ class EmmetConfig(CovarianceConfig):
 
     Attributes:
         lambda_e: How far the equality constraint is relaxed, in batches above 1.
-        site: Where target vectors are optimised: ``"block"``, at the block's output, or ``"projection"``, at the
-            projection's, as ROME's are. The default where a model has no preset and the block normalises or scales what
-            its projection puts out: so what is asked for can be put out.
+        site: Where target vectors are optimised: ``"block"``, at the last edited block's output, or ``"projection"``,
+            at its projection's, as ROME's are. The default where a model has no preset and the block normalises or
+            scales what its projection puts out: so what is asked for can be put out.
         iterations: How often to solve, each time for what is still missing; 1 is as published.
     """
 
@@ -339,10 +336,6 @@ class EmmetConfig(CovarianceConfig):
     site: Site = "block"
     iterations: int = 1
 
-    def targets(self) -> TargetSettings:
-        """As in `EditConfig.targets`, at the site."""
-        return dataclasses.replace(super().targets(), site=self.site)
-
 
 @dataclass(frozen=True, kw_only=True)
 class MemitConfig(CovarianceConfig):
@@ -351,12 +344,14 @@ class MemitConfig(CovarianceConfig):
     Attributes:
         spread: ``"linear"``: each layer takes ``1 / (layers left)`` of what is missing (MEMIT); ``"sqrt"``: ``1 /
             sqrt(layers left)`` (PMET).
+        site: Where target vectors are optimised, as in `EmmetConfig`; a default for default layers alone.
         iterations: How often to solve, each time for what is still missing; 1 is as published.
     """
 
     method: ClassVar[Method] = "memit"
 
     spread: Spread = "linear"
+    site: Site = "block"
     iterations: int = 1
 
     @classmethod
@@ -410,6 +405,7 @@ class AlphaEditConfig(TargetConfig):
         l2: How much the size of the change counts.
         null_threshold: Eigenvalues of C below it count as zero.
         null_relative: Instead of `null_threshold` where it is not None: a multiple of the mean of C's diagonal.
+        site: As in `MemitConfig`.
         iterations: How often to solve, each time for what is still missing; 1 is as published.
     """
 
@@ -419,6 +415,7 @@ class AlphaEditConfig(TargetConfig):
     l2: float = 10.0
     null_threshold: float = 0.02
     null_relative: float | None = None
+    site: Site = "block"
     iterations: int = 1
 
     @classmethod
@@ -583,8 +580,7 @@ def defaults(adapter: ModelAdapter, cls: type[EditConfig], asked: tuple[int, ...
     exact = preset["methods"].get(cls.method, {}) if preset else {}
     shared = preset["methods"].get("memit", {}) if preset and cls in RELATIVES else {}
     if preset is None or not (exact or shared):
-        layers = asked or _by_depth(adapter, cls)
-        return {"layers": layers, **_untuned(adapter, cls, layers[-1])}
+        return _untuned(adapter, cls, asked)
     try:
         for name in exact:
             cls.check_name(name)
@@ -611,9 +607,11 @@ def _by_depth(adapter: ModelAdapter, cls: type[EditConfig]) -> tuple[int, ...]:
 
     The published choices of layers for models of 28 to 32 blocks begin at an eighth of the depth;
     single-layer methods take the second of these, and UltraEdit, whose gradients are of the answer's
-    tokens, five that end one before the last.  Where not every block can be edited, the nearest
-    layers above serve, and below where there are none.  A layer is passed by whose projection can
-    move its block far less than those of the other layers can.
+    tokens, five that end one before the last.  The others take five, or where blocks normalise or
+    scale what their projections put out two, of which the last is where a single one would be
+    edited.  Where not every block can be edited, the nearest layers above serve, and below where
+    there are none.  A layer is passed by whose projection can move its block far less than those of
+    the other layers can.
     """
     first = round(adapter.n_layers / 8)
     found = _able(adapter, candidates(adapter))
@@ -623,7 +621,8 @@ def _by_depth(adapter: ModelAdapter, cls: type[EditConfig]) -> tuple[int, ...]:
         return tuple(found[-6:-1] or found)
     if cls.single_layer:
         return tuple(above[1:2] or above[:1] or below[-1:])
-    return tuple(above[:5] or below[-5:])
+    number = 5 if all(adapter.adds_plainly(layer) for layer in found) else 2
+    return tuple(above[:number] or below[-number:])
 
 
 def _able(adapter: ModelAdapter, found: list[int]) -> list[int]:
@@ -657,12 +656,19 @@ def units(adapter: ModelAdapter, config: EditConfig) -> dict[str, Any]:
     return {"scale": scale, "v_lr": v_lr, "steps": config.steps or STEPS[config.optimiser]}
 
 
-def _untuned(adapter: ModelAdapter, cls: type[EditConfig], layer: int) -> dict[str, Any]:
-    """The site of target vectors that asks for nothing that the projection cannot put out."""
-    values: dict[str, Any] = {}
-    editable = layer in adapter.layers  # of another one the caller is told elsewhere
-    if "site" in cls.settings() and editable and not adapter.adds_plainly(layer):
+def _untuned(adapter: ModelAdapter, cls: type[EditConfig], asked: tuple[int, ...] | None) -> dict[str, Any]:
+    """Layers by depth; and where a block normalises or scales what its projection puts out, what it can put out.
+
+    There a target vector lies at the projection's output. For methods of several layers that was measured in the
+    default ones alone, with a quarter of the usual weight, and in others it was worse (docs/guide/locate.md).
+    """
+    values: dict[str, Any] = {"layers": asked or _by_depth(adapter, cls)}
+    own, last = cls.settings(), values["layers"][-1]
+    editable = last in adapter.layers  # of another one the caller is told elsewhere
+    if "site" in own and (cls.single_layer or not asked) and editable and not adapter.adds_plainly(last):
         values["site"] = "projection"
+        if "weight" in own and not cls.single_layer:
+            values["weight"] = adapter.d_k(last) / 4
     return values
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 import fastcov
 from fastcov import closed_form
+from fastcov.hooks import evaluation_mode
 from fastmemit.errors import BadConfig, BadRequest
 from fastmemit.methods.base import Draft, Reading, averaged_keys, register
 from fastmemit.methods.config import (
@@ -28,6 +29,7 @@ from fastmemit.methods.config import (
     RlsEditConfig,
     RomeConfig,
 )
+from fastmemit.models.running import BlockMap
 from fastmemit.request import EditRequest
 
 log = logging.getLogger(__name__)
@@ -85,13 +87,19 @@ def residuals(
     adapter, config = draft.adapter, draft.config
     layers, spread = config.layers, getattr(config, "spread", "linear")  # one layer takes all
     subjects, asked = draft.subjects(requests), torch.empty(0)
+    at_projection = config.targets().site == "projection"
+    if at_projection and len(layers) > 1:
+        # Layers below move the stream and not the last projection's output: what they lead to is what the block makes
+        # of that.
+        with evaluation_mode(adapter.model):
+            goal, at_projection = BlockMap(adapter, layers[-1], subjects.bare_ids)(goal), False
     lowest: Reading | None = None
     for iteration in range(config.iterations):
         draft.keys.clear()  # nobody preserves a batch against itself; on record are the keys of the last iteration
         for position, layer in enumerate(layers):
             read = draft.read(subjects, layer, None if position else lowest)
             lowest = lowest or read
-            now = read.outputs if config.targets().site == "projection" else read.block
+            now = read.outputs if at_projection else read.block
             missing = goal.to(now.device) - now
             if iteration == position == 0:
                 asked = torch.linalg.vector_norm(missing)

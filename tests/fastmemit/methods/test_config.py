@@ -268,11 +268,11 @@ OF_A = {"weight", "ridge", "relative_ridge", "shrinkage", "covariance"}
 OWN = {
     RomeConfig: OF_A | {"keys"},
     EmmetConfig: OF_A | {"lambda_e", "site", "iterations"},
-    MemitConfig: OF_A | {"spread", "iterations"},
-    PmetConfig: OF_A | {"spread", "iterations"},
-    EncoreConfig: OF_A | {"spread", "iterations"},
-    RlsEditConfig: OF_A | {"spread", "iterations"},
-    AlphaEditConfig: {"spread", "iterations", "l2", "null_threshold", "null_relative"},
+    MemitConfig: OF_A | {"spread", "site", "iterations"},
+    PmetConfig: OF_A | {"spread", "site", "iterations"},
+    EncoreConfig: OF_A | {"spread", "site", "iterations"},
+    RlsEditConfig: OF_A | {"spread", "site", "iterations"},
+    AlphaEditConfig: {"spread", "site", "iterations", "l2", "null_threshold", "null_relative"},
     UltraEditConfig: {"eta", "tokens"},
 }
 VALUES = {
@@ -492,21 +492,34 @@ def test_each_optimiser_has_its_own_steps():
     )
 
 
-def test_where_a_norm_lies_behind_the_projection_emmets_target_lies_before_it():
-    adapter = find_adapter(tiny_model("gemma3"))
-    assert find_config(adapter, "emmet").site == "projection"
-    assert find_config(adapter, "emmet").targets().site == "projection"
-    assert find_config(adapter, "memit").targets().site == "block"
+def test_where_a_norm_lies_behind_the_projection_the_target_lies_before_it():
+    adapter = find_adapter(tiny_model("gemma3", num_hidden_layers=8))
+    assert find_config(adapter, "rome").targets().site == "projection"
+    emmet, memit = find_config(adapter, "emmet"), find_config(adapter, "memit")
+    assert (emmet.layers, emmet.site, emmet.targets().site, emmet.weight) == ((2,), "projection", "projection", None)
+    assert (memit.layers, memit.site, memit.targets().site) == ((1, 2), "projection", "projection")
+    assert memit.weight == adapter.d_k(2) / 4
+    assert find_config(adapter, "alphaedit").site == "projection"
+    # Other layers than the defaults were not measured so, or were worse.
+    asked = find_config(adapter, "memit", {"layers": [1, 2]})
+    assert (asked.site, asked.weight, find_config(adapter, "emmet", {"layers": 3}).site) == (
+        "block",
+        None,
+        "projection",
+    )
+    plain = find_adapter(tiny_model("llama", num_hidden_layers=8))
+    memit = find_config(plain, "memit")
+    assert (memit.layers, memit.site, memit.weight) == ((1, 2, 3, 4, 5), "block", None)
 
 
 def test_a_layer_that_can_hardly_move_its_block_is_no_default():
     model = tiny_model("gemma3", num_hidden_layers=8)
     adapter = find_adapter(model)
     assert find_config(adapter, "emmet").layers == (2,)
-    assert find_config(adapter, "memit").layers == (1, 2, 3, 4, 5)
+    assert find_config(adapter, "memit").layers == (1, 2)
     with torch.no_grad():  # gains of 0.01 where those of the other layers are 1
         model.model.layers[2].post_feedforward_layernorm.weight.fill_(-0.99)
     adapter = find_adapter(model)
     assert adapter.reach(2) < 0.05 * adapter.reach(3)
     assert find_config(adapter, "emmet").layers == (3,)
-    assert find_config(adapter, "memit").layers == (1, 3, 4, 5, 6)
+    assert find_config(adapter, "memit").layers == (1, 3)

@@ -8,6 +8,7 @@ from fastmemit.data.corpora import corpus_from_texts
 from fastmemit.errors import BadRequest, FastmemitError
 from fastmemit.methods import Draft, solve
 from fastmemit.methods.base import averaged_keys
+from fastmemit.models.running import hidden_of
 from fastmemit.partial_forward import read_at_subject
 from fastmemit.text import subject_row
 from reference import closed_form as literal
@@ -107,20 +108,44 @@ def test_rome_moves_its_key_to_the_target(architecture, keys, tmp_path):
     assert_unchanged(editor.model, before)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gptj"])
-def test_memit_equals_its_formula_written_out(architecture, tmp_path):
+def what_the_block_makes_of(editor, layer, vectors):  # (B, d)
+    """What the block puts out at the subjects of the bare prompts, its projection's output there replaced."""
+    found = []
+    for request, vector in zip(REQUESTS, vectors, strict=True):
+
+        def put(_module, _args, out, vector=vector):
+            out = out.clone()
+            out[0, -1] = vector
+            return out
+
+        ids = torch.tensor([subject_row(editor.tokenizer, "", request).ids])
+        with (
+            torch.no_grad(),
+            editor.adapter.projection(layer).register_forward_hook(put),
+            editor.adapter.block(layer).register_forward_hook(lambda _m, _a, out: found.append(hidden_of(out)[0, -1])),
+        ):
+            editor.model(ids)
+    return torch.stack(found).double()
+
+
+@pytest.mark.parametrize(
+    ("architecture", "site"), [("llama", "block"), ("gpt2", "block"), ("gptj", "block"), ("gemma3", "projection")]
+)
+def test_memit_equals_its_formula_written_out(architecture, site, tmp_path):
     editor = make_editor(architecture, tmp_path)
-    settings = {"layers": (0, 1, 2), "weight": 20.0, "ridge": 0.01, "steps": 4}
+    settings = {"layers": (0, 1, 2), "weight": 20.0, "ridge": 0.01, "steps": 4, "site": site}
     before = snapshot(editor.model)
     config = editor.config("memit", **settings)
-    goal = torch.stack([t.vector for t in editor.targets(REQUESTS, config)]).double()
+    goal = torch.stack([t.vector for t in editor.targets(REQUESTS, config)])
+    goal = goal.double() if site == "block" else what_the_block_makes_of(editor, 2, goal)
+    rows = [subject_row(editor.tokenizer, "", request).ids for request in REQUESTS]
     expected = {}
     work = workspace(editor, "memit", **settings)
     statistics = editor.store.covering(config.layers)
     for position, layer in enumerate(config.layers):
         keys = averaged_keys(work.context_outputs(layer, REQUESTS).keys)
-        (now,) = bare_outputs(editor, editor.adapter.block(2))
-        residual = (goal - now) / (3 - position)
+        output, now = bare_outputs(editor, editor.adapter.projection(layer), editor.adapter.block(2))
+        residual = editor.adapter.projection_residual(layer, output, (goal - now) / (3 - position), rows)
         moment = statistics.second_moment(editor.adapter.projection_name(layer)).double()
         change = literal.memit(literal.regularised(moment.numpy(), 20.0, 0.01), keys.numpy(), residual.T.numpy())
         expected[layer] = torch.tensor(change)
