@@ -145,7 +145,8 @@ def token_states(output: Any, shape: tuple[int, int], d: int, of: str) -> Tensor
     Raises:
         UnknownArchitecture: There are several states a token (Gemma 3n), or not one for every token (a routed expert).
     """
-    hidden, (rows, length) = hidden_of(output), shape
+    hidden = output if isinstance(output, Tensor) else hidden_of(output)
+    rows, length = shape
     if tuple(hidden.shape) not in {(rows, length, d), (rows * length, d)}:
         raise UnknownArchitecture(
             f"{of} handles a tensor of shape {tuple(hidden.shape)} for {rows} rows of {length} tokens, not one state "
