@@ -551,7 +551,9 @@ class BlockMap:
 
     def __call__(self, outputs: Tensor | None) -> Tensor:
         """What leaves the block (B, d), in float32 or wider, with these outputs (B, d) of its projection or its own."""
-        parts = [self._run(run, None if outputs is None else outputs[run.members]) for run in self._runs]
+        parts = []
+        for run in self._runs:
+            parts.append(self._run(run, None if outputs is None else outputs[run.members]))
         order = torch.tensor([n for run in self._runs for n in run.members])
         return torch.cat(parts)[torch.argsort(order).to(parts[0].device)]
 
