@@ -12,7 +12,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -327,19 +327,14 @@ _TOKEN = re.compile(
 )
 
 
-class _Char(NamedTuple):
-    """One character that passes a test, or a given one; perhaps several times or not at all."""
+class _Step(NamedTuple):
+    """One part of a pattern."""
 
-    test: Callable[[str], object] | str
+    kind: str | None  # anchor, bar, open, close; or "times", one character that fits, so many times
+    text: str  # what stands there
+    test: Callable[[str], object] | None  # whether a character fits; None: only the text itself
     many: bool
-    absent: bool
-
-
-class _Group(NamedTuple):
-    """Alternatives of which one follows, or none."""
-
-    alternatives: list[list[_Char | _Group | str]]  # a text is "^" or "$"
-    absent: bool
+    absent: bool  # whether it may be missing
 
 
 class Patterns:
@@ -348,7 +343,7 @@ class Patterns:
     def __init__(self, patterns: list[str]) -> None:
         if sum(map(len, patterns)) > _MAX_TEXT:
             raise ValueError(f"patterns of more than {_MAX_TEXT} characters")
-        self._groups = [_parsed(pattern) for pattern in patterns]
+        self._patterns = [_parsed(pattern) for pattern in patterns]
 
     def first(self, name: str) -> int | None:
         """The number of the first pattern that fits a module's name, None where none does."""
@@ -357,64 +352,52 @@ class Patterns:
             places[character] = places.get(character, 0) | 1 << index
         starts = 1 | places.get(".", 0) << 1
         last = 1 << len(name)
-        return next((i for i, group in enumerate(self._groups) if _after(group, starts, places, last) & last), None)
+        return next((i for i, steps in enumerate(self._patterns) if _after(steps, starts, places, last) & last), None)
 
 
-def _parsed(pattern: str) -> _Group:
+def _parsed(pattern: str) -> list[_Step]:
     bad = ValueError(f"the pattern {pattern!r:.60}")
-    outer: list[list[list[_Char | _Group | str]]] = []  # what is open around the alternatives that are read
-    alternatives: list[list[_Char | _Group | str]] = [[]]
-    at = 0
+    steps: list[_Step] = []
+    at = depth = 0
     while at < len(pattern):
         token = _TOKEN.match(pattern, at)
-        if token is None or len(outer) > _MAX_DEPTH:
+        if token is None:
             raise bad
-        at, text = token.end(), token[0]
-        if token["anchor"]:
-            alternatives[-1].append(text)
-        elif token["bar"]:
-            alternatives.append([])
-        elif token["open"]:
-            outer.append(alternatives)
-            alternatives = [[]]
-        elif token["close"]:
-            if not outer:
-                raise bad
-            group = _Group(alternatives, absent=text == ")?")
-            alternatives = outer.pop()
-            alternatives[-1].append(group)
-        else:
-            try:
-                one = re.compile(token["one"])  # of one character: searched at once
-            except re.error:
-                raise bad from None
-            times = token["times"][:1]  # a lazy one fits the same names
-            test = one.fullmatch if len(token["one"]) > 1 or token["one"] == "." else token["one"]
-            alternatives[-1].append(_Char(test, many=times in ("*", "+"), absent=times in ("*", "?")))
-    if outer:
+        at, kind, one = token.end(), token.lastgroup, token["one"]
+        depth += (kind == "open") - (kind == "close")
+        if not 0 <= depth <= _MAX_DEPTH:
+            raise bad
+        try:
+            test = re.compile(one).fullmatch if one and (len(one) > 1 or one == ".") else None
+        except re.error:
+            raise bad from None
+        times = (token["times"] or "")[:1]  # a lazy one fits the same names
+        steps.append(_Step(kind, one or token[0], test, times in ("*", "+"), times in ("*", "?") or token[0] == ")?"))
+    if depth:
         raise bad
-    return _Group(alternatives, absent=False)
+    return steps
 
 
-def _after(item: _Char | _Group | str, at: int, places: dict[str, int], last: int) -> int:
+def _after(steps: Sequence[_Step], at: int, places: dict[str, int], last: int) -> int:
     """The places that are reached from those in `at`; bit i stands before character i."""
-    if isinstance(item, str):
-        return at & (1 if item == "^" else last)
-    ends = 0
-    if isinstance(item, _Group):
-        for sequence in item.alternatives:
-            reached = at
-            for part in sequence:
-                reached = reached and _after(part, reached, places, last)
-            ends |= reached
-    else:
-        test = item.test
-        if isinstance(test, str):
-            fitting = places.get(test, 0)
-        else:
-            fitting = sum(where for character, where in places.items() if test(character))
-        ends = new = (at & fitting) << 1
-        while item.many and new:
-            new = (new & fitting) << 1 & ~ends
-            ends |= new
-    return ends | at if item.absent else ends
+    begun, ended = at, 0  # where the alternatives begin that are read, and where those before this one have ended
+    outer: list[tuple[int, int]] = []
+    for kind, text, test, many, absent in steps:
+        if kind == "anchor":
+            at &= 1 if text == "^" else last
+        elif kind == "bar":
+            at, ended = begun, ended | at
+        elif kind == "open":
+            outer.append((begun, ended))
+            begun, ended = at, 0
+        elif kind == "close":
+            at |= ended | (begun if absent else 0)
+            begun, ended = outer.pop()
+        elif at:
+            fitting = places.get(text, 0) if test is None else sum(where for c, where in places.items() if test(c))
+            reached = new = (at & fitting) << 1
+            while many and new:
+                new = (new & fitting) << 1 & ~reached
+                reached |= new
+            at = reached | at if absent else reached
+    return at | ended
