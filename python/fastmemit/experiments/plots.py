@@ -243,23 +243,15 @@ class _Axis:
     def __init__(self, drawing: Drawing) -> None:
         found = {place for line in drawing.lines for place in line.points}
         self.facts, self.has_full = drawing.facts, math.inf in found
-        self.values = sorted(found - {math.inf})
-        self.logarithmic = bool(self.values) and (len(self.values) > _EVENLY or self.values[0] < 1) and not self.facts
-        places = [self._finite(value) for value in self.values]
-        self.first = places[0] if places else 0.0
-        last = places[-1] if places else -1.0
-        self.end = last + max(0.14 * (last - self.first), 0.25) if self.logarithmic else last + 1
-        self.last = self.end if self.has_full else last
-        self.width = max(self.last - self.first, 1e-9)
+        self.values = values = sorted(found - {math.inf})
+        self.logarithmic = bool(values) and (len(values) > _EVENLY or values[0] < 1) and not self.facts
         self.even = not self.facts and not self.logarithmic
-
-    def _finite(self, value: float) -> float:
-        if self.facts:
-            return value
-        return math.log10(value) if self.logarithmic else self.values.index(value)
-
-    def at(self, value: float) -> float:
-        return self.end if value == math.inf else self._finite(value)
+        places = range(len(values)) if self.even else values if self.facts else [math.log10(each) for each in values]
+        self.first, last = (places[0], places[-1]) if values else (0.0, -1.0)
+        end = last + max(0.14 * (last - self.first), 0.25) if self.logarithmic else last + 1
+        self.at: dict[float, float] = {**dict(zip(values, places, strict=True)), math.inf: end}
+        self.last = end if self.has_full else last
+        self.width = max(self.last - self.first, 1e-9)
 
     def label(self, axes: Axes) -> None:
         """Ticks for all multipliers, labels for those that have room."""
@@ -273,14 +265,14 @@ class _Axis:
         ticks = [*self.values, *([math.inf] if self.has_full else [])]
         labels, kept = [], math.inf
         for tick in reversed(ticks):  # from the right, where the full precompute has its label
-            roomy = kept - self.at(tick) >= _LABEL * self.width or not self.logarithmic
+            roomy = kept - self.at[tick] >= _LABEL * self.width or not self.logarithmic
             labels.append(("\u221e" if tick == math.inf else multiplier_text(tick)) if roomy else "")
-            kept = self.at(tick) if roomy else kept
-        axes.set_xticks([self.at(tick) for tick in ticks], labels[::-1])
+            kept = self.at[tick] if roomy else kept
+        axes.set_xticks([self.at[tick] for tick in ticks], labels[::-1])
         margin = 0.05 * self.width + (0 if self.logarithmic else 0.1)
         axes.set_xlim(self.first - margin, self.last + margin)
         if self.has_full and self.values:
-            axes.axvline((self.at(self.values[-1]) + self.end) / 2, color="#bbbbbb", lw=0.8, ls=":")
+            axes.axvline((self.at[self.values[-1]] + self.at[math.inf]) / 2, color="#bbbbbb", lw=0.8, ls=":")
         axes.set_xlabel("multiplier" + (" (\u221e: full precompute)" if self.has_full else ""))
 
 
@@ -292,7 +284,7 @@ def _draw_panel(axes: Axes, panel: str, lines: Sequence[Line], axis: _Axis) -> N
     for index, line in enumerate(lines):
         shift = step * (index - (len(lines) - 1) / 2)
         drawn = sorted(
-            (axis.at(place) + shift, found.value, found.low, found.high)
+            (axis.at[place] + shift, found.value, found.low, found.high)
             for place, point in line.points.items()
             if (found := point.get(panel)) is not None and math.isfinite(found.value)
         )
