@@ -143,12 +143,13 @@ def _requests(args: argparse.Namespace) -> list[EditRequest]:
 def named_requests(facts: str) -> list[EditRequest]:
     """The requests that ``--facts`` names."""
     from fastmemit.data import load_records, load_requests, load_zsre
+    from fastmemit.data.reading import NAMES
     from fastmemit.data.records import is_zsre
 
     if is_zsre(facts):
         return [record.request for record in load_zsre(facts)]
-    if facts in ("builtin", "counterfact") or facts.startswith("hub:"):
-        return [record.request for record in load_records(facts)]
+    if facts in NAMES or facts.startswith("hub:"):
+        return [request for record in load_records(facts) for request in record.requests]
     return load_requests(facts)
 
 

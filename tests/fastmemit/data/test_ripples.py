@@ -12,6 +12,7 @@ import pytest
 
 from fastmemit.answers import Answer
 from fastmemit.cli import main
+from fastmemit.cli.edit import named_requests
 from fastmemit.data import load_records
 from fastmemit.data.reading import downloaded
 from fastmemit.data.records import ADDRESSES, Probe
@@ -192,6 +193,7 @@ def test_a_name_is_fetched_once_and_refused_in_a_sentence_without_a_network(
 
     monkeypatch.setattr("fastmemit.data.reading.urlopen", answer)
     assert [len(load_records("mquake")[0].requests) for _ in range(2)] == [2, 2]
+    assert len(named_requests("mquake")) == 2  # as `edit` and `stats plan` read the name
     assert asked == [ADDRESSES["mquake"]]  # the second time from the cache
     monkeypatch.setattr("fastmemit.data.reading.MAX_WHOLE_FILE", 10)
     with pytest.raises(BadData, match="larger than 10 bytes"):
