@@ -31,6 +31,7 @@ def main() -> int:
     parser.add_argument("--widths", default="1536,3072,6144", metavar="D,...")
     parser.add_argument("--rows", default="8,16,32,64,128,256", metavar="N,...")
     parser.add_argument("--kernel", default="avx512f", metavar="NAME")
+    parser.add_argument("--dtype", default="float32", metavar="NAME", help="of the keys: float32, bfloat16 or float16")
     parser.add_argument("--seconds", type=float, default=0.2, metavar="S", help="processor's time for each number")
     args = parser.parse_args()
 
@@ -47,7 +48,7 @@ def main() -> int:
             "sum alone_ms": round(1e3 * least(lambda x=triangle: x.add_(1), args.seconds), 2),
         }
         for n in map(int, args.rows.split(",")):
-            X = torch.ones(n, d)
+            X = torch.ones(n, d, dtype=getattr(torch, args.dtype))
             took = least(lambda C=C, X=X: rank_k_update(C, X, kernel=args.kernel), args.seconds)
             row[f"n {n}"] = {"ms": round(1e3 * took, 2), "gflops": round(n * d * (d + 1) / took / 1e9, 1)}
         print(json.dumps(row), flush=True)

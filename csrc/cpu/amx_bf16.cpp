@@ -1,7 +1,8 @@
 // Tiles of AMX: bf16 keys as they are, others in parts of bf16, summed in float32.
 //
-// float64 sums, and keys too large or too small for parts, go to avx512f, which every processor
-// with AMX has. bf16 keys below 2^-126 count as zero, as in avx512_bf16, and so do products.
+// float64 sums, keys too large or too small for parts, and very few rows go to avx512f, which every
+// processor with AMX has. bf16 keys below 2^-126 count as zero, as in avx512_bf16, and so do
+// products.
 #include <chrono>
 #include <cstddef>
 #include <cstdint>

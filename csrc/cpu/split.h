@@ -129,41 +129,45 @@ struct TileStrips {
   }
 };
 
-// The rows that the next step will read: they lie apart, where no processor expects them.
-inline void prefetch_rows(const Problem& p, std::int64_t row, std::int64_t column) {
+// The keys of the next panel: rows lie apart, where no processor expects them. Inlined by force,
+// since GCC takes a function that does nothing else for one without effect and drops its calls.
+__attribute__((always_inline)) inline void prefetch_rows(const Problem& p, std::int64_t row,
+                                                         int count, std::int64_t column) {
   if (p.x_column_stride != 1) return;
   const std::int64_t size = p.x_dtype == Dtype::kFloat64 ? 8 : p.x_dtype == Dtype::kFloat32 ? 4 : 2;
-  const std::int64_t end = row + kTileStep < p.rows ? row + kTileStep : p.rows;
-  const std::int64_t width = p.d - column < kPanel ? p.d - column : kPanel;
-  for (std::int64_t k = row; k < end; ++k) {
+  const std::int64_t width = least(kPanel, p.d - column);
+  for (std::int64_t k = row; k < row + count; ++k) {
     const char* const from = static_cast<const char*>(p.x) + (p.offsets[k] + column) * size;
     for (std::int64_t byte = 0; byte < width * size; byte += 64) __builtin_prefetch(from + byte);
   }
 }
 
-// The columns from `column` on of all rows. Returns the bits of the largest magnitude, for keys of
-// several parts.
+// One step, the rows from `row` on, of all panels, so that rows are read from end to end. The
+// strips of a panel begin `panel_words` after those of the one before. Returns the bits of the
+// largest magnitude, for keys of several parts.
 template <int kParts>
-std::int32_t pack_tiles(const Problem& p, std::int64_t column, const TileStrips<kParts>& to) {
+std::int32_t pack_step(const Problem& p, std::int64_t row, std::int64_t panel, std::int64_t end,
+                       const TileStrips<kParts>& to, std::int64_t panel_words) {
   Words parts[kParts];
   std::int32_t largest[kPanel] = {};
-  for (std::int64_t k = 0; k < p.rows; k += kTileStep) {
-    const int count = p.rows - k < kTileStep ? static_cast<int>(p.rows - k) : kTileStep;
-    prefetch_rows(p, k + kTileStep, column);
+  const int count = static_cast<int>(least(kTileStep, p.rows - row));
+  for (; panel < end; ++panel) {
+    const std::int64_t column = panel * kPanel, begin = panel * panel_words;
+    if (panel + 1 < end) prefetch_rows(p, row, count, column + kPanel);
     if constexpr (kParts == 1) {
-      pack<PairKeys>(p, k, count, column, Lines<std::uint32_t>{parts[0].lines});
+      pack<PairKeys>(p, row, count, column, Lines<std::uint32_t>{parts[0].lines});
       const int filled = (count + 1) / 2;
       __builtin_memset(parts[0].lines[filled], 0,
                        (kTileWidth - filled) * sizeof(parts[0].lines[0]));
     } else {
       float lines[kTileStep][kPanel];
-      pack<FloatKeys>(p, k, count, column, Lines<float>{lines});
+      pack<FloatKeys>(p, row, count, column, Lines<float>{lines});
       __builtin_memset(lines[count], 0, (kTileStep - count) * sizeof(lines[0]));
       for (int pair = 0; pair < kTileWidth; ++pair) {
         split_rows<kParts>(lines[2 * pair], lines[2 * pair + 1], pair, parts, largest);
       }
     }
-    to.write(k / kTileStep, parts);
+    TileStrips<kParts>{to.left + begin, to.right + begin, to.steps}.write(row / kTileStep, parts);
   }
   std::int32_t most = 0;
   for (int c = 0; c < kPanel; ++c) most = most > largest[c] ? most : largest[c];

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -67,3 +68,16 @@ def test_tiles_of_amx_are_right_on_any_processor(tmp_path):
     done = subprocess.run([program, "amx_bf16"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
     assert done.stdout.startswith("amx_bf16") and done.stdout.endswith(": right\n")
+
+
+def test_prefetches_are_compiled():
+    # GCC takes a function that only prefetches for one without effect and drops its calls, unless it is inlined first:
+    # the keys, C, and the strips of the next product were fetched in the source and nowhere else.
+    if platform.machine() != "x86_64" or not shutil.which("g++"):
+        pytest.skip("no g++ for x86-64")
+    command = ["g++", *FLAGS, "-S", "-o", "-", "csrc/cpu/amx_bf16.cpp"]
+    code = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    hints = re.findall(r"prefetch\w+", code)
+    # For keys of one, two and three parts each: the keys themselves; two lines of a row of C, and the strips.
+    assert hints.count("prefetcht0") >= 3
+    assert len(hints) - hints.count("prefetcht0") >= 9
