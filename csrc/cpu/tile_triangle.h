@@ -16,7 +16,7 @@ template <int kParts>
 struct TileTriangle {
   static constexpr int kStrip = 2 * kTileWidth;  // columns of a strip, rows and columns of a block
   static constexpr int kStrips = kPanel / kStrip;
-  static constexpr std::int64_t kSlice = kParts == 1 ? 768 : 1152 / kParts;  // rows, at most
+  static constexpr std::int64_t kSlice = kParts == 1 ? 768 : 1536 / kParts;  // rows, at most
   static constexpr std::int64_t kRows = 4096;                                // of a chunk, at most
   static constexpr std::int64_t kGroup = 8;  // panels that are packed one after the other
   // Fewer rows go to avx512f, which packs each key once and fills no step with zeros.
