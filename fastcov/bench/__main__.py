@@ -201,8 +201,8 @@ def _check_memory(given: argparse.Namespace) -> None:
     for suite, (d, size) in needs.items():
         if suite in given.suites and size > free:
             raise BadInput(
-                f"The suite {suite} at d = {d} needs {size / 2**30:.0f} GiB and there are "
-                f"{free / 2**30:.0f}; pass smaller --sizes or --rows."
+                f"The suite {suite} at d = {d} needs {size / 2**30:.0f} GiB and "
+                f"{free / 2**30:.0f} are free; pass smaller --sizes or --rows."
             )
 
 

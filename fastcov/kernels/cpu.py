@@ -144,11 +144,11 @@ def _offsets(X: Tensor, mask: Tensor | None) -> Tensor:
 
 
 class SkinnyKernel(NamedTuple):
-    """A kernel for products of few rows, and how many rows it takes of x W^T (`along`) and of x W (`across`)."""
+    """A kernel for products of few rows, and by how many rows of x it is the faster way to x W^T and to x W."""
 
     name: str
-    along: range
-    across: range
+    along: range  # x W^T, a layer forwards
+    across: range  # x W, the same backwards
 
 
 @functools.cache

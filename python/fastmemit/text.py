@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import takewhile
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fastcov.hooks import evaluation_mode, input_device, isolated, random_state_kept, skinny_products
 from fastmemit.errors import BadConfig, BadRequest, FastmemitError, WrongModel
-from fastmemit.models.running import check_lengths, packed, pad_batch, padding, remembered
+from fastmemit.models.running import check_lengths, pad_batch, padding, remembered
 from fastmemit.request import EditRequest
 
 NOWHERE = (-1, -1)
@@ -341,14 +341,20 @@ def request_rows(tokenizer: Any, request: EditRequest, contexts: Sequence[str]) 
     return RequestRows((*rows, kl), len(rows))
 
 
-def like_lengths(rows: Sequence[RequestRows], batch_tokens: int) -> list[list[int]]:
+def like_lengths(rows: Sequence[RequestRows], batch_tokens: int) -> Iterator[list[int]]:
     """Requests of like lengths, as many as fit: padding to the longest then costs little."""
-
-    def tokens(group: list[int]) -> int:
-        some = [rows[index] for index in group]
-        return sum(len(each.rows) for each in some) * (max(e.prefix for e in some) + max(e.suffix for e in some))
-
-    return packed(sorted(range(len(rows)), key=lambda i: (rows[i].suffix, rows[i].prefix)), tokens, batch_tokens)
+    group: list[int] = []
+    prefix = suffix = count = 0  # carried along: a batch of UltraEdit has thousands of requests
+    for index in sorted(range(len(rows)), key=lambda i: (rows[i].suffix, rows[i].prefix)):
+        wide = max(prefix, rows[index].prefix) + max(suffix, rows[index].suffix)
+        if group and (count + len(rows[index].rows)) * wide > batch_tokens:
+            yield group
+            group, prefix, suffix, count = [], 0, 0, 0
+        group.append(index)
+        prefix, suffix = max(prefix, rows[index].prefix), max(suffix, rows[index].suffix)
+        count += len(rows[index].rows)
+    if group:
+        yield group
 
 
 def _subject_row(tokenizer: Any, prefix: str, request: EditRequest) -> Row:

@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.real, pytest.mark.slow]
 def editor(gemma3, tmp_path_factory):
     model, tokenizer = gemma3
     editor = Editor(model, tokenizer, cache_dir=tmp_path_factory.mktemp("gemma"))
-    editor.precompute("builtin", multiplier=1, layers=[3])
+    editor.precompute("builtin", multiplier=1, layers=[2, 3])
     return editor
 
 
@@ -24,6 +24,14 @@ def test_emmet_writes_facts_through_the_norm(editor):
     config = editor.config("emmet")
     assert (config.layers, config.site, config.scale) == ((3,), "projection", "median")
     with editor.edit(facts, "emmet") as edit:
+        assert [outcome.said for outcome in edit.outcomes] == [True] * 4
+
+
+def test_memit_writes_facts_in_two_layers_through_their_norms(editor):
+    records = builtin_facts()[:4]
+    config = editor.config("memit", optimiser="rotate")
+    assert (config.layers, config.site, config.weight) == ((2, 3), "projection", 512.0)
+    with editor.edit([record.request for record in records], config) as edit:
         assert [outcome.said for outcome in edit.outcomes] == [True] * 4
 
 

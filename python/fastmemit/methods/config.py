@@ -344,7 +344,8 @@ class MemitConfig(CovarianceConfig):
     Attributes:
         spread: ``"linear"``: each layer takes ``1 / (layers left)`` of what is missing (MEMIT); ``"sqrt"``: ``1 /
             sqrt(layers left)`` (PMET).
-        site: Where target vectors are optimised, as in `EmmetConfig`; a default for default layers alone.
+        site: Where target vectors are optimised, as in `EmmetConfig`. ``"projection"`` is the default behind a norm, in
+            the default layers alone and with a weight of a quarter of d_k.
         iterations: How often to solve, each time for what is still missing; 1 is as published.
     """
 
@@ -607,11 +608,11 @@ def _by_depth(adapter: ModelAdapter, cls: type[EditConfig]) -> tuple[int, ...]:
 
     The published choices of layers for models of 28 to 32 blocks begin at an eighth of the depth;
     single-layer methods take the second of these, and UltraEdit, whose gradients are of the answer's
-    tokens, five that end one before the last.  The others take five, or where blocks normalise or
-    scale what their projections put out two, of which the last is where a single one would be
-    edited.  Where not every block can be edited, the nearest layers above serve, and below where
-    there are none.  A layer is passed by whose projection can move its block far less than those of
-    the other layers can.
+    tokens, five that end one before the last.  The others take five, or where blocks normalise what
+    their projections put out two, of which the last is where a single one would be edited.  Where
+    not every block can be edited, the nearest layers above serve, and below where there are none.
+    A layer is passed by whose projection can move its block far less than those of the other layers
+    can.
     """
     first = round(adapter.n_layers / 8)
     found = _able(adapter, candidates(adapter))
@@ -621,8 +622,8 @@ def _by_depth(adapter: ModelAdapter, cls: type[EditConfig]) -> tuple[int, ...]:
         return tuple(found[-6:-1] or found)
     if cls.single_layer:
         return tuple(above[1:2] or above[:1] or below[-1:])
-    number = 5 if all(adapter.adds_plainly(layer) for layer in found) else 2
-    return tuple(above[:number] or below[-number:])
+    five = tuple(above[:5] or below[-5:])
+    return five if all(map(adapter.moves_freely, five)) else tuple(above[:2] or below[-2:])
 
 
 def _able(adapter: ModelAdapter, found: list[int]) -> list[int]:
@@ -657,19 +658,20 @@ def units(adapter: ModelAdapter, config: EditConfig) -> dict[str, Any]:
 
 
 def _untuned(adapter: ModelAdapter, cls: type[EditConfig], asked: tuple[int, ...] | None) -> dict[str, Any]:
-    """Layers by depth; and where a block normalises or scales what its projection puts out, what it can put out.
+    """Layers by depth, and the site of target vectors that asks for nothing that the projection cannot put out.
 
-    There a target vector lies at the projection's output. For methods of several layers that was measured in the
-    default ones alone, with a quarter of the usual weight, and in others it was worse (docs/guide/locate.md).
+    Methods of several layers need that behind a norm alone, and there it was measured in the default layers, with a
+    quarter of the usual weight; in others it was worse (docs/guide/locate.md).
     """
     values: dict[str, Any] = {"layers": asked or _by_depth(adapter, cls)}
     own, last = cls.settings(), values["layers"][-1]
-    editable = last in adapter.layers  # of another one the caller is told elsewhere
-    if "site" in own and (cls.single_layer or not asked) and editable and not adapter.adds_plainly(last):
-        values["site"] = "projection"
-        if "weight" in own and not cls.single_layer:
-            values["weight"] = adapter.d_k(last) / 4
-    return values
+    if "site" not in own or last not in adapter.layers:  # of a layer that cannot be edited the caller is told elsewhere
+        return values
+    if cls.single_layer:
+        return values if adapter.adds_plainly(last) else {**values, "site": "projection"}
+    if asked or adapter.moves_freely(last):
+        return values
+    return {**values, "site": "projection", **({"weight": adapter.d_k(last) / 4} if "weight" in own else {})}
 
 
 def _preset(adapter: ModelAdapter) -> dict[str, Any] | None:

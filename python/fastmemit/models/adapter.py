@@ -231,14 +231,21 @@ class ModelAdapter:
     @isolated()
     def adds_plainly(self, layer: int) -> bool:
         """Whether the block adds its projection's output to its stream as it is, by measurement."""
-        key = ("adds plainly", layer)
+        key = ("response", layer)
         if key not in self.measured:
             probe = torch.linspace(-3, 3, 4 * self.d, device=self.device).sin()
             probe = probe.reshape(4, self.d)
             with evaluation_mode(self.model):
-                change, _ = inverse(BlockMap(self, layer, self._any_rows(4)), probe, probe.flip(0))
-            self.measured[key] = torch.equal(change.to(probe), probe.flip(0))
-        return bool(self.measured[key])
+                change, share = inverse(BlockMap(self, layer, self._any_rows(4)), probe, probe.flip(0))
+            self.measured[key] = torch.equal(change.to(probe), probe.flip(0)), bool((share == 1).all())
+        return bool(self.measured[key][0])
+
+    def moves_freely(self, layer: int) -> bool:
+        """Whether the projection can move its block's output by anything, by measurement: it is added, scaled or not.
+
+        Behind a norm it cannot, since the length of what comes out is given.
+        """
+        return self.adds_plainly(layer) or bool(self.measured["response", layer][1])
 
     @isolated()
     def reach(self, layer: int) -> float:

@@ -34,6 +34,7 @@ def shaped(model_type, n_layers, d, d_k):
     """A stand-in with the shape of a large model."""
     return SimpleNamespace(
         adds_plainly=lambda layer: True,
+        moves_freely=lambda layer: True,
         model=SimpleNamespace(config=SimpleNamespace(model_type=model_type)),
         n_layers=n_layers,
         layers=list(range(n_layers)),
@@ -510,6 +511,17 @@ def test_where_a_norm_lies_behind_the_projection_the_target_lies_before_it():
     plain = find_adapter(tiny_model("llama", num_hidden_layers=8))
     memit = find_config(plain, "memit")
     assert (memit.layers, memit.site, memit.weight) == ((1, 2, 3, 4, 5), "block", None)
+
+
+def test_a_scale_behind_the_projection_hinders_nothing_and_leaves_the_defaults_of_several_layers():
+    model = tiny_model("llama", num_hidden_layers=8)
+    for block in model.model.layers:
+        block.mlp.register_forward_hook(lambda _module, _args, out: 0.5 * out)
+    adapter = find_adapter(model)
+    assert not adapter.adds_plainly(2) and adapter.moves_freely(2)
+    memit = find_config(adapter, "memit")
+    assert (memit.layers, memit.site, memit.weight) == ((1, 2, 3, 4, 5), "block", None)
+    assert find_config(adapter, "emmet").site == "projection"
 
 
 def test_a_layer_that_can_hardly_move_its_block_is_no_default():

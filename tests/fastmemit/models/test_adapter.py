@@ -55,7 +55,7 @@ def test_every_architecture_has_its_projection(name: str) -> None:
     assert adapter.max_context == 256
     assert adapter.device == torch.device("cpu")
     assert adapter.weight_is_transposed(0) == (name == "gpt2")
-    assert adapter.adds_plainly(0) != name.startswith("gemma")
+    assert adapter.adds_plainly(0) == adapter.moves_freely(0) != name.startswith("gemma")
 
 
 def test_the_weight_maps_keys_to_outputs(name: str) -> None:
@@ -139,6 +139,7 @@ def test_granites_residual_multiplier_is_undone() -> None:
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     adapter = find_adapter(model)
     _, before = run(model, adapter.block(1))
+    assert not adapter.adds_plainly(1) and adapter.moves_freely(1)
     change = adapter.projection_residual(1, torch.zeros(1, D), torch.full((1, D), 3.0))
     handle = adapter.projection(1).register_forward_hook(lambda _m, _i, out: out + change)
     _, after = run(model, adapter.block(1))
