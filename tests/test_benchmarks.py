@@ -7,9 +7,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import fastcov
 
@@ -124,3 +126,31 @@ def test_how_a_ridge_fits_and_what_an_edit_disturbs() -> None:
     assert {row["d_m"] for row in found if row["ridge"] == 0} == {4.0}
     best = max((row for row in found if row["d_m"] == 1), key=lambda row: row["likelihood"])
     assert best["ridge"] >= 0.1
+
+
+def test_hooks_of_older_code_see_a_block_put_out_a_tuple_and_the_model_does_not() -> None:
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        from released import show_tuples
+    finally:
+        sys.path.remove(str(ROOT / "benchmarks"))
+
+    class Trace:
+        """As in their nethook: what a hook gives back is what the module puts out."""
+
+        def __init__(self, module: nn.Module, layer: str) -> None:
+            self.output: Any = None
+
+            def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+                (output[0] if isinstance(output, tuple) else output).add_(1)
+                self.output = output
+                return output
+
+            self.registered_hook = module.get_submodule(layer).register_forward_hook(hook)
+
+    show_tuples(Trace)
+    model = nn.Sequential(nn.Sequential(nn.Identity()), nn.Identity())
+    block, inner = Trace(model, "0.0"), Trace(nn.ModuleDict({"mlp": model}), "mlp")
+    out = model(torch.zeros(2, 3))
+    assert isinstance(block.output, tuple) and torch.equal(block.output[0], torch.full((2, 3), 2.0))
+    assert torch.equal(out, torch.full((2, 3), 2.0)) and inner.output is out

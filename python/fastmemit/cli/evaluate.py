@@ -166,20 +166,13 @@ def _show_own(records: Sequence[Record], found: Sequence[Mapping[str, Any]]) -> 
 def _changes(result: Mapping[str, Any], names: Sequence[str]) -> dict[str, dict[str, Estimate | float | None]]:
     """What is shown: before, after and the paired change of every score, for `show_changes`.
 
-    Intervals are made of the records' shares; scores without one are those of the result.
+    Intervals are made of the records' values.
     """
-    from fastmemit.evaluation.scores import HARMONIC, SHARES
     from fastmemit.experiments.intervals import difference_intervals, score_intervals
 
     records, perplexity = result["records"], result["perplexity"]
-    sure = [name for name in names if name in SHARES or name in HARMONIC]
-    before, after = ({name: result[when].get(name) for name in names} for when in ("before", "after"))
-    change: dict[str, Any] = {
-        name: None if before[name] is None or after[name] is None else after[name] - before[name] for name in names
-    }
-    before |= score_intervals(records, when="before", names=sure)
-    after |= score_intervals(records, names=sure)
-    change |= difference_intervals(records, records, whens=("after", "before"), names=sure)
+    before, after = ({**score_intervals(records, when=when, names=names)} for when in ("before", "after"))
+    change: dict[str, Any] = {**difference_intervals(records, records, whens=("after", "before"), names=names)}
     if perplexity is not None:
         before["perplexity"], after["perplexity"] = perplexity["before"], perplexity["after"]
         change["perplexity"] = perplexity["after"] - perplexity["before"]

@@ -28,6 +28,8 @@ from fastmemit.evaluation.scores import HARMONIC, SCORES, SHARES
 
 #: What limits a share of the full precompute's quality and is no score.
 PERPLEXITY = "perplexity"
+#: n-gram entropy, which alone is not in percent.
+ENTROPY = "ge"
 LEVEL = 0.95
 RESAMPLES = 5000
 _BLOCK = 250  # draws that are multiplied at once: bounds the memory, changes no result
@@ -48,8 +50,13 @@ class Estimate:
 def score_intervals(
     records: Records, *, when: str = "after", names: Sequence[str] = SCORES, resamples: int = RESAMPLES
 ) -> dict[str, Estimate | None]:
-    """The scores of records "after" the edit or "before" it, in percent; None where there are no such prompts."""
-    return {name: _estimate(drawn) for name, drawn in _drawn(_shares(records, when), names, resamples).items()}
+    """The scores of records "after" the edit or "before" it; None where there are no such prompts.
+
+    A name is one of `SCORES`, or of what else a record has: em, pm, nm, as, a, ge, rs. All are in percent but ge, which
+    is in bits.
+    """
+    drawn = _drawn(_values(records, when, _parts(names)), names, resamples)
+    return {name: _estimate(each) for name, each in drawn.items()}
 
 
 def difference_intervals(
@@ -65,10 +72,10 @@ def difference_intervals(
     `whens` says of which time these and the others are taken. An estimate is above 0 where these are better, and None
     where there is none: no case that both have, or a score that one of them lacks.
     """
-    pair = _paired(these, others, whens)
+    pair = _paired(these, others, whens, _parts(names))
     if pair is None:
         return dict.fromkeys(names)
-    one, other = (_drawn(shares, names, resamples) for shares in pair)
+    one, other = (_drawn(values, names, resamples) for values in pair)
     return {name: _estimate(one[name] - other[name]) for name in names}
 
 
@@ -83,10 +90,10 @@ def kept_share(
     is lost at all this is a little below 1. `perplexities` are the first cell's and the second's, where both were
     measured. There is no share without a case that both have and a score above zero.
     """
-    pair = _paired(fast, full, ("after", "after"))
+    pair = _paired(fast, full, ("after", "after"), SHARES)
     if pair is None:
         return None
-    one, other = (_drawn(shares, SHARES, resamples) for shares in pair)
+    one, other = (_drawn(values, SHARES, resamples) for values in pair)
     # A share is NaN where the other's score is zero or does not exist.
     shares = {
         name: np.divide(one[name], other[name], out=np.full(resamples + 1, np.nan), where=other[name] > 0)
@@ -105,32 +112,44 @@ def kept_share(
     return None if found is None else (found, min(known, key=lambda name: float(known[name][0])))
 
 
-def _paired(these: Records, others: Records, whens: tuple[str, str]) -> list[Array] | None:
-    """The shares of the cases that both have, in the same order."""
+def _paired(these: Records, others: Records, whens: tuple[str, str], parts: Sequence[str]) -> list[Array] | None:
+    """The values of the cases that both have, in the same order."""
     sides = [{record["case_id"]: record for record in side} for side in (these, others)]
     common = sorted(sides[0].keys() & sides[1].keys())
     if not common:
         return None
-    return [_shares([side[case] for case in common], when) for side, when in zip(sides, whens, strict=True)]
+    return [_values([side[case] for case in common], when, parts) for side, when in zip(sides, whens, strict=True)]
 
 
-def _shares(records: Records, when: str) -> Array:
-    """(n, len(SHARES)): the shares of each record; NaN where it has none."""
-    rows = [[record[when].get(name) for name in SHARES] for record in records]
-    return np.array([[np.nan if share is None else share for share in row] for row in rows])
+def _parts(names: Sequence[str]) -> tuple[str, ...]:
+    """What these scores are made of."""
+    return tuple(dict.fromkeys(part for name in names for part in HARMONIC.get(name, (name,))))
 
 
-def _drawn(shares: Array, names: Sequence[str], resamples: int) -> dict[str, Array]:
-    """(1 + draws,) of each score in percent: of the records as they are, then of every draw."""
-    present = ~np.isnan(shares)
-    counts = _draws(len(shares), resamples)
-    blocks = [np.ones((1, len(shares)), np.uint16), *np.split(counts, range(_BLOCK, resamples, _BLOCK))]
+def _values(records: Records, when: str, parts: Sequence[str]) -> Array:
+    """(n, len(parts)): the values of each record, a share of 1 or bits; NaN where it has none."""
+    rows = []
+    for record in records:
+        found = record[when]
+        found = {**found, **found.get("generation", {})}
+        rows.append([np.nan if found.get(name) is None else found[name] for name in parts])
+    return np.array(rows).reshape(len(rows), len(parts))
+
+
+def _drawn(values: Array, names: Sequence[str], resamples: int) -> dict[str, Array]:
+    """(1 + draws,) of each score: of the records as they are, then of every draw."""
+    present = ~np.isnan(values)
+    counts = _draws(len(values), resamples)
+    blocks = [np.ones((1, len(values)), np.uint16), *np.split(counts, range(_BLOCK, resamples, _BLOCK))]
     means = []
     for weights in (block.astype(np.float64) for block in blocks):
-        totals = weights @ np.where(present, shares, 0.0)  # (draws, n) (n, k)
+        totals = weights @ np.where(present, values, 0.0)  # (draws, n) (n, k)
         drawn = weights @ present.astype(np.float64)
         means.append(np.divide(totals, drawn, out=np.full_like(totals, np.nan), where=drawn > 0))
-    columns = dict(zip(SHARES, 100 * np.concatenate(means).T, strict=True))
+    columns = {
+        name: (1 if name == ENTROPY else 100) * column
+        for name, column in zip(_parts(names), np.concatenate(means).T, strict=True)
+    }
     for name in names:
         if name in HARMONIC:
             parts = np.stack([columns[part] for part in HARMONIC[name]])

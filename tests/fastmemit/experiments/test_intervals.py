@@ -96,6 +96,18 @@ def test_the_accuracies_of_zsre_have_their_own_mean() -> None:
     assert found == {"ea": Estimate(100.0, 100.0, 100.0), "a": Estimate(300 / 7, 300 / 7, 300 / 7)}
 
 
+def test_entropies_are_in_bits_and_what_else_a_record_has_is_in_percent() -> None:
+    records = [
+        {**record(i, 1.0), "after": {"em": em, "generation": {"ge": ge, "rs": rs, "texts": []}}}
+        for i, (em, ge, rs) in enumerate([(0.2, 6.0, 0.25), (-0.1, 5.0, None), (0.5, 7.0, 0.75)])
+    ]
+    found = score_intervals(records, names=("em", "ge", "rs"))
+    assert [round(each.value, 9) for each in found.values() if each] == [20.0, 6.0, 50.0]
+    entropy = found["ge"]
+    assert entropy is not None and 5.0 <= entropy.low < 6.0 < entropy.high <= 7.0
+    assert score_intervals([record(0, 1.0)], names=("ge", "rs")) == {"ge": None, "rs": None}
+
+
 def test_a_difference_is_paired_by_case() -> None:
     full = [record(i, i % 2, 1.0, 1.0) for i in range(40)]
     same = difference_intervals(full, full[::-1])
