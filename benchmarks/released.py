@@ -11,7 +11,8 @@ the names of GPT-2's. C comes from a file that `fastmemit.compat.export_statisti
 --drop-in from `fastmemit.compat.get_cov` in the place of theirs; contexts are ours, since theirs are sampled.
 
 A line is printed and written for each method: the relative difference of the change of each weight, the scores of
-both, and the processor time of both for all that an edit takes once C is there.
+both, and the processor time of both for all that an edit takes once C is there. --collect N compares C itself, of N
+documents, by their layer_stats, which reads its data set from memory here.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ for folder in (ROOT, ROOT / "python"):
 
 from fastcov.machine import this_machine  # noqa: E402
 from fastmemit import Editor, compat  # noqa: E402
-from fastmemit.data import Record, batches, load_records  # noqa: E402
+from fastmemit.data import Record, batches, load_corpus, load_records  # noqa: E402
+from fastmemit.data.corpora import corpus_from_texts  # noqa: E402
 from fastmemit.evaluation.scores import score_records  # noqa: E402
 from fastmemit.models import load_model  # noqa: E402
 from fastmemit.statistics import versions  # noqa: E402
@@ -165,6 +167,42 @@ def _projector(main: Any, model: nn.Module, tokenizer: Any, hparams: Any, layer:
     return small @ small.T
 
 
+def collect(editor: Editor, layers: Sequence[int], texts: Sequence[str], stats: Path) -> dict[str, Any]:
+    """C of some layers of all tokens of some documents, by both."""
+    module = importlib.import_module("rome.layer_stats")
+    module.load_dataset = lambda *_: {"train": [{"text": text} for text in texts]}
+    model, tokenizer = load_model("smollm2", device="cpu", dtype="float32")
+    fit(model, tokenizer)
+    spent, moments = {}, {}
+    begun = time.perf_counter(), time.process_time()
+    for layer in layers:
+        name = editor.adapter.projection_name(layer)
+        found = module.layer_stats(
+            model, tokenizer, name, stats, "wikipedia", ["mom2"], sample_size=len(texts), precision="float32",
+            download=False, progress=lambda each, **_: each,
+        )  # fmt: skip
+        moments[name] = found.mom2.moment().double(), int(found.mom2.count)
+    spent["theirs"] = time.perf_counter() - begun[0], time.process_time() - begun[1]
+    begun = time.perf_counter(), time.process_time()
+    ours = editor.precompute(
+        corpus_from_texts("documents", texts), multiplier=1000, allow_fewer=True, layers=layers, max_length=2048
+    )
+    spent["ours"] = time.perf_counter() - begun[0], time.process_time() - begun[1]
+    differences = {}
+    for name, (C, count) in moments.items():
+        mine = ours.second_moment(name).double()
+        differences[name] = float((mine - C).norm() / C.norm())
+        assert count == ours.moment(name).count, f"{count} keys there and {ours.moment(name).count} here"
+    return {
+        "documents": len(texts),
+        "keys": count,
+        "layers": list(layers),
+        "relative_difference": differences,
+        "seconds": {name: round(clock, 2) for name, (clock, _) in spent.items()},
+        "processor_seconds": {name: round(own, 2) for name, (_, own) in spent.items()},
+    }
+
+
 def main() -> None:
     """Run each method by both, compare, print, write."""
     args = _arguments()
@@ -177,7 +215,12 @@ def main() -> None:
     here = {"processor": this_machine(torch.device("cpu")).cpu, "threads": torch.get_num_threads(), **versions()}
     with tempfile.TemporaryDirectory() as folder:
         open_repository(repo, Path(folder))
-        for method in args.methods.split(","):
+        if args.collect:
+            texts = list(load_corpus(str(corpus)).documents(seed=0))[: args.collect]
+            layers = editor.config("memit").layers
+            said = {"repository": repo.name, "commit": commit, **collect(editor, layers, texts, Path(folder)), **here}
+            tell(said, out)
+        for method in filter(None, args.methods.split(",")):
             settings = {**RELEASED.get(method, {}), **({"null_threshold": args.threshold} if args.threshold else {})}
             config = editor.config(method, **settings)
             editor.precompute(str(corpus), multiplier=10, layers=config.layers)
@@ -190,10 +233,15 @@ def main() -> None:
                 **compare(editor, config, records, raw, repo, Path(folder), str(corpus) if args.drop_in else None),
                 **here,
             }
-            print(json.dumps(line, indent=1), flush=True)
-            if out:
-                with out.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(line) + "\n")
+            tell(line, out)
+
+
+def tell(line: dict[str, Any], out: Path | None) -> None:
+    """Print a line, and append it to a file."""
+    print(json.dumps(line, indent=1), flush=True)
+    if out:
+        with out.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
 
 
 def compare(
@@ -282,7 +330,10 @@ def fit(model: Any, tokenizer: Any) -> None:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--repo", type=Path, required=True, help="a checkout")
-    parser.add_argument("--methods", default="memit", help="of rome, memit, emmet, alphaedit, those that it has")
+    parser.add_argument(
+        "--methods", default="memit", help='of rome, memit, emmet, alphaedit, those that it has; "" is none'
+    )
+    parser.add_argument("--collect", type=int, metavar="N", help="compare C too, of the first N documents")
     parser.add_argument("--data", type=Path, required=True, help="CounterFact")
     parser.add_argument("--corpus", type=Path, required=True, help="what C is made of")
     parser.add_argument("--facts", type=int, default=16)

@@ -154,3 +154,44 @@ def test_hooks_of_older_code_see_a_block_put_out_a_tuple_and_the_model_does_not(
     out = model(torch.zeros(2, 3))
     assert isinstance(block.output, tuple) and torch.equal(block.output[0], torch.full((2, 3), 2.0))
     assert torch.equal(out, torch.full((2, 3), 2.0)) and inner.output is out
+
+
+def test_edits_that_know_the_outputs_curvature_are_the_minima_that_they_are_said_to_be() -> None:
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        from curvature import confined, limit_of, weighed
+    finally:
+        sys.path.remove(str(ROOT / "benchmarks"))
+    draw = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=draw, dtype=torch.float64)
+
+    d, d_k, B = 4, 6, 3
+    K, R, earlier, X, Y = random(d_k, B), random(d, B), random(d_k, 2), random(20, d_k), random(20, d)
+    A, G = X.T @ X / 20, Y.T @ Y / 20
+    g, U = torch.linalg.eigh(G)
+    a, V = torch.linalg.eigh(A)
+
+    # The gradient of ||D K - R||^2 + tr(G^p D A D^T) is zero there.
+    for power in (0.5, 1.0):
+        root = U @ torch.diag(g**power / (g**power).mean()) @ U.T
+        D = weighed(fastcov.factorize(A.clone(), jitters=(0.0,)), K, R, (g, U), power).dense()
+        assert torch.allclose((D @ K - R) @ K.T + root @ D @ A, torch.zeros(d, d_k, dtype=torch.float64), atol=1e-10)
+    flat = weighed(fastcov.factorize(A.clone(), jitters=(0.0,)), K, R, (torch.ones(d), U), 1.0).dense()
+    assert torch.allclose(flat, fastcov.closed_form.memit(fastcov.factorize(A.clone()), K, R).dense(), atol=1e-8)
+
+    # Confined: nothing where a product is above the limit, and of the rest the least squares, written out.
+    limit = limit_of(0.4, (a, V), (g, U))
+    mask = g[:, None] * a < limit
+    assert 0 < int(mask.sum()) < d * d_k
+    kept = float((g[:, None] * a)[mask].sum() / (g[:, None] * a).sum())
+    assert kept < 0.4 <= kept + limit / float((g[:, None] * a).sum())
+    D = confined((a, V), (g, U), K, R, limit, 0.1, earlier).dense()
+    turned = U.T @ D @ V
+    assert float(turned[~mask].abs().max()) < 1e-12
+    J, asked = V.T @ torch.cat([K, earlier], 1), torch.cat([U.T @ R, torch.zeros(d, 2, dtype=torch.float64)], 1)
+    for row in range(d):
+        own = J[mask[row]]
+        rows = own @ own.T + 0.1 * torch.eye(len(own), dtype=torch.float64)
+        assert torch.allclose(turned[row, mask[row]], torch.linalg.solve(rows, own @ asked[row]), atol=1e-10)
