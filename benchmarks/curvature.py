@@ -64,14 +64,16 @@ def output_moments(editor: Editor, corpus: str, layers: Iterable[int], tokens: i
     embed, seen = model.get_input_embeddings(), 0
     draw = torch.Generator().manual_seed(0)
 
-    def hook(layer: int, module: nn.Module) -> Any:
+    def collect(layer: int, module: nn.Module) -> Any:
         width = module.weight.shape[0]  # (d, d_k)
         found[layer] = SecondMoment(width, dtype=torch.float64)
-        return module.register_full_backward_hook(
-            lambda _module, _inputs, outputs: found[layer].update(outputs[0].detach().reshape(-1, width))
-        )
 
-    handles = [hook(layer, editor.adapter.projection(layer)) for layer in layers]
+        def hook(_module: nn.Module, _inputs: Any, outputs: tuple[Tensor, ...]) -> None:
+            found[layer].update(outputs[0].detach().reshape(-1, width))
+
+        return module.register_full_backward_hook(hook)
+
+    handles = [collect(layer, editor.adapter.projection(layer)) for layer in layers]
     wanted = [parameter.requires_grad for parameter in model.parameters()]
     try:
         model.requires_grad_(False)

@@ -39,11 +39,12 @@ COLUMNS = {
     "attributes": ("as",),
     "generation": ("ge", "rs"),
 }
-ZSRE_COLUMNS = ("ea", "pa", "na", "a")
+ZSRE_COLUMNS = ("ea", "pa", "na", "a", "ew", "pw", "nw")
 ZSRE_MEANING = """\
-EA, PA, NA: the share of the answer's tokens that the model says, for the question, in other words,
-and for an unrelated one. A: their harmonic mean. In percent; in brackets the 95 % interval over
-records, paired in "change"."""
+EA, PA, NA: the share of the answer's tokens that the model says, each after those before it, for
+the question, in other words, and for an unrelated one. A: their harmonic mean. EW, PW, NW: the
+share of whole answers that it says. In percent; in brackets the 95 % interval over records, paired
+in "change"."""
 FOLLOWS = """\
 In percent of the questions that count, those whose conditions the unedited model answers: greedy
 decoding gives one of the answers, or one of their other names."""

@@ -48,8 +48,8 @@ METRICS = ("score", "magnitude", "accuracy", "attributes", "generation")
 class RecordResult(TypedDict):
     """One record before and after the edit of its batch.
 
-    Shares of CounterFact: those of `RecordScore`, and nll: [new, true] of each prompt; of zsRE: ea, pa and na;
-    "generation" with ge in bits, rs as a share and the texts if it was asked for.
+    Shares of CounterFact: those of `RecordScore`, and nll: [new, true] of each prompt; of zsRE: those of
+    `RecordAccuracy`; "generation" with ge in bits, rs as a share and the texts if it was asked for.
     """
 
     case_id: int

@@ -27,8 +27,9 @@ HARMONIC = {"s": ("es", "ps", "ns"), "a": ("ea", "pa", "na")}
 #: All that CounterFact's answers tell. em, pm and nm are magnitudes, in [-100, 100]: p(new) - p(true) at the rewrite
 #: prompt and at the paraphrases, p(true) - p(new) at the neighbourhood prompts; "as" is the attribute prompts' score.
 ALL = ("es", "ps", "ns", "s", "em", "pm", "nm", "ea", "pa", "na", "as")
-#: zsRE's, per answer token: the question and the rephrased one get the new answer, the unrelated one its own.
-ACCURACIES = ("ea", "pa", "na", "a")
+#: zsRE's, per answer token, their mean, and the same of whole answers: the question and the rephrased one get the new
+#: answer, the unrelated one its own.
+ACCURACIES = ("ea", "pa", "na", "a", "ew", "pw", "nw")
 
 
 class ScoreTable(TypedDict):
@@ -106,6 +107,9 @@ class RecordAccuracy(Described):
     ea: float  # share of the new answer's tokens that are the most probable ones, each after those before it
     pa: float | None  # the same at the rephrased questions, averaged over them
     na: float | None  # the same of the unrelated questions' own answers
+    ew: float  # 1 where all of the new answer's tokens are, else 0: greedy decoding says the answer
+    pw: float | None  # share of the rephrased questions at which it is
+    nw: float | None  # share of the unrelated questions at which their own answers are
 
     def describe(self) -> str:
         """One line for people: the record and its accuracies."""
@@ -113,7 +117,7 @@ class RecordAccuracy(Described):
 
     def shares(self) -> dict[str, float | None]:
         """The accuracies by name."""
-        return {"ea": self.ea, "pa": self.pa, "na": self.na}
+        return {name: getattr(self, name) for name in ACCURACIES if name not in HARMONIC}
 
     def as_dict(self) -> dict[str, Any]:
         """The accuracies for a JSON file."""
@@ -216,18 +220,20 @@ def accuracy_record(
 ) -> RecordAccuracy:
     """Judge one zsRE record by which tokens of its answers are most probable; BadData for an answer without any."""
 
-    def share(where: str, tokens: Sequence[bool]) -> float:
-        found = mean([float(token) for token in tokens])
-        if found is None:
+    def shares(where: str, answers: Iterable[Sequence[bool]]) -> tuple[float | None, float | None]:
+        """Of the tokens of each answer, and of whole answers."""
+        known = [[float(token) for token in tokens] for tokens in answers]
+        if not all(known):
             raise BadData(f"The answer to {where} of case {case_id} has no token; give a word.")
-        return found
+        return mean([math.fsum(tokens) / len(tokens) for tokens in known]), mean([min(tokens) for tokens in known])
 
-    return RecordAccuracy(
-        case_id,
-        ea=share("the question", rewrite),
-        pa=mean([share("a rephrased question", tokens) for tokens in paraphrases]),
-        na=mean([share("an unrelated question", tokens) for tokens in neighbourhood]),
+    (ea, ew), (pa, pw), (na, nw) = (
+        shares("the question", [rewrite]),
+        shares("a rephrased question", paraphrases),
+        shares("an unrelated question", neighbourhood),
     )
+    assert ea is not None and ew is not None
+    return RecordAccuracy(case_id, ea=ea, pa=pa, na=na, ew=ew, pw=pw, nw=nw)
 
 
 def score_records(

@@ -118,9 +118,10 @@ def test_zsre(place: Place, zsre: Path, prefix: str, capsys: Capture) -> None:
     result = place.at / "out.json"
     out = run(capsys, *arguments(place, f"{prefix}{zsre}", "--json", result))
     shown, found = rows(out), json.loads(result.read_text())
-    assert list(shown) == ["EA", "PA", "NA", "A"]
+    names = ("ea", "pa", "na", "a", "ew", "pw", "nw")
+    assert list(shown) == [name.upper() for name in names]
     after = [cells[1] for cells in shown.values()]
-    assert after == [f"{found['after'][name]:.2f}" for name in ("ea", "pa", "na", "a")]
+    assert after == [f"{found['after'][name]:.2f}" for name in names]
 
 
 def test_what_is_refused(place: Place, full: Path, zsre: Path, capsys: Capture) -> None:

@@ -63,10 +63,10 @@ def test_nothing_more_is_asked_by_default(editor: Editor) -> None:
 
 def test_zsre_has_its_accuracies(editor: Editor) -> None:
     result = evaluate(editor, [ZSRE], "memit", {**QUICK, "steps": 20, "clamp": 4.0})
-    assert result["before"].keys() == {"ea", "pa", "na", "a"}
+    assert result["before"].keys() == {"ea", "pa", "na", "a", "ew", "pw", "nw"}
     judged = judge_zsre(editor.adapter, editor.tokenizer, ZSRE)
     assert result["before"] == summarise(judged)
-    assert result["records"][0]["before"] == {name: getattr(judged[0], name) for name in ("ea", "pa", "na")}
+    assert result["records"][0]["before"] == judged[0].shares()
 
 
 def test_an_evaluation_with_all_of_it(editor: Editor, tmp_path: Path) -> None:
@@ -113,4 +113,7 @@ def test_references_are_checked_before_any_work(editor: Editor) -> None:
 def test_measured_without_texts_shows_none() -> None:
     from fastmemit.evaluation.scores import accuracy_record
 
-    assert Measured(accuracy_record(1, [True])).shown() == {"ea": 1.0, "pa": None, "na": None}
+    assert Measured(accuracy_record(1, [True])).shown() == {
+        **{"ea": 1.0, "pa": None, "na": None},
+        **{"ew": 1.0, "pw": None, "nw": None},
+    }
