@@ -379,6 +379,8 @@ class TargetKey:
         return hashlib.sha256(self.content.encode()).hexdigest()
 
 
+#: Steps of "rotate" that write answers of several tokens best of what was measured (docs/results/zsre.md).
+FURTHER = 25
 #: A loss, in nats, at which a fact is unlikely to be told: its tokens have 37 % on average.
 UNLIKELY = 1.0
 
@@ -555,11 +557,13 @@ def _name_unfinished(requests: Sequence[EditRequest], targets: Sequence[Target],
     )
     if ends:
         named = "; ".join(f"{text!r:.80} {loss:.2f}" for loss, text in ends[:5])
+        further = settings.optimiser == "rotate" and settings.steps >= FURTHER
         log.log(
             logging.WARNING if ends[0][0] > UNLIKELY else logging.INFO,
-            "%d of %d targets stopped at the last of %d steps above the loss limit of %g: %s%s",
+            "%d of %d targets stopped at the last of %d steps above the loss limit of %g: %s%s%s",
             *(len(ends), len(targets), settings.steps, settings.early_stop, named),
             "" if len(ends) <= 5 else f"; and {len(ends) - 5} more",
+            "" if further else f"; optimiser=rotate with steps={FURTHER} goes further",
         )
 
 
