@@ -47,6 +47,7 @@ from fastmemit.data.corpora import corpus_from_texts  # noqa: E402
 from fastmemit.evaluation.scores import score_records  # noqa: E402
 from fastmemit.models import load_model  # noqa: E402
 from fastmemit.statistics import versions  # noqa: E402
+from fastmemit.targets import TargetStore  # noqa: E402
 from fastmemit.text import Contexts  # noqa: E402
 
 #: How their folders, modules and functions are called, where not as here.
@@ -270,6 +271,7 @@ def compare(
     else:
         place = compat.StatsPlace(stats, LAYOUTS.get(repo.name, "memit"), model.config._name_or_path)
         compat.export_statistics(editor.statistics, place, overwrite=True)
+    editor.workspace.stored_targets = TargetStore(None)  # what another method made of the same facts is no time of ours
     differences: dict[str, list[float]] = {}
     scores: dict[str, list[Any]] = {"ours": [], "theirs": []}
     spent = {"ours": 0.0, "theirs": 0.0}
