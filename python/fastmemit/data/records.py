@@ -205,9 +205,11 @@ def batches(
     wanted = len(chosen) if n_batches is None else batch_size * n_batches
     if len(chosen) < wanted or not chosen:
         asked = f"{n_batches or 'some'} batches of {batch_size}"
+        enough = [f"{len(chosen) // batch_size} of {batch_size}"] if len(chosen) >= batch_size else []
+        enough += [f"{n_batches} of {len(chosen) // n_batches}"] if n_batches and len(chosen) >= n_batches else []
         raise BadData(
-            f"The facts have {counted(len(chosen), 'record')}{which}, too few for {asked}; ask for fewer or give more "
-            "records."
+            f"The facts have {counted(len(chosen), 'record')}{which}, too few for {asked}; "
+            f"{'ask for ' + ' or '.join(enough) + ', or ' if enough else ''}give more records."
         )
     return [chosen[start : start + batch_size] for start in range(0, wanted, batch_size)]
 
