@@ -35,7 +35,7 @@ for folder in (ROOT, ROOT / "python", ROOT / "benchmarks"):
 
 import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
-from what_c_is_worth import common_options, read_lines  # noqa: E402
+from what_c_is_worth import by_cell, common_options, read_lines  # noqa: E402
 
 from fastcov import CholeskyFactor, LowRank, SecondMoment  # noqa: E402
 from fastcov.machine import this_machine  # noqa: E402
@@ -219,13 +219,7 @@ def main() -> None:
 
 def report(lines: Iterable[dict[str, Any]]) -> None:
     """Print a table; differences are to MEMIT as it is in the same batches, paired by record."""
-    cells: dict[str, list[dict[str, Any]]] = {}
-    about: dict[str, dict[str, Any]] = {}
-    for line in lines:
-        if "case_id" in line:
-            cells.setdefault(line["cell"], []).append(line)
-        else:
-            about[line["cell"]] = line
+    cells, about = by_cell(lines)
     upper = [name.upper() for name in SHOWN]
     heads = ["batches", "cell", *upper, "perplexity", *(f"{name}, to MEMIT" for name in upper)]
     print("|", " | ".join(heads), "|\n| --- | --- |" + " ---: |" * (len(heads) - 2))

@@ -5,10 +5,11 @@
     git clone https://github.com/jianghoucheng/AlphaEdit AlphaEdit
     python benchmarks/released.py --repo memit --methods rome,memit --data counterfact.json --corpus articles.jsonl
 
-Their code runs as it is but for three things that this machine asks for: "cuda" is read as "cpu", a block's output,
-which is a tensor since transformers 5, is shown to their hooks as the tuple that it was, and the model's config gets
-the names of GPT-2's. C comes from a file that `fastmemit.compat.export_statistics` wrote, by their own loader, or with
---drop-in from `fastmemit.compat.get_cov` in the place of theirs; contexts are ours, since theirs are sampled.
+Their code runs as it is but for four things that this machine and model ask for: "cuda" is read as "cpu"; a block's
+output, which is a tensor since transformers 5, is shown to their hooks as the tuple that it was; the model's config
+gets the names of GPT-2's; and its head is untied from the embeddings. C comes from a file that
+`fastmemit.compat.export_statistics` wrote, by their own loader, or with --drop-in from `fastmemit.compat.get_cov` in
+the place of theirs; contexts are ours, since theirs are sampled.
 
 A line is printed and written for each method: the relative difference of the change of each weight, the scores of
 both, and the processor time of both for all that an edit takes once C is there. --collect N compares C itself, of N

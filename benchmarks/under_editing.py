@@ -30,7 +30,7 @@ for folder in (ROOT, ROOT / "python", ROOT / "benchmarks"):
     sys.path.insert(0, str(folder))
 
 import torch  # noqa: E402
-from what_c_is_worth import common_options, read_lines  # noqa: E402
+from what_c_is_worth import by_cell, common_options, read_lines  # noqa: E402
 
 from fastcov.machine import this_machine  # noqa: E402
 from fastmemit import Editor, EditRequest  # noqa: E402
@@ -142,13 +142,7 @@ def block_output(editor: Editor, config: Any, requests: Sequence[EditRequest]) -
 
 def report(lines: Iterable[dict[str, Any]]) -> None:
     """Print a table; differences are to the method as published, paired by record."""
-    cells: dict[str, list[dict[str, Any]]] = {}
-    about: dict[str, dict[str, Any]] = {}
-    for line in lines:
-        if "case_id" in line:
-            cells.setdefault(line["cell"], []).append(line)
-        else:
-            about[line["cell"]] = line
+    cells, about = by_cell(lines)
     names = [name for name in SCORES if name not in ("es", "s")]
     upper = [name.upper() for name in names]
     heads = ["cell", *upper, "PM", "perplexity", "left", *(f"{name}, to 1" for name in upper)]

@@ -197,6 +197,18 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in file]
 
 
+def by_cell(lines: Iterable[dict[str, Any]]) -> tuple[dict[str, list[dict[str, Any]]], dict[str, dict[str, Any]]]:
+    """The records of each cell, and the line that says what the cell is."""
+    cells: dict[str, list[dict[str, Any]]] = {}
+    about: dict[str, dict[str, Any]] = {}
+    for line in lines:
+        if "case_id" in line:
+            cells.setdefault(line["cell"], []).append(line)
+        else:
+            about[line["cell"]] = line
+    return cells, about
+
+
 def _cell(text: str) -> tuple[str, int, int]:
     method, size, number = text.split(":")
     return method, int(size), int(number)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import os
 import subprocess
@@ -17,6 +18,15 @@ import fastcov
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = [path for path in sorted((ROOT / "benchmarks").glob("*.py")) if "__main__" in path.read_text()]
+
+
+def script(name: str) -> Any:
+    """The module of a script in benchmarks/."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(str(ROOT / "benchmarks"))
 
 
 @pytest.fixture(scope="module")
@@ -75,11 +85,7 @@ def test_a_figure_of_kernels_is_a_table_of_panels_whose_labels_stand_before_the_
 
 
 def test_what_c_is_worth_with_other_settings_is_a_table_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    try:
-        from what_c_is_worth import report
-    finally:
-        sys.path.remove(str(ROOT / "benchmarks"))
+    report = script("what_c_is_worth").report
     shares = dict.fromkeys(("es", "ps", "ns", "ea", "pa", "na"), 0.5)
     lines = []
     for settings, value in (([], 0.25), (["optimiser=rotate"], 0.75)):
@@ -101,11 +107,8 @@ def test_what_c_is_worth_with_other_settings_is_a_table_of_its_own(capsys: pytes
 
 
 def test_how_a_ridge_fits_and_what_an_edit_disturbs() -> None:
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    try:
-        from ridge import disturbed, fit, rows
-    finally:
-        sys.path.remove(str(ROOT / "benchmarks"))
+    ridge = script("ridge")
+    disturbed, fit, rows = ridge.disturbed, ridge.fit, ridge.rows
     draw = torch.Generator().manual_seed(0)
     d, X = 12, torch.randn(60, 12, generator=draw, dtype=torch.float64)
     A = X.T @ X / 60 + 0.3 * torch.eye(d, dtype=torch.float64)
@@ -129,11 +132,7 @@ def test_how_a_ridge_fits_and_what_an_edit_disturbs() -> None:
 
 
 def test_hooks_of_older_code_see_a_block_put_out_a_tuple_and_the_model_does_not() -> None:
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    try:
-        from released import show_tuples
-    finally:
-        sys.path.remove(str(ROOT / "benchmarks"))
+    show_tuples = script("released").show_tuples
 
     class Trace:
         """As in their nethook: what a hook gives back is what the module puts out."""
@@ -157,11 +156,8 @@ def test_hooks_of_older_code_see_a_block_put_out_a_tuple_and_the_model_does_not(
 
 
 def test_edits_that_know_the_outputs_curvature_are_the_minima_that_they_are_said_to_be() -> None:
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    try:
-        from curvature import confined, limit_of, weighed
-    finally:
-        sys.path.remove(str(ROOT / "benchmarks"))
+    curvature = script("curvature")
+    confined, limit_of, weighed = curvature.confined, curvature.limit_of, curvature.weighed
     draw = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> torch.Tensor:

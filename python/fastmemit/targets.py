@@ -379,7 +379,7 @@ class TargetKey:
         return hashlib.sha256(self.content.encode()).hexdigest()
 
 
-#: Steps of "rotate" that write answers of several tokens best of what was measured (docs/results/zsre.md).
+#: Steps of "rotate" by which MEMIT and EMMET write zsRE's answers better than by its usual 14 (docs/results/zsre.md).
 FURTHER = 25
 #: A loss, in nats, at which a fact is unlikely to be told: its tokens have 37 % on average.
 UNLIKELY = 1.0
@@ -563,7 +563,7 @@ def _name_unfinished(requests: Sequence[EditRequest], targets: Sequence[Target],
             "%d of %d targets stopped at the last of %d steps above the loss limit of %g: %s%s%s",
             *(len(ends), len(targets), settings.steps, settings.early_stop, named),
             "" if len(ends) <= 5 else f"; and {len(ends) - 5} more",
-            "" if further else f"; optimiser=rotate with steps={FURTHER} goes further",
+            "" if further else f"; optimiser=rotate with steps={FURTHER} may go further",
         )
 
 

@@ -139,7 +139,7 @@ def _cell(found: Estimate | float | None, title: str) -> str:
     sign = "+" if title == "change" else ""
     if found is None or isinstance(found, (int, float)):
         return f"{_number(found, sign):>7}"
-    # Where one decimal would leave of the interval what rounding makes of it, as of entropies in bits.
+    # One decimal is too coarse for a narrow interval, such as that of an entropy in bits.
     digits = 1 if found.high - found.low >= 0.5 or found.high == found.low else 2
     low, high = (f"{round(end, digits) + 0.0:.{digits}f}" for end in (found.low, found.high))
     return f"{_number(found.value, sign):>7} [{low}, {high}]"

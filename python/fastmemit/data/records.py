@@ -204,7 +204,7 @@ def batches(
         chosen, which = list(by_subject.values()), f" with different subjects (of {len(records)})"
     wanted = len(chosen) if n_batches is None else batch_size * n_batches
     if len(chosen) < wanted or not chosen:
-        asked = f"{n_batches or 'some'} batches of {batch_size}"
+        asked = f"{counted(n_batches, 'batch', 'batches') if n_batches else 'some batches'} of {batch_size}"
         enough = [f"{len(chosen) // batch_size} of {batch_size}"] if len(chosen) >= batch_size else []
         enough += [f"{n_batches} of {len(chosen) // n_batches}"] if n_batches and len(chosen) >= n_batches else []
         raise BadData(

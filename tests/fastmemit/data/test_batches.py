@@ -40,7 +40,7 @@ def test_batches_depend_on_the_seed_alone() -> None:
             (2, 3),
             r"5 records with different subjects \(of 5\), too few for 3 batches of 2; ask for 2 of 2 or 3 of 1, or",
         ),
-        ((9, 1), "too few for 1 batches of 9; ask for 1 of 5, or give more records"),
+        ((9, 1), "too few for 1 batch of 9; ask for 1 of 5, or give more records"),
         ((2, 9), "too few for 9 batches of 2; ask for 2 of 2, or give more records"),
         ((0, 1), "batch_size is 0"),
         ((1, -1), "n_batches is -1"),
